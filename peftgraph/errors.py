@@ -1,0 +1,55 @@
+"""What a user can do wrong, and how it is said: every message names what, where, and what to do."""
+
+from __future__ import annotations
+
+
+class PeftGraphError(ValueError):
+    """The root of every error that a user's input can cause."""
+
+
+class TraceError(PeftGraphError):
+    """The model cannot be traced as it is."""
+
+
+class CallError(PeftGraphError, TypeError):
+    """A lowered module was called with inputs that its graph was not traced for."""
+
+
+class NoMatch(PeftGraphError):
+    """A selector found no site; the message shows the nearest miss."""
+
+
+class Conflict(PeftGraphError):
+    """Two passes, or two adapters, claim the same thing."""
+
+
+class RecipeError(PeftGraphError):
+    """A spec or a recipe file cannot be read."""
+
+
+class AdapterError(PeftGraphError):
+    """Adapter files are damaged, or fit another base."""
+
+
+class ExportError(PeftGraphError):
+    """A program cannot be written in the format asked for."""
+
+
+class NoFold(PeftGraphError):
+    """Some edits cannot be folded exactly.
+
+    Attributes:
+        reasons: one line for each site, `site: reason`.
+    """
+
+    def __init__(self, reasons: list[str]) -> None:
+        self.reasons = reasons
+        lines = "\n  ".join(reasons)
+        super().__init__(
+            f"{len(reasons)} edit(s) cannot be folded exactly:\n  {lines}\n"
+            "Nothing was changed. pg.fold(program, partial=True) folds the rest and keeps these as they are."
+        )
+
+
+class VerifyError(AssertionError):
+    """A program broke a rule of the verifier: a bug in a pass or in the engine, never in the user's input."""
