@@ -1,0 +1,1 @@
+"""The program's data: graph, table, signature, edits; its printer, builder and verifier."""

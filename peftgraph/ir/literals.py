@@ -1,0 +1,78 @@
+"""Literals that follow the model's dtype and device.
+
+Tracing bakes `x.to(weight.dtype)`, `torch.finfo(x.dtype).min` and `arange(device=x.device)` as literals. A model is traced
+under a marker dtype that its own code does not name, so a literal equal to the marker came from the parameters and must
+follow them, while a float32 upcast inside a norm was meant and stays. Each node records in `meta["follows"]` which of its
+arguments follow, and how.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+# How a literal is computed from the model's dtype, by the name that is recorded.
+FORMS: dict[str, Callable[[torch.dtype], Any]] = {
+    "dtype": lambda dtype: dtype,
+    "complex": lambda dtype: dtype.to_complex(),
+    "min": lambda dtype: torch.finfo(dtype).min,
+    "max": lambda dtype: torch.finfo(dtype).max,
+    "tiny": lambda dtype: torch.finfo(dtype).tiny,
+    "eps": lambda dtype: torch.finfo(dtype).eps,
+}
+
+Path = tuple[str, int | str]  # ("args", position) or ("kwargs", name)
+
+
+def mark(graph: fx.Graph, marker: torch.dtype) -> None:
+    """Records on every node which literals are `marker` or one of its limits."""
+    values = {form: compute(marker) for form, compute in FORMS.items() if form != "complex"}
+    if marker in (torch.float16, torch.float32, torch.float64):
+        values["complex"] = marker.to_complex()
+    for node in graph.nodes:
+        found = tuple(
+            (path, form)
+            for path, value in _literals(node)
+            for form, literal in values.items()
+            if type(value) is type(literal) and value == literal
+        )
+        if found:
+            node.meta["follows"] = found
+
+
+def retarget(graph: fx.Graph, dtype: torch.dtype | None, device: torch.device | None) -> None:
+    """Sets, in place, the literals that follow: to `dtype` where marked, every device literal to `device`."""
+    for node in graph.nodes:
+        for path, form in node.meta.get("follows", ()) if dtype is not None else ():
+            _set(node, path, FORMS[form](dtype))
+        for path, value in _literals(node) if device is not None else ():
+            if isinstance(value, torch.device):
+                _set(node, path, device)
+
+
+def widen(graph: fx.Graph) -> None:
+    """Turns, in place, every floating dtype literal into float64, so that a proof is not blurred by meant upcasts."""
+    for node in graph.nodes:
+        for path, value in _literals(node):
+            if isinstance(value, torch.dtype) and value.is_floating_point:
+                _set(node, path, torch.float64)
+    retarget(graph, torch.float64, None)
+
+
+def _literals(node: fx.Node) -> list[tuple[Path, Any]]:
+    if node.op != "call_function":
+        return []
+    positional: list[tuple[Path, Any]] = [(("args", i), value) for i, value in enumerate(node.args)]
+    return positional + [(("kwargs", name), value) for name, value in node.kwargs.items()]
+
+
+def _set(node: fx.Node, path: Path, value: Any) -> None:
+    where, key = path
+    if where == "args":
+        assert isinstance(key, int)
+        node.update_arg(key, value)
+    else:
+        node.update_kwarg(str(key), value)

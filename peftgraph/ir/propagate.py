@@ -1,0 +1,64 @@
+"""Shapes and dtypes: every node carries in `meta["val"]` what it gives under fake tensors with symbolic sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+
+def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
+    """The fake mode that the graph's values belong to."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def fake_like(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
+    """A fake tensor of the same shape, dtype and device, without data."""
+    with mode:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device, requires_grad=tensor.requires_grad)
+
+
+def value_of(mode: FakeTensorMode, node: fx.Node) -> Any:
+    """What `node` gives when its operands' recorded values go in."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda operand: operand.meta["val"])
+    with mode, quiet_symbols(mode):
+        return node.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+
+
+@contextmanager
+def quiet_symbols(mode: FakeTensorMode) -> Iterator[None]:
+    """Keeps shape inference from adding guards on the symbols of the traced graph."""
+    env = mode.shape_env
+    if env is None:
+        yield
+        return
+    with env.suppress_guards():
+        yield
+
+
+def propagate(nodes: Iterable[fx.Node], mode: FakeTensorMode) -> None:
+    """Recomputes `meta["val"]` of every call among `nodes`, in order."""
+    for node in nodes:
+        if node.op == "call_function":
+            node.meta["val"] = value_of(mode, node)
+
+
+def same_meta(a: Any, b: Any) -> bool:
+    """Whether two recorded values have the same structure, shapes, dtypes and devices."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype == b.dtype and a.device == b.device and _same_shape(a.shape, b.shape)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(same_meta(x, y) for x, y in zip(a, b, strict=True))
+    return not isinstance(a, Tensor) and not isinstance(b, Tensor)
+
+
+def _same_shape(a: torch.Size, b: torch.Size) -> bool:
+    return len(a) == len(b) and all(str(x) == str(y) for x, y in zip(a, b, strict=True))

@@ -1,0 +1,172 @@
+"""How a program is called: the model's own signature, what was given when tracing, and the tree it returns."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from peftgraph.errors import CallError
+
+
+@dataclass(frozen=True)
+class Input:
+    """One tensor input of the graph.
+
+    Attributes:
+        name: the placeholder's name in the graph.
+        key: the argument as the model's signature spells it, with a path when nested: `past[0]`.
+        argument: the name of the parameter of `forward` it belongs to.
+        dtype: what it was traced with; another dtype of the same kind (integer, floating, bool) is accepted.
+        dims: one entry a dimension: an int that the model's own code fixed, or a symbol's name.
+        optional: whether `forward` has a default for it.
+    """
+
+    name: str
+    key: str
+    argument: str
+    dtype: torch.dtype
+    dims: tuple[int | str, ...]
+    optional: bool
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The calling convention of a program.
+
+    Attributes:
+        forward: the signature of the traced model's `forward`.
+        inputs: the tensor inputs, in placeholder order.
+        constants: the values of the other arguments given when tracing, by key.
+        ranges: smallest and largest size of each symbol that the model's code allows.
+        outputs: the tree of the outputs.
+        output_keys: one readable name for each leaf of the outputs, such as `logits`.
+    """
+
+    forward: inspect.Signature
+    inputs: tuple[Input, ...]
+    constants: Mapping[str, Any]
+    ranges: Mapping[str, tuple[int, int | None]]
+    outputs: pytree.TreeSpec
+    output_keys: tuple[str, ...]
+    _by_key: Mapping[str, Input] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_by_key", {spec.key: spec for spec in self.inputs})
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor | None]:
+        """The tensors of a call in placeholder order; None for an optional input that was left out.
+
+        Raises:
+            CallError: an argument is unknown, missing, of another kind of dtype, or of a shape the graph does not take.
+        """
+        try:
+            arguments = arguments_of(self.forward, args, kwargs)
+        except TypeError as error:
+            raise CallError(f"{error}. The model's signature is forward{self.forward}.") from None
+        given = {
+            argument_key(name, path): leaf
+            for name, value in arguments.items()
+            for path, leaf in pytree.tree_flatten_with_path(value)[0]
+        }
+        tensors = [given.pop(spec.key, None) for spec in self.inputs]
+        self._check_constants(given)
+        self._check_tensors(tensors)
+        return tensors
+
+    def _check_constants(self, given: Mapping[str, Any]) -> None:
+        for key, value in given.items():
+            default = self.forward.parameters[key].default if key in self.forward.parameters else None
+            expected = self.constants.get(key, default)
+            if value is None and key not in self.constants:
+                continue
+            if isinstance(value, Tensor) or expected is inspect.Parameter.empty or value != expected:
+                what = f"{key}={value!r}" if not isinstance(value, Tensor) else f"the tensor {key}"
+                was = f"it was traced with {key}={expected!r}" if key in self.constants else "it was traced without it"
+                raise CallError(f"This program cannot take {what}: {was}. Trace the model again with {key} in the example.")
+
+    def _check_tensors(self, tensors: list[Tensor | None]) -> None:
+        sizes: dict[str, tuple[int, str]] = {}
+        for spec, value in zip(self.inputs, tensors, strict=True):
+            if value is None:
+                if not spec.optional:
+                    raise CallError(f"Missing input {spec.key!r}: this program takes {self.describe()}.")
+                continue
+            if not isinstance(value, Tensor):
+                raise CallError(f"{spec.key} must be a tensor, got {type(value).__name__}.")
+            if dtype_kind(value.dtype) != dtype_kind(spec.dtype):
+                raise CallError(f"{spec.key} has dtype {value.dtype}; this program was traced with {spec.dtype}. "
+                                f"Pass {spec.key}.to({spec.dtype}).")
+            if value.dim() != len(spec.dims):
+                raise CallError(f"{spec.key} has {value.dim()} dimensions {tuple(value.shape)}; "
+                                f"this program takes {_shape_text(spec)}.")
+            for axis, (size, dim) in enumerate(zip(value.shape, spec.dims, strict=True)):
+                self._check_size(spec, axis, size, dim, sizes)
+
+    def _check_size(self, spec: Input, axis: int, size: int, dim: int | str, sizes: dict[str, tuple[int, str]]) -> None:
+        if isinstance(dim, int):
+            if size != dim:
+                raise CallError(f"{spec.key} has size {size} in dimension {axis}; the model's own code fixes it to {dim}.")
+            return
+        seen, where = sizes.setdefault(dim, (size, spec.key))
+        if size != seen:
+            raise CallError(f"{spec.key} has size {size} in dimension {axis}, {where} has {seen}; they must be equal.")
+        low, high = self.ranges.get(dim, (0, None))
+        if size < low or (high is not None and size > high):
+            limit = f"at most {high}" if high is not None and size > high else f"at least {low}"
+            raise CallError(f"{spec.key} has size {size} in dimension {axis}; the model takes {limit}.")
+
+    def describe(self) -> str:
+        """The inputs as text: `input_ids: i64[B, S], attention_mask?: i64[B, S]`."""
+        return ", ".join(f"{s.key}{'?' if s.optional else ''}: {_shape_text(s)}" for s in self.inputs)
+
+
+def arguments_of(forward: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by parameter name; what `**kwargs` collects stands under its own names.
+
+    Raises:
+        TypeError: the call does not fit the signature.
+    """
+    bound = forward.bind(*args, **kwargs)
+    arguments: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        if forward.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            arguments.update(value)
+        else:
+            arguments[name] = value
+    return arguments
+
+
+def argument_key(name: str, path: tuple[Any, ...]) -> str:
+    """The readable key of a leaf: the parameter's name and, when nested, the path inside it."""
+    return name + pytree.keystr(path)
+
+
+def dtype_kind(dtype: torch.dtype) -> str:
+    """The kind of a dtype: "bool", "integer", "floating" or "complex"."""
+    if dtype == torch.bool:
+        return "bool"
+    if dtype.is_complex:
+        return "complex"
+    return "floating" if dtype.is_floating_point else "integer"
+
+
+SHORT = {
+    torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.bool: "bool",
+    torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8",
+    torch.complex64: "c64", torch.complex128: "c128",
+}  # fmt: skip
+
+
+def short_dtype(dtype: torch.dtype) -> str:
+    """A dtype in the printer's spelling: f32, bf16, i64, bool."""
+    return SHORT.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def _shape_text(spec: Input) -> str:
+    return f"{short_dtype(spec.dtype)}[{', '.join(str(dim) for dim in spec.dims)}]"

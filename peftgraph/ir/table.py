@@ -1,0 +1,122 @@
+"""The parameter table: every stored tensor of a program, by its dotted name.
+
+Entries that hold the same tensor object are tied. Frozen entries share storage with the model that was traced; trainable
+entries own an `nn.Parameter`, shared by every program and module that descends from the pass that made it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Kind = Literal["parameter", "buffer", "constant"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One stored tensor.
+
+    Attributes:
+        tensor: the value; an `nn.Parameter` that requires grad when `trainable`.
+        kind: "parameter", "buffer", or "constant" (a tensor literal of the model's code).
+        persistent: whether it belongs to the state dict.
+        trainable: whether training moves it.
+        added: whether a pass made it; the base has no such name.
+        before: the base's tensor, when a pass replaced it by a trainable copy.
+    """
+
+    tensor: Tensor
+    kind: Kind
+    persistent: bool = True
+    trainable: bool = False
+    added: bool = False
+    before: Tensor | None = None
+
+
+class Table(Mapping[str, Entry]):
+    """An immutable, ordered mapping from dotted name to `Entry`."""
+
+    def __init__(self, entries: Mapping[str, Entry] | Iterable[tuple[str, Entry]] = ()) -> None:
+        self._entries = dict(entries)
+
+    def __getitem__(self, name: str) -> Entry:
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def with_(self, changes: Mapping[str, Entry]) -> Table:
+        """A table in which `changes` are added or put in the place of entries of the same name."""
+        return Table({**self._entries, **changes})
+
+    def without(self, names: Iterable[str]) -> Table:
+        """A table that lacks `names`."""
+        gone = set(names)
+        return Table((name, entry) for name, entry in self._entries.items() if name not in gone)
+
+    def with_tensor(self, name: str, tensor: Tensor) -> Table:
+        """A table in which `name` holds `tensor`; every other name keeps its own, so a tie to `name` is cut."""
+        return self.with_({name: replace(self._entries[name], tensor=tensor)})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The plain tensors by name."""
+        return {name: entry.tensor for name, entry in self._entries.items()}
+
+    def tied(self, name: str) -> tuple[str, ...]:
+        """The names that hold the same tensor as `name`, itself included, in table order."""
+        tensor = self._entries[name].tensor
+        return tuple(other for other, entry in self._entries.items() if entry.tensor is tensor)
+
+    def ties(self) -> tuple[tuple[str, ...], ...]:
+        """The groups of two or more names that share one tensor."""
+        groups: dict[int, list[str]] = {}
+        for name, entry in self._entries.items():
+            groups.setdefault(id(entry.tensor), []).append(name)
+        return tuple(tuple(names) for names in groups.values() if len(names) > 1)
+
+    @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that training moves, by name."""
+        return {
+            name: entry.tensor
+            for name, entry in self._entries.items()
+            if entry.trainable and isinstance(entry.tensor, nn.Parameter)
+        }
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating dtype of the base's parameters (the most frequent one, by number of values)."""
+        sizes: dict[torch.dtype, int] = {}
+        for entry in self._entries.values():
+            if entry.tensor.is_floating_point() and entry.kind == "parameter" and not entry.added:
+                sizes[entry.tensor.dtype] = sizes.get(entry.tensor.dtype, 0) + entry.tensor.numel()
+        return max(sizes, key=lambda dtype: sizes[dtype], default=torch.get_default_dtype())
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first base parameter (the default device when there is none)."""
+        for entry in self._entries.values():
+            if entry.kind == "parameter" and not entry.added:
+                return entry.tensor.device
+        return torch.get_default_device()
+
+    def hashes(self) -> dict[str, str]:
+        """The sha256 of every tensor's bytes, shape and dtype, by name; meta tensors hash by shape and dtype."""
+        return {name: hash_tensor(entry.tensor) for name, entry in self._entries.items()}
+
+
+def hash_tensor(tensor: Tensor) -> str:
+    """The sha256 of a tensor's shape, dtype and (unless it is on the meta device) bytes."""
+    digest = hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+    if tensor.device.type != "meta":
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
