@@ -1,0 +1,142 @@
+"""Provenance by execution: run data movement on integer tags and read which features arrive where.
+
+A seed replaces one node's value by a tensor of tags (0 = none). Layout operators run as themselves on the example's
+sizes; elementwise operators and norms pass on the tag of their tagged operand (the first, where two are tagged);
+reductions and products erase. Only the nodes between seeds and goal are run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import ops
+from .flow import Flow, hint
+
+Tags = torch.Tensor
+
+
+class Tagger:
+    """Runs tags through a graph; one instance per question, so nothing is kept."""
+
+    def __init__(self, flow: Flow, seeds: Mapping[fx.Node, Tags]) -> None:
+        self.flow = flow
+        self.env: dict[fx.Node, Any] = dict(seeds)
+        self._sources = 0
+        for node in seeds:
+            self._sources |= flow.bit(node)
+
+    def run(self, goal: fx.Node) -> Tags:
+        """The tags that arrive at `goal`."""
+        todo = [goal]
+        while todo:
+            node = todo[-1]
+            missing = [one for one in self.flow.operands(node) if one not in self.env and self._reached(one)]
+            if node in self.env:
+                todo.pop()
+            elif missing:
+                todo.extend(missing)
+            else:
+                self.env[todo.pop()] = self._evaluate(node)
+        value = self.env[goal]
+        return value if isinstance(value, torch.Tensor) else torch.zeros(())
+
+    def _reached(self, node: fx.Node) -> bool:
+        return bool(self.flow.before(node) & self._sources)
+
+    def _evaluate(self, node: fx.Node) -> Any:
+        if not self._reached(node):
+            return self._blank(node)
+        kind = ops.name(node)
+        if kind in ops.LAYOUT:
+            try:
+                return self._move(node, kind)
+            except (RuntimeError, IndexError, TypeError, ValueError, NotImplementedError):
+                return self._pass(node)
+        if kind in ops.CONTRACTION or kind in ops.CONV or kind in ops.SDPA or kind in ops.REDUCTION:
+            return self._blank(node)
+        if kind == "glu":
+            return self._halves(node)
+        return self._pass(node)
+
+    def _blank(self, node: fx.Node) -> Any:
+        value = self.flow.value(node)
+        if isinstance(value, (list, tuple)):
+            return [torch.zeros([hint(s) for s in part.shape], dtype=torch.int64) for part in value]  # pyright: ignore
+        return torch.zeros(self.flow.shape(node), dtype=torch.int64)
+
+    def _operand(self, node: fx.Node) -> Any:
+        if not self.flow.carries_tensor(node):
+            return hint(self.flow.value(node))
+        if node in self.env:
+            return self.env[node]
+        return self._blank(node)
+
+    def _move(self, node: fx.Node, kind: str) -> Any:
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), self._operand)  # pyright: ignore
+        if kind == "getitem":
+            return args[0][args[1]]
+        if kind in ("view", "_unsafe_view", "view_as", "reshape_as"):
+            return args[0].reshape(self.flow.shape(node))
+        if kind in ("view_as_complex", "view_as_real"):
+            return self._complex(node, kind, args[0])
+        if kind in ("index", "gather", "index_select"):
+            args = [args[0], *fx.map_arg(list(args[1:]), lambda one: one)]
+        target: Any = node.target
+        return target(*args, **kwargs)
+
+    def _complex(self, node: fx.Node, kind: str, value: Tags) -> Tags:
+        """Real pairs and complex numbers: a pair's tag is its first member's."""
+        return value[..., 0] if kind == "view_as_complex" else value.unsqueeze(-1).expand(self.flow.shape(node))
+
+    def _halves(self, node: fx.Node) -> Tags:
+        value = self._operand(self.flow.operands(node)[0])
+        axis = ops.argument(node, 1, "dim")
+        return value.chunk(2, dim=axis if isinstance(axis, int) else -1)[0]
+
+    def _pass(self, node: fx.Node) -> Any:
+        """Elementwise: the first tagged operand's tag wins; shapes that do not broadcast are erased."""
+        shape = self.flow.shape(node)
+        result = torch.zeros(shape, dtype=torch.int64)
+        if not isinstance(self.flow.value(node), torch.Tensor):
+            return self._blank(node)
+        for source in self.flow.operands(node):
+            value = self._operand(source)
+            if not isinstance(value, torch.Tensor) or source not in self.env:
+                continue
+            try:
+                result = torch.where(result == 0, value.expand(shape), result)
+            except RuntimeError:
+                continue
+        return result
+
+
+def squeeze_constant(tags: Tags) -> Tags:
+    """Drop every axis along which the tags do not change (batch, positions, repeated heads)."""
+    for axis in range(tags.dim() - 1, -1, -1):
+        if tags.shape[axis] > 0 and bool((tags == tags.narrow(axis, 0, 1)).all()):
+            tags = tags.select(axis, 0)
+    return tags
+
+
+def in_order(tags: Tags) -> list[int]:
+    """The distinct tags by first appearance, without 0."""
+    return [tag for tag in dict.fromkeys(squeeze_constant(tags).flatten().tolist()) if tag]
+
+
+def along(shape: Sequence[int], axes: Sequence[int], base: int = 0) -> Tags:
+    """Tags that count the features along `axes` (flattened in that order) from base + 1."""
+    sizes = [shape[axis] for axis in axes]
+    count = 1
+    for size in sizes:
+        count *= size
+    tags = torch.arange(base + 1, base + count + 1).reshape(sizes)
+    spread = [1] * len(shape)
+    positive = [axis % len(shape) for axis in axes]
+    for axis, size in zip(positive, sizes, strict=True):
+        spread[axis] = size
+    order = sorted(range(len(axes)), key=lambda i: positive[i])
+    return tags.permute(order).reshape(spread).expand(list(shape))

@@ -1,0 +1,5 @@
+"""Capture of a model with torch.export, and its normalisation to one canonical form."""
+
+from peftgraph.trace.capture import capture
+
+__all__ = ["capture"]

@@ -1,0 +1,186 @@
+"""pg.trace: a model and an example of its inputs become a program.
+
+The model itself is never touched: what is exported is a ghost of it, a copy around fake tensors in training mode and in a
+marker dtype, so that dropout is seen and literals that follow the parameters' dtype can be told from literals that are meant.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from peftgraph.errors import PeftGraphError, TraceError
+from peftgraph.ir.literals import mark, retarget
+from peftgraph.ir.program import ProgramData, calls, stored
+from peftgraph.ir.propagate import fake_like, fake_mode_of, propagate
+from peftgraph.ir.signature import Input, Signature
+from peftgraph.ir.table import Entry, Table
+from peftgraph.trace.diagnose import explain, no_custom_functions
+from peftgraph.trace.example import Example, bind_example
+from peftgraph.trace.ghost import ghost_arguments, ghost_of, ghost_tensor
+from peftgraph.trace.normalise import canonical
+
+# bfloat16 shows which literals follow and promotes as low precision does; a model with an operation that has no bfloat16
+# form is traced in float64.
+MARKERS = (torch.bfloat16, torch.float64)
+
+
+def capture(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] | Tensor) -> ProgramData:
+    """Traces `model` into a program.
+
+    Args:
+        model: any module; its weights may be on the meta device. It is not modified, and its tensors are shared, not copied.
+        example: a dict of keyword inputs or a tuple of positional ones. Sizes of the batch and of sequences become symbols.
+
+    Raises:
+        TraceError: the model cannot be traced; the message names the line of its code and what to change.
+    """
+    bound = bind_example(model, example)
+    table = _table_of(model)
+    exported, marker = _export(model, bound, table.dtype)
+    table = table.with_(_constants(exported))
+    graph = canonical(exported, {names[0]: names for names in _names_of_ties(model)})
+    if marker is not None:
+        mark(graph, marker)
+    _restore_dtype(graph, table, bound)
+    used = {str(node.target) for node in stored(graph)}
+    table = Table((name, entry) for name, entry in table.items() if entry.kind != "constant" or name in used)
+    signature = _signature(graph, exported, bound)
+    return ProgramData(
+        model=type(model).__name__,
+        graph=graph,
+        table=table,
+        signature=signature,
+        example=bound.tensors,
+        marked=marker is not None,
+    )
+
+
+def _table_of(model: nn.Module) -> Table:
+    frozen: dict[int, Tensor] = {}
+    entries: dict[str, Entry] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        tensor = frozen.setdefault(id(parameter), parameter.detach())
+        entries[name] = Entry(tensor, "parameter")
+    for prefix, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                full = f"{prefix}.{name}" if prefix else name
+                persistent = name not in module._non_persistent_buffers_set
+                entries[full] = Entry(frozen.setdefault(id(buffer), buffer.detach()), "buffer", persistent)
+    return Table(entries)
+
+
+def _names_of_ties(model: nn.Module) -> list[tuple[str, ...]]:
+    groups: dict[int, list[str]] = {}
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+        groups.setdefault(id(tensor), []).append(name)
+    rotations = []
+    for names in groups.values():  # whichever name the exporter keeps, all are found from it
+        rotations += [(name, *(other for other in names if other != name)) for name in names]
+    return rotations
+
+
+def _export(model: nn.Module, bound: Example, own: torch.dtype) -> tuple[ExportedProgram, torch.dtype | None]:
+    """The exported ghost of `model` and the marker it was traced under (None: the model mixes dtypes, nothing follows)."""
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    markers = [m for m in MARKERS if m != own] if len(dtypes) == 1 else []
+    if own in (torch.bfloat16, torch.float16) and len(dtypes) == 1:
+        markers = [own]  # already low precision: its own dtype tells casts that follow from float32 that is meant
+    failure: BaseException | None = None
+    for marker in markers or [own]:
+        try:
+            return _export_once(model, bound, own, marker), marker if markers else None
+        except PeftGraphError:
+            raise
+        except Exception as error:  # whatever an exporter or a model's code raises is explained to the user
+            failure = failure or error
+    assert failure is not None
+    raise explain(model, failure) from failure
+
+
+def _export_once(model: nn.Module, bound: Example, own: torch.dtype, marker: torch.dtype) -> ExportedProgram:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    ghost = ghost_of(model, mode, own, marker)
+    arguments = ghost_arguments(dict(bound.arguments), mode, own, marker)
+
+    def dynamic(value: Any) -> Any:
+        return dict.fromkeys(range(value.dim()), Dim.AUTO) if isinstance(value, Tensor) else None
+
+    shapes = {name: pytree.tree_map(dynamic, value) for name, value in arguments.items()}
+    with warnings.catch_warnings(), no_custom_functions():
+        warnings.simplefilter("ignore")  # the exporter's notes about its own internals
+        return torch.export.export(ghost, (), arguments, dynamic_shapes=shapes, strict=False)
+
+
+def _constants(exported: ExportedProgram) -> dict[str, Entry]:
+    """The tensor literals of the model's code."""
+    return {
+        name: Entry(value, "constant", persistent=False)
+        for name, value in exported.constants.items()
+        if isinstance(value, Tensor) and name in exported.graph_signature.lifted_tensor_constants
+    }
+
+
+def _restore_dtype(graph: fx.Graph, table: Table, bound: Example) -> None:
+    """Brings a graph traced under a marker to the dtype of the model's own weights."""
+    retarget(graph, table.dtype, None)
+    mode = fake_mode_of(graph)
+    tensors = iter(bound.tensors)
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            value = node.meta["val"]
+            node.meta["val"] = value.to(next(tensors).dtype) if isinstance(value, Tensor) else value
+        elif node.op == "get_attr":
+            node.meta["val"] = fake_like(mode, table[str(node.target)].tensor)
+    propagate(calls(graph), mode)
+
+
+def _signature(graph: fx.Graph, exported: ExportedProgram, bound: Example) -> Signature:
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    leaves = [leaf for leaf in bound.leaves if isinstance(leaf.value, Tensor)]
+    parameters = bound.forward.parameters
+    symbols = _symbol_names(placeholders)
+    inputs = []
+    for node, leaf in zip(placeholders, leaves, strict=True):
+        dims = tuple(size if isinstance(size, int) else symbols[str(size)] for size in node.meta["val"].shape)
+        parameter = parameters.get(leaf.argument)
+        optional = parameter is None or parameter.default is not parameter.empty
+        inputs.append(Input(node.name, leaf.key, leaf.argument, leaf.value.dtype, dims, optional))
+        node.meta["label"] = leaf.key
+    ranges = {}
+    for symbol, span in exported.range_constraints.items():
+        if str(symbol) in symbols:
+            high = int(span.upper) if span.upper.is_Integer and int(span.upper) < 2**31 else None
+            # A lower bound of 2 is how the exporter says "not specialised to 1"; the graph runs at 1 too.
+            ranges[symbols[str(symbol)]] = (1 if int(span.lower) <= 2 else int(span.lower), high)
+    constants = {leaf.key: leaf.value for leaf in bound.leaves if not isinstance(leaf.value, Tensor)}
+    spec = exported.call_spec.out_spec
+    assert spec is not None
+    return Signature(bound.forward, tuple(inputs), constants, ranges, spec, _output_keys(spec))
+
+
+def _symbol_names(placeholders: Sequence[fx.Node]) -> dict[str, str]:
+    """Readable names for the symbols of the input shapes: B, B2, ... for first dimensions, S, T, U, ... for the others."""
+    names: dict[str, str] = {}
+    batches = iter(["B", *(f"B{i}" for i in range(2, 1000))])
+    lengths = iter(["S", "T", "U", "V", "W", *(f"N{i}" for i in range(1000))])
+    for node in placeholders:
+        for axis, size in enumerate(node.meta["val"].shape):
+            if not isinstance(size, int) and str(size) not in names:
+                names[str(size)] = next(lengths if axis else batches)
+    return names
+
+
+def _output_keys(spec: pytree.TreeSpec) -> tuple[str, ...]:
+    leaves = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    paths = pytree.tree_flatten_with_path(leaves)[0]
+    keys = [pytree.keystr(path) for path, _ in paths]
+    return tuple(key.replace("['", ".").replace("']", "").removeprefix(".") or "output" for key in keys)

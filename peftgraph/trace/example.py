@@ -1,0 +1,119 @@
+"""Example inputs: bound to the model's signature, cloned, with a batch that does not look like any other size."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from peftgraph.errors import TraceError
+from peftgraph.ir.signature import argument_key, arguments_of
+
+PRIMES = (3, 5, 7, 11, 13, 17, 19, 23)
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One leaf of the example: its key, the parameter of `forward` it belongs to, and its value."""
+
+    key: str
+    argument: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class Example:
+    """A call of the model, bound to its signature.
+
+    Attributes:
+        forward: the signature of `forward`.
+        arguments: the arguments by parameter name; tensors are clones that alias nothing.
+        leaves: every leaf of the arguments, in order.
+    """
+
+    forward: inspect.Signature
+    arguments: Mapping[str, Any]
+    leaves: tuple[Leaf, ...]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensor leaves, in order."""
+        return tuple(leaf.value for leaf in self.leaves if isinstance(leaf.value, Tensor))
+
+
+def bind_example(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] | Tensor) -> Example:
+    """Binds `example` to the signature of `model.forward`.
+
+    A transformers model whose `forward` takes `use_cache` is traced without a cache unless the example asks for one.
+
+    Raises:
+        TraceError: the example does not fit the signature, or holds no tensor.
+    """
+    forward = inspect.signature(model.forward)
+    args, kwargs = _split(example)
+    try:
+        arguments = arguments_of(forward, args, kwargs)
+    except TypeError as error:
+        raise TraceError(f"The example does not fit {type(model).__name__}.forward{forward}: {error}.") from None
+    if "use_cache" in forward.parameters and "use_cache" not in arguments:
+        arguments["use_cache"] = False
+    arguments = {name: pytree.tree_map(_clone, value) for name, value in arguments.items() if value is not None}
+    example = Example(forward, arguments, _leaves(arguments))
+    if not example.tensors:
+        raise TraceError("The example holds no tensor. Pass a dict of keyword inputs or a tuple of positional ones.")
+    return _with_distinct_batch(example)
+
+
+def _split(example: Mapping[str, Any] | tuple[Any, ...] | Tensor) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    if isinstance(example, Tensor):
+        return (example,), {}
+    if isinstance(example, Mapping):
+        return (), example
+    if isinstance(example, tuple | list):
+        return tuple(example), {}
+    raise TraceError(
+        f"The example must be a dict of keyword inputs, a tuple of positional ones, or a tensor; got {type(example).__name__}."
+    )
+
+
+def _clone(value: Any) -> Any:
+    # Inputs that alias each other (labels is input_ids) would silently become one input of the graph.
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _leaves(arguments: Mapping[str, Any]) -> tuple[Leaf, ...]:
+    return tuple(
+        Leaf(argument_key(name, path), name, leaf)
+        for name, value in arguments.items()
+        for path, leaf in pytree.tree_flatten_with_path(value)[0]
+    )
+
+
+def _with_distinct_batch(example: Example) -> Example:
+    """Repeats or cuts the batch to a size that no other dimension has.
+
+    A batch of one would be specialised; a batch equal to the length would make two axes look alike. Only when all
+    tensors agree on their first dimension is that dimension a batch.
+    """
+    tensors = example.tensors
+    firsts = {tensor.shape[0] for tensor in tensors if tensor.dim() > 0}
+    others = {size for tensor in tensors for size in tensor.shape[1:]}
+    if len(firsts) != 1 or firsts == {0}:
+        return example
+    (batch,) = firsts
+    if batch > 1 and batch not in others:
+        return example
+    size = next(prime for prime in PRIMES if prime not in others)
+
+    def resize(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            return value
+        return value.index_select(0, torch.arange(size, device=value.device) % batch)
+
+    arguments = {name: pytree.tree_map(resize, value) for name, value in example.arguments.items()}
+    return Example(example.forward, arguments, _leaves(arguments))
