@@ -59,6 +59,9 @@ class Signature:
     def __post_init__(self) -> None:
         object.__setattr__(self, "_by_key", {spec.key: spec for spec in self.inputs})
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Signature:
+        return self  # a value: copies of a module share it
+
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor | None]:
         """The tensors of a call in placeholder order; None for an optional input that was left out.
 

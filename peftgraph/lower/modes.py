@@ -1,0 +1,95 @@
+"""The two faces of one graph: what runs under train() and what runs under eval().
+
+A program is traced in training mode, with dropout in it. Evaluation drops it, so an evaluated graph holds no node that
+does nothing. Leaving out an optional input (labels) drops what depends on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Set
+
+import torch
+from torch import fx
+
+from peftgraph.errors import CallError
+from peftgraph.ir.program import copy_graph
+from peftgraph.trace.normalise import drop_dead, is_mutation
+
+aten = torch.ops.aten
+DROPOUTS = {
+    aten.dropout.default,
+    aten.dropout_.default,
+    aten.feature_dropout.default,
+    aten.alpha_dropout.default,
+    aten.feature_alpha_dropout.default,
+}
+# Where other operations carry training behaviour: operator -> (position, name, value under eval()).
+TRAINING_ARGUMENTS: dict[Callable[..., object], tuple[int, str, object]] = {
+    aten.scaled_dot_product_attention.default: (4, "dropout_p", 0.0),
+    aten.batch_norm.default: (5, "training", False),
+    aten.instance_norm.default: (5, "use_input_stats", True),
+    aten.rrelu.default: (3, "training", False),
+}
+
+
+def evaluated(graph: fx.Graph) -> fx.Graph:
+    """A copy of `graph` as it runs under eval()."""
+    new = copy_graph(graph)
+    for node in list(new.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target in DROPOUTS:
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            node.replace_all_uses_with(source)
+            new.erase_node(node)
+        elif node.target in TRAINING_ARGUMENTS:
+            _set_argument(node, *TRAINING_ARGUMENTS[node.target])
+    drop_dead(new)
+    return new
+
+
+def without_inputs(graph: fx.Graph, missing: Set[str]) -> tuple[fx.Graph, tuple[bool, ...]]:
+    """A copy of `graph` that does not take the inputs in `missing`, and which output leaves are left.
+
+    Raises:
+        CallError: every output depends on a missing input.
+    """
+    new = copy_graph(graph)
+    reached: set[fx.Node] = set()
+    for node in new.nodes:
+        absent = node.op == "placeholder" and node.name in missing
+        if absent or any(operand in reached for operand in node.all_input_nodes):
+            reached.add(node)
+    output = new.output_node()
+    leaves = output.args[0]
+    assert isinstance(leaves, list | tuple)
+    kept = tuple(not (isinstance(leaf, fx.Node) and leaf in reached) for leaf in leaves)
+    if not any(leaf is not None and keep for leaf, keep in zip(leaves, kept, strict=True)):
+        names = ", ".join(sorted(missing))
+        raise CallError(f"Missing input {names}: the model was traced with it and every output depends on it. Pass it, or "
+                        f"trace the model again without it.")
+    output.args = ([leaf if keep else None for leaf, keep in zip(leaves, kept, strict=True)],)
+    for node in reversed(list(new.nodes)):
+        if node in reached and node.op != "output" and not node.users and (node.op != "placeholder" or node.name in missing):
+            new.erase_node(node)
+    drop_dead(new)
+    return new, kept
+
+
+def mutated_buffers(graph: fx.Graph) -> set[str]:
+    """The names of the stored tensors that the graph writes into, such as running statistics."""
+    return {
+        str(operand.target)
+        for node in graph.nodes
+        if node.op == "call_function" and is_mutation(node)
+        for operand in node.all_input_nodes
+        if operand.op == "get_attr"
+    }
+
+
+def _set_argument(node: fx.Node, position: int, name: str, value: object) -> None:
+    if len(node.args) > position:
+        node.update_arg(position, value)  # pyright: ignore[reportArgumentType]
+    elif name in node.kwargs:
+        node.update_kwarg(name, value)  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,128 @@
+"""Program -> nn.Module: an ordinary module with the model's own call signature, output type and parameter names."""
+
+from __future__ import annotations
+
+import linecache
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from peftgraph.errors import PeftGraphError
+from peftgraph.ir.literals import retarget
+from peftgraph.ir.program import ProgramData, copy_graph
+from peftgraph.ir.signature import Signature
+from peftgraph.ir.table import Entry
+from peftgraph.lower.modes import evaluated, mutated_buffers, without_inputs
+
+Code = Callable[..., list[Any]]
+
+
+class GraphModule(nn.Module):
+    """A program as a module.
+
+    Only the parameters that passes added (or made trainable) require grad, and they are shared with the program, so that
+    training is seen by `pg.fold`; frozen weights share storage with the traced model. `train()` and `eval()` switch every
+    dropout; `to()` moves literals along with the parameters.
+    """
+
+    def __init__(self, program: ProgramData) -> None:
+        super().__init__()
+        self._signature: Signature = program.signature
+        self._graph = copy_graph(program.graph)
+        self._marked = program.marked
+        self._target = (program.table.dtype, program.table.device)
+        self._codes: dict[tuple[bool, frozenset[str]], tuple[Code, tuple[bool, ...]]] = {}
+        self._model = program.model
+        self._register(program.table)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the graph with the traced model's own arguments and returns its own output type."""
+        tensors = self._signature.bind(args, kwargs)
+        missing = frozenset(spec.name for spec, value in zip(self._signature.inputs, tensors, strict=True) if value is None)
+        code, kept = self._code(missing)
+        leaves = code(self, *(value for value in tensors if value is not None))
+        return _assemble(self._signature.outputs, leaves, kept)
+
+    def extra_repr(self) -> str:
+        """The inputs and how much trains."""
+        count = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        return f"{self._model}: {self._signature.describe()}; {count:,} trainable parameters"
+
+    def graph_for(self, training: bool, missing: frozenset[str] = frozenset()) -> tuple[fx.Graph, tuple[bool, ...]]:
+        """The graph that runs in a mode when the inputs in `missing` are left out, and which output leaves it gives."""
+        graph = self._graph if training else evaluated(self._graph)
+        if not missing:
+            return graph, (True,) * len(self._signature.output_keys)
+        return without_inputs(graph, missing)
+
+    def _code(self, missing: frozenset[str]) -> tuple[Code, tuple[bool, ...]]:
+        key = (self.training, missing)
+        if key not in self._codes:
+            graph, kept = self.graph_for(*key)
+            self._codes[key] = (compile_graph(graph, self._model), kept)
+        return self._codes[key]
+
+    def _register(self, table: Mapping[str, Entry]) -> None:
+        written = mutated_buffers(self._graph)
+        owned: dict[int, nn.Parameter] = {}
+        for name, entry in table.items():
+            path, _, leaf = name.rpartition(".")
+            owner = _container(self, path)
+            if entry.kind == "parameter":
+                frozen = nn.Parameter(entry.tensor, requires_grad=False) if not entry.trainable else entry.tensor
+                assert isinstance(frozen, nn.Parameter)
+                owner.register_parameter(leaf, owned.setdefault(id(entry.tensor), frozen))
+            else:
+                tensor = entry.tensor.clone() if name in written else entry.tensor
+                owner.register_buffer(leaf, tensor, persistent=entry.persistent)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GraphModule:
+        dtype, device = self._target
+        probe = fn(torch.empty(0, dtype=dtype, device=device))
+        if probe.dtype != dtype and not self._marked:
+            raise PeftGraphError(
+                f"{self._model} mixes floating dtypes, so it is not known which casts of its code follow its weights; "
+                f"it cannot be moved to {probe.dtype}. Convert the model first and trace it again."
+            )
+        super()._apply(fn, recurse)
+        if (probe.dtype, probe.device) != self._target:
+            self._target = (probe.dtype, probe.device)
+            retarget(self._graph, *self._target)
+            self._codes.clear()
+        return self
+
+
+def compile_graph(graph: fx.Graph, title: str) -> Code:
+    """A Python function `(module, *inputs) -> list of output leaves` for `graph`."""
+    source = graph.python_code("self")
+    filename = f"<peftgraph {title} {id(source):x}>"
+    scope: dict[str, Any] = dict(source.globals)
+    exec(compile(source.src, filename, "exec"), scope)
+    linecache.cache[filename] = (len(source.src), None, source.src.splitlines(keepends=True), filename)
+    return scope["forward"]
+
+
+def _container(root: nn.Module, path: str) -> nn.Module:
+    module = root
+    for part in path.split(".") if path else ():
+        if part not in module._modules:
+            module.add_module(part, nn.Module())
+        child = module._modules[part]
+        assert child is not None
+        module = child
+    return module
+
+
+def _assemble(spec: pytree.TreeSpec, leaves: list[Any], kept: tuple[bool, ...]) -> Any:
+    """The model's output tree; an output that depends on a missing input is left out, as the model itself leaves it out."""
+    result = pytree.tree_unflatten(leaves, spec)
+    if all(kept):
+        return result
+    if type(result) is dict:
+        return {key: value for (key, value), keep in zip(result.items(), kept, strict=True) if keep}
+    if type(result) in (tuple, list) and len(result) == len(kept):
+        return type(result)(value for value, keep in zip(result, kept, strict=True) if keep)
+    return result
