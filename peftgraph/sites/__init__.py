@@ -1,0 +1,31 @@
+"""Sites: the parts of a model, found by structure.
+
+`find_sites(graph, tensors)` reads a canonical graph; selectors (`attention.q | attention.v`, or their text) pick sites.
+"""
+
+from .explain import explain as explain
+from .explain import require as require
+from .find import find_sites as find_sites
+from .select import Selector as Selector
+from .select import as_selector as as_selector
+from .select import attention as attention
+from .select import bias as bias
+from .select import block as block
+from .select import embedding as embedding
+from .select import expert as expert
+from .select import ffn as ffn
+from .select import head as head
+from .select import kind as kind
+from .select import layers as layers
+from .select import norm as norm
+from .select import parse_selector as parse_selector
+from .select import projection as projection
+from .select import role as role
+from .select import router as router
+from .select import stack as stack
+from .site import Bias as Bias
+from .site import Columns as Columns
+from .site import NearMiss as NearMiss
+from .site import Site as Site
+from .site import Sites as Sites
+from .site import Weight as Weight

@@ -1,0 +1,124 @@
+"""The parts of a graph before they have roles: projections, norms, cores, joins, and the frontier of a value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from . import ops
+from .cores import Core, find_cores, is_product
+from .flow import Flow
+from .joins import Join, find_joins
+from .norms import Norm, find_norms
+from .projections import Projection, projection
+
+
+@dataclass(frozen=True, eq=False)
+class Frontier:
+    """The nearest projections behind a value, everything else the walk stopped at, and the nodes between."""
+
+    projections: tuple[Projection, ...]
+    stops: tuple[fx.Node, ...]
+    between: frozenset[fx.Node]
+    nonlinear: bool
+
+
+class Anatomy:
+    def __init__(self, graph: fx.Graph, tensors: Mapping[str, torch.Tensor]) -> None:
+        flow = self.flow = Flow(graph, tensors)
+        self.projections: list[Projection] = []
+        self.projection_at: dict[fx.Node, Projection] = {}
+        self.products: set[fx.Node] = set()
+        self.convolutions: list[fx.Node] = []
+        for node in flow.nodes:
+            self._classify(node)
+        self.norms: list[Norm] = find_norms(flow)
+        self.norm_at: dict[fx.Node, Norm] = {norm.output: norm for norm in self.norms}
+        self.cores, self.misses = find_cores(flow, set(self.projection_at))
+        self.core_at: dict[fx.Node, Core] = {core.output: core for core in self.cores}
+        self.routers: set[Projection] = set()
+        self.joins: list[Join] = find_joins(flow, self._heavy(), self.norm_at)
+        self.join_at: dict[fx.Node, Join] = {join.node: join for join in self.joins}
+        self._norm_inside = self._inside_norms()
+        self._frontiers: dict[fx.Node, Frontier] = {}
+
+    def _classify(self, node: fx.Node) -> None:
+        kind = ops.name(node)
+        if kind not in ops.CONTRACTION | ops.CONV:
+            return
+        found = projection(self.flow, node)
+        if found is not None:
+            self.projections.append(found)
+            self.projection_at[found.node] = self.projection_at[found.output] = found
+        elif kind in ops.CONV:
+            self.convolutions.append(node)
+        elif is_product(self.flow, node):
+            self.products.add(node)
+
+    def _heavy(self) -> int:
+        """The nodes that make a value more than a re-shaped, re-scaled copy."""
+        mask = 0
+        for node in self.flow.nodes:
+            if node in self.products or ops.name(node) in ops.SDPA | ops.CONV | ops.POOLING:
+                mask |= self.flow.bit(node)
+        for found in self.projections:
+            mask |= self.flow.bit(found.node)
+        return mask
+
+    def _inside_norms(self) -> set[fx.Node]:
+        inside: set[fx.Node] = set()
+        for norm in self.norms:
+            todo = [norm.output]
+            while todo:
+                node = todo.pop()
+                if node is norm.input or node in inside or not self.flow.descends(node, norm.input):
+                    continue
+                inside.add(node)
+                todo.extend(self.flow.operands(node))
+        return inside
+
+    def stops_at(self, node: fx.Node) -> bool:
+        """Where a walk for projections ends without one."""
+        return (
+            node in self.join_at
+            or node in self.core_at
+            or node in self.products
+            or node.op in ("placeholder", "get_attr")
+            or ops.name(node) in ops.CONV | ops.POOLING | ops.SDPA | {"embedding", "embedding_bag"}
+        )
+
+    def frontier(self, node: fx.Node) -> Frontier:
+        if node not in self._frontiers:
+            self._frontiers[node] = self._walk(node)
+        return self._frontiers[node]
+
+    def _walk(self, start: fx.Node) -> Frontier:
+        projections: dict[Projection, None] = {}
+        stops: dict[fx.Node, None] = {}
+        between: set[fx.Node] = set()
+        todo, seen = [start], set[fx.Node]()
+        while todo:
+            node = todo.pop()
+            if node in seen or not self.flow.floating(node):
+                continue
+            seen.add(node)
+            if node in self.projection_at:
+                projections[self.projection_at[node]] = None
+            elif self.flow.constant(node) and ops.name(node) != "embedding":
+                continue
+            elif self.stops_at(node):
+                stops[node] = None
+            else:
+                between.add(node)
+                todo.extend(self.flow.operands(node))
+        order = self.flow.order
+        bent = any(ops.name(node) in ops.NONLINEAR and node not in self._norm_inside for node in between)
+        return Frontier(
+            tuple(sorted(projections, key=lambda one: order[one.node])),
+            tuple(sorted(stops, key=lambda one: order[one])),
+            frozenset(between),
+            bent,
+        )

@@ -1,0 +1,167 @@
+"""Attention roles: which features of which projections become q, k and v of a core, and which projection reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from .anatomy import Anatomy
+from .cores import Core
+from .projections import Projection
+from .site import Bias, Columns, NearMiss, Weight
+from .tags import Tagger, along, in_order, squeeze_constant
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Features of a projection that play one role; `columns` None means all, in order."""
+
+    role: str
+    projection: Projection
+    columns: Columns | None
+    heads: int | None = None
+    head_dim: int | None = None
+    note: str = ""
+
+    @property
+    def weight(self) -> Weight:
+        stored = self.projection.weight
+        return Weight(stored.parameter, stored.transposed, narrow(stored.window, self.columns), stored.experts)
+
+    @property
+    def bias(self) -> Bias | None:
+        bias = self.projection.bias
+        return None if bias is None else Bias(bias.parameter, narrow(bias.window, self.columns))
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    core: Core
+    parts: tuple[Part, ...]
+    kind: str
+
+    def role(self, role: str) -> tuple[Part, ...]:
+        return tuple(part for part in self.parts if part.role == f"attention.{role}")
+
+
+def narrow(window: Columns | None, columns: Columns | None) -> Columns | None:
+    """The window of a window."""
+    if window is None or columns is None:
+        return columns if window is None else window
+    stored = list(window)
+    return Columns.from_indices([stored[i] for i in columns])
+
+
+def columns_of(projection: Projection, features: Sequence[int]) -> Columns | None:
+    """None where the features are all of them in order."""
+    return None if list(features) == list(range(projection.width)) else Columns.from_indices(features)
+
+
+def arrivals(anatomy: Anatomy, goal: fx.Node, sources: Sequence[Projection]) -> tuple[torch.Tensor, list[int]]:
+    """Run the features of `sources` to `goal`: the tags there, and each source's base (tag = base + feature + 1)."""
+    seeds: dict[fx.Node, torch.Tensor] = {}
+    bases: list[int] = []
+    base = 0
+    for source in sources:
+        shape = anatomy.flow.shape(source.output)
+        axes = source.axes if len(shape) == len(anatomy.flow.shape(source.node)) else (-1,)
+        seeds[source.output] = along(shape, axes, base)
+        bases.append(base)
+        base += source.width
+    return Tagger(anatomy.flow, seeds).run(goal), bases
+
+
+def split(tags: Sequence[int], sources: Sequence[Projection], bases: Sequence[int]) -> list[list[int]]:
+    """The features of each source among the tags, in the order of arrival."""
+    return [
+        [tag - base - 1 for tag in tags if base < tag <= base + source.width]
+        for source, base in zip(sources, bases, strict=True)
+    ]
+
+
+def find_attention(anatomy: Anatomy) -> tuple[list[Attention], list[NearMiss]]:
+    """The attention of every core; and where a core's operand leads to no projection, the reason."""
+    found: list[tuple[Core, list[Part]]] = []
+    misses: list[NearMiss] = []
+    inputs: set[Projection] = set()
+    for core in anatomy.cores:
+        parts: list[Part] = []
+        for role, operand in (("q", core.q), ("k", core.k), ("v", core.v)):
+            played = _parts(anatomy, f"attention.{role}", operand)
+            if not played:
+                misses.append(_operand_miss(anatomy, role, core, operand))
+            parts += played
+        inputs.update(part.projection for part in parts)
+        found.append((core, parts))
+    outputs = _outputs(anatomy, inputs)
+    return [_attention(anatomy, core, parts, outputs) for core, parts in found], misses
+
+
+def _attention(
+    anatomy: Anatomy, core: Core, parts: list[Part], outputs: dict[fx.Node, Projection]
+) -> Attention:
+    reader = outputs.get(core.output)
+    last = [] if reader is None else [Part("attention.o", reader, None)]
+    return Attention(core, (*parts, *last), _kind(anatomy, core, parts))
+
+
+def _parts(anatomy: Anatomy, role: str, operand: fx.Node) -> list[Part]:
+    sources = anatomy.frontier(operand).projections
+    if not sources:
+        return []
+    tags, bases = arrivals(anatomy, operand, sources)
+    heads = _heads(tags)
+    arrived = split(in_order(tags), sources, bases)
+    parts: list[Part] = []
+    for source, features in zip(sources, arrived, strict=True):
+        if features:
+            width = len(features) // heads if heads else None
+            parts.append(Part(role, source, columns_of(source, features), heads, width))
+    return parts
+
+
+def _heads(tags: torch.Tensor) -> int | None:
+    """The number of distinct heads: rows of the operand that carry different features."""
+    kept = squeeze_constant(tags)
+    if kept.dim() <= 1:
+        return 1 if kept.dim() == 1 else None
+    return int(torch.unique(kept.reshape(-1, kept.shape[-1]), dim=0).shape[0])
+
+
+def _operand_miss(anatomy: Anatomy, role: str, core: Core, operand: fx.Node) -> NearMiss:
+    stops = ", ".join(f"%{stop.name}" for stop in anatomy.frontier(operand).stops[:3]) or "constants only"
+    reason = f"{role} (%{operand.name}) leads back to {stops}, to no projection"
+    return NearMiss(f"attention.{role}", core.node.name, reason, 3)
+
+
+def _outputs(anatomy: Anatomy, inputs: set[Projection]) -> dict[fx.Node, Projection]:
+    """For each core's output the first projection that reads it, before any join."""
+    readers: dict[fx.Node, Projection] = {}
+    for candidate in anatomy.projections:
+        if candidate not in inputs:
+            for stop in anatomy.frontier(candidate.input).stops:
+                if stop in anatomy.core_at:
+                    readers.setdefault(stop, candidate)
+    return readers
+
+
+def _kind(anatomy: Anatomy, core: Core, parts: Sequence[Part]) -> str:
+    """self: q and k come from the same place on the same stream."""
+    q = [part.projection.input for part in parts if part.role == "attention.q"] or [core.q]
+    k = [part.projection.input for part in parts if part.role == "attention.k"] or [core.k]
+    if set(q) & set(k):
+        return "self"
+    return "self" if origins(anatomy, q) & origins(anatomy, k) else "cross"
+
+
+def origins(anatomy: Anatomy, nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """Where the values come from: roots of the streams, or what else the walk back stops at."""
+    found: set[fx.Node] = set()
+    for node in nodes:
+        frontier = anatomy.frontier(node)
+        for stop in (*frontier.stops, *(one.output for one in frontier.projections)):
+            found.add(anatomy.join_at[stop].root if stop in anatomy.join_at else stop)
+    return found

@@ -1,0 +1,262 @@
+"""Blocks: the sublayers on each stream, cut into layers by the period of their kinds, and the stacks they form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from . import ops
+from .anatomy import Anatomy
+from .attention import Attention
+from .feedforward import FeedForward
+from .joins import Join
+from .site import Layout
+
+MIXERS = "MLCP"
+
+
+@dataclass(frozen=True, eq=False)
+class Sublayer:
+    """An attention or a feed-forward between two points of the residual stream."""
+
+    role: str
+    join: Join
+    kind: str | None
+    input: fx.Node
+    output: fx.Node
+    memory: fx.Node | None
+    members: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """A chain of joins. `kinds`: one letter for each sublayer on a join: M self attention, X cross attention,
+    F feed-forward, C convolution, P pooling, L other. `blocks`: half-open ranges of joins."""
+
+    joins: tuple[Join, ...]
+    kinds: tuple[str, ...]
+    blocks: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    layer: int
+    stack: str | None
+
+
+class Blocks:
+    def __init__(
+        self, anatomy: Anatomy, attentions: Sequence[Attention], feedforwards: Sequence[FeedForward]
+    ) -> None:
+        self.anatomy = anatomy
+        self.sublayers = _sublayers(anatomy, attentions, feedforwards)
+        self.streams = _streams(anatomy, self.sublayers)
+        self.places: dict[Join, Place] = {}
+        names = _stacks(anatomy, self.streams, attentions)
+        counts: dict[str | None, int] = {}
+        for stream, stack in zip(self.streams, names, strict=True):
+            for start, stop in stream.blocks:
+                layer = counts.get(stack, 0)
+                counts[stack] = layer + 1
+                for join in stream.joins[start:stop]:
+                    self.places[join] = Place(layer, stack)
+        self.post = {join for stream in self.streams for join in _post(stream)}
+
+    def around(self, node: fx.Node) -> Join | None:
+        """The join inside whose branch a node lies."""
+        flow = self.anatomy.flow
+        for join in self.anatomy.joins:
+            if flow.order[join.node] > flow.order[node] and flow.descends(join.branch, node):
+                return join if node is not join.source and flow.descends(node, join.source) else None
+        return None
+
+    def layout(self, sublayer: Sublayer) -> Layout | None:
+        pre = _norm_between(self.anatomy, sublayer.input, sublayer.join.source)
+        if self.anatomy.flow.strip(sublayer.output) in self.anatomy.norm_at:
+            return "sandwich"
+        return "pre" if pre else "post" if sublayer.join in self.post else None
+
+
+def _norm_between(anatomy: Anatomy, node: fx.Node, source: fx.Node) -> bool:
+    while node is not source:
+        if node in anatomy.norm_at:
+            return True
+        before = anatomy.flow.source(node)
+        if before is None:
+            return False
+        node = before
+    return False
+
+
+def _post(stream: Stream) -> list[Join]:
+    """The joins that a norm follows on the skip chain; a stream's last join follows the others' example."""
+    followed = [join.previous for join in stream.joins if join.previous is not None and join.passed]
+    return [*followed, stream.joins[-1]] if followed and len(followed) >= len(stream.joins) - 1 else followed
+
+
+def _sublayers(
+    anatomy: Anatomy, attentions: Sequence[Attention], feedforwards: Sequence[FeedForward]
+) -> dict[Join, list[Sublayer]]:
+    found: dict[Join, list[Sublayer]] = {join: [] for join in anatomy.joins}
+    ends: dict[fx.Node, list[Attention]] = {}
+    for one in attentions:
+        end = one.role("o")[0].projection.output if one.role("o") else one.core.output
+        ends.setdefault(end, []).append(one)
+    fed = {one.join: one for one in feedforwards}
+    for join in anatomy.joins:
+        frontier = anatomy.frontier(join.branch)
+        reached = [one.output for one in frontier.projections] + list(frontier.stops)
+        heads = [(end, one) for end in reached for one in ends.get(end, [])[:1]]
+        downs = [down.output for down in fed[join].downs] if join in fed else []
+        for end, one in heads:
+            others = [other for other, _ in heads if other is not end] + downs
+            found[join].append(_attention_sublayer(anatomy, join, one, end, others))
+        if join in fed:
+            found[join].append(_ffn_sublayer(anatomy, join, fed[join], [end for end, _ in heads]))
+    return found
+
+
+def _attention_sublayer(
+    anatomy: Anatomy, join: Join, one: Attention, end: fx.Node, others: Sequence[fx.Node]
+) -> Sublayer:
+    q, k = one.role("q"), one.role("k")
+    value = q[0].projection.input if q else one.core.q
+    memory = k[0].projection.input if k and one.kind == "cross" else None
+    members = tuple(part.projection.node for part in one.parts) or (one.core.node,)
+    output = _leaf(anatomy, join.branch, end, others)
+    return Sublayer("attention", join, one.kind, _full(anatomy, join, value), output, memory, members)
+
+
+def _ffn_sublayer(anatomy: Anatomy, join: Join, one: FeedForward, others: Sequence[fx.Node]) -> Sublayer:
+    value = next(part.projection.input for part in one.parts if part.role != "ffn.down")
+    members = tuple(part.projection.node for part in one.parts)
+    output = _leaf(anatomy, join.branch, one.downs[0].output, others)
+    return Sublayer("ffn", join, None, _full(anatomy, join, value), output, None, members)
+
+
+def _full(anatomy: Anatomy, join: Join, value: fx.Node) -> fx.Node:
+    """The value a projection reads, before it was flattened or dispatched to experts."""
+    flow = anatomy.flow
+    here: fx.Node | None = value
+    while here is not None and here not in anatomy.norm_at and here is not join.source:
+        if flow.shape(here) == flow.shape(join.node):
+            return here
+        here = flow.source(here)
+    return value if here is None or flow.shape(here) != flow.shape(join.node) else here
+
+
+def _leaf(anatomy: Anatomy, node: fx.Node, end: fx.Node, others: Sequence[fx.Node]) -> fx.Node:
+    """The part of a branch that descends from `end` and from none of the parallel sublayers' ends."""
+    flow = anatomy.flow
+    while any(flow.descends(node, other) for other in others):
+        inside = [one for one in flow.operands(node) if flow.descends(one, end)]
+        if len(inside) != 1:
+            break
+        node = inside[0]
+    return node
+
+
+def _streams(anatomy: Anatomy, sublayers: dict[Join, list[Sublayer]]) -> list[Stream]:
+    chains: dict[fx.Node, list[Join]] = {}
+    for join in anatomy.joins:
+        chains.setdefault(join.root, []).append(join)
+    streams: list[Stream] = []
+    for chain in chains.values():
+        kinds = tuple(_letters(anatomy, join, sublayers[join]) for join in chain)
+        streams.append(Stream(tuple(chain), kinds, tuple(cut(kinds))))
+    return streams
+
+
+def _letters(anatomy: Anatomy, join: Join, sublayers: Sequence[Sublayer]) -> str:
+    letters = {"F" if one.role == "ffn" else "X" if one.kind == "cross" else "M" for one in sublayers}
+    if letters:
+        return "".join(sorted(letters))
+    names = {ops.name(stop) for stop in anatomy.frontier(join.branch).stops}
+    return "C" if names & ops.CONV else "P" if names & ops.POOLING else "L"
+
+
+def cut(kinds: Sequence[str]) -> list[tuple[int, int]]:
+    """Half-open ranges of blocks: the longest periodic run of least period; else a block for each mixer.
+
+    >>> cut("MFMF"), cut("CMXFMXF"), cut("MF")
+    ([(0, 2), (2, 4)], [(1, 4), (4, 7)], [(0, 2)])
+    """
+    best: tuple[int, bool, int, int] | None = None
+    for period in range(1, len(kinds) // 2 + 1):
+        if best is not None and best[0] > len(kinds) - period:
+            break
+        for start in range(len(kinds) - 2 * period + 1):
+            stop = start + period
+            while stop < len(kinds) and kinds[stop] == kinds[stop - period]:
+                stop += 1
+            covered = (stop - start) // period * period
+            rank = (covered, "M" in kinds[start], -period, -start)
+            if covered >= 2 * period and (best is None or rank > best):
+                best = rank
+    if best is None or best[0] * 2 < len(kinds):
+        return _by_mixer(kinds)
+    covered, _, period, start = best[0], best[1], -best[2], -best[3]
+    return [(at, at + period) for at in range(start, start + covered, period)]
+
+
+def _by_mixer(kinds: Sequence[str]) -> list[tuple[int, int]]:
+    starts = [i for i, kind in enumerate(kinds) if set(kind) & set(MIXERS) or kind == "X" and i == 0]
+    starts = starts or ([0] if kinds else [])
+    return list(zip(starts, [*starts[1:], len(kinds)], strict=True))
+
+
+def _stacks(anatomy: Anatomy, streams: Sequence[Stream], attentions: Sequence[Attention]) -> list[str | None]:
+    """encoder and decoder by who reads whom; stages that continue each other share a stack; else towers by number."""
+    groups = _groups(anatomy, streams)
+    count = len(dict.fromkeys(groups))
+    reads = _reads(anatomy, streams, groups, attentions)
+    if reads:
+        decoders = {reader for reader, _ in reads}
+        encoders = {memory for _, memory in reads} - decoders
+        return ["decoder" if g in decoders else "encoder" if g in encoders else f"tower{g}" for g in groups]
+    return [None if count == 1 else f"tower{group}" for group in groups]
+
+
+def _reads(
+    anatomy: Anatomy, streams: Sequence[Stream], groups: Sequence[int], attentions: Sequence[Attention]
+) -> set[tuple[int, int]]:
+    """(group of q, group of k) of every cross attention between two groups."""
+    group_of = {join: group for stream, group in zip(streams, groups, strict=True) for join in stream.joins}
+    reads: set[tuple[int, int]] = set()
+    for one in attentions:
+        if one.kind != "cross" or not one.role("q") or not one.role("k"):
+            continue
+        pair: list[int] = []
+        for role in ("q", "k"):
+            stops = anatomy.frontier(one.role(role)[0].projection.input).stops
+            near = [group_of[anatomy.join_at[stop]] for stop in stops if stop in anatomy.join_at]
+            after = _reading(anatomy, one, group_of) if role == "q" and not near else None
+            pair += near[:1] or ([] if after is None else [after])
+        if len(pair) == 2 and pair[0] != pair[1]:
+            reads.add((pair[0], pair[1]))
+    return reads
+
+
+def _reading(anatomy: Anatomy, one: Attention, group_of: dict[Join, int]) -> int | None:
+    """The group of the join that a cross attention enters."""
+    flow = anatomy.flow
+    return next((group_of[join] for join in anatomy.joins if flow.descends(join.branch, one.core.output)), None)
+
+
+def _groups(anatomy: Anatomy, streams: Sequence[Stream]) -> list[int]:
+    """Streams with the same number belong to one stack: each starts where the one before it ended."""
+    flow = anatomy.flow
+    inputs = sum(flow.bit(node) for node in flow.nodes if node.op == "placeholder")
+    groups: list[int] = []
+    for i, stream in enumerate(streams):
+        root = stream.joins[0].root
+        group = len(set(groups))
+        for j in range(i - 1, -1, -1):
+            last = streams[j].joins[-1].node
+            if flow.descends(root, last) and not flow.before(root) & inputs & ~flow.before(last):
+                group = groups[j]
+                break
+        groups.append(group)
+    return groups

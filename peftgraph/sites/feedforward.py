@@ -1,0 +1,162 @@
+"""Feed-forward roles: up, gate and down around a nonlinearity; and routers, which are none of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from . import ops
+from .anatomy import Anatomy
+from .attention import Part, arrivals, columns_of, split
+from .joins import Join
+from .projections import Projection
+from .site import NearMiss
+from .tags import in_order
+
+REACH = 40  # how many nodes a router's scores may pass before they choose
+
+
+@dataclass(frozen=True, eq=False)
+class FeedForward:
+    """The feed-forward on one join: all its parts, and the values that enter its downs."""
+
+    join: Join
+    parts: tuple[Part, ...]
+    downs: tuple[Projection, ...]
+
+
+def find_routers(anatomy: Anatomy, taken: set[Projection]) -> set[Projection]:
+    """Projections whose result chooses or weighs others: it reaches a top-k, or scales a wider value."""
+    return {one for one in anatomy.projections if one not in taken and _routes(anatomy, one)}
+
+
+def _routes(anatomy: Anatomy, candidate: Projection) -> bool:
+    through = ops.LAYOUT | ops.CAST | ops.NONLINEAR | ops.SCALE | ops.MASKING | ops.DROPOUT | ops.REDUCTION
+    todo, seen = [(candidate.output, False)], set[fx.Node]()
+    while todo and len(seen) < REACH:
+        here, weighs = todo.pop(0)
+        for user in here.users:
+            kind = ops.name(user)
+            if kind in ops.CHOICE:
+                return bool(anatomy.joins) and any(anatomy.flow.descends(join.node, user) for join in anatomy.joins)
+            if weighs and kind == "mul" and _widens(anatomy, here, user):
+                return True
+            if user not in seen and kind in through and user not in anatomy.join_at:
+                seen.add(user)
+                squashed = kind in ops.SOFTMAX or (kind == "sigmoid" and candidate.width == 1)
+                todo.append((user, weighs or squashed))
+    return False
+
+
+def _widens(anatomy: Anatomy, weight: fx.Node, product: fx.Node) -> bool:
+    narrow, wide = anatomy.flow.shape(weight), anatomy.flow.shape(product)
+    return bool(narrow) and narrow[-1] == 1 and wide[-1] > 1
+
+
+def find_feedforward(
+    anatomy: Anatomy, join: Join, taken: set[Projection]
+) -> tuple[FeedForward | None, list[NearMiss]]:
+    """The feed-forward whose result enters `join`."""
+    parts: list[Part] = []
+    downs: list[Projection] = []
+    misses: list[NearMiss] = []
+    for candidate in anatomy.frontier(join.branch).projections:
+        if candidate in taken or candidate in anatomy.routers:
+            continue
+        reason = _unfit(anatomy, join, candidate, taken)
+        if reason is not None:
+            misses.append(NearMiss("ffn.down", candidate.node.name, reason, 2))
+            continue
+        downs.append(candidate)
+        parts += [*_ups(anatomy, candidate), Part("ffn.down", candidate, None)]
+    return (FeedForward(join, tuple(parts), tuple(downs)) if downs else None), misses
+
+
+def _unfit(anatomy: Anatomy, join: Join, candidate: Projection, taken: set[Projection]) -> str | None:
+    """Why a projection that enters a join is no down projection; None where it is one."""
+    frontier = anatomy.frontier(candidate.input)
+    behind = [one for one in frontier.projections if one not in anatomy.routers]
+    if frontier.stops:
+        stop = frontier.stops[0]
+        return f"its input leads back to %{stop.name} ({ops.name(stop)}), past any projection"
+    if not behind:
+        return "no projection stands before it"
+    if any(one in taken for one in behind):
+        return "the projection before it belongs to attention"
+    if not frontier.nonlinear:
+        return "no nonlinearity stands between it and the projection before it"
+    flow = anatomy.flow
+    values, goal = _size(flow.shape(candidate.output)), _size(flow.shape(join.node))
+    if goal % candidate.width or values < goal:
+        return "its result is spread over positions (a gate of the branch), not one value for each"
+    return None
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _ups(anatomy: Anatomy, down: Projection) -> list[Part]:
+    """up and gate: the two sides of the multiplication whose sides carry different features."""
+    frontier = anatomy.frontier(down.input)
+    sources = [one for one in frontier.projections if one not in anatomy.routers]
+    sides = _gating(anatomy, down, sources)
+    if sides is None:
+        tags, bases = arrivals(anatomy, down.input, sources)
+        arrived = split(in_order(tags), sources, bases)
+        return [
+            Part("ffn.up", source, columns_of(source, features))
+            for source, features in zip(sources, arrived, strict=True)
+            if features
+        ]
+    parts: list[Part] = []
+    for role, tags, bases, note in sides:
+        for source, features in zip(sources, split(tags, sources, bases), strict=True):
+            if features:
+                parts.append(Part(role, source, columns_of(source, features), note=note))
+    return sorted(parts, key=lambda part: anatomy.flow.order[part.projection.node])
+
+
+def _gating(
+    anatomy: Anatomy, down: Projection, sources: list[Projection]
+) -> list[tuple[str, list[int], list[int], str]] | None:
+    """The last multiplication with disjoint features on its sides: (role, tags, bases, note) of each side."""
+    between = anatomy.frontier(down.input).between
+    for node in sorted(between, key=lambda one: -anatomy.flow.order[one]):
+        if ops.name(node) == "glu":
+            return _fused_gate(anatomy, node, sources)
+        operands = [one for one in anatomy.flow.operands(node) if anatomy.flow.signal(one)]
+        if ops.name(node) != "mul" or len(operands) != 2:
+            continue
+        tagged = [arrivals(anatomy, operand, sources) for operand in operands]
+        features = [in_order(tags) for tags, _ in tagged]
+        if not features[0] or not features[1] or set(features[0]) & set(features[1]):
+            continue
+        bent = [_bent(anatomy, operand) for operand in operands]
+        gate = 0 if bent[0] else 1
+        note = "" if bent[0] != bent[1] else "both sides are nonlinear" if bent[0] else "neither side is nonlinear"
+        return [
+            ("ffn.gate", features[gate], tagged[gate][1], note),
+            ("ffn.up", features[1 - gate], tagged[1 - gate][1], note),
+        ]
+    return None
+
+
+def _bent(anatomy: Anatomy, node: fx.Node) -> bool:
+    return anatomy.frontier(node).nonlinear
+
+
+def _fused_gate(
+    anatomy: Anatomy, node: fx.Node, sources: list[Projection]
+) -> list[tuple[str, list[int], list[int], str]]:
+    """glu(x) = x[:n] * sigmoid(x[n:])."""
+    axis = ops.argument(node, 1, "dim")
+    tags, bases = arrivals(anatomy, anatomy.flow.operands(node)[0], sources)
+    up, gate = tags.chunk(2, dim=axis if isinstance(axis, int) else -1)
+    return [("ffn.up", in_order(up), bases, ""), ("ffn.gate", in_order(gate), bases, "")]
+
+

@@ -1,0 +1,118 @@
+"""Norms: the operators, and hand-written ones (x times the inverse root of a reduced statistic of x)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from . import ops
+from .flow import Flow
+
+ROOTS = frozenset("rsqrt sqrt pow var std linalg_vector_norm norm var_mean std_mean reciprocal".split())
+STATISTIC = frozenset("add mul div pow square abs sub clamp clamp_min clamp_max expand expand_as getitem maximum".split())
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    node: fx.Node
+    input: fx.Node
+    output: fx.Node
+    weight: str | None
+    bias: str | None
+
+
+def find_norms(flow: Flow) -> list[Norm]:
+    found: list[Norm] = []
+    for node in flow.nodes:
+        if ops.name(node) in ops.NORM:
+            found.append(_operator(flow, node))
+        elif ops.name(node) in ("mul", "div"):
+            norm = _handwritten(flow, node)
+            if norm is not None:
+                found.append(norm)
+    return found
+
+
+def _operator(flow: Flow, node: fx.Node) -> Norm:
+    kind = ops.name(node)
+    batch = kind in ("batch_norm", "_native_batch_norm_legit", "_batch_norm_impl_index", "instance_norm")
+    position = 1 if batch else 2
+    weight = ops.operand(node, position, "weight")
+    bias = None if "rms" in kind else ops.operand(node, position + 1, "bias")
+    return Norm(node, flow.operands(node)[0], node, _name(flow, weight), _name(flow, bias))
+
+
+def _name(flow: Flow, node: fx.Node | None) -> str | None:
+    leaf = None if node is None else flow.leaf(node)
+    return None if leaf is None else str(leaf.target)
+
+
+def _handwritten(flow: Flow, node: fx.Node) -> Norm | None:
+    """x * rsqrt(mean(x^2)), x / sqrt(var(x)), (x - mean(x)) / ...: from the multiplication outward."""
+    sides = [one for one in flow.operands(node) if flow.signal(one) and not flow.constant(one)]
+    if len(sides) != 2 or (ops.name(node) == "div" and node.args[0] is not sides[0]):
+        return None
+    for x, statistic in (sides, sides[::-1]) if ops.name(node) == "mul" else (sides,):
+        centre = _centred(flow, flow.uncast(x))
+        if _reduced(flow, x, statistic) and _statistic_of(flow, statistic, centre):
+            return _with_affine(flow, node, centre)
+    return None
+
+
+def _reduced(flow: Flow, x: fx.Node, statistic: fx.Node) -> bool:
+    wide, narrow = flow.shape(x), flow.shape(statistic)
+    if len(wide) != len(narrow) or not wide:
+        return False
+    return wide[-1] > 1 and (narrow[-1] == 1 or ops.name(statistic) in ("expand", "expand_as"))
+
+
+def _centred(flow: Flow, x: fx.Node) -> fx.Node:
+    """The value whose mean is subtracted in x, or x itself; casts removed."""
+    if ops.name(x) == "sub":
+        operands = flow.operands(x)
+        if len(operands) == 2 and ops.name(flow.uncast(operands[1])) == "mean":
+            return flow.uncast(operands[0])
+    return x
+
+
+def _statistic_of(flow: Flow, statistic: fx.Node, x: fx.Node) -> bool:
+    """Walk back from the statistic to x: there must be a root and a reduction on the way, and nothing else."""
+    rooted = reduced = False
+    todo, seen = [statistic], set[fx.Node]()
+    while todo:
+        node = todo.pop()
+        if node in seen or node is x or flow.constant(node):
+            continue
+        seen.add(node)
+        kind = ops.name(node)
+        rooted |= kind in ROOTS
+        reduced |= kind in ops.REDUCTION
+        if kind not in ROOTS | STATISTIC | ops.REDUCTION | ops.CAST or not flow.descends(node, x):
+            return False
+        todo.extend(flow.operands(node))
+    return rooted and reduced
+
+
+def _with_affine(flow: Flow, node: fx.Node, x: fx.Node) -> Norm:
+    """Extend a bare normalisation over its casts, its gain and its bias."""
+    weight: str | None = None
+    bias: str | None = None
+    output = node
+    while len(output.users) == 1:
+        user = next(iter(output.users))
+        kind = ops.name(user)
+        if kind in ops.CAST and any(ops.name(next_) == "mul" for next_ in user.users):
+            output = user
+            continue
+        addend = next((one for one in flow.operands(user) if one is not output), None)
+        if addend is None or not flow.constant(addend) or flow.leaf(addend) is None:
+            break
+        if kind == "mul" and weight is None and flow.scaling(user):
+            weight = _name(flow, addend)
+        elif kind == "add" and bias is None and len(flow.shape(addend)) == 1:
+            bias = _name(flow, addend)
+        else:
+            break
+        output = user
+    return Norm(node, x, output, weight, bias)

@@ -1,0 +1,331 @@
+"""Selectors: which sites a pass wants. Objects that combine with |, & and ~, and text that means the same.
+
+    attention.q|attention.v        (attention.q|attention.v)&layers(2,6)        ffn.up.where(path="decoder.*")
+
+`attention.*` is the four projections, `attention` the sublayer; likewise `ffn.*` and `ffn`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from peftgraph.errors import PeftGraphError
+
+from .site import Site
+
+ATTENTION: Final = ("attention.q", "attention.k", "attention.v", "attention.o")
+FFN: Final = ("ffn.up", "ffn.gate", "ffn.down")
+WORDS: Final = (
+    "attention",
+    *ATTENTION,
+    "attention.core",
+    "attention.*",
+    "ffn",
+    *FFN,
+    "ffn.hidden",
+    "ffn.*",
+    "norm",
+    "bias",
+    "embedding",
+    "head",
+    "block",
+    "projection",
+    "router",
+)
+FILTERS: Final = ("layers", "stack", "kind", "expert")
+
+
+@dataclass(frozen=True)
+class Selector:
+    """A set of sites. Subclasses are final; combine them with |, & and ~."""
+
+    def matches(self, site: Site) -> bool:
+        raise NotImplementedError
+
+    def __or__(self, other: Selector | str) -> Selector:
+        return Either(self, as_selector(other))
+
+    def __ror__(self, other: str) -> Selector:
+        return Either(as_selector(other), self)
+
+    def __and__(self, other: Selector | str) -> Selector:
+        return Both(self, as_selector(other))
+
+    def __rand__(self, other: str) -> Selector:
+        return Both(as_selector(other), self)
+
+    def __invert__(self) -> Selector:
+        return Not(self)
+
+    def where(self, path: str) -> Selector:
+        """Keep the sites whose path matches the whole regular expression."""
+        return Where(self, path)
+
+    def parts(self) -> tuple[Selector, ...]:
+        """The selectors this one is made of."""
+        return ()
+
+
+@dataclass(frozen=True)
+class Role(Selector):
+    """Sites of one role; `attention.*` and `ffn.*` stand for their projections."""
+
+    name: str
+
+    def matches(self, site: Site) -> bool:
+        return site.role in self.roles
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return {"attention.*": ATTENTION, "ffn.*": FFN}.get(self.name, (self.name,))
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class AttentionRole(Role):
+    """The attention sublayer, and by attribute its parts."""
+
+    name: str = "attention"
+
+    @property
+    def q(self) -> Role:
+        return Role("attention.q")
+
+    @property
+    def k(self) -> Role:
+        return Role("attention.k")
+
+    @property
+    def v(self) -> Role:
+        return Role("attention.v")
+
+    @property
+    def o(self) -> Role:
+        return Role("attention.o")
+
+    @property
+    def core(self) -> Role:
+        return Role("attention.core")
+
+    @property
+    def all(self) -> Role:
+        return Role("attention.*")
+
+
+@dataclass(frozen=True)
+class FeedForwardRole(Role):
+    """The feed-forward sublayer, and by attribute its parts."""
+
+    name: str = "ffn"
+
+    @property
+    def up(self) -> Role:
+        return Role("ffn.up")
+
+    @property
+    def gate(self) -> Role:
+        return Role("ffn.gate")
+
+    @property
+    def down(self) -> Role:
+        return Role("ffn.down")
+
+    @property
+    def hidden(self) -> Role:
+        return Role("ffn.hidden")
+
+    @property
+    def all(self) -> Role:
+        return Role("ffn.*")
+
+
+@dataclass(frozen=True)
+class Layers(Selector):
+    """Sites of layers start up to but not including stop."""
+
+    start: int
+    stop: int
+
+    def matches(self, site: Site) -> bool:
+        return site.layer is not None and self.start <= site.layer < self.stop
+
+    def __str__(self) -> str:
+        single = self.stop == self.start + 1
+        return f"layers({self.start})" if single else f"layers({self.start},{self.stop})"
+
+
+@dataclass(frozen=True)
+class Stack(Selector):
+    name: str
+
+    def matches(self, site: Site) -> bool:
+        return site.stack == self.name
+
+    def __str__(self) -> str:
+        return f"stack({quoted(self.name)})"
+
+
+@dataclass(frozen=True)
+class Kind(Selector):
+    name: str
+
+    def matches(self, site: Site) -> bool:
+        return site.kind == self.name
+
+    def __str__(self) -> str:
+        return f"kind({quoted(self.name)})"
+
+
+@dataclass(frozen=True)
+class Expert(Selector):
+    number: int
+
+    def matches(self, site: Site) -> bool:
+        return site.expert == self.number
+
+    def __str__(self) -> str:
+        return f"expert({self.number})"
+
+
+@dataclass(frozen=True)
+class Where(Selector):
+    """The sites of `inner` whose path matches; a name may only narrow what structure found."""
+
+    inner: Selector
+    path: str
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.path)
+        except re.error as problem:
+            raise PeftGraphError(f"where(path={quoted(self.path)}) is no regular expression: {problem}") from None
+
+    def matches(self, site: Site) -> bool:
+        return self.inner.matches(site) and re.fullmatch(self.path, site.path) is not None
+
+    def parts(self) -> tuple[Selector, ...]:
+        return (self.inner,)
+
+    def __str__(self) -> str:
+        return f"{_wrapped(self.inner, 3)}.where(path={quoted(self.path)})"
+
+
+@dataclass(frozen=True)
+class Either(Selector):
+    left: Selector
+    right: Selector
+
+    def matches(self, site: Site) -> bool:
+        return self.left.matches(site) or self.right.matches(site)
+
+    def parts(self) -> tuple[Selector, ...]:
+        return (self.left, self.right)
+
+    def __str__(self) -> str:
+        return f"{_wrapped(self.left, 0)}|{_wrapped(self.right, 1)}"
+
+
+@dataclass(frozen=True)
+class Both(Selector):
+    left: Selector
+    right: Selector
+
+    def matches(self, site: Site) -> bool:
+        return self.left.matches(site) and self.right.matches(site)
+
+    def parts(self) -> tuple[Selector, ...]:
+        return (self.left, self.right)
+
+    def __str__(self) -> str:
+        return f"{_wrapped(self.left, 1)}&{_wrapped(self.right, 2)}"
+
+
+@dataclass(frozen=True)
+class Not(Selector):
+    inner: Selector
+
+    def matches(self, site: Site) -> bool:
+        return not self.inner.matches(site)
+
+    def parts(self) -> tuple[Selector, ...]:
+        return (self.inner,)
+
+    def __str__(self) -> str:
+        return f"~{_wrapped(self.inner, 2)}"
+
+
+def _strength(selector: Selector) -> int:
+    """How tightly a selector's text binds: | 0, & 1, ~ 2, all else 3."""
+    order = {Either: 0, Both: 1, Not: 2}
+    return order.get(type(selector), 3)
+
+
+def _wrapped(selector: Selector, least: int) -> str:
+    return str(selector) if _strength(selector) >= least else f"({selector})"
+
+
+def quoted(text: str) -> str:
+    """Text in double quotes; only the quote is escaped, so regular expressions stay readable."""
+    return '"' + text.replace('"', '\\"') + '"'
+
+
+def layers(start: int, stop: int | None = None) -> Layers:
+    """layers(2, 6): layers 2 to 5; layers(3): layer 3 alone."""
+    return Layers(start, start + 1 if stop is None else stop)
+
+
+def stack(name: str) -> Stack:
+    return Stack(name)
+
+
+def kind(name: str) -> Kind:
+    return Kind(name)
+
+
+def expert(number: int) -> Expert:
+    return Expert(number)
+
+
+def role(name: str) -> Role:
+    """The selector of a role's name; `attention` and `ffn` with their attributes."""
+    if name not in WORDS:
+        raise PeftGraphError(f"no role is called {name!r}{suggestion(name)}. Roles: {', '.join(WORDS)}")
+    return attention if name == "attention" else ffn if name == "ffn" else Role(name)
+
+
+attention: Final = AttentionRole()
+ffn: Final = FeedForwardRole()
+norm: Final = Role("norm")
+bias: Final = Role("bias")
+embedding: Final = Role("embedding")
+head: Final = Role("head")
+block: Final = Role("block")
+projection: Final = Role("projection")
+router: Final = Role("router")
+
+
+def suggestion(word: str, known: Iterable[str] = (*WORDS, *FILTERS, "where")) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def as_selector(value: object) -> Selector:
+    """A selector, or the selector a text means."""
+    if isinstance(value, Selector):
+        return value
+    if isinstance(value, str):
+        return parse_selector(value)
+    raise PeftGraphError(f"a selector is an object like attention.q or its text, not {type(value).__name__}")
+
+
+def parse_selector(text: str) -> Selector:
+    """The inverse of str(selector)."""
+    from .parse import Parser
+
+    return Parser(text).parse()
