@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from peftgraph.errors import PeftGraphError
+from peftgraph.errors import Conflict
 from peftgraph.ir.propagate import fake_like, fake_mode_of, value_of
 from peftgraph.ir.table import Entry
 
@@ -37,7 +37,8 @@ class Builder:
         label: the prefix of the printed names of new nodes, such as `0.attention.q.lora`.
         owner: the dotted prefix of new parameters, such as `layers.0.self_attn.q_proj`.
         dtype, device: of new parameters.
-        taken: the names already in the program's table.
+        taken: the names already in use, and who made them.
+        maker: the spec of the pass that builds.
         cursor: new nodes go after it.
     """
 
@@ -46,7 +47,8 @@ class Builder:
     owner: str
     dtype: torch.dtype
     device: torch.device
-    taken: set[str]
+    taken: dict[str, str]
+    maker: str
     cursor: fx.Node
     nodes: list[fx.Node] = field(default_factory=list)
     entries: dict[str, Entry] = field(default_factory=dict)
@@ -60,18 +62,19 @@ class Builder:
         """A new trainable parameter `owner.name`, filled in place by `init`.
 
         Raises:
-            PeftGraphError: the name is taken.
+            Conflict: the name is taken.
         """
         full = f"{self.owner}.{name}"
         if full in self.taken:
-            raise PeftGraphError(
-                f"A parameter {full} exists already. Give the second adapter at this site a name of its own: name=\"...\"."
+            raise Conflict(
+                f"{self.maker} would make the parameter {full}, which exists already (made by {self.taken[full]}). Two "
+                'adapters at one site need names of their own: name="...".'
             )
         value = torch.empty(tuple(shape), dtype=self.dtype, device=self.device)
         if self.device.type != "meta":
             with torch.no_grad():
                 init(value)
-        self.taken.add(full)
+        self.taken[full] = self.maker
         parameter = nn.Parameter(value)
         self.entries[full] = Entry(parameter, "parameter", trainable=True, added=True)
         return self._insert("get_attr", full, (), {}, name, fake_like(self._mode, parameter))
@@ -80,7 +83,7 @@ class Builder:
         """A non-persistent buffer `owner.name`, such as an index table; equal ones of the same name are shared."""
         full = f"{self.owner}.{name}"
         if full not in self.taken:
-            self.taken.add(full)
+            self.taken[full] = self.maker
             self.entries[full] = Entry(value.to(self.device), "buffer", persistent=False, added=True)
         return self._insert("get_attr", full, (), {}, name, fake_like(self._mode, value.to(self.device)))
 

@@ -6,8 +6,8 @@ The public `peftgraph.Program` adds the verbs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -18,20 +18,20 @@ from peftgraph.ir.table import Table
 
 
 @dataclass(frozen=True)
-class Change:
-    """What folding an edit changes in the base.
+class Move:
+    """A value that an edit replaced for its users.
 
     Attributes:
-        parameter: the base tensor's name.
-        window: which part of it, as printed; two edits with the same window change the same values.
-        values: how many values that is.
-        rank: the largest rank of the difference; None for a vector, or where no bound below full rank is known.
+        anchor: the base graph's node whose value it is; `value@user` when only one user was given the new value.
+        level: the nesting of the edit there: 0 at a projection, 1 at a sublayer, 2 at a block.
+        after: the node that carries the value from here on.
+        uses: how many uses were moved.
     """
 
-    parameter: str
-    window: str
-    values: int
-    rank: int | None
+    anchor: str
+    level: int
+    after: str
+    uses: int
 
 
 @dataclass(frozen=True)
@@ -42,27 +42,17 @@ class Edit:
         application: index into the program's history.
         rule: index of the rule in its pass.
         site: id of the site.
-        join: how the new computation entered: "add", "multiply", "replace", or "train" (no new computation).
-        anchor: the base graph's node whose value was edited ("" for "train").
-        level: the nesting of the edit at its anchor: 0 at a projection, 1 at a sublayer, 2 at a block.
-        after: the node that carries the value from here on ("" for "train").
-        nodes: every node the edit made.
+        moves: the values it replaced; none when it only makes parameters of the base trainable.
+        nodes: every node it made.
         parameters: the names of the parameters it made or made trainable.
-        moved: how many uses of the value were moved to `after`.
-        changes: what folding it would change; empty when it cannot be folded.
     """
 
     application: int
     rule: int
     site: str
-    join: str
-    anchor: str
-    level: int
-    after: str
+    moves: tuple[Move, ...]
     nodes: tuple[str, ...]
     parameters: tuple[str, ...]
-    moved: int
-    changes: tuple[Change, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,6 +76,8 @@ class ProgramData:
         history: the passes applied, in order.
         edits: what they did, in order.
         marked: whether literals that follow the parameters' dtype are known.
+        base: the traced program that all edits started from; None for that program itself.
+        proof: the evidence of folding, on a folded program.
     """
 
     model: str
@@ -96,7 +88,8 @@ class ProgramData:
     history: tuple[Applied, ...] = ()
     edits: tuple[Edit, ...] = ()
     marked: bool = True
-    notes: Mapping[str, str] = field(default_factory=dict)
+    base: ProgramData | None = None
+    proof: Any = None
 
     def evolve(self, **changes: Any) -> Self:
         """A program with some fields replaced."""
@@ -106,14 +99,10 @@ class ProgramData:
         """The node of that name."""
         return find_node(self.graph, name)
 
-    def chain(self, anchor: str) -> list[Edit]:
-        """The edits at one anchor, innermost first."""
-        return chain(self.edits, anchor)
 
-
-def chain(edits: tuple[Edit, ...], anchor: str) -> list[Edit]:
-    """The edits at `anchor`, innermost first: by level, then in order of application."""
-    return sorted((edit for edit in edits if edit.anchor == anchor), key=lambda edit: edit.level)
+def chain(edits: Iterable[Edit], anchor: str) -> list[Move]:
+    """The moves at `anchor`, innermost first: by level, then in order of application."""
+    return sorted((move for edit in edits for move in edit.moves if move.anchor == anchor), key=lambda move: move.level)
 
 
 def find_node(graph: fx.Graph, name: str) -> fx.Node:

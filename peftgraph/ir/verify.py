@@ -90,7 +90,7 @@ def edits_stand(program: ProgramData) -> Iterator[str]:
     """Every node that an edit lists exists, and every node that is no edit's belongs to the base."""
     names = {node.name for node in program.graph.nodes}
     for edit in program.edits:
-        for name in (*edit.nodes, *([edit.anchor] if edit.anchor else [])):
+        for name in (*edit.nodes, *(move.after for move in edit.moves)):
             if name not in names:
                 yield f"the edit at {edit.site} lists %{name}, which does not exist"
     owned = {name for edit in program.edits for name in edit.nodes}

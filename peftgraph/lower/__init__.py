@@ -1,0 +1,1 @@
+"""Program -> nn.Module and files."""

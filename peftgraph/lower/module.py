@@ -15,7 +15,7 @@ from peftgraph.ir.literals import retarget
 from peftgraph.ir.program import ProgramData, copy_graph
 from peftgraph.ir.signature import Signature
 from peftgraph.ir.table import Entry
-from peftgraph.lower.modes import evaluated, mutated_buffers, without_inputs
+from peftgraph.ir.modes import evaluated, mutated_buffers, without_inputs
 
 Code = Callable[..., list[Any]]
 

@@ -1,0 +1,1 @@
+"""Rules, passes, pipelines and recipes, and how they rewrite a program."""

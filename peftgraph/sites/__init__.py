@@ -1,6 +1,7 @@
 """Sites: the parts of a model, found by structure.
 
-`find_sites(graph, tensors)` reads a canonical graph; selectors (`attention.q | attention.v`, or their text) pick sites.
+`find_sites(graph, tensors)` reads a canonical graph; selectors (`attention.q | attention.v`, or their text)
+pick sites.
 """
 
 from .explain import explain as explain

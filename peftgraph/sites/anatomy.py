@@ -1,4 +1,5 @@
-"""The parts of a graph before they have roles: projections, norms, cores, joins, and the frontier of a value."""
+"""The parts of a graph before they have roles: projections, norms, cores, joins, and the frontier of a
+value."""
 
 from __future__ import annotations
 

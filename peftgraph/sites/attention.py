@@ -1,4 +1,5 @@
-"""Attention roles: which features of which projections become q, k and v of a core, and which projection reads it."""
+"""Attention roles: which features of which projections become q, k and v of a core, and which projection
+reads it."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ class Part:
     @property
     def weight(self) -> Weight:
         stored = self.projection.weight
-        return Weight(stored.parameter, stored.transposed, narrow(stored.window, self.columns), stored.experts)
+        return Weight(
+            stored.parameter, stored.transposed, narrow(stored.window, self.columns), stored.experts
+        )
 
     @property
     def bias(self) -> Bias | None:
@@ -60,8 +63,11 @@ def columns_of(projection: Projection, features: Sequence[int]) -> Columns | Non
     return None if list(features) == list(range(projection.width)) else Columns.from_indices(features)
 
 
-def arrivals(anatomy: Anatomy, goal: fx.Node, sources: Sequence[Projection]) -> tuple[torch.Tensor, list[int]]:
-    """Run the features of `sources` to `goal`: the tags there, and each source's base (tag = base + feature + 1)."""
+def arrivals(
+    anatomy: Anatomy, goal: fx.Node, sources: Sequence[Projection]
+) -> tuple[torch.Tensor, list[int]]:
+    """Run the features of `sources` to `goal`: the tags there, and each source's base (tag = base + feature
+    + 1)."""
     seeds: dict[fx.Node, torch.Tensor] = {}
     bases: list[int] = []
     base = 0

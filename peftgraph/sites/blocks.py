@@ -1,4 +1,5 @@
-"""Blocks: the sublayers on each stream, cut into layers by the period of their kinds, and the stacks they form."""
+"""Blocks: the sublayers on each stream, cut into layers by the period of their kinds, and the stacks they
+form."""
 
 from __future__ import annotations
 
@@ -74,9 +75,17 @@ class Blocks:
 
     def layout(self, sublayer: Sublayer) -> Layout | None:
         pre = _norm_between(self.anatomy, sublayer.input, sublayer.join.source)
-        if self.anatomy.flow.strip(sublayer.output) in self.anatomy.norm_at:
+        if _normed(self.anatomy, sublayer.output):
             return "sandwich"
         return "pre" if pre else "post" if sublayer.join in self.post else None
+
+
+def _normed(anatomy: Anatomy, node: fx.Node) -> bool:
+    """Is the value a norm's result, up to layout, dropout and scaling?"""
+    here: fx.Node | None = node
+    while here is not None and here not in anatomy.norm_at and here not in anatomy.projection_at:
+        here = anatomy.flow.source(here)
+    return here in anatomy.norm_at
 
 
 def _norm_between(anatomy: Anatomy, node: fx.Node, source: fx.Node) -> bool:
@@ -202,13 +211,14 @@ def cut(kinds: Sequence[str]) -> list[tuple[int, int]]:
 
 
 def _by_mixer(kinds: Sequence[str]) -> list[tuple[int, int]]:
-    starts = [i for i, kind in enumerate(kinds) if set(kind) & set(MIXERS) or kind == "X" and i == 0]
+    starts = [i for i, kind in enumerate(kinds) if set(kind) & set(MIXERS) or (kind == "X" and i == 0)]
     starts = starts or ([0] if kinds else [])
     return list(zip(starts, [*starts[1:], len(kinds)], strict=True))
 
 
 def _stacks(anatomy: Anatomy, streams: Sequence[Stream], attentions: Sequence[Attention]) -> list[str | None]:
-    """encoder and decoder by who reads whom; stages that continue each other share a stack; else towers by number."""
+    """encoder and decoder by who reads whom; stages that continue each other share a stack; else towers by
+    number."""
     groups = _groups(anatomy, streams)
     count = len(dict.fromkeys(groups))
     reads = _reads(anatomy, streams, groups, attentions)
@@ -242,7 +252,9 @@ def _reads(
 def _reading(anatomy: Anatomy, one: Attention, group_of: dict[Join, int]) -> int | None:
     """The group of the join that a cross attention enters."""
     flow = anatomy.flow
-    return next((group_of[join] for join in anatomy.joins if flow.descends(join.branch, one.core.output)), None)
+    return next(
+        (group_of[join] for join in anatomy.joins if flow.descends(join.branch, one.core.output)), None
+    )
 
 
 def _groups(anatomy: Anatomy, streams: Sequence[Stream]) -> list[int]:

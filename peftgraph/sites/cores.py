@@ -37,7 +37,9 @@ def is_product(flow: Flow, node: fx.Node) -> bool:
 
 def factors(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     kind = ops.name(node)
-    inputs = einsum_operands(node) if kind == "einsum" else [one for one in node.args if isinstance(one, fx.Node)]
+    inputs = (
+        einsum_operands(node) if kind == "einsum" else [one for one in node.args if isinstance(one, fx.Node)]
+    )
     if kind == "baddbmm":
         inputs = inputs[1:]
     if kind not in ("matmul", "bmm", "mm", "baddbmm", "einsum") or len(inputs) != 2:
@@ -54,13 +56,18 @@ def find_cores(flow: Flow, projected: set[fx.Node]) -> tuple[list[Core], list[Ne
             cores.append(_fused(node))
         elif ops.name(node) in ops.SOFTMAX and flow.floating(node):
             found = _from_softmax(flow, node, projected)
-            (cores if isinstance(found, Core) else misses).append(found)  # pyright: ignore[reportArgumentType]
+            if isinstance(found, Core):
+                cores.append(found)
+            else:
+                misses.append(found)
     return cores, misses
 
 
 def _fused(node: fx.Node) -> Core:
     q, k, v = (ops.operand(node, i, name) for i, name in enumerate(("query", "key", "value")))
-    assert q is not None and k is not None and v is not None
+    assert q is not None, node
+    assert k is not None, node
+    assert v is not None, node
     mask = ops.operand(node, 3, "attn_mask")
     output = next((user for user in node.users if ops.name(user) == "getitem" and user.args[1] == 0), node)
     return Core(node, q, k, v, output if "flash" in ops.name(node) else node, mask)
@@ -71,7 +78,9 @@ def _from_softmax(flow: Flow, node: fx.Node, projected: set[fx.Node]) -> Core | 
     scores, mask, ends = _scores(flow, argument, projected)
     if not scores:
         shown = ", ".join(f"%{end.name} = {ops.name(end)}" for end in ends[:3]) or "no signal"
-        return NearMiss(ROLE, node.name, f"its argument leads back to {shown}, to no product of two signals", 1)
+        return NearMiss(
+            ROLE, node.name, f"its argument leads back to {shown}, to no product of two signals", 1
+        )
     out = _weighting(flow, node)
     if out is None:
         return NearMiss(ROLE, node.name, "its result reaches no product with a third value", 2)
@@ -86,7 +95,7 @@ def _from_softmax(flow: Flow, node: fx.Node, projected: set[fx.Node]) -> Core | 
 def _scores(
     flow: Flow, argument: fx.Node, projected: set[fx.Node]
 ) -> tuple[list[fx.Node], fx.Node | None, list[fx.Node]]:
-    """The products of two signals the argument leads back to, the added mask or bias, and what else was met."""
+    """The products of two signals behind the argument, the added mask or bias, and what else was met."""
     through = ops.LAYOUT | ops.CAST | ops.SCALE | ops.MASKING | ops.DROPOUT
     found: list[fx.Node] = []
     ends: list[fx.Node] = []
@@ -119,7 +128,10 @@ def _mask_side(flow: Flow, node: fx.Node, addends: list[fx.Node]) -> fx.Node | N
 def _chain(flow: Flow, node: fx.Node) -> list[fx.Node]:
     """A node and what it passes on, up to the first product."""
     chain = [node]
-    while not is_product(flow, chain[-1]) and ops.name(chain[-1]) in ops.MASKING | ops.SCALE | ops.LAYOUT | ops.CAST:
+    while (
+        not is_product(flow, chain[-1])
+        and ops.name(chain[-1]) in ops.MASKING | ops.SCALE | ops.LAYOUT | ops.CAST
+    ):
         operands = [one for one in flow.operands(chain[-1]) if flow.signal(one)]
         if not operands:
             break
@@ -156,7 +168,9 @@ def free_axes(flow: Flow, product: fx.Node) -> tuple[int, int] | None:
     return (first[0], second[0]) if len(first) == 1 and len(second) == 1 else None
 
 
-def _query_first(flow: Flow, product: fx.Node, argument: fx.Node, softmax: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+def _query_first(
+    flow: Flow, product: fx.Node, argument: fx.Node, softmax: fx.Node
+) -> tuple[fx.Node, fx.Node] | None:
     """(q, k): k is the factor whose free axis is the softmax axis, found by running an index along it."""
     sides, axes = factors(product), free_axes(flow, product)
     dim = ops.argument(softmax, 1, "dim")

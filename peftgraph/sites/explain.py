@@ -1,4 +1,4 @@
-"""Why a selector finds nothing: which part of it never matched, what there is instead, and the nearest miss."""
+"""Why a selector finds nothing: which part never matched, what there is instead, and the nearest miss."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from .select import Both, Either, Expert, Kind, Layers, Not, Role, Selector, Sta
 from .site import NearMiss, Site, Sites
 
 SOFTMAX_MISS = "no softmax or scaled_dot_product_attention whose operands come from two projections"
-JOIN_MISS = "no projection whose result enters a residual add and that reads a projection through a nonlinearity"
+JOIN_MISS = (
+    "no projection whose result enters a residual add and that reads a projection through a nonlinearity"
+)
 
 
 def require(sites: Sites, selector: object) -> tuple[Site, ...]:
-    """The matches; NoMatch where there are none, or where an alternative or a filter of the selector is idle."""
+    """The matches; NoMatch where there are none, or where an alternative or a filter of the selector is
+    idle."""
     chosen = as_selector(selector)
     found = sites.select(chosen)
     if not found:
@@ -116,8 +119,10 @@ def _no_path(sites: Sites, chosen: Where) -> str:
 
 def _no_filter(sites: Sites, chosen: Selector) -> str:
     if isinstance(chosen, Layers):
-        return f"{chosen} lies beyond the model, which has layers 0 to {sites.layers - 1}" if sites.layers else (
-            f"{chosen} selects nothing: no layers were found"
+        return (
+            f"{chosen} lies beyond the model, which has layers 0 to {sites.layers - 1}"
+            if sites.layers
+            else (f"{chosen} selects nothing: no layers were found")
         )
     known = {
         Stack: sorted({site.stack for site in sites if site.stack}),
@@ -173,5 +178,11 @@ def _closest(misses: list[NearMiss], what: str) -> str:
     if not misses:
         return f"; no {what} seen"
     best = max(misses, key=lambda miss: miss.progress)
-    noun = what if len(misses) != 1 else what.removesuffix("s").removesuffix("e") if what == "softmaxes" else what[:-1]
+    noun = (
+        what
+        if len(misses) != 1
+        else what.removesuffix("s").removesuffix("e")
+        if what == "softmaxes"
+        else what[:-1]
+    )
     return f"; {len(misses)} {noun} seen, closest: %{best.node}, {best.reason}"

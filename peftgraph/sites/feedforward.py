@@ -39,7 +39,9 @@ def _routes(anatomy: Anatomy, candidate: Projection) -> bool:
         for user in here.users:
             kind = ops.name(user)
             if kind in ops.CHOICE:
-                return bool(anatomy.joins) and any(anatomy.flow.descends(join.node, user) for join in anatomy.joins)
+                return bool(anatomy.joins) and any(
+                    anatomy.flow.descends(join.node, user) for join in anatomy.joins
+                )
             if weighs and kind == "mul" and _widens(anatomy, here, user):
                 return True
             if user not in seen and kind in through and user not in anatomy.join_at:
@@ -138,7 +140,13 @@ def _gating(
             continue
         bent = [_bent(anatomy, operand) for operand in operands]
         gate = 0 if bent[0] else 1
-        note = "" if bent[0] != bent[1] else "both sides are nonlinear" if bent[0] else "neither side is nonlinear"
+        note = (
+            ""
+            if bent[0] != bent[1]
+            else "both sides are nonlinear"
+            if bent[0]
+            else "neither side is nonlinear"
+        )
         return [
             ("ffn.gate", features[gate], tagged[gate][1], note),
             ("ffn.up", features[1 - gate], tagged[1 - gate][1], note),
@@ -158,5 +166,3 @@ def _fused_gate(
     tags, bases = arrivals(anatomy, anatomy.flow.operands(node)[0], sources)
     up, gate = tags.chunk(2, dim=axis if isinstance(axis, int) else -1)
     return [("ffn.up", in_order(up), bases, ""), ("ffn.gate", in_order(gate), bases, "")]
-
-

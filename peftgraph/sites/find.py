@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -19,9 +20,25 @@ from .projections import Projection
 from .site import Bias, NearMiss, Site, Sites
 
 RANK = (
-    "block attention ffn norm attention.q attention.k attention.v attention.core attention.o ffn.gate ffn.up "
-    "ffn.hidden ffn.down router projection head embedding bias"
-).split()
+    "block",
+    "attention",
+    "ffn",
+    "norm",
+    "attention.q",
+    "attention.k",
+    "attention.v",
+    "attention.core",
+    "attention.o",
+    "ffn.gate",
+    "ffn.up",
+    "ffn.hidden",
+    "ffn.down",
+    "router",
+    "projection",
+    "head",
+    "embedding",
+    "bias",
+)
 
 
 def find_sites(graph: fx.Graph, tensors: Mapping[str, torch.Tensor]) -> Sites:
@@ -72,22 +89,27 @@ class Finder:
         """Projections that play no role."""
         return tuple(site.id for site in self.found if site.role == "projection")
 
-    def _add(self, role: str, op: fx.Node, path: str, place: Place | None, ports: Ports, **more: object) -> None:
+    def _add(self, role: str, op: fx.Node, path: str, place: Place | None, ports: Ports, **more: Any) -> None:
         items = tuple((port, node.name) for port, node in ports.items() if node is not None)
         layer, stack = (place.layer, place.stack) if place else (None, None)
         self.found.append(
-            Site(role=role, path=path, op=op.name, layer=layer, stack=stack, port_items=items, **more)  # pyright: ignore[reportArgumentType]
+            Site(role=role, path=path, op=op.name, layer=layer, stack=stack, port_items=items, **more)
         )
 
     def _place(self, node: fx.Node) -> Place | None:
         join = self.blocks.around(node)
         return self.blocks.places.get(join) if join is not None else None
 
-    def _part(self, part: Part, place: Place | None, **more: object) -> None:
+    def _part(self, part: Part, place: Place | None, **more: Any) -> None:
         """A site for one part of a projection."""
         one = part.projection
         self.place_of.setdefault(one.node, place)
-        ports: Ports = {"input": one.input, "output": one.output, "offsets": one.offsets}
+        ports: Ports = {
+            "input": one.input,
+            "output": one.output,
+            "offsets": one.offsets,
+            "chosen": one.chosen,
+        }
         weight = part.weight
         self._add(
             part.role,
@@ -132,7 +154,7 @@ class Finder:
                 down.node,
                 owner(weight.parameter, weight.experts),
                 place,
-                {"input": down.input, "output": down.input, "offsets": down.offsets},
+                {"input": down.input, "output": down.input, "offsets": down.offsets, "chosen": down.chosen},
                 weight=weight,
                 shape=weight.shape(self.flow.tensors),
                 **{"expert": down.expert, **experts.get(down, {})},
@@ -141,7 +163,9 @@ class Finder:
     def _experts(self, one: FeedForward) -> dict[Projection, dict[str, object]]:
         """Several downs of one shape on one join, weighed by a router, are experts by number."""
         routed = self._routed(one.join)
-        alike = [down for down in one.downs if down.weight.experts is None and down.width == one.downs[0].width]
+        alike = [
+            down for down in one.downs if down.weight.experts is None and down.width == one.downs[0].width
+        ]
         shapes = [down.weight.shape(self.flow.tensors) for down in alike]
         numbered_downs = [d for d, shape in zip(alike, shapes, strict=True) if shapes.count(shape) > 1]
         if not routed or len(numbered_downs) < 2:
@@ -239,7 +263,9 @@ class Finder:
 
     def _embeddings(self) -> None:
         for node in self.flow.nodes:
-            if ops.name(node) not in ("embedding", "embedding_bag") or not _looks_up_input(self.flow.operands(node)[1]):
+            if ops.name(node) not in ("embedding", "embedding_bag") or not _looks_up_input(
+                self.flow.operands(node)[1]
+            ):
                 continue
             leaf = self.flow.leaf(self.flow.operands(node)[0])
             if leaf is not None:
@@ -292,13 +318,20 @@ Ports = dict[str, fx.Node | None]
 
 def _parallel(one: Sublayer, blocks: Blocks) -> bool:
     """Another sublayer starts from the same value."""
-    twins = [other for joins in blocks.sublayers.values() for other in joins if other.join.source is one.join.source]
+    twins = [
+        other
+        for joins in blocks.sublayers.values()
+        for other in joins
+        if other.join.source is one.join.source
+    ]
     return len({other.role for other in twins}) > 1
 
 
 def _looks_up_input(index: fx.Node) -> bool:
     """An index that is an input, up to layout, casts and masking; positions counted from a mask are none."""
-    through = ops.LAYOUT | ops.CAST | {"masked_fill", "where", "clamp", "copy", "new_zeros", "fill", "clamp_min"}
+    through = (
+        ops.LAYOUT | ops.CAST | {"masked_fill", "where", "clamp", "copy", "new_zeros", "fill", "clamp_min"}
+    )
     todo, seen = [index], set[fx.Node]()
     while todo:
         node = todo.pop()

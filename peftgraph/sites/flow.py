@@ -1,7 +1,7 @@
 """What one forward pass over the graph can tell: shapes, raw weights, constants, and who comes before whom.
 
-Ancestors are bit masks over the node order, so "does b descend from a" costs one shift. Edges that carry only sizes
-(sym_size and the arithmetic on it) are no ancestry.
+Ancestors are bit masks over the node order, so "does b descend from a" costs one shift. Edges that carry
+only sizes (sym_size and the arithmetic on it) are no ancestry.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Flow:
     def carries_tensor(self, node: fx.Node) -> bool:
         value = self.value(node)
         if isinstance(value, (list, tuple)):
-            return any(isinstance(part, torch.Tensor) for part in value)  # pyright: ignore[reportUnknownVariableType]
+            return any(isinstance(part, torch.Tensor) for part in value)
         return isinstance(value, torch.Tensor)
 
     def operands(self, node: fx.Node) -> list[fx.Node]:
@@ -72,7 +72,7 @@ class Flow:
     def floating(self, node: fx.Node) -> bool:
         value = self.value(node)
         if isinstance(value, (list, tuple)):
-            parts = [part for part in value if isinstance(part, torch.Tensor)]  # pyright: ignore[reportUnknownVariableType]
+            parts = [part for part in value if isinstance(part, torch.Tensor)]
             return any(part.is_floating_point() or part.is_complex() for part in parts)
         return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
 
@@ -136,8 +136,23 @@ class Flow:
             node = self.operands(node)[0]
         return node
 
+    def picks(self, node: fx.Node) -> fx.Node | None:
+        """The computed index by which a raw weight was gathered (one expert for each token); None if it was
+        not."""
+        while node in self._raw and node.op != "get_attr":
+            chosen = [source for source in self.operands(node) if not self.floating(source)]
+            if chosen:
+                return chosen[0]
+            node = self.operands(node)[0]
+        return None
+
     def leaf(self, node: fx.Node) -> fx.Node | None:
         """The get_attr a constant is made of; None unless there is exactly one floating one."""
+        while node in self._raw and node.op != "get_attr":
+            floats = [source for source in self.operands(node) if self.floating(source)]
+            if len(floats) != 1:
+                return None
+            node = floats[0]
         if node.op == "get_attr":
             return node
         mask = self.before(node)

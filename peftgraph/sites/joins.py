@@ -16,7 +16,8 @@ PARALLEL = 3  # how many joins on one skip are still parallel branches
 
 @dataclass(frozen=True, eq=False)
 class Join:
-    """`node` = `skip` + `branch`. `source`: the value both sides come from. `previous`: the join before it on the
+    """`node` = `skip` + `branch`. `source`: the value both sides come from. `previous`: the join before it
+    on the
     stream, None for the first. `root`: where the stream starts. `passed`: norms on the skip chain."""
 
     node: fx.Node
@@ -53,7 +54,11 @@ def _source(
     crossed = 0
     while here is not None:
         if flow.descends(branch, here):
-            return here if _heavy_between(flow, here, branch, heavy) and _local(flow, here, branch, joins) else None
+            return (
+                here
+                if _heavy_between(flow, here, branch, heavy) and _local(flow, here, branch, joins)
+                else None
+            )
         if here in joins:
             crossed += 1
             here = joins[here].skip if crossed < PARALLEL else None
@@ -63,7 +68,7 @@ def _source(
 
 
 def _heavy_between(flow: Flow, source: fx.Node, branch: fx.Node, heavy: int) -> bool:
-    mask = (flow.before(branch) | flow.bit(branch)) & ~flow.before(source) & heavy
+    mask = (flow.before(branch) | flow.bit(branch)) & ~flow.before(source) & ~flow.bit(source) & heavy
     return any(flow.descends(node, source) for node in flow.members(mask))
 
 
@@ -80,7 +85,8 @@ def _local(flow: Flow, source: fx.Node, branch: fx.Node, joins: dict[fx.Node, Jo
 def behind(
     flow: Flow, node: fx.Node, joins: dict[fx.Node, Join], norm_at: Mapping[fx.Node, Norm]
 ) -> tuple[Join | None, fx.Node, tuple[Norm, ...]]:
-    """Walk back along a stream: the join reached (if any), the stream's root, and the norms passed on the way."""
+    """Walk back along a stream: the join reached (if any), the stream's root, and the norms passed on the
+    way."""
     passed: list[Norm] = []
     while True:
         if node in joins:

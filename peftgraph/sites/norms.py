@@ -9,8 +9,10 @@ from torch import fx
 from . import ops
 from .flow import Flow
 
-ROOTS = frozenset("rsqrt sqrt pow var std linalg_vector_norm norm var_mean std_mean reciprocal".split())
-STATISTIC = frozenset("add mul div pow square abs sub clamp clamp_min clamp_max expand expand_as getitem maximum".split())
+ROOTS = ops.words("rsqrt sqrt pow var std linalg_vector_norm norm var_mean std_mean reciprocal")
+STATISTIC = ops.words(
+    "add mul div pow square abs sub clamp clamp_min clamp_max expand expand_as getitem maximum"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +79,7 @@ def _centred(flow: Flow, x: fx.Node) -> fx.Node:
 
 
 def _statistic_of(flow: Flow, statistic: fx.Node, x: fx.Node) -> bool:
-    """Walk back from the statistic to x: there must be a root and a reduction on the way, and nothing else."""
+    """Walk back from the statistic to x: a root and a reduction must be on the way, and nothing else."""
     rooted = reduced = False
     todo, seen = [statistic], set[fx.Node]()
     while todo:

@@ -1,6 +1,7 @@
 """The vocabulary: which aten operators move data, scale it, bend it or contract it.
 
-Operators are named by their schema without namespace and in-place underscore, so `aten.div_.Tensor` reads "div".
+Operators are named by their schema without namespace and in-place underscore, so
+`aten.div_.Tensor` reads "div".
 """
 
 from __future__ import annotations
@@ -9,45 +10,53 @@ from typing import Final
 
 from torch import fx
 
-LAYOUT: Final = frozenset(
-    "view reshape _unsafe_view transpose permute t numpy_T movedim swapaxes contiguous clone expand expand_as view_as "
-    "reshape_as squeeze unsqueeze flatten unflatten slice select narrow split split_with_sizes chunk unbind getitem "
-    "cat concat stack repeat repeat_interleave roll flip index index_select gather pad constant_pad_nd unfold alias "
-    "lift_fresh_copy view_as_real view_as_complex detach slice_scatter select_scatter tile hstack vstack "
-    "pixel_unshuffle pixel_shuffle broadcast_to tensor_split take_along_dim mH mT".split()
+
+def words(*lines: str) -> frozenset[str]:
+    """The words of some lines, as a set."""
+    return frozenset(" ".join(lines).split())
+
+
+LAYOUT: Final = words(
+    "view reshape _unsafe_view transpose permute t numpy_T movedim swapaxes contiguous clone expand",
+    "expand_as view_as reshape_as squeeze unsqueeze flatten unflatten slice select narrow split",
+    "split_with_sizes chunk unbind getitem cat concat stack repeat repeat_interleave roll flip index",
+    "index_select gather pad constant_pad_nd unfold alias lift_fresh_copy view_as_real",
+    "view_as_complex detach slice_scatter select_scatter tile hstack vstack pixel_unshuffle",
+    "pixel_shuffle broadcast_to tensor_split take_along_dim mH mT",
 )
-CAST: Final = frozenset("to _to_copy type_as float half double bfloat16".split())
-DROPOUT: Final = frozenset("dropout native_dropout alpha_dropout feature_dropout bernoulli".split())
-NONLINEAR: Final = frozenset(
-    "gelu silu relu tanh sigmoid mish leaky_relu elu selu celu softplus hardswish hardsigmoid hardtanh relu6 erf exp "
-    "pow square prelu logsigmoid log_sigmoid softsign glu swish threshold rrelu softmax _softmax".split()
+CAST: Final = words("to _to_copy type_as float half double bfloat16")
+DROPOUT: Final = words("dropout native_dropout alpha_dropout feature_dropout bernoulli")
+NONLINEAR: Final = words(
+    "gelu silu relu tanh sigmoid mish leaky_relu elu selu celu softplus hardswish hardsigmoid",
+    "hardtanh relu6 erf exp pow square prelu logsigmoid log_sigmoid softsign glu swish threshold",
+    "rrelu softmax _softmax",
 )
-REDUCTION: Final = frozenset(
-    "mean sum var std norm linalg_vector_norm amax amin max min prod logsumexp var_mean std_mean".split()
+REDUCTION: Final = words(
+    "mean sum var std norm linalg_vector_norm amax amin max min prod logsumexp var_mean std_mean"
 )
-NORM: Final = frozenset(
-    "layer_norm native_layer_norm rms_norm _fused_rms_norm group_norm native_group_norm batch_norm "
-    "_native_batch_norm_legit _batch_norm_impl_index instance_norm cudnn_batch_norm".split()
+NORM: Final = words(
+    "layer_norm native_layer_norm rms_norm _fused_rms_norm group_norm native_group_norm batch_norm",
+    "_native_batch_norm_legit _batch_norm_impl_index instance_norm cudnn_batch_norm",
 )
-CONV: Final = frozenset(
-    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution".split()
+CONV: Final = words("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution")
+SDPA: Final = words(
+    "scaled_dot_product_attention _scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention _scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_cudnn_attention",
 )
-SDPA: Final = frozenset(
-    "scaled_dot_product_attention _scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention "
-    "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_cudnn_attention".split()
+SOFTMAX: Final = words("softmax _softmax _safe_softmax")
+GROUPED: Final = words("_grouped_mm grouped_mm grouped_mm_fallback")
+CONTRACTION: Final = words("linear addmm mm matmul bmm baddbmm einsum dot mv") | GROUPED
+POOLING: Final = words(
+    "avg_pool1d avg_pool2d max_pool1d max_pool2d adaptive_avg_pool1d adaptive_avg_pool2d fft_fft",
+    "fft_fftn fft_fft2 fft_rfft fft_rfft2 cumsum lstm gru",
 )
-SOFTMAX: Final = frozenset("softmax _softmax _safe_softmax".split())
-GROUPED: Final = frozenset("_grouped_mm grouped_mm grouped_mm_fallback".split())
-CONTRACTION: Final = frozenset("linear addmm mm matmul bmm baddbmm einsum dot mv".split()) | GROUPED
-POOLING: Final = frozenset(
-    "avg_pool1d avg_pool2d max_pool1d max_pool2d adaptive_avg_pool1d adaptive_avg_pool2d fft_fft fft_fftn fft_fft2 "
-    "fft_rfft fft_rfft2 cumsum lstm gru".split()
-)
-CHOICE: Final = frozenset("topk argmax argsort sort kthvalue one_hot multinomial".split())
-COMPLEX: Final = frozenset("view_as_real view_as_complex".split())
-SCALE: Final = frozenset("mul div multiply divide true_divide neg".split())
-MASKING: Final = frozenset(
-    "add sub rsub where masked_fill clamp clamp_min clamp_max tanh nan_to_num maximum minimum masked_fill_ abs".split()
+CHOICE: Final = words("topk argmax argsort sort kthvalue one_hot multinomial")
+COMPLEX: Final = words("view_as_real view_as_complex")
+SCALE: Final = words("mul div multiply divide true_divide neg")
+MASKING: Final = words(
+    "add sub rsub where masked_fill clamp clamp_min clamp_max tanh nan_to_num maximum minimum",
+    "masked_fill_ abs",
 )
 
 

@@ -1,7 +1,7 @@
 """A recursive-descent parser for selectors.
 
-    either := both ("|" both)*      both := prefix ("&" prefix)*      prefix := "~" prefix | suffixed
-    suffixed := primary (".where(path=" STRING ")")*                  primary := "(" either ")" | FILTER | ROLE
+either := both ("|" both)*      both := prefix ("&" prefix)*      prefix := "~" prefix | suffixed
+suffixed := primary (".where(path=" STRING ")")*                  primary := "(" either ")" | FILTER | ROLE
 """
 
 from __future__ import annotations
@@ -12,7 +12,21 @@ from typing import Final, NoReturn
 
 from peftgraph.errors import PeftGraphError
 
-from .select import FILTERS, WORDS, Both, Either, Expert, Kind, Layers, Not, Selector, Stack, Where, role, suggestion
+from .select import (
+    FILTERS,
+    WORDS,
+    Both,
+    Either,
+    Expert,
+    Kind,
+    Layers,
+    Not,
+    Selector,
+    Stack,
+    Where,
+    role,
+    suggestion,
+)
 
 TOKEN: Final = re.compile(
     r"\s*(?:(?P<where>\.\s*where\b)|(?P<word>[A-Za-z_]\w*(?:\.(?!where\b)(?:\w+|\*))*)"

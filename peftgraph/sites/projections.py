@@ -1,6 +1,7 @@
 """Projections: a signal contracted with a raw weight, in every spelling.
 
-linear, addmm (Conv1D), matmul, einsum, 1x1 convolution and grouped_mm (experts) become one description: which node,
+linear, addmm (Conv1D), matmul, einsum, 1x1 convolution and grouped_mm (experts) become one description:
+which node,
 which operand, which axes of the result are its features, and where the weight and the bias are stored.
 """
 
@@ -19,7 +20,9 @@ from .tags import Tagger, along, in_order, squeeze_constant
 
 @dataclass(frozen=True, eq=False)
 class Projection:
-    """y = x W^T + b. `axes`: the axes of the result that are features; `width`: how many features there are."""
+    """y = x W^T + b. `axes`: the axes of the result that are features, `width` of them in all; `offsets`:
+    where
+    each expert's rows end (grouped_mm); `chosen`: the expert of each row (gathered weights)."""
 
     node: fx.Node
     input: fx.Node
@@ -30,6 +33,7 @@ class Projection:
     width: int
     expert: int | None = None
     offsets: fx.Node | None = None
+    chosen: fx.Node | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ def projection(flow: Flow, node: fx.Node) -> Projection | None:
         width=width,
         expert=expert,
         offsets=found.offsets,
+        chosen=flow.picks(found.weight),
     )
 
 
@@ -135,7 +140,7 @@ def _pointwise(flow: Flow, node: fx.Node, inputs: list[fx.Node]) -> Contraction 
 
 
 def store(flow: Flow, found: Contraction) -> tuple[Weight, int | None] | None:
-    """Where the weight operand is stored, by running its path on index tensors; and the one expert it picks."""
+    """Where the weight operand is stored, by running its path on index tensors; and the expert it picks."""
     leaf = flow.leaf(found.weight)
     if leaf is None:
         return None
@@ -180,7 +185,7 @@ def _traced(
         elif _only(tags, {a % rank for a in found.inner}) is not None:
             inner.append(axis)
         elif squeeze_constant(tags).dim() == 0:
-            expert = int(squeeze_constant(tags).item()) - 1
+            expert = None if flow.picks(found.weight) else int(squeeze_constant(tags).item()) - 1
             experts = sizes[axis]
         else:
             experts = sizes[axis]

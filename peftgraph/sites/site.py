@@ -56,7 +56,8 @@ class Columns:
 class Weight:
     """Where a weight lives.
 
-    `transposed`: stored (in, out), like GPT-2's Conv1D. `window`: which of the stored parameter's output features the
+    `transposed`: stored (in, out), like GPT-2's Conv1D. `window`: which of the stored parameter's output
+    features the
     site owns (None = all). `experts`: the size of a leading expert dimension.
     """
 
@@ -170,7 +171,8 @@ class Sites(Sequence[Site]):
         return tuple(site for site in self.items if chosen.matches(site))
 
     def require(self, selector: object) -> tuple[Site, ...]:
-        """Like select, but no match, or a part of the selector that never matched, is an error that says why."""
+        """Like select, but no match, or a part of the selector that never matched, is an error that says
+        why."""
         from .explain import require
 
         return require(self, selector)
@@ -185,7 +187,9 @@ class Sites(Sequence[Site]):
         rows = [("role", "path", "layer", "stack", "kind", "columns", "shape")]
         rows += [_row(site) for site in self.items]
         widths = [max(len(row[i]) for row in rows) for i in range(7)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
+        ]
         return "\n".join(line.rstrip() for line in lines)
 
 

@@ -1,8 +1,8 @@
 """Provenance by execution: run data movement on integer tags and read which features arrive where.
 
-A seed replaces one node's value by a tensor of tags (0 = none). Layout operators run as themselves on the example's
-sizes; elementwise operators and norms pass on the tag of their tagged operand (the first, where two are tagged);
-reductions and products erase. Only the nodes between seeds and goal are run.
+A seed replaces one node's value by a tensor of tags (0 = none). Layout operators run as themselves on the
+example's sizes; elementwise operators and norms pass on the tag of their tagged operand (the first, where two
+are tagged); reductions and products erase. Only the nodes between seeds and goal are run.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Tagger:
     def _blank(self, node: fx.Node) -> Any:
         value = self.flow.value(node)
         if isinstance(value, (list, tuple)):
-            return [torch.zeros([hint(s) for s in part.shape], dtype=torch.int64) for part in value]  # pyright: ignore
+            return [torch.zeros([hint(s) for s in part.shape], dtype=torch.int64) for part in value]
         return torch.zeros(self.flow.shape(node), dtype=torch.int64)
 
     def _operand(self, node: fx.Node) -> Any:
@@ -76,21 +76,22 @@ class Tagger:
         return self._blank(node)
 
     def _move(self, node: fx.Node, kind: str) -> Any:
-        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), self._operand)  # pyright: ignore
+        inputs: Any = fx.map_arg((node.args, dict(node.kwargs)), self._operand)
+        args, kwargs = inputs
         if kind == "getitem":
             return args[0][args[1]]
         if kind in ("view", "_unsafe_view", "view_as", "reshape_as"):
             return args[0].reshape(self.flow.shape(node))
-        if kind in ("view_as_complex", "view_as_real"):
+        if kind in ops.COMPLEX:
             return self._complex(node, kind, args[0])
-        if kind in ("index", "gather", "index_select"):
-            args = [args[0], *fx.map_arg(list(args[1:]), lambda one: one)]
         target: Any = node.target
         return target(*args, **kwargs)
 
     def _complex(self, node: fx.Node, kind: str, value: Tags) -> Tags:
         """Real pairs and complex numbers: a pair's tag is its first member's."""
-        return value[..., 0] if kind == "view_as_complex" else value.unsqueeze(-1).expand(self.flow.shape(node))
+        return (
+            value[..., 0] if kind == "view_as_complex" else value.unsqueeze(-1).expand(self.flow.shape(node))
+        )
 
     def _halves(self, node: fx.Node) -> Tags:
         value = self._operand(self.flow.operands(node)[0])

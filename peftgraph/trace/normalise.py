@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from peftgraph.errors import TraceError
+from peftgraph.ir.dead import drop_dead
 
 aten = torch.ops.aten
 STORED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
@@ -162,18 +163,3 @@ def _getitem_source(node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
     if getattr(node.target, "__name__", "") != "getitem" or not isinstance(node.args[0], fx.Node):
         return None
     return env.get(node.args[0])
-
-
-def drop_dead(graph: fx.Graph) -> None:
-    """Erases, in place, what reaches no output; inputs stay, and so does what writes in place."""
-    for node in reversed(list(graph.nodes)):
-        if node.op in ("placeholder", "output") or node.users or is_mutation(node):
-            continue
-        graph.erase_node(node)
-
-
-def is_mutation(node: fx.Node) -> bool:
-    """Whether a node writes into one of its operands."""
-    return isinstance(node.target, torch._ops.OpOverload) and (
-        node.target._schema.is_mutable or node.target is aten.batch_norm.default
-    )

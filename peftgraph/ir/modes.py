@@ -13,7 +13,7 @@ from torch import fx
 
 from peftgraph.errors import CallError
 from peftgraph.ir.program import copy_graph
-from peftgraph.trace.normalise import drop_dead, is_mutation
+from peftgraph.ir.dead import drop_dead, is_mutation
 
 aten = torch.ops.aten
 DROPOUTS = {

@@ -1,0 +1,203 @@
+"""Folding: edits go back into the weights, innermost first, until nothing foldable is left.
+
+An edit at a projection's output folds once nothing unfolded stands between it and the projection; a scale on the value
+that enters a projection folds once that projection is its only reader. Each fold takes its edit out of the graph, which
+may free the next one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor, fx
+
+from peftgraph.fold.sharing import sharing_reason
+from peftgraph.ir.builder import erase
+from peftgraph.ir.program import Applied, Edit, ProgramData, chain, copy_graph, find_node
+from peftgraph.ir.table import Table
+from peftgraph.rewrite.apply import undo
+from peftgraph.rewrite.count import rule_of, short_params
+from peftgraph.rewrite.match import Match
+from peftgraph.rewrite.rule import Params, Rule
+from peftgraph.rewrite.views import View, accumulation_dtype
+from peftgraph.sites import Site, Sites
+
+aten = torch.ops.aten
+P = TypeVar("P", bound=ProgramData)
+
+# What may stand between a scaled hidden value and the projection that reads it: a scale of features passes through.
+TRANSPARENT = {
+    aten.dropout.default,
+    aten.to.dtype,
+    aten.to.device,
+    aten.view.default,
+    aten.reshape.default,
+    aten.contiguous.default,
+}
+
+
+@dataclass
+class Folding:
+    """One run of the engine over a program, which stays unchanged.
+
+    Attributes:
+        program: what is folded.
+        sites: the sites of its base.
+        precision: what to accumulate in, and to leave the changed weights in; None for float32 (float64 where the weight
+            is float64) and one rounding to the stored dtype at the end.
+        untie: a tied weight that must change gets a tensor of its own.
+        changed: the changed windows, by parameter.
+        reasons: for each edit that is left, `site: pass: reason`.
+    """
+
+    program: ProgramData
+    sites: Sites
+    precision: torch.dtype | None = None
+    untie: bool = False
+    changed: dict[str, list[View]] = field(default_factory=dict)
+    reasons: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.graph: fx.Graph = copy_graph(self.program.graph)
+        self.table: Table = self.program.table
+        self.edits: list[Edit] = list(self.program.edits)
+        self._by_id: dict[str, Site] = {site.id: site for site in self.sites}
+
+    def run(self) -> Folding:
+        """Folds until no edit can be folded any more."""
+        progress = True
+        while progress:
+            progress = False
+            self.reasons = []
+            for edit in list(self.edits):
+                reason = self._reason(edit)
+                if reason is None:
+                    self._fold(edit)
+                    progress = True
+                else:
+                    self.reasons.append(f"{edit.site}: {self._word(edit)}: {reason}")
+        return self
+
+    # may an edit fold?
+
+    def _reason(self, edit: Edit) -> str | None:
+        rule = rule_of(self.program, edit)
+        if isinstance(rule.fold, str):
+            return rule.fold
+        if not edit.moves:
+            return None
+        site = self._by_id[edit.site]
+        blocked = self._reader_reason(edit, site) if site.role == "ffn.hidden" else self._order_reason(edit, site)
+        return blocked or sharing_reason(self.program, self.graph, self.sites, site, self.untie)
+
+    def _order_reason(self, edit: Edit, site: Site) -> str | None:
+        """What stands between the edit and its projection, on the same columns."""
+        owners = {move: other for other in self.edits for move in other.moves}
+        for move in edit.moves:
+            line = chain(self.edits, move.anchor)
+            for below in line[: line.index(move)]:
+                if _share_columns(self._by_id[owners[below].site], site):
+                    return f"it stands on {self._word(owners[below])}, which is not folded"
+        return None
+
+    def _reader_reason(self, edit: Edit, site: Site) -> str | None:
+        """Who else reads the scaled value."""
+        own = {other.op for other in self.sites if other.role == "ffn.down" and other.weight == site.weight}
+        for reader in _readers(find_node(self.graph, edit.moves[0].after)):
+            if reader.name not in own:
+                return f"the scaled value is also read by %{reader.meta.get('label', reader.name)}, which is not folded"
+        return None
+
+    # folding one edit
+
+    def _fold(self, edit: Edit) -> None:
+        rule = rule_of(self.program, edit)
+        if edit.moves:
+            self._write_all(edit, rule)
+            undo(self.graph, self.edits, edit)
+        else:
+            self._settle(edit)
+        self.edits.remove(edit)
+        self.table = self.table.without(name for name in edit.parameters if self.table[name].added)
+
+    def _write_all(self, edit: Edit, rule: Rule) -> None:
+        assert not isinstance(rule.fold, str)
+        names = {node.name: node for node in self.graph.nodes}
+        match = Match(self._by_id[edit.site], self.sites, self.graph, self.table, self.edits, names, self.precision)
+        precision = match.weight.value.dtype
+        device = match.weight.value.device
+        params = Params(
+            {
+                short: self.table[full].tensor.detach().to(device=device, dtype=precision)
+                for short, full in short_params(edit).items()
+            }
+        )
+        for bound, value in rule.fold(match, params).items():
+            name = bound.view.parameter
+            full = self.table[name].tensor.detach().to(value.dtype)
+            self.table = self.table.with_tensor(name, bound.view.put(full, value))
+            self.changed.setdefault(name, []).append(bound.view)
+
+    def _settle(self, edit: Edit) -> None:
+        """Parameters that trained in place are the new weights; tied names stay tied."""
+        first = self.table[edit.parameters[0]]
+        assert first.before is not None
+        trained = first.tensor.detach()
+        value = trained.to(device=first.before.device, dtype=self.precision or accumulation_dtype(first.before.dtype))
+        for name in edit.parameters:
+            entry = replace(self.table[name], tensor=value, trainable=False, before=None)
+            self.table = self.table.with_({name: entry})
+            self.changed.setdefault(name, []).append(View(name, vector=value.dim() == 1))
+
+    # the result
+
+    def result(self, program: P) -> P:
+        """The folded program: changed weights rounded once to the stored dtype, unless a precision was asked for."""
+        table = self.table
+        rounded: dict[int, Tensor] = {}
+        for name in self.changed:
+            tensor = self.table[name].tensor
+            dtype = self.precision or stored_tensor(program, name).dtype
+            table = table.with_tensor(name, rounded.setdefault(id(tensor), tensor.to(dtype)))
+        erase(self.graph, _unread(self.graph))
+        used = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
+        table = table.without(name for name, entry in table.items() if entry.added and name not in used)
+        history, edits = _without_finished(program, self.edits)
+        return program.evolve(graph=self.graph, table=table, edits=edits, history=history)
+
+    def _word(self, edit: Edit) -> str:
+        return self.program.history[edit.application].method.word
+
+
+def stored_tensor(program: ProgramData, name: str) -> Tensor:
+    """The tensor that the base holds under `name`."""
+    entry = program.table[name]
+    return entry.tensor if entry.before is None else entry.before
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """The nodes that read a value, looking through what a scale of features passes through."""
+    found: list[fx.Node] = []
+    for user in node.users:
+        found += _readers(user) if user.target in TRANSPARENT else [user]
+    return found
+
+
+def _share_columns(a: Site, b: Site) -> bool:
+    if a.columns is None or b.columns is None:
+        return True
+    return not set(a.columns).isdisjoint(b.columns)
+
+
+def _unread(graph: fx.Graph) -> list[str]:
+    """Stored tensors that only an edit read."""
+    return [node.name for node in graph.nodes if node.op == "get_attr" and not node.users]
+
+
+def _without_finished(program: ProgramData, edits: list[Edit]) -> tuple[tuple[Applied, ...], tuple[Edit, ...]]:
+    """The history and edits without the passes that are folded whole."""
+    alive = sorted({edit.application for edit in edits})
+    index = {old: new for new, old in enumerate(alive)}
+    return tuple(program.history[i] for i in alive), tuple(replace(e, application=index[e.application]) for e in edits)

@@ -1,0 +1,81 @@
+"""May a stored tensor change? Only if nobody else reads the part that changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+
+from peftgraph.ir.program import ProgramData
+from peftgraph.rewrite.views import View, weight_view
+from peftgraph.sites import Site, Sites
+
+aten = torch.ops.aten
+LAYOUT = {
+    aten.t.default,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.chunk.default,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.unbind.int,
+    aten.view.default,
+    aten.reshape.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.contiguous.default,
+    aten.to.dtype,
+    aten.to.device,
+}
+
+
+def sharing_reason(program: ProgramData, graph: fx.Graph, sites: Sites, site: Site, untie: bool) -> str | None:
+    """Why the weight of `site` may not change; None when it may.
+
+    Args:
+        program: the program that is being folded, with its ties.
+        graph: the graph as folding has left it so far.
+        sites: the sites of the base.
+        site: whose weight would change.
+        untie: a tied tensor may be split: this name gets a tensor of its own.
+    """
+    view = weight_view(site)
+    if view is None:
+        return "it has no weight to fold into"
+    readers = list(weight_readers(graph, view.parameter))
+    foreign = [reader for reader in readers if not _is_disjoint(sites, reader, site, view)]
+    if len(foreign) > 1:
+        names = ", ".join(f"%{reader.meta.get('label', reader.name)}" for reader in foreign[:3])
+        return f"{view.parameter} is read in {len(foreign)} places ({names}, ...), and a change for one would leak into the others"
+    others = [name for name in program.table.tied(view.parameter) if name != view.parameter]
+    used = [name for name in others if any(True for _ in weight_readers(graph, name))]
+    if used and not untie:
+        return (f"{view.parameter} is tied to {', '.join(used)}, and the change would leak into it; "
+                "pg.fold(program, untie=True) gives it a tensor of its own")
+    return None
+
+
+def weight_readers(graph: fx.Graph, name: str) -> Iterator[fx.Node]:
+    """The computing nodes that read a stored tensor, looking through layout."""
+    pending = [node for node in graph.nodes if node.op == "get_attr" and node.target == name]
+    seen: set[fx.Node] = set()
+    while pending:
+        node = pending.pop()
+        for user in node.users:
+            if user in seen:
+                continue
+            seen.add(user)
+            if user.target in LAYOUT or getattr(user.target, "__name__", "") == "getitem":
+                pending.append(user)
+            elif user.op != "placeholder":
+                yield user
+
+
+def _is_disjoint(sites: Sites, reader: fx.Node, site: Site, view: View) -> bool:
+    """Whether `reader` is the projection of other sites only, none of which owns values that `view` covers."""
+    owners = [(other, weight_view(other)) for other in sites if other.op == reader.name]
+    windows = [window for _, window in owners if window is not None and window.parameter == view.parameter]
+    return bool(windows) and not any(window.overlaps(view) for window in windows)

@@ -1,0 +1,65 @@
+"""Running a program's graph directly, without a module around it: for proofs and probes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx
+
+from peftgraph.ir.literals import retarget, widen
+from peftgraph.ir.program import ProgramData, calls, copy_graph
+from peftgraph.ir.modes import evaluated
+
+aten = torch.ops.aten
+CONTRACTIONS = {"linear", "addmm", "matmul", "mm", "bmm", "baddbmm", "conv1d", "conv2d", "einsum", "scaled_dot_product_attention", "grouped_mm_fallback"}  # fmt: skip
+
+
+def run(program: ProgramData, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The tensor outputs of a program under eval(), for inputs in placeholder order."""
+    graph = evaluated(program.graph)
+    dtype, device = program.table.dtype, program.table.device
+    if program.marked:
+        retarget(graph, dtype, device)
+    tensors = {name: entry.tensor.to(device) for name, entry in program.table.items()}
+    return _interpret(graph, tensors, [value.to(device) for value in inputs])
+
+
+def run_wide(program: ProgramData, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The outputs in float64 throughout: weights, inputs, and the upcasts of the model's own code."""
+    graph = evaluated(program.graph)
+    widen(graph)
+    device = program.table.device
+    tensors = {name: _double(entry.tensor).to(device) for name, entry in program.table.items()}
+    return _interpret(graph, tensors, [_double(value).to(device) for value in inputs])
+
+
+def contractions(graph: fx.Graph) -> int:
+    """How many matrix products a graph computes."""
+    return sum(node.target._schema.name.split("::")[-1] in CONTRACTIONS for node in calls(graph) if isinstance(node.target, torch._ops.OpOverload))  # fmt: skip
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _interpret(graph: fx.Graph, tensors: dict[str, Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    values: dict[fx.Node, object] = {}
+    last_use = {operand: node for node in graph.nodes for operand in node.all_input_nodes}
+    arguments = iter(inputs)
+    with torch.no_grad():
+        for node in graph.nodes:
+            if node.op == "output":
+                leaves = fx.node.map_arg(node.args[0], values.__getitem__)
+                return [leaf for leaf in leaves if isinstance(leaf, Tensor)]  # pyright: ignore[reportGeneralTypeIssues]
+            if node.op == "placeholder":
+                values[node] = next(arguments)
+            elif node.op == "get_attr":
+                values[node] = tensors[str(node.target)].detach()
+            else:
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+                values[node] = node.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+            for operand in node.all_input_nodes:
+                if last_use[operand] is node:
+                    values.pop(operand, None)
+    raise AssertionError("a graph without an output")

@@ -1,0 +1,164 @@
+"""The public Program: the data of `peftgraph.ir` with the verbs of every room."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from peftgraph.errors import PeftGraphError
+from peftgraph.fold import fold as _fold
+from peftgraph.fold.proof import Proof
+from peftgraph.interop import adapter_files, write_back
+from peftgraph.ir.program import ProgramData
+from peftgraph.ir.text import assign_labels, print_diff, print_program
+from peftgraph.ir.verify import verify
+from peftgraph.lower.export import export
+from peftgraph.lower.module import GraphModule
+from peftgraph.rewrite.apply import apply, remove
+from peftgraph.rewrite.count import Count, count
+from peftgraph.rewrite.method import Pass, Pipeline
+from peftgraph.sites import Sites, find_sites
+from peftgraph.sites.naming import sections, titles
+from peftgraph.trace import capture
+
+
+@dataclass(frozen=True, eq=False)
+class Program(ProgramData):
+    """A traced model, and what passes made of it. A value: every verb returns a new Program.
+
+    Attributes:
+        sites: the parts of the base, found by structure; prints as a table.
+    """
+
+    sites: Sites = Sites(())
+    proof: Proof | None = None
+
+    def apply(self, *methods: Pass) -> Program:
+        """The program after `methods`, in order.
+
+        Raises:
+            NoMatch: a selector finds nothing; the message shows the nearest miss.
+            Conflict: two passes claim the same thing.
+        """
+        return apply(self, self.sites, methods)
+
+    def remove(self, which: int | str = -1) -> Program:
+        """The program without one pass of its history, by index or by name; the other passes keep their parameters.
+
+        Raises:
+            PeftGraphError: there is no such pass.
+        """
+        names = [applied.name for applied in self.history]
+        if isinstance(which, str):
+            if which not in names:
+                raise PeftGraphError(f"No pass is called {which!r}. Named passes: {[name for name in names if name]}.")
+            which = names.index(which)
+        if not -len(names) <= which < len(names):
+            raise PeftGraphError(f"There is no pass number {which}; {len(names)} were applied.")
+        return remove(self, self.sites, which % len(names))
+
+    @property
+    def recipe(self) -> Pass:
+        """The passes that were applied, as one pass."""
+        methods = [applied.method for applied in self.history]
+        return methods[0] if len(methods) == 1 else Pipeline(methods)
+
+    def text(self) -> str:
+        """The deterministic text of the graph."""
+        return print_program(self)
+
+    def diff(self, before: ProgramData) -> str:
+        """What turned `before` into this program."""
+        return print_diff(before, self)
+
+    def count(self) -> Count:
+        """Trainable, added, changed and total parameters, and the rank of each change."""
+        return count(self, self.sites)
+
+    def module(self) -> nn.Module:
+        """An ordinary module with the model's own call signature, output type and parameter names.
+
+        Only new parameters require grad. They are shared with this program, so `pg.fold` sees what training did to them.
+        """
+        return GraphModule(self)
+
+    def export(self, path: str | PathLike[str]) -> Path:
+        """Writes the graph by suffix: `.pt2` (torch.export) or `.onnx`.
+
+        Raises:
+            ExportError: another suffix, or the exporter refuses.
+        """
+        return export(self, Path(path))
+
+    def write_back(self, model: nn.Module) -> nn.Module:
+        """Copies the weights into a plain instance of the original class, in place, and returns it.
+
+        Raises:
+            PeftGraphError: unfolded passes are left, or the model does not fit.
+        """
+        return write_back(self, model)
+
+    def save_adapter(self, directory: str | PathLike[str]) -> Path:
+        """Writes the recipe, the base's fingerprint and the trained parameters; returns the directory."""
+        return adapter_files.save(self, Path(directory))
+
+    def load_adapter(self, directory: str | PathLike[str], name: str | None = None) -> Program:
+        """The program after the saved passes, with their trained parameters.
+
+        Args:
+            directory: what `save_adapter` wrote.
+            name: another name for the adapter, when one of that name is there already.
+
+        Raises:
+            AdapterError: the files are damaged or fit another base; this program is unchanged.
+        """
+        return adapter_files.load(self, self.apply, Path(directory), name)
+
+    def __str__(self) -> str:
+        passes = "; ".join(str(applied.method) for applied in self.history) or "no passes"
+        return f"Program of {self.model}: {len(self.graph.nodes)} nodes, {len(self.sites)} sites, {passes}"
+
+    def __repr__(self) -> str:
+        return f"<{self}>"
+
+
+def trace(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] | Tensor) -> Program:
+    """Traces a model into a Program.
+
+    Args:
+        model: any nn.Module; its weights may be on the meta device. It is not modified; its weights are shared.
+        example: a dict of keyword inputs or a tuple of positional ones. Batch and length become dynamic.
+
+    Raises:
+        TraceError: the model cannot be traced; the message names the line of its code and what to change.
+    """
+    data = capture(model, example)
+    sites = find_sites(data.graph, data.table.tensors())
+    assign_labels(data.graph, titles(sites), sections(sites))
+    fields = {name: getattr(data, name) for name in data.__dataclass_fields__}
+    program = Program(**fields, sites=sites)
+    object.__setattr__(program, "base", program)
+    verify(program)
+    return program
+
+
+def fold(program: Program, *, partial: bool = False, untie: bool = False) -> Program:
+    """Folds every pass back into the weights and proves it.
+
+    Args:
+        program: what to fold; it and its base stay unchanged.
+        partial: fold what can be folded and keep the rest, instead of refusing.
+        untie: give a tied weight that must change a tensor of its own, instead of refusing.
+
+    Returns:
+        A program with the base's graph and new weights; `proof` holds the evidence.
+
+    Raises:
+        NoFold: something cannot be folded exactly; every site is named with its reason.
+    """
+    return _fold(program, program.sites, partial=partial, untie=untie)

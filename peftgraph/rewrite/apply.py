@@ -1,0 +1,230 @@
+"""Applying and removing passes: Program in, Program out.
+
+All matches are collected and checked before anything is rewritten, so a pass never sees its own output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from peftgraph.errors import Conflict, RecipeError
+from peftgraph.ir.builder import Builder, erase, sort
+from peftgraph.ir.program import Applied, Edit, Move, ProgramData, chain, copy_graph
+from peftgraph.ir.table import Entry
+from peftgraph.ir.verify import verify
+from peftgraph.rewrite.match import Match
+from peftgraph.rewrite.method import Pass
+from peftgraph.rewrite.rule import Replace, Rule
+from peftgraph.sites import Site, Sites
+
+P = TypeVar("P", bound=ProgramData)
+
+
+def apply(program: P, sites: Sites, methods: tuple[Pass, ...]) -> P:
+    """The program after `methods`, in order. The input program is unchanged.
+
+    Raises:
+        NoMatch: a selector finds nothing.
+        Conflict: two rewrites claim the same thing.
+        RecipeError: an argument is no pass.
+    """
+    for method in methods:
+        if not isinstance(method, Pass):
+            raise RecipeError(f"apply() takes passes such as LoRA(rank=8), got {type(method).__name__}.")
+        for atom in method.passes():
+            program = _apply_one(program, sites, atom)
+    return program
+
+
+def remove(program: P, sites: Sites, which: int) -> P:
+    """The program without the pass at index `which` of its history; the other passes keep their parameters."""
+    graph = copy_graph(program.graph)
+    table = program.table
+    gone = [edit for edit in program.edits if edit.application == which]
+    edits = list(program.edits)
+    for edit in reversed(gone):
+        undo(graph, edits, edit)
+        edits.remove(edit)
+        table = table.with_(
+            {name: _before(table[name]) for name in edit.parameters if not table[name].added}
+        ).without(name for name in edit.parameters if table[name].added)
+    kept = tuple(replace(e, application=e.application - (e.application > which)) for e in edits)
+    history = program.history[:which] + program.history[which + 1 :]
+    used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    table = table.without(name for name, entry in table.items() if entry.added and name not in used)
+    result = program.evolve(graph=graph, table=table, edits=kept, history=history)
+    verify(result, program)
+    return result
+
+
+def undo(graph: fx.Graph, edits: list[Edit], edit: Edit) -> None:
+    """Takes one edit out of `graph`, in place: its users get back the value below it."""
+    names = {node.name: node for node in graph.nodes}
+    for move in edit.moves:
+        line = chain(edits, move.anchor)
+        position = line.index(move)
+        below = line[position - 1].after if position else move.anchor.partition("@")[0]
+        users = [user for user in names[move.after].users if user.name not in edit.nodes]
+        for user in users:
+            user.replace_input_with(names[move.after], names[below])
+    erase(graph, edit.nodes)
+
+
+def _before(entry: Entry) -> Entry:
+    assert entry.before is not None
+    return replace(entry, tensor=entry.before, trainable=False, before=None)
+
+
+def _apply_one(program: P, sites: Sites, method: Pass) -> P:
+    verify(program, program)
+    _check_name(program, method)
+    rules = method.rules()
+    chosen = [(number, rule, site) for number, rule in enumerate(rules) for site in sites.require(rule.at)]
+    _check_conflicts(program, method, chosen)
+    work = _Work.on(program, sites, method)
+    for number, rule, site in chosen:
+        work.rewrite(number, rule, site)
+    result = work.result(program)
+    verify(result, program)
+    return result
+
+
+def _check_name(program: ProgramData, method: Pass) -> None:
+    for applied in program.history:
+        if method.name and applied.name == method.name and applied.method.word == method.word:
+            raise Conflict(f"There is already a {method.word} called {method.name!r} ({applied.method}). Choose another name.")
+
+
+def _check_conflicts(program: ProgramData, method: Pass, chosen: list[tuple[int, Rule, Site]]) -> None:
+    """Refuses two rewrites that cannot both hold: one place trained twice, or one value replaced twice."""
+    claims: dict[tuple[str, str], str] = {}
+    trained = {name: edit for edit in program.edits for name in edit.parameters if not program.table[name].added}
+    for _, rule, site in chosen:
+        if rule.delta is None:
+            for name in _own_names(site):
+                if name in trained:
+                    other = program.history[trained[name].application].method
+                    raise Conflict(f"{method} and {other} both train {name} (at {site.id}). Apply one of them.")
+        elif isinstance(rule.join, Replace):
+            key = (site.id, rule.join.port)
+            if key in claims:
+                raise Conflict(f"Two rules of {method} replace {rule.join.port} of {site.id}.")
+            claims[key] = str(method)
+
+
+def _own_names(site: Site) -> list[str]:
+    weight = [] if site.role == "bias" or site.weight is None else [site.weight.parameter]
+    return weight + ([] if site.bias is None else [site.bias.parameter])
+
+
+@dataclass
+class _Work:
+    """One application of one pass, on a copy of the graph."""
+
+    method: Pass
+    sites: Sites
+    application: int
+    graph: fx.Graph
+    names: dict[str, fx.Node]
+    edits: list[Edit]
+    entries: dict[str, Entry]
+    taken: dict[str, str]
+    program: ProgramData
+
+    @classmethod
+    def on(cls, program: ProgramData, sites: Sites, method: Pass) -> _Work:
+        graph = copy_graph(program.graph)
+        makers = {name: str(program.history[e.application].method) for e in program.edits for name in e.parameters}
+        taken = {name: makers.get(name, "the model itself") for name in program.table}
+        names = {node.name: node for node in graph.nodes}
+        return cls(method, sites, len(program.history), graph, names, list(program.edits), {}, taken, program)
+
+    def rewrite(self, number: int, rule: Rule, site: Site) -> None:
+        match = Match(site, self.sites, self.graph, self.program.table, self.edits, self.names)
+        edit = self._train(number, match) if rule.delta is None else self._insert(number, rule, match)
+        if edit is not None:
+            self.edits.append(edit)
+
+    def _train(self, number: int, match: Match) -> Edit | None:
+        """Makes the site's own parameters trainable: copies, so that the base keeps its values."""
+        claimed: list[str] = []
+        for view in match.own_parameters():
+            group = self.program.table.tied(view.parameter)
+            if view.parameter in self.entries:
+                continue  # one tensor at several sites is claimed once
+            entry = self.program.table[view.parameter]
+            copy = nn.Parameter(entry.tensor.detach().clone())
+            for name in group:
+                known = self.program.table[name]
+                self.entries[name] = replace(known, tensor=copy, trainable=True, before=known.tensor)
+                claimed.append(name)
+        return Edit(self.application, number, match.site.id, (), (), tuple(claimed)) if claimed else None
+
+    def _insert(self, number: int, rule: Rule, match: Match) -> Edit:
+        assert rule.delta is not None
+        builder = self._builder(match, rule)
+        delta = rule.delta(match, builder)
+        ports = {rule.join.port: delta} if isinstance(delta, fx.Node) else dict(delta)
+        moves: list[Move] = []
+        for port, part in ports.items():
+            old = match.value(port)
+            new = rule.join.enter(match, builder, old, part)
+            moves.append(self._redirect(match, port, old, new, builder))
+        nodes = tuple(node.name for node in builder.nodes)
+        self.names.update({node.name: node for node in builder.nodes})
+        self.entries.update(builder.entries)
+        parameters = tuple(name for name, entry in builder.entries.items() if entry.trainable)
+        return Edit(self.application, number, match.site.id, tuple(moves), nodes, parameters)
+
+    def _redirect(self, match: Match, port: str, old: fx.Node, new: fx.Node, builder: Builder) -> Move:
+        if port == "input":
+            reader = self.names[match.site.op]
+            reader.replace_input_with(old, new)
+            return Move(match.anchor(port), match.level, new.name, 1)
+        uses = builder.redirect(old, new, keep=set(builder.nodes))
+        return Move(match.anchor(port), match.level, new.name, uses)
+
+    def _builder(self, match: Match, rule: Rule) -> Builder:
+        word = f"{self.method.word}.{self.method.name}" if self.method.name else self.method.word
+        place = match.value(rule.join.port) if rule.join.port in match.site.ports else match.output
+        table = self.program.table
+        return Builder(
+            graph=self.graph,
+            label=f"{match.site.id}.{word}",
+            owner=owner_path(match.site, self.program, self.method.name),
+            dtype=table.dtype,
+            device=table.device,
+            taken=self.taken,
+            maker=str(self.method),
+            cursor=place,
+        )
+
+    def result(self, program: P) -> P:
+        return program.evolve(
+            graph=sort(self.graph),
+            table=program.table.with_(self.entries),
+            edits=tuple(self.edits),
+            history=(*program.history, Applied(self.method, self.method.name)),
+        )
+
+
+def owner_path(site: Site, program: ProgramData, name: str) -> str:
+    """The dotted prefix of the parameters made at a site: its path, its role inside a fused weight, the pass's name."""
+    path = site.path
+    if path in program.table:  # the path is a parameter itself (stacked experts): a module beside it
+        path = f"{path}_{site.role.rpartition('.')[2]}"
+    elif site.columns is not None:
+        path = f"{path}.{site.role.rpartition('.')[2]}"
+    return f"{path}.{name}" if name else path
+
+
+def load_parameters(program: ProgramData, tensors: Mapping[str, Tensor]) -> None:
+    """Copies `tensors` into the trainable parameters of a program that nobody else holds yet, in place."""
+    with torch.no_grad():
+        for name, parameter in program.table.trainable.items():
+            parameter.copy_(tensors[name])

@@ -1,0 +1,129 @@
+"""Three ways to count a program's parameters: what trains, what changes in the base, and the rank of each change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from peftgraph.ir.program import Edit, ProgramData
+from peftgraph.ir.table import Entry, Table
+from peftgraph.rewrite.match import match_all
+from peftgraph.rewrite.rule import Params, Rule
+from peftgraph.rewrite.views import View
+from peftgraph.sites import Sites
+
+
+@dataclass(frozen=True)
+class Change:
+    """What folding an edit changes: a window of a stored parameter, how many values, and the rank of the difference.
+
+    `rank` is None for a vector; `full` for a matrix means that no smaller bound is known.
+    """
+
+    site: str
+    view: View
+    values: int
+    rank: int | None
+    full: bool
+
+
+@dataclass(frozen=True)
+class Count:
+    """The sizes of a program.
+
+    Attributes:
+        trainable: values that training moves.
+        added: values of parameters that passes added.
+        changed: values of the base that differ once everything foldable is folded.
+        total: values of the base's own parameters; tied ones once.
+        changes: one entry for each changed window.
+    """
+
+    trainable: int
+    added: int
+    changed: int
+    total: int
+    changes: tuple[Change, ...]
+
+    @property
+    def percent(self) -> float:
+        """Trainable values as a percentage of the base."""
+        return 100 * self.trainable / self.total if self.total else 0.0
+
+    def __str__(self) -> str:
+        ranks = sorted({change.rank for change in self.changes if change.rank is not None and not change.full})
+        full = sum(change.full for change in self.changes)
+        vectors = sum(change.rank is None for change in self.changes)
+        parts = [f"rank {rank} in {sum(c.rank == rank and not c.full for c in self.changes)} matrices" for rank in ranks]
+        parts += [f"full rank in {full} matrices"] if full else []
+        parts += [f"{vectors} vectors"] if vectors else []
+        return (f"trainable {self.trainable:,} ({self.percent:.4f} %), added {self.added:,}, changed {self.changed:,}, "
+                f"total {self.total:,}; changes: {', '.join(parts) or 'none'}")
+
+
+def count(program: ProgramData, sites: Sites) -> Count:
+    """Counts a program's parameters."""
+    changes = changes_of(program, sites)
+    changed = {(change.view.parameter, str(change.view.window)): change.values for change in changes}
+    return Count(
+        trainable=sum(p.numel() for p in _unique(program.table, lambda e: e.trainable)),
+        added=sum(p.numel() for p in _unique(program.table, lambda e: e.added and e.kind == "parameter")),
+        changed=sum(changed.values()),
+        total=sum(p.numel() for p in _unique(program.table, lambda e: not e.added and e.kind == "parameter")),
+        changes=changes,
+    )
+
+
+def rule_of(program: ProgramData, edit: Edit) -> Rule:
+    """The rule that made an edit."""
+    return program.history[edit.application].method.rules()[edit.rule]
+
+
+def short_params(edit: Edit) -> dict[str, str]:
+    """The parameters of an edit: short name -> full name."""
+    return {name.rpartition(".")[2]: name for name in edit.parameters}
+
+
+def changes_of(program: ProgramData, sites: Sites) -> tuple[Change, ...]:
+    """What folding everything foldable would change, found by running each fold on shapes alone."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fake = program.evolve(table=_fake_table(program.table, mode))
+    by_id = {site.id: site for site in sites}
+    found: list[Change] = []
+    for edit in program.edits:
+        rule = rule_of(program, edit)
+        if isinstance(rule.fold, str):
+            continue
+        for name in () if edit.moves else edit.parameters[:1]:
+            tensor = program.table[name].tensor
+            found.append(Change(edit.site, View(name, vector=tensor.dim() == 1), tensor.numel(), _full_rank(tensor), tensor.dim() > 1))
+        if not edit.moves:
+            continue
+        match = match_all(fake, sites, [by_id[edit.site]])[0]
+        params = Params({short: fake.table[full].tensor for short, full in short_params(edit).items()})
+        with mode:
+            results = rule.fold(match, params)
+        for bound, value in results.items():
+            rank = None if bound.view.vector else min(value.shape[-2:]) if rule.rank is None else rule.rank
+            full = rank is not None and rule.rank is None
+            found.append(Change(edit.site, bound.view, value.numel(), rank, full))
+    return tuple(found)
+
+
+def _full_rank(tensor: torch.Tensor) -> int | None:
+    return None if tensor.dim() < 2 else min(tensor.shape[-2:])
+
+
+def _fake_table(table: Table, mode: FakeTensorMode) -> Table:
+    def fake(entry: Entry) -> Entry:
+        with mode:
+            tensor = torch.empty(entry.tensor.shape, dtype=entry.tensor.dtype)
+        return Entry(tensor, entry.kind)
+
+    return Table((name, fake(entry)) for name, entry in table.items())
+
+
+def _unique(table: Table, keep) -> list[torch.Tensor]:  # noqa: ANN001
+    return list({id(entry.tensor): entry.tensor for entry in table.values() if keep(entry)}.values())

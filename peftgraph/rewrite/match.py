@@ -1,0 +1,185 @@
+"""A match: one site of one program, as a pass sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, fx
+
+from peftgraph.ir.builder import Builder
+from peftgraph.ir.program import Edit, ProgramData, chain
+from peftgraph.ir.table import Table
+from peftgraph.rewrite.views import Bound, View, bias_view, bind, weight_view
+from peftgraph.sites import Columns, Site, Sites
+
+aten = torch.ops.aten
+
+# How deep a role's value is nested: a projection's own output lies inside its sublayer's, that inside its block's.
+LEVELS = {"attention": 1, "ffn": 1, "block": 2}
+
+
+@dataclass
+class Match:
+    """A site in a graph that is being rewritten.
+
+    Values are looked up when they are read, so `input` is what the projection reads after every edit made so far: passes
+    on different sites commute.
+    """
+
+    site: Site
+    sites: Sites
+    graph: fx.Graph
+    table: Table
+    edits: list[Edit]
+    names: Mapping[str, fx.Node] = field(repr=False)
+    precision: torch.dtype | None = None
+
+    @property
+    def level(self) -> int:
+        """The nesting level of the site's values."""
+        return LEVELS.get(self.site.role, 0)
+
+    # values
+
+    def anchor(self, port: str) -> str:
+        """The key of the chain of edits at a port."""
+        node = self.site.ports[port]
+        return f"{node}@{self.site.op}" if port == "input" else node
+
+    def value(self, port: str) -> fx.Node:
+        """The current value at a port: what the site reads, or what it gives at its own level of nesting."""
+        node = self.site.ports[port]
+        if port in ("output", "value"):
+            return self._latest(node, self.level)
+        inside = chain(self.edits, self.anchor(port))
+        return self.names[inside[-1].after] if inside else self._latest(node, max(LEVELS.values()))
+
+    def _latest(self, node: str, level: int) -> fx.Node:
+        moves = [move for move in chain(self.edits, node) if move.level <= level]
+        return self.names[moves[-1].after if moves else node]
+
+    @property
+    def input(self) -> fx.Node:
+        """What the site reads, (..., I)."""
+        return self.value("input")
+
+    @property
+    def output(self) -> fx.Node:
+        """What the site gives, before edits of the sublayers around it; features on `site.feature_axis`."""
+        return self.value("output")
+
+    def related(self, selector: object, same_layer: bool = False) -> tuple[Match, ...]:
+        """Matches of other sites in the same graph, for methods that read more than one site."""
+        found = self.sites.select(selector)
+        if same_layer:
+            found = tuple(s for s in found if (s.stack, s.layer) == (self.site.stack, self.site.layer))
+        return tuple(replace(self, site=site) for site in found)
+
+    # weights
+
+    @property
+    def weight(self) -> Bound:
+        """The site's weight, (O, I), or (E, O, I) for stacked experts."""
+        view = weight_view(self.site)
+        assert view is not None, f"{self.site.id} has no weight"
+        return bind(view, self.table, self.precision)
+
+    @property
+    def bias(self) -> Bound | None:
+        """The site's bias, (O,) or (E, O); None when it has none."""
+        view = bias_view(self.site)
+        return None if view is None else bind(view, self.table, self.precision)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) features of the site's own part of its weight."""
+        view = weight_view(self.site)
+        assert view is not None, f"{self.site.id} has no weight"
+        *_, out, inner = view.shape(self.table[view.parameter].tensor)
+        return out, inner
+
+    @property
+    def experts(self) -> tuple[int, ...]:
+        """(E,) for stacked experts, else (): the leading dimensions of every parameter made at this site."""
+        count = None if self.site.weight is None else self.site.weight.experts
+        return () if count is None else (count,)
+
+    @property
+    def features(self) -> int:
+        """The number of features of `output` that the site owns."""
+        if self.site.columns is not None:
+            return len(self.site.columns)
+        return int(self.output.meta["val"].shape[self.site.feature_axis])
+
+    def own_parameters(self) -> Iterable[View]:
+        """The stored tensors of the site itself: weight and bias, or the bias alone for a `bias` site."""
+        views = [bias_view(self.site)] if self.site.role == "bias" else [weight_view(self.site), bias_view(self.site)]
+        return [view for view in views if view is not None]
+
+    # computation in the site's own form
+
+    def down(self, op: Builder, x: fx.Node, weight: fx.Node) -> fx.Node:
+        """x W^T as the site itself multiplies: W (R, I), or (E, R, I) with each row's own expert."""
+        if self.site.role == "embedding":
+            return op.call(aten.embedding.default, op.call(aten.t.default, weight), x)
+        if self.site.feature_axis != -1:
+            return self._pointwise_convolution(op, x, weight)
+        return self.up(op, x, weight)
+
+    def up(self, op: Builder, x: fx.Node, weight: fx.Node) -> fx.Node:
+        """x W^T from a narrow space to the features that the site owns: W (O, R), or (E, O, R)."""
+        if "offsets" in self.site.ports:
+            transposed = op.call(aten.transpose.int, weight, -2, -1)
+            return op.call(self.names[self.site.op].target, x, transposed, self.names[self.site.ports["offsets"]])  # pyright: ignore[reportArgumentType]
+        if self.experts:
+            return op.call(aten.matmul.default, x, op.call(aten.transpose.int, weight, -2, -1))
+        if self.site.feature_axis != -1:
+            return self._pointwise_convolution(op, x, weight)
+        return op.linear(x, weight)
+
+    def _pointwise_convolution(self, op: Builder, x: fx.Node, weight: fx.Node) -> fx.Node:
+        return op.call(aten.conv1d.default, x, op.call(aten.unsqueeze.default, weight, -1))
+
+    def along_features(self, op: Builder, vector: fx.Node) -> fx.Node:
+        """A vector (F,), or (E, F) for stacked experts, shaped to broadcast over the site's output."""
+        if self.experts and "offsets" in self.site.ports:
+            return op.call(aten.index_select.default, vector, 0, self._expert_of_row(op))
+        if self.experts:
+            return op.call(aten.unsqueeze.default, vector, 1)
+        for _ in range(-1 - self.site.feature_axis):
+            vector = op.call(aten.unsqueeze.default, vector, -1)
+        return vector
+
+    def _expert_of_row(self, op: Builder) -> fx.Node:
+        rows = op.call(aten.sym_size.int, self.output, 0)
+        numbers = op.call(aten.arange.default, rows, dtype=torch.int32, device=op.device)
+        return op.call(aten.searchsorted.Tensor, self.names[self.site.ports["offsets"]], numbers, right=True)
+
+    def place(self, op: Builder, part: fx.Node, rest: float) -> fx.Node:
+        """`part` over the site's own columns, spread over all columns of the output; `rest` fills the others."""
+        columns = self.site.columns
+        if columns is None:
+            return part
+        axis = self.site.feature_axis
+        total = int(self.output.meta["val"].shape[axis])
+        if columns.contiguous:
+            after = total - columns.starts_at - len(columns)
+            return op.call(aten.constant_pad_nd.default, part, [0, 0] * (-1 - axis) + [columns.starts_at, after], rest)
+        padded = op.call(aten.constant_pad_nd.default, part, [0, 0] * (-1 - axis) + [0, 1], rest)
+        table = op.constant("columns", _scatter_table(columns, total))
+        return op.call(aten.index_select.default, padded, axis, table)
+
+
+def _scatter_table(columns: Columns, total: int) -> Tensor:
+    """For each of `total` features, its position among `columns`, or len(columns) for the others."""
+    table = torch.full((total,), len(columns), dtype=torch.long)
+    table[columns.index()] = torch.arange(len(columns))
+    return table
+
+
+def match_all(program: ProgramData, sites: Sites, chosen: Iterable[Site]) -> list[Match]:
+    """Matches of `chosen` in the program's own graph."""
+    names = {node.name: node for node in program.graph.nodes}
+    return [Match(site, sites, program.graph, program.table, list(program.edits), names) for site in chosen]

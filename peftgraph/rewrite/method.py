@@ -1,0 +1,135 @@
+"""The base of all passes, the registry that finds them by word, and the pipeline."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, Self, cast
+
+from peftgraph.errors import RecipeError
+from peftgraph.rewrite.rule import Rule
+from peftgraph.rewrite.spec import build, parse_specs, print_value
+from peftgraph.sites.select import Selector, as_selector
+
+GROUP = "peftgraph.passes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """A method: a frozen dataclass that is its own configuration and prints as its spec.
+
+    A subclass sets `word`, declares its options as fields, and gives `rules()`.
+
+    Attributes:
+        word: the name in specs and recipes.
+        name: distinguishes two applications of one method; it stands in the names of the new parameters.
+    """
+
+    word: ClassVar[str] = ""
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if isinstance(item.default, Selector) and not isinstance(value, Selector):
+                object.__setattr__(self, item.name, as_selector(value))
+        if self.name and not self.name.isidentifier():
+            raise RecipeError(f"{self.word}: a name must be an identifier (letters, digits, _), got {self.name!r}.")
+        self.check()
+
+    def check(self) -> None:
+        """Raises RecipeError when the options make no sense together."""
+
+    def rules(self) -> list[Rule]:
+        """What the pass does, where."""
+        raise NotImplementedError(f"{type(self).__name__} must define rules()")
+
+    def passes(self) -> tuple[Pass, ...]:
+        """The atomic passes this one stands for."""
+        return (self,)
+
+    def __str__(self) -> str:
+        options = [f"{f.name}={print_value(getattr(self, f.name))}" for f in _ordered_fields(self)]
+        return f"{self.word}{{{' '.join(options)}}}"
+
+    def renamed(self, name: str) -> Self:
+        """The same pass under another name."""
+        return dataclasses.replace(self, name=name)
+
+    def require(self, condition: bool, message: str) -> None:
+        """Raises RecipeError with `message` unless `condition` holds."""
+        if not condition:
+            raise RecipeError(f"{self.word}: {message}")
+
+
+def _ordered_fields(method: Pass) -> list[dataclasses.Field[Any]]:
+    """The fields to print: the method's own in order, then the name when there is one."""
+    own = [f for f in dataclasses.fields(method) if f.name != "name"]
+    return own + [f for f in dataclasses.fields(method) if f.name == "name" and method.name]
+
+
+class Pipeline(Pass):
+    """Passes applied one after the other; itself a pass."""
+
+    word = "pipeline"
+    parts: tuple[Pass, ...]
+
+    def __init__(self, passes: Iterable[Pass]) -> None:
+        object.__setattr__(self, "parts", tuple(passes))
+        object.__setattr__(self, "name", "")
+        for part in self.parts:
+            if not isinstance(part, Pass):
+                raise RecipeError(f"A pipeline holds passes, got {type(part).__name__}.")
+
+    def passes(self) -> tuple[Pass, ...]:
+        """The atomic passes, in order."""
+        return tuple(atom for part in self.parts for atom in part.passes())
+
+    def rules(self) -> list[Rule]:
+        """The rules of all parts; a pipeline is applied part by part."""
+        return [rule for part in self.passes() for rule in part.rules()]
+
+    def __iter__(self) -> Iterator[Pass]:
+        return iter(self.parts)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Pipeline) and self.parts == other.parts
+
+    def __hash__(self) -> int:
+        return hash(self.parts)
+
+    def __str__(self) -> str:
+        return "\n".join(str(part) for part in self.passes())
+
+    def __repr__(self) -> str:
+        return f"Pipeline({list(self.parts)!r})"
+
+
+def find_pass(word: str) -> type[Pass]:
+    """The pass of that word, from the installed distributions.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    points = {point.name: point for point in entry_points(group=GROUP)}
+    if word not in points:
+        close = difflib.get_close_matches(word, points, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise RecipeError(f"There is no pass {word!r}.{hint} Known passes: {', '.join(sorted(points))}.")
+    return cast(type[Pass], points[word].load())
+
+
+def parse_pass(text: str) -> Pass:
+    """The pass that a spec spells; several specs give a `Pipeline`. The inverse of `str(method)`.
+
+    Raises:
+        RecipeError: the text cannot be read.
+    """
+    specs = parse_specs(text)
+    if not specs:
+        raise RecipeError("An empty recipe: expected a spec such as lora{rank=8}.")
+    found = [build(find_pass(word), dict(options)) for word, options in specs]
+    return found[0] if len(found) == 1 else Pipeline(found)

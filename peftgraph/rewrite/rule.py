@@ -1,0 +1,117 @@
+"""Rule(site, delta, join, fold): the four things that define a method.
+
+`delta` builds the new computation, `join` says how it enters, `fold` says how it goes back into the weights, or why it
+cannot. The four are independent: a gate may multiply any delta, and any delta may enter by any join that fits its shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor, fx
+
+from peftgraph.ir.builder import Builder
+from peftgraph.rewrite.match import Match
+from peftgraph.rewrite.views import Bound
+from peftgraph.sites.select import Selector
+
+
+class Params(Mapping[str, Tensor]):
+    """The trained parameters of one edit, by the short name that `delta` gave them: `p.lora_A`, in fold precision."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = dict(tensors)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __getattr__(self, name: str) -> Tensor:
+        try:
+            return self._tensors[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def __iter__(self):  # noqa: ANN204
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+Delta = Callable[[Match, Builder], "fx.Node | Mapping[str, fx.Node]"]
+Fold = Callable[[Match, Params], Mapping[Bound, Tensor]]
+
+
+class Join(Protocol):
+    """How a new value enters at a port."""
+
+    port: str
+
+    def enter(self, m: Match, op: Builder, value: fx.Node, delta: fx.Node) -> fx.Node:
+        """The value that the port's users get instead of `value`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Add:
+    """y -> y + delta, on the site's own columns."""
+
+    port: str = "output"
+
+    def enter(self, m: Match, op: Builder, value: fx.Node, delta: fx.Node) -> fx.Node:
+        """y + delta."""
+        return op.add(value, m.place(op, delta, 0.0))
+
+
+@dataclass(frozen=True)
+class Multiply:
+    """y -> y * delta, on the site's own columns."""
+
+    port: str = "output"
+
+    def enter(self, m: Match, op: Builder, value: fx.Node, delta: fx.Node) -> fx.Node:
+        """y * delta."""
+        return op.mul(value, m.place(op, delta, 1.0))
+
+
+@dataclass(frozen=True)
+class Replace:
+    """y -> delta."""
+
+    port: str = "output"
+
+    def enter(self, m: Match, op: Builder, value: fx.Node, delta: fx.Node) -> fx.Node:
+        """delta itself."""
+        return delta
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rewrite, at every site that `at` selects.
+
+    Attributes:
+        at: where.
+        delta: builds the new computation; None when the site's own parameters train and nothing is computed anew. A
+            mapping from port to node joins at several ports of one site.
+        join: how the delta enters.
+        fold: the new weights by window, from the current ones and the trained parameters; or the reason why there are none.
+        rank: the largest rank of the change of a weight, when the method bounds it.
+    """
+
+    at: Selector
+    delta: Delta | None
+    fold: Fold | str
+    join: Join = field(default_factory=Add)
+    rank: int | None = None
+
+
+def trained(m: Match, p: Params) -> Mapping[Bound, Tensor]:
+    """The fold of parameters that train in place: they are the new weights already."""
+    return {}
+
+
+def Train(at: Selector) -> Rule:
+    """A rule that makes the sites' own parameters trainable and computes nothing new."""
+    return Rule(at=at, delta=None, fold=trained)
