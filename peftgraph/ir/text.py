@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 
@@ -140,7 +141,7 @@ class _Printer:
         if isinstance(size, int):
             return str(size)
         expression = size.node.expr
-        named = {symbol: self.symbols[str(symbol)] for symbol in expression.free_symbols if str(symbol) in self.symbols}
+        named = {symbol: sympy.Symbol(self.symbols[str(symbol)]) for symbol in expression.free_symbols if str(symbol) in self.symbols}
         return str(expression.subs(named))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import ops
 from .flow import Flow, hint
@@ -73,7 +74,22 @@ class Tagger:
             return hint(self.flow.value(node))
         if node in self.env:
             return self.env[node]
+        if not self.flow.floating(node) and self.flow.constant(node):
+            return self._index(node)
         return self._blank(node)
+
+    def _index(self, node: fx.Node) -> Any:
+        """An integer tensor that no input decides (positions, a literal index), computed on the example's sizes."""
+        if node.op == "get_attr":
+            stored = self.flow.tensors.get(str(node.target))
+            plain = stored is not None and not stored.is_meta and not isinstance(stored, FakeTensor)
+            return stored if plain else self._blank(node)
+        target: Any = node.target
+        inputs: Any = fx.map_arg((node.args, dict(node.kwargs)), self._operand)
+        try:
+            return target(*inputs[0], **inputs[1])
+        except (RuntimeError, IndexError, TypeError, ValueError, NotImplementedError):
+            return self._blank(node)
 
     def _move(self, node: fx.Node, kind: str) -> Any:
         inputs: Any = fx.map_arg((node.args, dict(node.kwargs)), self._operand)
