@@ -101,7 +101,15 @@ class Tagger:
         if kind in ops.COMPLEX:
             return self._complex(node, kind, args[0])
         target: Any = node.target
-        return target(*args, **kwargs)
+        moved = target(*args, **kwargs)
+        if kind == "index" and any(self._unknown(one) for one in self.flow.operands(node)[1:]):
+            last = [[None if i is None else torch.full_like(i, -1) for i in args[1]]]
+            if bool((target(args[0], *last) != moved).any()):
+                return self._blank(node)  # which features arrive depends on values nobody knows here
+        return moved
+
+    def _unknown(self, node: fx.Node) -> bool:
+        return not self.flow.floating(node) and not self.flow.constant(node)
 
     def _complex(self, node: fx.Node, kind: str, value: Tags) -> Tags:
         """Real pairs and complex numbers: a pair's tag is its first member's."""

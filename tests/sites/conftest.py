@@ -31,8 +31,19 @@ GPT2 = {"vocab_size": 99, "n_embd": 48, "n_layer": 2, "n_head": 6, "n_positions"
 GPT2 |= {"bos_token_id": 1, "eos_token_id": 2}
 T5 = {"vocab_size": 99, "d_model": 48, "d_ff": 80, "d_kv": 8, "num_layers": 2, "num_heads": 6}
 T5 |= {"decoder_start_token_id": 0}
-BART = {"vocab_size": 99, "d_model": 48, "encoder_layers": 2, "decoder_layers": 2, "max_position_embeddings": 64}
-BART |= {"encoder_attention_heads": 6, "decoder_attention_heads": 6, "encoder_ffn_dim": 80, "decoder_ffn_dim": 80}
+BART = {
+    "vocab_size": 99,
+    "d_model": 48,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "max_position_embeddings": 64,
+}
+BART |= {
+    "encoder_attention_heads": 6,
+    "decoder_attention_heads": 6,
+    "encoder_ffn_dim": 80,
+    "decoder_ffn_dim": 80,
+}
 VIT = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 6}
 VIT |= {"image_size": 24, "patch_size": 8, "num_labels": 5}
 FALCON = {"vocab_size": 99, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6}

@@ -77,7 +77,10 @@ class TestEveryRole:
             assert site.weight.transposed
             assert site.weight.window == site.columns
             assert site.bias is not None
-            assert (site.bias.parameter, site.bias.window) == ("transformer.h.1.attn.c_attn.bias", site.columns)
+            assert (site.bias.parameter, site.bias.window) == (
+                "transformer.h.1.attn.c_attn.bias",
+                site.columns,
+            )
             assert site.shape == (D, D)
         assert paths(sites, "attention.o") == [f"transformer.h.{i}.attn.c_proj" for i in (0, 1)]
         assert paths(sites, "ffn.up") == [f"transformer.h.{i}.mlp.c_fc" for i in (0, 1)]
@@ -97,7 +100,9 @@ class TestEveryRole:
             cross = f"decoder.block.{layer}.layer.1.EncDecAttention."
             own = f"decoder.block.{layer}.layer.0.SelfAttention."
             assert paths(sites, 'attention.*&kind("cross")' + at) == [cross + name for name in "qkvo"]
-            assert paths(sites, 'attention.*&kind("self")&stack("decoder")' + at) == [own + name for name in "qkvo"]
+            assert paths(sites, 'attention.*&kind("self")&stack("decoder")' + at) == [
+                own + name for name in "qkvo"
+            ]
         assert Counter(site.stack for site in sites.select("block")) == {"encoder": 2, "decoder": 2}
         assert one(sites, 'attention.q&kind("cross")&layers(0)').id == "decoder.0.cross.attention.q"
         assert len(sites.select("norm")) == 4 + 6 + 2
@@ -140,7 +145,11 @@ class TestEveryRole:
     def test_falcon_multi_query(self, sites_of: Find, attention: str) -> None:
         sites = sites_of("FalconForCausalLM", attention)
         found = [one(sites, f"attention.{role}&layers(0)") for role in "qkv"]
-        assert [site.columns for site in found] == [Columns(((0, 48),)), Columns(((48, 56),)), Columns(((56, 64),))]
+        assert [site.columns for site in found] == [
+            Columns(((0, 48),)),
+            Columns(((48, 56),)),
+            Columns(((56, 64),)),
+        ]
         assert [site.heads for site in found] == [6, 1, 1]
 
     def test_cohere_adds_two_branches_to_one_skip(self, sites_of: Find, attention: str) -> None:

@@ -120,7 +120,10 @@ def a_model() -> Sites:
 
 def test_select_and_require() -> None:
     sites = a_model()
-    assert [site.id for site in sites.require("attention.q&layers(1,3)")] == ["1.attention.q", "2.attention.q"]
+    assert [site.id for site in sites.require("attention.q&layers(1,3)")] == [
+        "1.attention.q",
+        "2.attention.q",
+    ]
     assert sites.select("ffn") == ()
     assert len(sites.select("~head")) == 6
 
