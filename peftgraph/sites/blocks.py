@@ -55,9 +55,10 @@ class Blocks:
         self.sublayers = _sublayers(anatomy, attentions, feedforwards)
         self.streams = _streams(anatomy, self.sublayers)
         self.places: dict[Join, Place] = {}
-        names = _stacks(anatomy, self.streams, attentions)
+        layered = [stream for stream in self.streams if stream.blocks]
+        names = _stacks(anatomy, layered, attentions)
         counts: dict[str | None, int] = {}
-        for stream, stack in zip(self.streams, names, strict=True):
+        for stream, stack in zip(layered, names, strict=True):
             for start, stop in stream.blocks:
                 layer = counts.get(stack, 0)
                 counts[stack] = layer + 1
@@ -175,7 +176,14 @@ def _streams(anatomy: Anatomy, sublayers: dict[Join, list[Sublayer]]) -> list[St
     for chain in chains.values():
         kinds = tuple(_letters(anatomy, join, sublayers[join]) for join in chain)
         streams.append(Stream(tuple(chain), kinds, tuple(cut(kinds))))
+    if any(_mixes(stream) for stream in streams):
+        return [stream if _mixes(stream) else Stream(stream.joins, stream.kinds, ()) for stream in streams]
     return streams
+
+
+def _mixes(stream: Stream) -> bool:
+    """Does the stream carry attention? Where one does, the others (stems, pooling heads) have no blocks."""
+    return any(set(kind) & {"M", "X"} for kind in stream.kinds)
 
 
 def _letters(anatomy: Anatomy, join: Join, sublayers: Sequence[Sublayer]) -> str:
@@ -217,8 +225,7 @@ def _by_mixer(kinds: Sequence[str]) -> list[tuple[int, int]]:
 
 
 def _stacks(anatomy: Anatomy, streams: Sequence[Stream], attentions: Sequence[Attention]) -> list[str | None]:
-    """encoder and decoder by who reads whom; stages that continue each other share a stack; else towers by
-    number."""
+    """encoder and decoder by who reads whom; continued stages share a stack; else towers by number."""
     groups = _groups(anatomy, streams)
     count = len(dict.fromkeys(groups))
     reads = _reads(anatomy, streams, groups, attentions)
@@ -241,7 +248,8 @@ def _reads(
         pair: list[int] = []
         for role in ("q", "k"):
             stops = anatomy.frontier(one.role(role)[0].projection.input).stops
-            near = [group_of[anatomy.join_at[stop]] for stop in stops if stop in anatomy.join_at]
+            joins = [anatomy.join_at[stop] for stop in stops if stop in anatomy.join_at]
+            near = [group_of[join] for join in joins if join in group_of]
             after = _reading(anatomy, one, group_of) if role == "q" and not near else None
             pair += near[:1] or ([] if after is None else [after])
         if len(pair) == 2 and pair[0] != pair[1]:
@@ -252,9 +260,8 @@ def _reads(
 def _reading(anatomy: Anatomy, one: Attention, group_of: dict[Join, int]) -> int | None:
     """The group of the join that a cross attention enters."""
     flow = anatomy.flow
-    return next(
-        (group_of[join] for join in anatomy.joins if flow.descends(join.branch, one.core.output)), None
-    )
+    after = (join for join in anatomy.joins if flow.descends(join.branch, one.core.output))
+    return next((group_of[join] for join in after if join in group_of), None)
 
 
 def _groups(anatomy: Anatomy, streams: Sequence[Stream]) -> list[int]:

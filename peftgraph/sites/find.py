@@ -83,11 +83,9 @@ class Finder:
         order = {node.name: i for i, node in enumerate(self.flow.nodes)}
         rank = {role: i for i, role in enumerate(RANK)}
         self.found.sort(key=lambda site: (order[site.op], rank[site.role]))
-        return Sites(tuple(numbered(self.found)), tuple(self.misses), self._unmatched())
-
-    def _unmatched(self) -> tuple[str, ...]:
-        """Projections that play no role."""
-        return tuple(site.id for site in self.found if site.role == "projection")
+        items = tuple(numbered(self.found))
+        unmatched = tuple(site.id for site in items if site.role == "projection")
+        return Sites(items, tuple(self.misses), unmatched)
 
     def _add(self, role: str, op: fx.Node, path: str, place: Place | None, ports: Ports, **more: Any) -> None:
         items = tuple((port, node.name) for port, node in ports.items() if node is not None)

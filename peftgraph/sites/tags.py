@@ -79,7 +79,7 @@ class Tagger:
         return self._blank(node)
 
     def _index(self, node: fx.Node) -> Any:
-        """An integer tensor that no input decides (positions, a literal index), computed on the example's sizes."""
+        """An integer tensor that no input decides (positions, a literal index), at the example's sizes."""
         if node.op == "get_attr":
             stored = self.flow.tensors.get(str(node.target))
             plain = stored is not None and not stored.is_meta and not isinstance(stored, FakeTensor)

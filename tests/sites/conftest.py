@@ -1,4 +1,4 @@
-"""Tiny models of many families, and the sites found in them (traced once for each attention implementation)."""
+"""Tiny models of many families, and the sites found in them (traced once for each implementation)."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ class Weighted(nn.Module):
 )
 def test_near_attention(find: Find, module: nn.Module, reason: str) -> None:
     sites = find(module, x())
-    with pytest.raises(NoMatch, match="no attention.q: no softmax or scaled_dot_product") as raised:
+    with pytest.raises(NoMatch, match=r"no attention\.q: no softmax or scaled_dot_product") as raised:
         sites.require("attention.q")
     assert reason in str(raised.value)
 
@@ -153,7 +153,7 @@ def test_no_feed_forward_without_a_join_or_a_nonlinearity(find: Find) -> None:
 
 
 class Squeeze(nn.Module):
-    """Squeeze and excitation: two projections and a nonlinearity that gate a branch, one value for each channel."""
+    """Squeeze and excitation: two projections and a nonlinearity gate a branch, channel by channel."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -163,6 +163,25 @@ class Squeeze(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.conv(x.transpose(1, 2)).transpose(1, 2)
         return x + y * torch.sigmoid(self.b(F.relu(self.a(y.mean(1))))).unsqueeze(1)
+
+
+class Pooled(nn.Module):
+    """A block, then a probe with a residual feed-forward of its own: no second layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.probe = Fused(), nn.Linear(D, D)
+        self.up, self.down = nn.Linear(D, 8), nn.Linear(8, D)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.probe(self.block(x).mean(1))
+        return x + self.down(F.relu(self.up(x)))
+
+
+def test_a_stream_without_attention_has_no_layers_where_another_has(find: Find) -> None:
+    sites = find(Pooled(), x())
+    assert sites.layers == 1
+    assert [(site.path, site.layer) for site in sites.select("ffn.up")] == [("block.up", 0), ("up", None)]
 
 
 def test_squeeze_and_excitation_is_no_feed_forward(find: Find) -> None:
@@ -207,7 +226,7 @@ class Experts(nn.Module):
         parts = [down(F.relu(up(x))) for up, down in zip(self.ups, self.downs, strict=True)]
         if self.routed:
             parts = [part * weights[..., i : i + 1] for i, part in enumerate(parts)]
-        return x + parts[0] + parts[1] + parts[2] if not self.routed else x + (parts[0] + parts[1] + parts[2])
+        return x + (parts[0] + parts[1] + parts[2])
 
 
 def test_a_list_of_experts_is_numbered_and_the_router_is_none(find: Find) -> None:
