@@ -154,8 +154,11 @@ def store(flow: Flow, found: Contraction) -> tuple[Weight, int | None] | None:
 
 
 def _plain(flow: Flow, node: fx.Node) -> bool:
-    """Only casts stand between the stored parameter and its use."""
-    return flow.uncast(node).op == "get_attr"
+    """Only casts, or the choice of whole experts by index, stand between the stored parameter and its use."""
+    node = flow.uncast(node)
+    if ops.name(node) in ("index", "index_select") and flow.picks(node) is not None:
+        node = flow.uncast(flow.operands(node)[0])
+    return node.op == "get_attr"
 
 
 def _direct(
