@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from peftgraph.fold.sharing import sharing_reason
-from peftgraph.ir.builder import erase
+from peftgraph.ir.builder import erase, sort
 from peftgraph.ir.program import Applied, Edit, ProgramData, chain, copy_graph, find_node
 from peftgraph.ir.table import Table
 from peftgraph.rewrite.apply import undo
@@ -165,7 +165,7 @@ class Folding:
         used = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
         table = table.without(name for name, entry in table.items() if entry.added and name not in used)
         history, edits = _without_finished(program, self.edits)
-        return program.evolve(graph=self.graph, table=table, edits=edits, history=history)
+        return program.evolve(graph=sort(self.graph), table=table, edits=edits, history=history)
 
     def _word(self, edit: Edit) -> str:
         return self.program.history[edit.application].method.word

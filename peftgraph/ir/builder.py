@@ -5,6 +5,7 @@ It sets the value metadata and the origin of every node it makes and counts what
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,6 +40,7 @@ class Builder:
         dtype, device: of new parameters.
         taken: the names already in use, and who made them.
         maker: the spec of the pass that builds.
+        order: the `meta["order"]` that those of new nodes begin with.
         cursor: new nodes go after it.
     """
 
@@ -49,6 +51,7 @@ class Builder:
     device: torch.device
     taken: dict[str, str]
     maker: str
+    order: tuple[int, ...]
     cursor: fx.Node
     nodes: list[fx.Node] = field(default_factory=list)
     entries: dict[str, Entry] = field(default_factory=dict)
@@ -132,6 +135,7 @@ class Builder:
         node.meta["val"] = value_of(self._mode, node) if value is None else value
         node.meta["label"] = self._unique_label(hint)
         node.meta["origin"] = self.label
+        node.meta["order"] = (*self.order, len(self.nodes))
         self.cursor = node
         self.nodes.append(node)
         return node
@@ -151,34 +155,33 @@ def erase(graph: fx.Graph, names: Sequence[str]) -> None:
 
 
 def sort(graph: fx.Graph) -> fx.Graph:
-    """The graph in a valid order: each node moved no further down than its operands force it to."""
-    position = {node: i for i, node in enumerate(graph.nodes)}
-    if all(position[operand] < position[node] for node in graph.nodes for operand in node.all_input_nodes):
-        return graph
-    done: set[fx.Node] = set()
-    order: list[fx.Node] = []
+    """The graph in canonical order: operands before users and, among what is possible, by each node's `meta["order"]`.
 
-    def visit(root: fx.Node) -> None:
-        stack = [root]
-        while stack:
-            node = stack[-1]
-            waiting = [operand for operand in node.all_input_nodes if operand not in done]
-            if waiting:
-                stack.extend(reversed(waiting))
-                continue
-            stack.pop()
-            if node not in done:
-                done.add(node)
-                order.append(node)
-
-    for node in graph.nodes:
-        visit(node)
+    Base nodes carry their position in the traced graph and new ones the position they were inserted after, so the order
+    does not depend on the way there: taking a pass out restores the base's own order.
+    """
+    waiting = {node: len(node.all_input_nodes) for node in graph.nodes}
+    ready = [(node.meta["order"], i, node) for i, node in enumerate(graph.nodes) if not waiting[node]]
+    heapq.heapify(ready)
     new = fx.Graph()
     mapped: dict[fx.Node, fx.Node] = {}
-    for node in order:
+    while ready:
+        _, _, node = heapq.heappop(ready)
         mapped[node] = new.node_copy(node, lambda operand: mapped[operand])
         mapped[node].meta = dict(node.meta)
+        for user in node.users:
+            waiting[user] -= 1
+            if not waiting[user]:
+                heapq.heappush(ready, (user.meta["order"], len(mapped), user))
+    assert len(mapped) == len(graph.nodes), "the graph has a cycle"
     return new
+
+
+def number(graph: fx.Graph) -> None:
+    """Records the order of a base graph's nodes, in place."""
+    last = len(graph.nodes)
+    for i, node in enumerate(graph.nodes):
+        node.meta["order"] = (0 if node.op == "placeholder" else last if node.op == "output" else i,)
 
 
 def _opname(target: Callable[..., Any]) -> str:

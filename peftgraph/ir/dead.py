@@ -10,10 +10,20 @@ aten = torch.ops.aten
 
 def drop_dead(graph: fx.Graph) -> None:
     """Erases, in place, what reaches no output; inputs stay, and so does what writes in place."""
+    needed = set(live(graph))
     for node in reversed(list(graph.nodes)):
-        if node.op in ("placeholder", "output") or node.users or is_mutation(node):
-            continue
-        graph.erase_node(node)
+        if node not in needed:
+            graph.erase_node(node)
+
+
+def live(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes that matter, in order: inputs, the output, what reaches it, and what writes in place."""
+    needed: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op in ("placeholder", "output") or node in needed or is_mutation(node):
+            needed.add(node)
+            needed.update(node.all_input_nodes)
+    return [node for node in graph.nodes if node in needed]
 
 
 def is_mutation(node: fx.Node) -> bool:

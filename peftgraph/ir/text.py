@@ -15,6 +15,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from peftgraph.ir.dead import live
 from peftgraph.ir.program import ProgramData
 from peftgraph.ir.signature import short_dtype
 
@@ -51,7 +52,7 @@ def print_program(program: ProgramData) -> str:
     assert isinstance(outputs, list | tuple)
     results = [f"{key}: {printer.type_of(leaf)}" for key, leaf in zip(signature.output_keys, outputs, strict=True) if leaf is not None]
     lines = [f"{program.model}({signature.describe()}) -> {{{', '.join(results)}}}"]
-    lines += [f"  {printer.line(node)}" for node in program.graph.nodes if node.op == "call_function"]
+    lines += [f"  {printer.line(node)}" for node in live(program.graph) if node.op == "call_function"]
     lines.append(f"  return {printer.operand(outputs)}")
     return "\n".join(lines) + "\n"
 
@@ -59,11 +60,12 @@ def print_program(program: ProgramData) -> str:
 def print_diff(before: ProgramData, after: ProgramData) -> str:
     """What turned `before` into `after`: the new values around each edited one, in text order, and the totals."""
     old, new = _Printer(before), _Printer(after)
-    was = {node.name: old.line(node) for node in before.graph.nodes if node.op in ("call_function", "output")}
+    was = {node.name: old.line(node) for node in live(before.graph) if node.op in ("call_function", "output")}
     lines: list[str] = []
     added = moved = 0
     context: str | None = None
-    for node in after.graph.nodes:
+    present = live(after.graph)
+    for node in present:
         if node.op not in ("call_function", "output"):
             continue
         line = new.line(node)
@@ -79,8 +81,8 @@ def print_diff(before: ProgramData, after: ProgramData) -> str:
             moved += 1
             lines += [f"  - {was[node.name]}", f"  + {line}"]
             context = None
-    present = {node.name for node in after.graph.nodes}
-    erased = [line for name, line in was.items() if name not in present]
+    names = {node.name for node in present}
+    erased = [line for name, line in was.items() if name not in names]
     lines += [f"  - {line}" for line in erased]
     return "\n".join(_with_headings(lines, after) + [_totals(before, after, added, len(erased), moved)]) + "\n"
 

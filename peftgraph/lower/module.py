@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from peftgraph.errors import PeftGraphError
+from peftgraph.ir.dead import drop_dead
 from peftgraph.ir.literals import retarget
 from peftgraph.ir.program import ProgramData, copy_graph
 from peftgraph.ir.signature import Signature
@@ -53,7 +54,8 @@ class GraphModule(nn.Module):
 
     def graph_for(self, training: bool, missing: frozenset[str] = frozenset()) -> tuple[fx.Graph, tuple[bool, ...]]:
         """The graph that runs in a mode when the inputs in `missing` are left out, and which output leaves it gives."""
-        graph = self._graph if training else evaluated(self._graph)
+        graph = copy_graph(self._graph) if training else evaluated(self._graph)
+        drop_dead(graph)
         if not missing:
             return graph, (True,) * len(self._signature.output_keys)
         return without_inputs(graph, missing)

@@ -5,19 +5,17 @@ All matches are collected and checked before anything is rewritten, so a pass ne
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from peftgraph.errors import Conflict, RecipeError
 from peftgraph.ir.builder import Builder, erase, sort
 from peftgraph.ir.program import Applied, Edit, Move, ProgramData, chain, copy_graph
 from peftgraph.ir.table import Entry
 from peftgraph.ir.verify import verify
-from peftgraph.rewrite.match import Match
+from peftgraph.rewrite.match import GIVEN, Match
 from peftgraph.rewrite.method import Pass
 from peftgraph.rewrite.rule import Replace, Rule
 from peftgraph.sites import Site, Sites
@@ -57,7 +55,7 @@ def remove(program: P, sites: Sites, which: int) -> P:
     history = program.history[:which] + program.history[which + 1 :]
     used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     table = table.without(name for name, entry in table.items() if entry.added and name not in used)
-    result = program.evolve(graph=graph, table=table, edits=kept, history=history)
+    result = program.evolve(graph=sort(graph), table=table, edits=kept, history=history)
     verify(result, program)
     return result
 
@@ -182,9 +180,8 @@ class _Work:
         return Edit(self.application, number, match.site.id, tuple(moves), nodes, parameters)
 
     def _redirect(self, match: Match, port: str, old: fx.Node, new: fx.Node, builder: Builder) -> Move:
-        if port == "input":
-            reader = self.names[match.site.op]
-            reader.replace_input_with(old, new)
+        if port not in GIVEN:
+            self.names[match.reader(port)].replace_input_with(old, new)
             return Move(match.anchor(port), match.level, new.name, 1)
         uses = builder.redirect(old, new, keep=set(builder.nodes))
         return Move(match.anchor(port), match.level, new.name, uses)
@@ -196,11 +193,12 @@ class _Work:
         return Builder(
             graph=self.graph,
             label=f"{match.site.id}.{word}",
-            owner=owner_path(match.site, self.program, self.method.name),
+            owner=owner_path(match.site, self.program, self.method),
             dtype=table.dtype,
             device=table.device,
             taken=self.taken,
             maker=str(self.method),
+            order=(place.meta["order"][0], self.application, len(self.edits)),
             cursor=place,
         )
 
@@ -213,18 +211,18 @@ class _Work:
         )
 
 
-def owner_path(site: Site, program: ProgramData, name: str) -> str:
-    """The dotted prefix of the parameters made at a site: its path, its role inside a fused weight, the pass's name."""
-    path = site.path
-    if path in program.table:  # the path is a parameter itself (stacked experts): a module beside it
-        path = f"{path}_{site.role.rpartition('.')[2]}"
+def owner_path(site: Site, program: ProgramData, method: Pass) -> str:
+    """The dotted prefix of the parameters made at a site.
+
+    It is the path of the site's weight, with the role inside a fused weight, and the name of the pass if it has one. A
+    sublayer shares its path with others, so its parameters stand under a module of their own: `blocks.0.ffn_adapter`.
+    """
+    path, role = site.path, site.role.rpartition(".")[2]
+    if site.weight is None:
+        kind = "cross_" if site.kind == "cross" else ""
+        path = f"{path}.{kind}{site.role.replace('.', '_')}_{method.word}".lstrip(".")
+    elif path in program.table:  # the path is a parameter itself (stacked experts): a module beside it
+        path = f"{path}_{role}"
     elif site.columns is not None:
-        path = f"{path}.{site.role.rpartition('.')[2]}"
-    return f"{path}.{name}" if name else path
-
-
-def load_parameters(program: ProgramData, tensors: Mapping[str, Tensor]) -> None:
-    """Copies `tensors` into the trainable parameters of a program that nobody else holds yet, in place."""
-    with torch.no_grad():
-        for name, parameter in program.table.trainable.items():
-            parameter.copy_(tensors[name])
+        path = f"{path}.{role}"
+    return f"{path}.{method.name}" if method.name else path

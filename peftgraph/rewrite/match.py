@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from peftgraph.ir.builder import Builder
 from peftgraph.ir.program import Edit, ProgramData, chain
 from peftgraph.ir.table import Table
 from peftgraph.rewrite.views import Bound, View, bias_view, bind, weight_view
-from peftgraph.sites import Columns, Site, Sites
+from peftgraph.sites import Site, Sites
 
 aten = torch.ops.aten
 
 # How deep a role's value is nested: a projection's own output lies inside its sublayer's, that inside its block's.
 LEVELS = {"attention": 1, "ffn": 1, "block": 2}
+
+# Ports whose value the site gives to all its users; at every other port the site reads a value that others may read too.
+GIVEN = {"output", "join", "normed"}
 
 
 @dataclass
@@ -44,14 +47,18 @@ class Match:
     # values
 
     def anchor(self, port: str) -> str:
-        """The key of the chain of edits at a port."""
+        """The key of the chain of edits at a port: a value that the site gives, or the edge by which it reads one."""
         node = self.site.ports[port]
-        return f"{node}@{self.site.op}" if port == "input" else node
+        return node if port in GIVEN else f"{node}@{self.reader(port)}"
+
+    def reader(self, port: str) -> str:
+        """The node that reads a port's value."""
+        return self.site.ports.get(f"{port}.reader", self.site.op)
 
     def value(self, port: str) -> fx.Node:
         """The current value at a port: what the site reads, or what it gives at its own level of nesting."""
         node = self.site.ports[port]
-        if port in ("output", "value"):
+        if port in GIVEN:
             return self._latest(node, self.level)
         inside = chain(self.edits, self.anchor(port))
         return self.names[inside[-1].after] if inside else self._latest(node, max(LEVELS.values()))
@@ -157,26 +164,17 @@ class Match:
         numbers = op.call(aten.arange.default, rows, dtype=torch.int32, device=op.device)
         return op.call(aten.searchsorted.Tensor, self.names[self.site.ports["offsets"]], numbers, right=True)
 
-    def place(self, op: Builder, part: fx.Node, rest: float) -> fx.Node:
-        """`part` over the site's own columns, spread over all columns of the output; `rest` fills the others."""
-        columns = self.site.columns
+    def on_columns(self, op: Builder, value: fx.Node, change: Callable[[fx.Node], fx.Node]) -> fx.Node:
+        """`value` with `change` applied to the columns that the site owns; all others keep every bit."""
+        columns, axis = self.site.columns, self.site.feature_axis
         if columns is None:
-            return part
-        axis = self.site.feature_axis
-        total = int(self.output.meta["val"].shape[axis])
+            return change(value)
         if columns.contiguous:
-            after = total - columns.starts_at - len(columns)
-            return op.call(aten.constant_pad_nd.default, part, [0, 0] * (-1 - axis) + [columns.starts_at, after], rest)
-        padded = op.call(aten.constant_pad_nd.default, part, [0, 0] * (-1 - axis) + [0, 1], rest)
-        table = op.constant("columns", _scatter_table(columns, total))
-        return op.call(aten.index_select.default, padded, axis, table)
-
-
-def _scatter_table(columns: Columns, total: int) -> Tensor:
-    """For each of `total` features, its position among `columns`, or len(columns) for the others."""
-    table = torch.full((total,), len(columns), dtype=torch.long)
-    table[columns.index()] = torch.arange(len(columns))
-    return table
+            window = (axis, columns.starts_at, columns.starts_at + len(columns))
+            return op.call(aten.slice_scatter.default, value, change(op.call(aten.slice.Tensor, value, *window)), *window)
+        index = op.constant("columns", columns.index())
+        part = change(op.call(aten.index_select.default, value, axis, index))
+        return op.call(aten.index_copy.default, value, axis, index, part)
 
 
 def match_all(program: ProgramData, sites: Sites, chosen: Iterable[Site]) -> list[Match]:

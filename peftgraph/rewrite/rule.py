@@ -62,7 +62,7 @@ class Add:
 
     def enter(self, m: Match, op: Builder, value: fx.Node, delta: fx.Node) -> fx.Node:
         """y + delta."""
-        return op.add(value, m.place(op, delta, 0.0))
+        return m.on_columns(op, value, lambda part: op.add(part, delta))
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Multiply:
 
     def enter(self, m: Match, op: Builder, value: fx.Node, delta: fx.Node) -> fx.Node:
         """y * delta."""
-        return op.mul(value, m.place(op, delta, 1.0))
+        return m.on_columns(op, value, lambda part: op.mul(part, delta))
 
 
 @dataclass(frozen=True)

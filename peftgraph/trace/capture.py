@@ -17,6 +17,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from peftgraph.errors import PeftGraphError, TraceError
+from peftgraph.ir.builder import number
 from peftgraph.ir.literals import mark, retarget
 from peftgraph.ir.program import ProgramData, calls, stored
 from peftgraph.ir.propagate import fake_like, fake_mode_of, propagate
@@ -50,6 +51,7 @@ def capture(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] | Ten
     if marker is not None:
         mark(graph, marker)
     _restore_dtype(graph, table, bound)
+    number(graph)
     used = {str(node.target) for node in stored(graph)}
     table = Table((name, entry) for name, entry in table.items() if entry.kind != "constant" or name in used)
     signature = _signature(graph, exported, bound)
