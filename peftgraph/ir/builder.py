@@ -5,7 +5,6 @@ It sets the value metadata and the origin of every node it makes and counts what
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -160,20 +159,16 @@ def sort(graph: fx.Graph) -> fx.Graph:
     Base nodes carry their position in the traced graph and new ones the position they were inserted after, so the order
     does not depend on the way there: taking a pass out restores the base's own order.
     """
-    waiting = {node: len(node.all_input_nodes) for node in graph.nodes}
-    ready = [(node.meta["order"], i, node) for i, node in enumerate(graph.nodes) if not waiting[node]]
-    heapq.heapify(ready)
+    import networkx as nx  # here and not above: importing peftgraph stays light
+
+    uses = nx.DiGraph()
+    uses.add_nodes_from(graph.nodes)
+    uses.add_edges_from((operand, node) for node in graph.nodes for operand in node.all_input_nodes)
     new = fx.Graph()
     mapped: dict[fx.Node, fx.Node] = {}
-    while ready:
-        _, _, node = heapq.heappop(ready)
+    for node in nx.lexicographical_topological_sort(uses, key=lambda node: node.meta["order"]):
         mapped[node] = new.node_copy(node, lambda operand: mapped[operand])
         mapped[node].meta = dict(node.meta)
-        for user in node.users:
-            waiting[user] -= 1
-            if not waiting[user]:
-                heapq.heappush(ready, (user.meta["order"], len(mapped), user))
-    assert len(mapped) == len(graph.nodes), "the graph has a cycle"
     return new
 
 

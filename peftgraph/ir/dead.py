@@ -29,5 +29,5 @@ def live(graph: fx.Graph) -> list[fx.Node]:
 def is_mutation(node: fx.Node) -> bool:
     """Whether a node writes into one of its operands."""
     return isinstance(node.target, torch._ops.OpOverload) and (
-        node.target._schema.is_mutable or node.target is aten.batch_norm.default
+        node.target._schema.is_mutable or node.target in (aten.batch_norm.default, aten.instance_norm.default)
     )

@@ -27,7 +27,6 @@ DROPOUTS = {
 TRAINING_ARGUMENTS: dict[Callable[..., object], tuple[int, str, object]] = {
     aten.scaled_dot_product_attention.default: (4, "dropout_p", 0.0),
     aten.batch_norm.default: (5, "training", False),
-    aten.instance_norm.default: (5, "use_input_stats", True),
     aten.rrelu.default: (3, "training", False),
 }
 
@@ -43,8 +42,12 @@ def evaluated(graph: fx.Graph) -> fx.Graph:
             assert isinstance(source, fx.Node)
             node.replace_all_uses_with(source)
             new.erase_node(node)
+        elif node.target is aten.instance_norm.default:
+            _set_argument(node, 5, "use_input_stats", node.args[3] is None)
         elif node.target in TRAINING_ARGUMENTS:
             _set_argument(node, *TRAINING_ARGUMENTS[node.target])
+        elif node.meta.get("training_only"):
+            new.erase_node(node)
     drop_dead(new)
     return new
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, fx
 
 from peftgraph.ir.literals import retarget, widen
-from peftgraph.ir.program import ProgramData, calls, copy_graph
-from peftgraph.ir.modes import evaluated
+from peftgraph.ir.table import Entry
+from peftgraph.ir.program import ProgramData, calls, copy_graph, stored
+from peftgraph.ir.modes import evaluated, mutated_buffers
 
 aten = torch.ops.aten
 CONTRACTIONS = {"linear", "addmm", "matmul", "mm", "bmm", "baddbmm", "conv1d", "conv2d", "einsum", "scaled_dot_product_attention", "grouped_mm_fallback"}  # fmt: skip
@@ -21,7 +22,7 @@ def run(program: ProgramData, inputs: Sequence[Tensor]) -> list[Tensor]:
     dtype, device = program.table.dtype, program.table.device
     if program.marked:
         retarget(graph, dtype, device)
-    tensors = {name: entry.tensor.to(device) for name, entry in program.table.items()}
+    tensors = {name: _beside(entry, dtype).to(device) for name, entry in program.table.items()}
     return _interpret(graph, tensors, [value.to(device) for value in inputs])
 
 
@@ -39,6 +40,11 @@ def contractions(graph: fx.Graph) -> int:
     return sum(node.target._schema.name.split("::")[-1] in CONTRACTIONS for node in calls(graph) if isinstance(node.target, torch._ops.OpOverload))  # fmt: skip
 
 
+def _beside(entry: Entry, dtype: torch.dtype) -> Tensor:
+    """A tensor as the base's dtype wants it: a trainable one may have moved with a module that was converted."""
+    return entry.tensor.to(dtype) if entry.trainable and entry.tensor.is_floating_point() else entry.tensor
+
+
 def _double(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
 
@@ -47,6 +53,7 @@ def _interpret(graph: fx.Graph, tensors: dict[str, Tensor], inputs: Sequence[Ten
     values: dict[fx.Node, object] = {}
     last_use = {operand: node for node in graph.nodes for operand in node.all_input_nodes}
     arguments = iter(inputs)
+    written = mutated_buffers(graph)
     with torch.no_grad():
         for node in graph.nodes:
             if node.op == "output":
@@ -55,7 +62,8 @@ def _interpret(graph: fx.Graph, tensors: dict[str, Tensor], inputs: Sequence[Ten
             if node.op == "placeholder":
                 values[node] = next(arguments)
             elif node.op == "get_attr":
-                values[node] = tensors[str(node.target)].detach()
+                tensor = tensors[str(node.target)].detach()
+                values[node] = tensor.clone() if node.target in written else tensor
             else:
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
                 values[node] = node.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]

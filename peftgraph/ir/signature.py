@@ -46,6 +46,7 @@ class Signature:
         ranges: smallest and largest size of each symbol that the model's code allows.
         outputs: the tree of the outputs.
         output_keys: one readable name for each leaf of the outputs, such as `logits`.
+        assumed: constants that hold though the caller did not give them.
     """
 
     forward: inspect.Signature
@@ -54,6 +55,7 @@ class Signature:
     ranges: Mapping[str, tuple[int, int | None]]
     outputs: pytree.TreeSpec
     output_keys: tuple[str, ...]
+    assumed: frozenset[str] = frozenset()
     _by_key: Mapping[str, Input] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -84,14 +86,25 @@ class Signature:
 
     def _check_constants(self, given: Mapping[str, Any]) -> None:
         for key, value in given.items():
-            default = self.forward.parameters[key].default if key in self.forward.parameters else None
-            expected = self.constants.get(key, default)
             if value is None and key not in self.constants:
                 continue
-            if isinstance(value, Tensor) or expected is inspect.Parameter.empty or value != expected:
+            expected = self.constants.get(key, self._default(key))
+            if isinstance(value, Tensor) or type(value) is not type(expected) or value != expected:
                 what = f"{key}={value!r}" if not isinstance(value, Tensor) else f"the tensor {key}"
                 was = f"it was traced with {key}={expected!r}" if key in self.constants else "it was traced without it"
-                raise CallError(f"This program cannot take {what}: {was}. Trace the model again with {key} in the example.")
+                raise CallError(
+                    f"This program cannot take {what}: {was}. Trace the model again with {key} in the example."
+                )
+        for key, value in self.constants.items():
+            default = self._default(key)
+            left_out = key not in given and key not in self.assumed and default is not None
+            if left_out and value is not None and value != default:
+                was = "" if default is inspect.Parameter.empty else f", and the model's default is {default!r}"
+                raise CallError(f"This program was traced with {key}={value!r}{was}. Pass {key}={value!r}.")
+
+    def _default(self, key: str) -> Any:
+        parameter = self.forward.parameters.get(key)
+        return None if parameter is None else parameter.default
 
     def _check_tensors(self, tensors: list[Tensor | None]) -> None:
         sizes: dict[str, tuple[int, str]] = {}

@@ -291,6 +291,7 @@ def kind(name: str) -> Kind:
 
 
 def expert(number: int) -> Expert:
+    """Sites of one expert, where a model holds its experts as separate modules."""
     return Expert(number)
 
 

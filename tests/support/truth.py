@@ -1,0 +1,211 @@
+"""Ground truth by module names, and eager references built on the original model. For tests only.
+
+`PLACES[name]` says where each role's weight lives; `eager_outputs` runs the original model's own code with adapted weights
+put in by `torch.func.functional_call` (LoRA, (IA)3, BitFit) or with forward hooks (serial adapters), so that gradients of the
+adapter's parameters come from a computation that shares nothing with the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import zoo
+
+
+@dataclass(frozen=True)
+class Place:
+    """One projection: its stored weight, the output rows that are its own, and where its new parameters stand."""
+
+    role: str
+    weight: str
+    owner: str
+    rows: tuple[int, ...] | None = None
+    transposed: bool = False
+    bias: str | None = None
+
+
+def _plain(role: str, module: str, bias: bool) -> Place:
+    return Place(role, f"{module}.weight", module, bias=f"{module}.bias" if bias else None)
+
+
+def _separate(stem: str, names: Mapping[str, str], bias: bool) -> Iterator[Place]:
+    for role, module in names.items():
+        yield _plain(role, f"{stem}.{module}", bias)
+
+
+def _fused(module: str, rows: Mapping[str, list[int]], transposed: bool) -> Iterator[Place]:
+    for part, indices in rows.items():
+        yield Place(f"attention.{part}", f"{module}.weight", f"{module}.{part}", tuple(indices), transposed, f"{module}.bias")
+
+
+THIRDS = {part: list(range(i * zoo.WIDTH, (i + 1) * zoo.WIDTH)) for i, part in enumerate("qkv")}
+HEAD = zoo.WIDTH // zoo.HEADS
+INTERLEAVED = {
+    part: [head * 3 * HEAD + i * HEAD + column for head in range(zoo.HEADS) for column in range(HEAD)]
+    for i, part in enumerate("qkv")
+}
+LLAMA_ATTENTION = {f"attention.{p}": f"self_attn.{p}_proj" for p in "qkvo"}
+
+
+def _bert(i: int) -> Iterator[Place]:
+    names = {"attention.q": "attention.self.query", "attention.k": "attention.self.key", "attention.v": "attention.self.value",
+             "attention.o": "attention.output.dense", "ffn.up": "intermediate.dense", "ffn.down": "output.dense"}  # fmt: skip
+    yield from _separate(f"encoder.layer.{i}", names, True)
+
+
+def _llama(i: int) -> Iterator[Place]:
+    ffn = {"ffn.gate": "mlp.gate_proj", "ffn.up": "mlp.up_proj", "ffn.down": "mlp.down_proj"}
+    yield from _separate(f"model.layers.{i}", LLAMA_ATTENTION | ffn, False)
+
+
+def _gpt2(i: int) -> Iterator[Place]:
+    stem = f"transformer.h.{i}"
+    yield from _fused(f"{stem}.attn.c_attn", THIRDS, transposed=True)
+    for role, module in {"attention.o": "attn.c_proj", "ffn.up": "mlp.c_fc", "ffn.down": "mlp.c_proj"}.items():
+        path = f"{stem}.{module}"
+        yield Place(role, f"{path}.weight", path, transposed=True, bias=f"{path}.bias")
+
+
+def _gpt_neox(i: int) -> Iterator[Place]:
+    stem = f"gpt_neox.layers.{i}"
+    yield from _fused(f"{stem}.attention.query_key_value", INTERLEAVED, transposed=False)
+    names = {"attention.o": "attention.dense", "ffn.up": "mlp.dense_h_to_4h", "ffn.down": "mlp.dense_4h_to_h"}
+    yield from _separate(stem, names, True)
+
+
+def _t5(i: int) -> Iterator[Place]:
+    for stack, ffn in (("encoder", 1), ("decoder", 2)):
+        stem = f"{stack}.block.{i}.layer"
+        kinds = [f"{stem}.0.SelfAttention"] + ([f"{stem}.1.EncDecAttention"] if stack == "decoder" else [])
+        for kind in kinds:
+            yield from _separate(kind, {f"attention.{p}": p for p in "qkvo"}, False)
+        yield from _separate(f"{stem}.{ffn}.DenseReluDense", {"ffn.up": "wi", "ffn.down": "wo"}, False)
+
+
+def _vit(i: int) -> Iterator[Place]:
+    names = {f"attention.{p}": f"attention.{p}_proj" for p in "qkvo"} | {"ffn.up": "mlp.fc1", "ffn.down": "mlp.fc2"}
+    yield from _separate(f"vit.layers.{i}", names, True)
+
+
+def _mixtral(i: int) -> Iterator[Place]:
+    yield from _separate(f"model.layers.{i}", LLAMA_ATTENTION, False)
+    stacked, down = (f"model.layers.{i}.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj"))
+    yield Place("ffn.gate", stacked, f"{stacked}_gate", tuple(range(zoo.FFN)))
+    yield Place("ffn.up", stacked, f"{stacked}_up", tuple(range(zoo.FFN, 2 * zoo.FFN)))
+    yield Place("ffn.down", down, f"{down}_down")
+
+
+def _nano(i: int) -> Iterator[Place]:
+    yield from _fused(f"stack.{i}.mix", THIRDS, transposed=False)
+    yield from _separate(f"stack.{i}", {"attention.o": "out", "ffn.up": "fc", "ffn.down": "proj"}, True)
+
+
+BUILDERS = {"bert": _bert, "llama": _llama, "gpt2": _gpt2, "gpt_neox": _gpt_neox, "t5": _t5, "vit": _vit,
+            "mixtral": _mixtral, "nano": _nano}  # fmt: skip
+PLACES = {name: [place for i in range(zoo.LAYERS) for place in build(i)] for name, build in BUILDERS.items()}
+
+
+def eager_model(name: str, dtype: torch.dtype) -> nn.Module:
+    """The original model; Mixtral with an experts' implementation that has a float64 form."""
+    model = zoo.build(name, "sdpa", dtype)
+    if name == "mixtral":
+        model.set_experts_implementation("batched_mm")
+    return model
+
+
+def eager_outputs(name: str, model: nn.Module, adapters: Mapping[str, Tensor], inputs: Mapping[str, Any],
+                  alpha: float, scale_first: bool = False) -> list[Tensor]:  # fmt: skip
+    """The outputs of the original model with the adapters' parameters, by their full names, put in.
+
+    `scale_first`: (IA)3 was applied before LoRA, so its output vectors scale the base's product only.
+    """
+    weights = _adapted(name, dict(model.named_parameters()), adapters, alpha, scale_first)
+    hooks = list(_hooks(name, model, adapters))
+    try:
+        return zoo.leaves(functional_call(model, weights, kwargs=dict(inputs)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _adapted(name: str, stored: dict[str, Tensor], adapters: Mapping[str, Tensor], alpha: float, scale_first: bool) -> dict[str, Tensor]:
+    new = {key: value.detach() for key, value in stored.items()} | {k: v for k, v in adapters.items() if k in stored}
+    for place in PLACES[name]:
+        steps = [_add_product, _scale]
+        if scale_first and place.role != "ffn.down":  # the hidden value is scaled before any product reads it
+            steps.reverse()
+        for step in steps:
+            step(new, place, adapters, alpha)
+    return new
+
+
+def _add_product(new: dict[str, Tensor], place: Place, adapters: Mapping[str, Tensor], alpha: float) -> None:
+    if f"{place.owner}.lora_A" in adapters:
+        a, b = adapters[f"{place.owner}.lora_A"], adapters[f"{place.owner}.lora_B"]
+        new[place.weight] = _on_rows(new[place.weight], place, lambda w: w + alpha / a.shape[-2] * b @ a)
+
+
+def _scale(new: dict[str, Tensor], place: Place, adapters: Mapping[str, Tensor], alpha: float) -> None:
+    name = f"{place.owner}.ia3_l"
+    if name not in adapters and place.role == "ffn.down":
+        name = f"{place.weight}_hidden.ia3_l"  # stacked experts
+    if name not in adapters:
+        return
+    vector = adapters[name]
+    if place.role == "ffn.down":
+        new[place.weight] = _on_rows(new[place.weight], place, lambda w: w * vector.unsqueeze(-2))
+        return
+    new[place.weight] = _on_rows(new[place.weight], place, lambda w: w * vector.unsqueeze(-1))
+    if place.bias is not None:
+        bias, rows = new[place.bias], list(place.rows or range(vector.numel()))
+        new[place.bias] = bias.index_copy(0, torch.tensor(rows), bias[rows] * vector)
+
+
+def _on_rows(weight: Tensor, place: Place, change: Any) -> Tensor:
+    matrix = weight.mT if place.transposed else weight
+    if place.rows is None:
+        matrix = change(matrix)
+    else:
+        rows = torch.tensor(place.rows)
+        matrix = matrix.index_copy(-2, rows, change(matrix.index_select(-2, rows)))
+    return matrix.mT if place.transposed else matrix
+
+
+# Sublayers: the module whose output is the branch before its dropout, and the path of the sublayer's own parameters.
+SUBLAYERS = {
+    "bert": [("encoder.layer.{i}.attention.output.dense", "encoder.layer.{i}.attention.attention"),
+             ("encoder.layer.{i}.output.dense", "encoder.layer.{i}.ffn")],
+    "llama": [("model.layers.{i}.self_attn", "model.layers.{i}.self_attn.attention"), ("model.layers.{i}.mlp", "model.layers.{i}.mlp.ffn")],
+    "mixtral": [("model.layers.{i}.self_attn", "model.layers.{i}.self_attn.attention"), ("model.layers.{i}.mlp", "model.layers.{i}.mlp.experts.ffn")],
+    "gpt2": [("transformer.h.{i}.attn", "transformer.h.{i}.attn.attention"), ("transformer.h.{i}.mlp", "transformer.h.{i}.mlp.ffn")],
+    "gpt_neox": [("gpt_neox.layers.{i}.attention", "gpt_neox.layers.{i}.attention.attention"), ("gpt_neox.layers.{i}.mlp", "gpt_neox.layers.{i}.mlp.ffn")],
+    "vit": [("vit.layers.{i}.attention", "vit.layers.{i}.attention.attention"), ("vit.layers.{i}.mlp", "vit.layers.{i}.mlp.ffn")],
+    "nano": [("stack.{i}.out", "stack.{i}.attention"), ("stack.{i}.proj", "stack.{i}.ffn")],
+    "t5": [("encoder.block.{i}.layer.0.SelfAttention", "encoder.block.{i}.layer.0.SelfAttention.attention"),
+           ("encoder.block.{i}.layer.1.DenseReluDense", "encoder.block.{i}.layer.1.DenseReluDense.ffn"),
+           ("decoder.block.{i}.layer.0.SelfAttention", "decoder.block.{i}.layer.0.SelfAttention.attention"),
+           ("decoder.block.{i}.layer.1.EncDecAttention", "decoder.block.{i}.layer.1.EncDecAttention.cross_attention"),
+           ("decoder.block.{i}.layer.2.DenseReluDense", "decoder.block.{i}.layer.2.DenseReluDense.ffn")],
+}  # fmt: skip
+
+
+def _hooks(name: str, model: nn.Module, adapters: Mapping[str, Tensor]) -> Iterator[Any]:
+    for template, owner_template in SUBLAYERS[name]:
+        for i in range(zoo.LAYERS):
+            owner = f"{owner_template.format(i=i)}_serial_adapter"
+            if f"{owner}.down_weight" not in adapters:
+                continue
+            dw, db, uw, ub = (adapters[f"{owner}.{p}"] for p in ("down_weight", "down_bias", "up_weight", "up_bias"))
+
+            def hook(_m: nn.Module, _a: Any, out: Any, dw: Tensor = dw, db: Tensor = db, uw: Tensor = uw, ub: Tensor = ub) -> Any:
+                h = out[0] if isinstance(out, tuple) else out
+                h = h + nn.functional.gelu(h @ dw.T + db) @ uw.T + ub
+                return (h, *out[1:]) if isinstance(out, tuple) else h
+
+            yield model.get_submodule(template.format(i=i)).register_forward_hook(hook)
