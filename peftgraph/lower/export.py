@@ -22,7 +22,8 @@ def export(program: ProgramData, path: Path) -> Path:
     """Writes the evaluated graph to `path`; inputs keep their names, outputs become a dict by name.
 
     Raises:
-        ExportError: an unknown suffix, a missing package, weights on the meta device, or the exporter's refusal.
+        ExportError: an unknown suffix, a missing package, weights on the meta device, or the exporter's
+            refusal.
     """
     writers: dict[str, Callable[[ExportedProgram, Path], None]] = {".pt2": _write_pt2, ".onnx": _write_onnx}
     if path.suffix not in writers:
@@ -41,10 +42,15 @@ def to_exported(program: ProgramData) -> ExportedProgram:
     graph = portable(net.graph_for(training=False)[0])
     leaves = graph.output_node().args[0]
     assert isinstance(leaves, list | tuple)
-    results = {key: leaf for key, leaf in zip(program.signature.output_keys, leaves, strict=True) if leaf is not None}
+    results = {
+        key: leaf for key, leaf in zip(program.signature.output_keys, leaves, strict=True) if leaf is not None
+    }
     graph.output_node().args = (results,)
     module = fx.GraphModule(net, graph)
-    shapes = tuple({axis: Dim.AUTO for axis, dim in enumerate(spec.dims) if isinstance(dim, str)} for spec in program.signature.inputs)
+    shapes = tuple(
+        {axis: Dim.AUTO for axis, dim in enumerate(spec.dims) if isinstance(dim, str)}
+        for spec in program.signature.inputs
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's notes about its own internals
         try:
@@ -59,10 +65,12 @@ def _write_pt2(exported: ExportedProgram, path: Path) -> None:
 
 def _write_onnx(exported: ExportedProgram, path: Path) -> None:
     try:
-        import onnxscript  # noqa: F401  # pyright: ignore[reportUnusedImport, reportMissingImports]
+        import onnxscript  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError:
         raise ExportError('ONNX export needs onnx and onnxscript: pip install "peftgraph[onnx]".') from None
-    names: list[Any] = list(exported.call_spec.out_spec.context) if exported.call_spec.out_spec is not None else []
+    names: list[Any] = (
+        list(exported.call_spec.out_spec.context) if exported.call_spec.out_spec is not None else []
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -1,4 +1,4 @@
-"""Program -> nn.Module: an ordinary module with the model's own call signature, output type and parameter names."""
+"""Program -> nn.Module: a module with the model's own signature, output type and parameter names."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch.utils import _pytree as pytree
 from peftgraph.errors import PeftGraphError
 from peftgraph.ir.dead import drop_dead
 from peftgraph.ir.literals import retarget
+from peftgraph.ir.modes import evaluated, mutated_buffers, without_inputs
 from peftgraph.ir.program import ProgramData, copy_graph
 from peftgraph.ir.signature import Signature
 from peftgraph.ir.table import Entry
-from peftgraph.ir.modes import evaluated, mutated_buffers, without_inputs
 
 Code = Callable[..., list[Any]]
 
@@ -24,9 +24,9 @@ Code = Callable[..., list[Any]]
 class GraphModule(nn.Module):
     """A program as a module.
 
-    Only the parameters that passes added (or made trainable) require grad, and they are shared with the program, so that
-    training is seen by `pg.fold`; frozen weights share storage with the traced model. `train()` and `eval()` switch every
-    dropout; `to()` moves literals along with the parameters.
+    Only the parameters that passes added (or made trainable) require grad, and they are shared with the
+    program, so that training is seen by `pg.fold`; frozen weights share storage with the traced model.
+    `train()` and `eval()` switch every dropout; `to()` moves literals along with the parameters.
     """
 
     def __init__(self, program: ProgramData) -> None:
@@ -37,12 +37,19 @@ class GraphModule(nn.Module):
         self._target = (program.table.dtype, program.table.device)
         self._codes: dict[tuple[bool, frozenset[str]], tuple[Code, tuple[bool, ...]]] = {}
         self._model = program.model
+        self._constants: list[str] = []
         self._register(program.table)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the graph with the traced model's own arguments and returns its own output type."""
+        """Runs the graph with the traced model's own arguments and returns its own output type.
+
+        Raises:
+            CallError: the graph was not traced for these arguments.
+        """
         tensors = self._signature.bind(args, kwargs)
-        missing = frozenset(spec.name for spec, value in zip(self._signature.inputs, tensors, strict=True) if value is None)
+        missing = frozenset(
+            spec.name for spec, value in zip(self._signature.inputs, tensors, strict=True) if value is None
+        )
         code, kept = self._code(missing)
         leaves = code(self, *(value for value in tensors if value is not None))
         return _assemble(self._signature.outputs, leaves, kept)
@@ -52,8 +59,14 @@ class GraphModule(nn.Module):
         count = sum(p.numel() for p in self.parameters() if p.requires_grad)
         return f"{self._model}: {self._signature.describe()}; {count:,} trainable parameters"
 
-    def graph_for(self, training: bool, missing: frozenset[str] = frozenset()) -> tuple[fx.Graph, tuple[bool, ...]]:
-        """The graph that runs in a mode when the inputs in `missing` are left out, and which output leaves it gives."""
+    def graph_for(
+        self, training: bool, missing: frozenset[str] = frozenset()
+    ) -> tuple[fx.Graph, tuple[bool, ...]]:
+        """The graph that runs in a mode without the inputs in `missing`, and which output leaves it gives.
+
+        Raises:
+            CallError: every output depends on a missing input.
+        """
         graph = copy_graph(self._graph) if training else evaluated(self._graph)
         drop_dead(graph)
         if not missing:
@@ -69,27 +82,35 @@ class GraphModule(nn.Module):
 
     def _register(self, table: Mapping[str, Entry]) -> None:
         written = mutated_buffers(self._graph)
-        owned: dict[int, nn.Parameter] = {}
+        made: dict[int, nn.Parameter] = {}  # tied entries become one parameter
         for name, entry in table.items():
             path, _, leaf = name.rpartition(".")
             owner = _container(self, path)
             if entry.kind == "parameter":
-                frozen = nn.Parameter(entry.tensor, requires_grad=False) if not entry.trainable else entry.tensor
-                assert isinstance(frozen, nn.Parameter)
-                owner.register_parameter(leaf, owned.setdefault(id(entry.tensor), frozen))
+                shared = entry.tensor if isinstance(entry.tensor, nn.Parameter) else None
+                parameter = shared or nn.Parameter(entry.tensor, requires_grad=False)
+                owner.register_parameter(leaf, made.setdefault(id(entry.tensor), parameter))
             else:
                 tensor = entry.tensor.clone() if name in written else entry.tensor
                 owner.register_buffer(leaf, tensor, persistent=entry.persistent)
+            if entry.kind == "constant":
+                self._constants.append(name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GraphModule:
         dtype, device = self._target
         probe = fn(torch.empty(0, dtype=dtype, device=device))
         if probe.dtype != dtype and not self._marked:
             raise PeftGraphError(
-                f"{self._model} mixes floating dtypes, so it is not known which casts of its code follow its weights; "
-                f"it cannot be moved to {probe.dtype}. Convert the model first and trace it again."
+                f"{self._model} mixes floating dtypes, so it is not known which casts of its code follow its "
+                f"weights; it cannot be moved to {probe.dtype}. Convert the model first and trace it again."
             )
+        constants = {name: self.get_buffer(name) for name in self._constants}
         super()._apply(fn, recurse)
+        for name, before in constants.items():  # tensor literals of the code move, but keep their own dtype
+            path, _, leaf = name.rpartition(".")
+            moved = self.get_buffer(name)
+            if moved.dtype != before.dtype:
+                setattr(self.get_submodule(path), leaf, before.to(moved.device))
         if (probe.dtype, probe.device) != self._target:
             self._target = (probe.dtype, probe.device)
             retarget(self._graph, *self._target)
@@ -119,12 +140,19 @@ def _container(root: nn.Module, path: str) -> nn.Module:
 
 
 def _assemble(spec: pytree.TreeSpec, leaves: list[Any], kept: tuple[bool, ...]) -> Any:
-    """The model's output tree; an output that depends on a missing input is left out, as the model itself leaves it out."""
+    """The model's output tree; what depends on a missing input is left out, as the model does it.
+
+    A dict or a tuple becomes shorter; any other class holds None there.
+    """
     result = pytree.tree_unflatten(leaves, spec)
-    if all(kept):
+    if all(kept) or type(result) not in (dict, tuple, list):
         return result
+    flags = pytree.tree_unflatten(list(kept), spec)
     if type(result) is dict:
-        return {key: value for (key, value), keep in zip(result.items(), kept, strict=True) if keep}
-    if type(result) in (tuple, list) and len(result) == len(kept):
-        return type(result)(value for value, keep in zip(result, kept, strict=True) if keep)
-    return result
+        return {key: value for key, value in result.items() if _is_kept(flags[key])}
+    return type(result)(value for value, flag in zip(result, flags, strict=True) if _is_kept(flag))
+
+
+def _is_kept(flags: Any) -> bool:
+    leaves = pytree.tree_leaves(flags)
+    return any(leaves) or not leaves

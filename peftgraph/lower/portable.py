@@ -1,6 +1,8 @@
-"""A graph in plain aten operations, for files that must run where only torch, or only an ONNX runtime, is installed."""
+"""A graph in plain aten operations, for files that run where only torch or an ONNX runtime is installed."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import fx
@@ -11,29 +13,25 @@ aten = torch.ops.aten
 
 
 def portable(graph: fx.Graph) -> fx.Graph:
-    """A copy of `graph` in which experts' grouped products are spelled out: one product an expert, chosen by row."""
+    """A copy of `graph` with experts' grouped products spelled out: one product an expert, chosen by row."""
     new = copy_graph(graph)
     for node in list(new.nodes):
-        if getattr(node.target, "_qualified_op_name", "") == "transformers::grouped_mm_fallback" or str(node.target).startswith("transformers.grouped_mm_fallback"):
+        if str(node.target).startswith("transformers.grouped_mm_fallback"):
             with new.inserting_before(node):
-                node.replace_all_uses_with(_spelled_out(new, node))
+                node.replace_all_uses_with(_spelled_out(new, *node.args[:3]))
             new.erase_node(node)
     return new
 
 
-def _spelled_out(graph: fx.Graph, node: fx.Node) -> fx.Node:
+def _spelled_out(graph: fx.Graph, x: Any, w: Any, offsets: Any) -> fx.Node:
     """x (N, I), w (E, I, O), offsets (E,): row n times w[e] where offsets[e - 1] <= n < offsets[e]."""
-    x, w, offsets = node.args[:3]
-    assert isinstance(x, fx.Node) and isinstance(w, fx.Node) and isinstance(offsets, fx.Node)
     call = graph.call_function
-    rows = call(aten.unsqueeze.default, (call(aten.arange.default, (call(aten.sym_size.int, (x, 0)),), {"device": x.meta["val"].device}), -1))
-    total: fx.Node | None = None
-    for expert in reversed(range(int(w.meta["val"].shape[0]))):
+    numbers = call(aten.arange.default, (call(aten.sym_size.int, (x, 0)),), {"device": x.meta["val"].device})
+    rows = call(aten.unsqueeze.default, (numbers, -1))
+    last, *others = reversed(range(int(w.meta["val"].shape[0])))
+    total = call(aten.mm.default, (x, call(aten.select.int, (w, 0, last))))
+    for expert in others:
         product = call(aten.mm.default, (x, call(aten.select.int, (w, 0, expert))))
-        if total is None:
-            total = product
-            continue
         inside = call(aten.lt.Tensor, (rows, call(aten.select.int, (offsets, 0, expert))))
         total = call(aten.where.self, (inside, product, total))
-    assert total is not None
     return total

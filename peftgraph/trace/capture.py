@@ -1,12 +1,13 @@
 """pg.trace: a model and an example of its inputs become a program.
 
-The model itself is never touched: what is exported is a ghost of it, a copy around fake tensors in training mode and in a
-marker dtype, so that dropout is seen and literals that follow the parameters' dtype can be told from literals that are meant.
+The model itself is never touched: what is exported is a ghost of it, a copy around fake tensors in training
+mode and in a marker dtype, so that dropout is seen and literals that follow the parameters' dtype can be told
+from literals that are meant.
 """
 
 from __future__ import annotations
 
-import warnings
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,20 +17,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from peftgraph.errors import PeftGraphError, TraceError
+from peftgraph.errors import PeftGraphError
 from peftgraph.ir.builder import number
 from peftgraph.ir.literals import mark, retarget
 from peftgraph.ir.program import ProgramData, calls, stored
 from peftgraph.ir.propagate import fake_like, fake_mode_of, propagate
 from peftgraph.ir.signature import Input, Signature
 from peftgraph.ir.table import Entry, Table
-from peftgraph.trace.diagnose import explain, no_custom_functions
+from peftgraph.trace.diagnose import explain, no_custom_functions, quiet
 from peftgraph.trace.example import Example, bind_example
-from peftgraph.trace.ghost import ghost_arguments, ghost_of, ghost_tensor
+from peftgraph.trace.ghost import ghost_arguments, ghost_of
 from peftgraph.trace.normalise import canonical
+from peftgraph.trace.training import only_dropout_follows_the_mode
 
-# bfloat16 shows which literals follow and promotes as low precision does; a model with an operation that has no bfloat16
-# form is traced in float64.
+# bfloat16 shows which literals follow and promotes as low precision does; a model with an operation that has
+# no bfloat16 form is traced in float64.
 MARKERS = (torch.bfloat16, torch.float64)
 
 
@@ -37,20 +39,26 @@ def capture(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] | Ten
     """Traces `model` into a program.
 
     Args:
-        model: any module; its weights may be on the meta device. It is not modified, and its tensors are shared, not copied.
-        example: a dict of keyword inputs or a tuple of positional ones. Sizes of the batch and of sequences become symbols.
+        model: any module; its weights may be on the meta device. It is not modified, and its tensors are
+            shared, not copied.
+        example: a dict of keyword inputs or a tuple of positional ones. Sizes of the batch and of sequences
+            become symbols.
 
     Raises:
         TraceError: the model cannot be traced; the message names the line of its code and what to change.
     """
     bound = bind_example(model, example)
     table = _table_of(model)
+    only_dropout_follows_the_mode(model, bound)
     exported, marker = _export(model, bound, table.dtype)
     table = table.with_(_constants(exported))
-    graph = canonical(exported, {names[0]: names for names in _names_of_ties(model)})
+    graph = canonical(exported, _names_of_ties(model))
     if marker is not None:
         mark(graph, marker)
-    _restore_dtype(graph, table, bound)
+    try:
+        _restore_dtype(graph, table, bound)
+    except Exception as error:
+        raise explain(model, error) from error
     number(graph)
     used = {str(node.target) for node in stored(graph)}
     table = Table((name, entry) for name, entry in table.items() if entry.kind != "constant" or name in used)
@@ -80,26 +88,21 @@ def _table_of(model: nn.Module) -> Table:
     return Table(entries)
 
 
-def _names_of_ties(model: nn.Module) -> list[tuple[str, ...]]:
+def _names_of_ties(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """For every name of a tied tensor (the exporter keeps any of them), all its names, that one first."""
     groups: dict[int, list[str]] = {}
-    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+    stored = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, tensor in stored:
         groups.setdefault(id(tensor), []).append(name)
-    rotations = []
-    for names in groups.values():  # whichever name the exporter keeps, all are found from it
-        rotations += [(name, *(other for other in names if other != name)) for name in names]
-    return rotations
+    return {name: (name, *(n for n in names if n != name)) for names in groups.values() for name in names}
 
 
 def _export(model: nn.Module, bound: Example, own: torch.dtype) -> tuple[ExportedProgram, torch.dtype | None]:
-    """The exported ghost of `model` and the marker it was traced under (None: the model mixes dtypes, nothing follows)."""
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    markers = [m for m in MARKERS if m != own] if len(dtypes) == 1 else []
-    if own in (torch.bfloat16, torch.float16) and len(dtypes) == 1:
-        markers = [own]  # already low precision: its own dtype tells casts that follow from float32 that is meant
-    failure: BaseException | None = None
-    for marker in markers or [own]:
+    """The exported ghost of `model` and the marker it was traced under; None: no literal follows."""
+    failure: Exception | None = None
+    for marker in _markers(model, own):
         try:
-            return _export_once(model, bound, own, marker), marker if markers else None
+            return _export_once(model, bound, own, marker or own), marker
         except PeftGraphError:
             raise
         except Exception as error:  # whatever an exporter or a model's code raises is explained to the user
@@ -108,18 +111,42 @@ def _export(model: nn.Module, bound: Example, own: torch.dtype) -> tuple[Exporte
     raise explain(model, failure) from failure
 
 
+def _markers(model: nn.Module, own: torch.dtype) -> list[torch.dtype | None]:
+    """The markers to try, best first; the last resort is none: the program stays in the model's own dtype."""
+    if len({p.dtype for p in model.parameters() if p.is_floating_point()}) != 1:
+        return [None]
+    if own in (torch.bfloat16, torch.float16):
+        return [
+            own
+        ]  # already low precision: its own dtype tells casts that follow from float32 that is meant
+    return [*(marker for marker in MARKERS if marker != own), None]
+
+
 def _export_once(model: nn.Module, bound: Example, own: torch.dtype, marker: torch.dtype) -> ExportedProgram:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     ghost = ghost_of(model, mode, own, marker)
     arguments = ghost_arguments(dict(bound.arguments), mode, own, marker)
+    _take_keywords(ghost, bound)
 
     def dynamic(value: Any) -> Any:
         return dict.fromkeys(range(value.dim()), Dim.AUTO) if isinstance(value, Tensor) else None
 
     shapes = {name: pytree.tree_map(dynamic, value) for name, value in arguments.items()}
-    with warnings.catch_warnings(), no_custom_functions():
-        warnings.simplefilter("ignore")  # the exporter's notes about its own internals
+    with quiet(), no_custom_functions():
         return torch.export.export(ghost, (), arguments, dynamic_shapes=shapes, strict=False)
+
+
+def _take_keywords(ghost: nn.Module, bound: Example) -> None:
+    """Gives `ghost` a forward of exactly the example's arguments: the exporter knows no *args, **kwargs."""
+    original = ghost.forward
+
+    def forward(**arguments: Any) -> Any:
+        args, kwargs = bound.call(arguments)
+        return original(*args, **kwargs)
+
+    names = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in bound.arguments]
+    forward.__signature__ = inspect.Signature(names)
+    ghost.forward = forward
 
 
 def _constants(exported: ExportedProgram) -> dict[str, Entry]:
@@ -142,7 +169,8 @@ def _restore_dtype(graph: fx.Graph, table: Table, bound: Example) -> None:
             node.meta["val"] = value.to(next(tensors).dtype) if isinstance(value, Tensor) else value
         elif node.op == "get_attr":
             node.meta["val"] = fake_like(mode, table[str(node.target)].tensor)
-    propagate(calls(graph), mode)
+    with quiet():
+        propagate(calls(graph), mode)
 
 
 def _signature(graph: fx.Graph, exported: ExportedProgram, bound: Example) -> Signature:
@@ -166,11 +194,12 @@ def _signature(graph: fx.Graph, exported: ExportedProgram, bound: Example) -> Si
     constants = {leaf.key: leaf.value for leaf in bound.leaves if not isinstance(leaf.value, Tensor)}
     spec = exported.call_spec.out_spec
     assert spec is not None
-    return Signature(bound.forward, tuple(inputs), constants, ranges, spec, _output_keys(spec))
+    keys = _output_keys(spec)
+    return Signature(bound.forward, tuple(inputs), constants, ranges, spec, keys, bound.assumed)
 
 
 def _symbol_names(placeholders: Sequence[fx.Node]) -> dict[str, str]:
-    """Readable names for the symbols of the input shapes: B, B2, ... for first dimensions, S, T, U, ... for the others."""
+    """Readable names for the symbols of the input shapes: B, B2, ... for first dimensions, else S, T, U"""
     names: dict[str, str] = {}
     batches = iter(["B", *(f"B{i}" for i in range(2, 1000))])
     lengths = iter(["S", "T", "U", "V", "W", *(f"N{i}" for i in range(1000))])

@@ -1,10 +1,10 @@
-"""Example inputs: bound to the model's signature, cloned, with a batch that does not look like any other size."""
+"""Example inputs: bound to the model's signature, cloned, with a batch that looks like no other size."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,22 +34,39 @@ class Example:
         forward: the signature of `forward`.
         arguments: the arguments by parameter name; tensors are clones that alias nothing.
         leaves: every leaf of the arguments, in order.
+        assumed: arguments that the caller did not give.
     """
 
     forward: inspect.Signature
     arguments: Mapping[str, Any]
     leaves: tuple[Leaf, ...]
+    assumed: frozenset[str] = frozenset()
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensor leaves, in order."""
         return tuple(leaf.value for leaf in self.leaves if isinstance(leaf.value, Tensor))
 
+    def call(self, arguments: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call `(args, kwargs)` that gives `forward` these arguments, by keyword where possible."""
+        parameters = self.forward.parameters.values()
+        spread = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
+        args: list[Any] = []
+        rest = dict(arguments)
+        for parameter in parameters:
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                args += rest.pop(parameter.name, ())
+                break
+            if parameter.name in rest and (spread or parameter.kind is parameter.POSITIONAL_ONLY):
+                args.append(rest.pop(parameter.name))
+        return tuple(args), rest
+
 
 def bind_example(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] | Tensor) -> Example:
     """Binds `example` to the signature of `model.forward`.
 
-    A transformers model whose `forward` takes `use_cache` is traced without a cache unless the example asks for one.
+    A transformers model whose `forward` takes `use_cache` is traced without a cache unless the example asks
+    for one.
 
     Raises:
         TraceError: the example does not fit the signature, or holds no tensor.
@@ -59,17 +76,27 @@ def bind_example(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] 
     try:
         arguments = arguments_of(forward, args, kwargs)
     except TypeError as error:
-        raise TraceError(f"The example does not fit {type(model).__name__}.forward{forward}: {error}.") from None
+        raise TraceError(
+            f"The example does not fit {type(model).__name__}.forward{forward}: {error}."
+        ) from None
+    assumed: frozenset[str] = frozenset()
     if "use_cache" in forward.parameters and "use_cache" not in arguments:
         arguments["use_cache"] = False
-    arguments = {name: pytree.tree_map(_clone, value) for name, value in arguments.items() if value is not None}
-    example = Example(forward, arguments, _leaves(arguments))
-    if not example.tensors:
-        raise TraceError("The example holds no tensor. Pass a dict of keyword inputs or a tuple of positional ones.")
-    return _with_distinct_batch(example)
+        assumed = frozenset({"use_cache"})
+    arguments = {
+        name: pytree.tree_map(_clone, value) for name, value in arguments.items() if value is not None
+    }
+    bound = Example(forward, arguments, _leaves(arguments), assumed)
+    if not bound.tensors:
+        raise TraceError(
+            "The example holds no tensor. Pass a dict of keyword inputs or a tuple of positional ones."
+        )
+    return _with_distinct_batch(bound)
 
 
-def _split(example: Mapping[str, Any] | tuple[Any, ...] | Tensor) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+def _split(
+    example: Mapping[str, Any] | tuple[Any, ...] | Tensor,
+) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     if isinstance(example, Tensor):
         return (example,), {}
     if isinstance(example, Mapping):
@@ -77,7 +104,8 @@ def _split(example: Mapping[str, Any] | tuple[Any, ...] | Tensor) -> tuple[tuple
     if isinstance(example, tuple | list):
         return tuple(example), {}
     raise TraceError(
-        f"The example must be a dict of keyword inputs, a tuple of positional ones, or a tensor; got {type(example).__name__}."
+        "The example must be a dict of keyword inputs, a tuple of positional ones, or a tensor; got "
+        f"{type(example).__name__}."
     )
 
 
@@ -97,8 +125,8 @@ def _leaves(arguments: Mapping[str, Any]) -> tuple[Leaf, ...]:
 def _with_distinct_batch(example: Example) -> Example:
     """Repeats or cuts the batch to a size that no other dimension has.
 
-    A batch of one would be specialised; a batch equal to the length would make two axes look alike. Only when all
-    tensors agree on their first dimension is that dimension a batch.
+    A batch of one would be specialised; a batch equal to the length would make two axes look alike. Only when
+    all tensors agree on their first dimension is that dimension a batch.
     """
     tensors = example.tensors
     firsts = {tensor.shape[0] for tensor in tensors if tensor.dim() > 0}
@@ -116,4 +144,4 @@ def _with_distinct_batch(example: Example) -> Example:
         return value.index_select(0, torch.arange(size, device=value.device) % batch)
 
     arguments = {name: pytree.tree_map(resize, value) for name, value in example.arguments.items()}
-    return Example(example.forward, arguments, _leaves(arguments))
+    return replace(example, arguments=arguments, leaves=_leaves(arguments))

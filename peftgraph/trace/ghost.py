@@ -1,4 +1,4 @@
-"""A ghost of a model: the same modules around fake tensors, so that tracing copies no weight and never touches the model."""
+"""A ghost of a model: its modules around fake tensors, so that tracing copies and touches nothing."""
 
 from __future__ import annotations
 
@@ -16,18 +16,23 @@ from peftgraph.errors import TraceError
 def ghost_of(model: nn.Module, mode: FakeTensorMode, own: torch.dtype, marker: torch.dtype) -> nn.Module:
     """A deep copy of `model`, in training mode, whose tensors are fake and whose `own` dtype became `marker`.
 
-    Ties survive, because one tensor becomes one fake tensor.
+    Ties survive, because one tensor becomes one fake tensor. Tensors that are plain attributes are constants
+    of the code: they are shared, and neither `.to()` nor the marker moves them.
+
+    Raises:
+        TraceError: the model holds something that cannot be copied.
     """
     memo: dict[int, Any] = {}
-    with mode:
-        for tensor in _tensors(model):
-            memo.setdefault(id(tensor), ghost_tensor(tensor, mode, own, marker))
+    for module in model.modules():
+        memo |= {id(value): value.detach() for value in vars(module).values() if isinstance(value, Tensor)}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        memo[id(tensor)] = ghost_tensor(tensor, mode, own, marker)
     try:
         ghost = copy.deepcopy(model, memo)
     except Exception as error:
         raise TraceError(
-            f"{type(model).__name__} cannot be deep-copied ({type(error).__name__}: {error}). Remove what it holds that "
-            "cannot be copied (open files, locks, non-leaf tensors stored as attributes) before tracing."
+            f"{type(model).__name__} cannot be deep-copied ({type(error).__name__}: {error}). Remove what it "
+            "holds that cannot be copied (open files, locks, tensors with a gradient history) before tracing."
         ) from error
     return ghost.train()
 
@@ -37,22 +42,17 @@ def ghost_tensor(tensor: Tensor, mode: FakeTensorMode, own: torch.dtype, marker:
     dtype = marker if tensor.dtype == own else tensor.dtype
     with mode:
         fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=tensor.device)
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(fake, requires_grad=tensor.requires_grad and dtype.is_floating_point)
+        if isinstance(tensor, nn.Parameter):
+            return nn.Parameter(fake, requires_grad=tensor.requires_grad)
     return fake
 
 
-def ghost_arguments(arguments: dict[str, Any], mode: FakeTensorMode, own: torch.dtype, marker: torch.dtype) -> dict[str, Any]:
+def ghost_arguments(
+    arguments: dict[str, Any], mode: FakeTensorMode, own: torch.dtype, marker: torch.dtype
+) -> dict[str, Any]:
     """The arguments of a call with fake tensors in place of real ones."""
 
     def fake(value: Any) -> Any:
         return ghost_tensor(value, mode, own, marker) if isinstance(value, Tensor) else value
 
     return {name: pytree.tree_map(fake, value) for name, value in arguments.items()}
-
-
-def _tensors(model: nn.Module) -> list[Tensor]:
-    found: list[Tensor] = [*model.parameters(), *model.buffers()]
-    for module in model.modules():
-        found += [value for value in vars(module).values() if isinstance(value, Tensor)]
-    return found
