@@ -78,7 +78,8 @@ def trainables_reach_the_output(program: ProgramData) -> Iterator[str]:
         if node.op == "output" or node in alive:
             alive.update(node.all_input_nodes)
     for node in stored(program.graph):
-        if program.table[str(node.target)].trainable and node not in alive:
+        entry = program.table.get(str(node.target))
+        if entry is not None and entry.trainable and node not in alive:
             yield f"@{node.target} trains but reaches no output"
     read = {str(node.target) for node in stored(program.graph)}
     for name, entry in program.table.items():

@@ -1,0 +1,98 @@
+"""Applying passes: what is refused before anything is rewritten, what is counted, what is removed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import zoo
+
+import peftgraph as pg
+from peftgraph.passes import IA3, BitFit, LoRA, SerialAdapter
+
+
+@pytest.mark.parametrize(
+    ("name", "methods", "error", "words"),
+    [
+        ("llama", (BitFit(),), pg.NoMatch, "no bias: nothing of that structure is in the graph"),
+        ("nano", (LoRA(at="ffn.gate"),), pg.NoMatch, "ffn.gate"),
+        ("nano", (LoRA(at="attention.q&layers(7)"),), pg.NoMatch, "layers"),
+        ("nano", (LoRA(at=pg.attention.q.where(path="no/such")),), pg.NoMatch, "no/such"),
+        ("nano", (LoRA(at="attention.q", rank=49),), pg.RecipeError, "rank 49 is larger than 0.attention.q allows: 48 x 48, at most 48"),
+        ("nano", (LoRA(), LoRA()), pg.Conflict, r"0?.*would make the parameter stack.0.mix.q.lora_A, which exists already \(made by lora"),
+        ("nano", (LoRA(name="a"), LoRA(at="ffn.up", name="a")), pg.Conflict, "There is already a lora called 'a'"),
+        ("nano", (BitFit(), BitFit()), pg.Conflict, r"both train .* \(at 0"),
+        ("nano", (IA3(at="attention"),), pg.RecipeError, "has no weight to fold a scale into"),
+        ("nano", ("lora",), pg.RecipeError, r"apply\(\) takes passes such as LoRA\(rank=8\), got str"),
+    ],
+)
+def test_what_cannot_be_applied_says_why(name: str, methods: tuple[pg.Pass, ...], error: type[Exception], words: str) -> None:
+    base = zoo.traced(name)
+    text = base.text()
+    with pytest.raises(error, match=words):
+        base.apply(*methods)
+    assert base.text() == text
+
+
+def test_two_named_adapters_stand_at_one_site() -> None:
+    base = zoo.traced("nano")
+    program = zoo.randomise(base.apply(LoRA(rank=2, name="a"), LoRA(rank=3, name="b")))
+    assert program.table["stack.0.mix.q.a.lora_A"].tensor.shape == (2, zoo.WIDTH)
+    assert program.table["stack.0.mix.q.b.lora_A"].tensor.shape == (3, zoo.WIDTH)
+    alone = program.remove("b")
+    assert [applied.name for applied in alone.history] == ["a"]
+    assert alone.table["stack.0.mix.q.a.lora_A"] is program.table["stack.0.mix.q.a.lora_A"]
+    assert pg.fold(program).text() == base.text()
+
+
+def test_removing_what_is_not_there() -> None:
+    program = zoo.traced("nano").apply(LoRA(name="a"))
+    with pytest.raises(pg.PeftGraphError, match=r"No pass is called 'b'. Named passes: \['a'\]"):
+        program.remove("b")
+    with pytest.raises(pg.PeftGraphError, match="There is no pass number 3; 1 were applied"):
+        program.remove(3)
+
+
+def test_counts() -> None:
+    base = zoo.traced("bert")
+    total = sum(p.numel() for p in zoo.build("bert").parameters())
+    d, f, layers, rank = zoo.WIDTH, zoo.FFN, zoo.LAYERS, 3
+    assert base.count().total == total
+    assert base.count().trainable == base.count().changed == 0
+
+    lora = base.apply(LoRA(rank=rank)).count()
+    assert lora.trainable == lora.added == layers * 2 * 2 * d * rank
+    assert lora.changed == layers * 2 * d * d
+    assert {change.rank for change in lora.changes} == {rank}
+
+    ia3 = base.apply(IA3()).count()
+    assert ia3.trainable == layers * (2 * d + f)
+    assert ia3.changed == layers * (2 * d * d + 2 * d + d * f)
+    assert all(change.full for change in ia3.changes if change.rank is not None)
+
+    bitfit = base.apply(BitFit()).count()
+    assert bitfit.trainable == bitfit.changed == layers * (7 * d + f) + 2 * d
+    assert bitfit.added == 0
+
+    serial = base.apply(SerialAdapter(width=4)).count()
+    assert serial.trainable == serial.added == layers * 2 * (2 * d * 4 + 4 + d)
+    assert serial.changed == 0
+    assert str(serial).endswith("changes: none")
+
+
+def test_two_passes_that_change_the_same_values_are_counted_once() -> None:
+    both = zoo.traced("bert").apply(LoRA(at="attention.k", rank=2), IA3(at="attention.k")).count()
+    assert both.changed == zoo.LAYERS * (zoo.WIDTH**2 + zoo.WIDTH)
+
+
+def test_a_tied_weight_is_counted_once() -> None:
+    model = zoo.build("llama")
+    assert zoo.traced("llama").count().total == sum(p.numel() for p in model.parameters())
+
+
+def test_initial_values_come_from_torchs_generator() -> None:
+    base = zoo.traced("nano")
+    hashes = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        hashes.append(base.apply(LoRA(rank=2)).table.hashes())
+    assert hashes[0] == hashes[1] != hashes[2]
