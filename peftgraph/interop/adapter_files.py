@@ -1,20 +1,22 @@
-"""Adapter directories: `adapter.json` (recipe, base, checksum) and a safetensors file with the trained parameters.
+"""Adapter directories: `adapter.json` (recipe, base, checksum) and a safetensors file with the parameters.
 
-The JSON is written last and names the tensors' file with its checksum: it is the commit point, so an interrupted save
-leaves the old adapter or the new one, never a mixture.
+The tensors' file is named after its checksum, so it never replaces another one. `adapter.json` names it and
+is written last: it is the commit point, and an interrupted save leaves the old adapter or the new one, never
+a mixture.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peftgraph.errors import AdapterError, PeftGraphError
@@ -24,6 +26,7 @@ from peftgraph.ir.program import ProgramData
 from peftgraph.rewrite.method import Pass, parse_pass
 
 FORMAT = 1
+INDEX = "adapter.json"
 P = TypeVar("P", bound=ProgramData)
 
 
@@ -31,39 +34,46 @@ def save(program: ProgramData, directory: Path) -> Path:
     """Writes the adapter of `program`.
 
     Raises:
-        AdapterError: nothing was applied, or the weights are on the meta device.
+        AdapterError: nothing was applied, the weights are on the meta device, or a partial fold changed the
+            base.
         PeftGraphError: the disk refuses; an adapter that was there before stays whole.
     """
-    if not program.history:
-        raise AdapterError("There is nothing to save: no pass was applied to this program.")
-    if program.table.device.type == "meta":
-        raise AdapterError("This program was traced on the meta device; it has no parameters to save.")
-    tensors = {name: p.detach().cpu().contiguous() for name, p in program.table.trainable.items()}
-    tensors = _without_aliases(tensors, program)
-    content = "".join(f"{name}{tuple(t.shape)}" for name, t in tensors.items()).encode()
-    directory = Path(directory)
-    scratch = directory / f"adapter-{hashlib.sha256(content).hexdigest()[:8]}.safetensors"
-    with atomic(scratch) as temporary:
-        _write_tensors(tensors, temporary)
-        checksum = _sha256(temporary)
-        final = directory / f"adapter-{checksum[:12]}.safetensors"
-    scratch.replace(final)
+    _check_can_save(program)
+    names = _own_parameters(program)
+    tensors = {name: program.table[name].tensor.detach().cpu().contiguous() for name in names}
+    content = safetensors.torch.save(tensors)
+    checksum = hashlib.sha256(content).hexdigest()
+    file = directory / f"adapter-{checksum[:16]}.safetensors"
     document = {
         "format": FORMAT,
         "recipe": [str(applied.method) for applied in program.history],
         "base": fingerprint(program),
-        "tensors": {"file": final.name, "sha256": checksum},
+        "tensors": {"file": file.name, "sha256": checksum, "names": names},
     }
-    with atomic(directory / "adapter.json") as temporary:
-        temporary.write_text(json.dumps(document, indent=1), encoding="utf-8")
-    for old in directory.glob("adapter-*.safetensors"):
-        if old != final:
-            old.unlink()
+    old = _file_of(directory)
+    try:
+        with atomic(file) as temporary:
+            temporary.write_bytes(content)
+        with atomic(directory / INDEX) as temporary:
+            temporary.write_text(json.dumps(document, indent=1), encoding="utf-8")
+    except PeftGraphError:
+        if file != old:
+            file.unlink(missing_ok=True)
+        raise
+    if old is not None and old != file:
+        with contextlib.suppress(OSError):  # the new adapter is whole already; the old tensors are litter
+            old.unlink(missing_ok=True)
     return directory
 
 
 def load(program: P, apply: Callable[..., P], directory: Path, name: str | None) -> P:
     """The program after the saved passes with their parameters; `program` is unchanged whatever happens.
+
+    Args:
+        program: what the adapter is put on.
+        apply: its verb that applies passes.
+        directory: what `save` wrote.
+        name: a name for the adapter's passes, instead of the ones they were saved with.
 
     Raises:
         AdapterError: the files are missing, damaged, or fit another base.
@@ -73,19 +83,26 @@ def load(program: P, apply: Callable[..., P], directory: Path, name: str | None)
     difference = first_difference(document["base"], program)
     if difference is not None:
         raise AdapterError(f"{directory} fits another base: {difference}.")
-    methods = _methods(document, directory)
-    if name is not None:
-        methods = [method.renamed(name) for method in methods]
     tensors = _read_tensors(document, directory)
-    with torch.random.fork_rng(devices=[]):  # the initial values are overwritten: do not advance the user's generator
-        tuned = apply(*methods)
-    fresh = {key: p for key, p in tuned.table.trainable.items() if key not in program.table.trainable}
-    if name is not None:
-        tensors = _renamed(tensors, fresh)
-    _check_fit(tensors, _without_aliases(dict(fresh), tuned), directory)
+    methods = _methods(document, directory, name)
+    try:
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # initial values are overwritten: the user's generator stays put
+            tuned = apply(*methods)
+    except (RuntimeError, MemoryError, OverflowError) as error:  # an absurd width or rank
+        raise AdapterError(f"{directory}: its recipe cannot be applied: {error}") from None
+    wanted = _own_parameters(tuned, since=len(program.history))
+    saved = (
+        wanted if name is None else document["tensors"]["names"]
+    )  # a new name changes the parameters' names
+    if len(saved) != len(wanted):
+        raise AdapterError(f"{directory}: it names {len(saved)} parameters, its recipe makes {len(wanted)}.")
+    targets = dict(zip(saved, wanted, strict=True))
+    _check_fit(tensors, {old: tuned.table[new].tensor for old, new in targets.items()}, directory)
     with torch.no_grad():
-        for key, value in tensors.items():
-            fresh[key].copy_(value)
+        for old, new in targets.items():
+            tuned.table[new].tensor.copy_(tensors[old])
     return tuned
 
 
@@ -95,54 +112,114 @@ def read_document(directory: Path) -> dict[str, Any]:
     Raises:
         AdapterError: it is missing, unreadable or incomplete.
     """
-    path = Path(directory) / "adapter.json"
+    path = directory / INDEX
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except FileNotFoundError:
-        raise AdapterError(f"{directory} holds no adapter.json, so it is no adapter directory.") from None
+        raise AdapterError(f"{directory} holds no {INDEX}, so it is no adapter directory.") from None
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path} is damaged: {error}") from None
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise AdapterError(f"{path} is not an adapter of format {FORMAT}.")
-    if not _is_complete(document):
-        raise AdapterError(f"{path} is damaged: it lacks the recipe, the base or the tensors.")
+    if not isinstance(document, dict) or type(document.get("format")) is not int:
+        raise AdapterError(f"{path} is no adapter: it names no format.")
+    if document["format"] != FORMAT:
+        raise AdapterError(f"{path} has format {document['format']}; this version reads format {FORMAT}.")
+    missing = next((part for part, holds in PARTS.items() if not holds(document.get(part))), None)
+    if missing is not None:
+        raise AdapterError(f"{path} is damaged: its {missing!r} is missing or of the wrong kind.")
     return document
 
 
-def _is_complete(document: dict[str, Any]) -> bool:
-    recipe, base, tensors = document.get("recipe"), document.get("base"), document.get("tensors")
-    return (
-        isinstance(recipe, list)
-        and all(isinstance(spec, str) for spec in recipe)
-        and isinstance(base, dict)
-        and isinstance(base.get("parameters"), dict)
-        and all(isinstance(shape, list) for shape in base["parameters"].values())
-        and isinstance(base.get("model"), str)
-        and isinstance(tensors, dict)
-        and isinstance(tensors.get("file"), str)
-        and isinstance(tensors.get("sha256"), str)
+def _refuse_constant(word: str) -> None:
+    raise ValueError(f"{word} is no JSON number")
+
+
+def _is_strings(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _is_base(value: object) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("model"), str):
+        return False
+    shapes = value.get("parameters")
+    return isinstance(shapes, dict) and all(
+        isinstance(shape, list) and all(type(size) is int for size in shape) for shape in shapes.values()
     )
 
 
-def _methods(document: dict[str, Any], directory: Path) -> list[Pass]:
+def _is_tensors(value: object) -> bool:
+    if not isinstance(value, dict) or not _is_strings(value.get("names")):
+        return False
+    return isinstance(value.get("file"), str) and isinstance(value.get("sha256"), str)
+
+
+# The parts of `adapter.json` and what each must look like.
+PARTS: dict[str, Callable[[object], bool]] = {"recipe": _is_strings, "base": _is_base, "tensors": _is_tensors}
+
+
+def _check_can_save(program: ProgramData) -> None:
+    if not program.history:
+        raise AdapterError("There is nothing to save: no pass was applied to this program.")
+    if program.table.device.type == "meta":
+        raise AdapterError("This program was traced on the meta device; it has no parameters to save.")
+    base = program.base if program.base is not None else program
+    for name, entry in base.table.items():
+        now = program.table[name]
+        if (now.tensor if now.before is None else now.before) is not entry.tensor:
+            raise AdapterError(
+                f"A partial fold changed {name}, so the passes that are left fit no stored base. Save the "
+                "adapter before folding."
+            )
+
+
+def _own_parameters(program: ProgramData, since: int = 0) -> list[str]:
+    """The parameters of the passes from number `since` on, in the order of the edits, one name a tensor."""
+    claimed = (name for edit in program.edits if edit.application >= since for name in edit.parameters)
+    return [name for name in dict.fromkeys(claimed) if program.table.tied(name)[0] == name]
+
+
+def _methods(document: dict[str, Any], directory: Path, name: str | None) -> list[Pass]:
     try:
-        return [parse_pass(spec) for spec in document["recipe"]]
-    except PeftGraphError as error:
+        methods = [parse_pass(spec) for spec in document["recipe"]]
+    except (PeftGraphError, RecursionError) as error:
         raise AdapterError(f"{directory}: its recipe cannot be read: {error}") from None
+    if name is None:
+        return methods
+    words = [method.word for method in methods]
+    twice = next((word for word in words if words.count(word) > 1), None)
+    if twice is not None:
+        raise AdapterError(f"{directory} holds more than one {twice}; one name cannot stand for both.")
+    return [method.renamed(name) for method in methods]
+
+
+def _file_of(directory: Path) -> Path | None:
+    """The tensors' file of the adapter that is in `directory` now."""
+    try:
+        return _tensors_path(read_document(directory), directory)
+    except AdapterError:
+        return None
+
+
+def _tensors_path(document: dict[str, Any], directory: Path) -> Path:
+    file = document["tensors"]["file"]
+    if Path(file).name != file or not file.startswith("adapter-") or not file.endswith(".safetensors"):
+        raise AdapterError(
+            f"{directory}: its tensors must lie in adapter-*.safetensors beside {INDEX}, not in {file!r}."
+        )
+    return directory / file
 
 
 def _read_tensors(document: dict[str, Any], directory: Path) -> dict[str, Tensor]:
-    filename = document["tensors"]["file"]
-    if Path(filename).name != filename or not filename.endswith(".safetensors"):
-        raise AdapterError(f"{directory}: the tensors must lie in the directory itself, not at {filename!r}.")
-    path = Path(directory) / filename
+    path = _tensors_path(document, directory)
     try:
-        if _sha256(path) != document["tensors"]["sha256"]:
-            raise AdapterError(f"{path} is damaged: its checksum is not the one that adapter.json names.")
-        return load_file(path)
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != document["tensors"]["sha256"]:
+            raise AdapterError(f"{path} is damaged: its checksum is not the one that {INDEX} names.")
+        return safetensors.torch.load(content)
     except FileNotFoundError:
         raise AdapterError(f"{path} is missing.") from None
-    except (OSError, SafetensorError) as error:
+    except AdapterError:
+        raise
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise AdapterError(f"{path} is damaged: {error}") from None
 
 
@@ -151,29 +228,8 @@ def _check_fit(tensors: dict[str, Tensor], wanted: dict[str, Tensor], directory:
         where = "is not in the file" if key in wanted else "belongs to no parameter of the recipe"
         raise AdapterError(f"{directory}: {key} {where}.")
     for key, value in tensors.items():
-        if value.shape != wanted[key].shape:
-            raise AdapterError(f"{directory}: {key} has shape {tuple(value.shape)}, the recipe makes {tuple(wanted[key].shape)}.")
-
-
-def _renamed(tensors: dict[str, Tensor], fresh: dict[str, torch.nn.Parameter]) -> dict[str, Tensor]:
-    """The saved tensors under the names of a renamed adapter; both lists stand in the order of the edits."""
-    return dict(zip(fresh, tensors.values(), strict=True)) if len(fresh) == len(tensors) else tensors
-
-
-def _without_aliases(tensors: dict[str, Tensor], program: ProgramData) -> dict[str, Tensor]:
-    """One name for each tensor: the first of those tied."""
-    return {name: tensor for name, tensor in tensors.items() if program.table.tied(name)[0] == name}
-
-
-def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:
-        raise OSError(None, str(error)) from error
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
+        have, made = tuple(value.shape), tuple(wanted[key].shape)
+        if have != made:
+            raise AdapterError(f"{directory}: {key} has shape {have}, the recipe makes {made}.")
+        if not value.is_floating_point():
+            raise AdapterError(f"{directory}: {key} holds {value.dtype}, which cannot train.")

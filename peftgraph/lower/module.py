@@ -88,7 +88,7 @@ class GraphModule(nn.Module):
             owner = _container(self, path)
             if entry.kind == "parameter":
                 shared = entry.tensor if isinstance(entry.tensor, nn.Parameter) else None
-                parameter = shared or nn.Parameter(entry.tensor, requires_grad=False)
+                parameter = nn.Parameter(entry.tensor, requires_grad=False) if shared is None else shared
                 owner.register_parameter(leaf, made.setdefault(id(entry.tensor), parameter))
             else:
                 tensor = entry.tensor.clone() if name in written else entry.tensor

@@ -129,11 +129,9 @@ def no_custom_functions() -> Iterator[None]:
             return function(*operands)  # pyright: ignore[reportCallIssue]
         if not cls.__module__.startswith("torch."):
             raise TraceError(
-                f"The model calls the custom autograd function {cls.__module__}.{cls.__qualname__}. "
-                "Its "
-                "backward would be lost: outputs would agree and gradients would be silently wrong. Register it with "
-                "torch.library.custom_op and register_autograd, or write its forward in differentiable "
-                "operations."
+                f"The model calls the custom autograd function {cls.__module__}.{cls.__qualname__}. Its "
+                "backward would be lost: outputs would agree and gradients would be silently wrong. Register "
+                "it with torch.library.custom_op and register_autograd, or write it in plain operations."
             )
         return original.__get__(None, cls)(*args, **kwargs)
 

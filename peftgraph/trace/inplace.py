@@ -14,7 +14,8 @@ aten = torch.ops.aten
 # What has a twin out of place that gives the same bits.
 TWINS = (
     "relu relu6 leaky_relu elu selu celu silu mish hardtanh hardswish hardsigmoid threshold sigmoid tanh "
-    "add sub mul div neg abs exp log sqrt rsqrt square pow floor ceil round clamp clamp_min clamp_max masked_fill detach"
+    "add sub mul div neg abs exp log sqrt rsqrt square pow floor ceil round clamp clamp_min clamp_max "
+    "masked_fill detach"
 )
 
 

@@ -132,9 +132,8 @@ class _Normaliser:
         assert isinstance(body, fx.GraphModule)
         if name == "wrap_with_autocast" and options[2]:
             raise TraceError(
-                "The model runs a part of itself under "
-                f"torch.autocast({options[0]!r}, {options[1]}), whose "
-                "casts are no part of a graph. Write them out with .to(dtype), or trace that part without autocast."
+                f"The model runs a part of itself under torch.autocast({options[0]!r}, {options[1]}), whose "
+                "casts are no part of a graph. Write them out with .to(dtype), or trace that part without it."
             )
         inner = [inner for inner in body.graph.nodes if inner.op == "placeholder"]
         results = self._inline(body.graph, dict(zip(inner, operands, strict=True)), body)
