@@ -1,0 +1,89 @@
+"""`peftgraph inspect`: what a model is made of, found by structure, without its weights."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from peftgraph.cli.console import OUT
+
+if TYPE_CHECKING:
+    import peftgraph as pg
+
+Source = Annotated[Path, typer.Argument(metavar="DIR", help="A local transformers folder, or a config.json alone.")]
+
+
+def inspect(
+    source: Source,
+    at: Annotated[
+        str,
+        typer.Option("--at", metavar="SELECTOR", help="Only these sites, e.g. 'attention.q & layers(0, 3)'."),
+    ] = "",
+    every: Annotated[bool, typer.Option("--all", help="Every layer and bias on a row of its own.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout and nothing else.")] = False,
+) -> None:
+    """Shows the sites of a model: what a recipe can be put on. No weights are loaded."""
+    from peftgraph.cli.models import skeleton, trace
+
+    program = trace(skeleton(source))
+    sites = program.sites.require(at) if at else tuple(program.sites)
+    if as_json:
+        typer.echo(json.dumps(as_document(program, sites), indent=1))
+        return
+    from peftgraph.cli.tables import layout, sites_table
+
+    OUT.print(sites_table(sites, f"{program.model}", collapse=not every))
+    OUT.print()
+    roles = Counter(site.role for site in sites)
+    OUT.print(
+        f"[bold]{len(sites)}[/] sites: " + ", ".join(f"{number} {role}" for role, number in sorted(roles.items()))
+    )
+    OUT.print(
+        f"{program.sites.layers} layers, {layout(program.sites)}, {program.count().total:,} parameters, "
+        f"{len(program.graph.nodes)} nodes; inputs: {program.signature.describe()}",
+        highlight=False, markup=False,
+    )  # fmt: skip
+    if program.sites.unmatched:
+        OUT.print(
+            f"{len(program.sites.unmatched)} projections without a role: {', '.join(program.sites.unmatched[:5])}",
+            style="yellow",
+        )
+
+
+def as_document(program: pg.Program, sites: tuple[pg.Site, ...]) -> dict[str, Any]:
+    """What `inspect` found, as JSON."""
+    from peftgraph.cli.tables import layout
+
+    return {
+        "model": program.model,
+        "parameters": program.count().total,
+        "nodes": len(program.graph.nodes),
+        "layers": program.sites.layers,
+        "layout": layout(program.sites),
+        "inputs": [
+            {"name": spec.name, "dtype": str(spec.dtype), "dims": list(spec.dims)} for spec in program.signature.inputs
+        ],
+        "counts": dict(sorted(Counter(site.role for site in sites).items())),
+        "sites": [_site(site) for site in sites],
+        "unmatched": list(program.sites.unmatched),
+    }
+
+
+def _site(site: pg.Site) -> dict[str, Any]:
+    return {
+        "id": site.id,
+        "role": site.role,
+        "path": site.path,
+        "layer": site.layer,
+        "stack": site.stack,
+        "kind": site.kind,
+        "columns": None if site.columns is None else [list(run) for run in site.columns.runs],
+        "expert": site.expert,
+        "shape": None if site.shape is None else list(site.shape),
+        "weight": None if site.weight is None else site.weight.parameter,
+        "bias": None if site.bias is None else site.bias.parameter,
+    }

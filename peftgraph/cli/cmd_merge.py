@@ -1,0 +1,46 @@
+"""`peftgraph merge`: an adapter folded into its base, as an ordinary transformers folder, with the proof."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peftgraph.cli.cmd_inspect import Source
+from peftgraph.cli.console import OUT, working
+from peftgraph.cli.files import atomic_folder, copy_companions
+
+
+def merge(
+    source: Source,
+    adapter: Annotated[
+        Path, typer.Argument(metavar="ADAPTER", help="A folder that save_adapter or apply --out wrote.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR2", help="Where the merged model goes.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace DIR2 if it is not empty.")] = False,
+    untie: Annotated[
+        bool, typer.Option("--untie", help="Give a tied weight that must change a tensor of its own.")
+    ] = False,
+) -> None:
+    """Folds an adapter into a model, proves it, and writes a plain transformers model."""
+    import peftgraph as pg
+    from peftgraph.cli.models import load, trace
+
+    model = load(source)
+    program = trace(model)
+    with working("loading the adapter"):
+        tuned = program.load_adapter(adapter)
+    with atomic_folder(out, force) as fresh:
+        with working("folding, with proof"):
+            merged = pg.fold(tuned, untie=untie)
+        with working("writing"):
+            merged.write_back(model)
+            model.save_pretrained(str(fresh))
+            copied = copy_companions(source, fresh)
+    OUT.print(str(merged.proof), highlight=False, markup=False)
+    OUT.print(
+        f"merged model written to {out}" + (f", with {', '.join(copied)}" if copied else ""),
+        style="bold",
+        highlight=False,
+    )

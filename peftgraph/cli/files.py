@@ -1,0 +1,68 @@
+"""Folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from peftgraph.errors import PeftGraphError
+
+WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".ckpt",
+    ".index.json",
+    ".ot",
+    ".gguf",
+    ".pt2",
+)
+OTHERS_LIMIT = 64 << 20  # bytes: what is larger is no tokenizer and no readme
+
+
+@contextmanager
+def atomic_folder(target: Path, force: bool = False) -> Iterator[Path]:
+    """Gives a temporary sibling of `target`; it becomes `target` when the block succeeds.
+
+    Raises:
+        PeftGraphError: `target` holds something and `force` is off, or the disk refuses.
+    """
+    if target.exists() and not target.is_dir():
+        raise PeftGraphError(f"{target} is a file, not a folder.")
+    if target.is_dir() and any(target.iterdir()) and not force:
+        raise PeftGraphError(f"{target} is not empty; --force replaces it.")
+    target = target.absolute()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+            fresh = Path(scratch) / "new"
+            fresh.mkdir()
+            yield fresh
+            if target.exists():
+                target.replace(Path(scratch) / "old")
+            fresh.replace(target)
+    except OSError as error:
+        raise PeftGraphError(f"{target} cannot be written: {error.strerror or error}. Nothing was changed.") from error
+
+
+def copy_companions(source: Path, target: Path) -> list[str]:
+    """Copies the small files that travel with a model (tokenizer, processor, readme), but no weights; returns their names."""
+    copied: list[str] = []
+    for file in sorted(source.iterdir()):
+        small = file.is_file() and file.stat().st_size <= OTHERS_LIMIT
+        if (
+            small
+            and not file.name.endswith(WEIGHTS)
+            and not file.name.startswith(".")
+            and not (target / file.name).exists()
+        ):
+            shutil.copyfile(file, target / file.name)
+            copied.append(file.name)
+    return copied

@@ -1,0 +1,143 @@
+"""Models from local files: the configuration, the empty model on the meta device, the model with its weights.
+
+Nothing is downloaded and no code of a checkpoint is run; only safetensors are read.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from peftgraph.cli.console import hush, working
+from peftgraph.errors import PeftGraphError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    import peftgraph as pg
+
+
+def read_config(source: Path) -> PretrainedConfig:
+    """The configuration in a folder, or in a file of its own.
+
+    Raises:
+        PeftGraphError: it is missing, damaged, or of an architecture that transformers does not have.
+    """
+    hush()
+    path = _config_path(source)
+    document = _document(path)
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = document.get("model_type")
+    if not isinstance(kind, str):
+        raise PeftGraphError(f"{path} does not say its model_type, so it is no transformers configuration.")
+    if kind not in CONFIG_MAPPING:
+        close = difflib.get_close_matches(kind, list(CONFIG_MAPPING.keys()), n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise PeftGraphError(f"{path}: this transformers has no architecture {kind!r}.{hint}")
+    try:
+        return AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # a configuration class raises whatever its checks raise
+        raise PeftGraphError(f"{path} is no configuration of {kind!r}: {first_line(error)}") from error
+
+
+def skeleton(source: Path) -> PreTrainedModel:
+    """The model of a configuration on the meta device: every shape, no memory.
+
+    Raises:
+        PeftGraphError: the configuration cannot be read, or no model can be built from it.
+    """
+    import torch
+
+    config = read_config(source)
+    cls = model_class(config, source)
+    try:
+        with working("building the model on the meta device"), torch.device("meta"):
+            build = getattr(cls, "_from_config", None) or cls.from_config
+            return cast("PreTrainedModel", build(config)).eval()
+    except Exception as error:  # impossible sizes and missing fields surface as any exception of the model's code
+        raise PeftGraphError(f"{cls.__name__} cannot be built from {source}: {first_line(error)}") from error
+
+
+def load(source: Path) -> PreTrainedModel:
+    """The model of a folder with its weights.
+
+    Raises:
+        PeftGraphError: the folder holds no usable configuration, no safetensors, or not all of the model's weights.
+    """
+    config = read_config(source)
+    cls = model_class(config, source)
+    if source.is_file() or not any(source.glob("*.safetensors")):
+        raise PeftGraphError(
+            f"{source} holds no weights (model.safetensors); this command needs them. Pickled weights are not read."
+        )
+    try:
+        with working(f"loading {cls.__name__}"):
+            model, notes = cls.from_pretrained(
+                str(source),
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except Exception as error:  # damaged files surface as errors of safetensors, json or torch
+        raise PeftGraphError(f"The weights in {source} cannot be loaded: {first_line(error)}") from error
+    if missing := sorted(notes["missing_keys"]):
+        raise PeftGraphError(
+            f"The weights in {source} lack {len(missing)} of {cls.__name__}'s tensors, {missing[0]} first."
+        )
+    return model.eval()
+
+
+def trace(model: PreTrainedModel) -> pg.Program:
+    """The program of a transformers model, traced on inputs made from its configuration."""
+    import peftgraph as pg
+    from peftgraph.cli.examples import example_inputs
+
+    with working("tracing"):
+        return pg.trace(model, example_inputs(model))
+
+
+def model_class(config: PretrainedConfig, source: Path) -> Any:
+    """The class that the configuration names, else the bare model of its type.
+
+    Raises:
+        PeftGraphError: transformers has no such class.
+    """
+    import transformers
+
+    names = getattr(config, "architectures", None)
+    if not names:
+        return transformers.AutoModel
+    found = getattr(transformers, names[0], None)
+    if found is None:
+        raise PeftGraphError(f"{source}: this transformers has no class {names[0]!r}.")
+    return found
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, for a message of one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _config_path(source: Path) -> Path:
+    if not source.exists():
+        raise PeftGraphError(f"{source} does not exist. Give a local folder or a config.json; nothing is downloaded.")
+    path = source / "config.json" if source.is_dir() else source
+    if not path.is_file():
+        raise PeftGraphError(f"{source} holds no config.json, so it is no transformers model.")
+    return path
+
+
+def _document(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise PeftGraphError(f"{path} cannot be read as JSON: {first_line(error)}") from None
+    if not isinstance(document, dict):
+        raise PeftGraphError(f"{path} holds no JSON object, so it is no transformers configuration.")
+    return document

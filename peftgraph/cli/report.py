@@ -1,0 +1,170 @@
+"""The quickstart's page: one HTML file with everything in it, made from the metrics alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from peftgraph.cli.charts import confusion, line_chart, paired_bars, ratio_bars, site_map
+from peftgraph.cli.show import export_line, verdict
+from peftgraph.ir.files import atomic
+
+
+def write_report(metrics: Mapping[str, Any], path: Path) -> None:
+    """Writes the page of a run."""
+    page = render(metrics)
+    with atomic(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def render(metrics: Mapping[str, Any]) -> str:
+    """The page of a run, as text."""
+    template = files("peftgraph.cli").joinpath("report.html").read_text(encoding="utf-8")
+    parts = {
+        **_opening(metrics),
+        **_curves(metrics),
+        **_structure(metrics),
+        **_results(metrics),
+        **_lists(metrics),
+    }
+    return Template(template).substitute(parts)
+
+
+def _opening(m: Mapping[str, Any]) -> dict[str, str]:
+    accuracy, count, data = m["accuracy"], m["count"], m["data"]
+    sentences = sum(data["sentences"].values())
+    cards = [
+        (
+            "main",
+            f"{accuracy['tuned']:.1%}",
+            f"of {accuracy['tests']} test sentences right, tuned and merged",
+        ),
+        ("", f"{accuracy['frozen']:.1%}", "a linear head on the frozen encoder"),
+        ("", f"{accuracy['majority']:.1%}", "always the largest family"),
+        (
+            "",
+            f"{count['trainable']:,}",
+            f"trainable values, {100 * count['trainable'] / count['total']:.2f} % of the encoder",
+        ),
+        (
+            "",
+            f"{m['latency'][0]['ratio']['merged']:.2f}x",
+            f"latency after folding, at batch 1 (adapted {m['latency'][0]['ratio']['adapted']:.2f}x)",
+        ),
+        ("", f"{m['seconds']:.0f} s", f"from start to finish, {m['threads']} threads"),
+    ]
+    return {
+        "title": f"{escape(m['model'])} learns which part of Python a sentence documents",
+        "lead": (
+            f"{sentences:,} sentences from the documentation inside the standard library, {len(data['families'])} families, split by module. "
+            f"{escape(verdict(accuracy))}"
+        ),
+        "cards": "".join(
+            f'<div class="card {kind}"><b>{escape(big)}</b><span>{escape(small)}</span></div>'
+            for kind, big, small in cards
+        ),
+        "footer": f"peftgraph quickstart, seed {m['seed']}, torch {escape(m['torch'])}. All numbers are in metrics.json.",
+    }
+
+
+def _curves(m: Mapping[str, Any]) -> dict[str, str]:
+    losses = [(float(step), loss) for step, loss in m["curve"]["losses"]]
+    smooth = [(step, _mean([loss for _, loss in losses[max(0, i - 9) : i + 1]])) for i, (step, _) in enumerate(losses)]
+    looks = [(float(step), value) for step, value in m["curve"]["validations"]]
+    level = ("frozen head", m["accuracy"]["frozen_validation"])
+    return {
+        "loss": line_chart([("each step", "thin", losses), ("mean of ten", "a", smooth)], "training loss over steps"),
+        "validation": line_chart([("tuned", "b", looks)], "validation accuracy over steps", percent=True, level=level),
+        "kept": str(m["accuracy"]["kept_step"]),
+    }
+
+
+def _structure(m: Mapping[str, Any]) -> dict[str, str]:
+    count = m["count"]
+    blocks = [(row["block"], [(role, tuple(passes)) for role, passes in row["sites"]]) for row in m["map"]]
+    found = {tuple(passes) for _, sites in blocks for _, passes in sites}
+    keys = [("two" if len(passes) > 1 else passes[0], " and ".join(passes)) for passes in sorted(found) if passes]
+    colours = {"two": "--b", "lora": "--a", "plain": "--plain"}
+    key = "".join(
+        f'<li><i style="background:var({colours.get(kind, "--c")})"></i>{escape(name)}</li>'
+        for kind, name in [*keys, ("plain", "frozen")]
+    )
+    return {
+        "map": site_map(blocks, "the encoder's blocks and the sites that the recipe adapts"),
+        "mapkey": key,
+        "counts": (
+            f"{count['trainable']:,} values train; folding rewrites {count['changed']:,} of the {count['total']:,} base values "
+            f"({escape(count['ranks'])}) and leaves nothing added."
+        ),
+        "proof": escape("\n".join(m["proof"])),
+        "recipe": escape("\n".join(m["recipe"])),
+    }
+
+
+def _results(m: Mapping[str, Any]) -> dict[str, str]:
+    accuracy = m["accuracy"]
+    bars = []
+    for row in m["latency"]:
+        rows = [
+            (name, ratio, f"{ratio:.2f}x  ({row['milliseconds'][name]:.1f} ms)") for name, ratio in row["ratio"].items()
+        ]
+        title = f'<p class="sub">batch {row["batch"]}, {row["tokens"]} tokens, medians of {row["rounds"]} rounds</p>'
+        bars.append(title + ratio_bars(rows, f"latency ratios at batch {row['batch']}"))
+    return {
+        "bars": paired_bars(
+            [(name, frozen, tuned) for name, frozen, tuned in accuracy["per_family"]],
+            "test accuracy by family",
+        ),
+        "bykey": "Pale: linear head on the frozen encoder. Full: tuned.",
+        "confusion": confusion(accuracy["confusion"], m["data"]["families"], "confusion matrix on the test part"),
+        "latency": "".join(bars),
+        "threads": str(m["threads"]),
+    }
+
+
+def _lists(m: Mapping[str, Any]) -> dict[str, str]:
+    data = m["data"]
+    dropped = sorted(data["dropped"].items(), key=lambda item: -item[1])
+    rows = [
+        [family, *(data["per_family"][part].get(family, 0) for part in data["sentences"])]
+        for family in data["families"]
+    ]
+    rows.append(["all", *data["sentences"].values()])
+    rows.append(["modules", *data["modules"].values()])
+    return {
+        "exports": "".join(
+            f"<tr><td><b>{escape(name)}</b></td><td>{escape(export_line(facts))}</td></tr>"
+            for name, facts in m["exports"].items()
+        ),
+        "examples": "".join(map(_example, m["examples"])),
+        "shown": str(len(m["examples"])),
+        "data": (
+            "No module gives sentences to two parts, and no two sentences of the corpus are near copies of each other. Left out: "
+            + escape(", ".join(f"{number:,} {reason}" for reason, number in dropped))
+            + "."
+        ),
+        "partnames": "<th>family</th>" + "".join(f'<th class="n">{escape(part)}</th>' for part in data["sentences"]),
+        "partrows": "".join(
+            f"<tr><td>{escape(str(row[0]))}</td>" + "".join(f'<td class="n">{cell}</td>' for cell in row[1:]) + "</tr>"
+            for row in rows
+        ),
+    }
+
+
+def _example(row: Mapping[str, Any]) -> str:
+    def said(kind: str) -> str:
+        mark = "yes" if row[kind] == row["family"] else "no"
+        return f'<td class="{mark}" data-name="{kind}:">{escape(row[kind])}</td>'
+
+    return (
+        f'<tr><td class="text">{escape(row["text"])}<small>{escape(row["module"])}</small></td><td data-name="is:">{escape(row["family"])}</td>'
+        f'{said("frozen")}{said("tuned")}<td class="n" data-name="sure:">{row["chance"]:.0%}</td></tr>'
+    )
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

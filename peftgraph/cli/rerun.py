@@ -1,0 +1,100 @@
+"""Runs exported files where peftgraph cannot be imported, and compares their outputs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from peftgraph.errors import PeftGraphError
+
+# Runs in a Python of its own: isolated (-I), and with an import hook that refuses peftgraph.
+PROGRAM = """
+import json, sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "peftgraph":
+            raise ImportError("peftgraph is refused here")
+
+sys.meta_path.insert(0, Refuse())
+try:
+    import peftgraph
+    raise SystemExit("the hook does not refuse peftgraph")
+except ImportError:
+    pass
+import torch
+from safetensors.torch import load_file
+
+file, cases = sys.argv[1:]
+program = torch.export.load(file)
+net, order = program.module(), program.graph_signature.user_inputs
+positional, named = program.example_inputs
+worst = 0.0
+tensors = load_file(cases)
+for case in sorted({name.split("/")[0] for name in tensors}):
+    own = {name.split("/")[1]: value for name, value in tensors.items() if name.split("/")[0] == case}
+    expected = own.pop("expected")
+    with torch.no_grad():
+        arguments = [own[name] for name in order[:len(positional)]]
+        found = net(*arguments, **{name: own[name] for name in named})["last_hidden_state"]
+    assert found.shape == expected.shape, (found.shape, expected.shape)
+    worst = max(worst, float((found - expected).abs().max() / expected.abs().max()))
+print(json.dumps({"error": worst, "torch": torch.__version__, "peftgraph_imported": "peftgraph" in sys.modules}))
+"""
+
+
+def rerun_pt2(file: Path, cases: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+    """Runs a `.pt2` file in a fresh Python that cannot import peftgraph.
+
+    Args:
+        file: what was exported.
+        cases: for each name, the inputs, and under "expected" the last hidden state.
+
+    Returns:
+        The largest relative difference, and proof that peftgraph was absent.
+
+    Raises:
+        PeftGraphError: the process fails.
+    """
+    from safetensors.torch import save_file
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "cases.safetensors"
+        save_file(
+            {f"{case}/{name}": t.contiguous() for case, tensors in cases.items() for name, t in tensors.items()},
+            path,
+        )
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", PROGRAM, str(file), str(path)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if done.returncode:
+        raise PeftGraphError(f"{file} does not run in a fresh Python:\n{done.stderr.strip()}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def rerun_onnx(file: Path, cases: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any] | None:
+    """Runs an `.onnx` file in onnxruntime; None where that is not installed."""
+    try:
+        import onnxruntime  # pyright: ignore[reportMissingTypeStubs]
+    except ImportError:
+        return None
+    import numpy as np
+
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    worst = 0.0
+    for tensors in cases.values():
+        inputs = {name: value.numpy() for name, value in tensors.items() if name != "expected"}
+        found = session.run(["last_hidden_state"], inputs)[0]
+        expected = tensors["expected"].numpy()
+        worst = max(worst, float(np.abs(found - expected).max() / np.abs(expected).max()))
+    return {"error": worst, "onnxruntime": onnxruntime.__version__}

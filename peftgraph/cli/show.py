@@ -1,0 +1,190 @@
+"""What the quickstart prints: tables on stdout, live progress on stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.padding import Padding
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.rule import Rule
+from rich.table import Table
+
+from peftgraph.cli.cmd_apply import coloured, first_layer
+from peftgraph.cli.console import ERR, OUT
+from peftgraph.cli.tables import count_table, layout, sites_table
+
+if TYPE_CHECKING:
+    import peftgraph as pg
+    from peftgraph.cli.learning import Curve
+
+
+def heading(text: str) -> None:
+    """A heading of the quickstart."""
+    OUT.print()
+    OUT.print(Rule(f"[bold]{text}[/]", align="left", style="dim"))
+
+
+def corpus(data: Mapping[str, Any]) -> None:
+    """The families, how many sentences of each are in each part, and what was dropped."""
+    heading("1  The data: one sentence of documentation, which family of the standard library?")
+    table = _table("family", *(f"{part}>" for part in data["sentences"]))
+    for family in data["families"]:
+        table.add_row(family, *(str(data["per_family"][part].get(family, 0)) for part in data["sentences"]))
+    table.add_row("[bold]sentences[/]", *(f"[bold]{number}[/]" for number in data["sentences"].values()))
+    table.add_row("[dim]from modules[/]", *(f"[dim]{number}[/]" for number in data["modules"].values()))
+    OUT.print(table)
+    OUT.print("No module gives sentences to two parts, and no two sentences are near copies.", style="dim")
+    dropped = ", ".join(
+        f"{number:,} {reason}" for reason, number in sorted(data["dropped"].items(), key=lambda item: -item[1])
+    )
+    OUT.print(f"Left out: {dropped}.", style="dim", highlight=False)
+
+
+def program(base: pg.Program, tuned: pg.Program) -> None:
+    """The sites, the diff of one layer, and the counts."""
+    heading("2  The model: its sites, found by structure")
+    OUT.print(sites_table(tuple(base.sites), f"{base.model}, {layout(base.sites)}, {len(base.graph.nodes)} nodes"))
+    heading("3  The recipe: what it does to the first layer")
+    OUT.print(coloured(first_layer(tuned, base)))
+    OUT.print(count_table(tuned.count()))
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr; call what it gives with how much was done."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        console=ERR,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.advance(task, done)
+
+
+@contextmanager
+def training(steps: int, frozen: float) -> Iterator[Callable[[Curve], None]]:
+    """A live bar with the loss and the validation accuracy, next to the frozen head's."""
+    heading("4  Training")
+    columns = (
+        TextColumn("step {task.completed}/{task.total}"),
+        BarColumn(),
+        TextColumn(
+            "loss [cyan]{task.fields[loss]:.3f}[/]  validation [green]{task.fields[now]:.1%}[/] (frozen head {task.fields[frozen]:.1%})"
+        ),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=ERR) as bar:
+        task = bar.add_task("training", total=steps, loss=float("nan"), now=frozen, frozen=frozen)
+
+        def live(curve: Curve) -> None:
+            recent = [loss for _, loss in curve.losses[-20:]]
+            bar.update(
+                task,
+                completed=len(curve.losses),
+                loss=sum(recent) / len(recent),
+                now=curve.validations[-1][1],
+            )
+
+        yield live
+
+
+def accuracies(found: Mapping[str, Any]) -> None:
+    """Majority class, frozen head and tuned classifier on the test part."""
+    table = _table("on the test part", "accuracy>", "validation>", "")
+    table.add_row("always the largest family", f"{found['majority']:.1%}", "", "")
+    table.add_row(
+        "linear head, frozen encoder",
+        f"{found['frozen']:.1%}",
+        f"{found['frozen_validation']:.1%}",
+        f"[dim]to convergence, decay {found['frozen_decay']:g}[/]",
+    )
+    note = f"[dim]best of the looks at validation: step {found['kept_step']}[/]"
+    table.add_row(
+        "[bold]tuned by the recipe[/]",
+        f"[bold green]{found['tuned']:.1%}[/]",
+        f"{found['tuned_validation']:.1%}",
+        note,
+    )
+    OUT.print(table)
+    OUT.print(verdict(found), style="dim", highlight=False)
+
+
+def verdict(found: Mapping[str, Any]) -> str:
+    """What the difference to the frozen head is worth."""
+    difference = 100 * (found["tuned"] - found["frozen"])
+    return (
+        f"{difference:+.1f} points over the frozen head: of {found['tests']} test sentences, {found['only_tuned_right']} are right only after "
+        f"tuning and {found['only_frozen_right']} only before (exact sign test p = {sign_test(found['only_tuned_right'], found['only_frozen_right']):.2g})."
+    )
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """The chance of a split at least as uneven, were both sides equally likely."""
+    from math import comb
+
+    total, larger = wins + losses, max(wins, losses)
+    tail = sum(comb(total, k) for k in range(larger, total + 1)) / 2**total
+    return min(1.0, 2 * tail)
+
+
+def proof(lines: Sequence[str]) -> None:
+    """The evidence of the fold."""
+    heading("5  Folding: nothing of the recipe is left, and this is the proof")
+    OUT.print(Padding("\n".join(lines), (0, 2)), highlight=False, markup=False)
+
+
+def latency(found: Sequence[Mapping[str, Any]], threads: int) -> None:
+    """The medians and their ratios to the base."""
+    heading("6  Latency: what the adapter costs, and what is left after folding")
+    table = _table("batch", "tokens>", *(f"{name}>" for name in found[0]["ratio"]), "base, ms>")
+    for row in found:
+        table.add_row(
+            str(row["batch"]),
+            str(row["tokens"]),
+            *(f"{ratio:.2f}x" for ratio in row["ratio"].values()),
+            f"{row['milliseconds']['base']:.1f}",
+        )
+    OUT.print(table)
+    OUT.print(
+        f"Medians of interleaved runs in one process, {threads} threads, ratios to the base.",
+        style="dim",
+        highlight=False,
+    )
+
+
+def exports(found: Mapping[str, Mapping[str, Any]]) -> None:
+    """The written files and how their outputs compare."""
+    heading("7  Files that run without peftgraph")
+    for name, facts in found.items():
+        OUT.print(f"  [bold]{name}[/]  {export_line(facts)}", highlight=False)
+
+
+def export_line(facts: Mapping[str, Any]) -> str:
+    """What is known of one exported file, in words."""
+    if "accuracy" in facts:
+        return f"read back by AutoModel: {facts['accuracy']:.1%} on the test part, {facts['same_predictions']:.1%} of the predictions unchanged"
+    size = f"{facts['bytes'] / 1e6:.0f} MB"
+    if "torch" in facts:
+        return f"{size}, run by torch {facts['torch']} in a fresh Python where peftgraph cannot be imported: relative difference {facts['error']:.1e}"
+    if "onnxruntime" in facts:
+        return f"{size}, run by onnxruntime {facts['onnxruntime']}: relative difference {facts['error']:.1e}"
+    return f"{size}, {facts['note']}"
+
+
+def closing(out: Path, seconds: float) -> None:
+    """Where everything is."""
+    OUT.print()
+    OUT.print(f"{seconds:.0f} s in all. Open [bold]{out / 'report.html'}[/] in a browser.", highlight=False)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(header_style="dim", box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column.removesuffix(">"), justify="right" if column.endswith(">") else "left")
+    return table
