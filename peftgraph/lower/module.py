@@ -59,9 +59,7 @@ class GraphModule(nn.Module):
         count = sum(p.numel() for p in self.parameters() if p.requires_grad)
         return f"{self._model}: {self._signature.describe()}; {count:,} trainable parameters"
 
-    def graph_for(
-        self, training: bool, missing: frozenset[str] = frozenset()
-    ) -> tuple[fx.Graph, tuple[bool, ...]]:
+    def graph_for(self, training: bool, missing: frozenset[str] = frozenset()) -> tuple[fx.Graph, tuple[bool, ...]]:
         """The graph that runs in a mode without the inputs in `missing`, and which output leaves it gives.
 
         Raises:
