@@ -19,7 +19,8 @@ class BitFit(pg.Pass):
     """Bias-term fine-tuning.
 
     Attributes:
-        at: which biases; all by default. `bias.where(path="query|intermediate")` narrows.
+        at: which biases; all by default. `bias.where(path=".*(query|intermediate).*")` narrows: the whole path must
+            match.
     """
 
     word = "bitfit"

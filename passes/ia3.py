@@ -36,7 +36,10 @@ class IA3(pg.Pass):
 
     def delta(self, m: pg.Match, op: pg.Builder) -> fx.Node:
         """The vector l, shaped to broadcast over the value."""
-        self.require(m.site.weight is not None, f"{m.site.id} has no weight to fold a scale into; choose projections or ffn.hidden.")
+        self.require(
+            m.site.weight is not None,
+            f"{m.site.id} has no weight to fold a scale into; choose projections or ffn.hidden.",
+        )
         return m.along_features(op, op.param("ia3_l", (*m.experts, m.features), pg.init.ones))
 
     def fold(self, m: pg.Match, p: pg.Params) -> Mapping[pg.Bound, Tensor]:

@@ -4,8 +4,8 @@
     fold: W <- W + s B A                                    (the bias and every other column stay as they are)
 
 Shapes: I in, O out, R rank; E experts in front where the weight is a stack of experts.
-A_RI is uniform in +-1/sqrt(I) as in the authors' code (the paper says Gaussian: init="gaussian", standard deviation 1/R)
-and B_OR is zero, so a fresh pass is the identity. Each slice of a fused projection has an A and a B of its own.
+A_RI is uniform in +-1/sqrt(I) as in the authors' code (the paper says Gaussian: init="gaussian", standard deviation
+1/R) and B_OR is zero, so a fresh pass is the identity. Each slice of a fused projection has an A and a B of its own.
 Source: arXiv 2106.09685, section 4.1; microsoft/LoRA, loralib/layers.py.
 """
 
@@ -58,7 +58,9 @@ class LoRA(pg.Pass):
         """s (drop(x) A^T) B^T."""
         out, inner = m.shape
         limit = min(out, inner)
-        self.require(self.rank <= limit, f"rank {self.rank} is larger than {m.site.id} allows: {out} x {inner}, at most {limit}.")
+        self.require(
+            self.rank <= limit, f"rank {self.rank} is larger than {m.site.id} allows: {out} x {inner}, at most {limit}."
+        )
         start = pg.init.kaiming if self.init == "kaiming" else pg.init.normal(1 / self.rank)
         a_RI = op.param("lora_A", (*m.experts, self.rank, inner), start)
         b_OR = op.param("lora_B", (*m.experts, out, self.rank), pg.init.zeros)

@@ -1,9 +1,9 @@
 """peftgraph: a compiler for parameter-efficient fine-tuning on torch.fx.
 
-    program = pg.trace(model, example)
-    tuned = program.apply(LoRA(at="attention.q|attention.v", rank=8))
-    net = tuned.module()          # train it
-    merged = pg.fold(tuned)       # exact, with its proof
+program = pg.trace(model, example)
+tuned = program.apply(LoRA(at="attention.q|attention.v", rank=8))
+net = tuned.module()          # train it
+merged = pg.fold(tuned)       # exact, with its proof
 """
 
 from peftgraph import init as init

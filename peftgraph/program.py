@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ class Program(ProgramData):
         sites: the parts of the base, found by structure; prints as a table.
     """
 
-    sites: Sites = Sites(())
+    sites: Sites = field(default_factory=lambda: Sites(()))
     proof: Proof | None = None
 
     def apply(self, *methods: Pass) -> Program:
@@ -83,7 +83,8 @@ class Program(ProgramData):
     def module(self) -> nn.Module:
         """An ordinary module with the model's own call signature, output type and parameter names.
 
-        Only new parameters require grad. They are shared with this program, so `pg.fold` sees what training did to them.
+        Only new parameters require grad. They are shared with this program, so `pg.fold` sees what training did to
+        them.
         """
         return GraphModule(self)
 

@@ -45,8 +45,8 @@ class Folding:
     Attributes:
         program: what is folded.
         sites: the sites of its base.
-        precision: what to accumulate in, and to leave the changed weights in; None for float32 (float64 where the weight
-            is float64) and one rounding to the stored dtype at the end.
+        precision: what to accumulate in, and to leave the changed weights in; None for float32 (float64 where the
+            weight is float64) and one rounding to the stored dtype at the end.
         untie: a tied weight that must change gets a tensor of its own.
         changed: the changed windows, by parameter.
         reasons: for each edit that is left, `site: pass: reason`.

@@ -1,8 +1,8 @@
 """The proof of a fold, as evidence that can be read and printed.
 
-Three facts make it: the folded text is the base's text; exactly the expected tensors changed, each by one rounding of what
-float64 algebra gives; and outputs on probe inputs agree, in float64 up to float64's own rounding and in the program's dtype
-up to its rounding.
+Three facts make it: the folded text is the base's text; exactly the expected tensors changed, each by one rounding of
+what float64 algebra gives; and outputs on probe inputs agree, in float64 up to float64's own rounding and in the
+program's dtype up to its rounding.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from peftgraph.errors import PeftGraphError
 from peftgraph.fold.engine import Folding, stored_tensor
-from peftgraph.ir.program import ProgramData, calls
-from peftgraph.ir.text import print_program
+from peftgraph.ir.program import ProgramData
 from peftgraph.ir.run import contractions, run, run_wide
+from peftgraph.ir.text import print_program
 from peftgraph.rewrite.views import View
 
 
@@ -64,13 +64,23 @@ class Proof:
     left: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        text = {True: "equal to the base's text", False: "DIFFERS", None: "not compared (partial fold)"}[self.text_equal]
-        lines = [f"text      {text}", f"changed   {len(self.changed)} tensors, as expected; every other tensor is the base's own"]
+        text = {True: "equal to the base's text", False: "DIFFERS", None: "not compared (partial fold)"}[
+            self.text_equal
+        ]
+        lines = [
+            f"text      {text}",
+            f"changed   {len(self.changed)} tensors, as expected; every other tensor is the base's own",
+        ]
         if self.split:
             lines.append(f"untied    {', '.join(self.split)}")
         if self.rounding is not None:
-            lines.append(f"rounding  {self.rounding:.2f} epsilon at most between a stored value and the float64 algebra")
-        lines += [f"outputs   {p.what}, {p.dtype}: relative difference {p.error:.1e}, bound {p.bound:.1e}" for p in self.probes]
+            lines.append(
+                f"rounding  {self.rounding:.2f} epsilon at most between a stored value and the float64 algebra"
+            )
+        lines += [
+            f"outputs   {p.what}, {p.dtype}: relative difference {p.error:.1e}, bound {p.bound:.1e}"
+            for p in self.probes
+        ]
         lines += [f"left      {reason}" for reason in self.left]
         return "\n".join(lines)
 
@@ -128,7 +138,7 @@ def _compare_tensors(program: ProgramData, folding: Folding, folded: ProgramData
 
 
 def _rounding(folded: ProgramData, exact: ProgramData, program: ProgramData, names: Sequence[str]) -> float:
-    """The largest distance of a stored value from the exact one, in epsilons of the dtype and the tensor's magnitude."""
+    """The largest distance of a stored value from the exact one, in epsilons of its dtype and its tensor's size."""
     worst = 0.0
     for name in names:
         stored, precise = folded.table[name].tensor, exact.table[name].tensor
@@ -138,7 +148,9 @@ def _rounding(folded: ProgramData, exact: ProgramData, program: ProgramData, nam
         worst = max(worst, float((stored.double() - precise).abs().max() / magnitude / eps))
     limit = 8.0  # float32 accumulation over a rank's terms, then one rounding
     if worst > limit:
-        raise ProofError(f"A folded weight is {worst:.1f} epsilon away from the float64 algebra; {limit:.0f} are allowed.")
+        raise ProofError(
+            f"A folded weight is {worst:.1f} epsilon away from the float64 algebra; {limit:.0f} are allowed."
+        )
     return worst
 
 
@@ -157,13 +169,15 @@ def _probe(program: ProgramData, folded: ProgramData, exact: ProgramData) -> lis
 
 
 def _bound(dtype: torch.dtype, depth: int) -> float:
-    """Rounding errors of `depth` products add up like a random walk; 64 covers their growth through norms and softmaxes."""
+    """Rounding errors of `depth` products add up like a random walk; 64 covers their growth through norms."""
     return 64 * torch.finfo(dtype).eps * math.sqrt(depth)
 
 
 def _checked(probe: Probe) -> Probe:
     if not probe.error <= probe.bound:
-        raise ProofError(f"Outputs on {probe.what} in {probe.dtype} differ by {probe.error:.1e}; {probe.bound:.1e} is allowed.")
+        raise ProofError(
+            f"Outputs on {probe.what} in {probe.dtype} differ by {probe.error:.1e}; {probe.bound:.1e} is allowed."
+        )
     return probe
 
 

@@ -49,12 +49,17 @@ def sharing_reason(program: ProgramData, graph: fx.Graph, sites: Sites, site: Si
     foreign = [reader for reader in readers if not _is_disjoint(sites, reader, site, view)]
     if len(foreign) > 1:
         names = ", ".join(f"%{reader.meta.get('label', reader.name)}" for reader in foreign[:3])
-        return f"{view.parameter} is read in {len(foreign)} places ({names}, ...), and a change for one would leak into the others"
+        return (
+            f"{view.parameter} is read in {len(foreign)} places ({names}, ...), "
+            "and a change for one would leak into the others"
+        )
     others = [name for name in program.table.tied(view.parameter) if name != view.parameter]
     used = [name for name in others if any(True for _ in weight_readers(graph, name))]
     if used and not untie:
-        return (f"{view.parameter} is tied to {', '.join(used)}, and the change would leak into it; "
-                "pg.fold(program, untie=True) gives it a tensor of its own")
+        return (
+            f"{view.parameter} is tied to {', '.join(used)}, and the change would leak into it; "
+            "pg.fold(program, untie=True) gives it a tensor of its own"
+        )
     return None
 
 

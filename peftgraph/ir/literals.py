@@ -1,9 +1,9 @@
 """Literals that follow the model's dtype and device.
 
-Tracing bakes `x.to(weight.dtype)`, `torch.finfo(x.dtype).min` and `arange(device=x.device)` as literals. A model is traced
-under a marker dtype that its own code does not name, so a literal equal to the marker came from the parameters and must
-follow them, while a float32 upcast inside a norm was meant and stays. Each node records in `meta["follows"]` which of its
-arguments follow, and how.
+Tracing bakes `x.to(weight.dtype)`, `torch.finfo(x.dtype).min` and `arange(device=x.device)` as literals. A model is
+traced under a marker dtype that its own code does not name, so a literal equal to the marker came from the parameters
+and must follow them, while a float32 upcast inside a norm was meant and stays. Each node records in `meta["follows"]`
+which of its arguments follow, and how.
 """
 
 from __future__ import annotations
@@ -46,11 +46,13 @@ def mark(graph: fx.Graph, marker: torch.dtype) -> None:
 def retarget(graph: fx.Graph, dtype: torch.dtype | None, device: torch.device | None) -> None:
     """Sets, in place, the literals that follow: to `dtype` where marked, every device literal to `device`."""
     for node in graph.nodes:
-        for path, form in node.meta.get("follows", ()) if dtype is not None else ():
-            _set(node, path, FORMS[form](dtype))
-        for path, value in _literals(node) if device is not None else ():
-            if isinstance(value, torch.device):
-                _set(node, path, device)
+        if dtype is not None:
+            for path, form in node.meta.get("follows", ()):
+                _set(node, path, FORMS[form](dtype))
+        if device is not None:
+            for path, value in _literals(node):
+                if isinstance(value, torch.device):
+                    _set(node, path, device)
 
 
 def widen(graph: fx.Graph) -> None:

@@ -12,8 +12,8 @@ import torch
 from torch import fx
 
 from peftgraph.errors import CallError
-from peftgraph.ir.program import copy_graph
 from peftgraph.ir.dead import drop_dead, is_mutation
+from peftgraph.ir.program import copy_graph
 
 aten = torch.ops.aten
 DROPOUTS = {
@@ -70,11 +70,18 @@ def without_inputs(graph: fx.Graph, missing: Set[str]) -> tuple[fx.Graph, tuple[
     kept = tuple(not (isinstance(leaf, fx.Node) and leaf in reached) for leaf in leaves)
     if not any(leaf is not None and keep for leaf, keep in zip(leaves, kept, strict=True)):
         names = ", ".join(sorted(missing))
-        raise CallError(f"Missing input {names}: the model was traced with it and every output depends on it. Pass it, or "
-                        f"trace the model again without it.")
+        raise CallError(
+            f"Missing input {names}: the model was traced with it and every output depends on it. Pass it, or "
+            f"trace the model again without it."
+        )
     output.args = ([leaf if keep else None for leaf, keep in zip(leaves, kept, strict=True)],)
     for node in reversed(list(new.nodes)):
-        if node in reached and node.op != "output" and not node.users and (node.op != "placeholder" or node.name in missing):
+        if (
+            node in reached
+            and node.op != "output"
+            and not node.users
+            and (node.op != "placeholder" or node.name in missing)
+        ):
             new.erase_node(node)
     drop_dead(new)
     return new, kept

@@ -1,7 +1,7 @@
 """The data of a program: a graph, the table of its tensors, its calling convention, and the edits that made it.
 
-A `ProgramData` is a value: nothing in it changes once it is made. Rooms that rewrite copy the graph first (`copy_graph`).
-The public `peftgraph.Program` adds the verbs.
+A `ProgramData` is a value: nothing in it changes once it is made. Rooms that rewrite copy the graph first
+(`copy_graph`). The public `peftgraph.Program` adds the verbs.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.node import map_arg
 
 
 def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
@@ -29,7 +30,7 @@ def fake_like(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
 
 def value_of(mode: FakeTensorMode, node: fx.Node) -> Any:
     """What `node` gives when its operands' recorded values go in."""
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda operand: operand.meta["val"])
+    args, kwargs = map_arg((node.args, node.kwargs), lambda operand: operand.meta["val"])
     with mode, quiet_symbols(mode), enable_python_dispatcher():  # its kernels take symbolic sizes
         return node.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
 

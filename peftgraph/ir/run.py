@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 
 from peftgraph.ir.literals import retarget, widen
-from peftgraph.ir.table import Entry
-from peftgraph.ir.program import ProgramData, calls, copy_graph, stored
 from peftgraph.ir.modes import evaluated, mutated_buffers
+from peftgraph.ir.program import ProgramData, calls
+from peftgraph.ir.table import Entry
 
 aten = torch.ops.aten
-CONTRACTIONS = {"linear", "addmm", "matmul", "mm", "bmm", "baddbmm", "conv1d", "conv2d", "einsum", "scaled_dot_product_attention", "grouped_mm_fallback"}  # fmt: skip
+CONTRACTIONS = {
+    "linear",
+    "addmm",
+    "matmul",
+    "mm",
+    "bmm",
+    "baddbmm",
+    "conv1d",
+    "conv2d",
+    "einsum",
+    "scaled_dot_product_attention",
+    "grouped_mm_fallback",
+}
 
 
 def run(program: ProgramData, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -37,7 +51,11 @@ def run_wide(program: ProgramData, inputs: Sequence[Tensor]) -> list[Tensor]:
 
 def contractions(graph: fx.Graph) -> int:
     """How many matrix products a graph computes."""
-    return sum(node.target._schema.name.split("::")[-1] in CONTRACTIONS for node in calls(graph) if isinstance(node.target, torch._ops.OpOverload))  # fmt: skip
+    return sum(
+        node.target._schema.name.split("::")[-1] in CONTRACTIONS
+        for node in calls(graph)
+        if isinstance(node.target, torch._ops.OpOverload)
+    )
 
 
 def _beside(entry: Entry, dtype: torch.dtype) -> Tensor:
@@ -50,23 +68,23 @@ def _double(tensor: Tensor) -> Tensor:
 
 
 def _interpret(graph: fx.Graph, tensors: dict[str, Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-    values: dict[fx.Node, object] = {}
+    values: dict[fx.Node, Any] = {}
     last_use = {operand: node for node in graph.nodes for operand in node.all_input_nodes}
     arguments = iter(inputs)
     written = mutated_buffers(graph)
     with torch.no_grad():
         for node in graph.nodes:
             if node.op == "output":
-                leaves = fx.node.map_arg(node.args[0], values.__getitem__)
-                return [leaf for leaf in leaves if isinstance(leaf, Tensor)]  # pyright: ignore[reportGeneralTypeIssues]
+                leaves = map_arg(node.args[0], values.__getitem__)
+                return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             if node.op == "placeholder":
                 values[node] = next(arguments)
             elif node.op == "get_attr":
                 tensor = tensors[str(node.target)].detach()
                 values[node] = tensor.clone() if node.target in written else tensor
             else:
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-                values[node] = node.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+                args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+                values[node] = node.target(*args, **kwargs)
             for operand in node.all_input_nodes:
                 if last_use[operand] is node:
                     values.pop(operand, None)

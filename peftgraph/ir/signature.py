@@ -116,18 +116,24 @@ class Signature:
             if not isinstance(value, Tensor):
                 raise CallError(f"{spec.key} must be a tensor, got {type(value).__name__}.")
             if dtype_kind(value.dtype) != dtype_kind(spec.dtype):
-                raise CallError(f"{spec.key} has dtype {value.dtype}; this program was traced with {spec.dtype}. "
-                                f"Pass {spec.key}.to({spec.dtype}).")
+                raise CallError(
+                    f"{spec.key} has dtype {value.dtype}; this program was traced with {spec.dtype}. "
+                    f"Pass {spec.key}.to({spec.dtype})."
+                )
             if value.dim() != len(spec.dims):
-                raise CallError(f"{spec.key} has {value.dim()} dimensions {tuple(value.shape)}; "
-                                f"this program takes {_shape_text(spec)}.")
+                raise CallError(
+                    f"{spec.key} has {value.dim()} dimensions {tuple(value.shape)}; "
+                    f"this program takes {_shape_text(spec)}."
+                )
             for axis, (size, dim) in enumerate(zip(value.shape, spec.dims, strict=True)):
                 self._check_size(spec, axis, size, dim, sizes)
 
     def _check_size(self, spec: Input, axis: int, size: int, dim: int | str, sizes: dict[str, tuple[int, str]]) -> None:
         if isinstance(dim, int):
             if size != dim:
-                raise CallError(f"{spec.key} has size {size} in dimension {axis}; the model's own code fixes it to {dim}.")
+                raise CallError(
+                    f"{spec.key} has size {size} in dimension {axis}; the model's own code fixes it to {dim}."
+                )
             return
         seen, where = sizes.setdefault(dim, (size, spec.key))
         if size != seen:
@@ -173,10 +179,19 @@ def dtype_kind(dtype: torch.dtype) -> str:
 
 
 SHORT = {
-    torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.bool: "bool",
-    torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8",
-    torch.complex64: "c64", torch.complex128: "c128",
-}  # fmt: skip
+    torch.float64: "f64",
+    torch.float32: "f32",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+    torch.bool: "bool",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int16: "i16",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.complex64: "c64",
+    torch.complex128: "c128",
+}
 
 
 def short_dtype(dtype: torch.dtype) -> str:

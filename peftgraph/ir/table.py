@@ -1,7 +1,7 @@
 """The parameter table: every stored tensor of a program, by its dotted name.
 
-Entries that hold the same tensor object are tied. Frozen entries share storage with the model that was traced; trainable
-entries own an `nn.Parameter`, shared by every program and module that descends from the pass that made it.
+Entries that hold the same tensor object are tied. Frozen entries share storage with the model that was traced;
+trainable entries own an `nn.Parameter`, shared by every program and module that descends from the pass that made it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The deterministic printer: the text of a program, and the difference between two programs.
 
-Every value has a printed name (`meta["label"]`) that comes from the sites around it or from the edit that made it, never
-from FX's counters, and it stays the same when a pass rewrites the graph elsewhere. `assign_labels` gives the base its names.
+Every value has a printed name (`meta["label"]`) that comes from the sites around it or from the edit that made it,
+never from FX's counters, and it stays the same when a pass rewrites the graph elsewhere. `assign_labels` gives the base
+its names.
 """
 
 from __future__ import annotations
@@ -50,7 +51,11 @@ def print_program(program: ProgramData) -> str:
     signature = program.signature
     outputs = program.graph.output_node().args[0]
     assert isinstance(outputs, list | tuple)
-    results = [f"{key}: {printer.type_of(leaf)}" for key, leaf in zip(signature.output_keys, outputs, strict=True) if leaf is not None]
+    results = [
+        f"{key}: {printer.type_of(leaf)}"
+        for key, leaf in zip(signature.output_keys, outputs, strict=True)
+        if leaf is not None
+    ]
     lines = [f"{program.model}({signature.describe()}) -> {{{', '.join(results)}}}"]
     lines += [f"  {printer.line(node)}" for node in live(program.graph) if node.op == "call_function"]
     lines.append(f"  return {printer.operand(outputs)}")
@@ -84,7 +89,7 @@ def print_diff(before: ProgramData, after: ProgramData) -> str:
     names = {node.name for node in present}
     erased = [line for name, line in was.items() if name not in names]
     lines += [f"  - {line}" for line in erased]
-    return "\n".join(_with_headings(lines, after) + [_totals(before, after, added, len(erased), moved)]) + "\n"
+    return "\n".join([*_with_headings(lines, after), _totals(before, after, added, len(erased), moved)]) + "\n"
 
 
 def _with_headings(lines: Iterable[str], program: ProgramData) -> list[str]:
@@ -96,8 +101,10 @@ def _totals(before: ProgramData, after: ProgramData, added: int, erased: int, mo
     fresh = {name: p for name, p in after.table.trainable.items() if name not in before.table.trainable}
     sites = {edit.site for edit in after.edits} - {edit.site for edit in before.edits}
     values = sum(parameter.numel() for parameter in fresh.values())
-    return (f"{len(sites)} sites, +{added} nodes, -{erased} nodes, {moved} lines changed, "
-            f"+{len(fresh)} parameters ({values:,} trainable values)")
+    return (
+        f"{len(sites)} sites, +{added} nodes, -{erased} nodes, {moved} lines changed, "
+        f"+{len(fresh)} parameters ({values:,} trainable values)"
+    )
 
 
 class _Printer:
@@ -143,7 +150,11 @@ class _Printer:
         if isinstance(size, int):
             return str(size)
         expression = size.node.expr
-        named = {symbol: sympy.Symbol(self.symbols[str(symbol)]) for symbol in expression.free_symbols if str(symbol) in self.symbols}
+        named = {
+            symbol: sympy.Symbol(self.symbols[str(symbol)])
+            for symbol in expression.free_symbols
+            if str(symbol) in self.symbols
+        }
         return str(expression.subs(named))
 
 

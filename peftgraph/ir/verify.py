@@ -1,4 +1,4 @@
-"""The verifier, as a list of rules. It runs before and after every pass; what it finds is a bug of a pass or of the engine."""
+"""The verifier, as a list of rules, run before and after every pass: what it finds is a bug of a pass or the engine."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ def stored_tensors_exist(program: ProgramData) -> Iterator[str]:
         if entry is None:
             yield f"@{node.target} is not in the table"
         elif tuple(entry.tensor.shape) != tuple(node.meta["val"].shape):
-            yield f"@{node.target} has shape {tuple(entry.tensor.shape)}, the graph expects {tuple(node.meta['val'].shape)}"
+            shape, wanted = tuple(entry.tensor.shape), tuple(node.meta["val"].shape)
+            yield f"@{node.target} has shape {shape}, the graph expects {wanted}"
 
 
 def trainables_are_claimed(program: ProgramData) -> Iterator[str]:

@@ -48,9 +48,9 @@ def remove(program: P, sites: Sites, which: int) -> P:
     for edit in reversed(gone):
         undo(graph, edits, edit)
         edits.remove(edit)
-        table = table.with_(
-            {name: _before(table[name]) for name in edit.parameters if not table[name].added}
-        ).without(name for name in edit.parameters if table[name].added)
+        table = table.with_({name: _before(table[name]) for name in edit.parameters if not table[name].added}).without(
+            name for name in edit.parameters if table[name].added
+        )
     kept = tuple(replace(e, application=e.application - (e.application > which)) for e in edits)
     history = program.history[:which] + program.history[which + 1 :]
     used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
@@ -95,7 +95,9 @@ def _apply_one(program: P, sites: Sites, method: Pass) -> P:
 def _check_name(program: ProgramData, method: Pass) -> None:
     for applied in program.history:
         if method.name and applied.name == method.name and applied.method.word == method.word:
-            raise Conflict(f"There is already a {method.word} called {method.name!r} ({applied.method}). Choose another name.")
+            raise Conflict(
+                f"There is already a {method.word} called {method.name!r} ({applied.method}). Choose another name."
+            )
 
 
 def _check_conflicts(program: ProgramData, method: Pass, chosen: list[tuple[int, Rule, Site]]) -> None:

@@ -56,11 +56,15 @@ class Count:
         ranks = sorted({change.rank for change in self.changes if change.rank is not None and not change.full})
         full = sum(change.full for change in self.changes)
         vectors = sum(change.rank is None for change in self.changes)
-        parts = [f"rank {rank} in {sum(c.rank == rank and not c.full for c in self.changes)} matrices" for rank in ranks]
+        parts = [
+            f"rank {rank} in {sum(c.rank == rank and not c.full for c in self.changes)} matrices" for rank in ranks
+        ]
         parts += [f"full rank in {full} matrices"] if full else []
         parts += [f"{vectors} vectors"] if vectors else []
-        return (f"trainable {self.trainable:,} ({self.percent:.4f} %), added {self.added:,}, changed {self.changed:,}, "
-                f"total {self.total:,}; changes: {', '.join(parts) or 'none'}")
+        return (
+            f"trainable {self.trainable:,} ({self.percent:.4f} %), added {self.added:,}, changed {self.changed:,}, "
+            f"total {self.total:,}; changes: {', '.join(parts) or 'none'}"
+        )
 
 
 def count(program: ProgramData, sites: Sites) -> Count:
@@ -98,7 +102,15 @@ def changes_of(program: ProgramData, sites: Sites) -> tuple[Change, ...]:
             continue
         for name in () if edit.moves else edit.parameters[:1]:
             tensor = program.table[name].tensor
-            found.append(Change(edit.site, View(name, vector=tensor.dim() == 1), tensor.numel(), _full_rank(tensor), tensor.dim() > 1))
+            found.append(
+                Change(
+                    edit.site,
+                    View(name, vector=tensor.dim() == 1),
+                    tensor.numel(),
+                    _full_rank(tensor),
+                    tensor.dim() > 1,
+                )
+            )
         if not edit.moves:
             continue
         match = match_all(fake, sites, [by_id[edit.site]])[0]
@@ -125,5 +137,5 @@ def _fake_table(table: Table, mode: FakeTensorMode) -> Table:
     return Table((name, fake(entry)) for name, entry in table.items())
 
 
-def _unique(table: Table, keep) -> list[torch.Tensor]:  # noqa: ANN001
+def _unique(table: Table, keep: Callable[[Entry], bool]) -> list[torch.Tensor]:
     return list({id(entry.tensor): entry.tensor for entry in table.values() if keep(entry)}.values())

@@ -19,7 +19,8 @@ aten = torch.ops.aten
 # How deep a role's value is nested: a projection's own output lies inside its sublayer's, that inside its block's.
 LEVELS = {"attention": 1, "ffn": 1, "block": 2}
 
-# Ports whose value the site gives to all its users; at every other port the site reads a value that others may read too.
+# Ports whose value the site gives to all its users; at every other port the site reads a value that others may read
+# too.
 GIVEN = {"output", "join", "normed"}
 
 
@@ -27,8 +28,8 @@ GIVEN = {"output", "join", "normed"}
 class Match:
     """A site in a graph that is being rewritten.
 
-    Values are looked up when they are read, so `input` is what the projection reads after every edit made so far: passes
-    on different sites commute.
+    Values are looked up when they are read, so `input` is what the projection reads after every edit made so far:
+    passes on different sites commute.
     """
 
     site: Site
@@ -171,7 +172,9 @@ class Match:
             return change(value)
         if columns.contiguous:
             window = (axis, columns.starts_at, columns.starts_at + len(columns))
-            return op.call(aten.slice_scatter.default, value, change(op.call(aten.slice.Tensor, value, *window)), *window)
+            return op.call(
+                aten.slice_scatter.default, value, change(op.call(aten.slice.Tensor, value, *window)), *window
+            )
         index = op.constant("columns", columns.index())
         part = change(op.call(aten.index_select.default, value, axis, index))
         return op.call(aten.index_copy.default, value, axis, index, part)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -56,16 +58,13 @@ def _from_document(document: dict[str, Any], where: str) -> Pass:
 
 def to_toml(method: Pass) -> str:
     """The recipe file of a pass; `load_recipe` reads it back."""
-    import dataclasses
-    import json
-
     lines: list[str] = []
     for part in method.passes():
         lines += ["[[pass]]", f'use = "{part.word}"']
         for item in dataclasses.fields(part):
             value = getattr(part, item.name)
-            if value is None or value == "":
-                continue
-            lines.append(f"{item.name} = {value if isinstance(value, int | float) and not isinstance(value, bool) else json.dumps(value if isinstance(value, bool | str) else str(value))}")
+            if value is not None and value != "":
+                plain = value if isinstance(value, int | float | str) else str(value)
+                lines.append(f"{item.name} = {json.dumps(plain)}")  # JSON's numbers and strings are TOML's
         lines.append("")
     return "\n".join(lines)

@@ -1,7 +1,8 @@
 """Rule(site, delta, join, fold): the four things that define a method.
 
 `delta` builds the new computation, `join` says how it enters, `fold` says how it goes back into the weights, or why it
-cannot. The four are independent: a gate may multiply any delta, and any delta may enter by any join that fits its shape.
+cannot. The four are independent: a gate may multiply any delta, and any delta may enter by any join that fits its
+shape.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Params(Mapping[str, Tensor]):
         except KeyError:
             raise AttributeError(name) from None
 
-    def __iter__(self):  # noqa: ANN204
+    def __iter__(self):
         return iter(self._tensors)
 
     def __len__(self) -> int:
@@ -47,7 +48,10 @@ Fold = Callable[[Match, Params], Mapping[Bound, Tensor]]
 class Join(Protocol):
     """How a new value enters at a port."""
 
-    port: str
+    @property
+    def port(self) -> str:
+        """Where the delta enters when it is a single value."""
+        ...
 
     def enter(self, m: Match, op: Builder, value: fx.Node, delta: fx.Node) -> fx.Node:
         """The value that the port's users get instead of `value`."""
@@ -96,7 +100,8 @@ class Rule:
         delta: builds the new computation; None when the site's own parameters train and nothing is computed anew. A
             mapping from port to node joins at several ports of one site.
         join: how the delta enters.
-        fold: the new weights by window, from the current ones and the trained parameters; or the reason why there are none.
+        fold: the new weights by window, from the current ones and the trained parameters; or the reason why there are
+            none.
         rank: the largest rank of the change of a weight, when the method bounds it.
     """
 

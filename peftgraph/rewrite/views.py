@@ -43,10 +43,12 @@ class View:
     def get(self, full: Tensor) -> Tensor:
         """The window of a stored tensor, in (out, in) orientation."""
         oriented = self._oriented(full)
-        return oriented if self.window is None else oriented.index_select(self._axis, self.window.index().to(full.device))
+        return (
+            oriented if self.window is None else oriented.index_select(self._axis, self.window.index().to(full.device))
+        )
 
     def put(self, full: Tensor, value: Tensor) -> Tensor:
-        """A copy of the stored tensor whose window holds `value`, rounded once to the stored dtype; the rest is untouched."""
+        """A copy of the stored tensor whose window holds `value`, in the stored dtype; the rest is untouched."""
         new = full.clone(memory_format=torch.contiguous_format)
         target = self._oriented(new)
         value = value.to(device=full.device, dtype=full.dtype)

@@ -30,9 +30,7 @@ class Part:
     @property
     def weight(self) -> Weight:
         stored = self.projection.weight
-        return Weight(
-            stored.parameter, stored.transposed, narrow(stored.window, self.columns), stored.experts
-        )
+        return Weight(stored.parameter, stored.transposed, narrow(stored.window, self.columns), stored.experts)
 
     @property
     def bias(self) -> Bias | None:
@@ -63,9 +61,7 @@ def columns_of(projection: Projection, features: Sequence[int]) -> Columns | Non
     return None if list(features) == list(range(projection.width)) else Columns.from_indices(features)
 
 
-def arrivals(
-    anatomy: Anatomy, goal: fx.Node, sources: Sequence[Projection]
-) -> tuple[torch.Tensor, list[int]]:
+def arrivals(anatomy: Anatomy, goal: fx.Node, sources: Sequence[Projection]) -> tuple[torch.Tensor, list[int]]:
     """Run the features of `sources` to `goal`: the tags there, and each source's base (tag = base + feature
     + 1)."""
     seeds: dict[fx.Node, torch.Tensor] = {}
@@ -106,9 +102,7 @@ def find_attention(anatomy: Anatomy) -> tuple[list[Attention], list[NearMiss]]:
     return [_attention(anatomy, core, parts, outputs) for core, parts in found], misses
 
 
-def _attention(
-    anatomy: Anatomy, core: Core, parts: list[Part], outputs: dict[fx.Node, Projection]
-) -> Attention:
+def _attention(anatomy: Anatomy, core: Core, parts: list[Part], outputs: dict[fx.Node, Projection]) -> Attention:
     reader = outputs.get(core.output)
     last = [] if reader is None else [Part("attention.o", reader, None)]
     return Attention(core, (*parts, *last), _kind(anatomy, core, parts))

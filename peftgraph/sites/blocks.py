@@ -48,9 +48,7 @@ class Place:
 
 
 class Blocks:
-    def __init__(
-        self, anatomy: Anatomy, attentions: Sequence[Attention], feedforwards: Sequence[FeedForward]
-    ) -> None:
+    def __init__(self, anatomy: Anatomy, attentions: Sequence[Attention], feedforwards: Sequence[FeedForward]) -> None:
         self.anatomy = anatomy
         self.sublayers = _sublayers(anatomy, attentions, feedforwards)
         self.streams = _streams(anatomy, self.sublayers)

@@ -37,9 +37,7 @@ def is_product(flow: Flow, node: fx.Node) -> bool:
 
 def factors(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     kind = ops.name(node)
-    inputs = (
-        einsum_operands(node) if kind == "einsum" else [one for one in node.args if isinstance(one, fx.Node)]
-    )
+    inputs = einsum_operands(node) if kind == "einsum" else [one for one in node.args if isinstance(one, fx.Node)]
     if kind == "baddbmm":
         inputs = inputs[1:]
     if kind not in ("matmul", "bmm", "mm", "baddbmm", "einsum") or len(inputs) != 2:
@@ -78,9 +76,7 @@ def _from_softmax(flow: Flow, node: fx.Node, projected: set[fx.Node]) -> Core | 
     scores, mask, ends = _scores(flow, argument, projected)
     if not scores:
         shown = ", ".join(f"%{end.name} = {ops.name(end)}" for end in ends[:3]) or "no signal"
-        return NearMiss(
-            ROLE, node.name, f"its argument leads back to {shown}, to no product of two signals", 1
-        )
+        return NearMiss(ROLE, node.name, f"its argument leads back to {shown}, to no product of two signals", 1)
     out = _weighting(flow, node)
     if out is None:
         return NearMiss(ROLE, node.name, "its result reaches no product with a third value", 2)
@@ -128,10 +124,7 @@ def _mask_side(flow: Flow, node: fx.Node, addends: list[fx.Node]) -> fx.Node | N
 def _chain(flow: Flow, node: fx.Node) -> list[fx.Node]:
     """A node and what it passes on, up to the first product."""
     chain = [node]
-    while (
-        not is_product(flow, chain[-1])
-        and ops.name(chain[-1]) in ops.MASKING | ops.SCALE | ops.LAYOUT | ops.CAST
-    ):
+    while not is_product(flow, chain[-1]) and ops.name(chain[-1]) in ops.MASKING | ops.SCALE | ops.LAYOUT | ops.CAST:
         operands = [one for one in flow.operands(chain[-1]) if flow.signal(one)]
         if not operands:
             break
@@ -168,9 +161,7 @@ def free_axes(flow: Flow, product: fx.Node) -> tuple[int, int] | None:
     return (first[0], second[0]) if len(first) == 1 and len(second) == 1 else None
 
 
-def _query_first(
-    flow: Flow, product: fx.Node, argument: fx.Node, softmax: fx.Node
-) -> tuple[fx.Node, fx.Node] | None:
+def _query_first(flow: Flow, product: fx.Node, argument: fx.Node, softmax: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """(q, k): k is the factor whose free axis is the softmax axis, found by running an index along it."""
     sides, axes = factors(product), free_axes(flow, product)
     dim = ops.argument(softmax, 1, "dim")

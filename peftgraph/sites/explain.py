@@ -10,9 +10,7 @@ from .select import Both, Either, Expert, Kind, Layers, Not, Role, Selector, Sta
 from .site import NearMiss, Site, Sites
 
 SOFTMAX_MISS = "no softmax or scaled_dot_product_attention whose operands come from two projections"
-JOIN_MISS = (
-    "no projection whose result enters a residual add and that reads a projection through a nonlinearity"
-)
+JOIN_MISS = "no projection whose result enters a residual add and that reads a projection through a nonlinearity"
 
 
 def require(sites: Sites, selector: object) -> tuple[Site, ...]:
@@ -178,11 +176,5 @@ def _closest(misses: list[NearMiss], what: str) -> str:
     if not misses:
         return f"; no {what} seen"
     best = max(misses, key=lambda miss: miss.progress)
-    noun = (
-        what
-        if len(misses) != 1
-        else what.removesuffix("s").removesuffix("e")
-        if what == "softmaxes"
-        else what[:-1]
-    )
+    noun = what if len(misses) != 1 else what.removesuffix("s").removesuffix("e") if what == "softmaxes" else what[:-1]
     return f"; {len(misses)} {noun} seen, closest: %{best.node}, {best.reason}"

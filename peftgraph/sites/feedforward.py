@@ -39,9 +39,7 @@ def _routes(anatomy: Anatomy, candidate: Projection) -> bool:
         for user in here.users:
             kind = ops.name(user)
             if kind in ops.CHOICE:
-                return bool(anatomy.joins) and any(
-                    anatomy.flow.descends(join.node, user) for join in anatomy.joins
-                )
+                return bool(anatomy.joins) and any(anatomy.flow.descends(join.node, user) for join in anatomy.joins)
             if weighs and kind == "mul" and _widens(anatomy, here, user):
                 return True
             if user not in seen and kind in through and user not in anatomy.join_at:
@@ -56,9 +54,7 @@ def _widens(anatomy: Anatomy, weight: fx.Node, product: fx.Node) -> bool:
     return bool(narrow) and narrow[-1] == 1 and wide[-1] > 1
 
 
-def find_feedforward(
-    anatomy: Anatomy, join: Join, taken: set[Projection]
-) -> tuple[FeedForward | None, list[NearMiss]]:
+def find_feedforward(anatomy: Anatomy, join: Join, taken: set[Projection]) -> tuple[FeedForward | None, list[NearMiss]]:
     """The feed-forward whose result enters `join`."""
     parts: list[Part] = []
     downs: list[Projection] = []
@@ -140,13 +136,7 @@ def _gating(
             continue
         bent = [_bent(anatomy, operand) for operand in operands]
         gate = 0 if bent[0] else 1
-        note = (
-            ""
-            if bent[0] != bent[1]
-            else "both sides are nonlinear"
-            if bent[0]
-            else "neither side is nonlinear"
-        )
+        note = "" if bent[0] != bent[1] else "both sides are nonlinear" if bent[0] else "neither side is nonlinear"
         return [
             ("ffn.gate", features[gate], tagged[gate][1], note),
             ("ffn.up", features[1 - gate], tagged[1 - gate][1], note),

@@ -90,9 +90,7 @@ class Finder:
     def _add(self, role: str, op: fx.Node, path: str, place: Place | None, ports: Ports, **more: Any) -> None:
         items = tuple((port, node.name) for port, node in ports.items() if node is not None)
         layer, stack = (place.layer, place.stack) if place else (None, None)
-        self.found.append(
-            Site(role=role, path=path, op=op.name, layer=layer, stack=stack, port_items=items, **more)
-        )
+        self.found.append(Site(role=role, path=path, op=op.name, layer=layer, stack=stack, port_items=items, **more))
 
     def _place(self, node: fx.Node) -> Place | None:
         join = self.blocks.around(node)
@@ -161,9 +159,7 @@ class Finder:
     def _experts(self, one: FeedForward) -> dict[Projection, dict[str, object]]:
         """Several downs of one shape on one join, weighed by a router, are experts by number."""
         routed = self._routed(one.join)
-        alike = [
-            down for down in one.downs if down.weight.experts is None and down.width == one.downs[0].width
-        ]
+        alike = [down for down in one.downs if down.weight.experts is None and down.width == one.downs[0].width]
         shapes = [down.weight.shape(self.flow.tensors) for down in alike]
         numbered_downs = [d for d, shape in zip(alike, shapes, strict=True) if shapes.count(shape) > 1]
         if not routed or len(numbered_downs) < 2:
@@ -261,9 +257,7 @@ class Finder:
 
     def _embeddings(self) -> None:
         for node in self.flow.nodes:
-            if ops.name(node) not in ("embedding", "embedding_bag") or not _looks_up_input(
-                self.flow.operands(node)[1]
-            ):
+            if ops.name(node) not in ("embedding", "embedding_bag") or not _looks_up_input(self.flow.operands(node)[1]):
                 continue
             leaf = self.flow.leaf(self.flow.operands(node)[0])
             if leaf is not None:
@@ -316,20 +310,13 @@ Ports = dict[str, fx.Node | None]
 
 def _parallel(one: Sublayer, blocks: Blocks) -> bool:
     """Another sublayer starts from the same value."""
-    twins = [
-        other
-        for joins in blocks.sublayers.values()
-        for other in joins
-        if other.join.source is one.join.source
-    ]
+    twins = [other for joins in blocks.sublayers.values() for other in joins if other.join.source is one.join.source]
     return len({other.role for other in twins}) > 1
 
 
 def _looks_up_input(index: fx.Node) -> bool:
     """An index that is an input, up to layout, casts and masking; positions counted from a mask are none."""
-    through = (
-        ops.LAYOUT | ops.CAST | {"masked_fill", "where", "clamp", "copy", "new_zeros", "fill", "clamp_min"}
-    )
+    through = ops.LAYOUT | ops.CAST | {"masked_fill", "where", "clamp", "copy", "new_zeros", "fill", "clamp_min"}
     todo, seen = [index], set[fx.Node]()
     while todo:
         node = todo.pop()

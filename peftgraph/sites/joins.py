@@ -46,19 +46,13 @@ def find_joins(flow: Flow, heavy: int, norm_at: Mapping[fx.Node, Norm]) -> list[
     return list(joins.values())
 
 
-def _source(
-    flow: Flow, skip: fx.Node, branch: fx.Node, heavy: int, joins: dict[fx.Node, Join]
-) -> fx.Node | None:
+def _source(flow: Flow, skip: fx.Node, branch: fx.Node, heavy: int, joins: dict[fx.Node, Join]) -> fx.Node | None:
     """The value on the skip side that the branch starts from."""
     here: fx.Node | None = skip
     crossed = 0
     while here is not None:
         if flow.descends(branch, here):
-            return (
-                here
-                if _heavy_between(flow, here, branch, heavy) and _local(flow, here, branch, joins)
-                else None
-            )
+            return here if _heavy_between(flow, here, branch, heavy) and _local(flow, here, branch, joins) else None
         if here in joins:
             crossed += 1
             here = joins[here].skip if crossed < PARALLEL else None

@@ -6,8 +6,22 @@ from collections import defaultdict
 
 from .site import Site, Sites
 
-NAMED = ("embedding", "norm", "attention.q", "attention.k", "attention.v", "attention.o", "attention.core", "ffn.up",
-         "ffn.gate", "ffn.down", "ffn.hidden", "head", "projection", "router")  # fmt: skip
+NAMED = (
+    "embedding",
+    "norm",
+    "attention.q",
+    "attention.k",
+    "attention.v",
+    "attention.o",
+    "attention.core",
+    "ffn.up",
+    "ffn.gate",
+    "ffn.down",
+    "ffn.hidden",
+    "head",
+    "projection",
+    "router",
+)
 
 
 def titles(sites: Sites) -> dict[str, str]:
@@ -29,7 +43,7 @@ def titles(sites: Sites) -> dict[str, str]:
 
 
 def sections(sites: Sites) -> dict[str, str]:
-    """Node name -> prefix of the values from there on: the block it stands in, or the part of the model around the blocks."""
+    """Node name -> prefix of the values from there on: the block it stands in, or the part around the blocks."""
     found: dict[str, str] = {}
     for site in sites:
         if site.layer is not None:

@@ -10,9 +10,7 @@ from . import ops
 from .flow import Flow
 
 ROOTS = ops.words("rsqrt sqrt pow var std linalg_vector_norm norm var_mean std_mean reciprocal")
-STATISTIC = ops.words(
-    "add mul div pow square abs sub clamp clamp_min clamp_max expand expand_as getitem maximum"
-)
+STATISTIC = ops.words("add mul div pow square abs sub clamp clamp_min clamp_max expand expand_as getitem maximum")
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,9 +31,7 @@ NONLINEAR: Final = words(
     "hardtanh relu6 erf exp pow square prelu logsigmoid log_sigmoid softsign glu swish threshold",
     "rrelu softmax _softmax",
 )
-REDUCTION: Final = words(
-    "mean sum var std norm linalg_vector_norm amax amin max min prod logsumexp var_mean std_mean"
-)
+REDUCTION: Final = words("mean sum var std norm linalg_vector_norm amax amin max min prod logsumexp var_mean std_mean")
 NORM: Final = words(
     "layer_norm native_layer_norm rms_norm _fused_rms_norm group_norm native_group_norm batch_norm",
     "_native_batch_norm_legit _batch_norm_impl_index instance_norm cudnn_batch_norm",

@@ -204,9 +204,7 @@ class Where(Selector):
         try:
             re.compile(self.path)
         except re.error as problem:
-            raise PeftGraphError(
-                f"where(path={quoted(self.path)}) is no regular expression: {problem}"
-            ) from None
+            raise PeftGraphError(f"where(path={quoted(self.path)}) is no regular expression: {problem}") from None
 
     def matches(self, site: Site) -> bool:
         return self.inner.matches(site) and re.fullmatch(self.path, site.path) is not None

@@ -187,9 +187,7 @@ class Sites(Sequence[Site]):
         rows = [("role", "path", "layer", "stack", "kind", "columns", "shape")]
         rows += [_row(site) for site in self.items]
         widths = [max(len(row[i]) for row in rows) for i in range(7)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
-        ]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
         return "\n".join(line.rstrip() for line in lines)
 
 

@@ -113,9 +113,7 @@ class Tagger:
 
     def _complex(self, node: fx.Node, kind: str, value: Tags) -> Tags:
         """Real pairs and complex numbers: a pair's tag is its first member's."""
-        return (
-            value[..., 0] if kind == "view_as_complex" else value.unsqueeze(-1).expand(self.flow.shape(node))
-        )
+        return value[..., 0] if kind == "view_as_complex" else value.unsqueeze(-1).expand(self.flow.shape(node))
 
     def _halves(self, node: fx.Node) -> Tags:
         value = self._operand(self.flow.operands(node)[0])

@@ -96,7 +96,10 @@ def test_gpt2_folds_q_and_v_and_leaves_k_bit_for_bit() -> None:
         assert torch.equal(before[:, k], after[:, k])
         assert (before[:, q] != after[:, q]).any()
         assert (before[:, v] != after[:, v]).any()
-        assert torch.equal(base.table[f"transformer.h.{layer}.attn.c_attn.bias"].tensor, folded.table[f"transformer.h.{layer}.attn.c_attn.bias"].tensor)
+        assert torch.equal(
+            base.table[f"transformer.h.{layer}.attn.c_attn.bias"].tensor,
+            folded.table[f"transformer.h.{layer}.attn.c_attn.bias"].tensor,
+        )
 
 
 def test_bfloat16_is_rounded_once() -> None:
@@ -136,7 +139,9 @@ def test_training_a_module_is_seen_by_fold() -> None:
 class TestTies:
     def test_a_tied_head_is_refused(self) -> None:
         program = zoo.randomise(zoo.traced("llama").apply(LoRA(at="head", rank=2)))
-        with pytest.raises(pg.NoFold, match=r"head: lora: lm_head.weight is tied to model.embed_tokens.weight.*untie=True"):
+        with pytest.raises(
+            pg.NoFold, match=r"head: lora: lm_head.weight is tied to model.embed_tokens.weight.*untie=True"
+        ):
             pg.fold(program)
 
     def test_untie_gives_the_head_a_tensor_of_its_own(self) -> None:
@@ -200,7 +205,9 @@ class TestOrder:
 
     def test_a_scaled_hidden_value_that_someone_else_reads_is_refused(self) -> None:
         program = zoo.randomise(zoo.traced("bert").apply(IA3(at="ffn.hidden"), Reader()))
-        with pytest.raises(pg.NoFold, match=r"0.ffn.hidden: ia3: the scaled value is also read by %0.ffn.down.reader.linear"):
+        with pytest.raises(
+            pg.NoFold, match=r"0.ffn.hidden: ia3: the scaled value is also read by %0.ffn.down.reader.linear"
+        ):
             pg.fold(program)
 
     def test_a_scaled_hidden_value_that_lora_reads_folds(self) -> None:

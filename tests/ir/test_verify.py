@@ -52,7 +52,9 @@ def reshaped_tensor(program: pg.Program) -> pg.Program:
 
 
 def base_that_trains(program: pg.Program) -> pg.Program:
-    return program.evolve(table=program.table.with_tensor("vocab.weight", nn.Parameter(torch.zeros(zoo.VOCAB, zoo.WIDTH))))
+    return program.evolve(
+        table=program.table.with_tensor("vocab.weight", nn.Parameter(torch.zeros(zoo.VOCAB, zoo.WIDTH)))
+    )
 
 
 def nobody_claims(program: pg.Program) -> pg.Program:

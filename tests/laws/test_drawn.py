@@ -39,12 +39,19 @@ def selectors(draw: st.DrawFn) -> pg.Selector:
 def methods(draw: st.DrawFn) -> pg.Pass:
     kind = draw(st.integers(0, 3))
     if kind == 0:
-        return LoRA(at=draw(selectors()), rank=draw(st.integers(1, 2)), alpha=draw(st.floats(0.1, 32)), name=draw(st.sampled_from(["", "a", "b"])))
+        return LoRA(
+            at=draw(selectors()),
+            rank=draw(st.integers(1, 2)),
+            alpha=draw(st.floats(0.1, 32)),
+            name=draw(st.sampled_from(["", "a", "b"])),
+        )
     if kind == 1:
         return IA3(at=draw(selectors()) | pg.ffn.hidden)
     if kind == 2:
         return BitFit(at=pg.bias if draw(st.booleans()) else pg.bias & pg.layers(0))
-    return SerialAdapter(at=draw(st.sampled_from([pg.attention, pg.ffn, pg.attention | pg.ffn])), width=draw(st.integers(1, 4)))
+    return SerialAdapter(
+        at=draw(st.sampled_from([pg.attention, pg.ffn, pg.attention | pg.ffn])), width=draw(st.integers(1, 4))
+    )
 
 
 def outputs(program: pg.Program, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -17,15 +17,27 @@ from peftgraph.passes import IA3, BitFit, LoRA, SerialAdapter
         ("nano", (LoRA(at="ffn.gate"),), pg.NoMatch, "ffn.gate"),
         ("nano", (LoRA(at="attention.q&layers(7)"),), pg.NoMatch, "layers"),
         ("nano", (LoRA(at=pg.attention.q.where(path="no/such")),), pg.NoMatch, "no/such"),
-        ("nano", (LoRA(at="attention.q", rank=49),), pg.RecipeError, "rank 49 is larger than 0.attention.q allows: 48 x 48, at most 48"),
-        ("nano", (LoRA(), LoRA()), pg.Conflict, r"0?.*would make the parameter stack.0.mix.q.lora_A, which exists already \(made by lora"),
+        (
+            "nano",
+            (LoRA(at="attention.q", rank=49),),
+            pg.RecipeError,
+            "rank 49 is larger than 0.attention.q allows: 48 x 48, at most 48",
+        ),
+        (
+            "nano",
+            (LoRA(), LoRA()),
+            pg.Conflict,
+            r"0?.*would make the parameter stack.0.mix.q.lora_A, which exists already \(made by lora",
+        ),
         ("nano", (LoRA(name="a"), LoRA(at="ffn.up", name="a")), pg.Conflict, "There is already a lora called 'a'"),
         ("nano", (BitFit(), BitFit()), pg.Conflict, r"both train .* \(at 0"),
         ("nano", (IA3(at="attention"),), pg.RecipeError, "has no weight to fold a scale into"),
         ("nano", ("lora",), pg.RecipeError, r"apply\(\) takes passes such as LoRA\(rank=8\), got str"),
     ],
 )
-def test_what_cannot_be_applied_says_why(name: str, methods: tuple[pg.Pass, ...], error: type[Exception], words: str) -> None:
+def test_what_cannot_be_applied_says_why(
+    name: str, methods: tuple[pg.Pass, ...], error: type[Exception], words: str
+) -> None:
     base = zoo.traced(name)
     text = base.text()
     with pytest.raises(error, match=words):

@@ -1,8 +1,8 @@
 """Ground truth by module names, and eager references built on the original model. For tests only.
 
-`PLACES[name]` says where each role's weight lives; `eager_outputs` runs the original model's own code with adapted weights
-put in by `torch.func.functional_call` (LoRA, (IA)3, BitFit) or with forward hooks (serial adapters), so that gradients of the
-adapter's parameters come from a computation that shares nothing with the engine.
+`PLACES[name]` says where each role's weight lives; `eager_outputs` runs the original model's own code with adapted
+weights put in by `torch.func.functional_call` (LoRA, (IA)3, BitFit) or with forward hooks (serial adapters), so that
+gradients of the adapter's parameters come from a computation that shares nothing with the engine.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import zoo
 from torch import Tensor, nn
 from torch.func import functional_call
-
-import zoo
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,9 @@ def _separate(stem: str, names: Mapping[str, str], bias: bool) -> Iterator[Place
 
 def _fused(module: str, rows: Mapping[str, list[int]], transposed: bool) -> Iterator[Place]:
     for part, indices in rows.items():
-        yield Place(f"attention.{part}", f"{module}.weight", f"{module}.{part}", tuple(indices), transposed, f"{module}.bias")
+        yield Place(
+            f"attention.{part}", f"{module}.weight", f"{module}.{part}", tuple(indices), transposed, f"{module}.bias"
+        )
 
 
 THIRDS = {part: list(range(i * zoo.WIDTH, (i + 1) * zoo.WIDTH)) for i, part in enumerate("qkv")}
@@ -54,8 +55,14 @@ LLAMA_ATTENTION = {f"attention.{p}": f"self_attn.{p}_proj" for p in "qkvo"}
 
 
 def _bert(i: int) -> Iterator[Place]:
-    names = {"attention.q": "attention.self.query", "attention.k": "attention.self.key", "attention.v": "attention.self.value",
-             "attention.o": "attention.output.dense", "ffn.up": "intermediate.dense", "ffn.down": "output.dense"}  # fmt: skip
+    names = {
+        "attention.q": "attention.self.query",
+        "attention.k": "attention.self.key",
+        "attention.v": "attention.self.value",
+        "attention.o": "attention.output.dense",
+        "ffn.up": "intermediate.dense",
+        "ffn.down": "output.dense",
+    }
     yield from _separate(f"encoder.layer.{i}", names, True)
 
 
@@ -106,8 +113,16 @@ def _nano(i: int) -> Iterator[Place]:
     yield from _separate(f"stack.{i}", {"attention.o": "out", "ffn.up": "fc", "ffn.down": "proj"}, True)
 
 
-BUILDERS = {"bert": _bert, "llama": _llama, "gpt2": _gpt2, "gpt_neox": _gpt_neox, "t5": _t5, "vit": _vit,
-            "mixtral": _mixtral, "nano": _nano}  # fmt: skip
+BUILDERS = {
+    "bert": _bert,
+    "llama": _llama,
+    "gpt2": _gpt2,
+    "gpt_neox": _gpt_neox,
+    "t5": _t5,
+    "vit": _vit,
+    "mixtral": _mixtral,
+    "nano": _nano,
+}
 PLACES = {name: [place for i in range(zoo.LAYERS) for place in build(i)] for name, build in BUILDERS.items()}
 
 
@@ -119,8 +134,14 @@ def eager_model(name: str, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def eager_outputs(name: str, model: nn.Module, adapters: Mapping[str, Tensor], inputs: Mapping[str, Any],
-                  alpha: float, scale_first: bool = False) -> list[Tensor]:  # fmt: skip
+def eager_outputs(
+    name: str,
+    model: nn.Module,
+    adapters: Mapping[str, Tensor],
+    inputs: Mapping[str, Any],
+    alpha: float,
+    scale_first: bool = False,
+) -> list[Tensor]:
     """The outputs of the original model with the adapters' parameters, by their full names, put in.
 
     `scale_first`: (IA)3 was applied before LoRA, so its output vectors scale the base's product only.
@@ -134,7 +155,9 @@ def eager_outputs(name: str, model: nn.Module, adapters: Mapping[str, Tensor], i
             hook.remove()
 
 
-def _adapted(name: str, stored: dict[str, Tensor], adapters: Mapping[str, Tensor], alpha: float, scale_first: bool) -> dict[str, Tensor]:
+def _adapted(
+    name: str, stored: dict[str, Tensor], adapters: Mapping[str, Tensor], alpha: float, scale_first: bool
+) -> dict[str, Tensor]:
     new = {key: value.detach() for key, value in stored.items()} | {k: v for k, v in adapters.items() if k in stored}
     for place in PLACES[name]:
         steps = [_add_product, _scale]
@@ -179,20 +202,39 @@ def _on_rows(weight: Tensor, place: Place, change: Any) -> Tensor:
 
 # Sublayers: the module whose output is the branch before its dropout, and the path of the sublayer's own parameters.
 SUBLAYERS = {
-    "bert": [("encoder.layer.{i}.attention.output.dense", "encoder.layer.{i}.attention.attention"),
-             ("encoder.layer.{i}.output.dense", "encoder.layer.{i}.ffn")],
-    "llama": [("model.layers.{i}.self_attn", "model.layers.{i}.self_attn.attention"), ("model.layers.{i}.mlp", "model.layers.{i}.mlp.ffn")],
-    "mixtral": [("model.layers.{i}.self_attn", "model.layers.{i}.self_attn.attention"), ("model.layers.{i}.mlp", "model.layers.{i}.mlp.experts.ffn")],
-    "gpt2": [("transformer.h.{i}.attn", "transformer.h.{i}.attn.attention"), ("transformer.h.{i}.mlp", "transformer.h.{i}.mlp.ffn")],
-    "gpt_neox": [("gpt_neox.layers.{i}.attention", "gpt_neox.layers.{i}.attention.attention"), ("gpt_neox.layers.{i}.mlp", "gpt_neox.layers.{i}.mlp.ffn")],
-    "vit": [("vit.layers.{i}.attention", "vit.layers.{i}.attention.attention"), ("vit.layers.{i}.mlp", "vit.layers.{i}.mlp.ffn")],
+    "bert": [
+        ("encoder.layer.{i}.attention.output.dense", "encoder.layer.{i}.attention.attention"),
+        ("encoder.layer.{i}.output.dense", "encoder.layer.{i}.ffn"),
+    ],
+    "llama": [
+        ("model.layers.{i}.self_attn", "model.layers.{i}.self_attn.attention"),
+        ("model.layers.{i}.mlp", "model.layers.{i}.mlp.ffn"),
+    ],
+    "mixtral": [
+        ("model.layers.{i}.self_attn", "model.layers.{i}.self_attn.attention"),
+        ("model.layers.{i}.mlp", "model.layers.{i}.mlp.experts.ffn"),
+    ],
+    "gpt2": [
+        ("transformer.h.{i}.attn", "transformer.h.{i}.attn.attention"),
+        ("transformer.h.{i}.mlp", "transformer.h.{i}.mlp.ffn"),
+    ],
+    "gpt_neox": [
+        ("gpt_neox.layers.{i}.attention", "gpt_neox.layers.{i}.attention.attention"),
+        ("gpt_neox.layers.{i}.mlp", "gpt_neox.layers.{i}.mlp.ffn"),
+    ],
+    "vit": [
+        ("vit.layers.{i}.attention", "vit.layers.{i}.attention.attention"),
+        ("vit.layers.{i}.mlp", "vit.layers.{i}.mlp.ffn"),
+    ],
     "nano": [("stack.{i}.out", "stack.{i}.attention"), ("stack.{i}.proj", "stack.{i}.ffn")],
-    "t5": [("encoder.block.{i}.layer.0.SelfAttention", "encoder.block.{i}.layer.0.SelfAttention.attention"),
-           ("encoder.block.{i}.layer.1.DenseReluDense", "encoder.block.{i}.layer.1.DenseReluDense.ffn"),
-           ("decoder.block.{i}.layer.0.SelfAttention", "decoder.block.{i}.layer.0.SelfAttention.attention"),
-           ("decoder.block.{i}.layer.1.EncDecAttention", "decoder.block.{i}.layer.1.EncDecAttention.cross_attention"),
-           ("decoder.block.{i}.layer.2.DenseReluDense", "decoder.block.{i}.layer.2.DenseReluDense.ffn")],
-}  # fmt: skip
+    "t5": [
+        ("encoder.block.{i}.layer.0.SelfAttention", "encoder.block.{i}.layer.0.SelfAttention.attention"),
+        ("encoder.block.{i}.layer.1.DenseReluDense", "encoder.block.{i}.layer.1.DenseReluDense.ffn"),
+        ("decoder.block.{i}.layer.0.SelfAttention", "decoder.block.{i}.layer.0.SelfAttention.attention"),
+        ("decoder.block.{i}.layer.1.EncDecAttention", "decoder.block.{i}.layer.1.EncDecAttention.cross_attention"),
+        ("decoder.block.{i}.layer.2.DenseReluDense", "decoder.block.{i}.layer.2.DenseReluDense.ffn"),
+    ],
+}
 
 
 def _hooks(name: str, model: nn.Module, adapters: Mapping[str, Tensor]) -> Iterator[Any]:
@@ -203,7 +245,9 @@ def _hooks(name: str, model: nn.Module, adapters: Mapping[str, Tensor]) -> Itera
                 continue
             dw, db, uw, ub = (adapters[f"{owner}.{p}"] for p in ("down_weight", "down_bias", "up_weight", "up_bias"))
 
-            def hook(_m: nn.Module, _a: Any, out: Any, dw: Tensor = dw, db: Tensor = db, uw: Tensor = uw, ub: Tensor = ub) -> Any:
+            def hook(
+                _m: nn.Module, _a: Any, out: Any, dw: Tensor = dw, db: Tensor = db, uw: Tensor = uw, ub: Tensor = ub
+            ) -> Any:
                 h = out[0] if isinstance(out, tuple) else out
                 h = h + nn.functional.gelu(h @ dw.T + db) @ uw.T + ub
                 return (h, *out[1:]) if isinstance(out, tuple) else h

@@ -22,55 +22,128 @@ VOCAB, WIDTH, HEADS, LAYERS, FFN = 61, 48, 6, 2, 80
 def _bert(attn: str) -> nn.Module:
     from transformers import BertConfig, BertModel
 
-    return BertModel(BertConfig(vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=FFN, num_hidden_layers=LAYERS,
-                                num_attention_heads=HEADS, max_position_embeddings=64, attn_implementation=attn))  # fmt: skip
+    return BertModel(
+        BertConfig(
+            vocab_size=VOCAB,
+            hidden_size=WIDTH,
+            intermediate_size=FFN,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            max_position_embeddings=64,
+            attn_implementation=attn,
+        )
+    )
 
 
 def _llama(attn: str) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=FFN, num_hidden_layers=LAYERS,
-                                        num_attention_heads=HEADS, num_key_value_heads=2, tie_word_embeddings=True,
-                                        attention_dropout=0.1, max_position_embeddings=64, attn_implementation=attn))  # fmt: skip
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=WIDTH,
+            intermediate_size=FFN,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+            attention_dropout=0.1,
+            max_position_embeddings=64,
+            attn_implementation=attn,
+        )
+    )
 
 
 def _gpt2(attn: str) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, n_positions=64, n_inner=FFN,
-                                      bos_token_id=1, eos_token_id=2, attn_implementation=attn))  # fmt: skip
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=VOCAB,
+            n_embd=WIDTH,
+            n_layer=LAYERS,
+            n_head=HEADS,
+            n_positions=64,
+            n_inner=FFN,
+            bos_token_id=1,
+            eos_token_id=2,
+            attn_implementation=attn,
+        )
+    )
 
 
 def _gpt_neox(attn: str) -> nn.Module:
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-    return GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=FFN, num_hidden_layers=LAYERS,
-                                            num_attention_heads=HEADS, max_position_embeddings=64, attention_dropout=0.1,
-                                            hidden_dropout=0.1, bos_token_id=1, eos_token_id=2, attn_implementation=attn))  # fmt: skip
+    return GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            vocab_size=VOCAB,
+            hidden_size=WIDTH,
+            intermediate_size=FFN,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            max_position_embeddings=64,
+            attention_dropout=0.1,
+            hidden_dropout=0.1,
+            bos_token_id=1,
+            eos_token_id=2,
+            attn_implementation=attn,
+        )
+    )
 
 
 def _t5(attn: str) -> nn.Module:
     from transformers import T5Config, T5ForConditionalGeneration
 
-    return T5ForConditionalGeneration(T5Config(vocab_size=VOCAB, d_model=WIDTH, d_ff=FFN, d_kv=8, num_layers=LAYERS,
-                                               num_heads=HEADS, decoder_start_token_id=0, attn_implementation=attn))  # fmt: skip
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=VOCAB,
+            d_model=WIDTH,
+            d_ff=FFN,
+            d_kv=8,
+            num_layers=LAYERS,
+            num_heads=HEADS,
+            decoder_start_token_id=0,
+            attn_implementation=attn,
+        )
+    )
 
 
 def _vit(attn: str) -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 
-    return ViTForImageClassification(ViTConfig(hidden_size=WIDTH, intermediate_size=FFN, num_hidden_layers=LAYERS,
-                                               num_attention_heads=HEADS, image_size=24, patch_size=8, num_labels=5,
-                                               attention_probs_dropout_prob=0.1, hidden_dropout_prob=0.1,
-                                               attn_implementation=attn))  # fmt: skip
+    return ViTForImageClassification(
+        ViTConfig(
+            hidden_size=WIDTH,
+            intermediate_size=FFN,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            image_size=24,
+            patch_size=8,
+            num_labels=5,
+            attention_probs_dropout_prob=0.1,
+            hidden_dropout_prob=0.1,
+            attn_implementation=attn,
+        )
+    )
 
 
 def _mixtral(attn: str) -> nn.Module:
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    return MixtralForCausalLM(MixtralConfig(vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=FFN, num_hidden_layers=LAYERS,
-                                            num_attention_heads=HEADS, num_key_value_heads=2, num_local_experts=4,
-                                            max_position_embeddings=64, attn_implementation=attn))  # fmt: skip
+    return MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=VOCAB,
+            hidden_size=WIDTH,
+            intermediate_size=FFN,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            max_position_embeddings=64,
+            attn_implementation=attn,
+        )
+    )
 
 
 class NanoBlock(nn.Module):
@@ -100,7 +173,9 @@ class NanoBlock(nn.Module):
 class Nano(nn.Module):
     """A hand-written decoder that no library knows; `targets` is optional and adds a loss."""
 
-    def __init__(self, width: int = WIDTH, heads: int = HEADS, inner: int = FFN, layers: int = LAYERS, attn: str = "sdpa") -> None:
+    def __init__(
+        self, width: int = WIDTH, heads: int = HEADS, inner: int = FFN, layers: int = LAYERS, attn: str = "sdpa"
+    ) -> None:
         super().__init__()
         self.tok, self.pos = nn.Embedding(VOCAB, width), nn.Embedding(64, width)
         self.stack = nn.ModuleList(NanoBlock(width, heads, inner, attn) for _ in range(layers))
@@ -144,7 +219,9 @@ def build(name: str, attn: str = "sdpa", dtype: torch.dtype = torch.float32) -> 
     return model.to(dtype)
 
 
-def example(name: str, batch: int = 3, length: int = 7, dtype: torch.dtype = torch.float32, masked: bool = True) -> dict[str, Any]:
+def example(
+    name: str, batch: int = 3, length: int = 7, dtype: torch.dtype = torch.float32, masked: bool = True
+) -> dict[str, Any]:
     """Inputs for a model; the second row is padded on the right where the model takes a mask."""
     ids = torch.randint(3, VOCAB, (batch, length))
     if name == "vit":
