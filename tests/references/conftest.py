@@ -90,11 +90,7 @@ def example(name: str, dtype: torch.dtype) -> dict[str, Any]:
 @cache
 def traced(name: str, dtype: torch.dtype) -> pg.Program:
     """Our program of the same model."""
-    return (
-        zoo.traced(name, dtype=dtype)
-        if name in zoo.NAMES
-        else pg.trace(build(name, dtype), example(name, dtype))
-    )
+    return zoo.traced(name, dtype=dtype) if name in zoo.NAMES else pg.trace(build(name, dtype), example(name, dtype))
 
 
 def answer(output: Any) -> Tensor:

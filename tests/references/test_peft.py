@@ -48,9 +48,7 @@ CASES: dict[str, tuple[str, pg.Pass, type, dict[str, Any]]] = {
     "lora-llama-all": lora("llama", LINEARS, "all-linear"),
     "lora-llama-embedding": lora("llama", "embedding", ["embed_tokens"]),
     "lora-gpt2-unfused": lora("gpt2", "attention.o|ffn.*", ["c_proj", "c_fc"]),
-    "lora-neox-unfused": lora(
-        "gpt_neox", "attention.o|ffn.*", ["attention.dense", "dense_h_to_4h", "dense_4h_to_h"]
-    ),
+    "lora-neox-unfused": lora("gpt_neox", "attention.o|ffn.*", ["attention.dense", "dense_h_to_4h", "dense_4h_to_h"]),
     "lora-t5-self-and-cross": lora("t5", "attention.q|attention.v", None),
     "lora-vit": lora("vit", "attention.q|attention.v", ["q_proj", "v_proj"]),
     "lora-mixtral": lora("mixtral", "attention.q|attention.v", ["q_proj", "v_proj"]),
@@ -86,9 +84,7 @@ def test_outputs_and_gradients(both: Any, case: str, dtype: torch.dtype) -> None
         assert both.difference(our, their) < TOLERANCE[dtype], name
 
 
-@pytest.mark.parametrize(
-    "case", ["lora-bert", "lora-llama-all", "lora-t5-self-and-cross", "ia3-llama", "ia3-t5"]
-)
+@pytest.mark.parametrize("case", ["lora-bert", "lora-llama-all", "lora-t5-self-and-cross", "ia3-llama", "ia3-t5"])
 def test_adamw_step_by_step(both: Any, case: str) -> None:
     pair = start(both, case)
     sides = list(zip(*pair.shared.values(), strict=True))
@@ -143,9 +139,7 @@ def test_merged_weights_and_outputs(both: Any, case: str) -> None:
 
 
 def test_lora_on_each_expert_of_a_stack(both: Any) -> None:
-    config = peft.LoraConfig(
-        target_parameters=["mlp.experts.down_proj"], target_modules=[], r=3, lora_alpha=5
-    )
+    config = peft.LoraConfig(target_parameters=["mlp.experts.down_proj"], target_modules=[], r=3, lora_alpha=5)
     theirs = both.wrap("mixtral", config, F32)
     tuned = zoo.randomise(both.traced("mixtral", F32).apply(LoRA(at="ffn.down", rank=3, alpha=5.0)), 0.2)
     slots, shared = dict(theirs.named_parameters()), []
@@ -164,11 +158,7 @@ def test_lora_on_each_expert_of_a_stack(both: Any) -> None:
     both.loss(ours).backward()
     both.loss(theirs).backward()
     for our, slot in shared:
-        their = (
-            slot.grad.reshape(our.shape)
-            if our.shape[1] == 3
-            else slot.grad.unflatten(1, (3, -1)).permute(2, 0, 1)
-        )
+        their = slot.grad.reshape(our.shape) if our.shape[1] == 3 else slot.grad.unflatten(1, (3, -1)).permute(2, 0, 1)
         assert both.difference(our.grad, their) < 1e-5
 
 
