@@ -281,10 +281,12 @@ def layers(start: int, stop: int | None = None) -> Layers:
 
 
 def stack(name: str) -> Stack:
+    """Sites of one stack of blocks: "encoder", "decoder", or "tower0", "tower1", ... where there are several."""
     return Stack(name)
 
 
 def kind(name: str) -> Kind:
+    """Attention sites of one kind: "self" or "cross"."""
     return Kind(name)
 
 
