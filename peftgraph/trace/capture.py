@@ -27,6 +27,7 @@ from peftgraph.ir.table import Entry, Table
 from peftgraph.trace.diagnose import explain, no_custom_functions, quiet
 from peftgraph.trace.example import Example, bind_example
 from peftgraph.trace.ghost import ghost_arguments, ghost_of
+from peftgraph.trace.inplace import out_of_place
 from peftgraph.trace.normalise import canonical
 from peftgraph.trace.training import only_dropout_follows_the_mode
 
@@ -63,6 +64,7 @@ def capture(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] | Ten
     used = {str(node.target) for node in stored(graph)}
     table = Table((name, entry) for name, entry in table.items() if entry.kind != "constant" or name in used)
     signature = _signature(graph, exported, bound)
+    out_of_place(graph)
     return ProgramData(
         model=type(model).__name__,
         graph=graph,
@@ -116,9 +118,7 @@ def _markers(model: nn.Module, own: torch.dtype) -> list[torch.dtype | None]:
     if len({p.dtype for p in model.parameters() if p.is_floating_point()}) != 1:
         return [None]
     if own in (torch.bfloat16, torch.float16):
-        return [
-            own
-        ]  # already low precision: its own dtype tells casts that follow from float32 that is meant
+        return [own]  # already low precision: its own dtype tells casts that follow from float32 that is meant
     return [*(marker for marker in MARKERS if marker != own), None]
 
 

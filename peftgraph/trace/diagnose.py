@@ -54,14 +54,10 @@ STANDARD_LIBRARY = sysconfig.get_path("stdlib")
 def explain(model: nn.Module, error: BaseException) -> TraceError:
     """The error to raise for `error`, which the export of `model` ended in."""
     reason = _reason(error)
-    advice = next(
-        (advice for pattern, advice in ADVICE if re.search(pattern, f"{reason}\n{error}")), OTHERWISE
-    )
+    advice = next((advice for pattern, advice in ADVICE if re.search(pattern, f"{reason}\n{error}")), OTHERWISE)
     place = _place(model, error)
     where = "" if place is None else describe_place(place.filename, place.lineno or 0, place.name)
-    return TraceError(
-        f"{type(model).__name__} cannot be traced.\n{where}  why: {reason}\n  what to do: {advice}"
-    )
+    return TraceError(f"{type(model).__name__} cannot be traced.\n{where}  why: {reason}\n  what to do: {advice}")
 
 
 def describe_place(file: str, line: int, function: str = "") -> str:
@@ -105,7 +101,7 @@ def _is_outside(file: str) -> bool:
 def quiet() -> Iterator[None]:
     """Silences the exporter: its warnings, its log, and the graphs it prints when it fails."""
     disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")

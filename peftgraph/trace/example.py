@@ -76,21 +76,15 @@ def bind_example(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] 
     try:
         arguments = arguments_of(forward, args, kwargs)
     except TypeError as error:
-        raise TraceError(
-            f"The example does not fit {type(model).__name__}.forward{forward}: {error}."
-        ) from None
+        raise TraceError(f"The example does not fit {type(model).__name__}.forward{forward}: {error}.") from None
     assumed: frozenset[str] = frozenset()
     if "use_cache" in forward.parameters and "use_cache" not in arguments:
         arguments["use_cache"] = False
         assumed = frozenset({"use_cache"})
-    arguments = {
-        name: pytree.tree_map(_clone, value) for name, value in arguments.items() if value is not None
-    }
+    arguments = {name: pytree.tree_map(_clone, value) for name, value in arguments.items() if value is not None}
     bound = Example(forward, arguments, _leaves(arguments), assumed)
     if not bound.tensors:
-        raise TraceError(
-            "The example holds no tensor. Pass a dict of keyword inputs or a tuple of positional ones."
-        )
+        raise TraceError("The example holds no tensor. Pass a dict of keyword inputs or a tuple of positional ones.")
     return _with_distinct_batch(bound)
 
 

@@ -34,9 +34,10 @@ def out_of_place(graph: fx.Graph) -> None:
             continue
         root = _root(written)
         if root.op == "placeholder":
+            name = root.meta["label"]
             raise TraceError(
-                f"The model writes into its input {root.name!r} in place ({_name(node)}). Let it work on a "
-                f"copy: {root.name} = {root.name}.clone()."
+                f"The model writes into its input {name!r} in place ({_name(node)}). Let it work on a copy: "
+                f"{name} = {name}.clone()."
             )
         twin = _twin(node)
         if root.op == "get_attr" or twin is None or _is_seen(graph, node, written, root, position):
@@ -72,9 +73,7 @@ def _viewed(node: fx.Node) -> fx.Node | None:
     if node.op != "call_function":
         return None
     first = node.args[0] if node.args else None
-    if (
-        getattr(node.target, "__name__", "") == "getitem" or node.target in DROPOUTS
-    ):  # eval() leaves dropout out
+    if getattr(node.target, "__name__", "") == "getitem" or node.target in DROPOUTS:  # eval() leaves dropout out
         return first if isinstance(first, fx.Node) else None
     if not isinstance(node.target, torch._ops.OpOverload):
         return None
@@ -94,9 +93,7 @@ def _root(node: fx.Node) -> fx.Node:
     return node
 
 
-def _is_seen(
-    graph: fx.Graph, node: fx.Node, written: fx.Node, root: fx.Node, position: dict[fx.Node, int]
-) -> bool:
+def _is_seen(graph: fx.Graph, node: fx.Node, written: fx.Node, root: fx.Node, position: dict[fx.Node, int]) -> bool:
     """Whether a later node reads the written memory under another name than `written` or the result."""
     derived = {node}
     for other in graph.nodes:

@@ -1,8 +1,8 @@
 """From an exported program to the canonical graph.
 
 Stored tensors become `get_attr` nodes, each tied tensor under the name that its user's module calls it;
-no_grad, autocast and checkpoint sub-graphs are inlined; guards and asserts are gone; operations in place are
-out of place wherever nobody can tell; experts' grouped products have one form.
+no_grad, autocast and checkpoint sub-graphs are inlined; guards and asserts are gone; experts' grouped
+products have one form.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from torch.utils import _pytree as pytree
 
 from peftgraph.errors import TraceError
 from peftgraph.ir.dead import drop_dead, is_mutation
-from peftgraph.trace.inplace import out_of_place
 
 aten = torch.ops.aten
 STORED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
@@ -85,7 +84,6 @@ class _Normaliser:
         self.graph.output([self._fetch(v, user) if isinstance(v, _Stored) else v for v in kept])
         self._canonical_experts()
         drop_dead(self.graph)
-        out_of_place(self.graph)
         return self.graph
 
     def _check_signature(self) -> None:
@@ -170,9 +168,7 @@ class _Normaliser:
             return self._fetch(new, node) if isinstance(new, _Stored) else new
 
         new = self.graph.node_copy(node, operand)
-        new.meta = {
-            key: node.meta[key] for key in ("val", "nn_module_stack", "stack_trace") if key in node.meta
-        }
+        new.meta = {key: node.meta[key] for key in ("val", "nn_module_stack", "stack_trace") if key in node.meta}
         self.first = self.first or new
         if is_mutation(new) and _is_batch_norm(node):
             new.meta["training_only"] = True  # it counts batches

@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 
 from peftgraph.errors import TraceError
-from peftgraph.trace.diagnose import describe_place
+from peftgraph.trace.diagnose import describe_place, quiet
 from peftgraph.trace.example import Example
 from peftgraph.trace.ghost import ghost_arguments, ghost_of
 
@@ -45,8 +45,9 @@ def only_dropout_follows_the_mode(model: nn.Module, example: Example) -> None:
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     ghost = ghost_of(model, mode, torch.float32, torch.float32)
     try:
-        training = _steps(ghost.train(), example, mode)
-        evaluation = _steps(ghost.eval(), example, mode)
+        with quiet():
+            training = _steps(ghost.train(), example, mode)
+            evaluation = _steps(ghost.eval(), example, mode)
     except Exception:  # what cannot run on fake tensors is explained by the export that follows
         return
     if [step[0] for step in training] == [step[0] for step in evaluation]:
