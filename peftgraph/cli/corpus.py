@@ -92,7 +92,7 @@ def family_sentences(family: str, dropped: Counter[str]) -> list[Sentence]:
 
 
 def modules_of(family: str) -> list[str]:
-    """The names of a family's modules, sorted, with `package.*` spelled out from the folders of the standard library."""
+    """The names of a family's modules, sorted; `package.*` is spelled out from the standard library's folders."""
     root = Path(sysconfig.get_path("stdlib"))
     names: set[str] = set()
     for pattern in FAMILIES[family]:
@@ -125,9 +125,10 @@ def _has_source(name: str) -> bool:
 
 
 def _from_source(source: Path) -> Iterator[str]:
-    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     for node in ast.walk(ast.parse(source.read_bytes())):
-        if isinstance(node, documented) and (text := ast.get_docstring(node)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (
+            text := ast.get_docstring(node)
+        ):
             yield text
 
 
@@ -144,7 +145,8 @@ def _from_extension(name: str) -> Iterator[str]:
         members = [value for _, value in sorted(vars(item).items())] if inspect.isclass(item) else []
         for value in (item, *members):
             if callable(value) or value is module or inspect.isdatadescriptor(value):
-                text = inspect.cleandoc(value.__doc__) if isinstance(getattr(value, "__doc__", None), str) else ""
+                written = getattr(value, "__doc__", None)
+                text = inspect.cleandoc(written) if isinstance(written, str) else ""
                 if text and text not in seen:
                     seen.add(text)
                     yield text

@@ -53,7 +53,7 @@ def atomic_folder(target: Path, force: bool = False) -> Iterator[Path]:
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copies the small files that travel with a model (tokenizer, processor, readme), but no weights; returns their names."""
+    """Copies what travels with a model (tokenizer, processor, readme) but no weights; returns the names."""
     copied: list[str] = []
     for file in sorted(source.iterdir()):
         small = file.is_file() and file.stat().st_size <= OTHERS_LIMIT

@@ -54,7 +54,7 @@ class Settings:
     per_module: int = 25
     per_family: int = 400
     schedule: Schedule = field(default_factory=Schedule)
-    rounds: tuple[int, int] = (30, 8)  # of timing, at the two batch sizes
+    rounds: tuple[int, int] = (60, 15)  # of timing, at the two batch sizes
     exports: tuple[str, ...] = (".pt2", ".onnx")
 
 
@@ -184,7 +184,7 @@ def judge(
     tuned_NC: Tensor,
     curve: Curve,
 ) -> None:
-    """The accuracies on the test part, looked at once, for the majority class, the frozen head and the tuned classifier."""
+    """The accuracies on the test part, looked at once: majority class, frozen head, tuned classifier."""
     labels_N = material.parts["test"].labels_N
     families = material.corpus.families
     majority = int(material.parts["train"].labels_N.bincount(minlength=len(families)).argmax())
@@ -248,9 +248,10 @@ def measure(material: Material, base: pg.Program, tuned: pg.Program, merged: pg.
     """Latency of the three programs as ratios, at batch 1 and 32."""
     nets = {"base": base.module().eval(), "adapted": tuned.module().eval(), "merged": merged.module().eval()}
     test = material.parts["test"]
+    by_length = sorted(range(len(test.ids)), key=lambda row: len(test.ids[row]))
     found: list[dict[str, Any]] = []
     for size, rounds in zip((1, 32), material.settings.rounds, strict=True):
-        batch = test.batch(sorted(range(len(test.ids)), key=lambda row: len(test.ids[row]))[-size:][:size])
+        batch = test.batch(by_length[len(by_length) // 2 :][:size] or by_length)
         with working(f"timing at batch {size}"):
             medians = interleaved({name: _call(net, batch) for name, net in nets.items()}, rounds)
         found.append(

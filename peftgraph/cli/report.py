@@ -60,7 +60,8 @@ def _opening(m: Mapping[str, Any]) -> dict[str, str]:
     return {
         "title": f"{escape(m['model'])} learns which part of Python a sentence documents",
         "lead": (
-            f"{sentences:,} sentences from the documentation inside the standard library, {len(data['families'])} families, split by module. "
+            f"{sentences:,} sentences from the documentation inside the standard library, "
+            f"{len(data['families'])} families, split by module. "
             f"{escape(verdict(accuracy))}"
         ),
         "cards": "".join(
@@ -85,9 +86,11 @@ def _curves(m: Mapping[str, Any]) -> dict[str, str]:
 
 def _structure(m: Mapping[str, Any]) -> dict[str, str]:
     count = m["count"]
-    blocks = [(row["block"], [(role, tuple(passes)) for role, passes in row["sites"]]) for row in m["map"]]
-    found = {tuple(passes) for _, sites in blocks for _, passes in sites}
-    keys = [("two" if len(passes) > 1 else passes[0], " and ".join(passes)) for passes in sorted(found) if passes]
+    blocks: list[tuple[str, list[tuple[str, tuple[str, ...]]]]] = [
+        (row["block"], [(role, tuple(passes)) for role, passes in row["sites"]]) for row in m["map"]
+    ]
+    found: set[tuple[str, ...]] = {passes for _, sites in blocks for _, passes in sites}
+    keys = [("two" if len(passes) > 1 else "".join(passes), " and ".join(passes)) for passes in sorted(found) if passes]
     colours = {"two": "--b", "lora": "--a", "plain": "--plain"}
     key = "".join(
         f'<li><i style="background:var({colours.get(kind, "--c")})"></i>{escape(name)}</li>'
@@ -97,7 +100,8 @@ def _structure(m: Mapping[str, Any]) -> dict[str, str]:
         "map": site_map(blocks, "the encoder's blocks and the sites that the recipe adapts"),
         "mapkey": key,
         "counts": (
-            f"{count['trainable']:,} values train; folding rewrites {count['changed']:,} of the {count['total']:,} base values "
+            f"{count['trainable']:,} values train; folding rewrites {count['changed']:,} of the {count['total']:,} "
+            "base values "
             f"({escape(count['ranks'])}) and leaves nothing added."
         ),
         "proof": escape("\n".join(m["proof"])),
@@ -143,7 +147,7 @@ def _lists(m: Mapping[str, Any]) -> dict[str, str]:
         "examples": "".join(map(_example, m["examples"])),
         "shown": str(len(m["examples"])),
         "data": (
-            "No module gives sentences to two parts, and no two sentences of the corpus are near copies of each other. Left out: "
+            "No module gives sentences to two parts, and no two sentences of the corpus are near copies. Left out: "
             + escape(", ".join(f"{number:,} {reason}" for reason, number in dropped))
             + "."
         ),
@@ -161,7 +165,8 @@ def _example(row: Mapping[str, Any]) -> str:
         return f'<td class="{mark}" data-name="{kind}:">{escape(row[kind])}</td>'
 
     return (
-        f'<tr><td class="text">{escape(row["text"])}<small>{escape(row["module"])}</small></td><td data-name="is:">{escape(row["family"])}</td>'
+        f'<tr><td class="text">{escape(row["text"])}<small>{escape(row["module"])}</small></td>'
+        f'<td data-name="is:">{escape(row["family"])}</td>'
         f'{said("frozen")}{said("tuned")}<td class="n" data-name="sure:">{row["chance"]:.0%}</td></tr>'
     )
 

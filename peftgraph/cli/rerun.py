@@ -85,7 +85,7 @@ def rerun_pt2(file: Path, cases: Mapping[str, Mapping[str, Tensor]]) -> dict[str
 def rerun_onnx(file: Path, cases: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any] | None:
     """Runs an `.onnx` file in onnxruntime; None where that is not installed."""
     try:
-        import onnxruntime  # pyright: ignore[reportMissingTypeStubs]
+        import onnxruntime
     except ImportError:
         return None
     import numpy as np

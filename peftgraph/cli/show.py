@@ -75,7 +75,8 @@ def training(steps: int, frozen: float) -> Iterator[Callable[[Curve], None]]:
         TextColumn("step {task.completed}/{task.total}"),
         BarColumn(),
         TextColumn(
-            "loss [cyan]{task.fields[loss]:.3f}[/]  validation [green]{task.fields[now]:.1%}[/] (frozen head {task.fields[frozen]:.1%})"
+            "loss [cyan]{task.fields[loss]:.3f}[/]  validation [green]{task.fields[now]:.1%}[/] "
+            "(frozen head {task.fields[frozen]:.1%})"
         ),
         TimeRemainingColumn(),
     )
@@ -118,9 +119,10 @@ def accuracies(found: Mapping[str, Any]) -> None:
 def verdict(found: Mapping[str, Any]) -> str:
     """What the difference to the frozen head is worth."""
     difference = 100 * (found["tuned"] - found["frozen"])
+    wins, losses = found["only_tuned_right"], found["only_frozen_right"]
     return (
-        f"{difference:+.1f} points over the frozen head: of {found['tests']} test sentences, {found['only_tuned_right']} are right only after "
-        f"tuning and {found['only_frozen_right']} only before (exact sign test p = {sign_test(found['only_tuned_right'], found['only_frozen_right']):.2g})."
+        f"{difference:+.1f} points over the frozen head: of {found['tests']} test sentences, {wins} are right only "
+        f"after tuning and {losses} only before (exact sign test, p = {sign_test(wins, losses):.2g})."
     )
 
 
@@ -168,10 +170,12 @@ def exports(found: Mapping[str, Mapping[str, Any]]) -> None:
 def export_line(facts: Mapping[str, Any]) -> str:
     """What is known of one exported file, in words."""
     if "accuracy" in facts:
-        return f"read back by AutoModel: {facts['accuracy']:.1%} on the test part, {facts['same_predictions']:.1%} of the predictions unchanged"
+        same = f"{facts['same_predictions']:.1%} of the predictions unchanged"
+        return f"read back by AutoModel: {facts['accuracy']:.1%} on the test part, {same}"
     size = f"{facts['bytes'] / 1e6:.0f} MB"
     if "torch" in facts:
-        return f"{size}, run by torch {facts['torch']} in a fresh Python where peftgraph cannot be imported: relative difference {facts['error']:.1e}"
+        where = f"torch {facts['torch']} in a fresh Python where peftgraph cannot be imported"
+        return f"{size}, run by {where}: relative difference {facts['error']:.1e}"
     if "onnxruntime" in facts:
         return f"{size}, run by onnxruntime {facts['onnxruntime']}: relative difference {facts['error']:.1e}"
     return f"{size}, {facts['note']}"

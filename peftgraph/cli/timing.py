@@ -1,4 +1,4 @@
-"""Latency as ratios: variants take turns in one process, and medians are compared, so that a busy machine hurts all alike."""
+"""Latency as ratios: variants take turns in one process, so that a busy machine hurts all alike."""
 
 from __future__ import annotations
 
