@@ -38,9 +38,7 @@ def test_weight_shape_is_out_by_in_of_the_window() -> None:
 
 
 def test_table() -> None:
-    q = Site(
-        role="attention.q", path="a.q", op="n", layer=0, kind="self", columns=Columns(((0, 4),)), shape=(4, 8)
-    )
+    q = Site(role="attention.q", path="a.q", op="n", layer=0, kind="self", columns=Columns(((0, 4),)), shape=(4, 8))
     sites = Sites((q, Site(role="head", path="h", op="m")))
     assert str(sites) == (
         "role         path  layer  stack  kind  columns  shape\n"

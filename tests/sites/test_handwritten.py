@@ -231,9 +231,7 @@ class Experts(nn.Module):
 
 def test_a_list_of_experts_is_numbered_and_the_router_is_none(find: Find) -> None:
     sites = find(Experts(), x())
-    assert [(site.path, site.expert) for site in sites.select("ffn.up")] == [
-        (f"ups.{i}", i) for i in range(3)
-    ]
+    assert [(site.path, site.expert) for site in sites.select("ffn.up")] == [(f"ups.{i}", i) for i in range(3)]
     assert [site.id for site in sites.select("ffn.down&expert(2)")] == ["0.ffn.down[expert 2]"]
     assert [site.path for site in sites.select("router")] == ["route"]
     assert not [site for site in sites.select("ffn.*|projection") if site.path == "route"]

@@ -73,14 +73,10 @@ NAMES = [
 @settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.permutations(NAMES))
 def test_renaming_modules_changes_no_site(find: Find, names: list[str]) -> None:
-    plain = find(
-        nn.Sequential(Block(["n", "a", "o", "u", "d"]), Block(["n", "a", "o", "u", "d"])), one_input()
-    )
+    plain = find(nn.Sequential(Block(["n", "a", "o", "u", "d"]), Block(["n", "a", "o", "u", "d"])), one_input())
     other = find(nn.Sequential(Block(names[:5]), Block(names[5:10])), one_input())
     unnamed = [(s.role, s.layer, s.kind, s.columns, s.heads, s.op, s.port_items, s.shape) for s in plain]
-    assert [
-        (s.role, s.layer, s.kind, s.columns, s.heads, s.op, s.port_items, s.shape) for s in other
-    ] == unnamed
+    assert [(s.role, s.layer, s.kind, s.columns, s.heads, s.op, s.port_items, s.shape) for s in other] == unnamed
     assert Counter(site.role for site in plain)["attention.q"] == 2
 
 

@@ -100,9 +100,7 @@ class TestEveryRole:
             cross = f"decoder.block.{layer}.layer.1.EncDecAttention."
             own = f"decoder.block.{layer}.layer.0.SelfAttention."
             assert paths(sites, 'attention.*&kind("cross")' + at) == [cross + name for name in "qkvo"]
-            assert paths(sites, 'attention.*&kind("self")&stack("decoder")' + at) == [
-                own + name for name in "qkvo"
-            ]
+            assert paths(sites, 'attention.*&kind("self")&stack("decoder")' + at) == [own + name for name in "qkvo"]
         assert Counter(site.stack for site in sites.select("block")) == {"encoder": 2, "decoder": 2}
         assert one(sites, 'attention.q&kind("cross")&layers(0)').id == "decoder.0.cross.attention.q"
         assert len(sites.select("norm")) == 4 + 6 + 2
