@@ -58,11 +58,10 @@ def save(program: ProgramData, directory: Path) -> Path:
             temporary.write_text(json.dumps(document, indent=1), encoding="utf-8")
     except PeftGraphError:
         if file != old:
-            file.unlink(missing_ok=True)
+            _discard(file)
         raise
     if old is not None and old != file:
-        with contextlib.suppress(OSError):  # the new adapter is whole already; the old tensors are litter
-            old.unlink(missing_ok=True)
+        _discard(old)
     return directory
 
 
@@ -86,16 +85,12 @@ def load(program: P, apply: Callable[..., P], directory: Path, name: str | None)
     tensors = _read_tensors(document, directory)
     methods = _methods(document, directory, name)
     try:
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # initial values are overwritten: the user's generator stays put
+        with torch.random.fork_rng(devices=[]):  # initial values are overwritten: the user's generator stays put
             tuned = apply(*methods)
     except (RuntimeError, MemoryError, OverflowError) as error:  # an absurd width or rank
         raise AdapterError(f"{directory}: its recipe cannot be applied: {error}") from None
     wanted = _own_parameters(tuned, since=len(program.history))
-    saved = (
-        wanted if name is None else document["tensors"]["names"]
-    )  # a new name changes the parameters' names
+    saved = wanted if name is None else document["tensors"]["names"]  # a new name changes the parameters' names
     if len(saved) != len(wanted):
         raise AdapterError(f"{directory}: it names {len(saved)} parameters, its recipe makes {len(wanted)}.")
     targets = dict(zip(saved, wanted, strict=True))
@@ -154,6 +149,12 @@ def _is_tensors(value: object) -> bool:
 
 # The parts of `adapter.json` and what each must look like.
 PARTS: dict[str, Callable[[object], bool]] = {"recipe": _is_strings, "base": _is_base, "tensors": _is_tensors}
+
+
+def _discard(file: Path) -> None:
+    """Removes tensors that no index names; a disk that refuses leaves litter, not damage."""
+    with contextlib.suppress(OSError):
+        file.unlink()
 
 
 def _check_can_save(program: ProgramData) -> None:

@@ -10,9 +10,7 @@ from peftgraph.ir.program import ProgramData
 def fingerprint(program: ProgramData) -> dict[str, Any]:
     """What an adapter fits, as JSON: the traced class and every parameter's shape."""
     base = program.base if program.base is not None else program
-    shapes = {
-        name: list(entry.tensor.shape) for name, entry in base.table.items() if entry.kind == "parameter"
-    }
+    shapes = {name: list(entry.tensor.shape) for name, entry in base.table.items() if entry.kind == "parameter"}
     return {"model": base.model, "parameters": shapes}
 
 

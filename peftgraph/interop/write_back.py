@@ -48,9 +48,7 @@ def _slots(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters(remove_duplicate=False)), **buffers}
 
 
-def _check(
-    program: ProgramData, stored: dict[str, Tensor], slots: dict[str, Tensor], model: nn.Module
-) -> None:
+def _check(program: ProgramData, stored: dict[str, Tensor], slots: dict[str, Tensor], model: nn.Module) -> None:
     for name, value in stored.items():
         if name not in slots:
             raise PeftGraphError(f"The model has no {name}; it is not the {program.model} that was traced.")

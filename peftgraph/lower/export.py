@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from peftgraph.errors import ExportError
 from peftgraph.ir.files import atomic
 from peftgraph.ir.program import ProgramData
-from peftgraph.lower.module import GraphModule
+from peftgraph.lower.module import GraphModule, compile_graph
 from peftgraph.lower.portable import portable
 from peftgraph.trace.diagnose import quiet
 
@@ -21,7 +23,7 @@ LARGE = 1 << 30  # an ONNX file of this size keeps its weights beside it: protob
 
 
 def export(program: ProgramData, path: Path) -> Path:
-    """Writes the evaluated graph to `path`; inputs keep their names, outputs become a dict by name.
+    """Writes the evaluated graph to `path`; inputs are keywords with their own names, outputs a dict by name.
 
     Raises:
         ExportError: an unknown suffix, a missing package, weights on the meta device, or the exporter refuses.
@@ -46,25 +48,47 @@ def to_exported(program: ProgramData) -> ExportedProgram:
     Raises:
         ExportError: torch.export refuses.
     """
-    net = GraphModule(program).eval()
-    graph = portable(net.graph_for(training=False)[0])
-    leaves = graph.output_node().args[0]
-    assert isinstance(leaves, list | tuple)
-    keyed = zip(program.signature.output_keys, leaves, strict=True)
-    graph.output_node().args = ({key: leaf for key, leaf in keyed if leaf is not None},)
-    module = fx.GraphModule(net, graph)
-    shapes = tuple(
-        {axis: Dim.AUTO for axis, dim in enumerate(spec.dims) if isinstance(dim, str)}
-        for spec in program.signature.inputs
-    )
+    module, names = _module(program)
+    inputs = dict(zip(names, program.example, strict=True))
+    shapes = {
+        name: {axis: Dim.AUTO for axis, dim in enumerate(spec.dims) if isinstance(dim, str)}
+        for name, spec in zip(names, program.signature.inputs, strict=True)
+    }
     try:
         with quiet():
-            exported = torch.export.export(module, program.example, dynamic_shapes=shapes, strict=False)
+            exported = torch.export.export(module, (), inputs, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # the exporter raises many types; all mean that it refuses
         raise ExportError(f"torch.export refuses the program: {type(error).__name__}: {error}") from error
     # Inequalities of the traced sizes, such as 3 != 7, steer the exporter only: no operation of the graph needs them.
     exported._guards_code = []
     return exported
+
+
+def _module(program: ProgramData) -> tuple[nn.Module, list[str]]:
+    """The evaluated graph as a module that takes keywords and returns a dict, and the names of its inputs.
+
+    They are the model's own arguments; what is nested in one keeps the graph's name for it.
+    """
+    net = GraphModule(program).eval()
+    graph = portable(net.graph_for(training=False)[0])
+    leaves = graph.output_node().args[0]
+    assert isinstance(leaves, list | tuple)
+    keys = [key for key, leaf in zip(program.signature.output_keys, leaves, strict=True) if leaf is not None]
+    graph.output_node().args = ([leaf for leaf in leaves if leaf is not None],)
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    names = [
+        spec.key if spec.key.isidentifier() else node.name
+        for node, spec in zip(placeholders, program.signature.inputs, strict=True)
+    ]
+    code = compile_graph(graph, program.model)
+
+    def forward(**inputs: Tensor) -> dict[str, Any]:
+        return dict(zip(keys, code(net, *(inputs[name] for name in names)), strict=True))
+
+    parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
+    forward.__signature__ = inspect.Signature(parameters)
+    net.forward = forward
+    return net, names
 
 
 def _write_pt2(exported: ExportedProgram, path: Path) -> None:
