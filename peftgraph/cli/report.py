@@ -68,7 +68,7 @@ def _opening(m: Mapping[str, Any]) -> dict[str, str]:
             f'<div class="card {kind}"><b>{escape(big)}</b><span>{escape(small)}</span></div>'
             for kind, big, small in cards
         ),
-        "footer": f"peftgraph quickstart, seed {m['seed']}, torch {escape(m['torch'])}. All numbers are in metrics.json.",
+        "footer": f"peftgraph quickstart, seed {m['seed']}, torch {escape(m['torch'])}; all numbers: metrics.json.",
     }
 
 

@@ -59,7 +59,9 @@ def test_debug_shows_the_traceback(cli, tmp_path: Path) -> None:
     assert "does not exist" in result.stderr
 
 
-@pytest.mark.parametrize("arguments", [["nonsense"], ["inspect"], ["inspect", "x", "--nonsense"], ["quickstart", "--steps", "0"]])
+@pytest.mark.parametrize(
+    "arguments", [["nonsense"], ["inspect"], ["inspect", "x", "--nonsense"], ["quickstart", "--steps", "0"]]
+)
 def test_wrong_usage_is_exit_code_2(cli, arguments: list[str]) -> None:
     assert cli(*arguments).exit_code == 2
 

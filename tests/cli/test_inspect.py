@@ -96,7 +96,10 @@ def test_json_is_json_and_nothing_else(cli, folder: Path) -> None:
     assert document["model"] == "BertModel"
     assert document["layers"] == 2
     assert document["counts"]["attention.q"] == 2
-    assert [site["id"] for site in document["sites"] if site["role"] == "attention.q"] == ["0.attention.q", "1.attention.q"]
+    assert [site["id"] for site in document["sites"] if site["role"] == "attention.q"] == [
+        "0.attention.q",
+        "1.attention.q",
+    ]
     assert all(isinstance(site["shape"], list) for site in document["sites"] if site["weight"])
     assert document["inputs"][0]["name"] == "input_ids"
 
