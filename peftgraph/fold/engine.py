@@ -142,13 +142,14 @@ class Folding:
 
     def _settle(self, edit: Edit) -> None:
         """Parameters that trained in place are the new weights; tied names stay tied."""
-        first = self.table[edit.parameters[0]]
-        assert first.before is not None
-        trained = first.tensor.detach()
-        value = trained.to(device=first.before.device, dtype=self.precision or accumulation_dtype(first.before.dtype))
+        values: dict[int, Tensor] = {}
         for name in edit.parameters:
-            entry = replace(self.table[name], tensor=value, trainable=False, before=None)
-            self.table = self.table.with_({name: entry})
+            entry = self.table[name]
+            assert entry.before is not None
+            dtype = self.precision or accumulation_dtype(entry.before.dtype)
+            trained = entry.tensor.detach().to(device=entry.before.device, dtype=dtype)
+            value = values.setdefault(id(entry.tensor), trained)
+            self.table = self.table.with_({name: replace(entry, tensor=value, trainable=False, before=None)})
             self.changed.setdefault(name, []).append(View(name, vector=value.dim() == 1))
 
     # the result

@@ -102,9 +102,13 @@ def _totals(before: ProgramData, after: ProgramData, added: int, erased: int, mo
     sites = {edit.site for edit in after.edits} - {edit.site for edit in before.edits}
     values = sum(parameter.numel() for parameter in fresh.values())
     return (
-        f"{len(sites)} sites, +{added} nodes, -{erased} nodes, {moved} lines changed, "
-        f"+{len(fresh)} parameters ({values:,} trainable values)"
+        f"{_many(len(sites), 'site')}, +{_many(added, 'node')}, -{_many(erased, 'node')}, {_many(moved, 'line')} changed, "
+        f"+{_many(len(fresh), 'parameter')} ({_many(values, 'trainable value')})"
     )
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 class _Printer:

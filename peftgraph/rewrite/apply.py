@@ -118,8 +118,8 @@ def _check_conflicts(program: ProgramData, method: Pass, chosen: list[tuple[int,
 
 
 def _own_names(site: Site) -> list[str]:
-    weight = [] if site.role == "bias" or site.weight is None else [site.weight.parameter]
-    return weight + ([] if site.bias is None else [site.bias.parameter])
+    own = [site.weight and site.weight.parameter, site.scale, site.bias and site.bias.parameter]
+    return [name for name in (own[2:] if site.role == "bias" else own) if name]
 
 
 @dataclass
@@ -195,7 +195,7 @@ class _Work:
         return Builder(
             graph=self.graph,
             label=f"{match.site.id}.{word}",
-            owner=owner_path(match.site, self.program, self.method),
+            owner=owner_path(match.site, self.method),
             dtype=table.dtype,
             device=table.device,
             taken=self.taken,
@@ -213,7 +213,7 @@ class _Work:
         )
 
 
-def owner_path(site: Site, program: ProgramData, method: Pass) -> str:
+def owner_path(site: Site, method: Pass) -> str:
     """The dotted prefix of the parameters made at a site.
 
     It is the path of the site's weight, with the role inside a fused weight, and the name of the pass if it has one. A
@@ -223,8 +223,8 @@ def owner_path(site: Site, program: ProgramData, method: Pass) -> str:
     if site.weight is None:
         kind = "cross_" if site.kind == "cross" else ""
         path = f"{path}.{kind}{site.role.replace('.', '_')}_{method.word}".lstrip(".")
-    elif path in program.table:  # the path is a parameter itself (stacked experts): a module beside it
-        path = f"{path}_{role}"
+    elif not site.weight.parameter.endswith(".weight"):  # a bare parameter (stacked experts): a module beside it
+        path = f"{site.weight.parameter}_{role}"
     elif site.columns is not None:
         path = f"{path}.{role}"
     return f"{path}.{method.name}" if method.name else path

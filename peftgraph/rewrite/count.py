@@ -101,7 +101,8 @@ def changes_of(program: ProgramData, sites: Sites) -> tuple[Change, ...]:
         rule = rule_of(program, edit)
         if isinstance(rule.fold, str):
             continue
-        for name in () if edit.moves else edit.parameters[:1]:
+        trained = {} if edit.moves else {id(program.table[name].tensor): name for name in reversed(edit.parameters)}
+        for name in reversed(trained.values()):
             tensor = program.table[name].tensor
             found.append(
                 Change(

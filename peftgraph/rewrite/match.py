@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -15,6 +16,8 @@ from peftgraph.rewrite.views import Bound, View, bias_view, bind, weight_view
 from peftgraph.sites import Site, Sites
 
 aten = torch.ops.aten
+
+CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
 
 # How deep a role's value is nested: a projection's own output lies inside its sublayer's, that inside its block's.
 LEVELS = {"attention": 1, "ffn": 1, "block": 2}
@@ -119,11 +122,16 @@ class Match:
         """The number of features of `output` that the site owns."""
         if self.site.columns is not None:
             return len(self.site.columns)
+        if self.site.weight is not None:
+            out, inner = self.shape
+            return inner if self.site.role == "ffn.hidden" else out
         return int(self.output.meta["val"].shape[self.site.feature_axis])
 
     def own_parameters(self) -> Iterable[View]:
-        """The stored tensors of the site itself: weight and bias, or the bias alone for a `bias` site."""
-        views = [bias_view(self.site)] if self.site.role == "bias" else [weight_view(self.site), bias_view(self.site)]
+        """The stored tensors of the site itself: weight, scale of a norm, bias; the bias alone for a `bias` site."""
+        scale = None if self.site.scale is None else View(self.site.scale, vector=True)
+        own = [weight_view(self.site), scale, bias_view(self.site)]
+        views = own[2:] if self.site.role == "bias" else own
         return [view for view in views if view is not None]
 
     # computation in the site's own form
@@ -132,8 +140,6 @@ class Match:
         """x W^T as the site itself multiplies: W (R, I), or (E, R, I) with each row's own expert."""
         if self.site.role == "embedding":
             return op.call(aten.embedding.default, op.call(aten.t.default, weight), x)
-        if self.site.feature_axis != -1:
-            return self._pointwise_convolution(op, x, weight)
         return self.up(op, x, weight)
 
     def up(self, op: Builder, x: fx.Node, weight: fx.Node) -> fx.Node:
@@ -141,21 +147,58 @@ class Match:
         if "offsets" in self.site.ports:
             transposed = op.call(aten.transpose.int, weight, -2, -1)
             return op.call(self.names[self.site.op].target, x, transposed, self.names[self.site.ports["offsets"]])  # pyright: ignore[reportArgumentType]
+        if "chosen" in self.site.ports:
+            weight = op.call(aten.index_select.default, weight, 0, self.names[self.site.ports["chosen"]])
+            if self.site.feature_axis == -2:  # each row is a column vector: W x
+                return op.call(aten.bmm.default, weight, x)
         if self.experts:
             return op.call(aten.matmul.default, x, op.call(aten.transpose.int, weight, -2, -1))
-        if self.site.feature_axis != -1:
+        if self.names[self.site.op].target in CONVOLUTIONS:
             return self._pointwise_convolution(op, x, weight)
-        return op.linear(x, weight)
+        flat = op.linear(self._flattened(op, x, int(weight.meta["val"].shape[-1])), weight)
+        return self._unflattened(op, flat)
+
+    def _flattened(self, op: Builder, x: fx.Node, inner: int) -> fx.Node:
+        """x with its trailing axes joined to one of `inner` features, where an einsum contracts several."""
+        shape, axes = x.meta["val"].shape, 1
+        while int(math.prod(shape[-axes:])) < inner:
+            axes += 1
+        return x if axes == 1 else op.call(aten.flatten.using_ints, x, -axes, -1)
+
+    def _unflattened(self, op: Builder, flat: fx.Node) -> fx.Node:
+        """Features on as many axes as the site's own output has them on, where an einsum gives several."""
+        output = self.output.meta["val"]
+        if (
+            self.site.columns is not None
+            or flat.meta["val"].shape[-1] != self.features
+            or output.dim() == flat.meta["val"].dim()
+        ):
+            return flat
+        sizes = [
+            n if isinstance(n, int) else op.call(aten.sym_size.int, self.output, i) for i, n in enumerate(output.shape)
+        ]
+        return op.call(aten.reshape.default, flat, sizes)
 
     def _pointwise_convolution(self, op: Builder, x: fx.Node, weight: fx.Node) -> fx.Node:
-        return op.call(aten.conv1d.default, x, op.call(aten.unsqueeze.default, weight, -1))
+        for _ in range(x.meta["val"].dim() - 2):
+            weight = op.call(aten.unsqueeze.default, weight, -1)
+        target = self.names[self.site.op].target
+        assert not isinstance(target, str)
+        return op.call(target, x, weight)
 
     def along_features(self, op: Builder, vector: fx.Node) -> fx.Node:
         """A vector (F,), or (E, F) for stacked experts, shaped to broadcast over the site's output."""
-        if self.experts and "offsets" in self.site.ports:
+        if "offsets" in self.site.ports:
             return op.call(aten.index_select.default, vector, 0, self._expert_of_row(op))
+        if "chosen" in self.site.ports:
+            rows = op.call(aten.index_select.default, vector, 0, self.names[self.site.ports["chosen"]])
+            flat = self.output.meta["val"].dim() == 2
+            return rows if flat else op.call(aten.unsqueeze.default, rows, 1 if self.site.feature_axis == -1 else -1)
         if self.experts:
             return op.call(aten.unsqueeze.default, vector, 1)
+        output = self.output.meta["val"]
+        if self.site.columns is None and int(output.shape[self.site.feature_axis]) != self.features:
+            return op.call(aten.reshape.default, vector, [int(n) for n in output.shape[self.site.feature_axis :]])
         for _ in range(-1 - self.site.feature_axis):
             vector = op.call(aten.unsqueeze.default, vector, -1)
         return vector

@@ -43,7 +43,8 @@ RANK = (
 
 def find_sites(graph: fx.Graph, tensors: Mapping[str, torch.Tensor]) -> Sites:
     """The sites of a canonical graph; `tensors` holds the parameters and buffers its get_attr nodes name."""
-    return Finder(Anatomy(graph, tensors)).sites()
+    with torch.device("cpu"):  # tags are real numbers, whatever device the caller made the default
+        return Finder(Anatomy(graph, tensors)).sites()
 
 
 class Finder:
@@ -152,6 +153,7 @@ class Finder:
                 place,
                 {"input": down.input, "output": down.input, "offsets": down.offsets, "chosen": down.chosen},
                 weight=weight,
+                feature_axis=down.input_axis,
                 shape=weight.shape(self.flow.tensors),
                 **{"expert": down.expert, **experts.get(down, {})},
             )
@@ -247,7 +249,15 @@ class Finder:
             self.place_of[norm.node] = place
             bias = None if norm.bias is None else Bias(norm.bias)
             path = owner(norm.weight) if norm.weight else module_of(norm.node)
-            self._add("norm", norm.node, path, place, {"input": norm.input, "output": norm.output}, bias=bias)
+            self._add(
+                "norm",
+                norm.node,
+                path,
+                place,
+                {"input": norm.input, "output": norm.output},
+                bias=bias,
+                scale=norm.weight,
+            )
 
     def _operand_place(self, norm: Norm) -> Place | None:
         """The layer of a norm on q or k whose projection reads another stream."""

@@ -20,9 +20,9 @@ from .tags import Tagger, along, in_order, squeeze_constant
 
 @dataclass(frozen=True, eq=False)
 class Projection:
-    """y = x W^T + b. `axes`: the axes of the result that are features, `width` of them in all; `offsets`:
-    where
-    each expert's rows end (grouped_mm); `chosen`: the expert of each row (gathered weights)."""
+    """y = x W^T + b. `axes`: the axes of the result that are features, `width` of them in all; `offsets`: where each
+    expert's rows end (grouped_mm); `chosen`: the expert of each row (gathered weights); `input_axis`: the axis of x that
+    is contracted."""
 
     node: fx.Node
     input: fx.Node
@@ -34,6 +34,7 @@ class Projection:
     expert: int | None = None
     offsets: fx.Node | None = None
     chosen: fx.Node | None = None
+    input_axis: int = -1
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Contraction:
     axes: tuple[int, ...]
     bias: fx.Node | None = None
     offsets: fx.Node | None = None
+    input_axis: int = -1
 
 
 def projection(flow: Flow, node: fx.Node) -> Projection | None:
@@ -75,6 +77,7 @@ def projection(flow: Flow, node: fx.Node) -> Projection | None:
         expert=expert,
         offsets=found.offsets,
         chosen=flow.picks(found.weight),
+        input_axis=found.input_axis,
     )
 
 
@@ -91,7 +94,7 @@ def contraction(flow: Flow, node: fx.Node) -> Contraction | None:
     if kind in ("mm", "matmul", "bmm") and flow.raw(inputs[1]) and len(flow.shape(inputs[1])) > 1:
         return Contraction(inputs[0], inputs[1], (-2,), (-1,), (-1,))
     if kind in ("mm", "matmul", "bmm") and flow.raw(inputs[0]) and len(flow.shape(inputs[0])) > 1:
-        return Contraction(inputs[1], inputs[0], (-1,), (-2,), (-2,))
+        return Contraction(inputs[1], inputs[0], (-1,), (-2,), (-2,), input_axis=-2)
     if kind in ops.GROUPED and flow.raw(inputs[1]):
         return Contraction(inputs[0], inputs[1], (-2,), (-1,), (-1,), offsets=ops.operand(node, 2, "offs"))
     return _einsum(flow, node) if kind == "einsum" else None
@@ -136,7 +139,15 @@ def _pointwise(flow: Flow, node: fx.Node, inputs: list[fx.Node]) -> Contraction 
     groups = ops.argument(node, 6, "groups")
     if not flow.raw(inputs[1]) or any(size != 1 for size in shape[2:]) or groups not in (None, 1):
         return None
-    return Contraction(inputs[0], inputs[1], (1,), (0,), (1,), bias=ops.operand(node, 2, "bias"))
+    return Contraction(
+        inputs[0],
+        inputs[1],
+        (1,),
+        (0,),
+        (1,),
+        bias=ops.operand(node, 2, "bias"),
+        input_axis=1 - len(flow.shape(inputs[0])),
+    )
 
 
 def store(flow: Flow, found: Contraction) -> tuple[Weight, int | None] | None:

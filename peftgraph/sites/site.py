@@ -101,6 +101,7 @@ class Site:
     expert: int | None = None
     weight: Weight | None = None
     bias: Bias | None = None
+    scale: str | None = None  # the multiplicative parameter of a norm
     port_items: tuple[tuple[str, str], ...] = ()
     heads: int | None = None
     head_dim: int | None = None
