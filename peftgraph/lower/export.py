@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from peftgraph.lower.module import GraphModule, compile_graph
 from peftgraph.lower.portable import portable
 from peftgraph.trace.diagnose import quiet
 
+EQUAL_SIZES = re.compile(r"L\['\w+'\]\.size\(\)\[\d+\] == L\['\w+'\]\.size\(\)\[\d+\]")
 LARGE = 1 << 30  # an ONNX file of this size keeps its weights beside it: protobuf ends at 2 GiB
 
 
@@ -59,8 +61,9 @@ def to_exported(program: ProgramData) -> ExportedProgram:
             exported = torch.export.export(module, (), inputs, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # the exporter raises many types; all mean that it refuses
         raise ExportError(f"torch.export refuses the program: {type(error).__name__}: {error}") from error
-    # Inequalities of the traced sizes, such as 3 != 7, steer the exporter only: no operation of the graph needs them.
-    exported._guards_code = []
+    # Other guards, such as 3 != 7 for the traced sizes, steer the exporter only: no operation of the graph needs them.
+    guards: list[str] = getattr(exported, "_guards_code", [])
+    exported._guards_code = [guard for guard in guards if EQUAL_SIZES.fullmatch(guard)]
     return exported
 
 

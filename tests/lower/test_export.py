@@ -60,15 +60,12 @@ def expected(program: ProgramData, name: str, batch: int, length: int) -> dict[s
 
 def test_pt2_runs_alone(tmp_path: Path) -> None:
     wanted: dict[str, dict[str, Tensor]] = {}
-    for name in ("nano", "gpt2"):
-        for kind, program in programs(name).items():
-            folder = tmp_path / f"{name}-{kind}"
-            program.export(folder / "model.pt2")
-            inputs = {f"{b}x{s}/{k}": v for b, s in SIZES for k, v in example(name, b, s).items()}
-            save_file(inputs, folder / "in.safetensors")
-            wanted[str(folder)] = {
-                f"{b}x{s}/{k}": v for b, s in SIZES for k, v in expected(program, name, b, s).items()
-            }
+    for kind, program in programs("nano").items():
+        folder = tmp_path / kind
+        program.export(folder / "model.pt2")
+        inputs = {f"{b}x{s}/{k}": v for b, s in SIZES for k, v in example("nano", b, s).items()}
+        save_file(inputs, folder / "in.safetensors")
+        wanted[str(folder)] = {f"{b}x{s}/{k}": v for b, s in SIZES for k, v in expected(program, "nano", b, s).items()}
     run = subprocess.run([sys.executable, "-I", "-c", RUNNER, *wanted], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     for folder, outputs in wanted.items():
@@ -76,6 +73,16 @@ def test_pt2_runs_alone(tmp_path: Path) -> None:
         assert found.keys() == outputs.keys()
         for key, value in outputs.items():
             torch.testing.assert_close(found[key], value, rtol=1e-6, atol=1e-6, msg=f"{folder} {key}")
+
+
+def test_no_guard_on_the_traced_sizes_is_left() -> None:
+    program = zoo.traced("gpt2")  # its code reshapes the mask, which makes the exporter guard that 3 is not 7
+    module = to_exported(program).module()
+    for batch, length in SIZES:
+        outputs = module(**example("gpt2", batch, length))
+        assert torch.equal(outputs["logits"], expected(program, "gpt2", batch, length)["logits"])
+    with pytest.raises(AssertionError, match="Guard failed: .*attention_mask"):
+        module(**{**example("gpt2", 2, 5), "attention_mask": torch.ones(2, 4, dtype=torch.long)})
 
 
 @pytest.mark.parametrize("kind", ["lora", "merged"])
