@@ -21,7 +21,7 @@ from types import ModuleType
 
 from peftgraph.cli.families import FAMILIES
 
-WORDS = range(6, 31)  # sentences outside are too short to tell anything, or lists and tables
+WORDS = range(9, 31)  # sentences outside are too short to tell anything, or lists and tables
 SHINGLE = 3
 NEAR = 0.5  # Jaccard similarity of word triples from which two sentences count as copies
 PARTS = ("train", "validation", "test")
@@ -60,7 +60,7 @@ class Corpus:
         return [self.families.index(sentence.family) for sentence in self.parts[part]]
 
 
-def build_corpus(seed: int, per_module: int = 25, per_family: int = 400) -> Corpus:
+def build_corpus(seed: int, per_module: int = 25, per_family: int = 300) -> Corpus:
     """The corpus of this Python's standard library.
 
     Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import statistics
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -32,7 +33,7 @@ from peftgraph.cli.learning import (
 from peftgraph.cli.models import load
 from peftgraph.cli.report import write_report
 from peftgraph.cli.rerun import rerun_onnx, rerun_pt2
-from peftgraph.cli.timing import interleaved
+from peftgraph.cli.timing import interleaved, ratio
 from peftgraph.ir.files import atomic
 from peftgraph.rewrite.recipe import to_toml
 
@@ -52,7 +53,7 @@ class Settings:
     seed: int = 0
     recipe: str = RECIPE
     per_module: int = 25
-    per_family: int = 400
+    per_family: int = 300
     schedule: Schedule = field(default_factory=Schedule)
     rounds: tuple[int, int] = (60, 15)  # of timing, at the two batch sizes
     exports: tuple[str, ...] = (".pt2", ".onnx")
@@ -253,14 +254,14 @@ def measure(material: Material, base: pg.Program, tuned: pg.Program, merged: pg.
     for size, rounds in zip((1, 32), material.settings.rounds, strict=True):
         batch = test.batch(by_length[len(by_length) // 2 :][:size] or by_length)
         with working(f"timing at batch {size}"):
-            medians = interleaved({name: _call(net, batch) for name, net in nets.items()}, rounds)
+            seconds = interleaved({name: _call(net, batch) for name, net in nets.items()}, rounds)
         found.append(
             {
                 "batch": size,
                 "tokens": batch["input_ids"].shape[1],
                 "rounds": rounds,
-                "milliseconds": {name: 1000 * seconds for name, seconds in medians.items()},
-                "ratio": {name: seconds / medians["base"] for name, seconds in medians.items()},
+                "milliseconds": {name: 1000 * statistics.median(values) for name, values in seconds.items()},
+                "ratio": {name: ratio(values, seconds["base"]) for name, values in seconds.items()},
             }
         )
     material.metrics["latency"] = found

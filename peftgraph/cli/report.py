@@ -10,7 +10,7 @@ from string import Template
 from typing import Any
 
 from peftgraph.cli.charts import confusion, line_chart, paired_bars, ratio_bars, site_map
-from peftgraph.cli.show import export_line, verdict
+from peftgraph.cli.show import export_line, ratio_text, verdict
 from peftgraph.ir.files import atomic
 
 
@@ -52,8 +52,8 @@ def _opening(m: Mapping[str, Any]) -> dict[str, str]:
         ),
         (
             "",
-            f"{m['latency'][0]['ratio']['merged']:.2f}x",
-            f"latency after folding, at batch 1 (adapted {m['latency'][0]['ratio']['adapted']:.2f}x)",
+            f"{m['latency'][0]['ratio']['merged'][0]:.2f}x",
+            f"latency after folding, at batch 1 (adapted {m['latency'][0]['ratio']['adapted'][0]:.2f}x)",
         ),
         ("", f"{m['seconds']:.0f} s", f"from start to finish, {m['threads']} threads"),
     ]
@@ -114,7 +114,8 @@ def _results(m: Mapping[str, Any]) -> dict[str, str]:
     bars = []
     for row in m["latency"]:
         rows = [
-            (name, ratio, f"{ratio:.2f}x  ({row['milliseconds'][name]:.1f} ms)") for name, ratio in row["ratio"].items()
+            (name, ratio[0], f"{row['milliseconds'][name]:.1f} ms" if name == "base" else ratio_text(ratio))
+            for name, ratio in row["ratio"].items()
         ]
         title = f'<p class="sub">batch {row["batch"]}, {row["tokens"]} tokens, medians of {row["rounds"]} rounds</p>'
         bars.append(title + ratio_bars(rows, f"latency ratios at batch {row['batch']}"))

