@@ -16,7 +16,7 @@ def portable(graph: fx.Graph) -> fx.Graph:
     """A copy of `graph` with experts' grouped products spelled out: one product an expert, chosen by row."""
     new = copy_graph(graph)
     for node in list(new.nodes):
-        if str(node.target).startswith("transformers.grouped_mm_fallback"):
+        if str(node.target).startswith(("transformers.grouped_mm_fallback", "aten._grouped_mm")):
             with new.inserting_before(node):
                 node.replace_all_uses_with(_spelled_out(new, *node.args[:3]))
             new.erase_node(node)

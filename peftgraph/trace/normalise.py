@@ -203,11 +203,13 @@ class _Normaliser:
     def _canonical_experts(self) -> None:
         """Grouped products take the form that every dtype and device runs; lowering may choose a faster."""
         native = getattr(aten, "_grouped_mm", None)
+        fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
+        if native is None or fallback is None:
+            return
         for node in list(self.graph.nodes):
-            if native is not None and node.target is native.default:
+            if node.target is native.default:
                 with self.graph.inserting_before(node):
-                    fallback = torch.ops.transformers.grouped_mm_fallback.default
-                    new = self.graph.call_function(fallback, node.args[:3])
+                    new = self.graph.call_function(fallback.default, node.args[:3])
                 new.meta = dict(node.meta)
                 node.replace_all_uses_with(new)
                 self.graph.erase_node(node)

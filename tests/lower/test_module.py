@@ -123,6 +123,15 @@ def test_a_moved_module_still_trains_the_program(dtype: torch.dtype) -> None:
     torch.testing.assert_close(merged, trained.float(), rtol=0.1, atol=0.1)
 
 
+@pytest.mark.parametrize("name", ["nano", "llama"])
+def test_autocast_around_it_is_autocast_around_the_model(name: str) -> None:
+    model, net, inputs = zoo.build(name).requires_grad_(False), zoo.traced(name).module().eval(), zoo.example(name)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, expected = (zoo.leaves(module(**inputs))[0] for module in (net, model))
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, expected)
+
+
 def test_torch_compile_takes_it() -> None:
     tuned = zoo.randomise(zoo.traced("nano").apply(LoRA(rank=2)))
     net, inputs = tuned.module().eval(), zoo.example("nano")
