@@ -8,6 +8,7 @@ merged = pg.fold(tuned)       # exact, with its proof
 
 from peftgraph import init as init
 from peftgraph.errors import AdapterError as AdapterError
+from peftgraph.errors import Ambiguous as Ambiguous
 from peftgraph.errors import CallError as CallError
 from peftgraph.errors import Conflict as Conflict
 from peftgraph.errors import ExportError as ExportError

@@ -19,6 +19,10 @@ class NoMatch(PeftGraphError):
     """A selector found no site; the message shows the nearest miss."""
 
 
+class Ambiguous(PeftGraphError):
+    """A selector has more than one meaning on this model; the message shows how to say each."""
+
+
 class Conflict(PeftGraphError):
     """Two passes, or two adapters, claim the same thing."""
 

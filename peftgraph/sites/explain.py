@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from peftgraph.errors import NoMatch
+from peftgraph.errors import Ambiguous, NoMatch
 
 from .select import Both, Either, Expert, Kind, Layers, Not, Role, Selector, Stack, Where, as_selector, quoted
 from .site import NearMiss, Site, Sites
@@ -14,8 +14,12 @@ JOIN_MISS = "no projection whose result enters a residual add and that reads a p
 
 
 def require(sites: Sites, selector: object) -> tuple[Site, ...]:
-    """The matches; NoMatch where there are none, or where an alternative or a filter of the selector is
-    idle."""
+    """The matches.
+
+    Raises:
+        NoMatch: there are none, or an alternative or a filter of the selector is idle.
+        Ambiguous: a layer number means a layer in several stacks, and the selector names none.
+    """
     chosen = as_selector(selector)
     found = sites.select(chosen)
     if not found:
@@ -27,7 +31,20 @@ def require(sites: Sites, selector: object) -> tuple[Site, ...]:
     beyond = _beyond(sites, chosen)
     if beyond:
         raise NoMatch(f"{chosen}: {beyond}")
+    _refuse_ambiguous(chosen, found)
     return found
+
+
+def _refuse_ambiguous(chosen: Selector, found: tuple[Site, ...]) -> None:
+    parts = list(_flatten(chosen))
+    numbers = next((part for part in parts if isinstance(part, Layers)), None)
+    stacks = sorted({site.stack for site in found if site.stack and site.layer is not None})
+    if numbers is not None and len(stacks) > 1 and not any(isinstance(part, Stack | Where) for part in parts):
+        each = "|".join(f"stack({quoted(name)})" for name in stacks)
+        raise Ambiguous(
+            f"{chosen}: {numbers} is ambiguous, {' and '.join(stacks)} each number their layers from 0. "
+            f"Add &stack({quoted(stacks[0])}) for one of them, or &({each}) for all."
+        )
 
 
 def explain(sites: Sites, selector: object) -> str:

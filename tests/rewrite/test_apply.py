@@ -16,6 +16,7 @@ from peftgraph.passes import IA3, BitFit, LoRA, SerialAdapter
         ("llama", (BitFit(),), pg.NoMatch, "no bias: nothing of that structure is in the graph"),
         ("nano", (LoRA(at="ffn.gate"),), pg.NoMatch, "ffn.gate"),
         ("nano", (LoRA(at="attention.q&layers(7)"),), pg.NoMatch, "layers"),
+        ("t5", (LoRA(at="attention.q&layers(0)"),), pg.Ambiguous, r'Add &stack\("decoder"\) for one of them'),
         ("nano", (LoRA(at=pg.attention.q.where(path="no/such")),), pg.NoMatch, "no/such"),
         (
             "nano",
@@ -43,6 +44,13 @@ def test_what_cannot_be_applied_says_why(
     with pytest.raises(error, match=words):
         base.apply(*methods)
     assert base.text() == text
+
+
+def test_naming_the_stack_makes_layers_unambiguous() -> None:
+    base = zoo.traced("t5")
+    assert len(base.apply(LoRA(at='attention.q&layers(0)&stack("encoder")', rank=2)).edits) == 1
+    both = base.apply(LoRA(at='attention.q&layers(0)&(stack("encoder")|stack("decoder"))', rank=2))
+    assert len(both.edits) == 3
 
 
 def test_two_named_adapters_stand_at_one_site() -> None:
