@@ -28,11 +28,23 @@ def fake_like(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device, requires_grad=tensor.requires_grad)
 
 
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if x.dtype != weight.dtype or (bias is not None and bias.shape != weight.shape[:1]):
+        raise RuntimeError(f"linear of {x.dtype} by {weight.dtype}, bias {None if bias is None else tuple(bias.shape)}")
+    if x.shape[-1] != weight.shape[-1]:
+        raise RuntimeError(f"linear of {x.shape[-1]} features by a weight for {weight.shape[-1]}")
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+# Shape rules of our own, where torch's take a hundred times longer on symbolic sizes: 18 ms for one linear.
+RULES = {torch.ops.aten.linear.default: _linear}
+
+
 def value_of(mode: FakeTensorMode, node: fx.Node) -> Any:
     """What `node` gives when its operands' recorded values go in."""
     args, kwargs = map_arg((node.args, node.kwargs), lambda operand: operand.meta["val"])
     with mode, quiet_symbols(mode), enable_python_dispatcher():  # its kernels take symbolic sizes
-        return node.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+        return RULES.get(node.target, node.target)(*args, **kwargs)  # pyright: ignore
 
 
 @contextmanager
