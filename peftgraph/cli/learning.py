@@ -144,16 +144,16 @@ class Schedule:
         checks: how often the validation part is looked at; the best moment is what is kept.
     """
 
-    steps: int = 120
+    steps: int = 150
     batch: int = 32
-    rate: float = 2e-3
+    rate: float = 3e-3
     head_rate: float = 1e-3
     decay: float = 0.01
     dropout: float = 0.2
     smoothing: float = 0.1
     contrast: float = 1.0
-    temperature: float = 0.1
-    checks: int = 4
+    temperature: float = 0.2
+    checks: int = 5
 
 
 @dataclass

@@ -40,7 +40,7 @@ from peftgraph.rewrite.recipe import to_toml
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-RECIPE = "lora{at=attention.q|attention.v rank=8 alpha=16 dropout=0.1}; ia3{}"
+RECIPE = "lora{at=attention.*|ffn.* rank=8 alpha=16 dropout=0.1}; ia3{}"
 LONGEST = 64  # tokens
 SHOWN = 12  # example predictions in the report
 

@@ -48,7 +48,7 @@ def program(base: pg.Program, tuned: pg.Program) -> None:
     heading("2  The model: its sites, found by structure")
     OUT.print(sites_table(tuple(base.sites), f"{base.model}, {layout(base.sites)}, {len(base.graph.nodes)} nodes"))
     heading("3  The recipe: what it does to the first layer")
-    OUT.print(coloured(first_layer(tuned, base)))
+    OUT.print(coloured(first_layer(tuned, base)), no_wrap=True, overflow="ellipsis")
     OUT.print(count_table(tuned.count()))
 
 
