@@ -102,8 +102,8 @@ def _totals(before: ProgramData, after: ProgramData, added: int, erased: int, mo
     sites = {edit.site for edit in after.edits} - {edit.site for edit in before.edits}
     values = sum(parameter.numel() for parameter in fresh.values())
     return (
-        f"{_many(len(sites), 'site')}, +{_many(added, 'node')}, -{_many(erased, 'node')}, {_many(moved, 'line')} changed, "
-        f"+{_many(len(fresh), 'parameter')} ({_many(values, 'trainable value')})"
+        f"{_many(len(sites), 'site')}, +{_many(added, 'node')}, -{_many(erased, 'node')}, "
+        f"{_many(moved, 'line')} changed, +{_many(len(fresh), 'parameter')} ({_many(values, 'trainable value')})"
     )
 
 

@@ -20,9 +20,11 @@ from .tags import Tagger, along, in_order, squeeze_constant
 
 @dataclass(frozen=True, eq=False)
 class Projection:
-    """y = x W^T + b. `axes`: the axes of the result that are features, `width` of them in all; `offsets`: where each
-    expert's rows end (grouped_mm); `chosen`: the expert of each row (gathered weights); `input_axis`: the axis of x that
-    is contracted."""
+    """y = x W^T + b.
+
+    `axes`: the axes of the result that are features, `width` of them in all; `offsets`: where each expert's rows end
+    (grouped_mm); `chosen`: the expert of each row (gathered weights); `input_axis`: the axis of x that is contracted.
+    """
 
     node: fx.Node
     input: fx.Node

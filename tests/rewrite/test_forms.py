@@ -1,5 +1,5 @@
-"""One recipe on every form a projection can take: gathered and grouped experts, experts with biases, several feature axes,
-pointwise convolutions, trained norms. Each fold is proved in float64."""
+"""One recipe on every form a projection can take: gathered and grouped experts, experts with biases, several feature
+axes, pointwise convolutions, trained norms. Each fold is proved in float64."""
 
 from __future__ import annotations
 
@@ -25,9 +25,19 @@ def gpt_oss(implementation: str) -> nn.Module:
     from transformers import GptOssConfig, GptOssForCausalLM
 
     rope = {"rope_type": "default", "rope_theta": 10000.0}
-    config = GptOssConfig(vocab_size=zoo.VOCAB, hidden_size=48, intermediate_size=80, num_hidden_layers=1, rope_parameters=rope,
-                          num_attention_heads=6, num_key_value_heads=2, head_dim=8, num_local_experts=4,
-                          num_experts_per_tok=2, max_position_embeddings=64)  # fmt: skip
+    config = GptOssConfig(
+        vocab_size=zoo.VOCAB,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=1,
+        rope_parameters=rope,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+    )
     model = GptOssForCausalLM(config).eval()
     model.set_experts_implementation(implementation)
     return model
