@@ -141,7 +141,7 @@ class Schedule:
         smoothing: of the labels.
         contrast: the weight of the contrastive loss, which pulls sentences of one family together in embedding space.
         temperature: of the contrastive loss.
-        checks: how often the validation part is looked at; the best moment is what is kept.
+        checks: how often the validation part is looked at.
     """
 
     steps: int = 150
@@ -163,11 +163,6 @@ class Curve:
     losses: list[tuple[int, float]] = field(default_factory=list)
     validations: list[tuple[int, float]] = field(default_factory=list)
 
-    @property
-    def best(self) -> tuple[int, float]:
-        """The first step of the best validation accuracy."""
-        return max(self.validations, key=lambda point: (point[1], -point[0]))
-
 
 def train(
     net: Classifier,
@@ -176,11 +171,10 @@ def train(
     seed: int,
     tick: Callable[[Curve], None] = lambda curve: None,
 ) -> Curve:
-    """Trains what requires grad and leaves the classifier as it was when it validated best, its start included."""
+    """Trains what requires grad, for all the steps; the validation part is watched, and nothing is chosen by it."""
     curve = Curve()
     parameters = [p for p in net.parameters() if p.requires_grad]
     optimiser, scheduler = _optimiser(net, schedule)
-    best = [p.detach().clone() for p in parameters]
     curve.validations.append((0, evaluate(net, parts["validation"])))
     looks = {round(schedule.steps * (i + 1) / schedule.checks) for i in range(schedule.checks)}
     batches = _batches(parts["train"], schedule.batch, seed)
@@ -196,12 +190,7 @@ def train(
         curve.losses.append((step, float(loss.detach())))
         if step in looks:
             curve.validations.append((step, evaluate(net, parts["validation"])))
-            if curve.best[0] == step:
-                best = [p.detach().clone() for p in parameters]
         tick(curve)
-    with torch.no_grad():
-        for parameter, value in zip(parameters, best, strict=True):
-            parameter.copy_(value)
     net.eval()
     return curve
 

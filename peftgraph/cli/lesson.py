@@ -201,8 +201,7 @@ def judge(
         "only_frozen_right": int((frozen_hits & ~tuned_hits).sum()),
         "frozen_validation": frozen_validation,
         "frozen_decay": decay,
-        "tuned_validation": curve.best[1],
-        "kept_step": curve.best[0],
+        "tuned_validation": curve.validations[-1][1],
         "per_family": [
             [name, _share(frozen_hits, labels_N == i), _share(tuned_hits, labels_N == i)]
             for i, name in enumerate(families)

@@ -80,7 +80,6 @@ def _curves(m: Mapping[str, Any]) -> dict[str, str]:
     return {
         "loss": line_chart([("each step", "thin", losses), ("mean of ten", "a", smooth)], "training loss over steps"),
         "validation": line_chart([("tuned", "b", looks)], "validation accuracy over steps", percent=True, level=level),
-        "kept": str(m["accuracy"]["kept_step"]),
     }
 
 

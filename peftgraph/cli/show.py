@@ -103,9 +103,9 @@ def accuracies(found: Mapping[str, Any]) -> None:
         "linear head, frozen encoder",
         f"{found['frozen']:.1%}",
         f"{found['frozen_validation']:.1%}",
-        f"[dim]to convergence, decay {found['frozen_decay']:g}[/]",
+        f"[dim]to convergence, decay {found['frozen_decay']:g} chosen on validation[/]",
     )
-    note = f"[dim]best of the looks at validation: step {found['kept_step']}[/]"
+    note = "[dim]after the last step[/]"
     table.add_row(
         "[bold]tuned by the recipe[/]",
         f"[bold green]{found['tuned']:.1%}[/]",

@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoTokenizer
 import peftgraph as pg
 from peftgraph.cli import demo_model
 from peftgraph.cli.corpus import Corpus
-from peftgraph.cli.learning import Classifier, Curve, Encoded, Schedule, contrastive, frozen_baseline, per_sentence
+from peftgraph.cli.learning import Classifier, Encoded, Schedule, contrastive, frozen_baseline, per_sentence
 from peftgraph.cli.lesson import Settings, run
 from peftgraph.cli.report import render
 from peftgraph.cli.rerun import rerun_pt2
@@ -116,10 +116,6 @@ def test_the_frozen_baseline_separates_what_is_separable() -> None:
 def test_results_come_back_in_the_order_of_the_sentences() -> None:
     part = Encoded([[1] * length for length in (9, 2, 5, 1)], torch.zeros(4))
     assert per_sentence(part, lambda batch: batch["attention_mask"].sum(1)).tolist() == [9, 2, 5, 1]
-
-
-def test_the_best_look_is_the_first_of_equals() -> None:
-    assert Curve(validations=[(0, 0.5), (3, 0.7), (6, 0.7)]).best == (3, 0.7)
 
 
 def test_the_sign_test() -> None:
