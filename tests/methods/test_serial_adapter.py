@@ -158,7 +158,7 @@ DIFF = """
       + %0.ffn.serial_adapter.add: f32[B, S, 48] = add(%0.dropout_2, %0.ffn.serial_adapter.linear#2)
       - %0.add_3: f32[B, S, 48] = add(%0.add_2, %0.dropout_2)
       + %0.add_3: f32[B, S, 48] = add(%0.add_2, %0.ffn.serial_adapter.add)
-    1 sites, +5 nodes, -0 nodes, 1 lines changed, +4 parameters (436 trainable values)
+    1 site, +5 nodes, -0 nodes, 1 line changed, +4 parameters (436 trainable values)
 """  # noqa: E501
 COUNT = "trainable 436 (1.6495 %), added 436, changed 0, total 26,432; changes: none"
 
