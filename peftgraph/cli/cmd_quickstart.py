@@ -13,14 +13,14 @@ def quickstart(
         Path,
         typer.Option("--out", metavar="FOLDER", help="Where the results go; only its own files are replaced."),
     ] = Path("peftgraph-quickstart"),
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Optimiser steps.")] = 150,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Optimiser steps.")] = 200,
     seed: Annotated[
         int,
         typer.Option("--seed", help="Of the corpus, its split, the adapter and the order of the batches."),
     ] = 0,
     sentences: Annotated[
         int, typer.Option("--sentences", min=8, hidden=True, help="At most this many of each family.")
-    ] = 300,
+    ] = 500,
 ) -> None:
     """Teaches a real sentence encoder something new, folds it, proves it, exports it, and shows how it went.
 

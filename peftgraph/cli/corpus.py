@@ -60,7 +60,7 @@ class Corpus:
         return [self.families.index(sentence.family) for sentence in self.parts[part]]
 
 
-def build_corpus(seed: int, per_module: int = 25, per_family: int = 300) -> Corpus:
+def build_corpus(seed: int, per_module: int = 40, per_family: int = 500) -> Corpus:
     """The corpus of this Python's standard library.
 
     Args:

@@ -78,6 +78,7 @@ def _curves(m: Mapping[str, Any]) -> dict[str, str]:
     looks = [(float(step), value) for step, value in m["curve"]["validations"]]
     level = ("frozen head", m["accuracy"]["frozen_validation"])
     return {
+        "back": f"{100 * (1 - m['schedule']['share']):.0f}",
         "loss": line_chart([("each step", "thin", losses), ("mean of ten", "a", smooth)], "training loss over steps"),
         "validation": line_chart([("tuned", "b", looks)], "validation accuracy over steps", percent=True, level=level),
     }

@@ -105,7 +105,7 @@ def accuracies(found: Mapping[str, Any]) -> None:
         f"{found['frozen_validation']:.1%}",
         f"[dim]to convergence, decay {found['frozen_decay']:g} chosen on validation[/]",
     )
-    note = "[dim]after the last step[/]"
+    note = "[dim]after the last step, nothing chosen[/]"
     table.add_row(
         "[bold]tuned by the recipe[/]",
         f"[bold green]{found['tuned']:.1%}[/]",
