@@ -13,7 +13,7 @@ def quickstart(
         Path,
         typer.Option("--out", metavar="FOLDER", help="Where the results go; only its own files are replaced."),
     ] = Path("peftgraph-quickstart"),
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Optimiser steps.")] = 200,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Optimiser steps.")] = 120,
     seed: Annotated[
         int,
         typer.Option("--seed", help="Of the corpus, its split, the adapter and the order of the batches."),

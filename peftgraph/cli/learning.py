@@ -146,7 +146,7 @@ class Schedule:
         checks: how often the validation part is looked at.
     """
 
-    steps: int = 200
+    steps: int = 120
     batch: int = 32
     rate: float = 3e-3
     head_rate: float = 1e-3
