@@ -147,7 +147,7 @@ class Folding:
             entry = self.table[name]
             assert entry.before is not None
             dtype = self.precision or accumulation_dtype(entry.before.dtype)
-            trained = entry.tensor.detach().to(device=entry.before.device, dtype=dtype)
+            trained = entry.tensor.detach().to(device=entry.before.device, dtype=dtype, copy=True)
             value = values.setdefault(id(entry.tensor), trained)
             self.table = self.table.with_({name: replace(entry, tensor=value, trainable=False, before=None)})
             self.changed.setdefault(name, []).append(View(name, vector=value.dim() == 1))

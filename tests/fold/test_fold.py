@@ -124,6 +124,14 @@ def test_the_base_and_the_tuned_program_keep_their_weights() -> None:
     assert folded.table.hashes() != before[0]
 
 
+def test_training_on_does_not_move_what_is_folded() -> None:
+    program = zoo.randomise(zoo.traced("nano").apply(BitFit(), LoRA(rank=2)))
+    folded = pg.fold(program)
+    hashes = folded.table.hashes()
+    zoo.randomise(program)
+    assert folded.table.hashes() == hashes
+
+
 def test_training_a_module_is_seen_by_fold() -> None:
     base = zoo.traced("nano")
     program = base.apply(LoRA(rank=2))
