@@ -63,8 +63,46 @@ def test_no_pickle_anywhere() -> None:
 
 @pytest.mark.parametrize("module", ["transformers", "onnx", "onnxscript", "typer", "rich", "networkx"])
 def test_import_is_light(module: str) -> None:
-    code = f"import sys, peftgraph, peftgraph.passes; sys.exit({module!r} in sys.modules)"
+    code = f"import sys, peftgraph.facade, peftgraph.passes; sys.exit({module!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+COMMANDS = ("inspect", "apply", "merge", "export", "quickstart")
+QUICK = [["--help"], ["--version"], ["nonsense"], *([command, "--help"] for command in COMMANDS), ["inspect"]]
+
+
+@pytest.mark.parametrize("arguments", QUICK, ids=" ".join)
+def test_help_and_wrong_usage_are_answered_without_torch(arguments: list[str]) -> None:
+    code = (
+        "import atexit, sys\n"
+        "from peftgraph.cli import main\n"
+        "atexit.register(lambda: print('imported:', sorted({'torch', 'transformers', 'sympy'} & set(sys.modules))))\n"
+        f"sys.argv = ['peftgraph', *{arguments!r}]\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == (0 if arguments[-1].startswith("--") else 2)
+    assert done.stdout.splitlines()[-1] == "imported: []"
+    assert len(done.stdout + done.stderr) > len("imported: []\n")
+
+
+@pytest.mark.parametrize(
+    "first", ["peftgraph.trace.capture", "peftgraph.fold", "peftgraph.program", "peftgraph.facade"]
+)
+def test_the_facade_is_the_same_whatever_was_imported_first(first: str) -> None:
+    code = (
+        f"import {first}, peftgraph as pg, types\n"
+        "from peftgraph import trace, fold, Program, init\n"
+        "assert pg.trace is trace and pg.fold is fold and not isinstance(trace, types.ModuleType)\n"
+        "assert {'trace', 'fold', 'Program', 'attention', 'init'} <= set(dir(pg))\n"
+        "assert pg.init is init and isinstance(init, types.ModuleType)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(AttributeError, match="module 'peftgraph' has no attribute 'nonsense'"):
+        peftgraph.nonsense  # pyright: ignore[reportAttributeAccessIssue]  # noqa: B018
 
 
 def test_every_public_name_is_documented() -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -113,17 +111,3 @@ def test_damaged_and_incomplete_weights_are_refused(cli, folder: Path, tmp_path:
     result = cli("export", partial, "--out", tmp_path / "m.pt2")
     assert result.exit_code == 1
     assert "lack 1 of BertModel's tensors, encoder.layer.0.attention.self.query.weight" in result.stderr
-
-
-def test_the_commands_import_nothing_heavy_until_they_run() -> None:
-    # The package's own facade is left out: what is tested is the command line.
-    program = (
-        "import sys, types, importlib.util as u\n"
-        "package = types.ModuleType('peftgraph')\n"
-        "package.__path__ = list(u.find_spec('peftgraph').submodule_search_locations)\n"
-        "sys.modules['peftgraph'] = package\n"
-        "import peftgraph.cli.app\n"
-        "print(sorted({'torch', 'transformers', 'safetensors', 'networkx', 'sympy'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
