@@ -60,11 +60,11 @@ def capture(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] | Ten
         _restore_dtype(graph, table, bound)
     except Exception as error:
         raise explain(model, error) from error
-    number(graph)
     used = {str(node.target) for node in stored(graph)}
     table = Table((name, entry) for name, entry in table.items() if entry.kind != "constant" or name in used)
     signature = _signature(graph, exported, bound)
     out_of_place(graph)
+    number(graph)
     return ProgramData(
         model=type(model).__name__,
         graph=graph,
@@ -104,13 +104,21 @@ def _export(model: nn.Module, bound: Example, own: torch.dtype) -> tuple[Exporte
     failure: Exception | None = None
     for marker in _markers(model, own):
         try:
-            return _export_once(model, bound, own, marker or own), marker
+            exported = _export_once(model, bound, own, marker or own)
+            if marker in (own, None) or not _rounded(exported, marker):
+                return exported, marker
         except PeftGraphError:
             raise
         except Exception as error:  # whatever an exporter or a model's code raises is explained to the user
             failure = failure or error
     assert failure is not None
     raise explain(model, failure) from failure
+
+
+def _rounded(exported: ExportedProgram, marker: torch.dtype) -> bool:
+    """Was a number of the model's code stored as a tensor that has fewer digits than the model's own dtype?"""
+    constants = [entry.tensor for entry in _constants(exported).values()]
+    return marker == torch.bfloat16 and any(one.dtype == marker for one in constants)
 
 
 def _markers(model: nn.Module, own: torch.dtype) -> list[torch.dtype | None]:

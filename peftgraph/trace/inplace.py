@@ -1,4 +1,5 @@
-"""Operations in place become operations out of place, so that a rewrite beside them is safe."""
+"""Operations in place become operations out of place, so that rewrites beside them are safe and dataflow is all
+there is to read: a value that is filled piece by piece through views becomes a chain of scatters."""
 
 from __future__ import annotations
 
@@ -14,20 +15,26 @@ aten = torch.ops.aten
 # What has a twin out of place that gives the same bits.
 TWINS = (
     "relu relu6 leaky_relu elu selu celu silu mish hardtanh hardswish hardsigmoid threshold sigmoid tanh "
-    "add sub mul div neg abs exp log sqrt rsqrt square pow floor ceil round clamp clamp_min clamp_max "
-    "masked_fill detach"
+    "add sub mul div neg abs exp log sqrt rsqrt square pow floor ceil round clamp clamp_min clamp_max detach"
+)
+# Likewise, and whatever it writes takes the dtype of what is written into.
+WRITERS = "masked_fill fill zero index_put index_copy index_add index_fill scatter scatter_add masked_scatter"
+# Views for certain: `reshape`, `contiguous` and `to` may also copy, and whether a later write shows in them is open.
+VIEWS = (
+    "slice select narrow transpose permute t unsqueeze squeeze view expand alias detach split split_with_sizes "
+    "chunk unbind getitem movedim swapaxes"
 )
 
 
 def out_of_place(graph: fx.Graph) -> None:
-    """Replaces, in place, every operation in place whose effect nobody sees but through its result.
+    """Replaces, in place, every operation in place whose effect can be told from the graph.
 
-    What writes into a stored buffer stays (running statistics), and so does what writes through a view.
+    What writes into a stored buffer stays (running statistics), and so does what writes through a view that may be
+    a copy.
 
     Raises:
         TraceError: an operation writes into an input of the model.
     """
-    position = {node: i for i, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
         written = _written(node)
         if written is None:
@@ -39,17 +46,133 @@ def out_of_place(graph: fx.Graph) -> None:
                 f"The model writes into its input {name!r} in place ({_name(node)}). Let it work on a copy: "
                 f"{name} = {name}.clone()."
             )
-        twin = _twin(node)
-        if root.op == "get_attr" or twin is None or _is_seen(graph, node, written, root, position):
-            continue
-        with graph.inserting_before(node):
-            new = graph.call_function(twin, node.args, node.kwargs)
-        new.meta = dict(node.meta)
-        position[new] = position[node]
-        node.replace_all_uses_with(new)
-        for user in [user for user in written.users if position[user] > position[node]]:
-            user.replace_input_with(written, new)
-        graph.erase_node(node)
+        if root.op != "get_attr":
+            _functional(graph, node, written, root)
+
+
+def _functional(graph: fx.Graph, node: fx.Node, written: fx.Node, root: fx.Node) -> None:
+    """Turns one write into a new value of `root`, and hands it to all that read the memory later."""
+    chain = _chain(written, root)
+    stale = [other for other in _shared(root) if other < node and any(node < user for user in other.users)]
+    if not all(_invertible(view) for view in chain) or not all(_is_view(other, root) for other in stale):
+        return
+    with graph.inserting_before(node):
+        fresh = _value(graph, node, written)
+        if fresh is None:
+            return
+        for view in chain:
+            fresh = _scattered(graph, view, fresh)
+        renewed = {root: fresh}
+        for other in (*stale, *([written] if node.users else [])):
+            _renew(graph, other, renewed)
+    if node.users:
+        node.replace_all_uses_with(renewed[written])
+    for other in stale:
+        for user in [user for user in other.users if node < user]:
+            user.replace_input_with(other, renewed[other])
+    graph.erase_node(node)
+
+
+def _shared(root: fx.Node) -> list[fx.Node]:
+    """The values that may share the root's memory, itself included."""
+    found = [root]
+    for node in found:
+        found.extend(user for user in node.users if _viewed(user) is node)
+    return found
+
+
+def _renew(graph: fx.Graph, view: fx.Node, renewed: dict[fx.Node, fx.Node]) -> fx.Node:
+    """The same view of the memory's new value."""
+    if view not in renewed:
+        source = _viewed(view)
+        assert source is not None
+        fresh = _renew(graph, source, renewed)
+        renewed[view] = graph.node_copy(view, lambda operand: fresh if operand is source else operand)
+        renewed[view].meta = dict(view.meta)
+    return renewed[view]
+
+
+def _is_view(node: fx.Node, root: fx.Node) -> bool:
+    """Does the node share the root's memory for certain?"""
+    while node is not root:
+        source = _viewed(node)
+        if source is None or _name(node) not in VIEWS.split():
+            return False
+        node = source
+    return True
+
+
+def _chain(written: fx.Node, root: fx.Node) -> list[fx.Node]:
+    """The views between a written value and its root, the last one first."""
+    chain: list[fx.Node] = []
+    while written is not root:
+        chain.append(written)
+        source = _viewed(written)
+        assert source is not None
+        written = source
+    return chain
+
+
+def _invertible(view: fx.Node) -> bool:
+    return _name(view) in ("slice", "select", "transpose", "alias")
+
+
+def _scattered(graph: fx.Graph, view: fx.Node, value: fx.Node) -> fx.Node:
+    """The source of `view` with `value` in the place that the view shows."""
+    source = view.args[0]
+    assert isinstance(source, fx.Node)
+    if _name(view) == "alias":
+        return value
+    if _name(view) == "transpose":
+        new = graph.call_function(aten.transpose.int, (value, *view.args[1:]))
+    else:
+        scatter = aten.slice_scatter.default if _name(view) == "slice" else aten.select_scatter.default
+        new = graph.call_function(scatter, (source, value, *view.args[1:]), dict(view.kwargs))
+    new.meta = dict(source.meta)
+    return new
+
+
+def _value(graph: fx.Graph, node: fx.Node, written: fx.Node) -> fx.Node | None:
+    """What `node` leaves in `written`; None where no operator out of place gives it."""
+    if _name(node) == "copy_":
+        return _copied(graph, node, written)
+    twin = _twin(node)
+    if twin is None:
+        return None
+    values = [_number(graph, one, written) if isinstance(one, fx.Node) else one for one in node.args]
+    new = graph.call_function(twin, tuple(values), node.kwargs)
+    new.meta = dict(node.meta)
+    return new
+
+
+def _number(graph: fx.Graph, value: fx.Node, written: fx.Node) -> fx.Node:
+    """A number of the model's code, which was stored in the dtype it is written into, in that dtype whatever it is."""
+    stored, target = value.meta.get("val"), written.meta.get("val")
+    if not _name(value).startswith("lift_fresh") or not isinstance(stored, Tensor) or not isinstance(target, Tensor):
+        return value
+    if not stored.is_floating_point():
+        return value
+    new = graph.call_function(aten.to.other, (value, written))
+    new.meta = {**value.meta, "val": stored.to(target.dtype)}
+    return new
+
+
+def _copied(graph: fx.Graph, node: fx.Node, written: fx.Node) -> fx.Node | None:
+    """The source of a copy, in the dtype and the shape of its target."""
+    value = node.args[1]
+    if not isinstance(value, fx.Node):
+        return None
+    value = _number(graph, value, written)
+    source, target = value.meta.get("val"), written.meta.get("val")
+    if not isinstance(source, Tensor) or not isinstance(target, Tensor) or source.device != target.device:
+        return None
+    if source.dtype != target.dtype:
+        value = graph.call_function(aten.to.other, (value, written))
+        value.meta = {**node.meta, "val": source.to(target.dtype)}
+    if tuple(source.shape) != tuple(target.shape):
+        value = graph.call_function(aten.expand_as.default, (value, written))
+        value.meta = dict(node.meta)
+    return value
 
 
 def _written(node: fx.Node) -> fx.Node | None:
@@ -93,27 +216,12 @@ def _root(node: fx.Node) -> fx.Node:
     return node
 
 
-def _is_seen(graph: fx.Graph, node: fx.Node, written: fx.Node, root: fx.Node, position: dict[fx.Node, int]) -> bool:
-    """Whether a later node reads the written memory under another name than `written` or the result."""
-    derived = {node}
-    for other in graph.nodes:
-        if position[other] <= position[node] or other in derived:
-            continue
-        source = _viewed(other)
-        if source in derived or source is written:
-            derived.add(other)
-    for other in graph.nodes:
-        if other in derived or other is written or _root(other) is not root:
-            continue
-        if any(position[user] > position[node] for user in other.users):
-            return True
-    return False
-
-
 def _twin(node: fx.Node) -> torch._ops.OpOverload | None:
     """The operator out of place that gives the same value, when there is one."""
     assert isinstance(node.target, torch._ops.OpOverload)
     name = _name(node).removesuffix("_")
+    if name in WRITERS.split():
+        return getattr(getattr(aten, name), node.target._overloadname)
     if name not in TWINS.split():
         return None
     tensors = [value.meta.get("val") for value in node.all_input_nodes]
@@ -124,8 +232,8 @@ def _twin(node: fx.Node) -> torch._ops.OpOverload | None:
 
 
 def _name(node: fx.Node) -> str:
-    assert isinstance(node.target, torch._ops.OpOverload)
-    return node.target._schema.name.split("::")[-1]
+    schema = getattr(node.target, "_schema", None)
+    return schema.name.split("::")[-1] if schema is not None else getattr(node.target, "__name__", "")
 
 
 def _dtype(node: fx.Node) -> torch.dtype | None:
