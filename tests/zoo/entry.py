@@ -24,11 +24,13 @@ class Part:
         parameter: the full name of the weight that plays it (any of its names, where it is tied).
         columns: output features of that weight that are this role's own, when one weight serves several roles.
             None: the weight has this role only.
+        optional: a contribution that need not be found, but is right when it is.
     """
 
     role: str
     parameter: str
     columns: frozenset[int] | None = None
+    optional: bool = False
 
 
 @dataclass(frozen=True)

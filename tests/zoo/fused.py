@@ -1,0 +1,74 @@
+"""Which columns of a fused projection are whose, by model type. Known from the code of each type."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from .entry import Part
+
+PER_HEAD = r"GPTNeoX|Bloom|Persimmon|Disentangled|GptNeoX|Fuyu"  # [heads, 3, head]
+
+
+def fused(model: nn.Module, module: nn.Module, *names: str) -> list[Part]:
+    """The parts q, k and v of one weight for all, or of one for q and one for k and v."""
+    stored = dict(model.named_parameters(remove_duplicate=False))
+    if len(names) == 2:
+        half = _out(model, module, stored[names[1]], names[1]) // 2
+        k, v = frozenset(range(half)), frozenset(range(half, 2 * half))
+        return [Part("attention.q", names[0]), Part("attention.k", names[1], k), Part("attention.v", names[1], v)]
+    out, inner = _sizes(stored[names[0]], module, names[0])
+    groups = columns(module, out, inner)
+    return [Part(f"attention.{role}", names[0], frozenset(group)) for role, group in zip("qkv", groups, strict=True)]
+
+
+def columns(module: nn.Module, out: int, inner: int) -> Sequence[Iterable[int]]:
+    """The columns of q, k and v in a fused projection of `out` features."""
+    kind = type(module).__name__
+    if re.search(PER_HEAD, kind):
+        heads = _heads(module)
+        size = out // (3 * heads)
+        return [[h * 3 * size + i * size + c for h in range(heads) for c in range(size)] for i in range(3)]
+    if kind.startswith("CodeGen"):
+        third = out // 12
+        return [[g * 3 * third + i * third + c for g in range(4) for c in range(third)] for i in (0, 2, 1)]
+    queries = inner if out != 3 * inner else out // 3
+    rest = (out - queries) // 2
+    return [range(queries), range(queries, queries + rest), range(queries + rest, out)]
+
+
+def gated(model: nn.Module, module: nn.Module, up: str, down: str) -> list[Part]:
+    """The parts of one weight for gate and up, or of a plain up projection."""
+    stored = dict(model.named_parameters(remove_duplicate=False))
+    out = _sizes(stored[up], module, up)[0]
+    hidden = _sizes(stored[down], module, down)[1]
+    if out != 2 * hidden:
+        return [Part("ffn.up", up)]
+    first, second = range(hidden), range(hidden, out)
+    if re.search("GptOss|OpenAIPrivacy", type(module).__name__):
+        first, second = range(0, out, 2), range(1, out, 2)
+    return [Part("ffn.gate", up, frozenset(first)), Part("ffn.up", up, frozenset(second))]
+
+
+def _out(model: nn.Module, module: nn.Module, tensor: Any, name: str) -> int:
+    return _sizes(tensor, module, name)[0]
+
+
+def _sizes(tensor: Any, module: nn.Module, name: str) -> tuple[int, int]:
+    """(out, in) of a stored weight; Conv1D stores (in, out), as do a few stacks of experts."""
+    child = name.removesuffix(".weight").rpartition(".")[2]
+    owner = getattr(module, child, None)
+    shape = tensor.shape[-2:] if tensor.dim() == 3 else tensor.shape
+    if type(owner).__name__ == "Conv1D" or getattr(module, "is_transposed", False) and tensor.dim() == 3:
+        return int(shape[1]), int(shape[0])
+    return int(shape[0]), int(shape[1])
+
+
+def _heads(module: nn.Module) -> int:
+    for name in ("num_attention_heads", "num_heads", "n_heads", "n_head"):
+        if isinstance(getattr(module, name, None), int):
+            return getattr(module, name)
+    return module.config.num_attention_heads  # pyright: ignore

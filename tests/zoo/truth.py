@@ -1,0 +1,184 @@
+"""What a transformers model holds, read from the paths and classes of its modules. For scoring only.
+
+The eager model is run once with hooks, so that only what a forward really calls is expected, as often as it is called.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from .entry import Expected, Part, Truth
+from .fused import fused, gated
+
+NAMES = {  # a projection's own name, by role
+    "q": "q_proj query q q_lin query_proj project_q Wq q_head linear_q to_q",
+    "k": "k_proj key k k_lin key_proj project_k Wk k_head linear_k to_k",
+    "v": "v_proj value v v_lin value_proj project_v Wv v_head linear_v to_v",
+    "qkv": "c_attn qkv qkv_proj Wqkv query_key_value in_proj in_proj_weight",
+    "kv": "to_kv kv_proj",
+    "o": "o_proj out_proj o out_lin output_proj attention_out dense proj projection projection_layer Wo linear_out to_out "
+    "c_proj post_proj output",
+}
+OUTER = ("output.dense", "output")  # an output projection that stands beside the attention's module
+FEEDFORWARDS = (  # up, down, gate: of one module
+    ("up_proj", "down_proj", "gate_proj"),
+    ("gate_up_proj", "down_proj", None),
+    ("fc1", "fc2", None),
+    ("lin1", "lin2", None),
+    ("c_fc", "c_proj", None),
+    ("dense_h_to_4h", "dense_4h_to_h", None),
+    ("intermediate_dense", "output_dense", None),
+    ("wi_1", "wo", "wi_0"),
+    ("wi", "wo", None),
+    ("w3", "w2", "w1"),
+    ("Wi", "Wo", None),
+    ("linear1", "linear2", None),
+    ("fc_in", "fc_out", None),
+    ("layer_1", "layer_2", None),
+    ("linear_1", "linear_2", None),
+    ("w_in.w_1", "w_out", "w_in.w_0"),
+    ("input_linear", "output_linear", None),
+    ("intermediate.dense", "output.dense", None),
+)
+# Attention by name that is none: no softmax over products of queries and keys.
+NO_ATTENTION = re.compile(
+    r"Lightning|LinearAttention|GatedDelta|Mamba|Rwkv|Efficient\w*Additive|Deformable|FNet|Mixer|Recurrent|Conv"
+)
+CROSS = re.compile(r"cross|encoder_attn|encdec|encoder_attention|enc_attn", re.IGNORECASE)
+
+
+def truth(model: nn.Module, example: Mapping[str, Any]) -> Truth:
+    """What `model` holds."""
+    return Reader(model, calls(model, example)).read()
+
+
+def calls(model: nn.Module, example: Mapping[str, Any]) -> Counter[str]:
+    """How often one forward of `model` calls each of its modules, by path."""
+    counts: Counter[str] = Counter()
+    modules = {module: name for name, module in model.named_modules()}
+
+    def count(module: nn.Module, *_: Any) -> None:
+        counts[modules[module]] += 1
+
+    hooks = [module.register_forward_pre_hook(count) for module in modules]
+    state = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(**example)
+    finally:
+        model.train(state)
+        for hook in hooks:
+            hook.remove()
+    return counts
+
+
+class Reader:
+    """Finds the attentions and the feed-forwards of a model by the names of its modules."""
+
+    def __init__(self, model: nn.Module, called: Counter[str]) -> None:
+        self.model, self.called = model, called
+        self.modules = dict(model.named_modules())
+        self.parameters = dict(model.named_parameters(remove_duplicate=False))
+        self.taken: set[str] = set()
+
+    def read(self) -> Truth:
+        return Truth(tuple(self.attentions()), tuple(self.feedforwards()))
+
+    def suspicious(self) -> list[str]:
+        """Modules that are called after something this reader did not recognise."""
+        claimed = {name.rpartition(".")[0] for name in self.taken} | self.taken
+        return [
+            f"{path}:{type(module).__name__}"
+            for path, module in self.modules.items()
+            if self.called[path]
+            and re.search("Att|MLP|Mlp|FeedForward|FFN", type(module).__name__)
+            and not any(f"{one}.".startswith(f"{path}.") for one in claimed)
+            and any(True for _ in module.parameters())
+        ]
+
+    def attentions(self) -> Iterator[Expected]:
+        for path, module in self.modules.items():
+            if not self.called[path] or NO_ATTENTION.search(type(module).__name__):
+                continue
+            parts = self._attention(path, module)
+            if parts:
+                self.taken |= {part.parameter for part in parts}
+                kind: Literal["self", "cross"] = "cross" if CROSS.search(f"{path} {type(module).__name__}") else "self"
+                yield Expected(path, tuple(parts), self.layer(path), kind, uses=self.called[path])
+
+    def feedforwards(self) -> Iterator[Expected]:
+        for path in self.modules:
+            parts = self._feedforward(path)
+            if parts and not {part.parameter for part in parts} & self.taken:
+                self.taken |= {part.parameter for part in parts}
+                yield Expected(path, tuple(parts), self.layer(path), uses=max(1, self.called[path]))
+
+    def weight(self, path: str, name: str) -> str | None:
+        """The full name of the weight called `name` beneath a module: its own, a child's, or a wrapped child's."""
+        stem = f"{path}.{name}" if path else name
+        for full in (stem, f"{stem}.weight", f"{stem}.linear.weight"):
+            if full in self.parameters and self.parameters[full].dim() > 1:
+                return full
+        return None
+
+    def named(self, path: str, role: str) -> str | None:
+        found = (self.weight(path, name) for name in NAMES[role].split())
+        return next((name for name in found if name is not None), None)
+
+    def _attention(self, path: str, module: nn.Module) -> list[Part]:
+        separate = {role: self.named(path, role) for role in "qkv"}
+        whole, pair = self.named(path, "qkv"), self.named(path, "kv")
+        parts: list[Part] = []
+        if all(separate.values()):
+            parts = [Part(f"attention.{role}", name) for role, name in separate.items() if name]
+        elif whole and not separate["q"] and re.search("Att", type(module).__name__):
+            parts = fused(self.model, module, whole)
+        elif whole or not (separate["q"] and pair):
+            return []
+        else:
+            parts = fused(self.model, module, separate["q"], pair)
+        out = self.output(path)
+        return [*parts, Part("attention.o", out)] if out else parts
+
+    def output(self, path: str) -> str | None:
+        own = self.named(path, "o")
+        if own is not None:
+            return own
+        parent = path.rpartition(".")[0]
+        for name in OUTER:
+            found = self.weight(parent, name)
+            if found is not None and not self.weight(parent, "intermediate.dense"):
+                return found
+        return None
+
+    def _feedforward(self, path: str) -> list[Part]:
+        for up, down, gate in FEEDFORWARDS:
+            first, last = self.weight(path, up), self.weight(path, down)
+            between = gate and self.weight(path, gate)
+            if first is None or last is None:
+                continue
+            parts = [Part("ffn.up", first)]
+            if between:
+                parts.append(Part("ffn.gate", between))
+            elif gate is None:
+                parts = gated(self.model, self.modules[path], first, last)
+            return [*parts, Part("ffn.down", last)]
+        return []
+
+    def layer(self, path: str) -> int | None:
+        """The number in the innermost list of alike modules; None inside several such lists."""
+        parts = path.split(".")
+        numbers: list[int] = []
+        for i, part in enumerate(parts):
+            holder = self.modules.get(".".join(parts[:i]))
+            if part.isdigit() and isinstance(holder, nn.ModuleList) and "expert" not in parts[i - 1]:
+                if len({type(one) for one in holder}) == 1:
+                    numbers.append(int(part))
+        return numbers[0] if len(numbers) == 1 else None
