@@ -52,13 +52,12 @@ def narrow(window: Columns | None, columns: Columns | None) -> Columns | None:
     """The window of a window."""
     if window is None or columns is None:
         return columns if window is None else window
-    stored = list(window)
-    return Columns.from_indices([stored[i] for i in columns])
+    return Columns.from_indices(window.index()[columns.index()])
 
 
-def columns_of(projection: Projection, features: Sequence[int]) -> Columns | None:
+def columns_of(projection: Projection, features: torch.Tensor) -> Columns | None:
     """None where the features are all of them in order."""
-    return None if list(features) == list(range(projection.width)) else Columns.from_indices(features)
+    return None if torch.equal(features, torch.arange(projection.width)) else Columns.from_indices(features)
 
 
 def arrivals(anatomy: Anatomy, goal: fx.Node, sources: Sequence[Projection]) -> tuple[torch.Tensor, list[int]]:
@@ -76,10 +75,10 @@ def arrivals(anatomy: Anatomy, goal: fx.Node, sources: Sequence[Projection]) -> 
     return Tagger(anatomy.flow, seeds).run(goal), bases
 
 
-def split(tags: Sequence[int], sources: Sequence[Projection], bases: Sequence[int]) -> list[list[int]]:
+def split(tags: torch.Tensor, sources: Sequence[Projection], bases: Sequence[int]) -> list[torch.Tensor]:
     """The features of each source among the tags, in the order of arrival."""
     return [
-        [tag - base - 1 for tag in tags if base < tag <= base + source.width]
+        tags[(base < tags) & (tags <= base + source.width)] - base - 1
         for source, base in zip(sources, bases, strict=True)
     ]
 
@@ -117,7 +116,7 @@ def _parts(anatomy: Anatomy, role: str, operand: fx.Node) -> list[Part]:
     arrived = split(in_order(tags), sources, bases)
     parts: list[Part] = []
     for source, features in zip(sources, arrived, strict=True):
-        if features:
+        if len(features):
             width = len(features) // heads if heads else None
             parts.append(Part(role, source, columns_of(source, features), heads, width))
     return parts

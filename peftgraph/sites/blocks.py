@@ -3,8 +3,10 @@ form."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from torch import fx
 
@@ -51,6 +53,10 @@ class Blocks:
     def __init__(self, anatomy: Anatomy, attentions: Sequence[Attention], feedforwards: Sequence[FeedForward]) -> None:
         self.anatomy = anatomy
         self.sublayers = _sublayers(anatomy, attentions, feedforwards)
+        self.roles_from: dict[fx.Node, set[str]] = {}  # by the value they start from; two roles are parallel
+        for one in (one for found in self.sublayers.values() for one in found):
+            self.roles_from.setdefault(one.join.source, set()).add(one.role)
+        self._orders = [anatomy.flow.order[join.node] for join in anatomy.joins]
         self.streams = _streams(anatomy, self.sublayers)
         self.places: dict[Join, Place] = {}
         layered = [stream for stream in self.streams if stream.blocks]
@@ -67,8 +73,8 @@ class Blocks:
     def around(self, node: fx.Node) -> Join | None:
         """The join inside whose branch a node lies."""
         flow = self.anatomy.flow
-        for join in self.anatomy.joins:
-            if flow.order[join.node] > flow.order[node] and flow.descends(join.branch, node):
+        for join in islice(self.anatomy.joins, bisect_right(self._orders, flow.order[node]), None):
+            if flow.descends(join.branch, node):
                 return join if node is not join.source and flow.descends(node, join.source) else None
         return None
 

@@ -11,7 +11,7 @@ from . import ops
 from .flow import Flow
 from .projections import einsum_operands, letters
 from .site import NearMiss
-from .tags import Tagger
+from .tags import Tagger, varies
 
 ROLE = "attention.core"
 
@@ -173,6 +173,6 @@ def _query_first(flow: Flow, product: fx.Node, argument: fx.Node, softmax: fx.No
         spread[axis] = shape[axis]
         seed = torch.arange(1, shape[axis] + 1).reshape(spread).expand(shape)
         tags = Tagger(flow, {product: seed}).run(argument)
-        if tags.dim() == len(flow.shape(argument)) and bool((tags != tags.narrow(dim, 0, 1)).any()):
+        if tags.dim() == len(flow.shape(argument)) and varies(tags, dim):
             return q, k
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from . import ops
@@ -14,6 +15,7 @@ from .projections import Projection
 from .site import NearMiss
 from .tags import in_order
 
+Side = tuple[str, torch.Tensor, list[int], str]  # of a gating product: role, tags, bases, note
 REACH = 40  # how many nodes a router's scores may pass before they choose
 
 
@@ -109,19 +111,17 @@ def _ups(anatomy: Anatomy, down: Projection) -> list[Part]:
         return [
             Part("ffn.up", source, columns_of(source, features))
             for source, features in zip(sources, arrived, strict=True)
-            if features
+            if len(features)
         ]
     parts: list[Part] = []
     for role, tags, bases, note in sides:
         for source, features in zip(sources, split(tags, sources, bases), strict=True):
-            if features:
+            if len(features):
                 parts.append(Part(role, source, columns_of(source, features), note=note))
     return sorted(parts, key=lambda part: anatomy.flow.order[part.projection.node])
 
 
-def _gating(
-    anatomy: Anatomy, down: Projection, sources: list[Projection]
-) -> list[tuple[str, list[int], list[int], str]] | None:
+def _gating(anatomy: Anatomy, down: Projection, sources: list[Projection]) -> list[Side] | None:
     """The last multiplication with disjoint features on its sides: (role, tags, bases, note) of each side."""
     between = anatomy.frontier(down.input).between
     for node in sorted(between, key=lambda one: -anatomy.flow.order[one]):
@@ -132,7 +132,7 @@ def _gating(
             continue
         tagged = [arrivals(anatomy, operand, sources) for operand in operands]
         features = [in_order(tags) for tags, _ in tagged]
-        if not features[0] or not features[1] or set(features[0]) & set(features[1]):
+        if not all(map(len, features)) or torch.equal(*features) or bool(torch.isin(*features).any()):
             continue
         bent = [_bent(anatomy, operand) for operand in operands]
         gate = 0 if bent[0] else 1
@@ -148,9 +148,7 @@ def _bent(anatomy: Anatomy, node: fx.Node) -> bool:
     return anatomy.frontier(node).nonlinear
 
 
-def _fused_gate(
-    anatomy: Anatomy, node: fx.Node, sources: list[Projection]
-) -> list[tuple[str, list[int], list[int], str]]:
+def _fused_gate(anatomy: Anatomy, node: fx.Node, sources: list[Projection]) -> list[Side]:
     """glu(x) = x[:n] * sigmoid(x[n:])."""
     axis = ops.argument(node, 1, "dim")
     tags, bases = arrivals(anatomy, anatomy.flow.operands(node)[0], sources)

@@ -17,7 +17,7 @@ from .feedforward import FeedForward, find_feedforward, find_routers
 from .joins import Join
 from .norms import Norm
 from .projections import Projection
-from .site import Bias, NearMiss, Site, Sites
+from .site import Bias, Columns, NearMiss, Site, Sites
 
 RANK = (
     "block",
@@ -59,7 +59,10 @@ class Finder:
         anatomy.routers = find_routers(anatomy, taken)
         self.feedforwards = self._feedforwards(taken)
         self.blocks = Blocks(anatomy, self.attentions, self.feedforwards)
+        self.norm_after = {self.flow.strip(norm.input): norm for norm in reversed(anatomy.norms)}
         self.found: list[Site] = []
+        self.paths: dict[str, list[str]] = {}  # of the sites with a weight, by operation
+        self.played: set[tuple[str, fx.Node, Columns | None]] = set()  # the parts that are sites already
         self.place_of: dict[fx.Node, Place | None] = {}
 
     def _feedforwards(self, taken: set[Projection]) -> list[FeedForward]:
@@ -92,6 +95,8 @@ class Finder:
         items = tuple((port, node.name) for port, node in ports.items() if node is not None)
         layer, stack = (place.layer, place.stack) if place else (None, None)
         self.found.append(Site(role=role, path=path, op=op.name, layer=layer, stack=stack, port_items=items, **more))
+        if self.found[-1].weight is not None:
+            self.paths.setdefault(op.name, []).append(path)
 
     def _place(self, node: fx.Node) -> Place | None:
         join = self.blocks.around(node)
@@ -100,6 +105,7 @@ class Finder:
     def _part(self, part: Part, place: Place | None, **more: Any) -> None:
         """A site for one part of a projection."""
         one = part.projection
+        self.played.add((part.role, one.node, part.columns))
         self.place_of.setdefault(one.node, place)
         ports: Ports = {
             "input": one.input,
@@ -128,9 +134,8 @@ class Finder:
     def _attention(self, one: Attention) -> None:
         reader = one.role("o")[0].projection.node if one.role("o") else one.core.output
         place = self._place(reader)
-        known = {(s.role, s.op, s.columns) for s in self.found}
         for part in one.parts:
-            if (part.role, part.projection.node.name, part.columns) not in known:
+            if (part.role, part.projection.node, part.columns) not in self.played:
                 self._part(part, place, kind=one.kind)
         core, q = one.core, one.role("q")
         ports: Ports = {"q": core.q, "k": core.k, "v": core.v, "output": core.output, "mask": core.mask}
@@ -199,7 +204,7 @@ class Finder:
         blocks = self.blocks
         for sublayers in blocks.sublayers.values():
             for one in sublayers:
-                self._sublayer(one, parallel=_parallel(one, blocks))
+                self._sublayer(one, parallel=len(blocks.roles_from[one.join.source]) > 1)
         for stream in blocks.streams:
             for start, stop in stream.blocks:
                 joins = stream.joins[start:stop]
@@ -233,9 +238,8 @@ class Finder:
     def _after(self, join: Join) -> fx.Node:
         """The value a block hands on: the join, or the norm after it in a post-norm stream."""
         if join in self.blocks.post:
-            for norm in self.anatomy.norms:
-                if self.flow.strip(norm.input) is join.node or norm.input is join.node:
-                    return norm.output
+            norm = self.norm_after.get(join.node)
+            return join.node if norm is None else norm.output
         return join.node
 
     def _norms(self) -> None:
@@ -308,20 +312,11 @@ class Finder:
                 yield str(leaf.target), node, node, self._place(node)
 
     def _common(self, members: Sequence[fx.Node], fallback: fx.Node) -> str:
-        paths: list[str] = []
-        for site in self.found:
-            if site.weight is not None and site.op in {node.name for node in members}:
-                paths.append(site.path)
+        paths = [path for node in dict.fromkeys(members) for path in self.paths.get(node.name, ())]
         return common(paths) if paths else module_of(fallback)
 
 
 Ports = dict[str, fx.Node | None]
-
-
-def _parallel(one: Sublayer, blocks: Blocks) -> bool:
-    """Another sublayer starts from the same value."""
-    twins = [other for joins in blocks.sublayers.values() for other in joins if other.join.source is one.join.source]
-    return len({other.role for other in twins}) > 1
 
 
 def _looks_up_input(index: fx.Node) -> bool:

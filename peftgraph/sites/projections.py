@@ -15,7 +15,7 @@ from torch import fx
 from . import ops
 from .flow import Flow
 from .site import Bias, Columns, Weight
-from .tags import Tagger, along, in_order, squeeze_constant
+from .tags import Tagger, along, in_order, squeeze_constant, varies
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,7 +187,7 @@ def _traced(
     flow: Flow, found: Contraction, leaf: fx.Node, sizes: tuple[int, ...], rank: int
 ) -> tuple[Weight, int | None] | None:
     """Seed the stored parameter along each of its axes and see which axis of the operand varies."""
-    outer: list[tuple[int, list[int]]] = []
+    outer: list[tuple[int, torch.Tensor]] = []
     inner: list[int] = []
     expert: int | None = None
     experts: int | None = None
@@ -208,8 +208,8 @@ def _traced(
     if not outer:
         return None
     window = None
-    if len(outer) == 1 and outer[0][1] != list(range(1, sizes[outer[0][0]] + 1)):
-        window = Columns.from_indices([tag - 1 for tag in outer[0][1]])
+    if len(outer) == 1 and not torch.equal(outer[0][1], torch.arange(1, sizes[outer[0][0]] + 1)):
+        window = Columns.from_indices(outer[0][1] - 1)
     transposed = bool(inner) and min(inner) < outer[0][0]
     return Weight(str(leaf.target), transposed, window, experts if len(sizes) > 2 and inner else None), expert
 
@@ -217,8 +217,7 @@ def _traced(
 def _only(tags: torch.Tensor, axes: set[int]) -> torch.Tensor | None:
     """The tags along `axes` if they vary there and nowhere else."""
     for axis in range(tags.dim()):
-        varies = not bool((tags == tags.narrow(axis, 0, 1)).all())
-        if varies and axis not in axes:
+        if varies(tags, axis) and axis not in axes:
             return None
     kept = squeeze_constant(tags)
     return kept if kept.dim() > 0 else None

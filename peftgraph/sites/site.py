@@ -19,14 +19,15 @@ class Columns:
     runs: tuple[tuple[int, int], ...]
 
     @classmethod
-    def from_indices(cls, indices: Sequence[int]) -> Columns:
-        runs: list[tuple[int, int]] = []
-        for index in indices:
-            if runs and runs[-1][1] == index:
-                runs[-1] = (runs[-1][0], index + 1)
-            else:
-                runs.append((index, index + 1))
-        return cls(tuple(runs))
+    def from_indices(cls, indices: torch.Tensor | Sequence[int]) -> Columns:
+        """The ranges of feature numbers, (F,) integers."""
+        index = torch.as_tensor(indices, dtype=torch.long)
+        if len(index) == 0:
+            return cls(())
+        breaks = (index[1:] != index[:-1] + 1).nonzero().flatten()
+        starts = index[torch.cat([torch.zeros(1, dtype=torch.long), breaks + 1])].tolist()
+        stops = (index[torch.cat([breaks, torch.tensor([len(index) - 1])])] + 1).tolist()
+        return cls(tuple(zip(starts, stops, strict=True)))
 
     def __len__(self) -> int:
         return sum(stop - start for start, stop in self.runs)
@@ -37,7 +38,7 @@ class Columns:
 
     def index(self) -> torch.Tensor:
         """The feature numbers as a LongTensor."""
-        return torch.tensor(list(self), dtype=torch.long)
+        return torch.cat([torch.arange(start, stop) for start, stop in self.runs])
 
     @property
     def contiguous(self) -> bool:

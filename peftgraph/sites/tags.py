@@ -1,7 +1,7 @@
 """Provenance by execution: run data movement on integer tags and read which features arrive where.
 
 A seed replaces one node's value by a tensor of tags (0 = none). Layout operators run as themselves on the
-example's sizes; elementwise operators and norms pass on the tag of their tagged operand (the first, where two
+example's sizes, as views wherever they can: an axis along which a seed does not vary has stride 0 and costs nothing; elementwise operators and norms pass on the tag of their tagged operand (the first, where two
 are tagged); reductions and products erase. Only the nodes between seeds and goal are run.
 """
 
@@ -18,6 +18,7 @@ from . import ops
 from .flow import Flow, hint
 
 Tags = torch.Tensor
+KEPT = ops.words("contiguous clone alias detach lift_fresh_copy")  # layouts that leave every tag where it is
 
 
 class Tagger:
@@ -66,8 +67,8 @@ class Tagger:
     def _blank(self, node: fx.Node) -> Any:
         value = self.flow.value(node)
         if isinstance(value, (list, tuple)):
-            return [torch.zeros([hint(s) for s in part.shape], dtype=torch.int64) for part in value]
-        return torch.zeros(self.flow.shape(node), dtype=torch.int64)
+            return [_zeros([hint(s) for s in part.shape]) for part in value]
+        return _zeros(self.flow.shape(node))
 
     def _operand(self, node: fx.Node) -> Any:
         if not self.flow.carries_tensor(node):
@@ -94,6 +95,8 @@ class Tagger:
     def _move(self, node: fx.Node, kind: str) -> Any:
         inputs: Any = fx.map_arg((node.args, dict(node.kwargs)), self._operand)
         args, kwargs = inputs
+        if kind in KEPT:
+            return args[0]
         if kind == "getitem":
             return args[0][args[1]]
         if kind in ("view", "_unsafe_view", "view_as", "reshape_as"):
@@ -123,31 +126,59 @@ class Tagger:
     def _pass(self, node: fx.Node) -> Any:
         """Elementwise: the first tagged operand's tag wins; shapes that do not broadcast are erased."""
         shape = self.flow.shape(node)
-        result = torch.zeros(shape, dtype=torch.int64)
+        result: Tags | None = None
         if not isinstance(self.flow.value(node), torch.Tensor):
             return self._blank(node)
         for source in self.flow.operands(node):
-            value = self._operand(source)
-            if not isinstance(value, torch.Tensor) or source not in self.env:
+            value = self.env.get(source)
+            if not isinstance(value, torch.Tensor):
                 continue
             try:
-                result = torch.where(result == 0, value.expand(shape), result)
+                spread = value.expand(shape)
             except RuntimeError:
                 continue
-        return result
+            if result is None:
+                result = spread
+            elif not _same_memory(spread, result):
+                result = torch.where(result == 0, spread, result)
+        return _zeros(shape) if result is None else result
+
+
+def _same_memory(a: Tags, b: Tags) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.stride() == b.stride()
+
+
+def _zeros(shape: Sequence[int]) -> Tags:
+    """No tags, in no memory."""
+    return torch.zeros((), dtype=torch.int64).expand(list(shape))
 
 
 def squeeze_constant(tags: Tags) -> Tags:
     """Drop every axis along which the tags do not change (batch, positions, repeated heads)."""
     for axis in range(tags.dim() - 1, -1, -1):
-        if tags.shape[axis] > 0 and bool((tags == tags.narrow(axis, 0, 1)).all()):
+        if not varies(tags, axis):
             tags = tags.select(axis, 0)
     return tags
 
 
-def in_order(tags: Tags) -> list[int]:
-    """The distinct tags by first appearance, without 0."""
-    return [tag for tag in dict.fromkeys(squeeze_constant(tags).flatten().tolist()) if tag]
+def varies(tags: Tags, axis: int) -> bool:
+    """Whether the tags change along an axis."""
+    if tags.shape[axis] == 0:
+        return True
+    for other in range(tags.dim()):  # compared once where they are stored once
+        if tags.stride(other) == 0 and tags.shape[other] > 0:
+            tags = tags.narrow(other, 0, 1)
+    return tags.shape[axis] > 1 and not bool((tags == tags.narrow(axis, 0, 1)).all())
+
+
+def in_order(tags: Tags) -> torch.Tensor:
+    """The distinct tags by first appearance, without 0: a LongTensor."""
+    kept = squeeze_constant(tags).flatten()
+    if not bool((kept[1:] > kept[:-1]).all()):
+        distinct, number = torch.unique(kept, return_inverse=True)
+        first = torch.full_like(distinct, len(kept)).scatter_reduce(0, number, torch.arange(len(kept)), "amin")
+        kept = distinct[first.argsort()]
+    return kept[kept != 0]
 
 
 def along(shape: Sequence[int], axes: Sequence[int], base: int = 0) -> Tags:
