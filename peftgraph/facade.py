@@ -28,6 +28,7 @@ from peftgraph.rewrite.rule import Replace as Replace
 from peftgraph.rewrite.rule import Rule as Rule
 from peftgraph.rewrite.rule import Train as Train
 from peftgraph.rewrite.views import Bound as Bound
+from peftgraph.sites import Pattern as Pattern
 from peftgraph.sites import Selector as Selector
 from peftgraph.sites import Site as Site
 from peftgraph.sites import Sites as Sites
@@ -41,6 +42,8 @@ from peftgraph.sites import head as head
 from peftgraph.sites import kind as kind
 from peftgraph.sites import layers as layers
 from peftgraph.sites import norm as norm
+from peftgraph.sites import op as op
 from peftgraph.sites import parse_selector as parse_selector
 from peftgraph.sites import projection as projection
 from peftgraph.sites import stack as stack
+from peftgraph.sites import var as var

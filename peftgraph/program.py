@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peftgraph.errors import PeftGraphError
+from peftgraph.errors import Conflict, PeftGraphError
 from peftgraph.fold import fold as _fold
 from peftgraph.fold.proof import Proof
 from peftgraph.interop import adapter_files, write_back
@@ -22,7 +22,7 @@ from peftgraph.lower.module import GraphModule
 from peftgraph.rewrite.apply import apply, remove
 from peftgraph.rewrite.count import Count, count
 from peftgraph.rewrite.method import Pass, Pipeline
-from peftgraph.sites import Sites, find_sites
+from peftgraph.sites import Pattern, Selector, Sites, as_selector, find_sites
 from peftgraph.sites.naming import sections, titles
 from peftgraph.trace import capture
 
@@ -45,7 +45,29 @@ class Program(ProgramData):
             NoMatch: a selector finds nothing; the message shows the nearest miss.
             Conflict: two passes claim the same thing.
         """
-        return apply(self, self.sites, methods)
+        used = [rule.at for method in methods if isinstance(method, Pass) for rule in method.rules()]
+        program = self.with_patterns(*used)
+        return apply(program, program.sites, methods)
+
+    def with_patterns(self, *patterns: Pattern | Selector | str) -> Program:
+        """The program with the sites of some patterns among its sites, to look at; `apply` does so by itself.
+
+        Args:
+            patterns: patterns, or selectors that speak of patterns.
+
+        Raises:
+            Conflict: another pattern of one of the names is known here.
+        """
+        known = {one.pattern.name: one.pattern for one in self.sites.searched}
+        count = len(known)
+        for one in patterns:
+            for pattern in (one,) if isinstance(one, Pattern) else as_selector(one).patterns():
+                if known.setdefault(pattern.name, pattern) != pattern:
+                    raise Conflict(f"Two patterns are called {pattern.name!r}:\n  {known[pattern.name]}\n  {pattern}")
+        if len(known) == count:
+            return self
+        base = self.base or self
+        return self.evolve(sites=find_sites(base.graph, base.table.tensors(), patterns=tuple(known.values())))
 
     def remove(self, which: int | str = -1) -> Program:
         """The program without one pass of its history, by index or by name; the other passes keep their parameters.

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
+from types import MappingProxyType
 from typing import Any, ClassVar, Self, cast
 
 from peftgraph.errors import RecipeError
 from peftgraph.rewrite.rule import Rule
 from peftgraph.rewrite.spec import build, parse_specs, print_value
+from peftgraph.sites import Pattern
 from peftgraph.sites.select import Selector, as_selector
 
 GROUP = "peftgraph.passes"
@@ -122,8 +124,12 @@ def find_pass(word: str) -> type[Pass]:
     return cast(type[Pass], points[word].load())
 
 
-def parse_pass(text: str) -> Pass:
+def parse_pass(text: str, patterns: Mapping[str, Pattern] = MappingProxyType({})) -> Pass:
     """The pass that a spec spells; several specs give a `Pipeline`. The inverse of `str(method)`.
+
+    Args:
+        text: the specs.
+        patterns: the patterns that selectors may call by name.
 
     Raises:
         RecipeError: the text cannot be read.
@@ -131,5 +137,5 @@ def parse_pass(text: str) -> Pass:
     specs = parse_specs(text)
     if not specs:
         raise RecipeError("An empty recipe: expected a spec such as lora{rank=8}.")
-    found = [build(find_pass(word), dict(options)) for word, options in specs]
+    found = [build(find_pass(word), dict(options), patterns) for word, options in specs]
     return found[0] if len(found) == 1 else Pipeline(found)

@@ -1,4 +1,8 @@
-"""Recipe files: TOML with one `[[pass]]` table a pass, or plain text of printed specs."""
+"""Recipe files: TOML with one `[[pass]]` table a pass, or plain text of printed specs.
+
+A TOML recipe may define sites of its own, `[patterns]` with one `name = "equations"` a pattern, and use them by name:
+`at = "swiglu.gate & layers(0, 2)"`. The passes carry what they use, so the names end with the file.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,10 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from peftgraph.errors import RecipeError
+from peftgraph.errors import PeftGraphError, RecipeError
 from peftgraph.rewrite.method import Pass, Pipeline, find_pass, parse_pass
 from peftgraph.rewrite.spec import build
+from peftgraph.sites import Pattern
 
 
 def load_recipe(source: str | Path) -> Pass:
@@ -40,8 +45,11 @@ def load_recipe(source: str | Path) -> Pass:
 
 def _from_document(document: dict[str, Any], where: str) -> Pass:
     tables = document.pop("pass", None)
+    patterns = _patterns(document.pop("patterns", {}), where)
     if document:
-        raise RecipeError(f"{where}: unknown table {next(iter(document))!r}; a recipe holds [[pass]] tables only.")
+        raise RecipeError(
+            f"{where}: unknown table {next(iter(document))!r}; a recipe holds [[pass]] tables and [patterns]."
+        )
     if not isinstance(tables, list) or not tables:
         raise RecipeError(f'{where}: a recipe needs at least one [[pass]] table with use = "lora" or another pass.')
     found = []
@@ -50,21 +58,51 @@ def _from_document(document: dict[str, Any], where: str) -> Pass:
         if not isinstance(word, str):
             raise RecipeError(f'{where}: [[pass]] number {number} needs use = "...", the name of a pass.')
         try:
-            found.append(build(find_pass(word), table))
+            found.append(build(find_pass(word), table, patterns))
         except RecipeError as error:
             raise RecipeError(f"{where}: [[pass]] number {number}: {error}") from None
+    used = {pattern.name for part in found for pattern in patterns_of(part)}
+    idle = next((name for name in patterns if name not in used), None)
+    if idle is not None:
+        raise RecipeError(f"{where}: the pattern {idle!r} is used by no pass.")
     return found[0] if len(found) == 1 else Pipeline(found)
+
+
+def _patterns(table: Any, where: str) -> dict[str, Pattern]:
+    if not isinstance(table, dict) or not all(isinstance(text, str) for text in table.values()):
+        raise RecipeError(f'{where}: [patterns] holds lines such as swiglu = "down = linear(...); gate = ...".')
+    found: dict[str, Pattern] = {}
+    for name, text in table.items():
+        try:
+            found[name] = Pattern(name, text)
+        except PeftGraphError as error:
+            raise RecipeError(f"{where}: [patterns] {name}: {error}") from None
+    return found
+
+
+def patterns_of(method: Pass) -> tuple[Pattern, ...]:
+    """The patterns that a pass speaks of, each once."""
+    return tuple(dict.fromkeys(pattern for rule in method.rules() for pattern in rule.at.patterns()))
 
 
 def to_toml(method: Pass) -> str:
     """The recipe file of a pass; `load_recipe` reads it back."""
-    lines: list[str] = []
+    patterns = patterns_of(method)
+    lines = [f"{json.dumps(p.name)} = {json.dumps(str(p).partition(': ')[2], ensure_ascii=False)}" for p in patterns]
+    lines = ["[patterns]", *lines, ""] if lines else []
     for part in method.passes():
         lines += ["[[pass]]", f'use = "{part.word}"']
         for item in dataclasses.fields(part):
             value = getattr(part, item.name)
             if value is not None and value != "":
-                plain = value if isinstance(value, int | float | str) else str(value)
+                plain = value if isinstance(value, int | float | str) else _named(str(value), patterns)
                 lines.append(f"{item.name} = {json.dumps(plain)}")  # JSON's numbers and strings are TOML's
         lines.append("")
     return "\n".join(lines)
+
+
+def _named(text: str, patterns: tuple[Pattern, ...]) -> str:
+    """The text of an option, with the file's patterns by name."""
+    for pattern in patterns:
+        text = text.replace(pattern.reference, pattern.name)
+    return text

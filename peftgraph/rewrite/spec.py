@@ -7,7 +7,8 @@ import difflib
 import json
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from peftgraph.errors import PeftGraphError, RecipeError
@@ -15,6 +16,7 @@ from peftgraph.sites.select import Selector, as_selector
 
 if TYPE_CHECKING:
     from peftgraph.rewrite.method import Pass
+    from peftgraph.sites import Pattern
 
 
 def print_value(value: Any) -> str:
@@ -46,8 +48,13 @@ def parse_specs(text: str) -> list[tuple[str, dict[str, str]]]:
     return found
 
 
-def build(cls: type[Pass], options: dict[str, Any]) -> Pass:
+def build(cls: type[Pass], options: dict[str, Any], patterns: Mapping[str, Pattern] = MappingProxyType({})) -> Pass:
     """A pass from its options, which may be text or values of a TOML file.
+
+    Args:
+        cls: the pass.
+        options: its options.
+        patterns: the patterns that selectors may call by name.
 
     Raises:
         RecipeError: an option is unknown or has a value of the wrong kind.
@@ -61,7 +68,7 @@ def build(cls: type[Pass], options: dict[str, Any]) -> Pass:
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise RecipeError(f"{cls.word} has no option {key!r}.{hint} Its options: {', '.join(sorted(fields))}.")
         try:
-            values[key] = _convert(raw, hints[key])
+            values[key] = _convert(raw, hints[key], patterns)
         except RecipeError:
             raise
         except (PeftGraphError, ValueError, TypeError) as error:
@@ -69,18 +76,18 @@ def build(cls: type[Pass], options: dict[str, Any]) -> Pass:
     return cls(**values)
 
 
-def _convert(raw: Any, hint: Any) -> Any:
+def _convert(raw: Any, hint: Any, patterns: Mapping[str, Pattern]) -> Any:
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if types.NoneType in options and raw in ("none", None):
         return None
     kinds = [option for option in options if option is not types.NoneType]
     kind = typing.get_origin(kinds[0]) or kinds[0]
     if kind is tuple:
-        return _convert_tuple(raw, typing.get_args(kinds[0])[0])
+        return _convert_tuple(raw, typing.get_args(kinds[0])[0], patterns)
     if kind is Selector or (isinstance(kind, type) and issubclass(kind, Selector)):
-        return as_selector(json.loads(raw) if isinstance(raw, str) and raw.startswith('"') else raw)
+        return as_selector(json.loads(raw) if isinstance(raw, str) and raw.startswith('"') else raw, patterns)
     if hasattr(kind, "word"):
-        return raw if isinstance(raw, kind) else _one(str(raw))
+        return raw if isinstance(raw, kind) else _one(str(raw), patterns)
     return _convert_scalar(raw, kind)
 
 
@@ -98,18 +105,18 @@ def _convert_scalar(raw: Any, kind: Any) -> Any:
     return kind(raw)
 
 
-def _convert_tuple(raw: Any, kind: Any) -> tuple[Any, ...]:
+def _convert_tuple(raw: Any, kind: Any, patterns: Mapping[str, Pattern]) -> tuple[Any, ...]:
     if isinstance(raw, str):
         if not (raw.startswith("[") and raw.endswith("]")):
             raise ValueError("expected a list [..., ...]")
         raw = [item for item in _split(raw[1:-1]) if item]
-    return tuple(_convert(item, kind) for item in raw)
+    return tuple(_convert(item, kind, patterns) for item in raw)
 
 
-def _one(text: str) -> Pass:
+def _one(text: str, patterns: Mapping[str, Pattern]) -> Pass:
     from peftgraph.rewrite.method import parse_pass
 
-    return parse_pass(text)
+    return parse_pass(text, patterns)
 
 
 # the scanner: words, balanced brackets, quoted strings

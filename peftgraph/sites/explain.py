@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from peftgraph.errors import Ambiguous, NoMatch
 
+from .patterns import PatternRole, explain_pattern
 from .select import Both, Either, Expert, Kind, Layers, Not, Role, Selector, Stack, Where, as_selector, quoted
 from .site import NearMiss, Site, Sites
 
@@ -58,6 +59,8 @@ def explain(sites: Sites, selector: object) -> str:
 
 
 def _reason(sites: Sites, chosen: Selector) -> str:
+    if isinstance(chosen, PatternRole):
+        return explain_pattern(sites, chosen)
     if isinstance(chosen, Either):
         return "; ".join(_reason(sites, part) for part in _alternatives(chosen))
     if isinstance(chosen, Both):

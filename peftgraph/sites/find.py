@@ -15,7 +15,10 @@ from .attention import Attention, Part, find_attention
 from .blocks import Blocks, Place, Sublayer
 from .feedforward import FeedForward, find_feedforward, find_routers
 from .joins import Join
+from .naming import module_of
 from .norms import Norm
+from .patterns.pattern import Pattern
+from .patterns.search import PatternSearch, search
 from .projections import Projection
 from .site import Bias, Columns, NearMiss, Site, Sites
 
@@ -41,10 +44,16 @@ RANK = (
 )
 
 
-def find_sites(graph: fx.Graph, tensors: Mapping[str, torch.Tensor]) -> Sites:
-    """The sites of a canonical graph; `tensors` holds the parameters and buffers its get_attr nodes name."""
+def find_sites(graph: fx.Graph, tensors: Mapping[str, torch.Tensor], *, patterns: Sequence[Pattern] = ()) -> Sites:
+    """The sites of a canonical graph.
+
+    Args:
+        graph: what to search.
+        tensors: the parameters and buffers its get_attr nodes name.
+        patterns: sites of one's own to look for as well.
+    """
     with torch.device("cpu"):  # tags are real numbers, whatever device the caller made the default
-        return Finder(Anatomy(graph, tensors)).sites()
+        return Finder(Anatomy(graph, tensors)).sites(patterns)
 
 
 class Finder:
@@ -74,7 +83,7 @@ class Finder:
                 found.append(one)
         return found
 
-    def sites(self) -> Sites:
+    def sites(self, patterns: Sequence[Pattern] = ()) -> Sites:
         for one in self.attentions:
             self._attention(one)
         for one in self.feedforwards:
@@ -84,12 +93,13 @@ class Finder:
         self._norms()
         self._embeddings()
         self._biases()
+        searched = tuple(self._pattern(pattern) for pattern in patterns)
         order = {node.name: i for i, node in enumerate(self.flow.nodes)}
         rank = {role: i for i, role in enumerate(RANK)}
-        self.found.sort(key=lambda site: (order[site.op], rank[site.role]))
+        self.found.sort(key=lambda site: (order[site.op], rank.get(site.role, len(RANK))))
         items = tuple(numbered(self.found))
         unmatched = tuple(site.id for site in items if site.role == "projection")
-        return Sites(items, tuple(self.misses), unmatched)
+        return Sites(items, tuple(self.misses), unmatched, searched)
 
     def _add(self, role: str, op: fx.Node, path: str, place: Place | None, ports: Ports, **more: Any) -> None:
         items = tuple((port, node.name) for port, node in ports.items() if node is not None)
@@ -311,6 +321,27 @@ class Finder:
             if node not in seen and leaf is not None and flow.floating(leaf) and len(flow.shape(leaf)) == 1:
                 yield str(leaf.target), node, node, self._place(node)
 
+    def _pattern(self, pattern: Pattern) -> PatternSearch:
+        found, report = search(self.anatomy, pattern)
+        for one in found:
+            place = self._place(one.node)
+            if one.part is not None:
+                self._part(one.part, place, tags=one.tags)
+            else:
+                self._value(one.role, one.node, place, one.tags)
+        return report
+
+    def _value(self, role: str, node: fx.Node, place: Place | None, tags: tuple[str, ...]) -> None:
+        """A site for a pattern's value that is no projection: a norm with what it trains, or a plain value."""
+        norm = self.anatomy.norm_at.get(node)
+        inputs = [one for one in self.flow.operands(node) if self.flow.signal(one)]
+        ports: Ports = {"input": norm.input if norm else inputs[0] if inputs else None, "output": node}
+        bias = None if norm is None or norm.bias is None else Bias(norm.bias)
+        scale = None if norm is None else norm.weight
+        axis = 1 - len(self.flow.shape(node)) if ops.name(node) in ops.CONV else -1
+        path = owner(scale) if scale else module_of(node)
+        self._add(role, node, path, place, ports, bias=bias, scale=scale, feature_axis=axis, tags=tags)
+
     def _common(self, members: Sequence[fx.Node], fallback: fx.Node) -> str:
         paths = [path for node in dict.fromkeys(members) for path in self.paths.get(node.name, ())]
         return common(paths) if paths else module_of(fallback)
@@ -347,13 +378,6 @@ def common(paths: Sequence[str]) -> str:
             break
         shared.append(level[0])
     return ".".join(shared)
-
-
-def module_of(node: fx.Node) -> str:
-    """The innermost module a node came from, as far as the trace recorded it."""
-    stack = node.meta.get("nn_module_stack") or {}
-    names = [str(value[0]) for value in stack.values()]
-    return names[-1].removeprefix("L['self'].") if names else ""
 
 
 def feature_axis(shape: tuple[int, ...], one: Projection) -> int:

@@ -1,8 +1,11 @@
-"""Printed names of values, from the sites that own them."""
+"""Printed names of values, from the sites that own them, and the modules they came from."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
+
+from torch import fx
 
 from .site import Site, Sites
 
@@ -54,3 +57,10 @@ def sections(sites: Sites) -> dict[str, str]:
         elif site.role in ("head", "embedding") and "output" in site.ports:
             found.setdefault(site.ports["output"], site.id)
     return found
+
+
+def module_of(node: fx.Node) -> str:
+    """The innermost module a node came from, as far as the trace recorded it."""
+    stack: Mapping[str, tuple[str, object]] = node.meta.get("nn_module_stack") or {}
+    names = [str(value[0]) for value in stack.values()]
+    return names[-1].removeprefix("L['self'].") if names else ""

@@ -1,14 +1,17 @@
 """A recursive-descent parser for selectors.
 
 either := both ("|" both)*      both := prefix ("&" prefix)*      prefix := "~" prefix | suffixed
-suffixed := primary (".where(path=" STRING ")")*                  primary := "(" either ")" | FILTER | ROLE
+suffixed := primary (".where(path=" STRING ")")*                  primary := "(" either ")" | FILTER | ROLE | own
+own := "pattern(" STRING ")" "." NAME | PATTERN "." NAME          where NAME may be "*"
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, NoReturn
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from peftgraph.errors import PeftGraphError
 
@@ -28,8 +31,11 @@ from .select import (
     suggestion,
 )
 
+if TYPE_CHECKING:
+    from .patterns import Pattern
+
 TOKEN: Final = re.compile(
-    r"\s*(?:(?P<where>\.\s*where\b)|(?P<word>[A-Za-z_]\w*(?:\.(?!where\b)(?:\w+|\*))*)"
+    r"\s*(?:(?P<where>\.\s*where\b)|(?P<part>\.(?:\w+|\*))|(?P<word>[A-Za-z_]\w*(?:\.(?!where\b)(?:\w+|\*))*)"
     r"|(?P<number>-?\d+)|(?P<string>\"(?:\\\"|[^\"])*\"|'(?:\\'|[^'])*')|(?P<mark>[|&~(),=]))"
 )
 
@@ -42,8 +48,9 @@ class Token:
 
 
 class Parser:
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, patterns: Mapping[str, Pattern] = MappingProxyType({})) -> None:
         self.text = text
+        self.patterns = patterns
         self.at = 0
         self.tokens = self._tokens()
 
@@ -71,6 +78,7 @@ class Parser:
         words = ", ".join([*WORDS, *(f"{name}(...)" for name in FILTERS), '.where(path="...")'])
         raise PeftGraphError(
             f"cannot read the selector: {problem}\n  {self.text}\n  {' ' * token.at}^\nKnown words: {words}"
+            + "".join(f", {name}.*" for name in self.patterns)
         )
 
     def _peek(self) -> Token:
@@ -127,9 +135,34 @@ class Parser:
             self._fail(token, f"expected a role or a filter, found {token.text!r}")
         if token.text in FILTERS and self._peek().text == "(":
             return self._filter(token.text)
+        if token.text == "pattern" and self._peek().text == "(":
+            return self._pattern()
+        name = next((name for name in self.patterns if token.text == name or token.text.startswith(f"{name}.")), None)
+        if name is not None:
+            return self._part_of(self.patterns[name], token, token.text[len(name) + 1 :])
         if token.text not in WORDS:
             self._fail(token, f"unknown word {token.text!r}{suggestion(token.text)}")
         return role(token.text)
+
+    def _pattern(self) -> Selector:
+        """A pattern that stands in the selector itself, and the value of it that is meant."""
+        from .patterns import Pattern
+
+        self._expect("(")
+        at = self._peek()
+        try:
+            pattern = Pattern.parse(self._string())
+        except PeftGraphError as problem:
+            self._fail(at, str(problem))
+        self._expect(")")
+        part = self._peek()
+        return self._part_of(pattern, part, self._take().text[1:] if part.kind == "part" else "")
+
+    def _part_of(self, pattern: Pattern, token: Token, part: str) -> Selector:
+        try:
+            return pattern[part]
+        except PeftGraphError as problem:
+            self._fail(token, str(problem))
 
     def _filter(self, name: str) -> Selector:
         self._expect("(")

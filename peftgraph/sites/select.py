@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final
 
 from peftgraph.errors import PeftGraphError
 
 from .site import Site
+
+if TYPE_CHECKING:
+    from .patterns import Pattern
 
 ATTENTION: Final = ("attention.q", "attention.k", "attention.v", "attention.o")
 FFN: Final = ("ffn.up", "ffn.gate", "ffn.down")
@@ -68,6 +72,10 @@ class Selector:
     def parts(self) -> tuple[Selector, ...]:
         """The selectors this one is made of."""
         return ()
+
+    def patterns(self) -> tuple[Pattern, ...]:
+        """The patterns whose sites it speaks of, each once."""
+        return tuple(dict.fromkeys(one for part in self.parts() for one in part.patterns()))
 
 
 @dataclass(frozen=True)
@@ -318,17 +326,21 @@ def suggestion(word: str, known: Iterable[str] = (*WORDS, *FILTERS, "where")) ->
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def as_selector(value: object) -> Selector:
-    """A selector, or the selector a text means."""
+def as_selector(value: object, patterns: Mapping[str, Pattern] = MappingProxyType({})) -> Selector:
+    """A selector, or the selector a text means; `patterns` are the ones that the text may call by name."""
+    from .patterns import Pattern
+
     if isinstance(value, Selector):
         return value
     if isinstance(value, str):
-        return parse_selector(value)
+        return parse_selector(value, patterns)
+    if isinstance(value, Pattern):
+        return value[value.parts[0] if len(value.parts) == 1 else ""]
     raise PeftGraphError(f"a selector is an object like attention.q or its text, not {type(value).__name__}")
 
 
-def parse_selector(text: str) -> Selector:
-    """The inverse of str(selector)."""
+def parse_selector(text: str, patterns: Mapping[str, Pattern] = MappingProxyType({})) -> Selector:
+    """The inverse of str(selector); `patterns` are the ones that the text may call by name."""
     from .parse import Parser
 
-    return Parser(text).parse()
+    return Parser(text, patterns).parse()

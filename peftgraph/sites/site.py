@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
+
+from peftgraph.errors import PeftGraphError
+
+if TYPE_CHECKING:
+    from .patterns import Pattern, PatternSearch
 
 Layout = Literal["pre", "post", "sandwich"]
 
@@ -110,6 +115,7 @@ class Site:
     parallel: bool = False
     feature_axis: int = -1
     note: str = ""
+    tags: tuple[str, ...] = ()  # the alternatives that a pattern's match took
     serial: int | None = None
     shape: tuple[int, ...] | None = field(default=None, compare=False)
 
@@ -149,6 +155,7 @@ class Sites(Sequence[Site]):
     items: tuple[Site, ...]
     misses: tuple[NearMiss, ...] = ()
     unmatched: tuple[str, ...] = ()
+    searched: tuple[PatternSearch, ...] = ()
 
     def __len__(self) -> int:
         return len(self.items)
@@ -170,7 +177,23 @@ class Sites(Sequence[Site]):
         from .select import as_selector
 
         chosen = as_selector(selector)
+        for pattern in chosen.patterns():
+            self.search_of(pattern)
         return tuple(site for site in self.items if chosen.matches(site))
+
+    def search_of(self, pattern: Pattern) -> PatternSearch:
+        """What became of a pattern on this graph.
+
+        Raises:
+            PeftGraphError: it was not searched for.
+        """
+        found = next((one for one in self.searched if one.pattern == pattern), None)
+        if found is None:
+            raise PeftGraphError(
+                f"these sites were not searched for the pattern {pattern.name}. program.apply(...) does so by itself; "
+                "program.with_patterns(...).sites are the sites to look at."
+            )
+        return found
 
     def require(self, selector: object) -> tuple[Site, ...]:
         """Like select, but no match, or a part of the selector that never matched, is an error that says

@@ -1,0 +1,328 @@
+"""Matching: where in a graph the equations of a pattern hold, and how far they held where they do not.
+
+From each node that the last equation's operator allows, terms are compared with values from the result backwards. An
+alternative, the two orders of a commutative operator, an optional operator and `~` are choices; they are tried in
+order and taken back when what follows fails, so the first match of a node is the same on every run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
+
+from torch import fx
+
+from .. import ops
+from ..flow import Flow
+from .pattern import Pattern
+from .terms import Call, Either, Literal, Term, Through, Var, Window, Word, inside, literal_text
+from .vocabulary import COMMUTATIVE, WHOLES, operators
+
+# The recognised values of a graph by word: the node that holds one, and what it reads.
+Wholes: TypeAlias = Mapping[str, Mapping[fx.Node, tuple[fx.Node, ...]]]
+
+
+@dataclass(frozen=True)
+class Match:
+    """Names bound to nodes, as far as a search has come.
+
+    `places`: the values through which each name was read; `tags`: the alternatives taken; `count`: how many operators
+    have matched; `inside`: the equation that is being read.
+    """
+
+    nodes: Mapping[str, fx.Node] = field(default_factory=dict)
+    places: Mapping[str, tuple[fx.Node, ...]] = field(default_factory=dict)
+    operators: Mapping[str, str] = field(default_factory=dict)
+    tags: tuple[str, ...] = ()
+    count: int = 0
+    inside: str = ""
+
+    def bound(self, name: str, node: fx.Node) -> Match:
+        return replace(self, nodes={**self.nodes, name: node})
+
+    def read(self, name: str, place: fx.Node) -> Match:
+        known = self.places.get(name, ())
+        return self if place in known else replace(self, places={**self.places, name: (*known, place)})
+
+
+@dataclass(frozen=True)
+class Miss:
+    """The furthest that a pattern came: how many of its operators matched, and what stood where another should.
+
+    `inside` is the equation that failed; `node` the value that stood there, None where it was a literal or nothing.
+    """
+
+    matched: int
+    total: int
+    inside: str
+    expected: str
+    found: str
+    node: fx.Node | None
+
+
+class Matcher:
+    """One pattern on one graph. `widths`: how many columns the projections have, for windows."""
+
+    def __init__(self, pattern: Pattern, flow: Flow, wholes: Wholes, widths: Mapping[fx.Node, int]) -> None:
+        self.pattern = pattern
+        self.flow = flow
+        self.wholes = wholes
+        self.widths = widths
+        self.terms: dict[str, Term] = dict(pattern.equations)
+        self.choices = dict(pattern.operators)
+        self.total = sum(
+            isinstance(one, Call) and not one.optional for _, term in pattern.equations for one in inside(term)
+        )
+        self.miss: Miss | None = None
+
+    def matches(self) -> list[Match]:
+        """The first match at every node where there is one, in graph order."""
+        root = self.terms[self.pattern.root]
+        allowed = self._heads(root)
+        found: list[Match] = []
+        seen = False
+        for node in self.flow.nodes:
+            if allowed is None or self._may(node, allowed):
+                seen = True
+                one = next(self._variable(Var(self.pattern.root), node, node, Match()), None)
+                found += [] if one is None else [one]
+        if not seen and self.miss is None:
+            self._note(
+                Match(inside=self.pattern.root), self._expected(root), f"none in {len(self.flow.nodes)} nodes", None
+            )
+        return found
+
+    # which operators may stand at the root: everything else is passed over unseen
+
+    def _heads(self, term: Term) -> frozenset[str] | None:
+        """The operators a term may start with (a whole by its own word); None for any."""
+        if isinstance(term, Call) and not term.optional:
+            return frozenset().union(*(operators(word) or {word} for word, _ in self._words(term)))
+        if isinstance(term, Window):
+            return self._heads(term.inner)
+        if isinstance(term, Either):
+            each = [self._heads(one) for one, _ in term.alternatives]
+            return None if None in each else frozenset().union(*(one for one in each if one is not None))
+        return None
+
+    def _may(self, node: fx.Node, allowed: frozenset[str]) -> bool:
+        return ops.name(node) in allowed or any(node in self.wholes.get(word, {}) for word in WHOLES if word in allowed)
+
+    def _words(self, call: Call) -> Sequence[tuple[str, str]]:
+        return self.choices.get(call.head, ((call.head, ""),))
+
+    # terms against values; `place` is where the value was read, before anything it was seen through
+
+    def _term(self, term: Term, value: object, place: fx.Node | None, so_far: Match) -> Iterator[Match]:
+        if isinstance(term, Var):
+            yield from self._variable(term, value, place, so_far)
+        elif isinstance(term, Call):
+            yield from self._call(term, value, place, so_far)
+        elif isinstance(term, Either):
+            for one, tag in term.alternatives:
+                tagged = replace(so_far, tags=(*so_far.tags, tag)) if tag else so_far
+                yield from self._term(one, value, place, tagged)
+        elif isinstance(term, Through):
+            yield from self._through(term, value, so_far)
+        elif isinstance(term, Window):
+            yield from self._window(term, value, place, so_far)
+        elif self._plain(term, value):
+            yield so_far
+        else:
+            self._note(so_far, str(term), self._shown(value), value)
+
+    def _plain(self, term: Term, value: object) -> bool:
+        if isinstance(term, Literal):
+            return same_constant(value, term.value)
+        assert isinstance(term, Word)
+        if term.word == "number":
+            return isinstance(value, int | float) and not isinstance(value, bool)
+        return term.word == "_" or (isinstance(value, fx.Node) and self.flow.raw(value))
+
+    def _variable(self, term: Var, value: object, place: fx.Node | None, so_far: Match) -> Iterator[Match]:
+        name = term.name
+        if not isinstance(value, fx.Node) or not self.flow.carries_tensor(value):
+            self._note(so_far, f"a value, {name}", self._shown(value), value)
+            return
+        if place is not None:
+            so_far = so_far.read(name, place)
+        if name in so_far.nodes:
+            if so_far.nodes[name] is value:
+                yield so_far
+            else:
+                self._note(so_far, f"{name}, which is {excerpt(so_far.nodes[name])}", self._shown(value), value)
+        elif name not in self.terms:
+            yield so_far.bound(name, value)
+        else:
+            for one in self._term(self.terms[name], value, place, replace(so_far, inside=name)):
+                if self._fits(bound := one.bound(name, value)):
+                    yield replace(bound, inside=so_far.inside)
+
+    def _fits(self, so_far: Match) -> bool:
+        """Whether the conditions hold, as far as they can be read yet."""
+        shapes = {name: self.flow.shape(node) for name, node in so_far.nodes.items()}
+        for condition in self.pattern.conditions:
+            if all(variable in shapes for variable in condition.variables):
+                failure = condition.failure(shapes)
+                if failure is not None:
+                    self._note(so_far, str(condition), failure, so_far.nodes[condition.variables[0]])
+                    return False
+        return True
+
+    def _through(self, term: Through, value: object, so_far: Match) -> Iterator[Match]:
+        place = value if isinstance(value, fx.Node) else None
+        here, before = value, self.miss
+        while True:
+            yield from self._term(term.inner, here, place, so_far)
+            behind = self._behind(here) if isinstance(here, fx.Node) else None
+            if behind is None:
+                return
+            if self.miss is not before and self.miss is not None and self.miss.matched == so_far.count:
+                self.miss = before  # what was only seen through says less than what stands behind it
+            here = behind
+
+    def _behind(self, node: fx.Node) -> fx.Node | None:
+        """What a value is a moved, cast or dropped out form of."""
+        if ops.name(node) not in ops.LAYOUT | ops.CAST | ops.DROPOUT:
+            return None
+        floats = [one for one in self.flow.operands(node) if self.flow.floating(one)]
+        return floats[0] if len(floats) == 1 else None
+
+    def _window(self, term: Window, value: object, place: fx.Node | None, so_far: Match) -> Iterator[Match]:
+        width = self.widths.get(value) if isinstance(value, fx.Node) else None
+        if width is None or max(term.start + 1, term.stop or 0) > width:
+            found = self._shown(value) if width is None else f"{width} columns"
+            self._note(so_far, f"a projection with the columns of {term}", found, value)
+            return
+        yield from self._term(term.inner, value, place, so_far)
+
+    # calls
+
+    def _call(self, term: Call, value: object, place: fx.Node | None, so_far: Match) -> Iterator[Match]:
+        met = False
+        for word, tag in self._words(term):
+            if so_far.operators.get(term.head, word) == word and isinstance(value, fx.Node):
+                arguments = self._arguments(word, value)
+                if arguments is not None:
+                    met = True
+                    yield from self._met(term, word, tag, arguments, value, so_far)
+        if term.optional:
+            yield from self._term(term.args[0], value, place, so_far)
+        elif not met:
+            self._note(so_far, self._expected(term), self._shown(value), value)
+
+    def _arguments(self, word: str, node: fx.Node) -> Arguments | None:
+        """What `node` was called with, if it is what the word stands for."""
+        if word in WHOLES:
+            reads = self.wholes.get(word, {}).get(node)
+            return None if reads is None else Arguments(reads, ())
+        known = operators(word)
+        assert known is not None
+        return Arguments.of(node) if ops.name(node) in known and node.op == "call_function" else None
+
+    def _met(
+        self, term: Call, word: str, tag: str, arguments: Arguments, node: fx.Node, so_far: Match
+    ) -> Iterator[Match]:
+        """The operator is the right one; now its arguments."""
+        so_far = replace(so_far, count=so_far.count + (not term.optional))
+        if term.head in self.choices:
+            so_far = replace(so_far, operators={**so_far.operators, term.head: word})
+        if tag and tag not in so_far.tags:
+            so_far = replace(so_far, tags=(*so_far.tags, tag))
+        if len(term.args) > len(arguments.values):
+            self._note(so_far, f"{len(term.args)} arguments", f"{len(arguments.values)} arguments", node)
+            return
+        for key, wanted in term.options:
+            if not arguments.has(key, wanted):
+                self._note(so_far, f"{key}={literal_text(wanted)}", f"{key}={arguments.shown(key)}", node)
+                return
+        values = arguments.values
+        orders = [values]
+        if ops.name(node) in COMMUTATIVE and len(values) > 1:
+            orders.append((values[1], values[0], *values[2:]))
+        for order in orders:
+            yield from self._each(term.args, order, so_far)
+
+    def _each(self, terms: Sequence[Term], values: Sequence[object], so_far: Match) -> Iterator[Match]:
+        if not terms:
+            yield so_far
+            return
+        value = values[0]
+        place = value if isinstance(value, fx.Node) else None
+        for one in self._term(terms[0], value, place, so_far):
+            yield from self._each(terms[1:], values[1:], one)
+
+    # near-misses
+
+    def _note(self, so_far: Match, expected: str, found: str, value: object) -> None:
+        if self.miss is None or so_far.count > self.miss.matched:
+            node = value if isinstance(value, fx.Node) else None
+            self.miss = Miss(so_far.count, self.total, so_far.inside, expected, found, node)
+
+    def _expected(self, term: Term) -> str:
+        if isinstance(term, Call):
+            return " or ".join(word for word, _ in self._words(term))
+        if isinstance(term, Either):
+            return " or ".join(self._expected(one) for one, _ in term.alternatives)
+        return self._expected(term.inner) if isinstance(term, Window) else str(term)
+
+    def _shown(self, value: object) -> str:
+        if not isinstance(value, fx.Node):
+            return repr(value)
+        return {"placeholder": "an input", "get_attr": "a stored tensor"}.get(value.op, ops.name(value))
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The arguments of a call by position, lists of values opened, and by name with the operator's defaults."""
+
+    values: tuple[object, ...]
+    named: tuple[tuple[str, object], ...]
+
+    @classmethod
+    def of(cls, node: fx.Node) -> Arguments:
+        schema = getattr(node.target, "_schema", None)
+        known = [] if schema is None else list(schema.arguments)
+        given: list[object] = list(node.args)
+        for argument in known[len(given) :]:
+            given.append(node.kwargs.get(argument.name, argument.default_value))
+        return cls(tuple(_opened(given)), tuple((one.name, value) for one, value in zip(known, given, strict=False)))
+
+    def has(self, name: str, wanted: object) -> bool:
+        return any(key == name and same_constant(value, wanted) for key, value in self.named)
+
+    def shown(self, name: str) -> str:
+        return next((repr(value) for key, value in self.named if key == name), "nothing, it has no such argument")
+
+
+def _opened(values: Sequence[object]) -> Iterator[object]:
+    """The values; where one is a list of values, as of cat, the list's own."""
+    for value in values:
+        if isinstance(value, list | tuple) and any(isinstance(one, fx.Node) for one in value):
+            yield from value
+        else:
+            yield value
+
+
+def same_constant(value: object, wanted: object) -> bool:
+    """Equal literals: 2 equals 2.0, and true equals no number."""
+    if isinstance(value, list | tuple) and isinstance(wanted, tuple):
+        return len(value) == len(wanted) and all(map(same_constant, value, wanted))
+    if isinstance(value, bool) or isinstance(wanted, bool):
+        return value is wanted
+    if isinstance(value, int | float) and isinstance(wanted, int | float):
+        return value == wanted
+    return type(value) is type(wanted) and value == wanted
+
+
+def excerpt(node: fx.Node) -> str:
+    """One line of the graph: what a node is called and what it computes."""
+    label = node.meta.get("label", node.name)
+    if node.op != "call_function":
+        return f"@{node.target}" if node.op == "get_attr" else f"%{label}"
+    operands = [
+        f"@{one.target}" if one.op == "get_attr" else f"%{one.meta.get('label', one.name)}"
+        for one in node.all_input_nodes
+    ]
+    return f"%{label} = {ops.name(node)}({', '.join(operands)})"

@@ -1,0 +1,102 @@
+"""From the matches of a pattern to what its sites are: which node, which columns, which weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import fx
+
+from ..anatomy import Anatomy
+from ..attention import Part, arrivals, columns_of, split
+from ..naming import module_of
+from ..projections import Projection
+from ..site import Columns
+from ..tags import in_order
+from .match import Match, Matcher, Miss, Wholes, excerpt
+from .pattern import Pattern
+from .terms import Window
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """One value of one match. `part` is None where the value is no projection."""
+
+    role: str
+    node: fx.Node
+    part: Part | None
+    tags: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PatternSearch:
+    """What became of a pattern on a graph.
+
+    Attributes:
+        pattern: what was looked for.
+        count: how many matches there are.
+        miss: the furthest that a match came which failed; None where nothing failed.
+        shown: the node that stood in the way, as a line of the graph; "" where there is none.
+        path: the module that node came from, for display.
+    """
+
+    pattern: Pattern
+    count: int
+    miss: Miss | None = None
+    shown: str = ""
+    path: str = ""
+
+
+def search(anatomy: Anatomy, pattern: Pattern) -> tuple[list[Found], PatternSearch]:
+    """The values of all matches, each value of a role once; and what to say where there are none."""
+    widths = {node: one.width for node, one in anatomy.projection_at.items()}
+    matcher = Matcher(pattern, anatomy.flow, wholes(anatomy), widths)
+    matches = matcher.matches()
+    found: dict[tuple[str, fx.Node, Columns | None], Found] = {}
+    for match in matches:
+        for one in _values(anatomy, pattern, match):
+            found.setdefault((one.role, one.node, one.part and one.part.columns), one)
+    miss = matcher.miss
+    if miss is None or miss.node is None:
+        return list(found.values()), PatternSearch(pattern, len(matches), miss)
+    return list(found.values()), PatternSearch(pattern, len(matches), miss, excerpt(miss.node), module_of(miss.node))
+
+
+def wholes(anatomy: Anatomy) -> Wholes:
+    """The values that the anatomy recognises in every spelling, by the word for them."""
+    return {
+        "projection": {node: (one.input,) for node, one in anatomy.projection_at.items()},
+        "norm": {node: (one.input,) for node, one in anatomy.norm_at.items()},
+        "attention": {node: (one.q, one.k, one.v) for node, one in anatomy.core_at.items()},
+    }
+
+
+def _values(anatomy: Anatomy, pattern: Pattern, match: Match) -> Iterator[Found]:
+    terms = dict(pattern.equations)
+    for name in pattern.parts:
+        if name not in match.nodes:  # it stands in an alternative that was not taken
+            continue
+        node, role = match.nodes[name], f"{pattern.name}.{name}"
+        one = anatomy.projection_at.get(node)
+        if one is None:
+            yield Found(role, node, None, match.tags)
+            continue
+        term = terms[name]
+        columns = _cut(one, term) if isinstance(term, Window) else _arriving(anatomy, one, match.places[name])
+        yield Found(role, one.node, Part(role, one, columns), match.tags)
+
+
+def _cut(one: Projection, window: Window) -> Columns | None:
+    stop = one.width if window.stop is None else window.stop
+    return columns_of(one, range(window.start, stop))
+
+
+def _arriving(anatomy: Anatomy, one: Projection, places: tuple[fx.Node, ...]) -> Columns | None:
+    """The columns that reach the places where the pattern reads the projection."""
+    features: dict[int, None] = {}
+    for place in places:
+        if place in (one.node, one.output):
+            return None
+        tags, bases = arrivals(anatomy, place, [one])
+        features |= dict.fromkeys(split(in_order(tags), [one], bases)[0])
+    return columns_of(one, list(features)) if features else None
