@@ -116,7 +116,7 @@ class Anatomy:
                 between.add(node)
                 todo.extend(self.flow.operands(node))
         order = self.flow.order
-        bent = any(ops.name(node) in ops.NONLINEAR and node not in self._norm_inside for node in between)
+        bent = any(ops.bends(node) and node not in self._norm_inside for node in between)
         return Frontier(
             tuple(sorted(projections, key=lambda one: order[one.node])),
             tuple(sorted(stops, key=lambda one: order[one])),

@@ -67,6 +67,11 @@ def name(node: fx.Node) -> str:
     return text if text.startswith("__") else text.rstrip("_")
 
 
+def bends(node: fx.Node) -> bool:
+    """Is it a nonlinearity, or an autograd function whose forward is made of one?"""
+    return name(node) in NONLINEAR or not NONLINEAR.isdisjoint(node.meta.get("operators", ()))
+
+
 def argument(node: fx.Node, position: int, keyword: str) -> object:
     """A call's argument, however it was passed; None where it was left out."""
     if len(node.args) > position:

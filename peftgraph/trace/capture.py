@@ -24,8 +24,9 @@ from peftgraph.ir.program import ProgramData, calls, stored
 from peftgraph.ir.propagate import fake_like, fake_mode_of, propagate
 from peftgraph.ir.signature import Input, Signature
 from peftgraph.ir.table import Entry, Table
-from peftgraph.trace.diagnose import explain, no_custom_functions, quiet
+from peftgraph.trace.diagnose import explain, quiet
 from peftgraph.trace.example import Example, bind_example
+from peftgraph.trace.functions import Call, functions_kept
 from peftgraph.trace.ghost import ghost_arguments, ghost_of
 from peftgraph.trace.inplace import out_of_place
 from peftgraph.trace.normalise import canonical
@@ -51,9 +52,9 @@ def capture(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] | Ten
     bound = bind_example(model, example)
     table = _table_of(model)
     only_dropout_follows_the_mode(model, bound)
-    exported, marker = _export(model, bound, table.dtype)
+    exported, functions, marker = _export(model, bound, table.dtype)
     table = table.with_(_constants(exported))
-    graph = canonical(exported, _names_of_ties(model))
+    graph = canonical(exported, _names_of_ties(model), functions)
     if marker is not None:
         mark(graph, marker)
     try:
@@ -99,14 +100,19 @@ def _names_of_ties(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return {name: (name, *(n for n in names if n != name)) for names in groups.values() for name in names}
 
 
-def _export(model: nn.Module, bound: Example, own: torch.dtype) -> tuple[ExportedProgram, torch.dtype | None]:
-    """The exported ghost of `model` and the marker it was traced under; None: no literal follows."""
+def _export(
+    model: nn.Module, bound: Example, own: torch.dtype
+) -> tuple[ExportedProgram, list[Call], torch.dtype | None]:
+    """The exported ghost of `model`, the autograd functions it calls, and the marker it was traced under.
+
+    Without a marker no literal follows.
+    """
     failure: Exception | None = None
     for marker in _markers(model, own):
         try:
-            exported = _export_once(model, bound, own, marker or own)
+            exported, functions = _export_once(model, bound, own, marker or own)
             if marker in (own, None) or not _rounded(exported, marker):
-                return exported, marker
+                return exported, functions, marker
         except PeftGraphError:
             raise
         except Exception as error:  # whatever an exporter or a model's code raises is explained to the user
@@ -130,7 +136,9 @@ def _markers(model: nn.Module, own: torch.dtype) -> list[torch.dtype | None]:
     return [*(marker for marker in MARKERS if marker != own), None]
 
 
-def _export_once(model: nn.Module, bound: Example, own: torch.dtype, marker: torch.dtype) -> ExportedProgram:
+def _export_once(
+    model: nn.Module, bound: Example, own: torch.dtype, marker: torch.dtype
+) -> tuple[ExportedProgram, list[Call]]:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     ghost = ghost_of(model, mode, own, marker)
     arguments = ghost_arguments(dict(bound.arguments), mode, own, marker)
@@ -140,8 +148,8 @@ def _export_once(model: nn.Module, bound: Example, own: torch.dtype, marker: tor
         return dict.fromkeys(range(value.dim()), Dim.AUTO) if isinstance(value, Tensor) else None
 
     shapes = {name: pytree.tree_map(dynamic, value) for name, value in arguments.items()}
-    with quiet(), no_custom_functions():
-        return torch.export.export(ghost, (), arguments, dynamic_shapes=shapes, strict=False)
+    with quiet(), functions_kept() as recording:
+        return torch.export.export(ghost, (), arguments, dynamic_shapes=shapes, strict=False), recording.calls
 
 
 def _take_keywords(ghost: nn.Module, bound: Example) -> None:

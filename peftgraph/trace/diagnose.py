@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointFunction
 
 from peftgraph.errors import TraceError
 
@@ -108,31 +107,3 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
-
-
-@contextmanager
-def no_custom_functions() -> Iterator[None]:
-    """Refuses a custom `torch.autograd.Function` inside the model, and sees through gradient checkpointing.
-
-    Export traces the forward of such a function only: outputs would agree and gradients would be silently
-    wrong.
-    """
-    original = torch.autograd.Function.__dict__["apply"]
-
-    def apply(cls: type, *args: object, **kwargs: object) -> object:
-        if cls is CheckpointFunction:
-            function, _, *operands = args
-            return function(*operands)  # pyright: ignore[reportCallIssue]
-        if not cls.__module__.startswith("torch."):
-            raise TraceError(
-                f"The model calls the custom autograd function {cls.__module__}.{cls.__qualname__}. Its "
-                "backward would be lost: outputs would agree and gradients would be silently wrong. Register "
-                "it with torch.library.custom_op and register_autograd, or write it in plain operations."
-            )
-        return original.__get__(None, cls)(*args, **kwargs)
-
-    torch.autograd.Function.apply = classmethod(apply)  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        yield
-    finally:
-        torch.autograd.Function.apply = original

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from peftgraph.errors import TraceError
 from peftgraph.ir.dead import drop_dead, is_mutation
+from peftgraph.trace.functions import Call, as_nodes
 
 aten = torch.ops.aten
 STORED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
@@ -38,18 +39,21 @@ WRAPPERS = {
 }
 
 
-def canonical(exported: ExportedProgram, aliases: Mapping[str, Sequence[str]]) -> fx.Graph:
+def canonical(
+    exported: ExportedProgram, aliases: Mapping[str, Sequence[str]], functions: Sequence[Call] = ()
+) -> fx.Graph:
     """The canonical graph of `exported`.
 
     Args:
         exported: the exported program.
         aliases: for every stored tensor's name, all names it is tied under.
+        functions: the recorded calls of custom autograd functions, by number.
 
     Raises:
         TraceError: the graph writes into its inputs, runs under autocast, branches, or holds what is no
             tensor.
     """
-    return _Normaliser(exported, aliases).run()
+    return _Normaliser(exported, aliases, functions).run()
 
 
 @dataclass(frozen=True)
@@ -62,9 +66,12 @@ class _Stored:
 
 
 class _Normaliser:
-    def __init__(self, exported: ExportedProgram, aliases: Mapping[str, Sequence[str]]) -> None:
+    def __init__(
+        self, exported: ExportedProgram, aliases: Mapping[str, Sequence[str]], functions: Sequence[Call]
+    ) -> None:
         self.exported = exported
         self.aliases = aliases
+        self.functions = functions
         self.graph = fx.Graph()
         self.first: fx.Node | None = None  # the first computing node: stored tensors are fetched before it
         self.fetched: dict[str, fx.Node] = {}
@@ -113,6 +120,8 @@ class _Normaliser:
             raise TraceError(f"The graph stores {node.target!r} outside of the model's state.")
         if node.target in DROPPED:
             return None
+        if node.target is torch.ops.peftgraph.autograd_function.default:
+            return self._function(node, env)
         name = getattr(node.target, "__name__", "")
         if name in WRAPPERS:
             return self._inline_call(node, name, env)
@@ -162,12 +171,29 @@ class _Normaliser:
             self.differentiable.add(new)
         return new
 
-    def _copy(self, node: fx.Node, env: dict[fx.Node, Any]) -> fx.Node:
-        def operand(old: fx.Node) -> Any:
-            new = env[old]
-            return self._fetch(new, node) if isinstance(new, _Stored) else new
+    def _operand(self, old: Any, user: fx.Node, env: dict[fx.Node, Any]) -> Any:
+        new = env[old] if isinstance(old, fx.Node) else old
+        return self._fetch(new, user) if isinstance(new, _Stored) else new
 
-        new = self.graph.node_copy(node, operand)
+    def _function(self, node: fx.Node, env: dict[fx.Node, Any]) -> list[fx.Node]:
+        """The call of a custom autograd function, as a node whose target is that function."""
+        number, tensors, sizes = node.args
+        assert isinstance(number, int)
+        assert isinstance(tensors, list | tuple)
+        assert isinstance(sizes, list | tuple)
+        given = [[self._operand(value, node, env) for value in values] for values in (tensors, sizes)]
+        call, results = as_nodes(self.graph, self.functions[number], *given)
+        values = node.meta["val"]
+        for new, value in [(call, tuple(values)), *zip(results, values, strict=True)]:
+            new.meta |= {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
+            new.meta["val"] = value
+        self.first = self.first or call
+        if not self.differentiable.isdisjoint(call.all_input_nodes):
+            self.differentiable.update(new for new in (call, *results) if _is_floating(new))
+        return results
+
+    def _copy(self, node: fx.Node, env: dict[fx.Node, Any]) -> fx.Node:
+        new = self.graph.node_copy(node, lambda old: self._operand(old, node, env))
         new.meta = {key: node.meta[key] for key in ("val", "nn_module_stack", "stack_trace") if key in node.meta}
         self.first = self.first or new
         if is_mutation(new) and _is_batch_norm(node):

@@ -89,28 +89,6 @@ def test_refusals_print_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr() == ("", "")
 
 
-class Double(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return 2 * grads[0]
-
-
-def test_a_custom_autograd_function() -> None:
-    class Custom(nn.Linear):
-        def forward(self, input: Tensor) -> Tensor:
-            return Double.apply(super().forward(input))
-
-    with pytest.raises(pg.TraceError, match=r"custom autograd function .*Double. Its backward would be lost"):
-        pg.trace(Custom(6, 5), X)
-    y = torch.ones(2, requires_grad=True)
-    Double.apply(y).sum().backward()
-    assert torch.equal(y.grad, torch.full((2,), 2.0))  # pyright: ignore[reportArgumentType]
-
-
 @pytest.mark.parametrize("view", [False, True])
 def test_writing_into_an_input(view: bool) -> None:
     class Writes(nn.Linear):

@@ -1,0 +1,202 @@
+"""Custom autograd functions, kept whole.
+
+Export traces the forward of a `torch.autograd.Function` and loses its backward: outputs would agree and gradients
+would be silently wrong. While a model is exported, each call of such a function is recorded as one operator; in the
+canonical graph the function itself stands in the operator's place, so that it runs, forward and backward, as its
+author wrote it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointFunction
+
+from peftgraph.errors import TraceError
+
+Apply = Callable[..., Any]
+HELD = (bool, int, float, str, torch.dtype, torch.device, type(None))  # what a graph holds beside tensors and sizes
+ADVICE = "Write it in plain operations, or as a torch.library.custom_op with register_autograd."
+BASE: Any = torch.autograd.function._SingleLevelFunction
+
+
+@dataclass(frozen=True)
+class KeptFunction:
+    """The target of a graph's node: a call of `function`, an autograd function. Equal where the function is."""
+
+    function: type[torch.autograd.Function]
+
+    def __call__(self, *args: Any) -> Any:
+        """Runs the function; its backward is its own."""
+        return self.function.apply(*args)
+
+    @property
+    def __name__(self) -> str:
+        return self.function.__name__
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """The place of a tensor, or of a symbolic size, in the arguments of a call."""
+
+    kind: str
+    index: int
+
+
+@dataclass
+class Call:
+    """A recorded call.
+
+    Attributes:
+        function: the function that is called.
+        arguments: its arguments, with slots for tensors and for symbolic sizes.
+        results: its result once it has run on fake tensors: a slot for each tensor, None for what is no tensor.
+        operators: what its forward is made of, by name.
+    """
+
+    function: type[torch.autograd.Function]
+    arguments: tuple[Any, ...]
+    results: Any = None
+    operators: frozenset[str] = frozenset()
+
+
+@dataclass
+class Recording:
+    """The calls of one export, by number, and whether one of them is running."""
+
+    calls: list[Call] = field(default_factory=list)
+    running: bool = False
+
+
+_recordings: list[Recording] = []
+_library = torch.library.Library("peftgraph", "DEF")
+_library.define("autograd_function(int number, Tensor[] tensors, SymInt[] sizes) -> Tensor[]")
+
+
+@torch.library.register_fake("peftgraph::autograd_function", lib=_library)
+def _run_on_fakes(number: int, tensors: list[Tensor], sizes: list[torch.SymInt]) -> list[Tensor]:
+    recording = _recordings[-1]
+    call = recording.calls[number]
+    given: dict[str, Sequence[Any]] = {"tensor": tensors, "size": sizes}
+    arguments = _filled(call.arguments, lambda slot: given[slot.kind][slot.index])
+    versions = [tensor._version for tensor in tensors]
+    recording.running = True
+    try:
+        with torch.no_grad(), _Operators() as operators:
+            result = call.function.apply(*arguments)
+    finally:
+        recording.running = False
+    if versions != [tensor._version for tensor in tensors]:
+        raise TraceError(f"The autograd function {_name(call.function)} writes into its input. {ADVICE}")
+    outputs: list[Tensor] = []
+    call.results = _slots_of(call.function, result, outputs)
+    call.operators = frozenset(operators.seen)
+    # An operator may not give its operands back, as an identity with a backward of its own does.
+    return [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in outputs]
+
+
+class _Operators(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.add(func._schema.name.split("::")[-1])
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def functions_kept() -> Iterator[Recording]:
+    """Records the calls of custom autograd functions, and sees through reentrant gradient checkpointing."""
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        plain: Apply = super(BASE, cls).apply
+        if cls is CheckpointFunction:
+            function, _, *operands = args
+            return function(*operands)
+        if recording.running or cls.__module__.startswith("torch."):
+            return plain(*args, **kwargs)
+        return _record(recording, cls, args, plain)
+
+    # Not Function.apply: code that keeps `f = MyFunction.apply` from before would go past it.
+    recording = Recording()
+    _recordings.append(recording)
+    BASE.apply = classmethod(apply)
+    try:
+        yield recording
+    finally:
+        _recordings.pop()
+        if _recordings:
+            raise AssertionError("exports do not nest")
+        del BASE.apply
+
+
+def as_nodes(graph: fx.Graph, call: Call, tensors: Sequence[Any], sizes: Sequence[Any]) -> tuple[fx.Node, list[Any]]:
+    """Adds `call` to a graph: the node of the call, and one node for each tensor it gives (a getitem of several)."""
+    given = {"tensor": tensors, "size": sizes}
+    arguments = _filled(call.arguments, lambda slot: given[slot.kind][slot.index])
+    node = graph.call_function(KeptFunction(call.function), arguments)
+    node.meta["operators"] = call.operators
+    if isinstance(call.results, _Slot):
+        return node, [node]
+    places = [i for i, part in enumerate(call.results) if isinstance(part, _Slot)]
+    return node, [graph.call_function(operator.getitem, (node, i)) for i in places]
+
+
+def _record(recording: Recording, cls: Any, args: tuple[Any, ...], plain: Apply) -> Any:
+    tensors: list[Tensor] = []
+    sizes: list[torch.SymInt] = []
+
+    def slot(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            tensors.append(value)
+            return _Slot("tensor", len(tensors) - 1)
+        if isinstance(value, torch.SymInt):
+            sizes.append(value)
+            return _Slot("size", len(sizes) - 1)
+        if isinstance(value, HELD):
+            return value
+        raise TraceError(
+            f"The model gives its autograd function {_name(cls)} a {type(value).__name__}, which a graph cannot "
+            f"hold beside tensors, numbers and strings. {ADVICE}"
+        )
+
+    arguments = _filled(args, slot)
+    if not tensors:
+        return plain(*args)
+    call = Call(cls, arguments)
+    recording.calls.append(call)
+    outputs = torch.ops.peftgraph.autograd_function(len(recording.calls) - 1, tensors, sizes)
+    return _filled(call.results, lambda part: outputs[part.index] if isinstance(part, _Slot) else part)
+
+
+def _filled(tree: Any, fill: Callable[[Any], Any]) -> Any:
+    """`tree` with every leaf but the plain ones replaced; keeps tuples, lists and dicts of exactly these types."""
+    if type(tree) in (tuple, list):
+        return type(tree)(_filled(value, fill) for value in tree)
+    if type(tree) is dict:
+        return {key: _filled(value, fill) for key, value in tree.items()}
+    return tree if isinstance(tree, HELD) else fill(tree)
+
+
+def _slots_of(function: type, result: Any, outputs: list[Tensor]) -> Any:
+    """The result of a call with slots for its tensors, which are put into `outputs`."""
+    if isinstance(result, Tensor):
+        outputs.append(result)
+        return _Slot("tensor", len(outputs) - 1)
+    if type(result) is tuple and any(isinstance(part, Tensor) for part in result):
+        return tuple(_slots_of(function, part, outputs) for part in result)
+    if isinstance(result, HELD):
+        return result
+    raise TraceError(f"The autograd function {_name(function)} returns a {type(result).__name__}. {ADVICE}")
+
+
+def _name(function: type) -> str:
+    return f"{function.__module__}.{function.__qualname__}"
