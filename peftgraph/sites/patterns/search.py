@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from ..anatomy import Anatomy
@@ -88,15 +89,13 @@ def _values(anatomy: Anatomy, pattern: Pattern, match: Match) -> Iterator[Found]
 
 def _cut(one: Projection, window: Window) -> Columns | None:
     stop = one.width if window.stop is None else window.stop
-    return columns_of(one, range(window.start, stop))
+    return columns_of(one, torch.arange(window.start, stop))
 
 
 def _arriving(anatomy: Anatomy, one: Projection, places: tuple[fx.Node, ...]) -> Columns | None:
     """The columns that reach the places where the pattern reads the projection."""
-    features: dict[int, None] = {}
-    for place in places:
-        if place in (one.node, one.output):
-            return None
-        tags, bases = arrivals(anatomy, place, [one])
-        features |= dict.fromkeys(split(in_order(tags), [one], bases)[0])
-    return columns_of(one, list(features)) if features else None
+    if any(place in (one.node, one.output) for place in places):
+        return None
+    arrived = [split(in_order(tags), [one], bases)[0] for tags, bases in (arrivals(anatomy, p, [one]) for p in places)]
+    features = in_order(torch.cat(arrived) + 1) - 1
+    return columns_of(one, features) if len(features) else None
