@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
-import math
-import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -17,7 +16,8 @@ from transformers.models.auto import modeling_auto as auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .entry import Entry, Group
-from .overrides import CLASSES, INPUTS, UNBUILT
+from .inputs import accepted
+from .overrides import CLASSES, UNBUILT
 from .shrink import small_config
 from .truth import truth
 
@@ -51,7 +51,6 @@ OTHERS = (
     "PRETRAINING", "TIME_SERIES_PREDICTION", "TIME_SERIES_CLASSIFICATION", "TIME_SERIES_REGRESSION",
     "CAUSAL_IMAGE_MODELING", "TOKEN_CLASSIFICATION", "SEQUENCE_CLASSIFICATION", "QUESTION_ANSWERING",
 )  # fmt: skip
-BATCH, LENGTH, TARGET = 3, 7, 5
 
 
 def _classes(task: str) -> Mapping[str, Any]:
@@ -76,6 +75,21 @@ def choose(model_type: str) -> tuple[str, Group] | None:
         if found is not None:
             chosen = CLASSES.get(model_type, base if bare and base else found)
             return (chosen if isinstance(chosen, str) else chosen[0]), group
+    inner = _unmapped(model_type)
+    return None if inner is None else (inner, "multimodal")
+
+
+def _unmapped(model_type: str) -> str | None:
+    """The class of a type that only exists inside another model: the first that takes its configuration."""
+    kind = CONFIG_MAPPING[model_type]
+    name = kind.__module__.replace("configuration_", "modeling_")
+    if importlib.util.find_spec(name) is None:
+        return None
+    module = importlib.import_module(name)
+    for name, value in vars(module).items():
+        if inspect.isclass(value) and issubclass(value, PreTrainedModel) and value.__module__ == module.__name__:
+            if value.config_class is kind and "forward" in vars(value) and hasattr(transformers, name):
+                return name
     return None
 
 
@@ -86,108 +100,9 @@ def build(model_type: str, name: str) -> nn.Module:
     return getattr(transformers, name)(config)
 
 
-def example(model_type: str, model: nn.Module) -> dict[str, Any]:
-    """Keyword inputs of one call of `model`, with sizes that differ from one another."""
-    own = INPUTS.get(model_type)
-    if own is not None:
-        return own(model)
-    return Inputs(model).given()
-
-
-class Inputs:
-    """Example inputs by the names of what a model's `forward` takes."""
-
-    def __init__(self, model: nn.Module) -> None:
-        assert isinstance(model, PreTrainedModel)
-        self.model, self.config = model, model.config
-        self.takes = inspect.signature(model.forward).parameters
-        self.random = torch.Generator().manual_seed(1)
-
-    def given(self) -> dict[str, Any]:
-        """One call."""
-        found: dict[str, Any] = {}
-        for name in ("pixel_values", "input_features", "input_values"):
-            if name in self.takes:
-                found[name] = getattr(self, name)()
-        if not found or self._tokens():
-            found |= self.text(found)
-        if "decoder_input_ids" in self.takes:
-            found["decoder_input_ids"] = self.ids(TARGET)
-        return found
-
-    def _tokens(self) -> bool:
-        return (
-            "input_ids" in self.takes
-            and self.model.main_input_name != "pixel_values"
-            or "input_ids" in self.takes
-            and hasattr(self.config, "text_config")
-        )
-
-    def ids(self, length: int) -> torch.Tensor:
-        return torch.randint(3, 50, (BATCH, length), generator=self.random)
-
-    def noise(self, *shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=self.random)
-
-    def text(self, found: Mapping[str, Any]) -> dict[str, Any]:
-        """Token ids, with as many placeholders as the pictures or sounds need."""
-        ids = self.ids(LENGTH)
-        for modality, key in (("image", "pixel_values"), ("audio", "input_features"), ("audio", "input_values")):
-            token = self._token(modality)
-            if key in found and token is not None:
-                count = self._features(modality, key, found[key])
-                ids = torch.cat([ids[:, :2], torch.full((BATCH, count), token), ids[:, 2:]], dim=1)
-        given = {"input_ids": ids}
-        if "attention_mask" in self.takes:
-            given["attention_mask"] = torch.ones_like(ids)
-        return given
-
-    def _token(self, modality: str) -> int | None:
-        for name in (f"{modality}_token_id", f"{modality}_token_index"):
-            if isinstance(getattr(self.config, name, None), int):
-                return getattr(self.config, name)
-        return None
-
-    def _features(self, modality: str, key: str, value: torch.Tensor) -> int:
-        """How many placeholders one input of the batch takes."""
-        get = getattr(self.model, f"get_{modality}_features")
-        with torch.no_grad():
-            out = get(value)
-        out = getattr(out, "pooler_output", out)
-        parts = list(out) if isinstance(out, list | tuple) else [out]
-        total = sum(math.prod(part.shape[:-1]) for part in parts)
-        return total // BATCH
-
-    def pixel_values(self) -> torch.Tensor:
-        for config in self._configs("vision_config", "backbone_config", "encoder"):
-            size = getattr(config, "image_size", None) or 24
-            height, width = (size, size) if isinstance(size, int) else size
-            channels = getattr(config, "num_channels", None) or getattr(config, "in_channels", None) or 3
-            return self.noise(BATCH, channels if isinstance(channels, int) else 3, height, width)
-        raise AssertionError
-
-    def input_features(self) -> torch.Tensor:
-        for config in self._configs("audio_config", "encoder_config"):
-            bins = next(
-                (
-                    getattr(config, n)
-                    for n in ("num_mel_bins", "feature_size", "input_dim", "input_feat_per_channel")
-                    if getattr(config, n, None)
-                ),
-                10,
-            )
-            positions = getattr(config, "max_source_positions", None)
-            if re.search("whisper|qwen2_audio|voxtral", config.model_type):
-                return self.noise(BATCH, bins, 2 * (positions or 32))
-            return self.noise(BATCH, 31, bins)
-        raise AssertionError
-
-    def input_values(self) -> torch.Tensor:
-        return self.noise(BATCH, 1600)
-
-    def _configs(self, *names: str) -> list[Any]:
-        found = [getattr(self.config, name) for name in names if getattr(self.config, name, None) is not None]
-        return [*found, self.config]
+def example(model: nn.Module) -> dict[str, Any]:
+    """Keyword inputs of one call of `model`: the first of several forms that it accepts."""
+    return accepted(model)
 
 
 def entries() -> list[Entry]:
@@ -197,7 +112,5 @@ def entries() -> list[Entry]:
         choice = choose(model_type)
         if choice is not None and model_type not in UNBUILT:
             name, group = choice
-            found.append(
-                Entry(model_type, group, partial(build, model_type, name), partial(example, model_type), truth)
-            )
+            found.append(Entry(model_type, group, partial(build, model_type, name), example, truth))
     return found

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .overrides import OVERRIDES
+from .overrides import overrides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +64,8 @@ RULES: tuple[tuple[str, object], ...] = (
     (r"(.*_)?(num|n)_(hidden_|transformer_|encoder_|decoder_|text_|vision_)?layers?", "layers"),
     (r"(.*_)?(encoder|decoder)_layers|layers|depth|(.*_)?num_blocks|resampler_depth|.*_depth", "layers"),
     (r"num_hidden_groups", 1),
+    (r"depths", 2),
+    (r"(num_)?(convolution_)?groups|norm_num_groups|num_groups", 2),
     (r"(max_|n_|num_)?(position_embeddings|positions|position)|max_.*positions?|max_position_embeddings", 64),
     (r"max_seq_len|max_sequence_length|max_seq_length|block_size_max", 64),
     (r"sliding_window|attention_window|local_attention|attention_chunk_size|window", 4),
@@ -87,7 +89,7 @@ KEEP = object()
 
 def small_config(model_type: str) -> PreTrainedConfig:
     """A tiny configuration of a model type."""
-    return _small(CONFIG_MAPPING[model_type], TEXT, {}, OVERRIDES.get(model_type, {}))
+    return _small(CONFIG_MAPPING[model_type], TEXT, {}, overrides(model_type))
 
 
 def _small(
@@ -100,6 +102,8 @@ def _small(
         if field.init and found is not KEEP:
             values[field.name] = found
     values |= _layer_types(kind)
+    if any(field.name == "kv_lora_rank" for field in dataclasses.fields(kind)) and "num_key_value_heads" in values:
+        values["num_key_value_heads"] = sizes.heads  # latent attention expands to all heads
     values |= {key: value for key, value in defaults.items() if key not in values}
     if "num_hidden_layers" in values and values.get("out_indices"):
         values |= {"num_hidden_layers": len(values["out_indices"])}
