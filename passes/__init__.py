@@ -1,6 +1,11 @@
 """The methods, one file each."""
 
 from .bitfit import BitFit as BitFit
+from .compacter import Compacter as Compacter
+from .compacter import CompacterPP as CompacterPP
+from .houlsby import Houlsby as Houlsby
 from .ia3 import IA3 as IA3
 from .lora import LoRA as LoRA
+from .parallel_adapter import ParallelAdapter as ParallelAdapter
+from .pfeiffer import Pfeiffer as Pfeiffer
 from .serial_adapter import SerialAdapter as SerialAdapter

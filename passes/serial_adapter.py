@@ -1,4 +1,4 @@
-"""The serial bottleneck adapter (Houlsby et al., 2019, in the form that starts as the identity).
+"""The plain serial bottleneck adapter, which starts as the identity; `Houlsby` is the method of the paper.
 
     h   ->   h + W_up act(W_down h + b_down) + b_up
     no fold: a nonlinearity stands between the adapter and every weight around it
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor, fx, nn
+from torch import fx
 
 import peftgraph as pg
 
@@ -26,7 +26,7 @@ class SerialAdapter(pg.Pass):
     Attributes:
         at: sublayers; attention and feed-forward by default.
         width: M, the size of the bottleneck.
-        activation: "relu", "gelu", "silu", "tanh" or "sigmoid".
+        activation: "relu", "gelu", "gelu_tanh", "silu", "tanh" or "sigmoid".
         dropout: on the bottleneck, in training.
         std: the standard deviation that W_down is drawn with, before it is truncated.
     """
@@ -40,27 +40,19 @@ class SerialAdapter(pg.Pass):
 
     def check(self) -> None:
         """Refuses an empty bottleneck, an unknown activation, a dropout outside [0, 1) and a std of 0 or less."""
-        self.require(self.width >= 1, f"width must be at least 1, got {self.width}.")
-        self.require(
-            self.activation in pg.ACTIVATIONS,
-            f"activation must be one of {', '.join(pg.ACTIVATIONS)}, got {self.activation!r}.",
-        )
-        self.require(0 <= self.dropout < 1, f"dropout must lie in [0, 1), got {self.dropout}.")
+        self.bottleneck.check(self)
         self.require(self.std > 0, f"std must be positive, got {self.std}.")
+
+    @property
+    def bottleneck(self) -> pg.Bottleneck:
+        """W_up act(W_down h + b_down) + b_up."""
+        down = pg.init.truncated_normal(self.std)
+        return pg.Bottleneck(width=self.width, activation=self.activation, dropout=self.dropout, down=down)
 
     def rules(self) -> list[pg.Rule]:
         """One rule: add the bottleneck of the output to the output."""
         return [pg.Rule(at=self.at, delta=self.delta, fold="its nonlinearity stands between it and every weight")]
 
     def delta(self, m: pg.Match, op: pg.Builder) -> fx.Node:
-        """W_up act(W_down h + b_down) + b_up."""
-        down_MD = op.param("down_weight", (self.width, m.features), self.start)
-        down_M = op.param("down_bias", (self.width,), pg.init.zeros)
-        up_DM = op.param("up_weight", (m.features, self.width), pg.init.zeros)
-        up_D = op.param("up_bias", (m.features,), pg.init.zeros)
-        narrow = op.activation(self.activation, op.linear(m.output, down_MD, down_M))
-        return op.linear(op.dropout(narrow, self.dropout), up_DM, up_D)
-
-    def start(self, tensor: Tensor) -> None:
-        """How W_down starts."""
-        nn.init.trunc_normal_(tensor, std=self.std, a=-2 * self.std, b=2 * self.std)
+        """The bottleneck of h."""
+        return self.bottleneck.build(op, m.output, m.features)

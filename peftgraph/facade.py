@@ -16,6 +16,7 @@ from peftgraph.ir.builder import Builder as Builder
 from peftgraph.program import Program as Program
 from peftgraph.program import fold as fold
 from peftgraph.program import trace as trace
+from peftgraph.rewrite.bottleneck import Bottleneck as Bottleneck
 from peftgraph.rewrite.match import Match as Match
 from peftgraph.rewrite.method import Pass as Pass
 from peftgraph.rewrite.method import Pipeline as Pipeline

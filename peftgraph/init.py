@@ -32,3 +32,40 @@ def normal(std: float) -> Callable[[Tensor], None]:
         _nn.init.normal_(tensor, std=std)
 
     return fill
+
+
+def truncated_normal(std: float) -> Callable[[Tensor], None]:
+    """Normal with mean 0 and standard deviation `std`, drawn again beyond two of them."""
+
+    def fill(tensor: Tensor) -> None:
+        _nn.init.trunc_normal_(tensor, std=std, a=-2 * std, b=2 * std)
+
+    return fill
+
+
+def constant(value: float) -> Callable[[Tensor], None]:
+    """All `value`."""
+
+    def fill(tensor: Tensor) -> None:
+        tensor.fill_(value)
+
+    return fill
+
+
+def xavier_uniform(gain: float = 1.0) -> Callable[[Tensor], None]:
+    """Uniform in +-gain sqrt(6 / (m + n)) for matrices (..., m, n)."""
+
+    def fill(tensor: Tensor) -> None:
+        bound = gain * math.sqrt(6 / (tensor.shape[-2] + tensor.shape[-1]))
+        _nn.init.uniform_(tensor, -bound, bound)
+
+    return fill
+
+
+def xavier_normal(gain: float = 1.0) -> Callable[[Tensor], None]:
+    """Normal with standard deviation gain sqrt(2 / (m + n)) for matrices (..., m, n)."""
+
+    def fill(tensor: Tensor) -> None:
+        _nn.init.normal_(tensor, std=gain * math.sqrt(2 / (tensor.shape[-2] + tensor.shape[-1])))
+
+    return fill

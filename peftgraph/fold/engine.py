@@ -120,7 +120,8 @@ class Folding:
         else:
             self._settle(edit)
         self.edits.remove(edit)
-        self.table = self.table.without(name for name in edit.parameters if self.table[name].added)
+        read = {name for other in self.edits for name in other.parameters}  # shared with edits that are left
+        self.table = self.table.without(name for name in edit.parameters if self.table[name].added and name not in read)
 
     def _write_all(self, edit: Edit, rule: Rule) -> None:
         assert not isinstance(rule.fold, str)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,10 +23,26 @@ Initializer = Callable[[Tensor], Any]
 ACTIVATIONS: dict[str, Callable[..., Any]] = {
     "relu": aten.relu.default,
     "gelu": aten.gelu.default,
+    "gelu_tanh": partial(aten.gelu.default, approximate="tanh"),
     "silu": aten.silu.default,
     "tanh": aten.tanh.default,
     "sigmoid": aten.sigmoid.default,
 }
+
+
+@dataclass
+class Common:
+    """What the edits of one application of a pass have in common.
+
+    Attributes:
+        owner: the dotted prefix of shared parameters: the pass's word and, if it has one, its name.
+        entries: the shared parameters.
+        nodes: the shared values, by the key they were built under.
+    """
+
+    owner: str
+    entries: dict[str, Entry] = field(default_factory=dict)
+    nodes: dict[str, fx.Node] = field(default_factory=dict)
 
 
 @dataclass
@@ -41,6 +58,7 @@ class Builder:
         maker: the spec of the pass that builds.
         order: the `meta["order"]` that those of new nodes begin with.
         cursor: new nodes go after it.
+        common: what all edits of the pass share.
     """
 
     graph: fx.Graph
@@ -52,6 +70,7 @@ class Builder:
     maker: str
     order: tuple[int, ...]
     cursor: fx.Node
+    common: Common
     nodes: list[fx.Node] = field(default_factory=list)
     entries: dict[str, Entry] = field(default_factory=dict)
 
@@ -67,6 +86,28 @@ class Builder:
             Conflict: the name is taken.
         """
         full = f"{self.owner}.{name}"
+        self.entries[full] = self._new(full, shape, init)
+        return self._read(full, name)
+
+    def shared(self, name: str, shape: Sequence[int], init: Initializer) -> fx.Node:
+        """A trainable parameter that every site of the pass reads, made at the first of them.
+
+        Raises:
+            Conflict: the name is taken by another pass or by the model.
+        """
+        full = f"{self.common.owner}.{name}"
+        if full not in self.common.entries:
+            self.common.entries[full] = self._new(full, shape, init)
+        self.entries[full] = self.common.entries[full]
+        return self._read(full, name)
+
+    def once(self, key: str, build: Callable[[], fx.Node]) -> fx.Node:
+        """A value that every site of the pass reads, built at the first of them; a pass with one does not fold."""
+        if key not in self.common.nodes:
+            self.common.nodes[key] = build()
+        return self.common.nodes[key]
+
+    def _new(self, full: str, shape: Sequence[int], init: Initializer) -> Entry:
         if full in self.taken:
             raise Conflict(
                 f"{self.maker} would make the parameter {full}, which exists already (made by {self.taken[full]}). Two "
@@ -77,9 +118,10 @@ class Builder:
             with torch.no_grad():
                 init(value)
         self.taken[full] = self.maker
-        parameter = nn.Parameter(value)
-        self.entries[full] = Entry(parameter, "parameter", trainable=True, added=True)
-        return self._insert("get_attr", full, (), {}, name, fake_like(self._mode, parameter))
+        return Entry(nn.Parameter(value), "parameter", trainable=True, added=True)
+
+    def _read(self, full: str, hint: str) -> fx.Node:
+        return self._insert("get_attr", full, (), {}, hint, fake_like(self._mode, self.entries[full].tensor))
 
     def constant(self, name: str, value: Tensor) -> fx.Node:
         """A non-persistent buffer `owner.name`, such as an index table; equal ones of the same name are shared."""
@@ -105,7 +147,32 @@ class Builder:
 
     def activation(self, name: str, x: fx.Node) -> fx.Node:
         """An elementwise nonlinearity by its name in `ACTIVATIONS`."""
-        return self.call(ACTIVATIONS[name], x)
+        function = ACTIVATIONS[name]
+        if isinstance(function, partial):
+            return self.call(function.func, x, **function.keywords)
+        return self.call(function, x)
+
+    def layer_norm(self, x: fx.Node, weight: fx.Node, bias: fx.Node, eps: float = 1e-5) -> fx.Node:
+        """x (..., D) centred and scaled to unit variance over its last axis, then weight * x + bias."""
+        return self.call(aten.layer_norm.default, x, [int(weight.meta["val"].shape[0])], weight, bias, eps)
+
+    def gated_in_training(self, x: fx.Node, gate: fx.Node) -> fx.Node:
+        """x * gate under train(); x alone under eval()."""
+        product = self.call(aten.mul.Tensor, x, gate)
+        product.meta["evaluates_to_first_operand"] = True
+        return product
+
+    def again(self, start: fx.Node, stop: fx.Node, x: fx.Node) -> fx.Node:
+        """What lies between the values `start` and `stop` once more, from `x` instead of `start`.
+
+        Stored tensors are read where they are; everything else that `stop` depends on must come from `start`.
+        """
+        copies = {start: x}
+        for node in _between(start, stop):
+            arguments, keywords = fx.map_arg((node.args, node.kwargs), lambda operand: copies.get(operand, operand))
+            assert not isinstance(node.target, str), f"{node.name} is no call"
+            copies[node] = self.call(node.target, *arguments, **keywords)
+        return copies[stop]
 
     def mul(self, x: fx.Node, y: fx.Node | float) -> fx.Node:
         """x * y; a factor of exactly 1 adds nothing."""
@@ -143,6 +210,20 @@ class Builder:
         base = f"{self.label}.{hint}"
         count = sum(node.meta["label"].rsplit("#", 1)[0] == base for node in self.nodes)
         return base if count == 0 else f"{base}#{count + 1}"
+
+
+def _between(start: fx.Node, stop: fx.Node) -> list[fx.Node]:
+    """The nodes on the ways from `start` to `stop`, in order, `stop` included."""
+    descends = {start: True}
+
+    def visit(node: fx.Node) -> bool:
+        if node not in descends:
+            found = [visit(operand) for operand in node.all_input_nodes]
+            descends[node] = any(found)
+        return descends[node]
+
+    visit(stop)
+    return [node for node, on_the_way in descends.items() if on_the_way and node is not start]
 
 
 def erase(graph: fx.Graph, names: Sequence[str]) -> None:

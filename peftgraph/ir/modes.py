@@ -37,7 +37,7 @@ def evaluated(graph: fx.Graph) -> fx.Graph:
     for node in list(new.nodes):
         if node.op != "call_function":
             continue
-        if node.target in DROPOUTS:
+        if node.target in DROPOUTS or node.meta.get("evaluates_to_first_operand"):
             source = node.args[0]
             assert isinstance(source, fx.Node)
             node.replace_all_uses_with(source)

@@ -11,7 +11,7 @@ from typing import TypeVar
 from torch import fx, nn
 
 from peftgraph.errors import Conflict, RecipeError
-from peftgraph.ir.builder import Builder, erase, sort
+from peftgraph.ir.builder import Builder, Common, erase, sort
 from peftgraph.ir.program import Applied, Edit, Move, ProgramData, chain, copy_graph
 from peftgraph.ir.table import Entry
 from peftgraph.ir.verify import verify
@@ -48,9 +48,9 @@ def remove(program: P, sites: Sites, which: int) -> P:
     for edit in reversed(gone):
         undo(graph, edits, edit)
         edits.remove(edit)
-        table = table.with_({name: _before(table[name]) for name in edit.parameters if not table[name].added}).without(
-            name for name in edit.parameters if table[name].added
-        )
+    made = {name for edit in gone for name in edit.parameters}
+    table = table.with_({name: _before(table[name]) for name in made if not table[name].added})
+    table = table.without(name for name in made if table[name].added)
     kept = tuple(replace(e, application=e.application - (e.application > which)) for e in edits)
     history = program.history[:which] + program.history[which + 1 :]
     used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
@@ -135,6 +135,7 @@ class _Work:
     entries: dict[str, Entry]
     taken: dict[str, str]
     program: ProgramData
+    common: Common
 
     @classmethod
     def on(cls, program: ProgramData, sites: Sites, method: Pass) -> _Work:
@@ -142,7 +143,8 @@ class _Work:
         makers = {name: str(program.history[e.application].method) for e in program.edits for name in e.parameters}
         taken = {name: makers.get(name, "the model itself") for name in program.table}
         names = {node.name: node for node in graph.nodes}
-        return cls(method, sites, len(program.history), graph, names, list(program.edits), {}, taken, program)
+        common = Common(f"{method.word}.{method.name}" if method.name else method.word)
+        return cls(method, sites, len(program.history), graph, names, list(program.edits), {}, taken, program, common)
 
     def rewrite(self, number: int, rule: Rule, site: Site) -> None:
         match = Match(site, self.sites, self.graph, self.program.table, self.edits, self.names)
@@ -182,15 +184,16 @@ class _Work:
         return Edit(self.application, number, match.site.id, tuple(moves), nodes, parameters)
 
     def _redirect(self, match: Match, port: str, old: fx.Node, new: fx.Node, builder: Builder) -> Move:
+        anchor = match.anchor(port)
         if port not in GIVEN:
             self.names[match.reader(port)].replace_input_with(old, new)
-            return Move(match.anchor(port), match.level, new.name, 1)
+            return Move(anchor, match.level, new.name, 1)
         uses = builder.redirect(old, new, keep=set(builder.nodes))
-        return Move(match.anchor(port), match.level, new.name, uses)
+        return Move(anchor, match.level, new.name, uses)
 
     def _builder(self, match: Match, rule: Rule) -> Builder:
         word = f"{self.method.word}.{self.method.name}" if self.method.name else self.method.word
-        place = match.value(rule.join.port) if rule.join.port in match.site.ports else match.output
+        place = match.value(rule.join.port) if match.has(rule.join.port) else match.output
         table = self.program.table
         return Builder(
             graph=self.graph,
@@ -202,6 +205,7 @@ class _Work:
             maker=str(self.method),
             order=(place.meta["order"][0], self.application, len(self.edits)),
             cursor=place,
+            common=self.common,
         )
 
     def result(self, program: P) -> P:

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from peftgraph.ir.builder import Builder
+from peftgraph.ir.modes import DROPOUTS
 from peftgraph.ir.program import Edit, ProgramData, chain
 from peftgraph.ir.table import Table
 from peftgraph.rewrite.views import Bound, View, bias_view, bind, weight_view
@@ -24,7 +25,7 @@ LEVELS = {"attention": 1, "ffn": 1, "block": 2}
 
 # Ports whose value the site gives to all its users; at every other port the site reads a value that others may read
 # too.
-GIVEN = {"output", "join", "normed"}
+GIVEN = {"output", "undropped", "join", "normed"}
 
 
 @dataclass
@@ -52,8 +53,23 @@ class Match:
 
     def anchor(self, port: str) -> str:
         """The key of the chain of edits at a port: a value that the site gives, or the edge by which it reads one."""
-        node = self.site.ports[port]
+        node = self.port(port)
         return node if port in GIVEN else f"{node}@{self.reader(port)}"
+
+    def has(self, port: str) -> bool:
+        """Whether the site has that port."""
+        return port in self.site.ports or (port == "undropped" and "output" in self.site.ports)
+
+    def port(self, name: str) -> str:
+        """The base graph's node at a port; `undropped` is the output before the dropout that ends a sublayer."""
+        if name != "undropped":
+            return self.site.ports[name]
+        node = self.names[self.site.ports["output"]]
+        replaced = {move.after: move.anchor.partition("@")[0] for edit in self.edits for move in edit.moves}
+        while node.target in DROPOUTS:
+            operand = node.all_input_nodes[0].name
+            node = self.names[replaced.get(operand, operand)]
+        return node.name
 
     def reader(self, port: str) -> str:
         """The node that reads a port's value."""
@@ -61,7 +77,7 @@ class Match:
 
     def value(self, port: str) -> fx.Node:
         """The current value at a port: what the site reads, or what it gives at its own level of nesting."""
-        node = self.site.ports[port]
+        node = self.port(port)
         if port in GIVEN:
             return self._latest(node, self.level)
         inside = chain(self.edits, self.anchor(port))
@@ -80,6 +96,13 @@ class Match:
     def output(self) -> fx.Node:
         """What the site gives, before edits of the sublayers around it; features on `site.feature_axis`."""
         return self.value("output")
+
+    def normed(self, op: Builder, x: fx.Node) -> fx.Node:
+        """x, a value like the one after a sublayer's residual add, through the norm that follows it in a post-norm
+        block, with its own weights; x itself where none follows."""
+        if "normed" not in self.site.ports:
+            return x
+        return op.again(self.value("join"), self.names[self.site.ports["normed"]], x)
 
     def related(self, selector: object, same_layer: bool = False) -> tuple[Match, ...]:
         """Matches of other sites in the same graph, for methods that read more than one site."""

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Self, cast
 
 from peftgraph.errors import RecipeError
+from peftgraph.rewrite.match import Match
 from peftgraph.rewrite.rule import Rule
 from peftgraph.rewrite.spec import build, parse_specs, print_value
 from peftgraph.sites import Pattern
@@ -60,6 +61,15 @@ class Pass:
     def renamed(self, name: str) -> Self:
         """The same pass under another name."""
         return dataclasses.replace(self, name=name)
+
+    def require_one_of(self, option: str, words: Iterable[str]) -> None:
+        """Raises RecipeError unless the value of `option` is one of `words`."""
+        value, known = getattr(self, option), " or ".join(f'"{word}"' for word in words)
+        self.require(value in words, f"{option} must be {known}, got {value!r}.")
+
+    def require_sublayer(self, m: Match) -> None:
+        """Raises RecipeError unless `m` is an attention or a feed-forward with its residual add."""
+        self.require(m.has("join"), f"{m.site.id} is no sublayer with a residual add; choose attention, ffn or both.")
 
     def require(self, condition: bool, message: str) -> None:
         """Raises RecipeError with `message` unless `condition` holds."""

@@ -9,7 +9,7 @@ import zoo
 from torch import Tensor
 
 import peftgraph as pg
-from peftgraph.passes import IA3, BitFit, LoRA, SerialAdapter
+from peftgraph.passes import IA3, BitFit, Compacter, Houlsby, LoRA, ParallelAdapter, Pfeiffer, SerialAdapter
 
 F64 = torch.float64
 PASSES: dict[str, tuple[pg.Pass, ...]] = {
@@ -21,10 +21,17 @@ PASSES: dict[str, tuple[pg.Pass, ...]] = {
     "lora+ia3": (LoRA(at="attention.*|ffn.*", rank=2), IA3()),
     "ia3+lora": (IA3(), LoRA(at="attention.*|ffn.*", rank=2)),
     "serial+lora": (SerialAdapter(width=3), LoRA(at="attention.*", rank=2)),
+    "houlsby": (Houlsby(width=3),),
+    "pfeiffer": (Pfeiffer(width=3),),
+    "parallel": (ParallelAdapter(width=3, learned=True),),
+    "compacter": (Compacter(width=4),),
 }
+ADAPTERS = ("serial", "serial+lora", "houlsby", "pfeiffer", "parallel", "compacter")
+# These start near the identity and not on it: what they draw is the identity once these parameters are zero.
+NEAR = {"houlsby": "up_weight", "pfeiffer": "up_weight", "compacter": "up_right"}
 BIASED = ("bert", "gpt2", "gpt_neox", "vit", "nano")
 CASES = [(name, case) for name in zoo.NAMES for case in PASSES if case != "bitfit" or name in BIASED]
-FOLDABLE = [(name, case) for name, case in CASES if "serial" not in case]
+FOLDABLE = [(name, case) for name, case in CASES if case not in ADAPTERS]
 
 
 def tuned(name: str, case: str, attn: str = "sdpa") -> pg.Program:
@@ -45,6 +52,11 @@ def distance(a: list[Tensor], b: list[Tensor]) -> float:
 def test_identity_at_the_start(name: str, case: str, attn: str) -> None:
     inputs = zoo.example(name, 2, 9, F64)
     base, fresh = outputs(zoo.traced(name, attn, F64), inputs), tuned(name, case, attn)
+    if case in NEAR:
+        assert 0 < distance(base, outputs(fresh, inputs)) < 0.1
+        with torch.no_grad():
+            for parameter in (p for key, p in fresh.table.trainable.items() if key.endswith(NEAR[case])):
+                parameter.zero_()
     assert all(torch.equal(a, b) for a, b in zip(base, outputs(fresh, inputs), strict=True))
     moved = outputs(zoo.randomise(fresh), inputs)
     assert not any(torch.equal(a, b) for a, b in zip(base[:1], moved[:1], strict=True)), "the pass does nothing"

@@ -123,7 +123,7 @@ def test_the_one_adapter_after_the_feed_forward(real: Any) -> None:
         ({"std": 0.0}, "serial_adapter: std must be positive, got 0.0."),
         (
             {"activation": "softplus"},
-            "serial_adapter: activation must be one of relu, gelu, silu, tanh, sigmoid, got 'softplus'.",
+            "serial_adapter: activation must be one of relu, gelu, gelu_tanh, silu, tanh, sigmoid, got 'softplus'.",
         ),
     ],
 )

@@ -1,8 +1,9 @@
 """Ground truth by module names, and eager references built on the original model. For tests only.
 
 `PLACES[name]` says where each role's weight lives; `eager_outputs` runs the original model's own code with adapted
-weights put in by `torch.func.functional_call` (LoRA, (IA)3, BitFit) or with forward hooks (serial adapters), so that
-gradients of the adapter's parameters come from a computation that shares nothing with the engine.
+weights put in by `torch.func.functional_call` (LoRA, (IA)3, BitFit) or with forward hooks (adapters, in
+`eager_adapters`), so that gradients of the adapter's parameters come from a computation that shares nothing with the
+engine.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import eager_adapters
 import torch
 import zoo
 from torch import Tensor, nn
@@ -147,7 +149,7 @@ def eager_outputs(
     `scale_first`: (IA)3 was applied before LoRA, so its output vectors scale the base's product only.
     """
     weights = _adapted(name, dict(model.named_parameters()), adapters, alpha, scale_first)
-    hooks = list(_hooks(name, model, adapters))
+    hooks = list(eager_adapters.hooks(name, model, adapters))
     try:
         return zoo.leaves(functional_call(model, weights, kwargs=dict(inputs)))
     finally:
@@ -198,58 +200,3 @@ def _on_rows(weight: Tensor, place: Place, change: Any) -> Tensor:
         rows = torch.tensor(place.rows)
         matrix = matrix.index_copy(-2, rows, change(matrix.index_select(-2, rows)))
     return matrix.mT if place.transposed else matrix
-
-
-# Sublayers: the module whose output is the branch before its dropout, and the path of the sublayer's own parameters.
-SUBLAYERS = {
-    "bert": [
-        ("encoder.layer.{i}.attention.output.dense", "encoder.layer.{i}.attention.attention"),
-        ("encoder.layer.{i}.output.dense", "encoder.layer.{i}.ffn"),
-    ],
-    "llama": [
-        ("model.layers.{i}.self_attn", "model.layers.{i}.self_attn.attention"),
-        ("model.layers.{i}.mlp", "model.layers.{i}.mlp.ffn"),
-    ],
-    "mixtral": [
-        ("model.layers.{i}.self_attn", "model.layers.{i}.self_attn.attention"),
-        ("model.layers.{i}.mlp", "model.layers.{i}.mlp.experts.ffn"),
-    ],
-    "gpt2": [
-        ("transformer.h.{i}.attn", "transformer.h.{i}.attn.attention"),
-        ("transformer.h.{i}.mlp", "transformer.h.{i}.mlp.ffn"),
-    ],
-    "gpt_neox": [
-        ("gpt_neox.layers.{i}.attention", "gpt_neox.layers.{i}.attention.attention"),
-        ("gpt_neox.layers.{i}.mlp", "gpt_neox.layers.{i}.mlp.ffn"),
-    ],
-    "vit": [
-        ("vit.layers.{i}.attention", "vit.layers.{i}.attention.attention"),
-        ("vit.layers.{i}.mlp", "vit.layers.{i}.mlp.ffn"),
-    ],
-    "nano": [("stack.{i}.out", "stack.{i}.attention"), ("stack.{i}.proj", "stack.{i}.ffn")],
-    "t5": [
-        ("encoder.block.{i}.layer.0.SelfAttention", "encoder.block.{i}.layer.0.SelfAttention.attention"),
-        ("encoder.block.{i}.layer.1.DenseReluDense", "encoder.block.{i}.layer.1.DenseReluDense.ffn"),
-        ("decoder.block.{i}.layer.0.SelfAttention", "decoder.block.{i}.layer.0.SelfAttention.attention"),
-        ("decoder.block.{i}.layer.1.EncDecAttention", "decoder.block.{i}.layer.1.EncDecAttention.cross_attention"),
-        ("decoder.block.{i}.layer.2.DenseReluDense", "decoder.block.{i}.layer.2.DenseReluDense.ffn"),
-    ],
-}
-
-
-def _hooks(name: str, model: nn.Module, adapters: Mapping[str, Tensor]) -> Iterator[Any]:
-    for template, owner_template in SUBLAYERS[name]:
-        for i in range(zoo.LAYERS):
-            owner = f"{owner_template.format(i=i)}_serial_adapter"
-            if f"{owner}.down_weight" not in adapters:
-                continue
-            dw, db, uw, ub = (adapters[f"{owner}.{p}"] for p in ("down_weight", "down_bias", "up_weight", "up_bias"))
-
-            def hook(
-                _m: nn.Module, _a: Any, out: Any, dw: Tensor = dw, db: Tensor = db, uw: Tensor = uw, ub: Tensor = ub
-            ) -> Any:
-                h = out[0] if isinstance(out, tuple) else out
-                h = h + nn.functional.gelu(h @ dw.T + db) @ uw.T + ub
-                return (h, *out[1:]) if isinstance(out, tuple) else h
-
-            yield model.get_submodule(template.format(i=i)).register_forward_hook(hook)

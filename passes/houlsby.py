@@ -1,0 +1,72 @@
+"""Houlsby adapters (Houlsby et al., 2019): two serial bottlenecks in every block, and every layer norm trains.
+
+    h   ->   h + W_up act(W_down h + b_down) + b_up          LN trains
+    no fold: a nonlinearity stands between the adapter and every weight around it (trained norms do fold)
+
+h is what attention and what the feed-forward give, after the dropout, before the residual add (and before the norm of
+a post-norm block): y = LN(x + A(drop(F(x)))), or y = x + A(drop(F(LN(x)))).
+Shapes: D features of h, M width. Both weights are normal, truncated at two standard deviations; biases are zero.
+The paper says std 1e-2, the authors' code has 1e-3 (init="code"). Their code's GELU is the tanh form: "gelu_tanh".
+Ports to T5 put the adapter before the dropout: place="before_dropout". The task's head trains too, which is no part of
+the pass.
+Source: arXiv 1902.00751, section 2.1 and appendix A; google-research/adapter-bert, modeling.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import fx
+
+import peftgraph as pg
+
+STD = {"paper": 1e-2, "code": 1e-3}
+PORTS = {"after_dropout": "output", "before_dropout": "undropped"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Houlsby(pg.Pass):
+    """Two bottlenecks in a block.
+
+    Attributes:
+        at: sublayers; self-attention and feed-forward by default, so that a decoder's block has two as well.
+        width: M, the size of the bottleneck.
+        activation: a word of `pg.ACTIVATIONS`.
+        dropout: on the bottleneck, in training.
+        init: "paper" (std 1e-2) or "code" (std 1e-3).
+        place: "after_dropout" or "before_dropout" of the sublayer.
+        norms: whether all layer norms train.
+    """
+
+    word = "houlsby"
+    at: pg.Selector = pg.attention & pg.kind("self") | pg.ffn
+    width: int = 64
+    activation: str = "gelu"
+    dropout: float = 0.0
+    init: Literal["paper", "code"] = "paper"
+    place: Literal["after_dropout", "before_dropout"] = "after_dropout"
+    norms: bool = True
+
+    def check(self) -> None:
+        """Refuses an unknown initialisation or place, and what a bottleneck refuses."""
+        self.require_one_of("init", STD)
+        self.require_one_of("place", PORTS)
+        self.bottleneck.check(self)
+
+    @property
+    def bottleneck(self) -> pg.Bottleneck:
+        """W_up act(W_down h + b_down) + b_up."""
+        start = pg.init.truncated_normal(STD[self.init])
+        return pg.Bottleneck(width=self.width, activation=self.activation, dropout=self.dropout, down=start, up=start)
+
+    def rules(self) -> list[pg.Rule]:
+        """Add the bottleneck of the sublayer's output to it; train the norms."""
+        reason = "its nonlinearity stands between it and every weight"
+        adapter = pg.Rule(at=self.at, delta=self.delta, join=pg.Add(PORTS[self.place]), fold=reason)
+        return [adapter, pg.Train(pg.norm)] if self.norms else [adapter]
+
+    def delta(self, m: pg.Match, op: pg.Builder) -> fx.Node:
+        """The bottleneck of h."""
+        self.require_sublayer(m)
+        return self.bottleneck.build(op, m.value(PORTS[self.place]), m.features)

@@ -1,0 +1,74 @@
+"""The Pfeiffer adapter (Pfeiffer et al., 2021): one bottleneck in a block, on the residual sum.
+
+    s = x + drop(F(x))   ->   s + W_up act(W_down N(s) + b_down) + b_up
+    no fold: a nonlinearity stands between the adapter and every weight around it
+
+N is the norm that follows s in a post-norm block, which is thereby used twice: y = LN(s + A(LN(s))). In a pre-norm
+block nothing follows: the adapter reads the residual stream as it is. In a block whose attention and feed-forward run
+in parallel, s is the sum of both, so one adapter serves the two. Norms stay frozen.
+Shapes: D features of s, M width. Both weights are normal with std 0.02 and biases zero, as in the authors' code;
+init="identity" starts W_up at zero. Where the adapter stands differs between sources: after the feed-forward in
+AdapterFusion, AdapterHub and UniPELT (the default), after self-attention in Compacter's baseline: at="attention".
+Source: arXiv 2005.00247, section 3 and appendix; adapter-hub/adapters, methods/modeling.py, SeqBnConfig.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import fx
+
+import peftgraph as pg
+
+UP = {"bert": pg.init.normal(0.02), "identity": pg.init.zeros}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pfeiffer(pg.Pass):
+    """One bottleneck in a block.
+
+    Attributes:
+        at: sublayers; the feed-forward by default.
+        width: M, the size of the bottleneck (the library's is D / 16).
+        activation: a word of `pg.ACTIVATIONS`.
+        dropout: on the bottleneck, in training.
+        init: how W_up starts: "bert" (normal, std 0.02) or "identity" (zero).
+    """
+
+    word = "pfeiffer"
+    at: pg.Selector = pg.ffn
+    width: int = 48
+    activation: str = "relu"
+    dropout: float = 0.0
+    init: Literal["bert", "identity"] = "bert"
+
+    def check(self) -> None:
+        """Refuses an unknown initialisation, and what a bottleneck refuses."""
+        self.require_one_of("init", UP)
+        self.bottleneck.check(self)
+
+    @property
+    def bottleneck(self) -> pg.Bottleneck:
+        """W_up act(W_down N(s) + b_down) + b_up."""
+        return pg.Bottleneck(
+            width=self.width,
+            activation=self.activation,
+            dropout=self.dropout,
+            down=pg.init.normal(0.02),
+            up=UP[self.init],
+        )
+
+    def rules(self) -> list[pg.Rule]:
+        """One rule: add the bottleneck of the normed residual sum to the residual sum."""
+        reason = "its nonlinearity stands between it and every weight"
+        return [pg.Rule(at=self.at, delta=self.delta, join=pg.Add("join"), fold=reason)]
+
+    def delta(self, m: pg.Match, op: pg.Builder) -> fx.Node:
+        """The bottleneck of N(s)."""
+        self.require_sublayer(m)
+        twins = [one.site.id for one in m.related(self.at, same_layer=True) if one.anchor("join") == m.anchor("join")]
+        self.require(
+            len(twins) == 1, f"{' and '.join(twins)} end in one residual sum; choose one of them for the adapter."
+        )
+        return self.bottleneck.build(op, m.normed(op, m.value("join")), m.features)
