@@ -143,7 +143,9 @@ class Matcher:
     def _variable(self, term: Var, value: object, place: fx.Node | None, so_far: Match) -> Iterator[Match]:
         name = term.name
         if not isinstance(value, fx.Node) or not self.flow.carries_tensor(value):
-            self._note(so_far, f"a value, {name}", self._shown(value), value)
+            equation = self.terms.get(name)
+            expected = f"a value, {name}" if equation is None else self._expected(equation)
+            self._note(so_far, expected, self._shown(value), value)
             return
         if place is not None:
             so_far = so_far.read(name, place)
@@ -231,7 +233,7 @@ class Matcher:
         if tag and tag not in so_far.tags:
             so_far = replace(so_far, tags=(*so_far.tags, tag))
         if len(term.args) > len(arguments.values):
-            self._note(so_far, f"{len(term.args)} arguments", f"{len(arguments.values)} arguments", node)
+            self._note(so_far, f"{len(term.args)} arguments", str(len(arguments.values)), node)
             return
         for key, wanted in term.options:
             if not arguments.has(key, wanted):
@@ -287,7 +289,9 @@ class Arguments:
         given: list[object] = list(node.args)
         for argument in known[len(given) :]:
             given.append(node.kwargs.get(argument.name, argument.default_value))
-        return cls(tuple(_opened(given)), tuple((one.name, value) for one, value in zip(known, given, strict=False)))
+        named = tuple((one.name, value) for one, value in zip(known, given, strict=False))
+        positional = len(given) - sum(one.kwarg_only for one in known)
+        return cls(tuple(_opened(given[:positional])), named)
 
     def has(self, name: str, wanted: object) -> bool:
         return any(key == name and same_constant(value, wanted) for key, value in self.named)
