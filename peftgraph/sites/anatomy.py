@@ -15,6 +15,7 @@ from .flow import Flow
 from .joins import Join, find_joins
 from .norms import Norm, find_norms
 from .projections import Projection, projection
+from .sidepaths import SidePath, find_side_paths
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +37,8 @@ class Anatomy:
         self.convolutions: list[fx.Node] = []
         for node in flow.nodes:
             self._classify(node)
+        self.side_paths: list[SidePath] = find_side_paths(flow, self.projections, self.projection_at)
+        self._beside: set[Projection] = {path.up for path in self.side_paths}
         self.norms: list[Norm] = find_norms(flow)
         self.norm_at: dict[fx.Node, Norm] = {norm.output: norm for norm in self.norms}
         self.cores, self.misses = find_cores(flow, set(self.projection_at))
@@ -107,7 +110,8 @@ class Anatomy:
                 continue
             seen.add(node)
             if node in self.projection_at:
-                projections[self.projection_at[node]] = None
+                if self.projection_at[node] not in self._beside:
+                    projections[self.projection_at[node]] = None
             elif self.flow.constant(node) and ops.name(node) != "embedding":
                 continue
             elif self.stops_at(node):

@@ -113,7 +113,7 @@ def _parts(anatomy: Anatomy, role: str, operand: fx.Node) -> list[Part]:
         return []
     tags, bases = arrivals(anatomy, operand, sources)
     heads = _heads(tags)
-    arrived = split(in_order(tags), sources, bases)
+    arrived = split(in_order(_by_head(tags)), sources, bases)
     parts: list[Part] = []
     for source, features in zip(sources, arrived, strict=True):
         if len(features):
@@ -128,6 +128,15 @@ def _heads(tags: torch.Tensor) -> int | None:
     if kept.dim() <= 1:
         return 1 if kept.dim() == 1 else None
     return int(torch.unique(kept.reshape(-1, kept.shape[-1]), dim=0).shape[0])
+
+
+def _by_head(tags: torch.Tensor) -> torch.Tensor:
+    """The heads in the order of the operand, the features of each in the order of the weight.
+
+    Rotary embedding hands features on in pairs of another order, which says nothing about the projection.
+    """
+    kept = squeeze_constant(tags)
+    return kept if kept.dim() == 0 else kept.sort(dim=-1).values
 
 
 def _operand_miss(anatomy: Anatomy, role: str, core: Core, operand: fx.Node) -> NearMiss:
@@ -157,10 +166,38 @@ def _kind(anatomy: Anatomy, core: Core, parts: Sequence[Part]) -> str:
 
 
 def origins(anatomy: Anatomy, nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    """Where the values come from: roots of the streams, or what else the walk back stops at."""
+    """Where the values come from, behind any projections: roots of the streams, or what else the walk back stops at."""
     found: set[fx.Node] = set()
-    for node in nodes:
+    todo, seen = list(nodes), set[fx.Node]()
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
         frontier = anatomy.frontier(node)
-        for stop in (*frontier.stops, *(one.output for one in frontier.projections)):
-            found.add(anatomy.join_at[stop].root if stop in anatomy.join_at else stop)
+        found |= {anatomy.join_at[stop].root if stop in anatomy.join_at else stop for stop in frontier.stops}
+        todo += [one.input for one in frontier.projections]
+    return found
+
+
+def find_latents(anatomy: Anatomy, attentions: Sequence[Attention]) -> list[tuple[Attention, Part]]:
+    """Projections whose features reach q, k or v of one attention through further projections only.
+
+    Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1) compresses its keys and values so. What
+    a residual stream starts from, or several attentions read, is no latent.
+    """
+    roots = {join.root for join in anatomy.joins}
+    readers: dict[Projection, dict[Attention, list[fx.Node]]] = {}
+    for one in attentions:
+        for value in {part.projection.input for part in one.parts if part.role != "attention.o"}:
+            frontier = anatomy.frontier(value)
+            for latent in () if frontier.nonlinear or frontier.stops else frontier.projections:
+                readers.setdefault(latent, {}).setdefault(one, []).append(value)
+    found: list[tuple[Attention, Part]] = []
+    for latent, reading in readers.items():
+        if len(reading) == 1 and latent.output not in roots:
+            ((one, values),) = reading.items()
+            arrived = [in_order(arrivals(anatomy, value, [latent])[0]) for value in values]
+            features = torch.unique(torch.cat(arrived)) - 1
+            found.append((one, Part("attention.latent", latent, columns_of(latent, features))))
     return found

@@ -11,7 +11,7 @@ from torch import fx
 
 from . import ops
 from .anatomy import Anatomy
-from .attention import Attention, Part, find_attention
+from .attention import Attention, Part, find_attention, find_latents
 from .blocks import Blocks, Place, Sublayer
 from .feedforward import FeedForward, find_feedforward, find_routers
 from .joins import Join
@@ -22,6 +22,7 @@ from .patterns.search import PatternSearch, search
 from .projections import Projection
 from .site import Bias, Columns, NearMiss, Site, Sites
 
+DOWN, UP = "side.down", "side.up"
 RANK = (
     "block",
     "attention",
@@ -32,11 +33,14 @@ RANK = (
     "attention.v",
     "attention.core",
     "attention.o",
+    "attention.latent",
     "ffn.gate",
     "ffn.up",
     "ffn.hidden",
     "ffn.down",
     "router",
+    DOWN,
+    UP,
     "projection",
     "head",
     "embedding",
@@ -86,6 +90,8 @@ class Finder:
     def sites(self, patterns: Sequence[Pattern] = ()) -> Sites:
         for one in self.attentions:
             self._attention(one)
+        for one, latent in find_latents(self.anatomy, self.attentions):
+            self._part(latent, self._place(latent.projection.node), kind=one.kind)
         for one in self.feedforwards:
             self._feedforward(one)
         self._leftovers()
@@ -203,11 +209,13 @@ class Finder:
         read = 0
         for one in anatomy.projections:
             read |= flow.before(one.node)
+        beside = {one: role for path in anatomy.side_paths for one, role in ((path.down, DOWN), (path.up, UP))}
         for one in anatomy.projections:
             if one.node.name in taken:
                 continue
             last = not (joined | read) & flow.bit(one.node)
-            role = "router" if one in anatomy.routers else "head" if last else "projection"
+            plain = "router" if one in anatomy.routers else "head" if last else "projection"
+            role = beside.get(one, plain)
             self._part(Part(role, one, None), None if role == "head" else self._place(one.node))
 
     def _sublayers(self) -> None:

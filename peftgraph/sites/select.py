@@ -27,6 +27,7 @@ WORDS: Final = (
     "attention",
     *ATTENTION,
     "attention.core",
+    "attention.latent",
     "attention.*",
     "ffn",
     *FFN,
@@ -39,6 +40,8 @@ WORDS: Final = (
     "block",
     "projection",
     "router",
+    "side.down",
+    "side.up",
 )
 FILTERS: Final = ("layers", "stack", "kind", "expert")
 

@@ -34,6 +34,10 @@ def ghost_of(model: nn.Module, mode: FakeTensorMode, own: torch.dtype, marker: t
             f"{type(model).__name__} cannot be deep-copied ({type(error).__name__}: {error}). Remove what it "
             "holds that cannot be copied (open files, locks, tensors with a gradient history) before tracing."
         ) from error
+    for module in ghost.modules():
+        settings = getattr(module, "config", None)
+        if getattr(settings, "use_cache", None) is True:
+            settings.use_cache = False  # the example asks for a cache by an argument, as a call does
     return ghost.train()
 
 
