@@ -28,7 +28,7 @@ import peftgraph as pg
 aten = torch.ops.aten
 
 STARTS = {"xavier_uniform": pg.init.xavier_uniform(math.sqrt(2)), "xavier_normal": pg.init.xavier_normal(1.0)}
-PORTS = {"after_dropout": "output", "before_dropout": "undropped"}
+PORTS = {"before_dropout": "undropped", "after_dropout": "output", "residual_sum": "join"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,8 @@ class Compacter(pg.Pass):
         activation: a word of `pg.ACTIVATIONS`.
         dropout: on the bottleneck, in training.
         init: "xavier_uniform" (the authors' code) or "xavier_normal" (the adapters library).
-        place: "before_dropout" (the authors' code) or "after_dropout" of the sublayer.
+        place: "before_dropout" (the authors' code) or "after_dropout" of the sublayer; or "residual_sum", where
+            `Pfeiffer` stands and the adapters library puts Compacter++.
         norms: whether all layer norms train.
     """
 
@@ -57,7 +58,7 @@ class Compacter(pg.Pass):
     activation: str = "gelu_tanh"
     dropout: float = 0.0
     init: Literal["xavier_uniform", "xavier_normal"] = "xavier_uniform"
-    place: Literal["before_dropout", "after_dropout"] = "before_dropout"
+    place: Literal["before_dropout", "after_dropout", "residual_sum"] = "before_dropout"
     norms: bool = True
 
     def check(self) -> None:
@@ -79,7 +80,9 @@ class Compacter(pg.Pass):
         """U act(D h + b_down) + b_up."""
         self.require_sublayer(m)
         self.require(m.features % self.n == 0, f"n={self.n} does not divide the {m.features} features of {m.site.id}.")
-        narrow = self.product(op, "down", m.value(PORTS[self.place]), m.features, self.width)
+        h = m.value(PORTS[self.place])
+        h = m.normed(op, h) if self.place == "residual_sum" else h
+        narrow = self.product(op, "down", h, m.features, self.width)
         narrow = op.dropout(op.activation(self.activation, narrow), self.dropout)
         return self.product(op, "up", narrow, self.width, m.features)
 

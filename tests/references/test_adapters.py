@@ -1,0 +1,183 @@
+"""The adapter family beside the `adapters` library: equal bases and adapter weights give its outputs and gradients.
+
+`record_adapters.py` wrote what the library computes. Its models come from an older release of transformers, so the
+first test shows that the bases themselves agree. Norms that compute in float32 (Llama, T5) limit agreement to its
+precision.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import peftgraph as pg
+from peftgraph.passes import Compacter, CompacterPP, Houlsby, ParallelAdapter, Pfeiffer
+
+FOLDER = Path(__file__).parent / "adapters"
+VOCAB, WIDTH, HEADS, LAYERS, INNER = 29, 16, 4, 2, 24
+SIZES = {
+    "hidden_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "intermediate_size": INNER,
+    "max_position_embeddings": 16,
+    "vocab_size": VOCAB,
+}
+MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "bert": ("BertModel", "BertConfig", SIZES),
+    "gpt2": ("GPT2Model", "GPT2Config", {"vocab_size": VOCAB, "n_positions": 16, "n_embd": WIDTH, "n_layer": LAYERS,
+                                         "n_head": HEADS, "n_inner": INNER, "bos_token_id": 1, "eos_token_id": 2}),
+    "llama": ("LlamaModel", "LlamaConfig", {**SIZES, "num_key_value_heads": 2, "pad_token_id": 0}),
+    "t5": ("T5Model", "T5Config", {"vocab_size": VOCAB, "d_model": WIDTH, "d_kv": 4, "d_ff": INNER, "num_heads": HEADS,
+                                   "num_layers": LAYERS, "decoder_start_token_id": 0}),
+    "vit": ("ViTModel", "ViTConfig", {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
+                                      "intermediate_size": INNER, "image_size": 8, "patch_size": 4}),
+}  # fmt: skip
+TOLERANCE = {"bert": 1e-12, "gpt2": 1e-12, "vit": 1e-12, "llama": 2e-6, "t5": 2e-6}
+RENAMED = {  # parts of a ViT's names, in the library's release of transformers and in this one
+    r"^encoder\.layer\.": "layers.",
+    r"attention\.attention\.(query|key|value)\.": lambda match: f"attention.{match[1][0]}_proj.",
+    r"attention\.output\.dense\.": "attention.o_proj.",
+    r"intermediate\.dense\.": "mlp.fc1.",
+    r"(?<=\d\.)output\.dense\.": "mlp.fc2.",
+}
+METHODS: dict[str, pg.Pass] = {
+    "houlsby": Houlsby(width=4, activation="silu", norms=False),
+    "pfeiffer": Pfeiffer(width=4),
+    "pfeiffer_attention": Pfeiffer(at=pg.attention & pg.kind("self"), width=4),
+    "parallel": ParallelAdapter(width=4, input="residual"),
+    "parallel_learned": ParallelAdapter(width=4, input="residual", scale=1.0, learned=True),
+    "compacter": Compacter(width=4, n=2, activation="gelu", place="after_dropout", norms=False),
+    "compacter_pp": CompacterPP(width=4, n=2, activation="gelu", place="residual_sum", norms=False),
+}
+
+
+@cache
+def recorded(stem: str) -> dict[str, Tensor]:
+    return load_file(FOLDER / f"{stem}.safetensors")
+
+
+def part(stem: str, kind: str) -> dict[str, Tensor]:
+    return {key.removeprefix(kind): value for key, value in recorded(stem).items() if key.startswith(kind)}
+
+
+def build(name: str) -> nn.Module:
+    family, config, sizes = MODELS[name]
+    settings = getattr(transformers, config)(**sizes, attn_implementation="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = getattr(transformers, family)(settings).double().eval()
+    base = part(name, "base/")
+    if name == "vit" and "layers.0.attention.q_proj.weight" in model.state_dict():
+        for pattern, new in RENAMED.items():
+            base = {re.sub(pattern, new, key): value for key, value in base.items()}
+    model.load_state_dict(base)
+    return model
+
+
+@cache
+def traced(name: str) -> pg.Program:
+    return pg.trace(build(name), part(name, "input/"))
+
+
+def short_names(program: pg.Program) -> dict[str, str]:
+    """Our parameters by the names of the recording: `{layer}.{site}.{parameter}`."""
+    sites = {site.id: site for site in program.sites}
+    found: dict[str, str] = {}
+    for edit in program.edits:
+        site = sites[edit.site]
+        assert site.layer is not None
+        layer = site.layer + (LAYERS if site.stack == "decoder" else 0)
+        for name in edit.parameters:
+            leaf = name.rpartition(".")[2]
+            found[leaf if leaf == "phm_rule" else f"{layer}.{site.role}.{leaf}"] = name
+    return found
+
+
+def with_values(name: str, method: pg.Pass, values: dict[str, Tensor]) -> tuple[pg.Program, dict[str, nn.Parameter]]:
+    """The program after `method`, with the library's values, and its parameters by the recording's names."""
+    tuned = traced(name).apply(method)
+    named = {short: tuned.table.trainable[full] for short, full in short_names(tuned).items()}
+    assert named.keys() == values.keys()
+    with torch.no_grad():
+        for key, parameter in named.items():
+            assert parameter.shape == values[key].shape
+            parameter.copy_(values[key])
+    return tuned, named
+
+
+def answer(program: pg.Program, name: str) -> Tensor:
+    return program.module().eval()(**part(name, "input/"))["last_hidden_state"]
+
+
+def distance(ours: Tensor, theirs: Tensor) -> float:
+    return float(((ours - theirs).abs().max() / theirs.abs().max()).detach())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_bases_agree(name: str) -> None:
+    assert distance(answer(traced(name), name), recorded(name)["output"]) < TOLERANCE[name]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("method", METHODS)
+def test_outputs_and_gradients_are_the_librarys(method: str, name: str) -> None:
+    stem = f"{name}.{method}"
+    tuned, named = with_values(name, METHODS[method], part(stem, "adapter/"))
+    output = answer(tuned, name)
+    theirs = recorded(stem)["output"]
+    assert distance(theirs, recorded(name)["output"]) > 1e-2, "the adapter does nothing"
+    assert distance(output, theirs) < TOLERANCE[name]
+    (output - recorded(name)["target"]).square().sum().backward()
+    gradients = part(stem, "gradient/")
+    largest = max(float(gradient.abs().max()) for gradient in gradients.values())
+    for key, parameter in named.items():
+        assert parameter.grad is not None, key
+        assert float((parameter.grad - gradients[key]).abs().max()) < 10 * TOLERANCE[name] * largest, key
+
+
+# where the library leaves the papers
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_parallel_adapter_reads_the_residual_stream_where_the_paper_reads_the_norm(name: str) -> None:
+    stem = f"{name}.parallel"
+    tuned, _ = with_values(name, ParallelAdapter(width=4), part(stem, "adapter/"))
+    apart = distance(answer(tuned, name), recorded(stem)["output"])
+    if name == "bert":  # a post-norm block: what the sublayer reads is the residual stream
+        assert apart < TOLERANCE[name]
+    else:
+        assert apart > 1e-2
+
+
+@pytest.mark.parametrize("name", ["bert", "t5"])
+@pytest.mark.parametrize("method", ["houlsby", "compacter"])
+def test_norms_stay_frozen_where_the_papers_train_them(name: str, method: str) -> None:
+    theirs = sum(value.numel() for value in part(f"{name}.{method}", "adapter/").values())
+    paper = Houlsby(width=4) if method == "houlsby" else Compacter(width=4, n=2)
+    norms = {site.scale: 1 + (site.bias is not None) for site in traced(name).sites.select("norm")}
+    assert traced(name).apply(paper).count().trainable == theirs + WIDTH * sum(norms.values())
+
+
+@pytest.mark.parametrize("method", ["houlsby", "compacter"])
+def test_their_activations_are_not_the_papers(method: str) -> None:
+    values = part(f"bert.{method}", "adapter/")
+    default = Houlsby(width=4, norms=False) if method == "houlsby" else Compacter(width=4, n=2, norms=False)
+    tuned, _ = with_values("bert", default, values)
+    assert distance(answer(tuned, "bert"), recorded(f"bert.{method}")["output"]) > 1e-5
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_its_compacter_pp_stands_on_the_residual_sum(name: str) -> None:
+    method = CompacterPP(width=4, n=2, activation="gelu", norms=False)
+    tuned, _ = with_values(name, method, part(f"{name}.compacter_pp", "adapter/"))
+    assert distance(answer(tuned, name), recorded(f"{name}.compacter_pp")["output"]) > 1e-2
