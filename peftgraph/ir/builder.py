@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from peftgraph.errors import Conflict
-from peftgraph.ir.propagate import fake_like, fake_mode_of, value_of
+from peftgraph.ir.propagate import Inference, fake_like
 from peftgraph.ir.table import Entry
 
 aten = torch.ops.aten
@@ -36,11 +36,13 @@ class Common:
 
     Attributes:
         owner: the dotted prefix of shared parameters: the pass's word and, if it has one, its name.
+        inference: of the new nodes' values, so that like sites infer them once.
         entries: the shared parameters.
         nodes: the shared values, by the key they were built under.
     """
 
     owner: str
+    inference: Inference
     entries: dict[str, Entry] = field(default_factory=dict)
     nodes: dict[str, fx.Node] = field(default_factory=dict)
 
@@ -73,9 +75,6 @@ class Builder:
     common: Common
     nodes: list[fx.Node] = field(default_factory=list)
     entries: dict[str, Entry] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self._mode = fake_mode_of(self.graph)
 
     # parameters
 
@@ -121,7 +120,9 @@ class Builder:
         return Entry(nn.Parameter(value), "parameter", trainable=True, added=True)
 
     def _read(self, full: str, hint: str) -> fx.Node:
-        return self._insert("get_attr", full, (), {}, hint, fake_like(self._mode, self.entries[full].tensor))
+        return self._insert(
+            "get_attr", full, (), {}, hint, fake_like(self.common.inference.mode, self.entries[full].tensor)
+        )
 
     def constant(self, name: str, value: Tensor) -> fx.Node:
         """A non-persistent buffer `owner.name`, such as an index table; equal ones of the same name are shared."""
@@ -129,7 +130,9 @@ class Builder:
         if full not in self.taken:
             self.taken[full] = self.maker
             self.entries[full] = Entry(value.to(self.device), "buffer", persistent=False, added=True)
-        return self._insert("get_attr", full, (), {}, name, fake_like(self._mode, value.to(self.device)))
+        return self._insert(
+            "get_attr", full, (), {}, name, fake_like(self.common.inference.mode, value.to(self.device))
+        )
 
     # computation
 
@@ -198,7 +201,7 @@ class Builder:
     ) -> fx.Node:
         with self.graph.inserting_after(self.cursor):
             node = self.graph.create_node(op, target, args, kwargs, name=f"{self.label}_{hint}".replace(".", "_"))
-        node.meta["val"] = value_of(self._mode, node) if value is None else value
+        node.meta["val"] = self.common.inference.value_of(node) if value is None else value
         node.meta["label"] = self._unique_label(hint)
         node.meta["origin"] = self.label
         node.meta["order"] = (*self.order, len(self.nodes))

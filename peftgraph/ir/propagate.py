@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -67,11 +67,61 @@ RULES: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 
 
-def value_of(mode: FakeTensorMode, node: fx.Node) -> Any:
-    """What `node` gives when its operands' recorded values go in."""
-    args, kwargs = map_arg((node.args, node.kwargs), lambda operand: operand.meta["val"])
-    with mode, quiet_symbols(mode), enable_python_dispatcher():  # its kernels take symbolic sizes
-        return RULES.get(node.target, node.target)(*args, **kwargs)  # pyright: ignore
+class Inference:
+    """What calls give under fake tensors. Of calls that are alike, in isomorphic blocks, one is run.
+
+    Two calls are alike when their targets and literals are equal and their operands have equal sizes (the same
+    expressions of the same symbols), strides, dtypes, devices and `requires_grad`.
+    """
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        self.mode = mode
+        self._known: dict[Hashable, Any] = {}
+        self._descriptions: dict[int, tuple[Any, Hashable]] = {}  # by identity; the value is held so that it keeps it
+
+    def value_of(self, node: fx.Node) -> Any:
+        """What `node` gives when its operands' recorded values go in."""
+        if not _is_repeatable(node):
+            return self._run(node)
+        key = (node.target, self._describe(node.args), self._describe(node.kwargs))
+        if key not in self._known:
+            self._known[key] = self._run(node)
+        return self._known[key]
+
+    def _run(self, node: fx.Node) -> Any:
+        args, kwargs = map_arg((node.args, node.kwargs), lambda operand: operand.meta["val"])
+        with self.mode, quiet_symbols(self.mode), enable_python_dispatcher():  # its kernels take symbolic sizes
+            return RULES.get(node.target, node.target)(*args, **kwargs)  # pyright: ignore
+
+    def _describe(self, value: Any) -> Hashable:
+        """An argument as what the result can depend on; a type stands beside a number, for 1 == 1.0 == True."""
+        if isinstance(value, fx.Node):
+            recorded = value.meta["val"]
+            if id(recorded) not in self._descriptions:
+                self._descriptions[id(recorded)] = (recorded, self._describe(recorded))
+            return self._descriptions[id(recorded)][1]
+        if isinstance(value, Tensor):
+            sizes = tuple(_expression(size) for size in (*value.shape, *value.stride(), value.storage_offset()))
+            return ("tensor", value.dim(), sizes, value.dtype, value.device, value.requires_grad)
+        if isinstance(value, Mapping):
+            return tuple((name, self._describe(item)) for name, item in value.items())
+        if isinstance(value, list | tuple):
+            return (type(value), tuple(self._describe(item) for item in value))
+        if isinstance(value, slice):
+            return ("slice", *(self._describe(bound) for bound in (value.start, value.stop, value.step)))
+        return (type(value), _expression(value))
+
+
+def _is_repeatable(node: fx.Node) -> bool:
+    """Whether equal operands give equal sizes: not where sizes depend on values, or operands are written."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return True
+    varying = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+    return not node.target._schema.is_mutable and varying.isdisjoint(node.target.tags)
+
+
+def _expression(size: Any) -> Hashable:
+    return size.node.expr if isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool) else size
 
 
 @contextmanager
@@ -87,13 +137,16 @@ def quiet_symbols(mode: FakeTensorMode) -> Iterator[None]:
 
 def propagate(nodes: Iterable[fx.Node], mode: FakeTensorMode) -> None:
     """Recomputes `meta["val"]` of every call among `nodes`, in order."""
+    inference = Inference(mode)
     for node in nodes:
         if node.op == "call_function":
-            node.meta["val"] = value_of(mode, node)
+            node.meta["val"] = inference.value_of(node)
 
 
 def same_meta(a: Any, b: Any) -> bool:
     """Whether two recorded values have the same structure, shapes, dtypes and devices."""
+    if a is b:
+        return True
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.dtype == b.dtype and a.device == b.device and _same_shape(a.shape, b.shape)
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
@@ -102,4 +155,4 @@ def same_meta(a: Any, b: Any) -> bool:
 
 
 def _same_shape(a: torch.Size, b: torch.Size) -> bool:
-    return len(a) == len(b) and all(str(x) == str(y) for x, y in zip(a, b, strict=True))
+    return len(a) == len(b) and all(_expression(x) == _expression(y) for x, y in zip(a, b, strict=True))

@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from peftgraph.errors import VerifyError
 from peftgraph.ir.program import ProgramData, calls, stored
-from peftgraph.ir.propagate import fake_mode_of, same_meta, value_of
+from peftgraph.ir.propagate import Inference, fake_mode_of, same_meta
 
 Rule = Callable[[ProgramData], Iterator[str]]
 
@@ -114,13 +114,13 @@ RULES: tuple[Rule, ...] = (
 def values_rederive(program: ProgramData, previous: ProgramData | None) -> Iterator[str]:
     """Shapes and dtypes, derived again under fake tensors, are the recorded ones."""
     known = {node.name: node for node in previous.graph.nodes} if previous is not None else {}
-    mode = fake_mode_of(program.graph)
+    inference = Inference(fake_mode_of(program.graph))
     for node in calls(program.graph):
         twin = known.get(node.name)
         if twin is not None and _same_call(node, twin):
             continue
         try:
-            value = value_of(mode, node)
+            value = inference.value_of(node)
         except Exception as error:  # whatever an operator says of its operands is the breach
             yield f"%{node.meta.get('label', node.name)} cannot be computed: {error}"
             return

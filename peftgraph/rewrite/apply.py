@@ -13,6 +13,7 @@ from torch import fx, nn
 from peftgraph.errors import Conflict, RecipeError
 from peftgraph.ir.builder import Builder, Common, erase, sort
 from peftgraph.ir.program import Applied, Edit, Move, ProgramData, chain, copy_graph
+from peftgraph.ir.propagate import Inference, fake_mode_of
 from peftgraph.ir.table import Entry
 from peftgraph.ir.verify import verify
 from peftgraph.rewrite.match import GIVEN, Match
@@ -143,7 +144,7 @@ class _Work:
         makers = {name: str(program.history[e.application].method) for e in program.edits for name in e.parameters}
         taken = {name: makers.get(name, "the model itself") for name in program.table}
         names = {node.name: node for node in graph.nodes}
-        common = Common(f"{method.word}.{method.name}" if method.name else method.word)
+        common = Common(f"{method.word}.{method.name}" if method.name else method.word, Inference(fake_mode_of(graph)))
         return cls(method, sites, len(program.history), graph, names, list(program.edits), {}, taken, program, common)
 
     def rewrite(self, number: int, rule: Rule, site: Site) -> None:

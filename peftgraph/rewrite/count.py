@@ -95,7 +95,8 @@ def changes_of(program: ProgramData, sites: Sites) -> tuple[Change, ...]:
     """What folding everything foldable would change, found by running each fold on shapes alone."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake = program.evolve(table=_fake_table(program.table, mode))
-    by_id = {site.id: site for site in sites}
+    edited = {edit.site for edit in program.edits}
+    matches = {match.site.id: match for match in match_all(fake, sites, (s for s in sites if s.id in edited))}
     found: list[Change] = []
     for edit in program.edits:
         rule = rule_of(program, edit)
@@ -115,7 +116,7 @@ def changes_of(program: ProgramData, sites: Sites) -> tuple[Change, ...]:
             )
         if not edit.moves:
             continue
-        match = match_all(fake, sites, [by_id[edit.site]])[0]
+        match = matches[edit.site]
         params = Params({short: fake.table[full].tensor for short, full in short_params(edit).items()})
         with mode:
             results = rule.fold(match, params)

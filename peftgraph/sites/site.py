@@ -43,7 +43,7 @@ class Columns:
 
     def index(self) -> torch.Tensor:
         """The feature numbers as a LongTensor."""
-        return torch.cat([torch.arange(start, stop) for start, stop in self.runs])
+        return torch.tensor(list(self), dtype=torch.long)
 
     @property
     def contiguous(self) -> bool:

@@ -1,8 +1,9 @@
 """Provenance by execution: run data movement on integer tags and read which features arrive where.
 
 A seed replaces one node's value by a tensor of tags (0 = none). Layout operators run as themselves on the
-example's sizes, as views wherever they can: an axis along which a seed does not vary has stride 0 and costs nothing; elementwise operators and norms pass on the tag of their tagged operand (the first, where two
-are tagged); reductions and products erase. Only the nodes between seeds and goal are run.
+example's sizes; elementwise operators and norms pass on the tag of their tagged operand (the first, where two
+are tagged); reductions and products erase. Only the nodes between seeds and goal are run. Tags stay views
+of their seed wherever they can: an axis along which a seed does not vary has stride 0 and costs nothing.
 """
 
 from __future__ import annotations

@@ -1,0 +1,94 @@
+"""Shape inference: calls that are alike are run once, and nothing else is shared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from peftgraph.ir.propagate import Inference
+
+aten = torch.ops.aten
+
+
+class Counted(Inference):
+    """Counts the calls that are run."""
+
+    runs = 0
+
+    def _run(self, node: fx.Node) -> object:
+        self.runs += 1
+        return super()._run(node)
+
+
+def pair(
+    build: Callable[[fx.Graph, fx.Node], fx.Node],
+    shapes: tuple[tuple[int, ...], tuple[int, ...]] = ((2, 3), (2, 3)),
+    dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32),
+    builds: Callable[[fx.Graph, fx.Node], fx.Node] | None = None,
+) -> tuple[int, list[torch.Tensor]]:
+    """How many of two calls are run, on one operand each, and what they give."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    graph = fx.Graph()
+    inference = Counted(mode)
+    values = []
+    for shape, dtype, make in zip(shapes, dtypes, (build, builds or build), strict=True):
+        operand = graph.placeholder("x")
+        with mode:
+            operand.meta["val"] = torch.empty(shape, dtype=dtype)
+        values.append(inference.value_of(make(graph, operand)))
+    return inference.runs, values
+
+
+def half(graph: fx.Graph, x: fx.Node) -> fx.Node:
+    return graph.call_function(aten.mul.Tensor, (x, 0.5))
+
+
+def test_two_calls_that_are_alike_are_run_once() -> None:
+    runs, (first, second) = pair(half)
+    assert runs == 1
+    assert first is second
+    assert first.shape == (2, 3)
+
+
+def test_other_sizes_and_other_dtypes_are_run_again() -> None:
+    runs, (first, second) = pair(half, shapes=((2, 3), (2, 5)))
+    assert (runs, tuple(first.shape), tuple(second.shape)) == (2, (2, 3), (2, 5))
+    runs, (first, second) = pair(half, dtypes=(torch.float32, torch.float64))
+    assert (runs, first.dtype, second.dtype) == (2, torch.float32, torch.float64)
+
+
+def test_an_integer_factor_is_not_the_equal_float() -> None:
+    """An integer tensor times 2 is an integer, times 2.0 a float: 2 == 2.0 must not make them alike."""
+    runs, (first, second) = pair(
+        lambda graph, x: graph.call_function(aten.mul.Tensor, (x, 2)),
+        dtypes=(torch.int64, torch.int64),
+        builds=lambda graph, x: graph.call_function(aten.mul.Tensor, (x, 2.0)),
+    )
+    assert (runs, first.dtype, second.dtype) == (2, torch.int64, torch.float32)
+
+
+def test_strides_are_part_of_what_is_alike() -> None:
+    """The transpose of (3, 2) and a fresh (2, 3) have equal sizes, and only one can be viewed flat."""
+    mode = FakeTensorMode()
+    graph = fx.Graph()
+    inference = Counted(mode)
+    fresh, turned = graph.placeholder("fresh"), graph.placeholder("turned")
+    with mode:
+        fresh.meta["val"], turned.meta["val"] = torch.empty(2, 3), torch.empty(3, 2).t()
+    assert inference.value_of(graph.call_function(aten.view.default, (fresh, [6]))).shape == (6,)
+    with pytest.raises(Exception, match="view"):
+        inference.value_of(graph.call_function(aten.view.default, (turned, [6])))
+
+
+def test_a_size_that_depends_on_values_is_never_shared() -> None:
+    """Two masks of one shape hold different numbers of ones: each result has a size of its own."""
+    runs, (first, second) = pair(
+        lambda graph, x: graph.call_function(aten.nonzero.default, (x,)), dtypes=(torch.bool, torch.bool)
+    )
+    assert runs == 2
+    assert str(first.shape[0]) != str(second.shape[0])
