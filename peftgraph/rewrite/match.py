@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx
 
+from peftgraph.errors import PeftGraphError
 from peftgraph.ir.builder import Builder
 from peftgraph.ir.modes import DROPOUTS
 from peftgraph.ir.program import Edit, ProgramData, chain
@@ -116,9 +117,16 @@ class Match:
     @property
     def weight(self) -> Bound:
         """The site's weight, (O, I), or (E, O, I) for stacked experts."""
+        return bind(self._weight_view(), self.table, self.precision)
+
+    def _weight_view(self) -> View:
         view = weight_view(self.site)
-        assert view is not None, f"{self.site.id} has no weight"
-        return bind(view, self.table, self.precision)
+        if view is None:
+            raise PeftGraphError(
+                f"{self.site} has no weight: it is no projection, and this pass needs one. Choose projections, or a "
+                "pass that only changes a value, such as serial_adapter."
+            )
+        return view
 
     @property
     def bias(self) -> Bound | None:
@@ -129,8 +137,7 @@ class Match:
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in) features of the site's own part of its weight."""
-        view = weight_view(self.site)
-        assert view is not None, f"{self.site.id} has no weight"
+        view = self._weight_view()
         *_, out, inner = view.shape(self.table[view.parameter].tensor)
         return out, inner
 

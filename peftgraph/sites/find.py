@@ -389,9 +389,9 @@ def common(paths: Sequence[str]) -> str:
 
 
 def feature_axis(shape: tuple[int, ...], one: Projection) -> int:
-    """The axis of the output that holds the features (the first, where there are several)."""
+    """The axis of the output that holds the features (the first, where there are several), from the end."""
     axis = one.axes[0]
-    return axis if axis < 0 or axis < len(shape) - 1 else axis - len(shape)
+    return axis if axis < 0 else axis - len(shape)
 
 
 def numbered(found: Sequence[Site]) -> list[Site]:

@@ -77,7 +77,7 @@ def test_lora_and_ia3_fold_in_every_form(form: str) -> None:
     inputs = zoo.example("bert")
     inputs = inputs if form != "pointwise convolutions" else {"input_ids": inputs["input_ids"]}
     base = pg.trace(build(), inputs)
-    scales = "ffn.hidden" if "pointwise" in form else "attention.k|attention.v|ffn.hidden|ffn.up"
+    scales = "ffn.hidden|ffn.up" if "pointwise" in form else "attention.k|attention.v|ffn.hidden|ffn.up"
     for recipe in ([LoRA(at=at, rank=2)], [IA3(at=scales)], [IA3(at=scales), LoRA(at=at, rank=2)]):
         tuned = base.apply(*recipe)
         fresh, start = (zoo.leaves(p.module().eval()(**inputs)) for p in (tuned, base))

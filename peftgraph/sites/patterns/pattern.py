@@ -12,7 +12,7 @@ from ..site import Site
 from .conditions import Condition
 from .parse import Statement, parse_statements
 from .terms import Call, Either, Named, Term, Through, Var, Window, Word, inside, rebuilt
-from .vocabulary import IDENTIFIER, WHOLES, check_operator, is_operator
+from .vocabulary import IDENTIFIER, WHOLES, check_operator
 
 
 @dataclass(frozen=True, init=False)
@@ -165,8 +165,6 @@ class _Draft:
         Var(name)
         if self.terms.get(name, term) != term:
             raise self._fail(f"{name} is defined twice, as {self.terms[name]} and as {term}")
-        if is_operator(name):
-            raise self._fail(f"{name} is an operator; choose another name for the value")
         self.terms[name] = term
 
     def _flat(self, term: Term) -> Term:

@@ -14,7 +14,8 @@ from ..naming import module_of
 from ..projections import Projection
 from ..site import Columns
 from ..tags import in_order
-from .match import Match, Matcher, Miss, Wholes, excerpt
+from .arguments import excerpt
+from .match import Match, Matcher, Miss, Wholes
 from .pattern import Pattern
 from .terms import Window
 
