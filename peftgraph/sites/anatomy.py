@@ -39,6 +39,7 @@ class Anatomy:
             self._classify(node)
         self.side_paths: list[SidePath] = find_side_paths(flow, self.projections, self.projection_at)
         self._beside: set[Projection] = {path.up for path in self.side_paths}
+        self._projection_mask = sum(flow.bit(one.node) for one in self.projections)
         self.norms: list[Norm] = find_norms(flow)
         self.norm_at: dict[fx.Node, Norm] = {norm.output: norm for norm in self.norms}
         self.cores, self.misses = find_cores(flow, set(self.projection_at))
@@ -86,6 +87,8 @@ class Anatomy:
 
     def stops_at(self, node: fx.Node) -> bool:
         """Where a walk for projections ends without one."""
+        if self.flow.channelwise(node):
+            return False
         return (
             node in self.join_at
             or node in self.core_at
@@ -93,6 +96,10 @@ class Anatomy:
             or node.op in ("placeholder", "get_attr")
             or ops.name(node) in ops.CONV | ops.POOLING | ops.SDPA | {"embedding", "embedding_bag"}
         )
+
+    def _projected(self, node: fx.Node) -> bool:
+        """Does a projection stand before a constant (learned latents are projected to queries)?"""
+        return bool(self.flow.before(node) & self._projection_mask)
 
     def frontier(self, node: fx.Node) -> Frontier:
         if node not in self._frontiers:
@@ -112,7 +119,7 @@ class Anatomy:
             if node in self.projection_at:
                 if self.projection_at[node] not in self._beside:
                     projections[self.projection_at[node]] = None
-            elif self.flow.constant(node) and ops.name(node) != "embedding":
+            elif self.flow.constant(node) and ops.name(node) != "embedding" and not self._projected(node):
                 continue
             elif self.stops_at(node):
                 stops[node] = None

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from . import ops
 from .anatomy import Anatomy
 from .cores import Core
 from .projections import Projection
@@ -101,10 +102,20 @@ def find_attention(anatomy: Anatomy) -> tuple[list[Attention], list[NearMiss]]:
     return [_attention(anatomy, core, parts, outputs) for core, parts in found], misses
 
 
-def _attention(anatomy: Anatomy, core: Core, parts: list[Part], outputs: dict[fx.Node, Projection]) -> Attention:
-    reader = outputs.get(core.output)
-    last = [] if reader is None else [Part("attention.o", reader, None)]
+def _attention(anatomy: Anatomy, core: Core, parts: list[Part], outputs: dict[fx.Node, list[Projection]]) -> Attention:
+    last = [Part("attention.o", reader, None) for reader in outputs.get(core.output, [])]
     return Attention(core, (*parts, *last), _kind(anatomy, core, parts))
+
+
+def attended(anatomy: Anatomy, found: Sequence[Attention]) -> set[fx.Node]:
+    """The roots of the streams that carry attention."""
+    ends = {part.projection.node for one in found for part in one.role("o")} | {one.core.output for one in found}
+    roots: set[fx.Node] = set()
+    for join in anatomy.joins:
+        frontier = anatomy.frontier(join.branch)
+        if not ends.isdisjoint({one.node for one in frontier.projections}) or not ends.isdisjoint(frontier.stops):
+            roots.add(join.root)
+    return roots
 
 
 def _parts(anatomy: Anatomy, role: str, operand: fx.Node) -> list[Part]:
@@ -145,15 +156,23 @@ def _operand_miss(anatomy: Anatomy, role: str, core: Core, operand: fx.Node) -> 
     return NearMiss(f"attention.{role}", core.node.name, reason, 3)
 
 
-def _outputs(anatomy: Anatomy, inputs: set[Projection]) -> dict[fx.Node, Projection]:
-    """For each core's output the first projection that reads it, before any join."""
-    readers: dict[fx.Node, Projection] = {}
+def _outputs(anatomy: Anatomy, inputs: set[Projection]) -> dict[fx.Node, list[Projection]]:
+    """For each core's output the first projection that reads it, before any join; and those that read other
+    positions of it (streams attended jointly part again)."""
+    readers: dict[fx.Node, list[Projection]] = {}
     for candidate in anatomy.projections:
         if candidate not in inputs:
             for stop in anatomy.frontier(candidate.input).stops:
-                if stop in anatomy.core_at:
-                    readers.setdefault(stop, candidate)
+                known = readers.setdefault(stop, []) if stop in anatomy.core_at else None
+                if known is not None and (not known or _reads_apart(anatomy, candidate, known[0])):
+                    known.append(candidate)
     return readers
+
+
+def _reads_apart(anatomy: Anatomy, one: Projection, other: Projection) -> bool:
+    """Do two readers of one value each cut their own piece out of it?"""
+    mine, others = (anatomy.frontier(reader.input).between | {reader.input} for reader in (one, other))
+    return all(any(ops.name(node) in ops.CUT for node in cut) for cut in (mine - others, others - mine))
 
 
 def _kind(anatomy: Anatomy, core: Core, parts: Sequence[Part]) -> str:
@@ -166,17 +185,28 @@ def _kind(anatomy: Anatomy, core: Core, parts: Sequence[Part]) -> str:
 
 
 def origins(anatomy: Anatomy, nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    """Where the values come from, behind any projections: roots of the streams, or what else the walk back stops at."""
+    """Where the values come from, behind any projections: roots of the streams, or what else the walk back stops at.
+    It goes on behind convolutions and pooling (keys of a coarser grid); but there, an input that carries no stream of
+    its own says nothing (two towers may see one image)."""
+    roots = {join.root for join in anatomy.joins}
     found: set[fx.Node] = set()
-    todo, seen = list(nodes), set[fx.Node]()
+    todo, seen = [(node, False) for node in nodes], set[fx.Node]()
     while todo:
-        node = todo.pop()
+        node, coarse = todo.pop()
         if node in seen:
             continue
         seen.add(node)
         frontier = anatomy.frontier(node)
-        found |= {anatomy.join_at[stop].root if stop in anatomy.join_at else stop for stop in frontier.stops}
-        todo += [one.input for one in frontier.projections]
+        found |= {one.output for one in frontier.projections if one.output in roots}
+        todo += [(one.input, coarse) for one in frontier.projections if one.output not in roots]
+        coarse = coarse or any(anatomy.flow.channelwise(one) for one in frontier.between)
+        for stop in frontier.stops:
+            if stop in anatomy.join_at:
+                found.add(anatomy.join_at[stop].root)
+            elif stop in roots or not (stop.op == "placeholder" and coarse):
+                found.add(stop)
+                if ops.name(stop) in ops.CONV | ops.POOLING:
+                    todo.append((anatomy.flow.operands(stop)[0], True))
     return found
 
 

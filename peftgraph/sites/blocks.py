@@ -13,11 +13,13 @@ from torch import fx
 from . import ops
 from .anatomy import Anatomy
 from .attention import Attention
+from .cores import Core
 from .feedforward import FeedForward
 from .joins import Join
 from .site import Layout
 
 MIXERS = "MLCP"
+MODULATION = ops.words("add mul addcmul")  # x * (1 + scale) + shift, as adaptive norms write it
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +33,7 @@ class Sublayer:
     output: fx.Node
     memory: fx.Node | None
     members: tuple[fx.Node, ...]
+    core: Core | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,16 +61,9 @@ class Blocks:
             self.roles_from.setdefault(one.join.source, set()).add(one.role)
         self._orders = [anatomy.flow.order[join.node] for join in anatomy.joins]
         self.streams = _streams(anatomy, self.sublayers)
-        self.places: dict[Join, Place] = {}
         layered = [stream for stream in self.streams if stream.blocks]
-        names = _stacks(anatomy, layered, attentions)
-        counts: dict[str | None, int] = {}
-        for stream, stack in zip(layered, names, strict=True):
-            for start, stop in stream.blocks:
-                layer = counts.get(stack, 0)
-                counts[stack] = layer + 1
-                for join in stream.joins[start:stop]:
-                    self.places[join] = Place(layer, stack)
+        names = _stacks(anatomy, layered, attentions, self.sublayers)
+        self.places: dict[Join, Place] = _number(layered, names, self.sublayers)
         self.post = {join for stream in self.streams for join in _post(stream)}
 
     def around(self, node: fx.Node) -> Join | None:
@@ -85,6 +81,28 @@ class Blocks:
         return "pre" if pre else "post" if sublayer.join in self.post else None
 
 
+def _number(
+    streams: Sequence[Stream], stacks: Sequence[str | None], sublayers: dict[Join, list[Sublayer]]
+) -> dict[Join, Place]:
+    """Layers by count within a stack; a block that attends jointly with one already numbered has its number."""
+    places: dict[Join, Place] = {}
+    counts: dict[str | None, int] = {}
+    layer_of: dict[Core, int] = {}
+    for stream, stack in zip(streams, stacks, strict=True):
+        for start, stop in stream.blocks:
+            joins = stream.joins[start:stop]
+            cores = _cores(joins, sublayers)
+            layer = next((layer_of[core] for core in cores if core in layer_of), counts.get(stack, 0))
+            counts[stack] = max(counts.get(stack, 0), layer + 1)
+            layer_of.update(dict.fromkeys(cores, layer))
+            places.update(dict.fromkeys(joins, Place(layer, stack)))
+    return places
+
+
+def _cores(joins: Sequence[Join], sublayers: dict[Join, list[Sublayer]]) -> list[Core]:
+    return [one.core for join in joins for one in sublayers[join] if one.core is not None]
+
+
 def _normed(anatomy: Anatomy, node: fx.Node) -> bool:
     """Is the value a norm's result, up to layout, dropout and scaling?"""
     here: fx.Node | None = node
@@ -94,10 +112,17 @@ def _normed(anatomy: Anatomy, node: fx.Node) -> bool:
 
 
 def _norm_between(anatomy: Anatomy, node: fx.Node, source: fx.Node) -> bool:
+    """Does a norm stand between a sublayer's input and the stream, modulated by a condition or not?"""
+    flow = anatomy.flow
     while node is not source:
         if node in anatomy.norm_at:
             return True
-        before = anatomy.flow.source(node)
+        before = flow.source(node)
+        if before is None and ops.name(node) in MODULATION:
+            inside = [one for one in flow.operands(node) if flow.descends(one, source)]
+            before = inside[0] if len(inside) == 1 else None
+        elif before is None and flow.channelwise(node):
+            before = flow.operands(node)[0]
         if before is None:
             return False
         node = before
@@ -116,8 +141,8 @@ def _sublayers(
     found: dict[Join, list[Sublayer]] = {join: [] for join in anatomy.joins}
     ends: dict[fx.Node, list[Attention]] = {}
     for one in attentions:
-        end = one.role("o")[0].projection.output if one.role("o") else one.core.output
-        ends.setdefault(end, []).append(one)
+        for end in [part.projection.output for part in one.role("o")] or [one.core.output]:
+            ends.setdefault(end, []).append(one)
     fed = {one.join: one for one in feedforwards}
     for join in anatomy.joins:
         frontier = anatomy.frontier(join.branch)
@@ -135,12 +160,13 @@ def _sublayers(
 def _attention_sublayer(
     anatomy: Anatomy, join: Join, one: Attention, end: fx.Node, others: Sequence[fx.Node]
 ) -> Sublayer:
-    q, k = one.role("q"), one.role("k")
+    inside = [part for part in one.role("q") if anatomy.flow.descends(part.projection.input, join.source)]
+    q, k = inside or one.role("q"), one.role("k")
     value = q[0].projection.input if q else one.core.q
     memory = k[0].projection.input if k and one.kind == "cross" else None
     members = tuple(part.projection.node for part in one.parts) or (one.core.node,)
     output = _leaf(anatomy, join.branch, end, others)
-    return Sublayer("attention", join, one.kind, _full(anatomy, join, value), output, memory, members)
+    return Sublayer("attention", join, one.kind, _full(anatomy, join, value), output, memory, members, one.core)
 
 
 def _ffn_sublayer(anatomy: Anatomy, join: Join, one: FeedForward, others: Sequence[fx.Node]) -> Sublayer:
@@ -194,7 +220,8 @@ def _letters(anatomy: Anatomy, join: Join, sublayers: Sequence[Sublayer]) -> str
     letters = {"F" if one.role == "ffn" else "X" if one.kind == "cross" else "M" for one in sublayers}
     if letters:
         return "".join(sorted(letters))
-    names = {ops.name(stop) for stop in anatomy.frontier(join.branch).stops}
+    frontier = anatomy.frontier(join.branch)
+    names = {ops.name(one) for one in (*frontier.stops, *frontier.between)}
     return "C" if names & ops.CONV else "P" if names & ops.POOLING else "L"
 
 
@@ -204,6 +231,36 @@ def cut(kinds: Sequence[str]) -> list[tuple[int, int]]:
     >>> cut("MFMF"), cut("CMXFMXF"), cut("MF")
     ([(0, 2), (2, 4)], [(1, 4), (4, 7)], [(0, 2)])
     """
+    best = _longest_run(kinds)
+    alike = _longest_run(mixers_alike(kinds))
+    fed = alike is not None and "F" in "".join(kinds[alike.start : alike.start + alike.period])
+    if alike is not None and fed and (best is None or (alike.covered, -alike.period) > (best.covered, -best.period)):
+        best = alike
+    if best is None or best.covered * 2 < len(kinds):
+        return _by_mixer(kinds)
+    return [(at, at + best.period) for at in range(best.start, best.start + best.covered, best.period)]
+
+
+def mixers_alike(kinds: Sequence[str]) -> list[str]:
+    """Kinds in which whatever mixes positions is the same letter: layers may take turns in how they mix. A cross
+    attention at the very start is how a stream begins, and stays apart.
+
+    >>> mixers_alike(["M", "F", "L", "F"]), mixers_alike(["X", "F", "M", "F", "X", "F"])
+    (['M', 'F', 'M', 'F'], ['X', 'F', 'M', 'F', 'M', 'F'])
+    """
+    table = str.maketrans(dict.fromkeys(MIXERS + "X", "M"))
+    return ["".join(sorted(kind.translate(table))) if i or kind != "X" else kind for i, kind in enumerate(kinds)]
+
+
+@dataclass(frozen=True)
+class Run:
+    covered: int
+    period: int
+    start: int
+
+
+def _longest_run(kinds: Sequence[str]) -> Run | None:
+    """The longest periodic run; of equal ones the least period, and one that starts with attention."""
     best: tuple[int, bool, int, int] | None = None
     for period in range(1, len(kinds) // 2 + 1):
         if best is not None and best[0] > len(kinds) - period:
@@ -216,10 +273,7 @@ def cut(kinds: Sequence[str]) -> list[tuple[int, int]]:
             rank = (covered, "M" in kinds[start], -period, -start)
             if covered >= 2 * period and (best is None or rank > best):
                 best = rank
-    if best is None or best[0] * 2 < len(kinds):
-        return _by_mixer(kinds)
-    covered, _, period, start = best[0], best[1], -best[2], -best[3]
-    return [(at, at + period) for at in range(start, start + covered, period)]
+    return None if best is None else Run(best[0], -best[2], -best[3])
 
 
 def _by_mixer(kinds: Sequence[str]) -> list[tuple[int, int]]:
@@ -228,9 +282,14 @@ def _by_mixer(kinds: Sequence[str]) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], len(kinds)], strict=True))
 
 
-def _stacks(anatomy: Anatomy, streams: Sequence[Stream], attentions: Sequence[Attention]) -> list[str | None]:
+def _stacks(
+    anatomy: Anatomy,
+    streams: Sequence[Stream],
+    attentions: Sequence[Attention],
+    sublayers: dict[Join, list[Sublayer]],
+) -> list[str | None]:
     """encoder and decoder by who reads whom; continued stages share a stack; else towers by number."""
-    groups = _groups(anatomy, streams)
+    groups = _groups(anatomy, streams, sublayers)
     count = len(dict.fromkeys(groups))
     reads = _reads(anatomy, streams, groups, attentions)
     if reads:
@@ -268,17 +327,20 @@ def _reading(anatomy: Anatomy, one: Attention, group_of: dict[Join, int]) -> int
     return next((group_of[join] for join in after if join in group_of), None)
 
 
-def _groups(anatomy: Anatomy, streams: Sequence[Stream]) -> list[int]:
-    """Streams with the same number belong to one stack: each starts where the one before it ended."""
+def _groups(anatomy: Anatomy, streams: Sequence[Stream], sublayers: dict[Join, list[Sublayer]]) -> list[int]:
+    """Streams with the same number belong to one stack: each starts where the one before it ended, or attends
+    jointly with it."""
     flow = anatomy.flow
     inputs = sum(flow.bit(node) for node in flow.nodes if node.op == "placeholder")
     groups: list[int] = []
+    cores = [set(_cores(stream.joins, sublayers)) for stream in streams]
     for i, stream in enumerate(streams):
         root = stream.joins[0].root
         group = len(set(groups))
         for j in range(i - 1, -1, -1):
             last = streams[j].joins[-1].node
-            if flow.descends(root, last) and not flow.before(root) & inputs & ~flow.before(last):
+            goes_on = flow.descends(root, last) and not flow.before(root) & inputs & ~flow.before(last)
+            if goes_on or cores[i] & cores[j]:
                 group = groups[j]
                 break
         groups.append(group)

@@ -13,7 +13,7 @@ from .attention import Part, arrivals, columns_of, split
 from .joins import Join
 from .projections import Projection
 from .site import NearMiss
-from .tags import in_order
+from .tags import Tagger, along, in_order, varies
 
 Side = tuple[str, torch.Tensor, list[int], str]  # of a gating product: role, tags, bases, note
 REACH = 40  # how many nodes a router's scores may pass before they choose
@@ -56,8 +56,10 @@ def _widens(anatomy: Anatomy, weight: fx.Node, product: fx.Node) -> bool:
     return bool(narrow) and narrow[-1] == 1 and wide[-1] > 1
 
 
-def find_feedforward(anatomy: Anatomy, join: Join, taken: set[Projection]) -> tuple[FeedForward | None, list[NearMiss]]:
-    """The feed-forward whose result enters `join`."""
+def find_feedforward(
+    anatomy: Anatomy, join: Join, taken: set[Projection], attended: set[fx.Node]
+) -> tuple[FeedForward | None, list[NearMiss]]:
+    """The feed-forward whose result enters `join`; `attended`: the roots of streams that carry attention."""
     parts: list[Part] = []
     downs: list[Projection] = []
     misses: list[NearMiss] = []
@@ -65,6 +67,8 @@ def find_feedforward(anatomy: Anatomy, join: Join, taken: set[Projection]) -> tu
         if candidate in taken or candidate in anatomy.routers:
             continue
         reason = _unfit(anatomy, join, candidate, taken)
+        if reason is None and join.root not in attended and _local(anatomy, candidate):
+            reason = "a depthwise convolution stands inside it, and no attention on its stream"
         if reason is not None:
             misses.append(NearMiss("ffn.down", candidate.node.name, reason, 2))
             continue
@@ -86,11 +90,33 @@ def _unfit(anatomy: Anatomy, join: Join, candidate: Projection, taken: set[Proje
         return "the projection before it belongs to attention"
     if not frontier.nonlinear:
         return "no nonlinearity stands between it and the projection before it"
+    mixing = next((one for one in behind if _mixes_positions(anatomy, one)), None)
+    if mixing is not None:
+        return f"%{mixing.node.name} before it contracts positions, not features"
     flow = anatomy.flow
     values, goal = _size(flow.shape(candidate.output)), _size(flow.shape(join.node))
     if goal % candidate.width or values < goal:
         return "its result is spread over positions (a gate of the branch), not one value for each"
     return None
+
+
+def _local(anatomy: Anatomy, candidate: Projection) -> bool:
+    return any(anatomy.flow.channelwise(node) for node in anatomy.frontier(candidate.input).between)
+
+
+def _mixes_positions(anatomy: Anatomy, one: Projection) -> bool:
+    """Does a projection contract another axis than the one that the norm before it normalises (an MLP-Mixer's)?"""
+    flow = anatomy.flow
+    here: fx.Node | None = one.input
+    while here is not None and here not in anatomy.norm_at:
+        here = flow.source(here)
+    if here is None:
+        return False
+    image = ops.name(anatomy.norm_at[here].node) in ops.IMAGE_NORM
+    shape = flow.shape(here)
+    tags = Tagger(flow, {here: along(shape, (1 if image else len(shape) - 1,))}).run(one.input)
+    arrived = tags.shape == flow.shape(one.input) and bool(tags.any())
+    return arrived and not varies(tags, one.input_axis % tags.dim())
 
 
 def _size(shape: tuple[int, ...]) -> int:

@@ -11,7 +11,7 @@ from torch import fx
 
 from . import ops
 from .anatomy import Anatomy
-from .attention import Attention, Part, find_attention, find_latents
+from .attention import Attention, Part, attended, find_attention, find_latents
 from .blocks import Blocks, Place, Sublayer
 from .feedforward import FeedForward, find_feedforward, find_routers
 from .joins import Join
@@ -80,8 +80,9 @@ class Finder:
 
     def _feedforwards(self, taken: set[Projection]) -> list[FeedForward]:
         found: list[FeedForward] = []
+        roots = attended(self.anatomy, self.attentions)
         for join in self.anatomy.joins:
-            one, misses = find_feedforward(self.anatomy, join, taken)
+            one, misses = find_feedforward(self.anatomy, join, taken, roots)
             self.misses += misses
             if one is not None:
                 found.append(one)
@@ -148,17 +149,26 @@ class Finder:
         )
 
     def _attention(self, one: Attention) -> None:
-        reader = one.role("o")[0].projection.node if one.role("o") else one.core.output
-        place = self._place(reader)
+        ends = [part.projection.node for part in one.role("o")] or [one.core.output]
+        place = self._place(ends[0])
         for part in one.parts:
             if (part.role, part.projection.node, part.columns) not in self.played:
-                self._part(part, place, kind=one.kind)
+                self._part(part, place if len(ends) == 1 else self._among(part, ends), kind=one.kind)
         core, q = one.core, one.role("q")
         ports: Ports = {"q": core.q, "k": core.k, "v": core.v, "output": core.output, "mask": core.mask}
         ports |= {f"product{i}" if i else "product": node for i, node in enumerate(core.products)}
         path = common([owner(part.weight.parameter, part.weight.experts) for part in one.parts])
         heads = q[0].heads if q else None
         self._add("attention.core", core.node, path, place, ports, kind=one.kind, heads=heads)
+
+    def _among(self, part: Part, ends: Sequence[fx.Node]) -> Place | None:
+        """The place of a part of attention over several streams: that of the stream the part reads."""
+        node = part.projection.node
+        if node in ends:
+            return self._place(node)
+        joins = [join for end in ends if (join := self.blocks.around(end)) is not None]
+        own = [join for join in joins if self.flow.descends(node, join.source)]
+        return self.blocks.places.get(own[0]) if own else self._place(ends[0])
 
     def _feedforward(self, one: FeedForward) -> None:
         place = self.blocks.places.get(one.join)

@@ -113,6 +113,14 @@ class Flow:
         others = [source for source in self.operands(node) if self.constant(source)]
         return len(signals) == 1 and all(sum(size > 1 for size in self.shape(other)) <= 1 for other in others)
 
+    def channelwise(self, node: fx.Node) -> bool:
+        """A depthwise convolution: it mixes positions, and leaves every feature where it is."""
+        groups = ops.argument(node, 6, "groups")
+        if ops.name(node) not in ops.CONV or "transpose" in ops.name(node) or not isinstance(groups, int):
+            return False
+        image, kernel = self.operands(node)[:2]
+        return groups > 1 and self.shape(kernel)[1] == 1 and groups == self.shape(image)[-len(self.shape(kernel)) + 1]
+
     def source(self, node: fx.Node) -> fx.Node | None:
         """The value a layout, cast, dropout or scaling passes on; None where the node does more than that."""
         if node.op != "call_function":

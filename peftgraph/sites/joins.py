@@ -34,7 +34,7 @@ def find_joins(flow: Flow, heavy: int, norm_at: Mapping[fx.Node, Norm]) -> list[
     for node in flow.nodes:
         if ops.name(node) not in ("add", "__add__", "iadd"):
             continue
-        sides = [one for one in flow.operands(node) if flow.signal(one)]
+        sides = [one for one in flow.operands(node) if flow.floating(one)]  # learned latents may start a stream
         if len(sides) != 2 or flow.shape(sides[0]) != flow.shape(sides[1]):
             continue
         for skip, branch in (sides, sides[::-1]):

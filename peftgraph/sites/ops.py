@@ -24,6 +24,7 @@ LAYOUT: Final = words(
     "view_as_complex detach slice_scatter select_scatter tile hstack vstack pixel_unshuffle",
     "pixel_shuffle broadcast_to tensor_split take_along_dim mH mT",
 )
+CUT: Final = words("slice select narrow getitem index index_select gather")
 CAST: Final = words("to _to_copy type_as float half double bfloat16")
 DROPOUT: Final = words("dropout native_dropout alpha_dropout feature_dropout bernoulli")
 NONLINEAR: Final = words(
@@ -32,10 +33,12 @@ NONLINEAR: Final = words(
     "rrelu softmax _softmax",
 )
 REDUCTION: Final = words("mean sum var std norm linalg_vector_norm amax amin max min prod logsumexp var_mean std_mean")
-NORM: Final = words(
-    "layer_norm native_layer_norm rms_norm _fused_rms_norm group_norm native_group_norm batch_norm",
-    "_native_batch_norm_legit _batch_norm_impl_index instance_norm cudnn_batch_norm",
+# These normalise [batch, features, ...], where the others normalise [..., features].
+IMAGE_NORM: Final = words(
+    "group_norm native_group_norm batch_norm _native_batch_norm_legit _batch_norm_impl_index instance_norm",
+    "cudnn_batch_norm",
 )
+NORM: Final = words("layer_norm native_layer_norm rms_norm _fused_rms_norm") | IMAGE_NORM
 CONV: Final = words("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution")
 SDPA: Final = words(
     "scaled_dot_product_attention _scaled_dot_product_flash_attention",

@@ -1,9 +1,10 @@
 """Provenance by execution: run data movement on integer tags and read which features arrive where.
 
 A seed replaces one node's value by a tensor of tags (0 = none). Layout operators run as themselves on the
-example's sizes; elementwise operators and norms pass on the tag of their tagged operand (the first, where two
-are tagged); reductions and products erase. Only the nodes between seeds and goal are run. Tags stay views
-of their seed wherever they can: an axis along which a seed does not vary has stride 0 and costs nothing.
+example's sizes; elementwise operators, norms and depthwise convolutions pass on the tag of their tagged operand
+(the first, where two are tagged); reductions and products erase. Only the nodes between seeds and goal are run.
+Tags stay views of their seed wherever they can: an axis along which a seed does not vary has stride 0 and costs
+nothing.
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ class Tagger:
                 return self._move(node, kind)
             except (RuntimeError, IndexError, TypeError, ValueError, NotImplementedError):
                 return self._pass(node)
+        if self.flow.channelwise(node):
+            return self._by_channel(node)
         if kind in ops.CONTRACTION or kind in ops.CONV or kind in ops.SDPA or kind in ops.REDUCTION:
             return self._blank(node)
         if kind == "glu":
@@ -123,6 +126,16 @@ class Tagger:
         value = self._operand(self.flow.operands(node)[0])
         axis = ops.argument(node, 1, "dim")
         return value.chunk(2, dim=axis if isinstance(axis, int) else -1)[0]
+
+    def _by_channel(self, node: fx.Node) -> Tags:
+        """A depthwise convolution keeps features; of the positions it mixes, the first one's tags stand for all."""
+        shape = self.flow.shape(node)
+        value = self._operand(self.flow.operands(node)[0])
+        spatial = len(self.flow.shape(self.flow.operands(node)[1])) - 2
+        for axis in range(-spatial, 0):
+            value = value.narrow(axis, 0, 1)
+        channel = -spatial - 1
+        return value.repeat_interleave(shape[channel] // value.shape[channel], dim=channel).expand(shape)
 
     def _pass(self, node: fx.Node) -> Any:
         """Elementwise: the first tagged operand's tag wins; shapes that do not broadcast are erased."""

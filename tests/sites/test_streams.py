@@ -1,0 +1,195 @@
+"""Streams that meet: joint attention, learned latents, coarser grids, layers that take turns, modulated norms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftgraph.sites import Sites
+
+Find = Callable[[nn.Module, object], Sites]
+D, H = 12, 3
+
+
+def heads(value: Tensor) -> Tensor:
+    return value.unflatten(-1, (H, -1)).transpose(1, 2)
+
+
+def paths(sites: Sites, selector: str) -> list[str]:
+    return [site.path for site in sites.require(selector)]
+
+
+class Attend(nn.Module):
+    """q from one value, k and v from another."""
+
+    def __init__(self, memory: int = D) -> None:
+        super().__init__()
+        self.q, self.o = nn.Linear(D, D), nn.Linear(D, D)
+        self.k, self.v = nn.Linear(memory, D), nn.Linear(memory, D)
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        q, k, v = heads(self.q(x)), heads(self.k(memory)), heads(self.v(memory))
+        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Feed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(D), nn.Linear(D, 20), nn.Linear(20, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+class Joint(nn.Module):
+    """Two streams attend to both, put one after the other. `parted`: each takes its own piece back."""
+
+    def __init__(self, parted: bool = True) -> None:
+        super().__init__()
+        self.parted = parted
+        self.image, self.text = (nn.ModuleDict({name: nn.Linear(D, D) for name in "qkvo"}) for _ in range(2))
+        self.feeds = nn.ModuleList([Feed(), Feed()])
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v = (torch.cat((heads(self.image[n](x)), heads(self.text[n](y))), dim=2) for n in "qkv")
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        a, b = (mixed[:, : x.shape[1]], mixed[:, x.shape[1] :]) if self.parted else (mixed, mixed)
+        if not self.parted:
+            return x + self.image["o"](a)[:, : x.shape[1]], self.text["o"](b)
+        return self.feeds[0](x + self.image["o"](a)), self.feeds[1](y + self.text["o"](b))
+
+
+class Both(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Joint(), Joint()])
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        for block in self.blocks:
+            x, y = block(x, y)
+        return x, y
+
+
+def two() -> tuple[Tensor, Tensor]:
+    return torch.randn(3, 7, D), torch.randn(3, 5, D)
+
+
+def test_joint_attention_has_every_role_once_for_each_stream(find: Find) -> None:
+    sites = find(Both(), two())
+    for role in "qkvo":
+        found = sites.require(f"attention.{role}")
+        assert [site.path for site in found] == [f"blocks.{i}.{n}.{role}" for i in (0, 1) for n in ("image", "text")]
+        assert [(site.layer, site.stack) for site in found] == [(0, None), (0, None), (1, None), (1, None)]
+        assert {site.kind for site in found} == {"self"}
+    sublayers = sites.require("attention&layers(0)")
+    assert len({site.ports["input"] for site in sublayers}) == len({site.ports["join"] for site in sublayers}) == 2
+    assert sites.layers == 2
+
+
+def test_a_second_reader_of_the_same_positions_is_no_output_projection(find: Find) -> None:
+    sites = find(Joint(parted=False), two())
+    assert paths(sites, "attention.o") == ["image.o"]
+
+
+class Latents(nn.Module):
+    """Learned latents attend to the input. `bare`: nothing projects them."""
+
+    def __init__(self, bare: bool = False) -> None:
+        super().__init__()
+        self.latents, self.norm = nn.Parameter(torch.randn(4, D)), nn.LayerNorm(D)
+        self.read, self.feed = Attend(10), Feed()
+        if bare:
+            self.read.q = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
+
+    def forward(self, x: Tensor) -> Tensor:
+        latents = self.latents.expand(x.shape[0], -1, -1)
+        return self.feed(latents + self.read(self.norm(latents), x))
+
+
+def test_learned_latents_are_projected_and_carry_a_stream(find: Find) -> None:
+    sites = find(Latents(), (torch.randn(3, 7, 10),))
+    assert paths(sites, "attention.q") == ["read.q"]
+    (attention,) = sites.require("attention")
+    assert (attention.kind, attention.layout) == ("cross", "pre")
+    assert paths(sites, "ffn.down") == ["feed.down"]
+
+
+def test_latents_that_nothing_projects_have_no_q(find: Find) -> None:
+    sites = find(Latents(bare=True), (torch.randn(3, 7, 10),))
+    assert "leads back to constants only, to no projection" in sites.explain("attention.q")
+    assert paths(sites, "attention.k") == ["read.k"]
+
+
+class Coarse(nn.Module):
+    """k and v see a grid at half the resolution: of the same stream, or of another stem's."""
+
+    def __init__(self, own: bool) -> None:
+        super().__init__()
+        self.own = own
+        self.stem, self.other = nn.Conv2d(3, D, 2, stride=2), nn.Conv2d(3, D, 4, stride=4)
+        self.reduce, self.attend, self.feed = nn.Conv2d(D, D, 2, stride=2), Attend(), Feed()
+
+    def forward(self, image: Tensor) -> Tensor:
+        grid = self.stem(image)
+        x = grid.flatten(2).transpose(1, 2)
+        coarse = self.reduce(grid) if self.own else self.other(image)
+        return self.feed(x + self.attend(x, coarse.flatten(2).transpose(1, 2)))
+
+
+@pytest.mark.parametrize(("own", "kind"), [(True, "self"), (False, "cross")])
+def test_a_coarser_grid_of_the_same_stream_is_self_attention(find: Find, own: bool, kind: str) -> None:
+    sites = find(Coarse(own), (torch.randn(3, 3, 8, 8),))
+    assert {site.kind for site in sites.require("attention.q|attention.k|attention.v")} == {kind}
+
+
+class Turns(nn.Module):
+    """Softmax attention and a running mean take turns; `fed`: a feed-forward follows each."""
+
+    def __init__(self, order: str, fed: bool = True) -> None:
+        super().__init__()
+        self.order = order
+        self.attends = nn.ModuleList(Attend() for _ in order)
+        self.feeds = nn.ModuleList(Feed() if fed else nn.Identity() for _ in order)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for kind, attend, feed in zip(self.order, self.attends, self.feeds, strict=True):
+            x = feed(x + (attend(x, x) if kind == "a" else attend.o(attend.v(x).mean(1, keepdim=True).expand_as(x))))
+        return x
+
+
+@pytest.mark.parametrize("order", ["amam", "mmma"])
+def test_layers_may_take_turns_in_how_they_mix(find: Find, order: str) -> None:
+    sites = find(Turns(order), (torch.randn(3, 7, D),))
+    assert [site.layer for site in sites.require("ffn.up")] == [0, 1, 2, 3]
+    assert [site.layer for site in sites.require("attention")] == [i for i in range(4) if order[i] == "a"]
+
+
+def test_without_a_feed_forward_two_mixers_in_turns_are_one_layer(find: Find) -> None:
+    sites = find(Turns("amam", fed=False), (torch.randn(3, 7, D),))
+    assert [site.layer for site in sites.require("attention")] == [0, 1]
+
+
+class Modulated(nn.Module):
+    """A condition scales and shifts what the sublayer reads; with or without a norm."""
+
+    def __init__(self, normed: bool) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(D, elementwise_affine=False) if normed else nn.Identity()
+        self.attend, self.condition = Attend(), nn.Linear(5, 2 * D)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        scale, shift = self.condition(F.silu(condition)).unsqueeze(1).chunk(2, dim=-1)
+        y = self.norm(x) * (1 + scale) + shift
+        return x + self.attend(y, y)
+
+
+@pytest.mark.parametrize(("normed", "layout"), [(True, "pre"), (False, None)])
+def test_a_modulated_norm_is_a_norm_before(find: Find, normed: bool, layout: str | None) -> None:
+    sites = find(Modulated(normed), (torch.randn(3, 7, D), torch.randn(3, 5)))
+    assert [site.layout for site in sites.require("attention")] == [layout]
+    assert not sites.select("ffn|ffn.*")
+    assert paths(sites, "projection") == ["condition"]
