@@ -31,7 +31,7 @@ def miss(program: pg.Program, pattern: pg.Pattern) -> str:
     """The words of a search without a match."""
     with pytest.raises(pg.NoMatch) as raised:
         program.with_patterns(pattern).sites.require(pattern[pattern.root])
-    return "\n".join(str(raised.value).splitlines()[1:])
+    return "\n".join(str(raised.value).splitlines()[-2:])
 
 
 def test_a_gated_unit(gated: pg.Program) -> None:
