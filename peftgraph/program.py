@@ -25,6 +25,7 @@ from peftgraph.rewrite.method import Pass, Pipeline
 from peftgraph.sites import Pattern, Selector, Sites, as_selector, find_sites
 from peftgraph.sites.naming import sections, titles
 from peftgraph.trace import capture
+from peftgraph.trace.progress import Progress, silent
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,17 +151,22 @@ class Program(ProgramData):
         return f"<{self}>"
 
 
-def trace(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] | Tensor) -> Program:
+def trace(
+    model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] | Tensor, *, progress: Progress = silent
+) -> Program:
     """Traces a model into a Program.
 
     Args:
         model: any nn.Module; its weights may be on the meta device. It is not modified; its weights are shared.
         example: a dict of keyword inputs or a tuple of positional ones. Batch and length become dynamic.
+        progress: called with a phase, how many of its steps (layers) have begun, and how many there are, 0 where
+            that is unknown: `progress("exporting", 3, 96)`.
 
     Raises:
         TraceError: the model cannot be traced; the message names the line of its code and what to change.
     """
-    data = capture(model, example)
+    data = capture(model, example, progress)
+    progress("finding sites", 0, 0)
     sites = find_sites(data.graph, data.table.tensors())
     assign_labels(data.graph, titles(sites), sections(sites))
     fields = {name: getattr(data, name) for name in data.__dataclass_fields__}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -14,11 +15,20 @@ ERR = Console(stderr=True)
 
 
 @contextmanager
-def working(what: str) -> Iterator[None]:
-    """Shows on stderr that `what` goes on, and how long it took once it took over a second."""
+def working(what: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Shows on stderr that `what` goes on, and how long it took once it took over a second.
+
+    What it gives shows a phase, how many of its steps have begun, and how many there are (0 where that is unknown).
+    """
     start = time.perf_counter()
-    with ERR.status(f"{what} ..."):
-        yield
+    # The stream of this moment, since tracing silences whatever writes to sys.stderr later.
+    with Console(file=sys.stderr).status(f"{what} ...") as status:
+
+        def show(phase: str, begun: int, total: int) -> None:
+            steps = f", layer {begun} of {total}" if begun else ""
+            status.update(f"{what}: {phase}{steps} ...")
+
+        yield show
     seconds = time.perf_counter() - start
     if seconds > 1 and ERR.is_terminal:
         ERR.print(f"{what}: {seconds:.1f} s", style="dim", highlight=False)

@@ -97,8 +97,8 @@ def trace(model: PreTrainedModel) -> pg.Program:
     import peftgraph as pg
     from peftgraph.cli.examples import example_inputs
 
-    with working("tracing"):
-        return pg.trace(model, example_inputs(model))
+    with working("tracing") as progress:
+        return pg.trace(model, example_inputs(model), progress=progress)
 
 
 def model_class(config: PretrainedConfig, source: Path) -> Any:

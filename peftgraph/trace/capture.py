@@ -30,6 +30,7 @@ from peftgraph.trace.functions import Call, functions_kept
 from peftgraph.trace.ghost import ghost_arguments, ghost_of
 from peftgraph.trace.inplace import out_of_place
 from peftgraph.trace.normalise import canonical
+from peftgraph.trace.progress import Progress, layers_told, silent
 from peftgraph.trace.training import only_dropout_follows_the_mode
 
 # bfloat16 shows which literals follow and promotes as low precision does; a model with an operation that has
@@ -37,7 +38,9 @@ from peftgraph.trace.training import only_dropout_follows_the_mode
 MARKERS = (torch.bfloat16, torch.float64)
 
 
-def capture(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] | Tensor) -> ProgramData:
+def capture(
+    model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] | Tensor, progress: Progress = silent
+) -> ProgramData:
     """Traces `model` into a program.
 
     Args:
@@ -45,14 +48,17 @@ def capture(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] | Ten
             shared, not copied.
         example: a dict of keyword inputs or a tuple of positional ones. Sizes of the batch and of sequences
             become symbols.
+        progress: told how far it is.
 
     Raises:
         TraceError: the model cannot be traced; the message names the line of its code and what to change.
     """
     bound = bind_example(model, example)
     table = _table_of(model)
+    progress("comparing training with evaluation", 0, 0)
     only_dropout_follows_the_mode(model, bound)
-    exported, functions, marker = _export(model, bound, table.dtype)
+    exported, functions, marker = _export(model, bound, table.dtype, progress)
+    progress("normalising", 0, 0)
     table = table.with_(_constants(exported))
     graph = canonical(exported, _names_of_ties(model), functions)
     if marker is not None:
@@ -101,7 +107,7 @@ def _names_of_ties(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def _export(
-    model: nn.Module, bound: Example, own: torch.dtype
+    model: nn.Module, bound: Example, own: torch.dtype, progress: Progress
 ) -> tuple[ExportedProgram, list[Call], torch.dtype | None]:
     """The exported ghost of `model`, the autograd functions it calls, and the marker it was traced under.
 
@@ -110,7 +116,7 @@ def _export(
     failure: Exception | None = None
     for marker in _markers(model, own):
         try:
-            exported, functions = _export_once(model, bound, own, marker or own)
+            exported, functions = _export_once(model, bound, own, marker or own, progress)
             if marker in (own, None) or not _rounded(exported, marker):
                 return exported, functions, marker
         except PeftGraphError:
@@ -137,7 +143,7 @@ def _markers(model: nn.Module, own: torch.dtype) -> list[torch.dtype | None]:
 
 
 def _export_once(
-    model: nn.Module, bound: Example, own: torch.dtype, marker: torch.dtype
+    model: nn.Module, bound: Example, own: torch.dtype, marker: torch.dtype, progress: Progress
 ) -> tuple[ExportedProgram, list[Call]]:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     ghost = ghost_of(model, mode, own, marker)
@@ -148,7 +154,7 @@ def _export_once(
         return dict.fromkeys(range(value.dim()), Dim.AUTO) if isinstance(value, Tensor) else None
 
     shapes = {name: pytree.tree_map(dynamic, value) for name, value in arguments.items()}
-    with quiet(), functions_kept() as recording:
+    with quiet(), functions_kept() as recording, layers_told(ghost, "exporting", progress):
         return torch.export.export(ghost, (), arguments, dynamic_shapes=shapes, strict=False), recording.calls
 
 

@@ -1,0 +1,91 @@
+"""Progress: phases in order, every layer once, and nothing left behind in the model."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import peftgraph as pg
+from peftgraph.cli.console import working
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
+        self.inner = nn.ModuleList([nn.LayerNorm(4), nn.LayerNorm(4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm in self.inner:
+            x = norm(x)
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Tower(nn.Module):
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block() for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def steps_of(model: nn.Module) -> list[tuple[str, int, int]]:
+    steps: list[tuple[str, int, int]] = []
+    pg.trace(model, (torch.randn(2, 5, 4),), progress=lambda *step: steps.append(step))
+    return steps
+
+
+def test_the_phases_come_in_order_and_the_outermost_layers_are_counted() -> None:
+    steps = steps_of(Tower(3))
+    assert list(dict.fromkeys(phase for phase, _, _ in steps)) == [
+        "comparing training with evaluation",
+        "exporting",
+        "normalising",
+        "finding sites",
+    ]
+    # a block's own list of two norms is part of the block
+    assert [step[1:] for step in steps if step[0] == "exporting"] == [(0, 3), (1, 3), (2, 3), (3, 3)]
+
+
+def test_one_layer_is_no_repetition_but_may_hold_one() -> None:
+    assert [step[1:] for step in steps_of(Tower(1)) if step[0] == "exporting"] == [(0, 2), (1, 2), (2, 2)]
+
+
+def test_without_repetition_the_total_is_unknown() -> None:
+    assert [step[1:] for step in steps_of(nn.Linear(4, 4)) if step[0] == "exporting"] == [(0, 0)]
+
+
+def test_the_model_keeps_no_hook() -> None:
+    model = Tower(2)
+    steps_of(model)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_shows_the_layer_even_while_tracing_silences_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    with working("tracing") as progress, contextlib.redirect_stderr(io.StringIO()):
+        progress("exporting", 3, 96)
+    assert "exporting, layer 3 of 96" in terminal.getvalue()
+
+
+def test_what_is_no_terminal_is_told_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with working("tracing") as progress:
+        progress("exporting", 3, 96)
+    assert stream.getvalue() == ""
