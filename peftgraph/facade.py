@@ -41,6 +41,7 @@ from peftgraph.sites import expert as expert
 from peftgraph.sites import ffn as ffn
 from peftgraph.sites import head as head
 from peftgraph.sites import kind as kind
+from peftgraph.sites import layer as layer
 from peftgraph.sites import layers as layers
 from peftgraph.sites import norm as norm
 from peftgraph.sites import op as op

@@ -15,7 +15,7 @@ from peftgraph.fold import fold as _fold
 from peftgraph.fold.proof import Proof
 from peftgraph.interop import adapter_files, write_back
 from peftgraph.ir.program import ProgramData
-from peftgraph.ir.text import assign_labels, print_diff, print_program
+from peftgraph.ir.text import assign_labels, print_diff, print_program, size_names
 from peftgraph.ir.verify import verify
 from peftgraph.lower.export import export
 from peftgraph.lower.module import GraphModule
@@ -68,7 +68,9 @@ class Program(ProgramData):
         if len(known) == count:
             return self
         base = self.base or self
-        return self.evolve(sites=find_sites(base.graph, base.table.tensors(), patterns=tuple(known.values())))
+        return self.evolve(
+            sites=find_sites(base.graph, base.table.tensors(), size_names(base), patterns=tuple(known.values()))
+        )
 
     def remove(self, which: int | str = -1) -> Program:
         """The program without one pass of its history, by index or by name; the other passes keep their parameters.
@@ -167,7 +169,7 @@ def trace(
     """
     data = capture(model, example, progress)
     progress("finding sites", 0, 0)
-    sites = find_sites(data.graph, data.table.tensors())
+    sites = find_sites(data.graph, data.table.tensors(), size_names(data))
     assign_labels(data.graph, titles(sites), sections(sites))
     fields = {name: getattr(data, name) for name in data.__dataclass_fields__}
     program = Program(**fields, sites=sites)

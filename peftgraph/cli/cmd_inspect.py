@@ -48,10 +48,8 @@ def inspect(
         highlight=False, markup=False,
     )  # fmt: skip
     if program.sites.unmatched:
-        OUT.print(
-            f"{len(program.sites.unmatched)} projections without a role: {', '.join(program.sites.unmatched[:5])}",
-            style="yellow",
-        )
+        shown = ", ".join(one.site.id for one in program.sites.unmatched[:5])
+        OUT.print(f"{len(program.sites.unmatched)} projections without a role: {shown}", style="yellow")
 
 
 def as_document(program: pg.Program, sites: tuple[pg.Site, ...]) -> dict[str, Any]:
@@ -69,7 +67,9 @@ def as_document(program: pg.Program, sites: tuple[pg.Site, ...]) -> dict[str, An
         ],
         "counts": dict(sorted(Counter(site.role for site in sites).items())),
         "sites": [_site(site) for site in sites],
-        "unmatched": list(program.sites.unmatched),
+        "unmatched": [
+            {"id": one.site.id, "closest": one.closest, "reason": one.reason} for one in program.sites.unmatched
+        ],
     }
 
 

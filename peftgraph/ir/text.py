@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import sympy
@@ -47,7 +47,7 @@ def assign_labels(graph: fx.Graph, titles: Mapping[str, str], sections: Mapping[
 
 def print_program(program: ProgramData) -> str:
     """The text of a program: its calling convention, then one line a value, in graph order."""
-    printer = _Printer(program)
+    printer = Printer.of(program)
     signature = program.signature
     outputs = program.graph.output_node().args[0]
     assert isinstance(outputs, list | tuple)
@@ -64,7 +64,7 @@ def print_program(program: ProgramData) -> str:
 
 def print_diff(before: ProgramData, after: ProgramData) -> str:
     """What turned `before` into `after`: the new values around each edited one, in text order, and the totals."""
-    old, new = _Printer(before), _Printer(after)
+    old, new = Printer.of(before), Printer.of(after)
     was = {node.name: old.line(node) for node in live(before.graph) if node.op in ("call_function", "output")}
     lines: list[str] = []
     added = moved = 0
@@ -111,12 +111,24 @@ def _many(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-class _Printer:
-    def __init__(self, program: ProgramData) -> None:
-        self.program = program
-        self.symbols = _symbol_table(program)
+class Printer:
+    """Prints single lines.
+
+    Args:
+        sizes: symbol of a symbolic size -> its printed name.
+        trainable: names of stored tensors that get a star.
+    """
+
+    def __init__(self, sizes: Mapping[str, str], trainable: Container[str] = ()) -> None:
+        self.sizes = sizes
+        self.trainable = trainable
+
+    @classmethod
+    def of(cls, program: ProgramData) -> Printer:
+        return cls(size_names(program), program.table.trainable)
 
     def line(self, node: fx.Node) -> str:
+        """The line of a labelled node."""
         if node.op == "output":
             return f"return {self.operand(node.args[0])}"
         arguments = [self.operand(value) for value in node.args]
@@ -126,8 +138,7 @@ class _Printer:
     def operand(self, value: Any) -> str:
         if isinstance(value, fx.Node):
             if value.op == "get_attr":
-                entry = self.program.table[str(value.target)]
-                return f"@{value.target}{'*' if entry.trainable else ''}"
+                return f"@{value.target}{'*' if str(value.target) in self.trainable else ''}"
             return f"%{value.meta['label']}"
         if isinstance(value, list | tuple):
             return f"[{', '.join(self.operand(item) for item in value)}]"
@@ -155,14 +166,15 @@ class _Printer:
             return str(size)
         expression = size.node.expr
         named = {
-            symbol: sympy.Symbol(self.symbols[str(symbol)])
+            symbol: sympy.Symbol(self.sizes[str(symbol)])
             for symbol in expression.free_symbols
-            if str(symbol) in self.symbols
+            if str(symbol) in self.sizes
         }
         return str(expression.subs(named))
 
 
-def _symbol_table(program: ProgramData) -> dict[str, str]:
+def size_names(program: ProgramData) -> dict[str, str]:
+    """The printed name of each symbolic size of the inputs, by its symbol."""
     placeholders = (node for node in program.graph.nodes if node.op == "placeholder")
     table: dict[str, str] = {}
     for node, spec in zip(placeholders, program.signature.inputs, strict=True):

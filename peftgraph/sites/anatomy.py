@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import fx
@@ -45,7 +46,7 @@ class Anatomy:
         self.cores, self.misses = find_cores(flow, set(self.projection_at))
         self.core_at: dict[fx.Node, Core] = {core.output: core for core in self.cores}
         self.routers: set[Projection] = set()
-        self.joins: list[Join] = find_joins(flow, self._heavy(), self.norm_at)
+        self.joins: list[Join] = find_joins(flow, self.heavy, self.norm_at)
         self.join_at: dict[fx.Node, Join] = {join.node: join for join in self.joins}
         self._norm_inside = self._inside_norms()
         self._frontiers: dict[fx.Node, Frontier] = {}
@@ -63,7 +64,8 @@ class Anatomy:
         elif is_product(self.flow, node):
             self.products.add(node)
 
-    def _heavy(self) -> int:
+    @cached_property
+    def heavy(self) -> int:
         """The nodes that make a value more than a re-shaped, re-scaled copy."""
         mask = 0
         for node in self.flow.nodes:

@@ -11,7 +11,7 @@ from torch import fx
 
 from . import ops
 from .anatomy import Anatomy
-from .cores import Core
+from .cores import CONDITIONS, Core
 from .projections import Projection
 from .site import Bias, Columns, NearMiss, Weight
 from .tags import Tagger, along, in_order, squeeze_constant
@@ -151,9 +151,13 @@ def _by_head(tags: torch.Tensor) -> torch.Tensor:
 
 
 def _operand_miss(anatomy: Anatomy, role: str, core: Core, operand: fx.Node) -> NearMiss:
-    stops = ", ".join(f"%{stop.name}" for stop in anatomy.frontier(operand).stops[:3]) or "constants only"
-    reason = f"{role} (%{operand.name}) leads back to {stops}, to no projection"
-    return NearMiss(f"attention.{role}", core.node.name, reason, 3)
+    flow, stops = anatomy.flow, anatomy.frontier(operand).stops[:3]
+    if not stops:
+        behind = flow.members(flow.before(operand) | flow.bit(operand))
+        stops = tuple(one for one in behind if one.op == "get_attr" and flow.floating(one))[:3]
+    shown = ", ".join(f"%{stop.name}" for stop in stops) or "constants only"
+    found = f"{shown} behind {role}, %{operand.name}"
+    return NearMiss.at(f"attention.{role}", core.node, CONDITIONS, 4, found, operand, *stops)
 
 
 def _outputs(anatomy: Anatomy, inputs: set[Projection]) -> dict[fx.Node, list[Projection]]:

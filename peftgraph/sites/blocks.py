@@ -48,7 +48,10 @@ class Stream:
 
 @dataclass(frozen=True, eq=False)
 class Place:
+    """A layer, the number of layers of its stack, and the stack."""
+
     layer: int
+    depth: int
     stack: str | None
 
 
@@ -85,7 +88,7 @@ def _number(
     streams: Sequence[Stream], stacks: Sequence[str | None], sublayers: dict[Join, list[Sublayer]]
 ) -> dict[Join, Place]:
     """Layers by count within a stack; a block that attends jointly with one already numbered has its number."""
-    places: dict[Join, Place] = {}
+    numbers: dict[Join, tuple[int, str | None]] = {}
     counts: dict[str | None, int] = {}
     layer_of: dict[Core, int] = {}
     for stream, stack in zip(streams, stacks, strict=True):
@@ -95,8 +98,8 @@ def _number(
             layer = next((layer_of[core] for core in cores if core in layer_of), counts.get(stack, 0))
             counts[stack] = max(counts.get(stack, 0), layer + 1)
             layer_of.update(dict.fromkeys(cores, layer))
-            places.update(dict.fromkeys(joins, Place(layer, stack)))
-    return places
+            numbers.update(dict.fromkeys(joins, (layer, stack)))
+    return {join: Place(layer, counts[stack], stack) for join, (layer, stack) in numbers.items()}
 
 
 def _cores(joins: Sequence[Join], sublayers: dict[Join, list[Sublayer]]) -> list[Core]:

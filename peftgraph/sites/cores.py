@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import fx
@@ -13,7 +14,14 @@ from .projections import einsum_operands, letters
 from .site import NearMiss
 from .tags import Tagger, varies
 
-ROLE = "attention.core"
+ROLE: Final = "attention.core"
+CONDITIONS: Final = (
+    "a softmax",
+    "a product of two signals (q k^T) behind it",
+    "a product of the result with a third value (v)",
+    "a softmax along the axis of the keys",
+    "operands that lead back to projections",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,15 +83,17 @@ def _from_softmax(flow: Flow, node: fx.Node, projected: set[fx.Node]) -> Core | 
     argument = flow.operands(node)[0]
     scores, mask, ends = _scores(flow, argument, projected)
     if not scores:
-        shown = ", ".join(f"%{end.name} = {ops.name(end)}" for end in ends[:3]) or "no signal"
-        return NearMiss(ROLE, node.name, f"its argument leads back to {shown}, to no product of two signals", 1)
+        shown = ", ".join(f"%{end.name} ({ops.name(end)})" for end in ends[:3]) or "constants only"
+        return NearMiss.at(ROLE, node, CONDITIONS, 1, shown, *ends[:3])
     out = _weighting(flow, node)
     if out is None:
-        return NearMiss(ROLE, node.name, "its result reaches no product with a third value", 2)
+        readers = ", ".join(f"%{user.name} ({ops.name(user)})" for user in list(node.users)[:3]) or "no reader"
+        return NearMiss.at(ROLE, node, CONDITIONS, 2, readers, *scores, *list(node.users)[:3])
     main = scores[0]
     sides = _query_first(flow, main, argument, node)
     if sides is None:
-        return NearMiss(ROLE, node.name, f"the softmax runs along no free axis of %{main.name}", 2)
+        found = f"no free axis of %{main.name} along which it runs"
+        return NearMiss.at(ROLE, node, CONDITIONS, 3, found, main, out[0])
     product, v = out
     return Core(node, sides[0], sides[1], v, product, mask, tuple(scores))
 

@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
 from peftgraph.errors import Ambiguous, NoMatch
+from peftgraph.ir.program import calls
 
+from . import ops
+from .explanation import Explanation, Reasons, nearest, reasons_for
+from .narrow import Expert, Kind, Layers, Stack, Where
+from .near import mixing
+from .origin import Origin
 from .patterns import PatternRole, explain_pattern
-from .select import Both, Either, Expert, Kind, Layers, Not, Role, Selector, Stack, Where, as_selector, quoted
-from .site import NearMiss, Site, Sites
+from .select import Both, Either, Not, Role, Selector, as_selector, quoted
+from .site import Site, Sites
 
-SOFTMAX_MISS = "no softmax or scaled_dot_product_attention whose operands come from two projections"
-JOIN_MISS = "no projection whose result enters a residual add and that reads a projection through a nonlinearity"
+MOST_IN_FULL = 4  # of more sites, the first of each role is explained
+NO_GRAPH = "the graph it was found in is not at hand"
+ABSENT = {
+    "attention": "no softmax, no scaled_dot_product_attention and no two products of signals one after the other",
+    "ffn": "no projection reads another one through a nonlinearity",
+    "norm": "no normalisation operator, and no multiplication or division of two signals",
+    "block": "no add of two signals",
+    "embedding": "no table lookup",
+    "head": "no projection",
+    "router": "no projection whose result passes a top-k, softmax or sigmoid",
+    "projection": "every projection plays another role, or there is none",
+    "bias": "no stored vector is added to a projection, convolution or norm",
+}
 
 
 def require(sites: Sites, selector: object) -> tuple[Site, ...]:
@@ -24,10 +43,10 @@ def require(sites: Sites, selector: object) -> tuple[Site, ...]:
     chosen = as_selector(selector)
     found = sites.select(chosen)
     if not found:
-        raise NoMatch(f"{chosen}: no site. {explain(sites, chosen)}")
+        raise NoMatch(_problem(sites, chosen))
     idle = [part for part in _alternatives(chosen) if not sites.select(part)]
     if idle:
-        reasons = "\n".join(f"{part}: no site. {explain(sites, part)}" for part in idle)
+        reasons = "\n".join(_problem(sites, part) for part in idle)
         raise NoMatch(f"part of {chosen} never matched:\n{reasons}")
     beyond = _beyond(sites, chosen)
     if beyond:
@@ -37,32 +56,47 @@ def require(sites: Sites, selector: object) -> tuple[Site, ...]:
 
 
 def _refuse_ambiguous(chosen: Selector, found: tuple[Site, ...]) -> None:
-    parts = list(_flatten(chosen))
-    numbers = next((part for part in parts if isinstance(part, Layers)), None)
-    stacks = sorted({site.stack for site in found if site.stack and site.layer is not None})
-    if numbers is not None and len(stacks) > 1 and not any(isinstance(part, Stack | Where) for part in parts):
-        each = "|".join(f"stack({quoted(name)})" for name in stacks)
-        raise Ambiguous(
-            f"{chosen}: {numbers} is ambiguous, {' and '.join(stacks)} each number their layers from 0. "
-            f"Add &stack({quoted(stacks[0])}) for one of them, or &({each}) for all."
-        )
+    for part in _alternatives(chosen):
+        parts = list(_flatten(part))
+        numbers = next((one for one in parts if isinstance(one, Layers)), None)
+        named = any(isinstance(one, Stack) or (isinstance(one, Where) and one.path is not None) for one in parts)
+        stacks = sorted({site.stack for site in found if site.stack and site.layer is not None and part.matches(site)})
+        if numbers is not None and len(stacks) > 1 and not named:
+            each = "|".join(f"stack({quoted(name)})" for name in stacks)
+            raise Ambiguous(
+                f"{chosen}: {numbers} is ambiguous, {' and '.join(stacks)} each number their layers from 0. "
+                f"Add &stack({quoted(stacks[0])}) for one of them, or &({each}) for all."
+            )
 
 
-def explain(sites: Sites, selector: object) -> str:
-    """One paragraph: what matched, or what killed the match and where it got furthest."""
+def explain(sites: Sites, selector: object) -> Explanation:
+    """Why the matches are sites; or what killed the match and where it got furthest."""
     chosen = as_selector(selector)
     found = sites.select(chosen)
-    if found:
-        shown = ", ".join(site.id for site in found[:8])
-        return f"{len(found)} sites: {shown}{', ...' if len(found) > 8 else ''}"
-    return _reason(sites, chosen)
+    if not found:
+        return Explanation(str(chosen), problem=_problem(sites, chosen))
+    full = found if len(found) <= MOST_IN_FULL else tuple({site.role: site for site in reversed(found)}.values())[::-1]
+    others = tuple(site.id for site in found if site not in full)
+    if sites.origin is None:
+        return Explanation(str(chosen), tuple(Reasons(site, (NO_GRAPH,), ()) for site in full), others)
+    return Explanation(str(chosen), tuple(reasons_for(sites.origin, site) for site in full), others)
+
+
+def _problem(sites: Sites, chosen: Selector) -> str:
+    """Why nothing matches, in a headline and indented lines."""
+    where = "" if sites.origin is None else f" in {sum(1 for _ in calls(sites.origin.graph))} nodes"
+    return f"{chosen}: 0 sites{where}\n{_indented(_reason(sites, chosen))}"
+
+
+def _indented(text: str) -> str:
+    return "\n".join(line if line.startswith("    ") else f"    {line}" for line in text.splitlines())
 
 
 def _reason(sites: Sites, chosen: Selector) -> str:
     if isinstance(chosen, PatternRole):
         return explain_pattern(sites, chosen)
     if isinstance(chosen, Either):
-        return "; ".join(_reason(sites, part) for part in _alternatives(chosen))
+        return "\n".join(_indented(f"{part}: {_reason(sites, part)}") for part in _alternatives(chosen))
     if isinstance(chosen, Both):
         return _no_overlap(sites, chosen)
     if isinstance(chosen, Where):
@@ -85,7 +119,7 @@ def _alternatives(selector: Selector) -> Iterator[Selector]:
                 yield Both(left, right)
     elif isinstance(selector, Where):
         for inner in _alternatives(selector.inner):
-            yield Where(inner, selector.path)
+            yield replace(selector, inner=inner)
     else:
         yield selector
 
@@ -128,11 +162,14 @@ def _no_path(sites: Sites, chosen: Where) -> str:
     inner = sites.select(chosen.inner)
     if not inner:
         return _reason(sites, chosen.inner)
-    shown = ", ".join(dict.fromkeys(site.path for site in inner[:6]))
-    return (
-        f"where(path={quoted(chosen.path)}) removed all {len(inner)} sites of {chosen.inner} "
-        f"(the whole path must match); their paths: {shown}"
-    )
+    removed = f"{chosen.condition} removed all {len(inner)} sites of {chosen.inner}"
+    if chosen.path is not None and not any(
+        replace(chosen, shape=None, out_features=None, in_features=None).matches(site) for site in inner
+    ):
+        shown = ", ".join(dict.fromkeys(site.path for site in inner[:6]))
+        return f"{removed} (the whole path must match); their paths: {shown}"
+    shapes = dict.fromkeys(" x ".join(map(str, site.shape)) for site in inner if site.shape)
+    return f"{removed}; their shapes (out x in): {', '.join(list(shapes)[:6]) or 'none'}"
 
 
 def _no_filter(sites: Sites, chosen: Selector) -> str:
@@ -152,8 +189,12 @@ def _no_filter(sites: Sites, chosen: Selector) -> str:
 
 def _beyond(sites: Sites, chosen: Selector) -> str | None:
     for part in _flatten(chosen):
-        if isinstance(part, Layers) and part.stop > sites.layers:
+        if not isinstance(part, Layers):
+            continue
+        if max(part.start, part.stop or 0) > sites.layers:
             return f"{part} reaches beyond the last layer, {sites.layers - 1}"
+        if min(part.start, part.stop or 0) < -sites.layers:
+            return f"{part} reaches beyond the first layer, {-sites.layers} from the end"
     return None
 
 
@@ -165,36 +206,19 @@ def _flatten(selector: Selector) -> Iterator[Selector]:
 
 
 def _no_role(sites: Sites, chosen: Role) -> str:
-    counts: dict[str, int] = {}
-    for site in sites:
-        counts[site.role] = counts.get(site.role, 0) + 1
+    """The nearest miss of a role that nothing plays, and the roles there are."""
+    counts = Counter(site.role for site in sites)
     present = ", ".join(f"{role} ({count})" for role, count in counts.items()) or "none"
-    text = f"no {chosen}: {_missing(sites, chosen)}"
-    return f"{text}. Roles found: {present}"
+    near = (
+        [] if sites.origin is None else nearest(sites.origin, chosen.name) or [f"    {_absent(sites.origin, chosen)}"]
+    )
+    return "\n".join([f"nothing plays {chosen.name}", *near, f"    roles found: {present}"])
 
 
-def _missing(sites: Sites, chosen: Role) -> str:
-    if chosen.name.startswith("attention"):
-        return _attention_miss(sites, chosen)
-    if chosen.name.startswith("ffn"):
-        misses = [miss for miss in sites.misses if miss.role.startswith("ffn")]
-        return JOIN_MISS + _closest(misses, "candidates")
-    return "nothing of that structure is in the graph"
-
-
-def _attention_miss(sites: Sites, chosen: Role) -> str:
-    own = [miss for miss in sites.misses if miss.role == chosen.name and miss.role != "attention.core"]
-    if own:
-        return f"the closest is %{own[0].node}: {own[0].reason}"
-    if any(site.role == "attention.core" for site in sites):
-        return "there are attention cores, but nothing that plays this role at a residual add"
-    misses = [miss for miss in sites.misses if miss.role.startswith("attention")]
-    return SOFTMAX_MISS + _closest(misses, "softmaxes")
-
-
-def _closest(misses: list[NearMiss], what: str) -> str:
-    if not misses:
-        return f"; no {what} seen"
-    best = max(misses, key=lambda miss: miss.progress)
-    noun = what if len(misses) != 1 else what.removesuffix("s").removesuffix("e") if what == "softmaxes" else what[:-1]
-    return f"; {len(misses)} {noun} seen, closest: %{best.node}, {best.reason}"
+def _absent(origin: Origin, chosen: Role) -> str:
+    """What a graph lacks that holds nothing near a role."""
+    family = chosen.name.partition(".")[0]
+    if family == "attention" and (mixed := mixing(origin.finder)):
+        shown = ", ".join(f"%{node.name} ({ops.name(node)})" for node in mixed[:3])
+        return origin.say(f"{ABSENT[family]}; what mixes positions is {shown}{', ...' if len(mixed) > 3 else ''}")
+    return ABSENT.get(family, "nothing of that structure is in the graph")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import fx
@@ -16,6 +17,12 @@ from .site import NearMiss
 from .tags import Tagger, along, in_order, varies
 
 Side = tuple[str, torch.Tensor, list[int], str]  # of a gating product: role, tags, bases, note
+CONDITIONS: Final = (
+    "a projection whose result enters a residual add",
+    "projections alone behind its input, none of them of attention",
+    "a nonlinearity between it and the projection before it",
+    "a result of its own for each position, from that position alone",
+)
 REACH = 40  # how many nodes a router's scores may pass before they choose
 
 
@@ -30,10 +37,11 @@ class FeedForward:
 
 def find_routers(anatomy: Anatomy, taken: set[Projection]) -> set[Projection]:
     """Projections whose result chooses or weighs others: it reaches a top-k, or scales a wider value."""
-    return {one for one in anatomy.projections if one not in taken and _routes(anatomy, one)}
+    return {one for one in anatomy.projections if one not in taken and routes(anatomy, one)}
 
 
-def _routes(anatomy: Anatomy, candidate: Projection) -> bool:
+def routes(anatomy: Anatomy, candidate: Projection) -> fx.Node | None:
+    """Where the result chooses or weighs others; None where it does neither."""
     through = ops.LAYOUT | ops.CAST | ops.NONLINEAR | ops.SCALE | ops.MASKING | ops.DROPOUT | ops.REDUCTION
     todo, seen = [(candidate.output, False)], set[fx.Node]()
     while todo and len(seen) < REACH:
@@ -41,14 +49,14 @@ def _routes(anatomy: Anatomy, candidate: Projection) -> bool:
         for user in here.users:
             kind = ops.name(user)
             if kind in ops.CHOICE:
-                return bool(anatomy.joins) and any(anatomy.flow.descends(join.node, user) for join in anatomy.joins)
+                return user if any(anatomy.flow.descends(join.node, user) for join in anatomy.joins) else None
             if weighs and kind == "mul" and _widens(anatomy, here, user):
-                return True
+                return user
             if user not in seen and kind in through and user not in anatomy.join_at:
                 seen.add(user)
                 squashed = kind in ops.SOFTMAX or (kind == "sigmoid" and candidate.width == 1)
                 todo.append((user, weighs or squashed))
-    return False
+    return None
 
 
 def _widens(anatomy: Anatomy, weight: fx.Node, product: fx.Node) -> bool:
@@ -66,37 +74,48 @@ def find_feedforward(
     for candidate in anatomy.frontier(join.branch).projections:
         if candidate in taken or candidate in anatomy.routers:
             continue
-        reason = _unfit(anatomy, join, candidate, taken)
-        if reason is None and join.root not in attended and _local(anatomy, candidate):
-            reason = "a depthwise convolution stands inside it, and no attention on its stream"
-        if reason is not None:
-            misses.append(NearMiss("ffn.down", candidate.node.name, reason, 2))
+        miss = _unfit(anatomy, join, candidate, taken)
+        if miss is None and join.root not in attended and _local(anatomy, candidate):
+            found = "a depthwise convolution inside it, and no attention on its stream"
+            miss = NearMiss.at("ffn.down", candidate.node, CONDITIONS, 3, found, candidate.input, join.node)
+        if miss is not None:
+            misses.append(miss)
             continue
         downs.append(candidate)
         parts += [*_ups(anatomy, candidate), Part("ffn.down", candidate, None)]
     return (FeedForward(join, tuple(parts), tuple(downs)) if downs else None), misses
 
 
-def _unfit(anatomy: Anatomy, join: Join, candidate: Projection, taken: set[Projection]) -> str | None:
+def _unfit(anatomy: Anatomy, join: Join, candidate: Projection, taken: set[Projection]) -> NearMiss | None:
     """Why a projection that enters a join is no down projection; None where it is one."""
     frontier = anatomy.frontier(candidate.input)
     behind = [one for one in frontier.projections if one not in anatomy.routers]
     if frontier.stops:
         stop = frontier.stops[0]
-        return f"its input leads back to %{stop.name} ({ops.name(stop)}), past any projection"
+        return NearMiss.at(
+            "ffn.down", candidate.node, CONDITIONS, 1, f"%{stop.name} ({ops.name(stop)})", stop, join.node
+        )
     if not behind:
-        return "no projection stands before it"
-    if any(one in taken for one in behind):
-        return "the projection before it belongs to attention"
+        return NearMiss.at("ffn.down", candidate.node, CONDITIONS, 1, "no projection", candidate.input, join.node)
+    attends = next((one.output for one in behind if one in taken), None)
+    if attends is not None:
+        return NearMiss.at(
+            "ffn.down", candidate.node, CONDITIONS, 1, f"%{attends.name}, which belongs to attention", attends
+        )
     if not frontier.nonlinear:
-        return "no nonlinearity stands between it and the projection before it"
+        between = sorted(frontier.between, key=anatomy.flow.order.__getitem__)
+        found = ", ".join(dict.fromkeys(ops.name(one) for one in between)) or "nothing"
+        sources = [one.output for one in behind]
+        return NearMiss.at("ffn.down", candidate.node, CONDITIONS, 2, found, *sources, *between, join.node)
     mixing = next((one for one in behind if _mixes_positions(anatomy, one)), None)
     if mixing is not None:
-        return f"%{mixing.node.name} before it contracts positions, not features"
+        found = f"%{mixing.node.name} before it, which contracts positions, not features"
+        return NearMiss.at("ffn.down", candidate.node, CONDITIONS, 3, found, mixing.node, join.node)
     flow = anatomy.flow
     values, goal = _size(flow.shape(candidate.output)), _size(flow.shape(join.node))
     if goal % candidate.width or values < goal:
-        return "its result is spread over positions (a gate of the branch), not one value for each"
+        found = "one that is spread over positions, such as a gate of the branch"
+        return NearMiss.at("ffn.down", candidate.node, CONDITIONS, 3, found, candidate.output, join.node)
     return None
 
 

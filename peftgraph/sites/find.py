@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from .feedforward import FeedForward, find_feedforward, find_routers
 from .joins import Join
 from .naming import module_of
 from .norms import Norm
+from .origin import Origin
 from .patterns.pattern import Pattern
 from .patterns.search import PatternSearch, search
 from .projections import Projection
@@ -48,16 +50,24 @@ RANK = (
 )
 
 
-def find_sites(graph: fx.Graph, tensors: Mapping[str, torch.Tensor], *, patterns: Sequence[Pattern] = ()) -> Sites:
+def find_sites(
+    graph: fx.Graph,
+    tensors: Mapping[str, torch.Tensor],
+    sizes: Mapping[str, str] = MappingProxyType({}),
+    *,
+    patterns: Sequence[Pattern] = (),
+) -> Sites:
     """The sites of a canonical graph.
 
     Args:
         graph: what to search.
         tensors: the parameters and buffers its get_attr nodes name.
+        sizes: the printed names of symbolic sizes, for explanations.
         patterns: sites of one's own to look for as well.
     """
     with torch.device("cpu"):  # tags are real numbers, whatever device the caller made the default
-        return Finder(Anatomy(graph, tensors)).sites(patterns)
+        found = Finder(Anatomy(graph, tensors)).sites(patterns)
+    return replace(found, origin=Origin.of(graph, tensors, sizes))
 
 
 class Finder:
@@ -105,13 +115,12 @@ class Finder:
         rank = {role: i for i, role in enumerate(RANK)}
         self.found.sort(key=lambda site: (order[site.op], rank.get(site.role, len(RANK))))
         items = tuple(numbered(self.found))
-        unmatched = tuple(site.id for site in items if site.role == "projection")
-        return Sites(items, tuple(self.misses), unmatched, searched)
+        return Sites(items, tuple(self.misses), searched)
 
     def _add(self, role: str, op: fx.Node, path: str, place: Place | None, ports: Ports, **more: Any) -> None:
         items = tuple((port, node.name) for port, node in ports.items() if node is not None)
-        layer, stack = (place.layer, place.stack) if place else (None, None)
-        self.found.append(Site(role=role, path=path, op=op.name, layer=layer, stack=stack, port_items=items, **more))
+        where = {} if place is None else {"layer": place.layer, "depth": place.depth, "stack": place.stack}
+        self.found.append(Site(role=role, path=path, op=op.name, port_items=items, **where, **more))
         if self.found[-1].weight is not None:
             self.paths.setdefault(op.name, []).append(path)
 

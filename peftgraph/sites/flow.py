@@ -105,6 +105,11 @@ class Flow:
             yield self.nodes[top]
             mask ^= 1 << top
 
+    def between(self, source: fx.Node, node: fx.Node) -> list[fx.Node]:
+        """The values on the ways from `source` to `node`, without either, in order."""
+        mask = self.before(node) & ~self.before(source) & ~self.bit(source)
+        return [one for one in self.members(mask) if self.descends(one, source)][::-1]
+
     def scaling(self, node: fx.Node) -> bool:
         """A multiplication or division by a number or by a constant vector (layer scale, gain)."""
         if ops.name(node) not in ops.SCALE:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from torch import fx
 
 from . import ops
 from .flow import Flow
 from .norms import Norm
+from .site import NearMiss
 
+ADDS: Final = ("add", "__add__", "iadd")
+CONDITIONS: Final = (
+    "an add of two signals",
+    "two signals of one shape",
+    "a branch that starts from the other side",
+    "a projection, attention, convolution or pooling on the branch",
+    "no other residual add of the stream within the branch",
+)
 PARALLEL = 3  # how many joins on one skip are still parallel branches
 
 
@@ -32,7 +42,7 @@ class Join:
 def find_joins(flow: Flow, heavy: int, norm_at: Mapping[fx.Node, Norm]) -> list[Join]:
     joins: dict[fx.Node, Join] = {}
     for node in flow.nodes:
-        if ops.name(node) not in ("add", "__add__", "iadd"):
+        if ops.name(node) not in ADDS:
             continue
         sides = [one for one in flow.operands(node) if flow.floating(one)]  # learned latents may start a stream
         if len(sides) != 2 or flow.shape(sides[0]) != flow.shape(sides[1]):
@@ -48,17 +58,49 @@ def find_joins(flow: Flow, heavy: int, norm_at: Mapping[fx.Node, Norm]) -> list[
 
 def _source(flow: Flow, skip: fx.Node, branch: fx.Node, heavy: int, joins: dict[fx.Node, Join]) -> fx.Node | None:
     """The value on the skip side that the branch starts from."""
+    here = next((one for one in _stream(flow, skip, joins) if flow.descends(branch, one)), None)
+    if here is None or not _heavy_between(flow, here, branch, heavy) or not _local(flow, here, branch, joins):
+        return None
+    return here
+
+
+def _stream(flow: Flow, skip: fx.Node, joins: Mapping[fx.Node, Join]) -> Iterator[fx.Node]:
+    """The values on a skip, backward, over at most PARALLEL joins."""
     here: fx.Node | None = skip
     crossed = 0
     while here is not None:
-        if flow.descends(branch, here):
-            return here if _heavy_between(flow, here, branch, heavy) and _local(flow, here, branch, joins) else None
+        yield here
         if here in joins:
             crossed += 1
             here = joins[here].skip if crossed < PARALLEL else None
         else:
             here = flow.source(here)
-    return None
+
+
+def near_join(flow: Flow, node: fx.Node, heavy: int, joins: Mapping[fx.Node, Join]) -> NearMiss | None:
+    """Why an add is no join; None where it is one, or adds no two signals."""
+    sides = [one for one in flow.operands(node) if flow.signal(one)]
+    if ops.name(node) not in ADDS or len(sides) != 2 or node in joins:
+        return None
+    names = f"%{sides[0].name} and %{sides[1].name}"
+    if flow.shape(sides[0]) != flow.shape(sides[1]):
+        return NearMiss.at("block", node, CONDITIONS, 1, f"{names} of different shapes", *sides)
+    starts = [
+        (here, branch)
+        for skip, branch in (sides, sides[::-1])
+        for here in _stream(flow, skip, joins)
+        if flow.descends(branch, here)
+    ]
+    if not starts:
+        return NearMiss.at("block", node, CONDITIONS, 2, f"{names}, of which neither leads to the other", *sides)
+    here, branch = starts[0]
+    if not _heavy_between(flow, here, branch, heavy):
+        return NearMiss.at(
+            "block", node, CONDITIONS, 3, f"no projection, attention or convolution from %{here.name} on", *sides, here
+        )
+    return NearMiss.at(
+        "block", node, CONDITIONS, 4, f"another residual add between %{here.name} and %{branch.name}", *sides, here
+    )
 
 
 def _heavy_between(flow: Flow, source: fx.Node, branch: fx.Node, heavy: int) -> bool:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from torch import fx
 
 from . import ops
 from .flow import Flow
+from .site import NearMiss
 
 ROOTS = ops.words("rsqrt sqrt pow var std linalg_vector_norm norm var_mean std_mean reciprocal")
+CONDITIONS: Final = (
+    "a multiplication or division of a signal",
+    "a second factor that depends on the first",
+    "one factor for each row (the last axis reduced)",
+    "a reduction and a root of the first factor alone",
+)
 STATISTIC = ops.words("add mul div pow square abs sub clamp clamp_min clamp_max expand expand_as getitem maximum")
 
 
@@ -58,6 +66,39 @@ def _handwritten(flow: Flow, node: fx.Node) -> Norm | None:
         if _reduced(flow, x, statistic) and _statistic_of(flow, statistic, centre):
             return _with_affine(flow, node, centre)
     return None
+
+
+def near_norm(flow: Flow, node: fx.Node) -> NearMiss | None:
+    """How near a multiplication or a division comes to a norm; None for every other node, and for a norm."""
+    signals = [one for one in flow.operands(node) if flow.signal(one)]
+    if ops.name(node) not in ("mul", "div") or not signals or _handwritten(flow, node) is not None:
+        return None
+    sides = [one for one in signals if not flow.constant(one)]
+    others = [one for one in flow.operands(node) if one not in sides]
+    if len(sides) != 2:
+        leaf = flow.leaf(others[0]) if others else None
+        found = f"@{leaf.target}, which does not depend on it" if leaf else "a constant"
+        return NearMiss.at("norm", node, CONDITIONS, 1, found, *flow.operands(node))
+    for x, statistic in (sides, sides[::-1]):
+        if _reduced(flow, x, statistic):
+            centre = _centred(flow, flow.uncast(x))
+            if not flow.descends(statistic, centre):
+                found = f"%{statistic.name}, which does not come from %{centre.name}"
+                return NearMiss.at("norm", node, CONDITIONS, 1, found, *sides)
+            way = flow.between(centre, statistic)
+            shown = ", ".join(dict.fromkeys(ops.name(one) for one in (*way, statistic))) or "nothing"
+            return NearMiss.at(
+                "norm",
+                node,
+                CONDITIONS,
+                3,
+                f"{shown} on the way from %{centre.name} to %{statistic.name}",
+                *way,
+                statistic,
+            )
+    return NearMiss.at(
+        "norm", node, CONDITIONS, 2, f"%{sides[0].name} and %{sides[1].name}, neither of them reduced", *sides
+    )
 
 
 def _reduced(flow: Flow, x: fx.Node, statistic: fx.Node) -> bool:

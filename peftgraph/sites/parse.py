@@ -1,32 +1,31 @@
 """A recursive-descent parser for selectors.
 
 either := both ("|" both)*      both := prefix ("&" prefix)*      prefix := "~" prefix | suffixed
-suffixed := primary (".where(path=" STRING ")")*                  primary := "(" either ")" | FILTER | ROLE | own
+suffixed := primary (".where(" option ("," option)* ")")*
+primary := "(" either ")" | FILTER | ROLE | own
 own := "pattern(" STRING ")" "." NAME | PATTERN "." NAME          where NAME may be "*"
+option := "path=" STRING | "shape=(" NUMBER ("," NUMBER)* [","] ")" | COMPARED "=" (NUMBER | STRING)
+COMPARED := "out_features" | "in_features"
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from peftgraph.errors import PeftGraphError
 
+from .narrow import Expert, Kind, Layers, Stack, layers
 from .select import (
     FILTERS,
     WORDS,
     Both,
     Either,
-    Expert,
-    Kind,
-    Layers,
     Not,
     Selector,
-    Stack,
-    Where,
     role,
     suggestion,
 )
@@ -34,9 +33,11 @@ from .select import (
 if TYPE_CHECKING:
     from .patterns import Pattern
 
+OPTIONS: Final = ("path", "shape", "out_features", "in_features")
 TOKEN: Final = re.compile(
     r"\s*(?:(?P<where>\.\s*where\b)|(?P<part>\.(?:\w+|\*))|(?P<word>[A-Za-z_]\w*(?:\.(?!where\b)(?:\w+|\*))*)"
-    r"|(?P<number>-?\d+)|(?P<string>\"(?:\\\"|[^\"])*\"|'(?:\\'|[^'])*')|(?P<mark>[|&~(),=]))"
+    r"|(?P<number>-?\d+)|(?P<string>\"(?:\\.|[^\"\\])*\"|'(?:\\.|[^'\\])*')|(?P<mark>[|&~(),=]))",
+    re.DOTALL,
 )
 
 
@@ -118,12 +119,42 @@ class Parser:
         found = self._primary()
         while self._peek().kind == "where":
             self._take()
-            self._expect("(")
-            self._expect("path")
-            self._expect("=")
-            found = Where(found, self._string())
-            self._expect(")")
+            found = self._where(found)
         return found
+
+    def _where(self, inner: Selector) -> Selector:
+        opening = self._expect("(")
+        given: dict[str, Any] = {}
+        while not given or self._peek().text == ",":
+            if given:
+                self._take()
+            key = self._take()
+            if key.text not in OPTIONS or key.text in given:
+                self._fail(key, f"expected one of {', '.join(OPTIONS)}, each once; found {key.text!r}")
+            self._expect("=")
+            given[key.text] = self._option(key.text)
+        self._expect(")")
+        return self._made(opening, lambda: inner.where(**given))
+
+    def _option(self, key: str) -> str | int | tuple[int, ...]:
+        if key == "path":
+            return self._string()
+        if key == "shape":
+            self._expect("(")
+            sizes = [self._number()]
+            while self._peek().text == ",":
+                self._take()
+                if self._peek().kind == "number":
+                    sizes.append(self._number())
+            self._expect(")")
+            return tuple(sizes)
+        return self._number() if self._peek().kind == "number" else self._string()
+
+    def _made(self, token: Token, make: Callable[[], Selector]) -> Selector:
+        try:
+            return make()
+        except PeftGraphError as problem:
+            self._fail(token, str(problem))
 
     def _primary(self) -> Selector:
         token = self._take()
@@ -170,13 +201,16 @@ class Parser:
             text = self._string()
             self._expect(")")
             return Stack(text) if name == "stack" else Kind(text)
+        token = self._peek()
         start = self._number()
-        stop = start + 1
         if name == "layers" and self._peek().text == ",":
             self._take()
-            stop = self._number()
+            ends = self._peek().text == "end"
+            stop = None if ends and self._take() else self._number()
+            self._expect(")")
+            return self._made(token, lambda: Layers(start, stop))
         self._expect(")")
-        return Layers(start, stop) if name == "layers" else Expert(start)
+        return Expert(start) if name == "expert" else layers(start)
 
     def _number(self) -> int:
         token = self._take()

@@ -2,13 +2,14 @@
 
     attention.q|attention.v        (attention.q|attention.v)&layers(2,6)        ffn.up.where(path="decoder.*")
 
+Filters that narrow (layers, stacks, kinds, experts, paths, shapes) are in narrow.py.
+
 `attention.*` is the four projections, `attention` the sublayer; likewise `ffn.*` and `ffn`.
 """
 
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -43,7 +44,7 @@ WORDS: Final = (
     "side.down",
     "side.up",
 )
-FILTERS: Final = ("layers", "stack", "kind", "expert")
+FILTERS: Final = ("layers", "layer", "stack", "kind", "expert")
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,25 @@ class Selector:
     def __invert__(self) -> Selector:
         return Not(self)
 
-    def where(self, path: str) -> Selector:
-        """Keep the sites whose path matches the whole regular expression."""
-        return Where(self, path)
+    def where(
+        self,
+        *,
+        path: str | None = None,
+        shape: tuple[int, ...] | None = None,
+        out_features: int | str | None = None,
+        in_features: int | str | None = None,
+    ) -> Selector:
+        """Keep the sites for which all of this holds.
+
+        Args:
+            path: a regular expression that matches the whole module path.
+            shape: the weight's (out, in), as the table of sites shows it; (n,) for a bias.
+            out_features: a number of output features, or a comparison such as ">=1024".
+            in_features: likewise for the input features.
+        """
+        from .narrow import Where, comparison
+
+        return Where(self, path, shape, comparison(out_features), comparison(in_features))
 
     def parts(self) -> tuple[Selector, ...]:
         """The selectors this one is made of."""
@@ -157,77 +174,6 @@ class FeedForwardRole(Role):
 
 
 @dataclass(frozen=True)
-class Layers(Selector):
-    """Sites of layers start up to but not including stop."""
-
-    start: int
-    stop: int
-
-    def matches(self, site: Site) -> bool:
-        return site.layer is not None and self.start <= site.layer < self.stop
-
-    def __str__(self) -> str:
-        single = self.stop == self.start + 1
-        return f"layers({self.start})" if single else f"layers({self.start},{self.stop})"
-
-
-@dataclass(frozen=True)
-class Stack(Selector):
-    name: str
-
-    def matches(self, site: Site) -> bool:
-        return site.stack == self.name
-
-    def __str__(self) -> str:
-        return f"stack({quoted(self.name)})"
-
-
-@dataclass(frozen=True)
-class Kind(Selector):
-    name: str
-
-    def matches(self, site: Site) -> bool:
-        return site.kind == self.name
-
-    def __str__(self) -> str:
-        return f"kind({quoted(self.name)})"
-
-
-@dataclass(frozen=True)
-class Expert(Selector):
-    number: int
-
-    def matches(self, site: Site) -> bool:
-        return site.expert == self.number
-
-    def __str__(self) -> str:
-        return f"expert({self.number})"
-
-
-@dataclass(frozen=True)
-class Where(Selector):
-    """The sites of `inner` whose path matches; a name may only narrow what structure found."""
-
-    inner: Selector
-    path: str
-
-    def __post_init__(self) -> None:
-        try:
-            re.compile(self.path)
-        except re.error as problem:
-            raise PeftGraphError(f"where(path={quoted(self.path)}) is no regular expression: {problem}") from None
-
-    def matches(self, site: Site) -> bool:
-        return self.inner.matches(site) and re.fullmatch(self.path, site.path) is not None
-
-    def parts(self) -> tuple[Selector, ...]:
-        return (self.inner,)
-
-    def __str__(self) -> str:
-        return f"{_wrapped(self.inner, 3)}.where(path={quoted(self.path)})"
-
-
-@dataclass(frozen=True)
 class Either(Selector):
     left: Selector
     right: Selector
@@ -239,7 +185,7 @@ class Either(Selector):
         return (self.left, self.right)
 
     def __str__(self) -> str:
-        return f"{_wrapped(self.left, 0)}|{_wrapped(self.right, 1)}"
+        return f"{wrapped(self.left, 0)}|{wrapped(self.right, 1)}"
 
 
 @dataclass(frozen=True)
@@ -254,7 +200,7 @@ class Both(Selector):
         return (self.left, self.right)
 
     def __str__(self) -> str:
-        return f"{_wrapped(self.left, 1)}&{_wrapped(self.right, 2)}"
+        return f"{wrapped(self.left, 1)}&{wrapped(self.right, 2)}"
 
 
 @dataclass(frozen=True)
@@ -268,7 +214,7 @@ class Not(Selector):
         return (self.inner,)
 
     def __str__(self) -> str:
-        return f"~{_wrapped(self.inner, 2)}"
+        return f"~{wrapped(self.inner, 2)}"
 
 
 def _strength(selector: Selector) -> int:
@@ -277,33 +223,14 @@ def _strength(selector: Selector) -> int:
     return order.get(type(selector), 3)
 
 
-def _wrapped(selector: Selector, least: int) -> str:
+def wrapped(selector: Selector, least: int) -> str:
+    """A selector's text, in brackets where it binds less tightly."""
     return str(selector) if _strength(selector) >= least else f"({selector})"
 
 
 def quoted(text: str) -> str:
     """Text in double quotes; only the quote is escaped, so regular expressions stay readable."""
     return '"' + text.replace('"', '\\"') + '"'
-
-
-def layers(start: int, stop: int | None = None) -> Layers:
-    """layers(2, 6): layers 2 to 5; layers(3): layer 3 alone."""
-    return Layers(start, start + 1 if stop is None else stop)
-
-
-def stack(name: str) -> Stack:
-    """Sites of one stack of blocks: "encoder", "decoder", or "tower0", "tower1", ... where there are several."""
-    return Stack(name)
-
-
-def kind(name: str) -> Kind:
-    """Attention sites of one kind: "self" or "cross"."""
-    return Kind(name)
-
-
-def expert(number: int) -> Expert:
-    """Sites of one expert, where a model holds its experts as separate modules."""
-    return Expert(number)
 
 
 def role(name: str) -> Role:

@@ -8,11 +8,15 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, overload
 
 import torch
+from torch import fx
 
 from peftgraph.errors import PeftGraphError
 
 if TYPE_CHECKING:
+    from .explanation import Explanation
+    from .origin import Origin
     from .patterns import Pattern, PatternSearch
+    from .unmatched import Unmatched
 
 Layout = Literal["pre", "post", "sandwich"]
 
@@ -101,6 +105,7 @@ class Site:
     path: str
     op: str
     layer: int | None = None
+    depth: int | None = None  # how many layers its stack has
     stack: str | None = None
     kind: str | None = None
     columns: Columns | None = None
@@ -138,14 +143,47 @@ class Site:
         return f"{self.id} at {self.path}" if self.path else self.id
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class NearMiss:
-    """How far a search for a role got at a node, and why it stopped there."""
+    """How far a search for a role got, and why it stopped.
+
+    Attributes:
+        role: what was looked for.
+        node: where it stopped, by graph name.
+        expected: the condition that failed there.
+        found: what stands there instead; a node in it is written %name, with its graph name.
+        passed: how many conditions held, of `total`.
+        near: more nodes worth seeing, by graph name.
+    """
 
     role: str
     node: str
-    reason: str
-    progress: int = 0
+    expected: str
+    found: str
+    passed: int
+    total: int
+    near: tuple[str, ...] = ()
+
+    @classmethod
+    def at(
+        cls, role: str, node: fx.Node, conditions: Sequence[str], passed: int, found: str, *near: fx.Node
+    ) -> NearMiss:
+        """The first `passed` conditions held, the next failed."""
+        names = tuple(dict.fromkeys(one.name for one in near))
+        return cls(
+            role=role,
+            node=node.name,
+            expected=conditions[passed],
+            found=found,
+            passed=passed,
+            total=len(conditions),
+            near=names,
+        )
+
+    @property
+    def reason(self) -> str:
+        """In one sentence."""
+        return f"expected {self.expected}, found {self.found}"
 
 
 @dataclass(frozen=True)
@@ -154,8 +192,17 @@ class Sites(Sequence[Site]):
 
     items: tuple[Site, ...]
     misses: tuple[NearMiss, ...] = ()
-    unmatched: tuple[str, ...] = ()
     searched: tuple[PatternSearch, ...] = ()
+    origin: Origin | None = field(default=None, compare=False, repr=False)
+
+    def __copy__(self) -> Sites:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Sites:
+        return self  # a value: copies of what holds it share it
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "origin": None}  # serialised without the graph; it is compared without it too
 
     def __len__(self) -> int:
         return len(self.items)
@@ -202,11 +249,40 @@ class Sites(Sequence[Site]):
 
         return require(self, selector)
 
-    def explain(self, selector: object) -> str:
-        """Why a selector finds what it finds: which part killed the match, and the nearest miss."""
-        from .explain import explain
+    def explain(
+        self,
+        selector: object,
+        *,
+        layer: int | None = None,
+        stack: str | None = None,
+        kind: str | None = None,
+        expert: int | None = None,
+        path: str | None = None,
+    ) -> Explanation:
+        """Why these are sites, node by node; or, where nothing matches, the nearest miss.
 
-        return explain(self, selector)
+        Args:
+            selector: a selector or its text.
+            layer: narrow to one layer, -1 for the last.
+            stack: narrow to one stack, such as "decoder".
+            kind: narrow to "self" or "cross" attention.
+            expert: narrow to one expert.
+            path: narrow to the paths that match a regular expression as a whole.
+
+        Returns:
+            What was found and why; it prints as text with an excerpt of the graph.
+        """
+        from .explain import explain
+        from .narrow import narrowed
+
+        return explain(self, narrowed(selector, layer, stack, kind, expert, path))
+
+    @property
+    def unmatched(self) -> Unmatched:
+        """The projections that belong to no site, each with the closest role and where it failed; prints as a table."""
+        from .unmatched import unmatched
+
+        return unmatched(self)
 
     def __str__(self) -> str:
         rows = [("role", "path", "layer", "stack", "kind", "columns", "shape")]

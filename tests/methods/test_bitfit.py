@@ -72,7 +72,7 @@ def test_the_pooler_and_the_embeddings_norm_belong_to_no_layer(real: Any) -> Non
 
 
 def test_a_model_without_biases_is_an_error(real: Any) -> None:
-    with pytest.raises(pg.NoMatch, match="bias: no site"):
+    with pytest.raises(pg.NoMatch, match="bias: 0 sites"):
         real("t5-xl").apply(BitFit())
 
 

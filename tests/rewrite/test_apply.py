@@ -13,7 +13,7 @@ from peftgraph.passes import IA3, BitFit, LoRA, SerialAdapter
 @pytest.mark.parametrize(
     ("name", "methods", "error", "words"),
     [
-        ("llama", (BitFit(),), pg.NoMatch, "no bias: nothing of that structure is in the graph"),
+        ("llama", (BitFit(),), pg.NoMatch, "no stored vector is added"),
         ("nano", (LoRA(at="ffn.gate"),), pg.NoMatch, "ffn.gate"),
         ("nano", (LoRA(at="attention.q&layers(7)"),), pg.NoMatch, "layers"),
         ("t5", (LoRA(at="attention.q&layers(0)"),), pg.Ambiguous, r'Add &stack\("decoder"\) for one of them'),

@@ -108,17 +108,14 @@ class Weighted(nn.Module):
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
-        (
-            ChannelGate(),
-            "1 softmax seen, closest: %softmax, its result reaches no product with a third value",
-        ),
-        (Weighted(), "its argument leads back to %linear = linear, to no product of two signals"),
-        (nn.Sequential(nn.Linear(D, 8), nn.ReLU(), nn.Linear(8, 4)), "no softmaxes seen"),
+        (ChannelGate(), "expected a product of the result with a third value (v), found %head.1.sum (sum)"),
+        (Weighted(), "expected a product of two signals (q k^T) behind it, found %0.projection.0 (linear)"),
+        (nn.Sequential(nn.Linear(D, 8), nn.ReLU(), nn.Linear(8, 4)), "no softmax, no scaled_dot_product_attention"),
     ],
 )
 def test_near_attention(find: Find, module: nn.Module, reason: str) -> None:
     sites = find(module, x())
-    with pytest.raises(NoMatch, match=r"no attention\.q: no softmax or scaled_dot_product") as raised:
+    with pytest.raises(NoMatch, match=r"attention\.q: 0 sites in \d nodes\n    nothing plays attention\.q") as raised:
         sites.require("attention.q")
     assert reason in str(raised.value)
 
@@ -147,9 +144,10 @@ def test_gate_and_up_by_the_side_of_the_nonlinearity(find: Find, gate_first: boo
 
 
 def test_no_feed_forward_without_a_join_or_a_nonlinearity(find: Find) -> None:
-    assert "no candidates seen" in find(Gated(residual=False), x()).explain("ffn.down")
-    linear = find(Gated(bent=False), x()).explain("ffn.up")
-    assert "no nonlinearity stands between it and the projection before it" in linear
+    loose = find(Gated(residual=False), x()).explain("ffn.down").problem
+    assert "expected a projection whose result enters a residual add, found the model's output" in loose
+    linear = find(Gated(bent=False), x()).explain("ffn.up").problem
+    assert "expected a nonlinearity between it and the projection before it, found " in linear
 
 
 class Squeeze(nn.Module):
