@@ -62,8 +62,10 @@ def _handwritten(flow: Flow, node: fx.Node) -> Norm | None:
     if len(sides) != 2 or (ops.name(node) == "div" and node.args[0] is not sides[0]):
         return None
     for x, statistic in (sides, sides[::-1]) if ops.name(node) == "mul" else (sides,):
-        centre = _centred(flow, flow.uncast(x))
-        if _reduced(flow, x, statistic) and _statistic_of(flow, statistic, centre):
+        if not _reduced(flow, x, statistic):
+            continue
+        centre = _centred(flow, x)
+        if _statistic_of(flow, statistic, _bare(flow, centre)):
             return _with_affine(flow, node, centre)
     return None
 
@@ -108,18 +110,31 @@ def _reduced(flow: Flow, x: fx.Node, statistic: fx.Node) -> bool:
     return wide[-1] > 1 and (narrow[-1] == 1 or ops.name(statistic) in ("expand", "expand_as"))
 
 
+def _bare(flow: Flow, node: fx.Node) -> fx.Node:
+    """The value before casts, layout, dropout and scaling by a number."""
+    while (source := flow.source(node)) is not None and not _by_vector(flow, node):
+        node = source
+    return node
+
+
+def _by_vector(flow: Flow, node: fx.Node) -> bool:
+    return ops.name(node) in ops.SCALE and len(flow.operands(node)) > 1
+
+
 def _centred(flow: Flow, x: fx.Node) -> fx.Node:
     """The value whose mean is subtracted in x, or x itself; casts removed."""
-    if ops.name(x) == "sub":
-        operands = flow.operands(x)
-        if len(operands) == 2 and ops.name(flow.uncast(operands[1])) == "mean":
+    difference = _bare(flow, x)
+    if ops.name(difference) == "sub":
+        operands = flow.operands(difference)
+        if len(operands) == 2 and ops.name(_bare(flow, operands[1])) == "mean":
             return flow.uncast(operands[0])
-    return x
+    return flow.uncast(x)
 
 
 def _statistic_of(flow: Flow, statistic: fx.Node, x: fx.Node) -> bool:
     """Walk back from the statistic to x: a root and a reduction must be on the way, and nothing else."""
     rooted = reduced = False
+    allowed = ROOTS | STATISTIC | ops.REDUCTION | ops.CAST | ops.LAYOUT | ops.DROPOUT
     todo, seen = [statistic], set[fx.Node]()
     while todo:
         node = todo.pop()
@@ -129,7 +144,7 @@ def _statistic_of(flow: Flow, statistic: fx.Node, x: fx.Node) -> bool:
         kind = ops.name(node)
         rooted |= kind in ROOTS
         reduced |= kind in ops.REDUCTION
-        if kind not in ROOTS | STATISTIC | ops.REDUCTION | ops.CAST or not flow.descends(node, x):
+        if kind not in allowed or not flow.descends(node, x):
             return False
         todo.extend(flow.operands(node))
     return rooted and reduced
@@ -139,21 +154,29 @@ def _with_affine(flow: Flow, node: fx.Node, x: fx.Node) -> Norm:
     """Extend a bare normalisation over its casts, its gain and its bias."""
     weight: str | None = None
     bias: str | None = None
-    output = node
-    while len(output.users) == 1:
-        user = next(iter(output.users))
-        kind = ops.name(user)
-        if kind in ops.CAST and any(ops.name(next_) == "mul" for next_ in user.users):
-            output = user
-            continue
-        addend = next((one for one in flow.operands(user) if one is not output), None)
-        if addend is None or not flow.constant(addend) or flow.leaf(addend) is None:
+    output = here = node
+    while len(here.users) == 1:
+        here = next(iter(here.users))
+        addend = _affine(flow, here)
+        if addend is None:
+            if flow.source(here) is None or _by_vector(flow, here):
+                break
+            continue  # a cast or the like, which belongs to the norm if its gain follows
+        if flow.shape(here) != flow.shape(node):
             break
-        if kind == "mul" and weight is None and flow.scaling(user):
+        if ops.name(here) == "mul" and weight is None:
             weight = _name(flow, addend)
-        elif kind == "add" and bias is None and len(flow.shape(addend)) == 1:
+        elif ops.name(here) == "add" and bias is None and len(flow.shape(addend)) == 1:
             bias = _name(flow, addend)
         else:
             break
-        output = user
+        output = here
     return Norm(node, x, output, weight, bias)
+
+
+def _affine(flow: Flow, node: fx.Node) -> fx.Node | None:
+    """The stored vector that a value is multiplied by, or that is added to it."""
+    if ops.name(node) != "add" and not (ops.name(node) == "mul" and flow.scaling(node)):
+        return None
+    stored = [one for one in flow.operands(node) if flow.constant(one) and flow.leaf(one) is not None]
+    return stored[0] if len(stored) == 1 else None
