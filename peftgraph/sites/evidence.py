@@ -15,6 +15,7 @@ from torch import fx
 from . import ops
 from .anatomy import Anatomy
 from .attention import Attention, Part, find_latents
+from .blocks import Stream
 from .cores import Core
 from .feedforward import FeedForward, routes
 from .joins import Join
@@ -316,23 +317,34 @@ def _own_pattern(finder: Finder, site: Site, node: fx.Node) -> list[Step]:
 
 
 def _layer(finder: Finder, site: Site, node: fx.Node) -> Step:
-    """How the stream is cut into layers."""
-    blocks = finder.blocks
-    for stream in blocks.streams:
+    """How the stream was cut into layers, and which of its residual adds belong to this one."""
+    for stream in finder.blocks.streams:
         for start, stop in stream.blocks:
-            place = blocks.places[stream.joins[start]]
+            joins = stream.joins[start:stop]
+            place = finder.blocks.places[joins[0]]
             if (place.layer, place.stack) == (site.layer, site.stack):
-                root = stream.joins[0].root
-                kinds = stream.kinds[start:stop]
-                names = ", ".join(" and ".join(LETTERS[letter] for letter in kind) for kind in kinds)
-                joins = stream.joins[start:stop]
+                stack = f" of the {site.stack}" if site.stack else ""
                 adds = ", ".join(f"%{join.node.name}" for join in joins)
-                return step(
-                    f"layer {site.layer} of {site.depth}{f' of the {site.stack}' if site.stack else ''}: the stream "
-                    f"from %{root.name} repeats ({names}), here in {adds}",
-                    [join.node for join in joins],
-                )
+                claim = f"layer {site.layer} of {site.depth}{stack}: {_cut(stream, start, stop)}, here in {adds}"
+                return step(claim, [join.node for join in joins])
     raise AssertionError(f"{site} is in no stream")
+
+
+def _cut(stream: Stream, start: int, stop: int) -> str:
+    kinds = stream.kinds[start:stop]
+    names = ", ".join(" and ".join(LETTERS[letter] for letter in kind) for kind in kinds)
+    root, count = stream.joins[0].root.name, len(stream.blocks)
+    if count == 1:
+        return f"the stream from %{root} has one block ({names})"
+    if all(stream.kinds[one:end] == kinds for one, end in stream.blocks):
+        return f"the stream from %{root} repeats ({names}) {count} times"
+    return f"the stream from %{root} does not repeat, so each of its mixers starts a block ({names})"
+
+
+def cuts(finder: Finder) -> list[str]:
+    """How every stream was cut into layers, one sentence for each."""
+    layered = [stream for stream in finder.blocks.streams if stream.blocks]
+    return [_cut(stream, *stream.blocks[0]) for stream in layered]
 
 
 HOW: Final[dict[str, Callable[[Finder, Site, fx.Node], list[Step]]]] = {

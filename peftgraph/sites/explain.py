@@ -10,6 +10,7 @@ from peftgraph.errors import Ambiguous, NoMatch
 from peftgraph.ir.program import calls
 
 from . import ops
+from .evidence import cuts
 from .explanation import Explanation, Reasons, nearest, reasons_for
 from .narrow import Expert, Kind, Layers, Stack, Where
 from .near import mixing
@@ -174,11 +175,10 @@ def _no_path(sites: Sites, chosen: Where) -> str:
 
 def _no_filter(sites: Sites, chosen: Selector) -> str:
     if isinstance(chosen, Layers):
-        return (
-            f"{chosen} lies beyond the model, which has layers 0 to {sites.layers - 1}"
-            if sites.layers
-            else (f"{chosen} selects nothing: no layers were found")
-        )
+        if not sites.layers:
+            return f"{chosen} selects nothing: no layers were found"
+        how = [] if sites.origin is None else map(sites.origin.say, cuts(sites.origin.finder))
+        return "\n".join([f"{chosen} lies beyond the model, which has layers 0 to {sites.layers - 1}", *how])
     known = {
         Stack: sorted({site.stack for site in sites if site.stack}),
         Kind: sorted({site.kind for site in sites if site.kind}),
