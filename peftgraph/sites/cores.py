@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from . import ops
+from .einsum import letters, operands
 from .flow import Flow
-from .projections import einsum_operands, letters
 from .site import NearMiss
 from .tags import Tagger, varies
 
@@ -45,7 +45,7 @@ def is_product(flow: Flow, node: fx.Node) -> bool:
 
 def factors(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     kind = ops.name(node)
-    inputs = einsum_operands(node) if kind == "einsum" else [one for one in node.args if isinstance(one, fx.Node)]
+    inputs = operands(node) if kind == "einsum" else [one for one in node.args if isinstance(one, fx.Node)]
     if kind == "baddbmm":
         inputs = inputs[1:]
     if kind not in ("matmul", "bmm", "mm", "baddbmm", "einsum") or len(inputs) != 2:

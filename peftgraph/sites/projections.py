@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from . import ops
+from .einsum import letters, operands
 from .flow import Flow
 from .site import Bias, Columns, Weight
 from .tags import Tagger, along, in_order, squeeze_constant, varies
@@ -56,7 +57,7 @@ class Contraction:
 def projection(flow: Flow, node: fx.Node) -> Projection | None:
     """The projection that `node` computes; None where it computes something else."""
     found = contraction(flow, node)
-    if found is None or not flow.signal(found.x):
+    if found is None or not (flow.signal(found.x) or ops.name(node) == "linear"):  # a learned query is projected too
         return None
     stored = store(flow, found)
     if stored is None:
@@ -102,22 +103,8 @@ def contraction(flow: Flow, node: fx.Node) -> Contraction | None:
     return _einsum(flow, node) if kind == "einsum" else None
 
 
-def letters(node: fx.Node) -> tuple[list[str], str] | None:
-    """The index letters of an einsum: per operand, and of the result."""
-    equation = node.args[0]
-    if not isinstance(equation, str) or "->" not in equation or "." in equation:
-        return None
-    left, right = equation.replace(" ", "").split("->")
-    return left.split(","), right
-
-
-def einsum_operands(node: fx.Node) -> list[fx.Node]:
-    inputs = node.args[1]
-    return [one for one in inputs if isinstance(one, fx.Node)] if isinstance(inputs, (list, tuple)) else []
-
-
 def _einsum(flow: Flow, node: fx.Node) -> Contraction | None:
-    inputs, named = einsum_operands(node), letters(node)
+    inputs, named = operands(node), letters(node)
     if named is None or len(inputs) != 2 or flow.raw(inputs[0]) == flow.raw(inputs[1]):
         return None
     side = 0 if flow.raw(inputs[0]) else 1
