@@ -12,6 +12,7 @@ from . import ops
 from .einsum import letters, operands
 from .flow import Flow
 from .site import NearMiss
+from .softmax import find_softmaxes
 from .tags import Tagger, varies
 
 ROLE: Final = "attention.core"
@@ -57,11 +58,12 @@ def find_cores(flow: Flow, projected: set[fx.Node]) -> tuple[list[Core], list[Ne
     """All attention cores in graph order, and for every softmax that is none the reason."""
     cores: list[Core] = []
     misses: list[NearMiss] = []
+    softmaxes = find_softmaxes(flow)
     for node in flow.nodes:
         if ops.name(node) in ops.SDPA:
             cores.append(_fused(node))
-        elif ops.name(node) in ops.SOFTMAX and flow.floating(node):
-            found = _from_softmax(flow, node, projected)
+        elif node in softmaxes:
+            found = _from_softmax(flow, node, *softmaxes[node], projected)
             if isinstance(found, Core):
                 cores.append(found)
             else:
@@ -79,8 +81,9 @@ def _fused(node: fx.Node) -> Core:
     return Core(node, q, k, v, output if "flash" in ops.name(node) else node, mask)
 
 
-def _from_softmax(flow: Flow, node: fx.Node, projected: set[fx.Node]) -> Core | NearMiss:
-    argument = flow.operands(node)[0]
+def _from_softmax(
+    flow: Flow, node: fx.Node, argument: fx.Node, axis: int | None, projected: set[fx.Node]
+) -> Core | NearMiss:
     scores, mask, ends = _scores(flow, argument, projected)
     if not scores:
         shown = ", ".join(f"%{end.name} ({ops.name(end)})" for end in ends[:3]) or "constants only"
@@ -90,7 +93,7 @@ def _from_softmax(flow: Flow, node: fx.Node, projected: set[fx.Node]) -> Core | 
         readers = ", ".join(f"%{user.name} ({ops.name(user)})" for user in list(node.users)[:3]) or "no reader"
         return NearMiss.at(ROLE, node, CONDITIONS, 2, readers, *scores, *list(node.users)[:3])
     main = scores[0]
-    sides = _query_first(flow, main, argument, node)
+    sides = _query_first(flow, main, argument, axis)
     if sides is None:
         found = f"no free axis of %{main.name} along which it runs"
         return NearMiss.at(ROLE, node, CONDITIONS, 3, found, main, out[0])
@@ -171,11 +174,10 @@ def free_axes(flow: Flow, product: fx.Node) -> tuple[int, int] | None:
     return (first[0], second[0]) if len(first) == 1 and len(second) == 1 else None
 
 
-def _query_first(flow: Flow, product: fx.Node, argument: fx.Node, softmax: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+def _query_first(flow: Flow, product: fx.Node, argument: fx.Node, dim: int | None) -> tuple[fx.Node, fx.Node] | None:
     """(q, k): k is the factor whose free axis is the softmax axis, found by running an index along it."""
     sides, axes = factors(product), free_axes(flow, product)
-    dim = ops.argument(softmax, 1, "dim")
-    if sides is None or axes is None or not isinstance(dim, int):
+    if sides is None or axes is None or dim is None:
         return None
     shape = flow.shape(product)
     for q, k, axis in ((sides[0], sides[1], axes[1]), (sides[1], sides[0], axes[0])):

@@ -15,7 +15,8 @@ from peftgraph.errors import PeftGraphError
 if TYPE_CHECKING:
     from .explanation import Explanation
     from .origin import Origin
-    from .patterns import Pattern, PatternSearch
+    from .patterns import Pattern
+    from .patterns.search import PatternSearch
     from .unmatched import Unmatched
 
 Layout = Literal["pre", "post", "sandwich"]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ..site import Sites
 from .pattern import PatternRole
-from .search import PatternSearch
+
+if TYPE_CHECKING:
+    from .search import PatternSearch
 
 
 def explain_pattern(sites: Sites, chosen: PatternRole) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from torch import fx
 
@@ -19,6 +19,11 @@ from .arguments import Arguments, excerpt, same_constant
 from .pattern import Pattern
 from .terms import Call, Either, Literal, Term, Through, Var, Window, Word, inside, literal_text
 from .vocabulary import COMMUTATIVE, WHOLES, operators
+
+# What `~` sees through: operators that give their first operand's values again, and nobody else's.
+SEEN_THROUGH: Final = (ops.LAYOUT | ops.CAST | ops.DROPOUT) - ops.words(
+    "cat concat stack hstack vstack slice_scatter select_scatter"
+)
 
 # The recognised values of a graph by word: the node that holds one, and what it reads.
 Wholes: TypeAlias = Mapping[str, Mapping[fx.Node, tuple[fx.Node, ...]]]
@@ -81,10 +86,11 @@ class Matcher:
         """The first match at every node where there is one, in graph order."""
         root = self.terms[self.pattern.root]
         allowed = self._heads(root)
+        recognised = [self.wholes.get(word, {}) for word in WHOLES if allowed is not None and word in allowed]
         found: list[Match] = []
         seen = False
         for node in self.flow.nodes:
-            if allowed is None or self._may(node, allowed):
+            if allowed is None or ops.name(node) in allowed or any(node in whole for whole in recognised):
                 seen = True
                 one = next(self._variable(Var(self.pattern.root), node, node, Match()), None)
                 found += [] if one is None else [one]
@@ -106,9 +112,6 @@ class Matcher:
             each = [self._heads(one) for one, _ in term.alternatives]
             return None if None in each else frozenset().union(*(one for one in each if one is not None))
         return None
-
-    def _may(self, node: fx.Node, allowed: frozenset[str]) -> bool:
-        return ops.name(node) in allowed or any(node in self.wholes.get(word, {}) for word in WHOLES if word in allowed)
 
     def _words(self, call: Call) -> Sequence[tuple[str, str]]:
         return self.choices.get(call.head, ((call.head, ""),))
@@ -187,10 +190,9 @@ class Matcher:
 
     def _behind(self, node: fx.Node) -> fx.Node | None:
         """What a value is a moved, cast or dropped out form of."""
-        if ops.name(node) not in ops.LAYOUT | ops.CAST | ops.DROPOUT:
+        if ops.name(node) not in SEEN_THROUGH:
             return None
-        floats = [one for one in self.flow.operands(node) if self.flow.floating(one)]
-        return floats[0] if len(floats) == 1 else None
+        return next((one for one in self.flow.operands(node) if self.flow.floating(one)), None)
 
     def _window(self, term: Window, value: object, place: fx.Node | None, so_far: Match) -> Iterator[Match]:
         width = self.widths.get(value) if isinstance(value, fx.Node) else None
