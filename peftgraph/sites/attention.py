@@ -14,7 +14,7 @@ from .anatomy import Anatomy
 from .cores import CONDITIONS, Core
 from .projections import Projection
 from .site import Bias, Columns, NearMiss, Weight
-from .tags import Tagger, along, in_order, squeeze_constant
+from .tags import Tagger, along, in_order, squeeze_constant, varies
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +61,9 @@ def columns_of(projection: Projection, features: torch.Tensor) -> Columns | None
     return None if torch.equal(features, torch.arange(projection.width)) else Columns.from_indices(features)
 
 
-def arrivals(anatomy: Anatomy, goal: fx.Node, sources: Sequence[Projection]) -> tuple[torch.Tensor, list[int]]:
+def arrivals(
+    anatomy: Anatomy, goal: fx.Node, sources: Sequence[Projection], last: bool = False
+) -> tuple[torch.Tensor, list[int]]:
     """Run the features of `sources` to `goal`: the tags there, and each source's base (tag = base + feature
     + 1)."""
     seeds: dict[fx.Node, torch.Tensor] = {}
@@ -73,7 +75,7 @@ def arrivals(anatomy: Anatomy, goal: fx.Node, sources: Sequence[Projection]) -> 
         seeds[source.output] = along(shape, axes, base)
         bases.append(base)
         base += source.width
-    return Tagger(anatomy.flow, seeds).run(goal), bases
+    return Tagger(anatomy.flow, seeds, last).run(goal), bases
 
 
 def split(tags: torch.Tensor, sources: Sequence[Projection], bases: Sequence[int]) -> list[torch.Tensor]:
@@ -124,7 +126,10 @@ def _parts(anatomy: Anatomy, role: str, operand: fx.Node) -> list[Part]:
         return []
     tags, bases = arrivals(anatomy, operand, sources)
     heads = _heads(tags)
-    arrived = split(in_order(_by_head(tags)), sources, bases)
+    kept = _by_head(tags)
+    if kept.dim() and bool((kept.diff(dim=-1) == 0).any()):
+        kept = _completed(kept, tags, arrivals(anatomy, operand, sources, last=True)[0])
+    arrived = split(in_order(kept), sources, bases)
     parts: list[Part] = []
     for source, features in zip(sources, arrived, strict=True):
         if len(features):
@@ -148,6 +153,19 @@ def _by_head(tags: torch.Tensor) -> torch.Tensor:
     """
     kept = squeeze_constant(tags)
     return kept if kept.dim() == 0 else kept.sort(dim=-1).values
+
+
+def _completed(kept: torch.Tensor, tags: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Heads in which features hide behind others: rotary embedding may write both members of a pair as a mixture
+    of both, in the same order, so that one tag arrives twice. `others`: the tags when the last operand's win."""
+    for axis in range(tags.dim() - 1, -1, -1):
+        if not varies(tags, axis):
+            others = others.select(axis, 0)
+    both = torch.cat((kept, others), dim=-1).sort(dim=-1).values
+    new = torch.ones_like(both, dtype=torch.bool)
+    new[..., 1:] = both.diff(dim=-1) != 0
+    whole = bool((new.sum(-1) == kept.shape[-1]).all()) and bool((both > 0).all())
+    return both[new].reshape(kept.shape) if whole else kept
 
 
 def _operand_miss(anatomy: Anatomy, role: str, core: Core, operand: fx.Node) -> NearMiss:

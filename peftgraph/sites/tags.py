@@ -24,10 +24,14 @@ KEPT = ops.words("contiguous clone alias detach lift_fresh_copy")  # layouts tha
 
 
 class Tagger:
-    """Runs tags through a graph; one instance per question, so nothing is kept."""
+    """Runs tags through a graph; one instance per question, so nothing is kept.
 
-    def __init__(self, flow: Flow, seeds: Mapping[fx.Node, Tags]) -> None:
+    `last`: of two tagged operands the last one's tag wins, which shows what the other way round hides.
+    """
+
+    def __init__(self, flow: Flow, seeds: Mapping[fx.Node, Tags], last: bool = False) -> None:
         self.flow = flow
+        self.last = last
         self.env: dict[fx.Node, Any] = dict(seeds)
         self._sources = 0
         for node in seeds:
@@ -119,8 +123,12 @@ class Tagger:
         return not self.flow.floating(node) and not self.flow.constant(node)
 
     def _complex(self, node: fx.Node, kind: str, value: Tags) -> Tags:
-        """Real pairs and complex numbers: a pair's tag is its first member's."""
-        return value[..., 0] if kind == "view_as_complex" else value.unsqueeze(-1).expand(self.flow.shape(node))
+        """Real pairs and complex numbers: a pair's tag is its first (or last) member's."""
+        return (
+            value[..., int(self.last)]
+            if kind == "view_as_complex"
+            else value.unsqueeze(-1).expand(self.flow.shape(node))
+        )
 
     def _halves(self, node: fx.Node) -> Tags:
         value = self._operand(self.flow.operands(node)[0])
@@ -138,12 +146,13 @@ class Tagger:
         return value.repeat_interleave(shape[channel] // value.shape[channel], dim=channel).expand(shape)
 
     def _pass(self, node: fx.Node) -> Any:
-        """Elementwise: the first tagged operand's tag wins; shapes that do not broadcast are erased."""
+        """Elementwise: the first (or last) tagged operand's tag wins; shapes that do not broadcast are erased."""
         shape = self.flow.shape(node)
         result: Tags | None = None
         if not isinstance(self.flow.value(node), torch.Tensor):
             return self._blank(node)
-        for source in self.flow.operands(node):
+        operands = self.flow.operands(node)
+        for source in reversed(operands) if self.last else operands:
             value = self.env.get(source)
             if not isinstance(value, torch.Tensor):
                 continue

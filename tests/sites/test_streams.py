@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftgraph.sites import Sites
+from peftgraph.sites import Columns, Sites
 
 Find = Callable[[nn.Module, object], Sites]
 D, H = 12, 3
@@ -193,3 +193,55 @@ def test_a_modulated_norm_is_a_norm_before(find: Find, normed: bool, layout: str
     assert [site.layout for site in sites.require("attention")] == [layout]
     assert not sites.select("ffn|ffn.*")
     assert paths(sites, "projection") == ["condition"]
+
+
+class Turned(nn.Module):
+    """Rotary embedding that writes both members of a pair as a mixture of both, first member first; into slices
+    of an empty value, or stacked."""
+
+    def __init__(self, written: bool) -> None:
+        super().__init__()
+        self.written = written
+        self.qkv, self.o = nn.Linear(D, 3 * D), nn.Linear(D, D)
+
+    def turned(self, x: Tensor) -> Tensor:
+        angle = torch.arange(x.shape[-2], device=x.device)[:, None] * torch.tensor([0.5, 0.25], device=x.device)
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        if not self.written:
+            return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
+        out = torch.empty_like(x)
+        out[..., 0::2] = a * cos - b * sin
+        out[..., 1::2] = a * sin + b * cos
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (heads(part) for part in self.qkv(x).chunk(3, dim=-1))
+        mixed = F.scaled_dot_product_attention(self.turned(q), self.turned(k), v)
+        return x + self.o(mixed.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_no_feature_hides_behind_the_one_it_is_turned_with(find: Find, written: bool) -> None:
+    sites = find(Turned(written), (torch.randn(3, 7, D),))
+    for i, role in enumerate("qkv"):
+        (site,) = sites.require(f"attention.{role}")
+        assert (site.columns, site.heads, site.head_dim) == (Columns(((D * i, D * i + D),)), H, D // H)
+
+
+class Gated(nn.Module):
+    """v times a gate, both from one linear: what gates v is not v."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixed, self.o = nn.Linear(D, 4 * D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v, gate = (heads(part) for part in self.mixed(x).chunk(4, dim=-1))
+        mixed = F.scaled_dot_product_attention(q, k, v * torch.sigmoid(gate))
+        return x + self.o(mixed.transpose(1, 2).flatten(2))
+
+
+def test_what_gates_a_value_is_no_part_of_it(find: Find) -> None:
+    (site,) = find(Gated(), (torch.randn(3, 7, D),)).require("attention.v")
+    assert site.columns == Columns(((2 * D, 3 * D),))
