@@ -239,8 +239,8 @@ def ids(high: int = 31, length: int = S) -> Tensor:
 def block_truth(stem: str, layer: int, layout: str = "pre") -> tuple[Expected, Expected]:
     """The attention and the feed-forward of a `Block(Fused())`."""
     return (
-        attention(f"{stem}.mix", layer=layer, layout=layout, **FUSED),  # pyright: ignore[reportArgumentType]
-        feedforward(f"{stem}.mlp", layer=layer, layout=layout, **MLP),  # pyright: ignore[reportArgumentType]
+        attention(f"{stem}.mix", layer=layer, layout=layout, **FUSED),
+        feedforward(f"{stem}.mlp", layer=layer, layout=layout, **MLP),
     )
 
 

@@ -2,7 +2,7 @@
 
 `attention("layers.0", q="qkv.weight[0:12]", k="qkv.weight[12:24]", ...)`: names are relative to the path; a slice gives
 the output features that are the role's own, several of them are separated by commas; a plus joins several weights of
-one role.
+one role; a name behind a slash is not relative.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _parts(prefix: str, path: str, roles: Mapping[str, str]) -> Iterator[Part]:
     for role, text in roles.items():
         for one in text.split("+"):
             name, _, window = one.strip().partition("[")
-            full = f"{path}.{name}" if path else name
+            full = f"{path}.{name}" if path and not name.startswith("/") else name.removeprefix("/")
             yield Part(f"{prefix}.{role}", full, _columns(window.removesuffix("]")))
 
 
