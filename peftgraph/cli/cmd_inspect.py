@@ -19,6 +19,10 @@ Source = Annotated[Path, typer.Argument(metavar="DIR", help="A local transformer
 
 def inspect(
     source: Source,
+    explain: Annotated[
+        str, typer.Option("--explain", metavar="SELECTOR", help="Why these are sites; or what comes closest to one.")
+    ] = "",
+    layer: Annotated[int | None, typer.Option("--layer", help="With --explain: one layer; -1 is the last.")] = None,
     at: Annotated[
         str,
         typer.Option("--at", metavar="SELECTOR", help="Only these sites, e.g. 'attention.q & layers(0, 3)'."),
@@ -29,7 +33,12 @@ def inspect(
     """Shows the sites of a model: what a recipe can be put on. No weights are loaded."""
     from peftgraph.cli.models import skeleton, trace
 
+    if layer is not None and not explain:
+        raise typer.BadParameter("--layer narrows --explain; with --at write 'SELECTOR & layers(N)'")
     program = trace(skeleton(source))
+    if explain:
+        typer.echo(str(program.with_patterns(explain).sites.explain(explain, layer=layer)))
+        return
     sites = program.sites.require(at) if at else tuple(program.sites)
     if as_json:
         typer.echo(json.dumps(as_document(program, sites), indent=1))

@@ -80,7 +80,7 @@ def _linear_attention(finder: Finder) -> Iterator[NearMiss]:
         inner = next((one for one in map(_behind_product(finder), factors(node) or ()) if one is not None), None)
         if inner is not None:
             way = flow.between(inner, node)
-            shown = ", ".join(dict.fromkeys(ops.name(one) for one in way)) or "nothing"
+            shown = ", ".join(dict.fromkeys(ops.name(one) for one in way)) or "no operator"
             found = f"{shown} between %{inner.name} and %{node.name}, two products of signals (linear attention)"
             miss = NearMiss.at(cores.ROLE, node, cores.CONDITIONS, 0, found, inner, *way)
             yield replace(miss, passed=2)

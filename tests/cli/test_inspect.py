@@ -112,6 +112,19 @@ def test_at_narrows_and_explains_when_nothing_is_left(cli, folder: Path) -> None
     assert "ffn.gate" in result.stderr
 
 
+def test_explain_shows_the_steps_and_the_lines_of_the_graph(cli, folder: Path) -> None:
+    result = cli("inspect", folder, "--explain", "attention.q", "--layer", -1)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith("1.attention.q at encoder.layer.1.attention.self.query (")
+    assert "  2. q is " in result.stdout
+    assert "    %1.attention.q: f32[B, S, " in result.stdout
+    result = cli("inspect", folder, "--explain", "ffn.gate")
+    assert "expected a multiplication of two values of different columns behind it, found gelu" in result.stdout
+    result = cli("inspect", folder, "--layer", 1)
+    assert result.exit_code == 2
+    assert "--layer narrows --explain" in result.stderr
+
+
 def test_sites_outside_of_layers_stay_in_graph_order() -> None:
     titles = [group.title for group in groups(zoo.traced("t5").sites)]
     assert titles[:2] == ["outside of layers", "encoder layers 0-1"]

@@ -185,7 +185,7 @@ attention.v: 0 sites in 6 nodes
 attention.q: 0 sites in 10 nodes
     nothing plays attention.q
     closest: attention.core at %0.matmul_2, 2 of 5 conditions
-    expected a softmax, found nothing between %0.matmul and %0.matmul_2, two products of signals (linear attention)
+    expected a softmax, found no operator between %0.matmul and %0.matmul_2, two products of signals (linear attention)
         %0.matmul: f32[B, 12, 12] = matmul(%0.transpose, %0.projection.2)
       > %0.matmul_2: f32[B, S, 12] = matmul(%0.elu, %0.matmul)
     roles found: projection (4), bias (4), block (1)
