@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from peftgraph.fold.sharing import sharing_reason
 from peftgraph.ir.builder import erase, sort
-from peftgraph.ir.program import Applied, Edit, ProgramData, chain, copy_graph, find_node
+from peftgraph.ir.program import Applied, Edit, Edits, ProgramData, copy_graph
 from peftgraph.ir.table import Table
 from peftgraph.rewrite.apply import undo
 from peftgraph.rewrite.count import rule_of, short_params
@@ -62,7 +62,8 @@ class Folding:
     def __post_init__(self) -> None:
         self.graph: fx.Graph = copy_graph(self.program.graph)
         self.table: Table = self.program.table
-        self.edits: list[Edit] = list(self.program.edits)
+        self.edits: Edits = Edits(self.program.edits)
+        self._names: dict[str, fx.Node] = {node.name: node for node in self.graph.nodes}
         self._by_id: dict[str, Site] = {site.id: site for site in self.sites}
 
     def run(self) -> Folding:
@@ -96,7 +97,7 @@ class Folding:
         """What stands between the edit and its projection, on the same columns."""
         owners = {move: other for other in self.edits for move in other.moves}
         for move in edit.moves:
-            line = chain(self.edits, move.anchor)
+            line = self.edits.chain(move.anchor)
             for below in line[: line.index(move)]:
                 if _share_columns(self._by_id[owners[below].site], site):
                     return f"it stands on {self._word(owners[below])}, which is not folded"
@@ -105,7 +106,7 @@ class Folding:
     def _reader_reason(self, edit: Edit, site: Site) -> str | None:
         """Who else reads the scaled value."""
         own = {other.op for other in self.sites if other.role == "ffn.down" and other.weight == site.weight}
-        for reader in _readers(find_node(self.graph, edit.moves[0].after)):
+        for reader in _readers(self._names[edit.moves[0].after]):
             if reader.name not in own:
                 return f"the scaled value is also read by %{reader.meta.get('label', reader.name)}, which is not folded"
         return None
@@ -116,7 +117,7 @@ class Folding:
         rule = rule_of(self.program, edit)
         if edit.moves:
             self._write_all(edit, rule)
-            undo(self.graph, self.edits, edit)
+            undo(self.graph, self._names, self.edits, edit)
         else:
             self._settle(edit)
         self.edits.remove(edit)
@@ -125,8 +126,8 @@ class Folding:
 
     def _write_all(self, edit: Edit, rule: Rule) -> None:
         assert not isinstance(rule.fold, str)
-        names = {node.name: node for node in self.graph.nodes}
-        match = Match(self._by_id[edit.site], self.sites, self.graph, self.table, self.edits, names, self.precision)
+        site = self._by_id[edit.site]
+        match = Match(site, self.sites, self.graph, self.table, self.edits, self._names, self.precision)
         precision = match.weight.value.dtype
         device = match.weight.value.device
         params = Params(
@@ -193,12 +194,12 @@ def _share_columns(a: Site, b: Site) -> bool:
     return not set(a.columns).isdisjoint(b.columns)
 
 
-def _unread(graph: fx.Graph) -> list[str]:
+def _unread(graph: fx.Graph) -> list[fx.Node]:
     """Stored tensors that only an edit read."""
-    return [node.name for node in graph.nodes if node.op == "get_attr" and not node.users]
+    return [node for node in graph.nodes if node.op == "get_attr" and not node.users]
 
 
-def _without_finished(program: ProgramData, edits: list[Edit]) -> tuple[tuple[Applied, ...], tuple[Edit, ...]]:
+def _without_finished(program: ProgramData, edits: Edits) -> tuple[tuple[Applied, ...], tuple[Edit, ...]]:
     """The history and edits without the passes that are folded whole."""
     alive = sorted({edit.application for edit in edits})
     index = {old: new for new, old in enumerate(alive)}

@@ -5,7 +5,7 @@ It sets the value metadata and the origin of every node it makes and counts what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -229,12 +229,10 @@ def _between(start: fx.Node, stop: fx.Node) -> list[fx.Node]:
     return [node for node, on_the_way in descends.items() if on_the_way and node is not start]
 
 
-def erase(graph: fx.Graph, names: Sequence[str]) -> None:
-    """Erases nodes that nothing outside `names` uses."""
-    doomed = set(names)
-    for node in reversed(list(graph.nodes)):
-        if node.name in doomed:
-            graph.erase_node(node)
+def erase(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
+    """Erases nodes that nothing outside `nodes` uses."""
+    for node in sorted(nodes, reverse=True):  # by position in the graph
+        graph.erase_node(node)
 
 
 def sort(graph: fx.Graph) -> fx.Graph:

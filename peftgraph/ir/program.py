@@ -100,9 +100,43 @@ class ProgramData:
         return find_node(self.graph, name)
 
 
-def chain(edits: Iterable[Edit], anchor: str) -> list[Move]:
-    """The moves at `anchor`, innermost first: by level, then in order of application."""
-    return sorted((move for edit in edits for move in edit.moves if move.anchor == anchor), key=lambda move: move.level)
+class Edits:
+    """The edits of a graph that is being rewritten, in order, with the moves of each anchor at hand."""
+
+    def __init__(self, edits: Iterable[Edit] = ()) -> None:
+        self._edits: dict[int, Edit] = {}  # by identity: taking one out costs nothing
+        self._moves: dict[str, list[Move]] = {}
+        self._anchors: dict[str, str] = {}
+        for edit in edits:
+            self.append(edit)
+
+    def __iter__(self) -> Iterator[Edit]:
+        return iter(self._edits.values())
+
+    def __len__(self) -> int:
+        return len(self._edits)
+
+    def append(self, edit: Edit) -> None:
+        """Puts an edit last."""
+        self._edits[id(edit)] = edit
+        for move in edit.moves:
+            self._moves.setdefault(move.anchor, []).append(move)
+            self._anchors[move.after] = move.anchor
+
+    def remove(self, edit: Edit) -> None:
+        """Takes an edit out."""
+        del self._edits[id(edit)]
+        for move in edit.moves:
+            self._moves[move.anchor].remove(move)
+            self._anchors.pop(move.after, None)
+
+    def chain(self, anchor: str) -> list[Move]:
+        """The moves at `anchor`, innermost first: by level, then in order of application."""
+        return sorted(self._moves.get(anchor, ()), key=lambda move: move.level)
+
+    def below(self, name: str) -> str:
+        """The base's value in whose place the value called `name` stands: itself, if no edit put it there."""
+        return self._anchors.get(name, name).partition("@")[0]
 
 
 def find_node(graph: fx.Graph, name: str) -> fx.Node:

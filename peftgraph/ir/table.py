@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -72,15 +73,19 @@ class Table(Mapping[str, Entry]):
 
     def tied(self, name: str) -> tuple[str, ...]:
         """The names that hold the same tensor as `name`, itself included, in table order."""
-        tensor = self._entries[name].tensor
-        return tuple(other for other, entry in self._entries.items() if entry.tensor is tensor)
+        return tuple(self._names[id(self._entries[name].tensor)])
 
     def ties(self) -> tuple[tuple[str, ...], ...]:
         """The groups of two or more names that share one tensor."""
+        return tuple(tuple(names) for names in self._names.values() if len(names) > 1)
+
+    @cached_property
+    def _names(self) -> dict[int, list[str]]:
+        """The names of every tensor, by its identity."""
         groups: dict[int, list[str]] = {}
         for name, entry in self._entries.items():
             groups.setdefault(id(entry.tensor), []).append(name)
-        return tuple(tuple(names) for names in groups.values() if len(names) > 1)
+        return groups
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:

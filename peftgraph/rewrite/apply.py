@@ -6,13 +6,15 @@ All matches are collected and checked before anything is rewritten, so a pass ne
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TypeVar
 
+import torch
 from torch import fx, nn
 
 from peftgraph.errors import Conflict, RecipeError
 from peftgraph.ir.builder import Builder, Common, erase, sort
-from peftgraph.ir.program import Applied, Edit, Move, ProgramData, chain, copy_graph
+from peftgraph.ir.program import Applied, Edit, Edits, Move, ProgramData, copy_graph
 from peftgraph.ir.propagate import Inference, fake_mode_of
 from peftgraph.ir.table import Entry
 from peftgraph.ir.verify import verify
@@ -45,9 +47,10 @@ def remove(program: P, sites: Sites, which: int) -> P:
     graph = copy_graph(program.graph)
     table = program.table
     gone = [edit for edit in program.edits if edit.application == which]
-    edits = list(program.edits)
+    edits = Edits(program.edits)
+    names = {node.name: node for node in graph.nodes}
     for edit in reversed(gone):
-        undo(graph, edits, edit)
+        undo(graph, names, edits, edit)
         edits.remove(edit)
     made = {name for edit in gone for name in edit.parameters}
     table = table.with_({name: _before(table[name]) for name in made if not table[name].added})
@@ -61,17 +64,16 @@ def remove(program: P, sites: Sites, which: int) -> P:
     return result
 
 
-def undo(graph: fx.Graph, edits: list[Edit], edit: Edit) -> None:
-    """Takes one edit out of `graph`, in place: its users get back the value below it."""
-    names = {node.name: node for node in graph.nodes}
+def undo(graph: fx.Graph, names: dict[str, fx.Node], edits: Edits, edit: Edit) -> None:
+    """Takes one edit out of `graph` and its `names`, in place: its users get back the value below it."""
     for move in edit.moves:
-        line = chain(edits, move.anchor)
+        line = edits.chain(move.anchor)
         position = line.index(move)
         below = line[position - 1].after if position else move.anchor.partition("@")[0]
         users = [user for user in names[move.after].users if user.name not in edit.nodes]
         for user in users:
             user.replace_input_with(names[move.after], names[below])
-    erase(graph, edit.nodes)
+    erase(graph, [names.pop(name) for name in edit.nodes])
 
 
 def _before(entry: Entry) -> Entry:
@@ -132,7 +134,7 @@ class _Work:
     application: int
     graph: fx.Graph
     names: dict[str, fx.Node]
-    edits: list[Edit]
+    edits: Edits
     entries: dict[str, Entry]
     taken: dict[str, str]
     program: ProgramData
@@ -145,7 +147,7 @@ class _Work:
         taken = {name: makers.get(name, "the model itself") for name in program.table}
         names = {node.name: node for node in graph.nodes}
         common = Common(f"{method.word}.{method.name}" if method.name else method.word, Inference(fake_mode_of(graph)))
-        return cls(method, sites, len(program.history), graph, names, list(program.edits), {}, taken, program, common)
+        return cls(method, sites, len(program.history), graph, names, Edits(program.edits), {}, taken, program, common)
 
     def rewrite(self, number: int, rule: Rule, site: Site) -> None:
         match = Match(site, self.sites, self.graph, self.program.table, self.edits, self.names)
@@ -192,16 +194,21 @@ class _Work:
         uses = builder.redirect(old, new, keep=set(builder.nodes))
         return Move(anchor, match.level, new.name, uses)
 
+    @cached_property
+    def _kind(self) -> tuple[torch.dtype, torch.device]:
+        """The dtype and device of new parameters; finding them takes a look at the whole table."""
+        return self.program.table.dtype, self.program.table.device
+
     def _builder(self, match: Match, rule: Rule) -> Builder:
         word = f"{self.method.word}.{self.method.name}" if self.method.name else self.method.word
         place = match.value(rule.join.port) if match.has(rule.join.port) else match.output
-        table = self.program.table
+        dtype, device = self._kind
         return Builder(
             graph=self.graph,
             label=f"{match.site.id}.{word}",
             owner=owner_path(match.site, self.method),
-            dtype=table.dtype,
-            device=table.device,
+            dtype=dtype,
+            device=device,
             taken=self.taken,
             maker=str(self.method),
             order=(place.meta["order"][0], self.application, len(self.edits)),

@@ -12,7 +12,7 @@ from torch import fx
 from peftgraph.errors import PeftGraphError
 from peftgraph.ir.builder import Builder
 from peftgraph.ir.modes import DROPOUTS
-from peftgraph.ir.program import Edit, ProgramData, chain
+from peftgraph.ir.program import Edits, ProgramData
 from peftgraph.ir.table import Table
 from peftgraph.rewrite.views import Bound, View, bias_view, bind, weight_view
 from peftgraph.sites import Site, Sites
@@ -41,7 +41,7 @@ class Match:
     sites: Sites
     graph: fx.Graph
     table: Table
-    edits: list[Edit]
+    edits: Edits
     names: Mapping[str, fx.Node] = field(repr=False)
     precision: torch.dtype | None = None
 
@@ -66,10 +66,8 @@ class Match:
         if name != "undropped":
             return self.site.ports[name]
         node = self.names[self.site.ports["output"]]
-        replaced = {move.after: move.anchor.partition("@")[0] for edit in self.edits for move in edit.moves}
         while node.target in DROPOUTS:
-            operand = node.all_input_nodes[0].name
-            node = self.names[replaced.get(operand, operand)]
+            node = self.names[self.edits.below(node.all_input_nodes[0].name)]
         return node.name
 
     def reader(self, port: str) -> str:
@@ -81,11 +79,11 @@ class Match:
         node = self.port(port)
         if port in GIVEN:
             return self._latest(node, self.level)
-        inside = chain(self.edits, self.anchor(port))
+        inside = self.edits.chain(self.anchor(port))
         return self.names[inside[-1].after] if inside else self._latest(node, max(LEVELS.values()))
 
     def _latest(self, node: str, level: int) -> fx.Node:
-        moves = [move for move in chain(self.edits, node) if move.level <= level]
+        moves = [move for move in self.edits.chain(node) if move.level <= level]
         return self.names[moves[-1].after if moves else node]
 
     @property
@@ -256,4 +254,5 @@ class Match:
 def match_all(program: ProgramData, sites: Sites, chosen: Iterable[Site]) -> list[Match]:
     """Matches of `chosen` in the program's own graph."""
     names = {node.name: node for node in program.graph.nodes}
-    return [Match(site, sites, program.graph, program.table, list(program.edits), names) for site in chosen]
+    edits = Edits(program.edits)
+    return [Match(site, sites, program.graph, program.table, edits, names) for site in chosen]

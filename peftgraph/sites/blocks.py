@@ -268,10 +268,10 @@ def _longest_run(kinds: Sequence[str]) -> Run | None:
     for period in range(1, len(kinds) // 2 + 1):
         if best is not None and best[0] > len(kinds) - period:
             break
-        for start in range(len(kinds) - 2 * period + 1):
-            stop = start + period
-            while stop < len(kinds) and kinds[stop] == kinds[stop - period]:
-                stop += 1
+        stop = len(kinds)  # of the run that starts at `start`: the same for all starts up to the next break
+        for start in range(len(kinds) - period - 1, -1, -1):
+            if kinds[start] != kinds[start + period]:
+                stop = start + period
             covered = (stop - start) // period * period
             rank = (covered, "M" in kinds[start], -period, -start)
             if covered >= 2 * period and (best is None or rank > best):
