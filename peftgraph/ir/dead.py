@@ -8,19 +8,22 @@ from torch import fx
 aten = torch.ops.aten
 
 
-def drop_dead(graph: fx.Graph) -> None:
-    """Erases, in place, what reaches no output; inputs stay, and so does what writes in place."""
-    needed = set(live(graph))
+def drop_dead(graph: fx.Graph, ignored: str = "") -> None:
+    """Erases, in place, what reaches no output; inputs stay, and so does what writes in place.
+
+    Writes whose metadata holds `ignored` do not stay for being writes.
+    """
+    needed = set(live(graph, ignored))
     for node in reversed(list(graph.nodes)):
         if node not in needed:
             graph.erase_node(node)
 
 
-def live(graph: fx.Graph) -> list[fx.Node]:
-    """The nodes that matter, in order: inputs, the output, what reaches it, and what writes in place."""
+def live(graph: fx.Graph, ignored: str = "") -> list[fx.Node]:
+    """The nodes that matter, in order: inputs, the output, what reaches it, and writes (not `ignored`)."""
     needed: set[fx.Node] = set()
     for node in reversed(graph.nodes):
-        if node.op in ("placeholder", "output") or node in needed or is_mutation(node):
+        if node.op in ("placeholder", "output") or node in needed or (is_mutation(node) and not node.meta.get(ignored)):
             needed.add(node)
             needed.update(node.all_input_nodes)
     return [node for node in graph.nodes if node in needed]

@@ -1,12 +1,14 @@
 """The two faces of one graph: what runs under train() and what runs under eval().
 
-A program is traced in training mode, with dropout in it. Evaluation drops it, so an evaluated graph holds no node that
-does nothing. Leaving out an optional input (labels) drops what depends on it.
+A program is traced in training mode, with dropout in it. Evaluation drops it, so an evaluated graph holds no node
+that does nothing. Where a model does more in one mode than in the other, `by_mode` chooses between two values. Leaving
+out an optional input (labels) drops what depends on it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Set
+from typing import TypeVar
 
 import torch
 from torch import fx
@@ -15,6 +17,7 @@ from peftgraph.errors import CallError
 from peftgraph.ir.dead import drop_dead, is_mutation
 from peftgraph.ir.program import copy_graph
 
+T = TypeVar("T")
 aten = torch.ops.aten
 DROPOUTS = {
     aten.dropout.default,
@@ -31,9 +34,19 @@ TRAINING_ARGUMENTS: dict[Callable[..., object], tuple[int, str, object]] = {
 }
 
 
+def by_mode(evaluation: T, training: T) -> T:
+    """The target of a node whose value depends on the mode: neither graph that is run holds one."""
+    return training
+
+
+def trained(graph: fx.Graph) -> fx.Graph:
+    """A copy of `graph` as it runs under train()."""
+    return _one_side(graph, 1, "evaluation_only")
+
+
 def evaluated(graph: fx.Graph) -> fx.Graph:
     """A copy of `graph` as it runs under eval()."""
-    new = copy_graph(graph)
+    new = _one_side(graph, 0, "training_only")
     for node in list(new.nodes):
         if node.op != "call_function":
             continue
@@ -46,9 +59,20 @@ def evaluated(graph: fx.Graph) -> fx.Graph:
             _set_argument(node, 5, "use_input_stats", node.args[3] is None)
         elif node.target in TRAINING_ARGUMENTS:
             _set_argument(node, *TRAINING_ARGUMENTS[node.target])
-        elif node.meta.get("training_only"):
-            new.erase_node(node)
     drop_dead(new)
+    return new
+
+
+def _one_side(graph: fx.Graph, side: int, other: str) -> fx.Graph:
+    """A copy that takes one side of every choice; writes that are marked as the `other` mode's are gone."""
+    new = copy_graph(graph)
+    for node in list(new.nodes):
+        if node.target is by_mode:
+            value = node.args[side]
+            assert isinstance(value, fx.Node)
+            node.replace_all_uses_with(value)
+            new.erase_node(node)
+    drop_dead(new, other)
     return new
 
 
@@ -99,7 +123,11 @@ def mutated_buffers(graph: fx.Graph) -> set[str]:
 
 
 def _set_argument(node: fx.Node, position: int, name: str, value: object) -> None:
-    if len(node.args) > position:
+    """Sets an argument that is given; a last one that becomes the default is left out, as the exporter does it."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    if len(node.args) == position + 1 and node.target._schema.arguments[position].default_value == value:
+        node.args = node.args[:position]
+    elif len(node.args) > position:
         node.update_arg(position, value)  # pyright: ignore[reportArgumentType]
     elif name in node.kwargs:
         node.update_kwarg(name, value)  # pyright: ignore[reportArgumentType]

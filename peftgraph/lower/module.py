@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from peftgraph.errors import PeftGraphError
 from peftgraph.ir.dead import drop_dead
 from peftgraph.ir.literals import retarget
-from peftgraph.ir.modes import evaluated, mutated_buffers, without_inputs
+from peftgraph.ir.modes import evaluated, mutated_buffers, trained, without_inputs
 from peftgraph.ir.program import ProgramData, copy_graph
 from peftgraph.ir.signature import Signature
 from peftgraph.ir.table import Entry
@@ -65,7 +65,7 @@ class GraphModule(nn.Module):
         Raises:
             CallError: every output depends on a missing input.
         """
-        graph = copy_graph(self._graph) if training else evaluated(self._graph)
+        graph = trained(self._graph) if training else evaluated(self._graph)
         drop_dead(graph)
         if not missing:
             return graph, (True,) * len(self._signature.output_keys)

@@ -26,7 +26,7 @@ LAYOUT: Final = words(
 )
 CUT: Final = words("slice select narrow getitem index index_select gather")
 CAST: Final = words("to _to_copy type_as float half double bfloat16")
-DROPOUT: Final = words("dropout native_dropout alpha_dropout feature_dropout bernoulli")
+DROPOUT: Final = words("dropout native_dropout alpha_dropout feature_dropout bernoulli by_mode")
 NONLINEAR: Final = words(
     "gelu silu relu tanh sigmoid mish leaky_relu elu selu celu softplus hardswish hardsigmoid",
     "hardtanh relu6 erf exp pow square prelu logsigmoid log_sigmoid softsign glu swish threshold",

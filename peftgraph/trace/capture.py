@@ -7,17 +7,16 @@ from literals that are meant.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from peftgraph.errors import PeftGraphError
+from peftgraph.errors import TraceError
 from peftgraph.ir.builder import number
 from peftgraph.ir.literals import mark, retarget
 from peftgraph.ir.program import ProgramData, calls, stored
@@ -26,16 +25,12 @@ from peftgraph.ir.signature import Input, Signature
 from peftgraph.ir.table import Entry, Table
 from peftgraph.trace.diagnose import explain, quiet
 from peftgraph.trace.example import Example, bind_example
-from peftgraph.trace.functions import Call, functions_kept
-from peftgraph.trace.ghost import ghost_arguments, ghost_of
+from peftgraph.trace.exporter import export_ghost, markers_of
 from peftgraph.trace.inplace import out_of_place
+from peftgraph.trace.merge import merge
 from peftgraph.trace.normalise import canonical
-from peftgraph.trace.progress import Progress, layers_told, silent
-from peftgraph.trace.training import only_dropout_follows_the_mode
-
-# bfloat16 shows which literals follow and promotes as low precision does; a model with an operation that has
-# no bfloat16 form is traced in float64.
-MARKERS = (torch.bfloat16, torch.float64)
+from peftgraph.trace.progress import Progress, silent
+from peftgraph.trace.training import modes_agree
 
 
 def capture(
@@ -56,11 +51,46 @@ def capture(
     bound = bind_example(model, example)
     table = _table_of(model)
     progress("comparing training with evaluation", 0, 0)
-    only_dropout_follows_the_mode(model, bound)
-    exported, functions, marker = _export(model, bound, table.dtype, progress)
+    agree = modes_agree(model, bound)
+    traced = _trace(model, bound, table, progress, training=True, markers=markers_of(model, table.dtype))
+    if not agree:
+        other = _trace(model, bound, table, progress, training=False, markers=[traced.marker])
+        traced = _with_evaluation(traced, other)
+    number(traced.graph)
+    return ProgramData(
+        model=type(model).__name__,
+        graph=traced.graph,
+        table=traced.table,
+        signature=traced.signature,
+        example=bound.tensors,
+        marked=traced.marker is not None,
+    )
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """What a model does in one mode; without a marker no literal follows."""
+
+    graph: fx.Graph
+    table: Table
+    signature: Signature
+    marker: torch.dtype | None
+
+
+def _trace(
+    model: nn.Module,
+    bound: Example,
+    table: Table,
+    progress: Progress,
+    *,
+    training: bool,
+    markers: Sequence[torch.dtype | None],
+) -> _Traced:
+    exported = export_ghost(model, bound, table.dtype, training, markers, progress)
     progress("normalising", 0, 0)
-    table = table.with_(_constants(exported))
-    graph = canonical(exported, _names_of_ties(model), functions)
+    table = table.with_(exported.constants)
+    marker = exported.marker
+    graph = canonical(exported.program, _names_of_ties(model), exported.functions)
     if marker is not None:
         mark(graph, marker)
     try:
@@ -69,17 +99,38 @@ def capture(
         raise explain(model, error) from error
     used = {str(node.target) for node in stored(graph)}
     table = Table((name, entry) for name, entry in table.items() if entry.kind != "constant" or name in used)
-    signature = _signature(graph, exported, bound)
+    signature = _signature(graph, exported.program, bound)
     out_of_place(graph)
-    number(graph)
-    return ProgramData(
-        model=type(model).__name__,
-        graph=graph,
-        table=table,
-        signature=signature,
-        example=bound.tensors,
-        marked=marker is not None,
-    )
+    return _Traced(graph, table, signature, marker)
+
+
+def _with_evaluation(training: _Traced, evaluation: _Traced) -> _Traced:
+    """One graph for both modes.
+
+    Raises:
+        TraceError: the inputs or the outputs differ, or the graphs cannot be merged.
+    """
+    ours, theirs = training.signature, evaluation.signature
+    if ours.outputs != theirs.outputs:
+        differing = ", ".join(sorted(set(ours.output_keys) ^ set(theirs.output_keys))) or "in their types"
+        raise TraceError(
+            f"The outputs differ in training and in evaluation: {differing}. Switch it off with an argument in the "
+            "example or in the model's configuration, or trace a part of the model."
+        )
+    if [spec.dims for spec in ours.inputs] != [spec.dims for spec in theirs.inputs]:
+        raise TraceError(
+            f"The model's code takes {ours.describe()} in training and {theirs.describe()} in evaluation; a program "
+            "has one set of sizes. Trace a part of the model."
+        )
+    names, added = {}, {}
+    for name, entry in evaluation.table.items():
+        if entry.kind == "constant":
+            names[name] = f"evaluation_{name}"
+            added[names[name]] = entry
+    graph = merge(training.graph, evaluation.graph, names)
+    with quiet():
+        propagate(calls(graph), fake_mode_of(graph))
+    return replace(training, graph=graph, table=training.table.with_(added))
 
 
 def _table_of(model: nn.Module) -> Table:
@@ -104,80 +155,6 @@ def _names_of_ties(model: nn.Module) -> dict[str, tuple[str, ...]]:
     for name, tensor in stored:
         groups.setdefault(id(tensor), []).append(name)
     return {name: (name, *(n for n in names if n != name)) for names in groups.values() for name in names}
-
-
-def _export(
-    model: nn.Module, bound: Example, own: torch.dtype, progress: Progress
-) -> tuple[ExportedProgram, list[Call], torch.dtype | None]:
-    """The exported ghost of `model`, the autograd functions it calls, and the marker it was traced under.
-
-    Without a marker no literal follows.
-    """
-    failure: Exception | None = None
-    for marker in _markers(model, own):
-        try:
-            exported, functions = _export_once(model, bound, own, marker or own, progress)
-            if marker in (own, None) or not _rounded(exported, marker):
-                return exported, functions, marker
-        except PeftGraphError:
-            raise
-        except Exception as error:  # whatever an exporter or a model's code raises is explained to the user
-            failure = failure or error
-    assert failure is not None
-    raise explain(model, failure) from failure
-
-
-def _rounded(exported: ExportedProgram, marker: torch.dtype) -> bool:
-    """Was a number of the model's code stored as a tensor that has fewer digits than the model's own dtype?"""
-    constants = [entry.tensor for entry in _constants(exported).values()]
-    return marker == torch.bfloat16 and any(one.dtype == marker for one in constants)
-
-
-def _markers(model: nn.Module, own: torch.dtype) -> list[torch.dtype | None]:
-    """The markers to try, best first; the last resort is none: the program stays in the model's own dtype."""
-    if len({p.dtype for p in model.parameters() if p.is_floating_point()}) != 1:
-        return [None]
-    if own in (torch.bfloat16, torch.float16):
-        return [own]  # already low precision: its own dtype tells casts that follow from float32 that is meant
-    return [*(marker for marker in MARKERS if marker != own), None]
-
-
-def _export_once(
-    model: nn.Module, bound: Example, own: torch.dtype, marker: torch.dtype, progress: Progress
-) -> tuple[ExportedProgram, list[Call]]:
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    ghost = ghost_of(model, mode, own, marker)
-    arguments = ghost_arguments(dict(bound.arguments), mode, own, marker)
-    _take_keywords(ghost, bound)
-
-    def dynamic(value: Any) -> Any:
-        return dict.fromkeys(range(value.dim()), Dim.AUTO) if isinstance(value, Tensor) else None
-
-    shapes = {name: pytree.tree_map(dynamic, value) for name, value in arguments.items()}
-    with quiet(), functions_kept() as recording, layers_told(ghost, "exporting", progress):
-        return torch.export.export(ghost, (), arguments, dynamic_shapes=shapes, strict=False), recording.calls
-
-
-def _take_keywords(ghost: nn.Module, bound: Example) -> None:
-    """Gives `ghost` a forward of exactly the example's arguments: the exporter knows no *args, **kwargs."""
-    original = ghost.forward
-
-    def forward(**arguments: Any) -> Any:
-        args, kwargs = bound.call(arguments)
-        return original(*args, **kwargs)
-
-    names = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in bound.arguments]
-    forward.__signature__ = inspect.Signature(names)
-    ghost.forward = forward
-
-
-def _constants(exported: ExportedProgram) -> dict[str, Entry]:
-    """The tensor literals of the model's code."""
-    return {
-        name: Entry(value, "constant", persistent=False)
-        for name, value in exported.constants.items()
-        if isinstance(value, Tensor) and name in exported.graph_signature.lifted_tensor_constants
-    }
 
 
 def _restore_dtype(graph: fx.Graph, table: Table, bound: Example) -> None:

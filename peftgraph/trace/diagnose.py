@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import linecache
 import logging
@@ -10,9 +11,10 @@ import re
 import sysconfig
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import CodeType
 
 import torch
 from torch import nn
@@ -45,6 +47,8 @@ ADVICE = (
         "torch.export.register_dataclass.",
     ),
 )
+# What makes a place in code: the code and the line.
+Place = tuple[CodeType, int]
 OTHERWISE = "Make that line work on tensors of symbolic size, or trace a part of the model without it."
 NOT_THE_MODEL = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent), "<")
 STANDARD_LIBRARY = sysconfig.get_path("stdlib")
@@ -54,8 +58,10 @@ def explain(model: nn.Module, error: BaseException) -> TraceError:
     """The error to raise for `error`, which the export of `model` ended in."""
     reason = _reason(error)
     advice = next((advice for pattern, advice in ADVICE if re.search(pattern, f"{reason}\n{error}")), OTHERWISE)
-    place = _place(model, error)
-    where = "" if place is None else describe_place(place.filename, place.lineno or 0, place.name)
+    places = _places(model, error)
+    where = "" if not places else describe_place(places[0][0].co_filename, places[0][1], places[0][0].co_name)
+    off = rates(model, places)
+    advice = f"{off}, so that nothing is done at random there. Otherwise: {advice}" if off else advice
     return TraceError(f"{type(model).__name__} cannot be traced.\n{where}  why: {reason}\n  what to do: {advice}")
 
 
@@ -71,29 +77,55 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
-def _place(model: nn.Module, error: BaseException) -> traceback.FrameSummary | None:
-    """The innermost failing line of the model's package; else of code that is neither torch's nor ours."""
+def _places(model: nn.Module, error: BaseException) -> list[Place]:
+    """The failing lines of the model's package, innermost first; else of code that is neither torch's nor ours."""
     packages = {type(module).__module__.partition(".")[0] for module in model.modules()} - {"torch"}
-    fallback: traceback.FrameSummary | None = None
+    fallback: list[Place] = []
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
         seen.add(id(current))
+        found: list[Place] = []
         for frame, line in reversed(list(traceback.walk_tb(current.__traceback__))):
-            file = frame.f_code.co_filename
-            if _is_outside(file) or not linecache.getline(file, line):
+            if not is_model_code(frame.f_code.co_filename) or not linecache.getline(frame.f_code.co_filename, line):
                 continue
-            summary = traceback.FrameSummary(file, line, frame.f_code.co_name)
+            fallback.append((frame.f_code, line))
             if frame.f_globals.get("__name__", "").partition(".")[0] in packages:
-                return summary
-            fallback = fallback or summary
+                found.append((frame.f_code, line))
+        if found:
+            return found
         current = current.__cause__ or current.__context__
     return fallback
 
 
-def _is_outside(file: str) -> bool:
+def rates(model: nn.Module, places: Sequence[Place]) -> str:
+    """How to switch off what a line does at random: the rates of the model's configuration that it reads."""
+    config = getattr(model, "config", None)
+    values = {key: value for key, value in vars(config).items() if _is_rate(value)} if config is not None else {}
+    words: set[str] = set()
+    for code, line in places[:1]:
+        words |= set(re.findall(r"\.(\w+)", linecache.getline(code.co_filename, line)))
+    for code, _ in places[:2]:
+        words |= set(re.findall(r"config\.(\w+)", "".join(_source(code))))
+    read = [key for key in values if any(key == word or key.endswith(f"_{word}") for word in words)]
+    return "Set " + " and ".join(f"config.{key} ({values[key]}) to 0" for key in read) if read else ""
+
+
+def _is_rate(value: object) -> bool:
+    return isinstance(value, float) and 0 < value <= 1
+
+
+def _source(code: CodeType) -> list[str]:
+    try:
+        return inspect.getsourcelines(code)[0]
+    except OSError:  # code without a file
+        return []
+
+
+def is_model_code(file: str) -> bool:
+    """Whether a file is neither torch's, nor the standard library's, nor ours."""
     library = file.startswith(STANDARD_LIBRARY) and "site-packages" not in file
-    return library or file.startswith(NOT_THE_MODEL)
+    return not library and not file.startswith(NOT_THE_MODEL)
 
 
 @contextmanager

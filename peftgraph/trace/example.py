@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from peftgraph.errors import TraceError
 from peftgraph.ir.signature import argument_key, arguments_of
 
+CACHES = ("use_cache", "use_mems")
 PRIMES = (3, 5, 7, 11, 13, 17, 19, 23)
 
 
@@ -65,8 +66,8 @@ class Example:
 def bind_example(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] | Tensor) -> Example:
     """Binds `example` to the signature of `model.forward`.
 
-    A transformers model whose `forward` takes `use_cache` is traced without a cache unless the example asks
-    for one.
+    A transformers model whose `forward` takes `use_cache` (or `use_mems`) is traced without a cache unless the
+    example asks for one.
 
     Raises:
         TraceError: the example does not fit the signature, or holds no tensor.
@@ -77,10 +78,8 @@ def bind_example(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] 
         arguments = arguments_of(forward, args, kwargs)
     except TypeError as error:
         raise TraceError(f"The example does not fit {type(model).__name__}.forward{forward}: {error}.") from None
-    assumed: frozenset[str] = frozenset()
-    if "use_cache" in forward.parameters and "use_cache" not in arguments:
-        arguments["use_cache"] = False
-        assumed = frozenset({"use_cache"})
+    assumed = frozenset(name for name in CACHES if name in forward.parameters and name not in arguments)
+    arguments |= dict.fromkeys(assumed, False)
     arguments = {name: pytree.tree_map(_clone, value) for name, value in arguments.items() if value is not None}
     bound = Example(forward, arguments, _leaves(arguments), assumed)
     if not bound.tensors:

@@ -1,28 +1,29 @@
-"""What a model does in training and not in evaluation.
+"""Whether a model does the same in training and in evaluation, dropout and batch norm apart.
 
-One graph serves both modes: dropout and the statistics of batch norm follow train() and eval(). Anything else
-that a model does in one mode only (stochastic depth, noise, dropped layers) would be lost, or stay on in
-evaluation.
+A quick look decides whether one trace is enough: the operations of a call under train() and under eval(), on fake
+tensors. It also finds what no trace can follow: numbers drawn by Python or NumPy, which a graph would freeze.
 """
 
 from __future__ import annotations
 
+import itertools
+import random
 import sys
-from pathlib import Path
+import traceback
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from peftgraph.errors import TraceError
-from peftgraph.trace.diagnose import describe_place, quiet
+from peftgraph.trace.diagnose import Place, describe_place, is_model_code, quiet, rates
 from peftgraph.trace.example import Example
 from peftgraph.trace.ghost import ghost_arguments, ghost_of
 
-TORCH = str(Path(torch.__file__).parent)
 FOLLOWED = {
     "dropout",
     "dropout1d",
@@ -31,63 +32,122 @@ FOLLOWED = {
     "alpha_dropout",
     "feature_alpha_dropout",
     "feature_dropout",
+    "contiguous",  # no operation where the kernel of a mode gives this layout already
 }
+# One of their literals follows the mode: dropout_p, training, use_input_stats.
+SWITCHED = {"scaled_dot_product_attention", "batch_norm", "instance_norm", "rrelu"}
+LITERALS = (bool, int, float, str, torch.dtype)
 
-Step = tuple[str, str, int]  # the operation, and the file and line that calls it
+
+Step = tuple[str, tuple[str, ...]]  # an operation; the values it reads, and its literals
 
 
-def only_dropout_follows_the_mode(model: nn.Module, example: Example) -> None:
-    """Compares the operations of a call under train() and under eval(), on fake tensors.
+def modes_agree(model: nn.Module, example: Example) -> bool:
+    """Whether a call under train() and one under eval() run the same operations; False also where that is open.
 
     Raises:
-        TraceError: they differ by more than dropout; the message names the line.
+        TraceError: the model draws numbers outside of torch; the message names the line.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     ghost = ghost_of(model, mode, torch.float32, torch.float32)
-    try:
-        with quiet():
-            training = _steps(ghost.train(), example, mode)
-            evaluation = _steps(ghost.eval(), example, mode)
-    except Exception:  # what cannot run on fake tensors is explained by the export that follows
-        return
-    if [step[0] for step in training] == [step[0] for step in evaluation]:
-        return
-    where = next(
-        (i for i, (a, b) in enumerate(zip(training, evaluation, strict=False)) if a[0] != b[0]),
-        min(len(training), len(evaluation)),
-    )
-    longer = training if len(training) >= len(evaluation) else evaluation
-    what, file, line = longer[where]
-    raise TraceError(
-        f"{type(model).__name__} cannot be traced.\n{describe_place(file, line)}"
-        f"  why: {what} runs in {'training' if longer is training else 'evaluation'} only, and one graph "
-        "serves both modes; only dropout and batch norm follow them.\n"
-        "  what to do: switch that behaviour off in the model's configuration (a drop-path, layer-drop or "
-        "noise rate of 0), or move it out of the traced model."
-    )
+    recorders = [_Recorder(), _Recorder()]
+    for recorder, training in zip(recorders, (True, False), strict=True):
+        complete = _runs(ghost.train(training), example, mode, recorder)
+        if recorder.drawn:
+            raise _frozen(model, recorder.drawn)
+        if not complete:
+            return False
+    return recorders[0].steps == recorders[1].steps
 
 
-def _steps(ghost: nn.Module, example: Example, mode: FakeTensorMode) -> list[Step]:
+def _runs(ghost: nn.Module, example: Example, mode: FakeTensorMode, recorder: _Recorder) -> bool:
+    """Whether a call runs to its end; Python's and NumPy's random numbers are as before then."""
     args, kwargs = example.call(ghost_arguments(dict(example.arguments), mode, torch.float32, torch.float32))
-    recorder = _Recorder()
-    with torch.no_grad(), mode, recorder:
-        ghost(*args, **kwargs)
-    return recorder.steps
+    before = _state()
+    try:
+        with torch.no_grad(), mode, recorder, quiet():
+            recorder.record("return", ghost(*args, **kwargs))
+    except Exception as error:  # what cannot run on fake tensors is traced in both modes; the export explains it
+        recorder.look([(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)][::-1])
+        return False
+    finally:
+        _restore(before)
+    return True
 
 
 class _Recorder(TorchFunctionMode):
+    """Records the operations of a call, and the first place at which numbers were drawn outside of torch."""
+
     def __init__(self) -> None:
         super().__init__()
         self.steps: list[Step] = []
+        self.drawn: list[Place] = []
+        self._before = _state()
+        self._numbers: dict[int, int] = {}
+        self._fresh = itertools.count()
+        self._alive: list[Tensor] = []  # so that no id is given twice
+
+    def look(self, places: list[Place]) -> None:
+        """Keeps `places`, innermost first, when numbers were drawn since the last look."""
+        if not self.drawn and not _equal(self._before, _state()):
+            self.drawn = [place for place in places if is_model_code(place[0].co_filename)]
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = getattr(func, "__name__", str(func))
         frame = sys._getframe(1)
-        inside = frame.f_code.co_filename
-        while frame.f_back is not None and frame.f_code.co_filename.startswith(TORCH):
-            frame = frame.f_back
-        if name not in FOLLOWED and name != "__get__" and not inside.endswith("batchnorm.py"):
-            self.steps.append((name, frame.f_code.co_filename, frame.f_lineno))
-        return func(*args, **(kwargs or {}))
+        self.look([(frame.f_code, line) for frame, line in traceback.walk_stack(frame)])
+        counted = name not in FOLLOWED and name != "__get__" and not frame.f_code.co_filename.endswith("batchnorm.py")
+        if counted:
+            self.record(name, (args, kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if name in FOLLOWED:
+            self._numbers[id(result)] = self._number(args[0])
+            self._alive.append(result)
+        elif counted:
+            for leaf in pytree.tree_leaves(result):
+                if isinstance(leaf, Tensor):
+                    self._number(leaf)
+        return result
+
+    def record(self, name: str, operands: Any) -> None:
+        """A step: which values it reads, numbered in the order in which they are first read, and its literals."""
+        leaves, tree = pytree.tree_flatten(operands)
+        read = [f"%{self._number(leaf)}" for leaf in leaves if isinstance(leaf, Tensor)]
+        literals = [] if name in SWITCHED else [repr(leaf) for leaf in leaves if isinstance(leaf, LITERALS)]
+        self.steps.append((name, (*read, *literals, str(tree) if name == "return" else "")))
+
+    def _number(self, value: Tensor) -> int:
+        self._alive.append(value)
+        if id(value) not in self._numbers:
+            self._numbers[id(value)] = next(self._fresh)
+        return self._numbers[id(value)]
+
+
+def _state() -> list[Any]:
+    """The state of Python's random numbers and, where it is loaded, of NumPy's."""
+    numpy = sys.modules.get("numpy")
+    return [random.getstate(), None if numpy is None else numpy.random.get_state()]
+
+
+def _equal(a: list[Any], b: list[Any]) -> bool:
+    if a[0] != b[0] or (a[1] is None) != (b[1] is None):
+        return False
+    return a[1] is None or (bool((a[1][1] == b[1][1]).all()) and a[1][2:] == b[1][2:])
+
+
+def _restore(state: list[Any]) -> None:
+    random.setstate(state[0])
+    if state[1] is not None:
+        sys.modules["numpy"].random.set_state(state[1])
+
+
+def _frozen(model: nn.Module, places: list[Place]) -> TraceError:
+    code, line = places[0]
+    return TraceError(
+        f"{type(model).__name__} cannot be traced.\n{describe_place(code.co_filename, line, code.co_name)}"
+        "  why: the code draws random numbers with Python or NumPy here, or shortly before, and a graph would "
+        "repeat what was drawn while tracing.\n"
+        f"  what to do: {rates(model, places) or 'Switch that behaviour off'}, or draw them with torch."
+    )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import random
 import re
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -45,17 +48,28 @@ class Unequal(nn.Linear):
         return super().forward(input) @ torch.ones(4, 4)  # here
 
 
-class Noise(nn.Linear):
+class LayerDrop(nn.Linear):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.config = SimpleNamespace(stack_layerdrop=0.1, dropout=0.5, layerdrop_seed=3)
+        self.layerdrop = self.config.stack_layerdrop
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training and torch.rand([]) < self.layerdrop:  # here
+            return input[..., :5]
+        return super().forward(input)
+
+
+class PythonNoise(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         y = super().forward(input)
-        return y + torch.rand_like(y) if self.training else y  # here
+        return y * (random.random() if self.training else 1)  # here
 
 
-class LayerDrop(nn.Linear):
+class NumpyNoise(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            input = input.relu()  # here
-        return super().forward(input)
+        y = super().forward(input)
+        return y * float(np.random.rand())  # here
 
 
 REFUSED = [
@@ -64,8 +78,9 @@ REFUSED = [
     (Size, "data-dependent", "torch.where"),
     (Numpy, "numpy", "no graph records"),
     (Unequal, "same reduction dim", "symbolic size"),
-    (Noise, "rand_like runs in training only", "rate of 0"),
-    (LayerDrop, "relu runs in evaluation only", "rate of 0"),
+    (LayerDrop, "data-dependent", "Set config.stack_layerdrop (0.1) to 0, so that nothing is done at random"),
+    (PythonNoise, "draws random numbers with Python or NumPy", "draw them with torch"),
+    (NumpyNoise, "draws random numbers with Python or NumPy", "draw them with torch"),
 ]
 
 
@@ -133,9 +148,31 @@ def test_an_output_of_an_unknown_class() -> None:
         pg.trace(Boxes(6, 5), X)
 
 
-def test_stochastic_depth_of_a_library_model() -> None:
-    from transformers import SwinConfig, SwinModel
+def test_random_numbers_of_python_are_left_alone() -> None:
+    random.seed(3)
+    expected = random.random()
+    random.seed(3)
+    with pytest.raises(pg.TraceError):
+        pg.trace(PythonNoise(6, 5), X)
+    assert random.random() == expected
 
-    model = SwinModel(SwinConfig(embed_dim=12, depths=[2], num_heads=[2], image_size=32))
-    with pytest.raises(pg.TraceError, match=r"modeling_swin.py:\d+\n.*\n  why: rand runs in training only"):
-        pg.trace(model, {"pixel_values": torch.zeros(2, 3, 32, 32)})
+
+def test_outputs_that_differ_in_the_modes() -> None:
+    class Caches(nn.Linear):
+        def forward(self, input: Tensor) -> Any:
+            y = super().forward(input)
+            return {"y": y} if self.training else {"y": y, "cache": input}
+
+    with pytest.raises(pg.TraceError, match=r"outputs differ in training and in evaluation: cache"):
+        pg.trace(Caches(6, 5), X)
+
+
+def test_sizes_that_differ_in_the_modes() -> None:
+    class Fixes(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) if self.training else super().forward(input.view(3, -1, 6))
+
+    with pytest.raises(
+        pg.TraceError, match=r"takes input: f32\[B, S, 6\] in training and input: f32\[3, S, 6\] in eval"
+    ):
+        pg.trace(Fixes(6, 5), X)

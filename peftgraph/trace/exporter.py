@@ -1,0 +1,123 @@
+"""One run of torch.export over the ghost of a model, in one mode, under the best marker dtype that it takes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from peftgraph.errors import PeftGraphError
+from peftgraph.ir.table import Entry
+from peftgraph.trace.diagnose import explain, quiet
+from peftgraph.trace.example import Example
+from peftgraph.trace.functions import Call, functions_kept
+from peftgraph.trace.ghost import ghost_arguments, ghost_of
+from peftgraph.trace.progress import Progress, layers_told
+
+# bfloat16 shows which literals follow and promotes as low precision does; a model with an operation that has
+# no bfloat16 form is traced in float64.
+MARKERS = (torch.bfloat16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported ghost.
+
+    Attributes:
+        program: what torch.export gave.
+        functions: the calls of custom autograd functions, by number.
+        marker: the dtype in the place of the model's own; None: the model's own, and no literal follows.
+    """
+
+    program: ExportedProgram
+    functions: Sequence[Call]
+    marker: torch.dtype | None
+
+    @property
+    def constants(self) -> dict[str, Entry]:
+        """The tensor literals of the model's code."""
+        lifted = self.program.graph_signature.lifted_tensor_constants
+        return {
+            name: Entry(value, "constant", persistent=False)
+            for name, value in self.program.constants.items()
+            if isinstance(value, Tensor) and name in lifted
+        }
+
+
+def markers_of(model: nn.Module, own: torch.dtype) -> list[torch.dtype | None]:
+    """The markers to try, best first; the last resort is none: the program stays in the model's own dtype."""
+    if len({p.dtype for p in model.parameters() if p.is_floating_point()}) != 1:
+        return [None]
+    if own in (torch.bfloat16, torch.float16):
+        return [own]  # already low precision: its own dtype tells casts that follow from float32 that is meant
+    return [*(marker for marker in MARKERS if marker != own), None]
+
+
+def export_ghost(
+    model: nn.Module,
+    bound: Example,
+    own: torch.dtype,
+    training: bool,
+    markers: Sequence[torch.dtype | None],
+    progress: Progress,
+) -> Exported:
+    """The exported ghost of `model` under the first of `markers` that it takes.
+
+    Raises:
+        TraceError: it takes none.
+    """
+    failure: Exception | None = None
+    for marker in markers:
+        try:
+            exported = _export(model, bound, own, training, marker, progress)
+            if marker in (own, None) or len(markers) == 1 or not _rounded(exported):
+                return exported
+        except PeftGraphError:
+            raise
+        except Exception as error:  # whatever an exporter or a model's code raises is explained to the user
+            failure = failure or error
+    assert failure is not None
+    raise explain(model, failure) from failure
+
+
+def _export(
+    model: nn.Module, bound: Example, own: torch.dtype, training: bool, marker: torch.dtype | None, progress: Progress
+) -> Exported:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    ghost = ghost_of(model, mode, own, marker or own).train(training)
+    arguments = ghost_arguments(dict(bound.arguments), mode, own, marker or own)
+    _take_keywords(ghost, bound)
+
+    def dynamic(value: Any) -> Any:
+        return dict.fromkeys(range(value.dim()), Dim.AUTO) if isinstance(value, Tensor) else None
+
+    shapes = {name: pytree.tree_map(dynamic, value) for name, value in arguments.items()}
+    with quiet(), functions_kept() as recording, layers_told(ghost, "exporting", progress):
+        program = torch.export.export(ghost, (), arguments, dynamic_shapes=shapes, strict=False)
+    return Exported(program, recording.calls, marker)
+
+
+def _rounded(exported: Exported) -> bool:
+    """Was a number of the model's code stored as a tensor that has fewer digits than the model's own dtype?"""
+    constants = [entry.tensor for entry in exported.constants.values()]
+    return exported.marker == torch.bfloat16 and any(one.dtype == torch.bfloat16 for one in constants)
+
+
+def _take_keywords(ghost: nn.Module, bound: Example) -> None:
+    """Gives `ghost` a forward of exactly the example's arguments: the exporter knows no *args, **kwargs."""
+    original = ghost.forward
+
+    def forward(**arguments: Any) -> Any:
+        args, kwargs = bound.call(arguments)
+        return original(*args, **kwargs)
+
+    names = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in bound.arguments]
+    forward.__signature__ = inspect.Signature(names)
+    ghost.forward = forward
