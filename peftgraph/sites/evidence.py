@@ -312,8 +312,10 @@ def _block(finder: Finder, site: Site, node: fx.Node) -> list[Step]:
 
 def _own_pattern(finder: Finder, site: Site, node: fx.Node) -> list[Step]:
     pattern, _, part = site.role.rpartition(".")
-    ports = [one for one in finder.flow.nodes if one.name in site.ports.values()]
-    return [step(f"%{node.name} is `{part}` in a match of the pattern {pattern}", ports, node)]
+    others = [(name, value) for name, value in site.values if name != part]
+    shown = f", where {', '.join(f'{name} is %{value}' for name, value in others)}" if others else ""
+    nodes = [one for one in finder.flow.nodes if one.name in dict(others).values()]
+    return [step(f"%{node.name} is `{part}` in a match of the pattern {pattern}{shown}", nodes, node)]
 
 
 def _layer(finder: Finder, site: Site, node: fx.Node) -> Step:

@@ -353,12 +353,12 @@ class Finder:
         for one in found:
             place = self._place(one.node)
             if one.part is not None:
-                self._part(one.part, place, tags=one.tags)
+                self._part(one.part, place, tags=one.tags, values=one.values)
             else:
-                self._value(one.role, one.node, place, one.tags)
+                self._value(one.role, one.node, place, tags=one.tags, values=one.values)
         return report
 
-    def _value(self, role: str, node: fx.Node, place: Place | None, tags: tuple[str, ...]) -> None:
+    def _value(self, role: str, node: fx.Node, place: Place | None, **more: Any) -> None:
         """A site for a pattern's value that is no projection: a norm with what it trains, or a plain value."""
         norm = self.anatomy.norm_at.get(node)
         inputs = [one for one in self.flow.operands(node) if self.flow.signal(one)]
@@ -367,7 +367,7 @@ class Finder:
         scale = None if norm is None else norm.weight
         axis = 1 - len(self.flow.shape(node)) if ops.name(node) in ops.CONV else -1
         path = owner(scale) if scale else module_of(node)
-        self._add(role, node, path, place, ports, bias=bias, scale=scale, feature_axis=axis, tags=tags)
+        self._add(role, node, path, place, ports, bias=bias, scale=scale, feature_axis=axis, **more)
 
     def _common(self, members: Sequence[fx.Node], fallback: fx.Node) -> str:
         paths = [path for node in dict.fromkeys(members) for path in self.paths.get(node.name, ())]

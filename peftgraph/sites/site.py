@@ -122,6 +122,7 @@ class Site:
     feature_axis: int = -1
     note: str = ""
     tags: tuple[str, ...] = ()  # the alternatives that a pattern's match took
+    values: tuple[tuple[str, str], ...] = ()  # the names in a pattern's match, and the nodes they stand for
     serial: int | None = None
     shape: tuple[int, ...] | None = field(default=None, compare=False)
 

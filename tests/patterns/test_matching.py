@@ -86,6 +86,14 @@ def test_columns_are_those_that_arrive(fused: pg.Program) -> None:
     assert (convolution.weight, convolution.feature_axis) == (None, -2)
 
 
+def test_a_site_says_in_which_match_it_stands(fused: pg.Program) -> None:
+    text = str(fused.with_patterns(FUSED).sites.explain(FUSED["z"] & pg.layers(1)))
+    assert (
+        "%1.projection.0 is `z` in a match of the pattern fused, where c is %1.conv1d, out is %1.projection.1, "
+        "u is %1.projection.0, w is @1.conv.weight, x is %0.add"
+    ) in text
+
+
 def test_a_window_names_columns_and_must_fit(gated: pg.Program) -> None:
     cut = pg.Pattern("cut", "y = linear(mul(~g, _)); g = silu(h); h = linear(x)[4:10]")
     (site, _) = gated.with_patterns(cut).sites.select(cut["h"])

@@ -22,12 +22,13 @@ from .terms import Window
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """One value of one match. `part` is None where the value is no projection."""
+    """One value of one match. `part` is None where the value is no projection; `values` are all of the match."""
 
     role: str
     node: fx.Node
     part: Part | None
     tags: tuple[str, ...]
+    values: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -75,17 +76,18 @@ def wholes(anatomy: Anatomy) -> Wholes:
 
 def _values(anatomy: Anatomy, pattern: Pattern, match: Match) -> Iterator[Found]:
     terms = dict(pattern.equations)
+    values = tuple((name, node.name) for name, node in sorted(match.nodes.items(), key=lambda item: item[0]))
     for name in pattern.parts:
         if name not in match.nodes:  # it stands in an alternative that was not taken
             continue
         node, role = match.nodes[name], f"{pattern.name}.{name}"
         one = anatomy.projection_at.get(node)
         if one is None:
-            yield Found(role, node, None, match.tags)
+            yield Found(role, node, None, match.tags, values)
             continue
         term = terms[name]
         columns = _cut(one, term) if isinstance(term, Window) else _arriving(anatomy, one, match.places[name])
-        yield Found(role, one.node, Part(role, one, columns), match.tags)
+        yield Found(role, one.node, Part(role, one, columns), match.tags, values)
 
 
 def _cut(one: Projection, window: Window) -> Columns | None:
