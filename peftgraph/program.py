@@ -170,6 +170,7 @@ def trace(
     data = capture(model, example, progress)
     progress("finding sites", 0, 0)
     sites = find_sites(data.graph, data.table.tensors(), size_names(data))
+    progress("verifying", 0, 0)
     assign_labels(data.graph, titles(sites), sections(sites))
     fields = {name: getattr(data, name) for name in data.__dataclass_fields__}
     program = Program(**fields, sites=sites)

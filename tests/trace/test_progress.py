@@ -50,6 +50,7 @@ def test_the_phases_come_in_order_and_the_outermost_layers_are_counted() -> None
         "exporting",
         "normalising",
         "finding sites",
+        "verifying",
     ]
     # a block's own list of two norms is part of the block
     assert [step[1:] for step in steps if step[0] == "exporting"] == [(0, 3), (1, 3), (2, 3), (3, 3)]
