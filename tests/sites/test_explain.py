@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import peftgraph as pg
+from peftgraph.sites.explanation import reasons_for
 
 D = 12
 
@@ -147,6 +148,17 @@ def test_every_site_has_evidence_and_its_excerpt_is_the_printed_text() -> None:
         assert reasons[0].steps, site.id
         assert reasons[0].excerpt, site.id
         assert lines.issuperset(reasons[0].excerpt), site.id
+
+
+@pytest.mark.parametrize("name", ["BertModel", "MixtralForCausalLM", "T5ForConditionalGeneration"])
+def test_every_site_of_a_family_has_evidence(sites_of: Callable[..., pg.Sites], name: str) -> None:
+    sites = sites_of(name)
+    assert sites.origin is not None
+    for site in sites:
+        reasons = reasons_for(sites.origin, site)
+        assert reasons.steps, site.id
+        assert reasons.excerpt, site.id
+        assert (site.layer is not None) == reasons.steps[-1].startswith("layer "), site.id
 
 
 NEAREST = {
