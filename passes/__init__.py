@@ -1,6 +1,8 @@
 """The methods, one file each."""
 
+from .adapter_drop import AdapterDrop as AdapterDrop
 from .bitfit import BitFit as BitFit
+from .ciat import CIAT as CIAT
 from .compacter import Compacter as Compacter
 from .compacter import CompacterPP as CompacterPP
 from .houlsby import Houlsby as Houlsby

@@ -26,7 +26,10 @@ LEVELS = {"attention": 1, "ffn": 1, "block": 2}
 
 # Ports whose value the site gives to all its users; at every other port the site reads a value that others may read
 # too.
-GIVEN = {"output", "undropped", "join", "normed"}
+GIVEN = {"output", "undropped", "embedded", "join", "normed"}
+
+# Ports that lie before the dropout on the value of another one: a sublayer's output, and what enters a block.
+BEFORE_DROPOUT = {"undropped": "output", "embedded": "input"}
 
 
 @dataclass
@@ -59,13 +62,13 @@ class Match:
 
     def has(self, port: str) -> bool:
         """Whether the site has that port."""
-        return port in self.site.ports or (port == "undropped" and "output" in self.site.ports)
+        return BEFORE_DROPOUT.get(port, port) in self.site.ports
 
     def port(self, name: str) -> str:
-        """The base graph's node at a port; `undropped` is the output before the dropout that ends a sublayer."""
-        if name != "undropped":
+        """The base graph's node at a port; `undropped` is the output, and `embedded` the input, before its dropout."""
+        if name not in BEFORE_DROPOUT:
             return self.site.ports[name]
-        node = self.names[self.site.ports["output"]]
+        node = self.names[self.site.ports[BEFORE_DROPOUT[name]]]
         while node.target in DROPOUTS:
             node = self.names[self.edits.below(node.all_input_nodes[0].name)]
         return node.name

@@ -9,7 +9,18 @@ import zoo
 from torch import Tensor
 
 import peftgraph as pg
-from peftgraph.passes import IA3, BitFit, Compacter, Houlsby, LoRA, ParallelAdapter, Pfeiffer, SerialAdapter
+from peftgraph.passes import (
+    CIAT,
+    IA3,
+    AdapterDrop,
+    BitFit,
+    Compacter,
+    Houlsby,
+    LoRA,
+    ParallelAdapter,
+    Pfeiffer,
+    SerialAdapter,
+)
 
 F64 = torch.float64
 PASSES: dict[str, tuple[pg.Pass, ...]] = {
@@ -25,10 +36,11 @@ PASSES: dict[str, tuple[pg.Pass, ...]] = {
     "pfeiffer": (Pfeiffer(width=3),),
     "parallel": (ParallelAdapter(width=3, learned=True),),
     "compacter": (Compacter(width=4),),
+    "drop+ciat": (AdapterDrop(adapter=Pfeiffer(width=3), random=True), CIAT(width=3, init="identity")),
 }
-ADAPTERS = ("serial", "serial+lora", "houlsby", "pfeiffer", "parallel", "compacter")
+ADAPTERS = ("serial", "serial+lora", "houlsby", "pfeiffer", "parallel", "compacter", "drop+ciat")
 # These start near the identity and not on it: what they draw is the identity once these parameters are zero.
-NEAR = {"houlsby": "up_weight", "pfeiffer": "up_weight", "compacter": "up_right"}
+NEAR = {"houlsby": "up_weight", "pfeiffer": "up_weight", "compacter": "up_right", "drop+ciat": "up_weight"}
 BIASED = ("bert", "gpt2", "gpt_neox", "vit", "nano")
 CASES = [(name, case) for name in zoo.NAMES for case in PASSES if case != "bitfit" or name in BIASED]
 FOLDABLE = [(name, case) for name, case in CASES if case not in ADAPTERS]
@@ -83,8 +95,9 @@ def test_the_unfoldable_is_refused_site_by_site(name: str) -> None:
     assert [applied.method.word for applied in rest.history] == ["serial_adapter"]
 
 
-@pytest.mark.parametrize(("name", "case"), CASES)
+@pytest.mark.parametrize(("name", "case"), [(name, case) for name, case in CASES if case != "drop+ciat"])
 def test_gradients_equal_an_eager_reference(name: str, case: str) -> None:
+    """The two left out have their references in tests/methods."""
     program = zoo.randomise(tuned(name, case))
     inputs = zoo.example(name, 2, 9, F64)
     net = program.module().eval()

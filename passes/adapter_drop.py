@@ -1,0 +1,81 @@
+"""AdapterDrop (Rueckle et al., 2021): adapters leave the lowest blocks, for good or at random while training.
+
+    h + A(h)   ->   h                        in the lowest n blocks (layers=n)
+    h + A(h)   ->   h + [n <= block] A(h)    under train(), n drawn anew at every step (random=true); all under eval()
+    fold: what the adapter itself says; with random=true none, since a step's depth is drawn
+
+A stack of L blocks draws n uniformly from 0 ... L-1, as the paper's robust form does, once a step for all its adapters;
+an encoder and a decoder draw one each. Whatever else the adapter's method trains (norms) trains at every depth, as in
+Compacter's baseline. The parameters of layers=n carry the names that random=true gives them, so a robust adapter is put
+at a fixed depth by copying what is left. With layers=n no gradient is needed below block n.
+Source: arXiv 2010.11918, section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import fx
+
+import peftgraph as pg
+
+aten = torch.ops.aten
+
+Build = Callable[[pg.Match, pg.Builder], "fx.Node | Mapping[str, fx.Node]"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterDrop(pg.Pass):
+    """Another method's adapters at some of the depths.
+
+    Attributes:
+        adapter: the method; a name is given to this pass and not to it.
+        layers: n, the number of blocks without adapters, from the lowest on.
+        random: whether n is drawn in training, from `layers` on.
+    """
+
+    word = "adapter_drop"
+    adapter: pg.Pass
+    layers: int = 0
+    random: bool = False
+
+    def check(self) -> None:
+        """Refuses a negative depth, a pass that drops nothing, and a name or several methods inside."""
+        self.require(self.layers >= 0, f"layers must be at least 0, got {self.layers}.")
+        self.require(self.layers > 0 or self.random, "it drops nothing; give layers=... or random=true.")
+        self.require(self.adapter.passes() == (self.adapter,), "it takes one method, not several in one.")
+        self.require(not self.adapter.name, "give the name to adapter_drop, not to the adapter inside.")
+
+    def rules(self) -> list[pg.Rule]:
+        """The adapter's own rules, narrowed to the upper blocks and gated."""
+        return [rule if rule.delta is None else self.dropped(rule) for rule in self.adapter.rules()]
+
+    def dropped(self, rule: pg.Rule) -> pg.Rule:
+        """A rule without its lowest blocks."""
+        # every stack drops its own lowest blocks; where() says that this is meant and not an ambiguity
+        at = (rule.at & ~pg.layers(0, self.layers)).where(path=".*") if self.layers else rule.at
+        if not self.random:
+            return replace(rule, at=at)
+        self.require(isinstance(rule.join, pg.Add), f"random=true needs a method that adds; {self.adapter} does not.")
+        reason = "the depth it runs at is drawn at every step of training"
+        assert rule.delta is not None
+        return replace(rule, at=at, delta=partial(self.gated, rule.delta), fold=reason)
+
+    def gated(self, delta: Build, m: pg.Match, op: pg.Builder) -> Mapping[str, fx.Node] | fx.Node:
+        """The adapter's delta, times whether this step's depth reaches the block."""
+        layer, stack = m.site.layer, m.site.stack
+        blocks = [one.site.layer for one in m.related(pg.block) if one.site.stack == stack]
+        if layer is None or layer not in blocks:
+            raise pg.RecipeError(f"{self.word}: {m.site.id} lies in no block, so it has no depth to be dropped at.")
+
+        def draw() -> fx.Node:
+            return op.call(aten.randint.low, self.layers, len(blocks), [1], device=op.device)
+
+        def gate(value: fx.Node) -> fx.Node:
+            return op.gated_in_training(value, op.call(aten.le.Scalar, op.once(f"depth {stack}", draw), layer))
+
+        made = delta(m, op)
+        return gate(made) if isinstance(made, fx.Node) else {port: gate(value) for port, value in made.items()}

@@ -1,0 +1,137 @@
+"""Trainable parameters as the papers print them, on programs of the real sizes at their real depth (no weights).
+
+A row says what a source prints and what the method has exactly; `agrees` says whether the exact number rounds to the
+printed one. Where it does not, the row stands with `agrees=False` and the reason beside it.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import peftgraph as pg
+from peftgraph.passes import AdapterDrop, Compacter, CompacterPP, Houlsby, ParallelAdapter, Pfeiffer
+
+BERT_BASE, BART_LARGE, T5_BASE, BERT_LARGE = 110_000_000, 410_000_000, 222_903_552, 335_141_888  # as percents use them
+
+# name -> class, configuration, is there a decoder beside the encoder, what differs from the configuration's defaults
+MODELS: dict[str, tuple[str, str, bool, dict[str, Any]]] = {
+    "bert-base": ("BertModel", "BertConfig", False, {}),
+    "roberta-large": ("RobertaModel", "RobertaConfig", False, {"hidden_size": 1024, "intermediate_size": 4096,
+                                                               "num_attention_heads": 16, "num_hidden_layers": 24}),
+    "deberta-v3-base": ("DebertaV2Model", "DebertaV2Config", False, {
+        "vocab_size": 128100, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+        "intermediate_size": 3072, "relative_attention": True, "position_buckets": 256, "share_att_key": True,
+        "norm_rel_ebd": "layer_norm", "pos_att_type": ["p2c", "c2p"], "max_relative_positions": -1,
+        "position_biased_input": False, "type_vocab_size": 0}),
+    "bart-large": ("BartModel", "BartConfig", True, {}),
+    "t5-base": ("T5ForConditionalGeneration", "T5Config", True, {"d_model": 768, "d_ff": 3072, "num_heads": 12,
+                                                                 "num_layers": 12}),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One printed number.
+
+    Attributes:
+        model: a key of MODELS.
+        method: the pass.
+        exact: the trainable parameters.
+        printed: "0.8M", "895K" or "0.073%".
+        source: where it is printed.
+        of: what a percentage is of.
+        biases: whether the source counts the bottlenecks' biases.
+        agrees: whether `exact` rounds to `printed`.
+    """
+
+    model: str
+    method: pg.Pass
+    exact: int
+    printed: str
+    source: str
+    of: int = 0
+    biases: bool = True
+    agrees: bool = True
+
+
+SELF = pg.attention & pg.kind("self")
+LORA, UNIFIED, UNIPELT = "LoRA, table 2", "unified view, tables 3 to 6", "UniPELT, table 4"
+ADALORA, MAHABADI, LIBRARY = "AdaLoRA, table 1", "Compacter, table 1", "adapters 1.3.0, measured"
+SIZED = "in units of 2^20"
+
+ROWS = [
+    # RoBERTa-large has the shapes of BERT-large, embeddings apart
+    Row("roberta-large", Houlsby(width=8, norms=False), 835_968, "0.8M", LORA),
+    Row("roberta-large", Houlsby(width=64, norms=False), 6_343_680, "6.0M", f"{LORA}, {SIZED}", agrees=False),
+    Row("roberta-large", Pfeiffer(width=16), 811_392, "0.8M", LORA),
+    Row("roberta-large", Pfeiffer(width=64), 3_171_840, "3.0M", f"{LORA}, {SIZED}", agrees=False),
+    Row("roberta-large", Houlsby(width=64), 6_444_032, "2.1%", "Houlsby, table 1", of=BERT_LARGE, agrees=False),
+    Row("bert-base", Pfeiffer(width=48), 894_528, "895K", UNIPELT),
+    Row("bert-base", Pfeiffer(width=48), 894_528, "0.81%", UNIPELT, of=BERT_BASE),
+    Row("bert-base", Houlsby(width=48, norms=False), 1_789_056, "1789056", LIBRARY),
+    Row("bert-base", ParallelAdapter(width=384), 7_091_712, "7091712", LIBRARY),
+    Row("bert-base", Compacter(norms=False), 57_088, "57088", LIBRARY),
+    Row("bert-base", CompacterPP(norms=False), 28_576, "28576", LIBRARY),
+    Row("deberta-v3-base", Houlsby(width=32, norms=False), 1_198_848, "1.22M", ADALORA, agrees=False),
+    Row("deberta-v3-base", Houlsby(width=16, norms=False), 608_640, "0.61M", ADALORA),
+    Row("deberta-v3-base", Houlsby(width=8, norms=False), 313_536, "0.31M", ADALORA),
+    Row("deberta-v3-base", Pfeiffer(width=64), 1_179_648, "1.18M", ADALORA, biases=False),
+    Row("deberta-v3-base", Pfeiffer(width=32), 599_424, "0.60M", ADALORA),
+    Row("deberta-v3-base", Pfeiffer(width=16), 304_320, "0.30M", ADALORA),
+    Row("bart-large", ParallelAdapter(width=200), 9_830_400, "2.4%", UNIFIED, of=BART_LARGE, biases=False),
+    Row("bart-large", ParallelAdapter(width=512), 25_165_824, "6.1%", UNIFIED, of=BART_LARGE, biases=False),
+    Row("bart-large", ParallelAdapter(width=1024), 50_331_648, "12.3%", UNIFIED, of=BART_LARGE, biases=False),
+    Row("bart-large", ParallelAdapter(at=pg.attention, width=200), 14_745_600, "3.6%", UNIFIED, BART_LARGE, False),
+    Row("bart-large", ParallelAdapter(at=pg.attention, width=512), 37_748_736, "9.2%", UNIFIED, BART_LARGE, False),
+    Row("bart-large", Pfeiffer(width=600), 29_491_200, "7.2%", UNIFIED, of=BART_LARGE, biases=False),
+    Row("t5-base", Houlsby(width=24), 1_855_104, "0.832%", MAHABADI, of=T5_BASE),
+    Row("t5-base", Houlsby(at=SELF, width=24), 951_360, "0.427%", "Compacter, table 1: Pfeiffer", of=T5_BASE),
+    Row("t5-base", AdapterDrop(adapter=Houlsby(width=24), layers=5), 1_101_984, "0.494%", MAHABADI, of=T5_BASE),
+    Row("t5-base", Compacter(n=12, rank=None, shared=False), 398_976, "0.179%", f"{MAHABADI}: PHM", of=T5_BASE),
+    Row("t5-base", Compacter(), 161_728, "0.073%", MAHABADI, of=T5_BASE),
+    Row("t5-base", CompacterPP(), 104_704, "0.047%", MAHABADI, of=T5_BASE),
+]
+
+
+def traced(name: str) -> pg.Program:
+    """The model at its real size, without weights."""
+    family, config, decoder, sizes = MODELS[name]
+    ids = torch.zeros(2, 8, dtype=torch.long, device="meta")
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = getattr(transformers, family)(getattr(transformers, config)(**sizes))
+    return pg.trace(model, {"input_ids": ids} | ({"decoder_input_ids": ids[:, :5]} if decoder else {}))
+
+
+def rounds_to(count: int, printed: str, of: int) -> bool:
+    """Whether a count, written like `printed`, is `printed`."""
+    found = re.fullmatch(r"(\d+)(?:\.(\d+))?([MK%]?)", printed)
+    assert found is not None, printed
+    unit = {"M": 1e6, "K": 1e3, "%": of / 100, "": 1}[found[3]]
+    decimals = len(found[2] or "")
+    return f"{count / unit:.{decimals}f}{found[3]}" == printed
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_counts(model: str) -> None:
+    program = traced(model)
+    wanted, found = {}, {}
+    for row in (row for row in ROWS if row.model == model):
+        trainable = program.apply(row.method).table.trainable
+        counted = [p.numel() for name, p in trainable.items() if row.biases or not name.endswith("_bias")]
+        key = f"{row.method} ({row.printed}, {row.source})"
+        found[key] = (sum(counted), rounds_to(sum(counted), row.printed, row.of))
+        wanted[key] = (row.exact, row.agrees)
+    assert found == wanted
+    assert found, "no row for this model"
+
+
+def test_every_row_has_a_model() -> None:
+    assert {row.model for row in ROWS} == set(MODELS)
