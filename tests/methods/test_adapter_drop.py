@@ -125,7 +125,7 @@ def test_removing_restores_the_text() -> None:
             lambda: base().apply(AdapterDrop(adapter=LoRA(at="head", rank=1), random=True)),
             "head lies in no block, so it has no depth to be dropped at",
         ),
-        (lambda: base().apply(AdapterDrop(adapter=Pfeiffer(), layers=LAYERS)), "no site"),
+        (lambda: base().apply(AdapterDrop(adapter=Pfeiffer(), layers=LAYERS)), "removed them all: layers 0 to 2"),
     ],
 )
 def test_it_refuses(make: object, message: str) -> None:
