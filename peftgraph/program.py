@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from peftgraph.draw import fragment, outline, page
 from peftgraph.errors import Conflict, PeftGraphError
 from peftgraph.fold import fold as _fold
 from peftgraph.fold.proof import Proof
@@ -100,6 +101,17 @@ class Program(ProgramData):
     def diff(self, before: ProgramData) -> str:
         """What turned `before` into this program."""
         return print_diff(before, self)
+
+    def html(self, footer: str = "") -> str:
+        """A page for a browser, in one file: each distinct block drawn once, and the table of layers.
+
+        Args:
+            footer: a line of text at its end.
+        """
+        return page(outline(self, self.sites), footer)
+
+    def _repr_html_(self) -> str:
+        return fragment(outline(self, self.sites))
 
     def count(self) -> Count:
         """Trainable, added, changed and total parameters, and the rank of each change."""

@@ -15,7 +15,7 @@ import peftgraph.passes
 
 ENGINE = Path(peftgraph.__file__).parent
 PASSES = Path(peftgraph.passes.__file__).parent
-ROOMS = ("ir", "trace", "sites", "rewrite", "fold", "lower", "interop", "cli")
+ROOMS = ("ir", "trace", "sites", "draw", "rewrite", "fold", "lower", "interop", "cli")
 
 
 def imports(path: Path) -> list[str]:

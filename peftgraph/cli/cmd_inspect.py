@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,38 +28,60 @@ def inspect(
         str,
         typer.Option("--at", metavar="SELECTOR", help="Only these sites, e.g. 'attention.q & layers(0, 3)'."),
     ] = "",
-    every: Annotated[bool, typer.Option("--all", help="Every layer and bias on a row of its own.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Every site on a row of its own.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout and nothing else.")] = False,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write a page that draws the blocks.")
+    ] = None,
 ) -> None:
-    """Shows the sites of a model: what a recipe can be put on. No weights are loaded."""
+    """Shows what a model is made of, and so what a recipe can be put on. No weights are loaded."""
     from peftgraph.cli.models import skeleton, trace
 
     if layer is not None and not explain:
         raise typer.BadParameter("--layer narrows --explain; with --at write 'SELECTOR & layers(N)'")
+    start = time.perf_counter()
     program = trace(skeleton(source))
     if explain:
         typer.echo(str(program.with_patterns(explain).sites.explain(explain, layer=layer)))
         return
+    if at:
+        program = program.with_patterns(at)
     sites = program.sites.require(at) if at else tuple(program.sites)
+    seconds = time.perf_counter() - start
+    if html is not None:
+        write_page(program, html, seconds)
     if as_json:
         typer.echo(json.dumps(as_document(program, sites), indent=1))
         return
-    from peftgraph.cli.tables import layout, sites_table
+    show(program, sites, at != "", every)
+    OUT.print(
+        f"traced in {seconds:.1f} s: {len(program.graph.nodes)} nodes; inputs: {program.signature.describe()}",
+        highlight=False, markup=False, style="dim",
+    )  # fmt: skip
+    if html is not None:
+        OUT.print(f"page written to {html}", style="bold", highlight=False, markup=False)
 
-    OUT.print(sites_table(sites, f"{program.model}", collapse=not every))
-    OUT.print()
+
+def show(program: pg.Program, sites: tuple[pg.Site, ...], chosen: bool, every: bool) -> None:
+    """The table of the model, or of the chosen sites, and how many there are of each role."""
+    from peftgraph.cli.tables import OutlineTable, listing
+    from peftgraph.draw import outline
+
+    OUT.print(listing(sites, every) if chosen or every else OutlineTable(outline(program, program.sites)))
     roles = Counter(site.role for site in sites)
     OUT.print(
         f"[bold]{len(sites)}[/] sites: " + ", ".join(f"{number} {role}" for role, number in sorted(roles.items()))
     )
-    OUT.print(
-        f"{program.sites.layers} layers, {layout(program.sites)}, {program.count().total:,} parameters, "
-        f"{len(program.graph.nodes)} nodes; inputs: {program.signature.describe()}",
-        highlight=False, markup=False,
-    )  # fmt: skip
-    if program.sites.unmatched:
-        shown = ", ".join(one.site.id for one in program.sites.unmatched[:5])
-        OUT.print(f"{len(program.sites.unmatched)} projections without a role: {shown}", style="yellow")
+
+
+def write_page(program: pg.Program, path: Path, seconds: float) -> None:
+    """Writes the page of a model; the file appears whole or not at all."""
+    import peftgraph as pg
+    from peftgraph.ir.files import atomic
+
+    text = program.html(f"Drawn by peftgraph {pg.__version__} from the structure alone, in {seconds:.1f} s.")
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def as_document(program: pg.Program, sites: tuple[pg.Site, ...]) -> dict[str, Any]:
@@ -92,6 +115,11 @@ def _site(site: pg.Site) -> dict[str, Any]:
         "kind": site.kind,
         "columns": None if site.columns is None else [list(run) for run in site.columns.runs],
         "expert": site.expert,
+        "experts": None if site.weight is None else site.weight.experts,
+        "heads": site.heads,
+        "head_dim": site.head_dim,
+        "layout": site.layout,
+        "parallel": site.parallel,
         "shape": None if site.shape is None else list(site.shape),
         "weight": None if site.weight is None else site.weight.parameter,
         "bias": None if site.bias is None else site.bias.parameter,

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from peftgraph.cli.cmd_apply import coloured, first_layer
 from peftgraph.cli.console import ERR, OUT
-from peftgraph.cli.tables import count_table, layout, sites_table
+from peftgraph.cli.tables import OutlineTable, count_table
 
 if TYPE_CHECKING:
     import peftgraph as pg
@@ -45,8 +45,10 @@ def corpus(data: Mapping[str, Any]) -> None:
 
 def program(base: pg.Program, tuned: pg.Program) -> None:
     """The sites, the diff of one layer, and the counts."""
+    from peftgraph.draw import outline
+
     heading("2  The model: its sites, found by structure")
-    OUT.print(sites_table(tuple(base.sites), f"{base.model}, {layout(base.sites)}, {len(base.graph.nodes)} nodes"))
+    OUT.print(OutlineTable(outline(base, base.sites)))
     heading("3  The recipe: what it does to the first layer")
     OUT.print(coloured(first_layer(tuned, base)), no_wrap=True, overflow="ellipsis")
     OUT.print(count_table(tuned.count()))

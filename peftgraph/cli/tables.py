@@ -1,17 +1,21 @@
-"""Programs as rich tables: the sites by layer, and the parameters counted in each way."""
+"""Programs as rich tables: what the model is made of, its sites one by one, and the parameters counted in each way."""
 
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     import peftgraph as pg
+    from peftgraph.draw import Outline
+    from peftgraph.draw.parts import Part
+    from peftgraph.draw.rows import Section
 
 COLOURS = {
     "attention": "cyan",
@@ -20,110 +24,124 @@ COLOURS = {
     "bias": "yellow",
     "embedding": "blue",
     "head": "red",
+    "router": "yellow",
 }
+HEADINGS = ("role", "weight", "out x in", "heads", "notes")
 
 
-@dataclass(frozen=True)
-class Row:
-    """What identical sites of a layer share."""
+class OutlineTable:
+    """What a model is made of: a section for each distinct block and for what stands around the blocks.
 
-    role: str
-    kind: str
-    path: str
-    columns: str
-    shape: str
+    The columns of all sections are aligned; names and notes fold into what the terminal's width leaves them.
+    """
 
+    def __init__(self, outline: Outline) -> None:
+        from peftgraph.draw.rows import sections
 
-@dataclass(frozen=True)
-class Group:
-    """Layers that follow each other in a stack and look alike; `last` is None outside of every layer."""
+        self.outline, self.sections = outline, sections(outline)
+        self.rows = [[_cells(part, _prefix(section)) for part in section.parts] for section in self.sections]
 
-    stack: str
-    first: int | None
-    last: int | None
-    rows: tuple[tuple[Row, int], ...]
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        widths = self._widths(options.max_width)
+        yield Text(self.outline.model, style="bold")
+        yield Text(" · ".join(self.outline.facts()))
+        yield Text("")
+        yield _grid([[Text(name, style="dim") for name in HEADINGS]], widths)
+        for section, rows in zip(self.sections, self.rows, strict=True):
+            times = f"  x {section.times}" if section.times > 1 else ""
+            title = Text.assemble((section.title + times, "bold"), "  ", (_prefix(section), "dim"))
+            detail = [Padding(Text(section.detail, style="dim"), (0, 0, 0, 2))] if section.detail else []
+            yield Group(title, *detail, _grid(rows, widths), "")
+        yield from self._unmatched()
 
-    @property
-    def title(self) -> str:
-        """Such as "encoder layers 0-11"."""
-        if self.first is None:
-            return "outside of layers"
-        layers = f"layer {self.first}" if self.first == self.last else f"layers {self.first}-{self.last}"
-        return f"{self.stack} {layers}".strip()
+    def _widths(self, available: int) -> list[int]:
+        every = [[cell.cell_len for cell in row] for rows in self.rows for row in rows] or [[0] * len(HEADINGS)]
+        widths = [max(len(name), *column) for name, column in zip(HEADINGS, zip(*every, strict=True), strict=True)]
+        spare = available - 2 * (len(widths) - 1) - widths[0] - widths[2] - widths[3]
+        notes = min(widths[4], max(spare - widths[1], 16))
+        return [widths[0], max(12, min(widths[1], spare - notes)), widths[2], widths[3], notes]
 
-    @property
-    def prefix(self) -> str:
-        """The start that all paths of the layers share, up to the layer's number."""
-        paths = [row.path.split(".") for row, _ in self.rows if row.path]
-        shared = list(itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False)))
-        return ".".join(parts[0] for parts in shared) if self.first is not None and len(paths) > 1 else ""
-
-
-def groups(sites: Iterable[pg.Site], collapse: bool = True) -> list[Group]:
-    """The sites by stack and layer, in graph order; layers that look alike become one group."""
-    layers: dict[tuple[str, int | None, int], list[pg.Site]] = {}
-    for site in sites:
-        last = next(reversed(layers), None)
-        key = (site.stack or "", site.layer, 0)
-        if site.layer is None:  # what stands before, between and after the layers stays there
-            key = last if last is not None and last[1] is None else ("", None, len(layers))
-        layers.setdefault(key, []).append(site)
-    found: list[Group] = []
-    for (stack, layer, _), members in layers.items():
-        rows = tuple(Counter(_row(site, collapse) for site in members).items())
-        before = next((g for g in reversed(found) if g.stack == stack and g.first is not None), None)
-        if collapse and before is not None and layer is not None and before.rows == rows and before.last == layer - 1:
-            found[found.index(before)] = Group(stack, before.first, layer, rows)
-        else:
-            found.append(Group(stack, layer, layer, rows))
-    return found
+    def _unmatched(self) -> Iterable[RenderableType]:
+        unmatched = self.outline.unmatched
+        if unmatched:
+            yield Text(f"projections without a role ({len(unmatched)})", style="bold yellow")
+        for one in unmatched[:8]:
+            yield Padding(Text(f"{one.id} at {one.path}" + (f": {one.reason}" if one.reason else "")), (0, 0, 0, 2))
+        if len(unmatched) > 8:
+            yield Padding(Text(f"and {len(unmatched) - 8} more", style="dim"), (0, 0, 0, 2))
+        for reason in self.outline.reasons:
+            yield Text(reason, style="yellow")
 
 
-def _row(site: pg.Site, collapse: bool) -> Row:
-    shape = "" if site.shape is None else " x ".join(map(str, site.shape))
-    columns = "" if site.columns is None else str(site.columns)
-    if collapse and site.role == "bias":
-        return Row("bias", "", "", "", "")
-    path = site.path
-    if collapse and site.layer is not None:
-        parts = path.split(".")
-        number = next((i for i, part in enumerate(parts) if part == str(site.layer)), None)
-        path = path if number is None else ".".join((*parts[:number], "*", *parts[number + 1 :]))
-    expert = "" if collapse or site.expert is None else f"[expert {site.expert}]"
-    return Row(site.role + expert, site.kind or "", path, columns, shape)
-
-
-def sites_table(sites: Sequence[pg.Site], title: str, collapse: bool = True) -> Table:
-    """The sites as a table with a section for each group of layers."""
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None, pad_edge=False)
-    cells = {
-        "kind": any(site.kind == "cross" for site in sites),
-        "columns": any(site.columns is not None for site in sites),
-    }
-    names = ["role", *(name for name in ("kind", "path", "columns", "out x in") if cells.get(name, True))]
-    for name in names:
-        table.add_column(name, justify="right" if name == "out x in" else "left", overflow="fold")
-    for group in groups(sites, collapse):
-        prefix = group.prefix
-        table.add_row(f"[bold]{group.title}[/]", *(f"[dim]{prefix}[/]" if name == "path" else "" for name in names[1:]))
-        for row, count in group.rows:
-            table.add_row(*_cells(row, count, prefix, names))
-        table.add_row()
+def _grid(rows: Sequence[Sequence[Text]], widths: Sequence[int]) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for name, width in zip(HEADINGS, widths, strict=True):
+        right = name in ("out x in", "heads")
+        table.add_column(width=width, justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
-def _cells(row: Row, count: int, prefix: str, names: Sequence[str]) -> list[str]:
-    path = row.path.removeprefix(prefix) if prefix else row.path
-    shown = {
-        "role": f"  [{colour(row.role)}]{row.role}[/]" + (f" [dim]x{count}[/]" if count > 1 else ""),
-        "kind": row.kind,
-        "path": "[dim](all of them)[/]"
-        if row == Row("bias", "", "", "", "")
-        else path.removeprefix(".") or "[dim](itself)[/]",
-        "columns": row.columns,
-        "out x in": row.shape,
-    }
-    return [shown[name] for name in names]
+def _prefix(section: Section) -> str:
+    """The start that all paths of a section share, up to a whole word and not all of any path."""
+    paths = [part.path.split(".")[:-1] for part in section.parts if part.path]
+    if len(section.parts) < 3:
+        return ""
+    shared = itertools.takewhile(lambda words: len(set(words)) == 1, zip(*paths, strict=False))
+    return ".".join(words[0] for words in shared)
+
+
+def _cells(part: Part, prefix: str) -> list[Text]:
+    from peftgraph.draw.rows import notes
+
+    path = part.path.removeprefix(f"{prefix}.") if prefix else part.path
+    heads = f"{part.heads} x {part.head_dim}" if part.heads and part.head_dim else ""
+    said = ", ".join(notes(part)).replace(" × ", " x ")
+    return [
+        Text(f"  {part.role}", style=colour(part.role)),
+        Text(path),
+        Text(" x ".join(map(str, part.shape or ()))),
+        Text(heads),
+        Text(said, style="dim"),
+    ]
+
+
+def listing(sites: Sequence[pg.Site], every: bool = False) -> Table:
+    """Sites as rows: those that differ by their layer alone share one, unless `every` has a row of its own."""
+    from peftgraph.draw.collect import starred
+    from peftgraph.draw.parts import ranges
+
+    table = Table(header_style="dim", box=None, pad_edge=False)
+    for name in ("site", *(() if every else ("layers",)), "weight", "columns", "out x in"):
+        table.add_column(name, justify="right" if name == "out x in" else "left", overflow="fold")
+    for members in _alike(sites, every):
+        one = members[0]
+        layers = sorted({site.layer for site in members if site.layer is not None})
+        table.add_row(
+            Text(one.id if every else _title(one), style=colour(one.role)),
+            *(() if every else (f"{ranges(layers)}" if layers else "",)),
+            Text(one.path if every else starred(one)),
+            "" if one.columns is None else str(one.columns),
+            " x ".join(map(str, one.shape or ())),
+        )
+    return table
+
+
+def _title(site: pg.Site) -> str:
+    """What a site's id is without its layer."""
+    words = (site.stack, "cross" if site.kind == "cross" else None, site.role)
+    return ".".join(word for word in words if word)
+
+
+def _alike(sites: Sequence[pg.Site], every: bool) -> list[list[pg.Site]]:
+    from peftgraph.draw.collect import starred
+
+    found: dict[object, list[pg.Site]] = {}
+    for site in sites:
+        key = site.id if every else (_title(site), starred(site), str(site.columns), site.shape)
+        found.setdefault(key, []).append(site)
+    return list(found.values())
 
 
 def colour(role: str) -> str:

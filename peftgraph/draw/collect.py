@@ -1,0 +1,278 @@
+"""From the sites of a program to its outline. Where a norm stands is read from the dataflow, never from names."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from peftgraph.ir.program import ProgramData
+from peftgraph.ir.table import Entry
+from peftgraph.sites import Site, Sites
+
+from .masks import masks
+from .near import Near, around, reads
+from .parts import Block, Group, Outline, Part, Slot, Stack, Sublayer, Unmatched
+
+QKV = ("attention.q", "attention.k", "attention.v")
+STRUCTURE = ("block", "attention", "ffn", "attention.core", "ffn.hidden")
+
+
+def outline(program: ProgramData, sites: Sites) -> Outline:
+    """What a program's model is made of, before any pass."""
+    return _Collector(program.base or program, sites).outline()
+
+
+@dataclass(eq=False)
+class _Slotted:
+    """A sublayer while its parts are gathered."""
+
+    site: Site | None
+    order: int
+    parts: list[tuple[Site, Slot]] = field(default_factory=list)
+
+
+class _Collector:
+    def __init__(self, program: ProgramData, sites: Sites) -> None:
+        self.program, self.sites = program, sites
+        self.order = {node.name: place for place, node in enumerate(program.graph.nodes)}
+        self.masks = masks(program.graph, sites)
+        self.near = Near(program.graph, sites)
+        self.owned = {site.bias.parameter for site in sites if site.bias is not None and site.role != "bias"}
+        self.tensors = program.table.tensors()
+        self.holders: dict[str, list[Site]] = {}
+        for site in sites:
+            if site.weight is not None and site.role != "ffn.hidden":
+                self.holders.setdefault(site.weight.parameter, []).append(site)
+
+    def outline(self) -> Outline:
+        layers: dict[str, dict[int, list[Site]]] = {}
+        outside: list[Site] = []
+        named = {one.pattern.name for one in self.sites.searched}
+        for site in self.sites:
+            if site.layer is not None and site.role not in named:
+                layers.setdefault(site.stack or "", {}).setdefault(site.layer, []).append(site)
+            elif self._shown(site):
+                outside.append(site)
+        places = around(self.near, self.sites, outside, layers)
+
+        def standing(stack: str | None, before: bool) -> tuple[Part, ...]:
+            place = None if stack is None else (stack, before)
+            return self._parts((site, "") for site in outside if places.get(site.id) == place)
+
+        stacks = tuple(
+            Stack(name, standing(name, True), self._groups(numbered), standing(name, False))
+            for name, numbered in layers.items()
+        )
+        return Outline(
+            model=self.program.model,
+            parameters=sum({id(e.tensor): e.tensor.numel() for e in self._parameters()}.values()),
+            nodes=len(self.program.graph.nodes),
+            stacks=stacks,
+            loose=standing(None, False),
+            unmatched=tuple(self._unmatched()),
+            reasons=() if stacks else tuple(str(self.sites.explain(role)) for role in ("attention.q", "ffn.down")),
+            reads=reads(self.near, self.sites),
+        )
+
+    def _shown(self, site: Site) -> bool:
+        """Whether a site is a part: no sublayer or block, and no bias that another site has for its own."""
+        if site.role == "bias" and site.bias is not None:
+            return site.bias.parameter not in self.owned
+        return site.role not in STRUCTURE
+
+    def _parameters(self) -> Iterable[Entry]:
+        return (entry for entry in self.program.table.values() if entry.kind == "parameter" and not entry.added)
+
+    def _groups(self, numbered: Mapping[int, Sequence[Site]]) -> tuple[Group, ...]:
+        blocks: dict[Block, list[tuple[int, Block]]] = {}
+        for number, members in sorted(numbered.items()):
+            block = self._block(members)
+            blocks.setdefault(block, []).append((number, block))
+        return tuple(
+            Group(tuple(number for number, _ in alike), _merged([block for _, block in alike]))
+            for alike in blocks.values()
+        )
+
+    def _block(self, members: Sequence[Site]) -> Block:
+        """The block of one layer."""
+        found = [_Slotted(site, self.order[site.op]) for site in members if site.role in ("attention", "ffn")]
+        for site in members:
+            if not self._shown(site):
+                continue
+            owner, slot = self._home(site, found)
+            if owner is None:
+                owner = _Slotted(None, self.order[site.op])
+                found.append(owner)
+            owner.parts.append((site, slot))
+        found.sort(key=lambda one: (one.order, min((self.order[s.op] for s, _ in one.parts), default=0)))
+        return Block(tuple(self._sublayer(one, members) for one in found))
+
+    def _home(self, site: Site, found: Sequence[_Slotted]) -> tuple[_Slotted | None, Slot]:
+        """The sublayer that a site belongs to, and where in it a norm stands."""
+        if site.role == "norm":
+            for one in found:
+                slot = self._slot(site, one)
+                if slot:
+                    return one, slot
+        role = "ffn" if site.role == "router" else site.role.split(".")[0]
+        order = self.order[site.op]
+        later = [one for one in found if one.order >= order]
+        alike = [one for one in later if one.site and one.site.role == role and one.site.kind == site.kind]
+        if alike:
+            return next((one for one in alike if self._joined(site, one.site)), alike[0]), ""
+        if site.role in ("norm", "bias", "side.down", "side.up") and later:
+            return later[0], ""
+        loose = found[-1] if found and found[-1].site is None else None
+        return loose, ""
+
+    def _joined(self, site: Site, sublayer: Site | None) -> bool:
+        """Whether a site reads what a sublayer reads, or makes its result."""
+        assert sublayer is not None
+        read = {one.op for one in self.near(site.ports.get("input"))}
+        starts = {one.op for one in self.near(sublayer.ports["input"])}
+        return bool(read & starts) or site.op in {one.op for one in self.near(sublayer.ports.get("output"))}
+
+    def _slot(self, norm: Site, one: _Slotted) -> Slot:
+        """Where a norm stands in a sublayer; "" where it is not of it."""
+
+        def fed_by_norm(value: str | None) -> bool:
+            return any(site.op == norm.op for site in self.near(value))
+
+        if one.site is None:
+            return "pre" if any(fed_by_norm(site.ports.get("input")) for site, _ in one.parts) else ""
+        ports = one.site.ports
+        stream = {site.op for site in self.near(ports.get("residual"))}
+        read = [ports["input"], *(s.ports["input"] for s in self._inside(one.site) if "input" in s.ports)]
+        on_stream = norm.op not in stream and any(site.op in stream for site in self.near(norm.ports["input"]))
+        if on_stream and any(map(fed_by_norm, read)):
+            return "pre"
+        if ports.get("normed") == norm.ports["output"]:
+            return "post"
+        if fed_by_norm(ports.get("output")):
+            return "sandwich"
+        for site in self._inside(one.site):
+            if site.role == "attention.core":
+                operands: tuple[Slot, ...] = ("q", "k", "v")
+                for slot in operands:
+                    if fed_by_norm(site.ports[slot]):
+                        return slot
+            elif fed_by_norm(site.ports.get("input")):
+                return "latent" if site.role in QKV else "inner"
+        return ""
+
+    def _inside(self, sublayer: Site) -> list[Site]:
+        roles = (
+            ("attention.core", *QKV, "attention.latent", "attention.o")
+            if sublayer.role == "attention"
+            else ("ffn.hidden",)
+        )
+        same = (sublayer.layer, sublayer.stack, sublayer.kind)
+        return [s for s in self.sites if s.role in roles and (s.layer, s.stack, s.kind) == same]
+
+    def _sublayer(self, one: _Slotted, members: Sequence[Site]) -> Sublayer:
+        site = one.site
+        parts = self._parts(one.parts)
+        if site is None:
+            return Sublayer(role="other", parts=parts)
+        cores = [s for s in members if s.role == "attention.core" and site.role == "attention" and s.kind == site.kind]
+        return Sublayer(
+            role=site.role,
+            kind=site.kind or "",
+            layout=site.layout or "",
+            parallel=site.parallel,
+            mask=next((self.masks[core.id] for core in cores if core.id in self.masks), ""),
+            parts=parts,
+        )
+
+    def _parts(self, slotted: Iterable[tuple[Site, Slot]]) -> tuple[Part, ...]:
+        """The sites as parts, in order; numbered experts of one shape become one part."""
+        found: dict[Part, list[str]] = {}
+        experts: Counter[Part] = Counter()
+        values: Counter[Part] = Counter()
+        for site, slot in slotted:
+            part = self._part(site, slot)
+            key = replace(part, values=0)
+            if key in found and site.expert is None:
+                key = replace(key, note=f"{key.note} {len(found)}".strip())
+            found.setdefault(key, []).append(site.id)
+            experts[key] += site.expert is not None
+            values[key] += part.values
+        return tuple(
+            replace(part, ids=tuple(ids), experts=experts[part] or part.experts, values=values[part])
+            for part, ids in found.items()
+        )
+
+    def _part(self, site: Site, slot: Slot) -> Part:
+        weight = site.weight
+        shape, count = site.shape, 0
+        if site.role == "norm":
+            shape = None if site.scale is None else tuple(self.tensors[site.scale].shape)
+        if shape is not None:
+            count = math.prod(shape) * ((weight.experts if weight else None) or 1)
+        if site.bias is not None and site.role != "bias":
+            stored = self.tensors[site.bias.parameter].numel()
+            count += stored if site.bias.window is None else len(site.bias.window)
+        sharing = self.holders.get(weight.parameter, []) if weight else []
+        return Part(
+            role=site.role,
+            cross=site.kind == "cross",
+            path=starred(site),
+            shape=shape,
+            heads=site.heads,
+            head_dim=site.head_dim,
+            columns="" if site.columns is None else str(site.columns),
+            fused=tuple(dict.fromkeys(s.role for s in sharing if s.op == site.op and s.role != site.role)),
+            experts=weight.experts if weight else None,
+            bias=site.bias is not None and site.role != "bias",
+            slot=slot,
+            stored="in x out" if weight and weight.transposed and site.role != "embedding" else "",
+            tied=self._tied(site),
+            note=site.note,
+            values=count,
+        )
+
+    def _tied(self, site: Site) -> tuple[str, ...]:
+        """What else uses its tensor: other roles, the same role in other layers."""
+        if site.weight is None:
+            return ()
+        names = self.program.table.tied(site.weight.parameter)
+        others = [s for name in names for s in self.holders.get(name, []) if s.op != site.op]
+        same = [s for s in others if s.role == site.role]
+        roles = list(dict.fromkeys(s.role for s in others if s.role != site.role))
+        if same:
+            roles.append("other layers" if site.layer is not None else f"the other {site.role}")
+        return tuple(roles)
+
+    def _unmatched(self) -> Iterable[Unmatched]:
+        for one in self.sites.unmatched:
+            closest = f"closest to {one.closest}: " if one.closest else ""
+            yield Unmatched(one.site.id, one.site.path, closest + one.reason)
+
+
+def starred(site: Site) -> str:
+    """The path, with its layer's number as a star: layers that differ in nothing else are alike."""
+    parts = site.path.split(".")
+    if site.layer is not None:
+        number = next((i for i, part in enumerate(parts) if part == str(site.layer)), None)
+        number = next((i for i, part in enumerate(parts) if part.isdigit()), None) if number is None else number
+        if number is not None:
+            parts[number] = "*"
+    if site.expert is not None:
+        last = next((i for i in reversed(range(len(parts))) if parts[i] == str(site.expert)), None)
+        if last is not None:
+            parts[last] = "*"
+    return ".".join(parts)
+
+
+def _merged(blocks: Sequence[Block]) -> Block:
+    """One block that holds the sites of all: equal but for their ids."""
+    first = blocks[0]
+    ids = [[part.ids for part in block.parts] for block in blocks]
+    merged = iter([tuple(id for each in column for id in each) for column in zip(*ids, strict=True)])
+    return Block(
+        tuple(
+            replace(one, parts=tuple(replace(part, ids=next(merged)) for part in one.parts)) for one in first.sublayers
+        )
+    )

@@ -1,0 +1,158 @@
+"""A model as a page of its own: the drawing, its key, and the table of layers. One file, nothing fetched, no script."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from importlib.resources import files
+from string import Template
+
+from .figure import figure, kinds
+from .parts import Outline, Part, Stack
+from .rows import Section, notes, sections
+from .svg import style
+
+KEY = {
+    "attention.q": "--q",
+    "attention.k": "--k",
+    "attention.v": "--v",
+    "attention.o": "--o",
+    "attention.latent": "--latent",
+    "ffn.gate": "--gate",
+    "ffn.up": "--up",
+    "ffn.down": "--down",
+    "router": "--router",
+    "norm": "--norm",
+    "projection": "--none",
+    "bias": "--none",
+    "embedding": "--ends",
+    "head": "--ends",
+}
+
+
+def page(outline: Outline, footer: str = "") -> str:
+    """The page of a model, as text.
+
+    Args:
+        outline: what the model is made of.
+        footer: a line at the end, such as how long tracing took.
+    """
+    room = files("peftgraph.draw")
+    template = room.joinpath("page.html").read_text(encoding="utf-8")
+    return Template(template).substitute(
+        model=escape(outline.model),
+        style=room.joinpath("page.css").read_text(encoding="utf-8") + style(),
+        facts=escape(" · ".join(outline.facts())),
+        figure=_figure(outline),
+        layers=_layers(outline),
+        unmatched=_unmatched(outline),
+        footer=escape(footer),
+    )
+
+
+def fragment(outline: Outline) -> str:
+    """The drawing with its style, for a notebook."""
+    drawing = figure(outline)
+    return f"<style>{style()}</style>{drawing}" if drawing else f"<p>{escape(nothing(outline))}</p>"
+
+
+def nothing(outline: Outline) -> str:
+    """Why there is nothing to draw."""
+    why = "no residual stream with attention or a feed-forward on it was found, so there are no blocks to draw"
+    return f"{outline.model}: {why}."
+
+
+def _figure(outline: Outline) -> str:
+    drawing = figure(outline)
+    if not drawing:
+        reasons = "".join(f"<pre>{escape(reason)}</pre>" for reason in outline.reasons)
+        why = f"<p class='plain'>{escape(nothing(outline))}</p>{reasons}"
+        return f"<section><h2>No blocks</h2>{why}</section>"
+    return (
+        f'<section><div class="scroll"><div class="center">{drawing}</div></div>{_key(outline)}{_strips(outline)}'
+        "</section>"
+    )
+
+
+def _key(outline: Outline) -> str:
+    present = {part.role for part in _parts(outline)}
+    items = "".join(f"<li>{_swatch(role)}{role}</li>" for role in KEY if role in present and role != "bias")
+    return f'<ul class="key figure-colours">{items}</ul>'
+
+
+def _parts(outline: Outline) -> Iterable[Part]:
+    for stack in outline.stacks:
+        yield from (*stack.stem, *stack.tail)
+        for group in stack.groups:
+            yield from group.block.parts
+
+
+def _strips(outline: Outline) -> str:
+    """The order of the layers, for stacks that have blocks of several kinds."""
+    strips = "".join(_strip(stack) for stack in outline.stacks if len(kinds(stack)) > 1)
+    return f'<div class="strips">{strips}</div>' if strips else ""
+
+
+def _strip(stack: Stack) -> str:
+    kind_of = {layer: (place, kind.title) for place, kind in enumerate(kinds(stack)) for layer in kind.layers}
+    cells = "".join(
+        f'<span class="k{min(place, 3)}" title="layer {layer}: as {escape(title)}"></span>'
+        for layer, (place, title) in sorted(kind_of.items())
+    )
+    return f'<div class="strip"><b>{escape(stack.name or "layers")}</b>{cells}</div>'
+
+
+def _layers(outline: Outline) -> str:
+    found = sections(outline)
+    if not found:
+        return ""
+    head = "".join(
+        f'<th class="{kind}">{name}</th>'
+        for name, kind in (
+            ("role", ""),
+            ("weight", ""),
+            ("out × in", "n"),
+            ("heads", "n"),
+            ("parameters", "n"),
+            ("notes", ""),
+        )
+    )
+    body = "".join(map(_section, found))
+    table = f"<table><thead><tr>{head}</tr></thead>{body}</table>"
+    return f'<section><h2>Layers</h2><div class="scroll">{table}</div></section>'
+
+
+def _section(section: Section) -> str:
+    times = f" × {section.times}" if section.times > 1 else ""
+    title = f"{escape(section.title)}{times}<small>{escape(section.detail)}</small>"
+    return f'<tbody><tr class="group"><td colspan="6">{title}</td></tr>{"".join(map(_row, section.parts))}</tbody>'
+
+
+def _row(part: Part) -> str:
+    shape = " × ".join(map(str, part.shape)) if part.shape else ""
+    heads = f"{part.heads} × {part.head_dim}" if part.heads and part.head_dim else ""
+    values = f"{part.values:,}" if part.values else ""
+    return (
+        f'<tr><td class="role">{_swatch(part.role)}{escape(part.role)}</td><td><code>{escape(part.path)}</code></td>'
+        f'<td class="n">{shape}</td><td class="n">{heads}</td><td class="n">{values}</td>'
+        f'<td class="soft">{escape(", ".join(notes(part)))}</td></tr>'
+    )
+
+
+def _swatch(role: str) -> str:
+    return f'<i class="swatch figure" style="--hue:var({KEY.get(role, "--none")})"></i>'
+
+
+def _unmatched(outline: Outline) -> str:
+    if not outline.unmatched:
+        return ""
+    rows: Sequence[str] = [
+        f"<tr><td><code>{escape(one.id)}</code></td><td><code>{escape(one.path)}</code></td>"
+        f'<td class="soft">{escape(one.reason)}</td></tr>'
+        for one in outline.unmatched
+    ]
+    head = "<thead><tr><th>site</th><th>weight</th><th>why</th></tr></thead>"
+    return (
+        f"<section><h2>Projections without a role</h2><div class='scroll'><table>{head}<tbody>{''.join(rows)}"
+        "</tbody></table></div></section>"
+    )

@@ -1,0 +1,99 @@
+"""What a drawing consists of: boxes, wires, circles and words at places in pixels, from the top left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Anchor = Literal["start", "middle", "end"]
+Point = tuple[float, float]
+OPPOSITE: dict[Anchor, Anchor] = {"start": "end", "end": "start", "middle": "middle"}
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle with a word in its middle, a second one under it (or beside it), and a tooltip.
+
+    Attributes:
+        kind: its CSS classes; a role has the class of its name.
+    """
+
+    kind: str
+    x: float
+    y: float
+    width: float
+    height: float
+    label: str = ""
+    detail: str = ""
+    tip: str = ""
+    radius: float = 5
+
+
+@dataclass(frozen=True)
+class Wire:
+    """A line through points; `arrow` at its end."""
+
+    points: tuple[Point, ...]
+    kind: str = "wire"
+    arrow: bool = True
+
+
+@dataclass(frozen=True)
+class Circle:
+    """An operation: "plus", "times" or "bend" (a nonlinearity)."""
+
+    x: float
+    y: float
+    sign: Literal["plus", "times", "bend"]
+    tip: str = ""
+
+
+@dataclass(frozen=True)
+class Words:
+    """A line of text; y is its baseline."""
+
+    x: float
+    y: float
+    text: str
+    kind: str = "soft"
+    anchor: Anchor = "start"
+
+
+Shape = Box | Wire | Circle | Words
+
+
+def moved(shapes: Iterable[Shape], dx: float, dy: float) -> list[Shape]:
+    """The shapes at another place."""
+    return [
+        replace(one, points=tuple((x + dx, y + dy) for x, y in one.points))
+        if isinstance(one, Wire)
+        else replace(one, x=one.x + dx, y=one.y + dy)
+        for one in shapes
+    ]
+
+
+def mirrored(shapes: Iterable[Shape], width: float) -> list[Shape]:
+    """The shapes as seen in a mirror that stands to their right, inside of `width`; words stay readable."""
+    return [_mirrored(one, width) for one in shapes]
+
+
+def _mirrored(one: Shape, width: float) -> Shape:
+    if isinstance(one, Wire):
+        return replace(one, points=tuple((width - x, y) for x, y in one.points))
+    if isinstance(one, Box):
+        return replace(one, x=width - one.x - one.width)
+    if isinstance(one, Words):
+        return replace(one, x=width - one.x, anchor=OPPOSITE[one.anchor])
+    return replace(one, x=width - one.x)
+
+
+def wire(*points: Point, kind: str = "wire", arrow: bool = True) -> Wire:
+    """A wire through points."""
+    return Wire(tuple(points), kind, arrow)
+
+
+def row(x: float, width: float, count: int, gap: float) -> Sequence[tuple[float, float]]:
+    """(left, width) of `count` boxes that share a width."""
+    each = (width - gap * (count - 1)) / count
+    return [(x + place * (each + gap), each) for place in range(count)]

@@ -1,0 +1,111 @@
+"""Shapes as SVG. Colours and fonts are CSS classes; `STYLE` gives them in a light and a dark scheme."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from html import escape
+from importlib.resources import files
+
+from .shapes import Box, Circle, Shape, Wire, Words
+
+RADIUS = 8
+SIGNS = {
+    "plus": "M-4 0H4M0-4V4",
+    "times": "M-3-3L3 3M-3 3L3-3",
+    "bend": "M-5 3C-1 3 1-3 5-3",
+}
+
+
+def style() -> str:
+    """The CSS of the drawings."""
+    return files("peftgraph.draw").joinpath("figure.css").read_text(encoding="utf-8")
+
+
+def svg(shapes: Iterable[Shape], width: float, height: float, label: str, standalone: bool = False) -> str:
+    """A drawing as one SVG element.
+
+    Args:
+        shapes: what it shows; later ones lie on top.
+        width: in pixels, like `height`.
+        height: in pixels.
+        label: what it shows, for screen readers.
+        standalone: with its own style and name space, as a file of its own.
+    """
+    head = f'viewBox="0 0 {_number(width)} {_number(height)}" width="{_number(width)}" height="{_number(height)}"'
+    own = ' xmlns="http://www.w3.org/2000/svg"' if standalone else ""
+    inner = f"<style>{style()}</style>" if standalone else ""
+    body = "".join(map(_shape, shapes))
+    return f'<svg class="figure" {head} role="img" aria-label="{escape(label)}"{own}>{inner}{body}</svg>'
+
+
+def _shape(one: Shape) -> str:
+    if isinstance(one, Box):
+        return _box(one)
+    if isinstance(one, Wire):
+        return _wire(one)
+    if isinstance(one, Circle):
+        tip = f"<title>{escape(one.tip)}</title>" if one.tip else ""
+        return (
+            f'<g class="op" transform="translate({_number(one.x)} {_number(one.y)})">{tip}<circle r="{RADIUS}"/>'
+            f'<path d="{SIGNS[one.sign]}"/></g>'
+        )
+    return _words(one)
+
+
+def _box(one: Box) -> str:
+    place = f'x="{_number(one.x)}" y="{_number(one.y)}" width="{_number(one.width)}" height="{_number(one.height)}"'
+    tip = f"<title>{escape(one.tip)}</title>" if one.tip else ""
+    middle = one.x + one.width / 2
+    lines: list[str] = []
+    if one.label and one.detail and one.height >= 38:
+        lines.append(_words(Words(middle, one.y + one.height / 2 - 1, one.label, "label", "middle")))
+        lines.append(_words(Words(middle, one.y + one.height / 2 + 13, one.detail, "detail", "middle")))
+    elif one.label:
+        beside = f'<tspan class="detail" dx="7">{escape(one.detail)}</tspan>' if one.detail else ""
+        lines.append(
+            f'<text class="label" x="{_number(middle)}" y="{_number(one.y + one.height / 2 + 4)}" '
+            f'text-anchor="middle">{escape(one.label)}{beside}</text>'
+        )
+    return f'<g class="{one.kind}">{tip}<rect {place} rx="{_number(one.radius)}"/>{"".join(lines)}</g>'
+
+
+def _wire(one: Wire) -> str:
+    """A line with rounded corners; the arrow's head is a path of its own, so that it needs no marker."""
+    path = f"M{_pair(*one.points[0])}"
+    for before, here, after in zip(one.points, one.points[1:], one.points[2:], strict=False):
+        near = min(6.0, _distance(before, here) / 2, _distance(here, after) / 2)
+        path += f"L{_pair(*_towards(here, before, near))}Q{_pair(*here)} {_pair(*_towards(here, after, near))}"
+    path += f"L{_pair(*one.points[-1])}"
+    head = ""
+    if one.arrow:
+        (x0, y0), (x1, y1) = one.points[-2:]
+        length = _distance((x0, y0), (x1, y1)) or 1.0
+        dx, dy = (x1 - x0) / length, (y1 - y0) / length
+        left = (x1 - 6 * dx - 3.2 * dy, y1 - 6 * dy + 3.2 * dx)
+        right = (x1 - 6 * dx + 3.2 * dy, y1 - 6 * dy - 3.2 * dx)
+        head = f'<path class="head" d="M{_pair(x1, y1)}L{_pair(*left)}L{_pair(*right)}Z"/>'
+    return f'<g class="{one.kind}"><path d="{path}"/>{head}</g>'
+
+
+def _words(one: Words) -> str:
+    return (
+        f'<text class="{one.kind}" x="{_number(one.x)}" y="{_number(one.y)}" '
+        f'text-anchor="{one.anchor}">{escape(one.text)}</text>'
+    )
+
+
+def _distance(a: tuple[float, float], b: tuple[float, float]) -> float:
+    return abs(a[0] - b[0]) + abs(a[1] - b[1])
+
+
+def _towards(a: tuple[float, float], b: tuple[float, float], by: float) -> tuple[float, float]:
+    length = _distance(a, b) or 1.0
+    return a[0] + (b[0] - a[0]) / length * by, a[1] + (b[1] - a[1]) / length * by
+
+
+def _pair(x: float, y: float) -> str:
+    return f"{_number(x)} {_number(y)}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.1f}".removesuffix(".0")
