@@ -80,38 +80,53 @@ class Matcher:
         self.total = sum(
             isinstance(one, Call) and not one.optional for _, term in pattern.equations for one in inside(term)
         )
-        self.miss: Miss | None = None
+        self._miss: Miss | None = None
+        self._patient = False  # whether attempts that must fail are followed to where they fail
 
     def matches(self) -> list[Match]:
         """The first match at every node where there is one, in graph order."""
+        found = (next(self._from(node), None) for node in self._roots())
+        return [one for one in found if one is not None]
+
+    def nearest(self) -> Miss:
+        """The attempt that came furthest, of a pattern without a match."""
+        self._patient, self._miss = True, None
+        for node in self._roots():
+            next(self._from(node), None)
+        self._patient = False
+        root = self.pattern.root
+        nothing = f"none in {len(self.flow.nodes)} nodes"
+        return self._miss or Miss(0, self.total, root, self._expected(self.terms[root]), nothing, None)
+
+    def _from(self, node: fx.Node) -> Iterator[Match]:
+        return self._variable(Var(self.pattern.root), node, node, Match())
+
+    def _roots(self) -> Iterator[fx.Node]:
         root = self.terms[self.pattern.root]
-        allowed = self._heads(root)
-        recognised = [self.wholes.get(word, {}) for word in WHOLES if allowed is not None and word in allowed]
-        found: list[Match] = []
-        seen = False
-        for node in self.flow.nodes:
-            if allowed is None or ops.name(node) in allowed or any(node in whole for whole in recognised):
-                seen = True
-                one = next(self._variable(Var(self.pattern.root), node, node, Match()), None)
-                found += [] if one is None else [one]
-        if not seen and self.miss is None:
-            self._note(
-                Match(inside=self.pattern.root), self._expected(root), f"none in {len(self.flow.nodes)} nodes", None
-            )
-        return found
+        return (node for node in self.flow.nodes if self._may_stand(root, node))
 
-    # which operators may stand at the root: everything else is passed over unseen
-
-    def _heads(self, term: Term) -> frozenset[str] | None:
-        """The operators a term may start with (a whole by its own word); None for any."""
-        if isinstance(term, Call) and not term.optional:
-            return frozenset().union(*(operators(word) or {word} for word, _ in self._words(term)))
-        if isinstance(term, Window):
-            return self._heads(term.inner)
+    def _may_stand(self, term: Term, value: object) -> bool:
+        """Whether the operator at `value` is one that the term starts with; nothing further is looked at."""
+        if not isinstance(value, fx.Node):
+            return True
+        if isinstance(term, Call):
+            return term.optional or any(self._is(word, value) for word, _ in self._words(term))
+        if isinstance(term, Var):
+            return term.name not in self.terms or self._may_stand(self.terms[term.name], value)
         if isinstance(term, Either):
-            each = [self._heads(one) for one, _ in term.alternatives]
-            return None if None in each else frozenset().union(*(one for one in each if one is not None))
-        return None
+            return any(self._may_stand(one, value) for one, _ in term.alternatives)
+        if isinstance(term, Window):
+            return self._may_stand(term.inner, value)
+        if isinstance(term, Through):
+            here: fx.Node | None = value
+            while here is not None and not self._may_stand(term.inner, here):
+                here = self._behind(here)
+            return here is not None
+        return True
+
+    def _is(self, word: str, node: fx.Node) -> bool:
+        known = operators(word)
+        return node in self.wholes.get(word, {}) if known is None else ops.name(node) in known
 
     def _words(self, call: Call) -> Sequence[tuple[str, str]]:
         return self.choices.get(call.head, ((call.head, ""),))
@@ -134,7 +149,7 @@ class Matcher:
         elif self._plain(term, value):
             yield so_far
         else:
-            self._note(so_far, str(term), self._shown(value), value)
+            self._note(so_far, term, value)
 
     def _plain(self, term: Term, value: object) -> bool:
         if isinstance(term, Literal):
@@ -148,8 +163,7 @@ class Matcher:
         name = term.name
         if not isinstance(value, fx.Node) or not self.flow.carries_tensor(value):
             equation = self.terms.get(name)
-            expected = f"a value, {name}" if equation is None else self._expected(equation)
-            self._note(so_far, expected, self._shown(value), value)
+            self._note(so_far, equation or f"a value, {name}", value)
             return
         if place is not None:
             so_far = so_far.read(name, place)
@@ -157,7 +171,7 @@ class Matcher:
             if so_far.nodes[name] is value:
                 yield so_far
             else:
-                self._note(so_far, f"{name}, which is {excerpt(so_far.nodes[name])}", self._shown(value), value)
+                self._note(so_far, f"{name}, which is {excerpt(so_far.nodes[name])}" if self._patient else "", value)
         elif name not in self.terms:
             yield so_far.bound(name, value)
         else:
@@ -172,20 +186,20 @@ class Matcher:
             if all(variable in shapes for variable in condition.variables):
                 failure = condition.failure(shapes)
                 if failure is not None:
-                    self._note(so_far, str(condition), failure, so_far.nodes[condition.variables[0]])
+                    self._note(so_far, str(condition), so_far.nodes[condition.variables[0]], failure)
                     return False
         return True
 
     def _through(self, term: Through, value: object, so_far: Match) -> Iterator[Match]:
         place = value if isinstance(value, fx.Node) else None
-        here, before = value, self.miss
+        here, before = value, self._miss
         while True:
             yield from self._term(term.inner, here, place, so_far)
             behind = self._behind(here) if isinstance(here, fx.Node) else None
             if behind is None:
                 return
-            if self.miss is not before and self.miss is not None and self.miss.matched == so_far.count:
-                self.miss = before  # what was only seen through says less than what stands behind it
+            if self._miss is not before and self._miss is not None and self._miss.matched == so_far.count:
+                self._miss = before  # what was only seen through says less than what stands behind it
             here = behind
 
     def _behind(self, node: fx.Node) -> fx.Node | None:
@@ -198,7 +212,7 @@ class Matcher:
         width = self.widths.get(value) if isinstance(value, fx.Node) else None
         if width is None or max(term.start + 1, term.stop or 0) > width:
             found = self._shown(value) if width is None else f"{width} columns"
-            self._note(so_far, f"a projection with the columns of {term}", found, value)
+            self._note(so_far, f"a projection with the columns of {term}", value, found)
             return
         yield from self._term(term.inner, value, place, so_far)
 
@@ -215,7 +229,7 @@ class Matcher:
         if term.optional:
             yield from self._term(term.args[0], value, place, so_far)
         elif not met:
-            self._note(so_far, self._expected(term), self._shown(value), value)
+            self._note(so_far, term, value)
 
     def _arguments(self, word: str, node: fx.Node) -> Arguments | None:
         """What `node` was called with, if it is what the word stands for."""
@@ -236,11 +250,11 @@ class Matcher:
         if tag and tag not in so_far.tags:
             so_far = replace(so_far, tags=(*so_far.tags, tag))
         if len(term.args) > len(arguments.values):
-            self._note(so_far, f"{len(term.args)} arguments", str(len(arguments.values)), node)
+            self._note(so_far, f"{len(term.args)} arguments", node, str(len(arguments.values)))
             return
         for key, wanted in term.options:
             if not arguments.has(key, wanted):
-                self._note(so_far, f"{key}={literal_text(wanted)}", f"{key}={arguments.shown(key)}", node)
+                self._note(so_far, f"{key}={literal_text(wanted)}", node, f"{key}={arguments.shown(key)}")
                 return
         values = arguments.values
         orders = [values]
@@ -250,6 +264,8 @@ class Matcher:
             yield from self._each(term.args, order, so_far)
 
     def _each(self, terms: Sequence[Term], values: Sequence[object], so_far: Match) -> Iterator[Match]:
+        if not self._patient and not all(map(self._may_stand, terms, values)):
+            return
         if not terms:
             yield so_far
             return
@@ -260,10 +276,11 @@ class Matcher:
 
     # near-misses
 
-    def _note(self, so_far: Match, expected: str, found: str, value: object) -> None:
-        if self.miss is None or so_far.count > self.miss.matched:
+    def _note(self, so_far: Match, expected: Term | str, value: object, found: str = "") -> None:
+        if self._patient and (self._miss is None or so_far.count > self._miss.matched):
             node = value if isinstance(value, fx.Node) else None
-            self.miss = Miss(so_far.count, self.total, so_far.inside, expected, found, node)
+            wanted = expected if isinstance(expected, str) else self._expected(expected)
+            self._miss = Miss(so_far.count, self.total, so_far.inside, wanted, found or self._shown(value), node)
 
     def _expected(self, term: Term) -> str:
         if isinstance(term, Call):

@@ -38,7 +38,7 @@ class PatternSearch:
     Attributes:
         pattern: what was looked for.
         count: how many matches there are.
-        miss: the furthest that a match came which failed; None where nothing failed.
+        miss: the attempt that came furthest, where there is no match.
         shown: the node that stood in the way, as a line of the graph; "" where there is none.
         path: the module that node came from, for display.
     """
@@ -59,7 +59,7 @@ def search(anatomy: Anatomy, pattern: Pattern) -> tuple[list[Found], PatternSear
     for match in matches:
         for one in _values(anatomy, pattern, match):
             found.setdefault((one.role, one.node, one.part and one.part.columns), one)
-    miss = matcher.miss
+    miss = None if matches else matcher.nearest()
     if miss is None or miss.node is None:
         return list(found.values()), PatternSearch(pattern, len(matches), miss)
     return list(found.values()), PatternSearch(pattern, len(matches), miss, excerpt(miss.node), module_of(miss.node))
