@@ -13,7 +13,7 @@ from .einsum import letters, operands
 from .flow import Flow
 from .site import NearMiss
 from .softmax import find_softmaxes
-from .tags import Tagger, varies
+from .tags import Tagger, Tags, along, varies
 
 ROLE: Final = "attention.core"
 CONDITIONS: Final = (
@@ -117,6 +117,8 @@ def _scores(
         seen.add(node)
         if is_product(flow, node):
             found.append(node)
+        elif (mixed := _mixed_heads(flow, node)) is not None:
+            todo.append(mixed)
         elif node in projected or node.op != "call_function" or ops.name(node) not in through:
             ends.append(node)
         else:
@@ -125,6 +127,23 @@ def _scores(
                 mask = _mask_side(flow, node, addends)
             todo.extend(addends)
     return found, mask, ends
+
+
+def _mixed_heads(flow: Flow, node: fx.Node) -> fx.Node | None:
+    """The scores that a projection over heads mixes (talking-heads attention, arXiv 2003.02436); None where `node`
+    is none: what it contracts must be an axis that both factors of the scores have."""
+    if ops.name(node) != "linear" or not flow.raw(flow.operands(node)[1]):
+        return None
+    mixed = flow.operands(node)[0]
+    product = flow.strip(mixed)
+    axes = free_axes(flow, product) if is_product(flow, product) else None
+    if axes is None:
+        return None
+    shape = flow.shape(product)
+    free = {axis % len(shape) for axis in axes}
+    common = [axis for axis in range(1, len(shape)) if axis not in free]
+    tags = Tagger(flow, {product: along(shape, common)}).run(mixed) if common else None
+    return mixed if tags is not None and tags.shape == flow.shape(mixed) and varies(tags, tags.dim() - 1) else None
 
 
 def _mask_side(flow: Flow, node: fx.Node, addends: list[fx.Node]) -> fx.Node | None:
@@ -155,10 +174,21 @@ def _weighting(flow: Flow, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
             sides = factors(user)
             if sides is not None and is_product(flow, user):
                 return user, sides[1] if sides[0] is here else sides[0]
-            if user not in seen and ops.name(user) in through:
+            over_heads = ops.name(user) == "linear" and _spares_keys(flow, node, user)
+            if user not in seen and (over_heads or ops.name(user) in through):
                 seen.add(user)
                 todo.append(user)
     return None
+
+
+def _spares_keys(flow: Flow, softmax: fx.Node, linear: fx.Node) -> bool:
+    """Does a linear behind a softmax contract another axis than the softmax's, and no features of v either?"""
+    here = flow.operands(linear)[0]
+    dim, shape = ops.argument(softmax, 1, "dim"), flow.shape(softmax)
+    if not flow.raw(flow.operands(linear)[1]) or not isinstance(dim, int) or len(shape) < 4:
+        return False
+    tags = Tagger(flow, {softmax: along(shape, (dim,))}).run(here)
+    return tags.shape == flow.shape(here) and bool((tags != 0).all()) and not varies(tags, tags.dim() - 1)
 
 
 def free_axes(flow: Flow, product: fx.Node) -> tuple[int, int] | None:
@@ -174,6 +204,16 @@ def free_axes(flow: Flow, product: fx.Node) -> tuple[int, int] | None:
     return (first[0], second[0]) if len(first) == 1 and len(second) == 1 else None
 
 
+def _run(flow: Flow, product: fx.Node, seed: Tags, argument: fx.Node) -> Tags:
+    """Tags from a product to the softmax's argument, past a projection over heads, which keeps the other axes."""
+    for node in flow.nodes[flow.order[product] : flow.order[argument]]:
+        mixed = _mixed_heads(flow, node) if flow.descends(node, product) and flow.descends(argument, node) else None
+        if mixed is not None:
+            tags = Tagger(flow, {product: seed}).run(mixed)
+            return Tagger(flow, {node: tags[..., :1].expand(flow.shape(node))}).run(argument)
+    return Tagger(flow, {product: seed}).run(argument)
+
+
 def _query_first(flow: Flow, product: fx.Node, argument: fx.Node, dim: int | None) -> tuple[fx.Node, fx.Node] | None:
     """(q, k): k is the factor whose free axis is the softmax axis, found by running an index along it."""
     sides, axes = factors(product), free_axes(flow, product)
@@ -184,7 +224,7 @@ def _query_first(flow: Flow, product: fx.Node, argument: fx.Node, dim: int | Non
         spread = [1] * len(shape)
         spread[axis] = shape[axis]
         seed = torch.arange(1, shape[axis] + 1).reshape(spread).expand(shape)
-        tags = Tagger(flow, {product: seed}).run(argument)
+        tags = _run(flow, product, seed, argument)
         if tags.dim() == len(flow.shape(argument)) and varies(tags, dim):
             return q, k
     return None

@@ -23,6 +23,12 @@ def paths(sites: Sites, selector: str) -> list[str]:
     return [site.path for site in sites.require(selector)]
 
 
+def missed(sites: Sites, role: str) -> str:
+    """What stands where a role was looked for."""
+    (miss,) = (miss for miss in sites.misses if miss.role == role)
+    return miss.found
+
+
 class Attend(nn.Module):
     """q from one value, k and v from another."""
 
@@ -120,7 +126,7 @@ def test_learned_latents_are_projected_and_carry_a_stream(find: Find) -> None:
 
 def test_latents_that_nothing_projects_have_no_q(find: Find) -> None:
     sites = find(Latents(bare=True), (torch.randn(3, 7, 10),))
-    assert "leads back to constants only, to no projection" in sites.explain("attention.q")
+    assert "%latents behind q" in missed(sites, "attention.q")
     assert paths(sites, "attention.k") == ["read.k"]
 
 
@@ -245,3 +251,36 @@ class Gated(nn.Module):
 def test_what_gates_a_value_is_no_part_of_it(find: Find) -> None:
     (site,) = find(Gated(), (torch.randn(3, 7, D),)).require("attention.v")
     assert site.columns == Columns(((2 * D, 3 * D),))
+
+
+class Talking(nn.Module):
+    """Talking heads: linears over the heads before and after the softmax; or over the keys, which is none."""
+
+    def __init__(self, over_heads: bool) -> None:
+        super().__init__()
+        self.over_heads, size = over_heads, H if over_heads else 7
+        self.qkv, self.o = nn.Linear(D, 3 * D), nn.Linear(D, D)
+        self.before, self.after = nn.Linear(size, size), nn.Linear(size, size)
+
+    def over(self, linear: nn.Module, scores: Tensor) -> Tensor:
+        return linear(scores.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if self.over_heads else linear(scores)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (heads(part) for part in self.qkv(x).chunk(3, dim=-1))
+        weights = self.over(self.after, self.over(self.before, q @ k.transpose(-2, -1) / 2).softmax(-1))
+        return x + self.o((weights @ v).transpose(1, 2).flatten(2))
+
+
+def test_heads_may_talk(find: Find) -> None:
+    sites = find(Talking(True), (torch.randn(5, 7, D),))
+    for i, role in enumerate("qkv"):
+        (site,) = sites.require(f"attention.{role}")
+        assert site.columns == Columns(((D * i, D * i + D),))
+    assert paths(sites, "attention.o") == ["o"]
+    assert paths(sites, "projection") == ["before", "after"]
+
+
+def test_scores_projected_along_the_keys_are_none_of_attention(find: Find) -> None:
+    sites = find(Talking(False), (torch.randn(5, 7, D),))
+    assert not sites.select("attention.*")
+    assert missed(sites, "attention.core") == "%linear_1 (linear)"
