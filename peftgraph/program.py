@@ -20,12 +20,13 @@ from peftgraph.ir.text import assign_labels, print_diff, print_program, size_nam
 from peftgraph.ir.verify import verify
 from peftgraph.lower.export import export
 from peftgraph.lower.module import GraphModule
+from peftgraph.lower.surround import surround
 from peftgraph.rewrite.apply import apply, remove
 from peftgraph.rewrite.count import Count, count
 from peftgraph.rewrite.method import Pass, Pipeline
 from peftgraph.sites import Pattern, Selector, Sites, as_selector, find_sites
 from peftgraph.sites.naming import sections, titles
-from peftgraph.trace import capture
+from peftgraph.trace import capture, capture_part
 from peftgraph.trace.progress import Progress, silent
 
 
@@ -123,7 +124,7 @@ class Program(ProgramData):
         Only new parameters require grad. They are shared with this program, so `pg.fold` sees what training did to
         them.
         """
-        return GraphModule(self)
+        return GraphModule(self) if self.surrounding is None else surround(self, self.surrounding)
 
     def export(self, path: str | PathLike[str]) -> Path:
         """Writes the graph by suffix: `.pt2` (torch.export) or `.onnx`.
@@ -166,20 +167,28 @@ class Program(ProgramData):
 
 
 def trace(
-    model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] | Tensor, *, progress: Progress = silent
+    model: nn.Module,
+    example: Mapping[str, Any] | tuple[Any, ...] | Tensor,
+    *,
+    root: str = "",
+    progress: Progress = silent,
 ) -> Program:
     """Traces a model into a Program.
 
     Args:
         model: any nn.Module; its weights may be on the meta device. It is not modified; its weights are shared.
         example: a dict of keyword inputs or a tuple of positional ones. Batch and length become dynamic.
+        root: the dotted name of a submodule to trace alone, as the model calls it first on `example`; for a model whose
+            other code branches on data. `module()` then is the whole model, with this part rewritten and the rest as it
+            was written; paths, parameter names, `write_back` and adapters are the whole model's. `export` writes the
+            graph of the submodule.
         progress: called with a phase, how many of its steps (layers) have begun, and how many there are, 0 where
             that is unknown: `progress("exporting", 3, 96)`.
 
     Raises:
         TraceError: the model cannot be traced; the message names the line of its code and what to change.
     """
-    data = capture(model, example, progress)
+    data = capture_part(model, example, root, progress) if root else capture(model, example, progress)
     progress("finding sites", 0, 0)
     sites = find_sites(data.graph, data.table.tensors(), size_names(data))
     progress("verifying", 0, 0)

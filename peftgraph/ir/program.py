@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from peftgraph.ir.signature import Signature
 from peftgraph.ir.table import Table
@@ -64,6 +64,21 @@ class Applied:
 
 
 @dataclass(frozen=True, eq=False)
+class Surrounding:
+    """The model around a traced submodule.
+
+    Attributes:
+        model: a frozen copy of the whole model; it shares the storage of the parameters.
+        root: the dotted name of the submodule in it.
+        assumed: arguments of the model that are False where a call does not give them.
+    """
+
+    model: nn.Module
+    root: str
+    assumed: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, eq=False)
 class ProgramData:
     """A traced model and what passes made of it.
 
@@ -78,6 +93,7 @@ class ProgramData:
         marked: whether literals that follow the parameters' dtype are known.
         base: the traced program that all edits started from; None for that program itself.
         proof: the evidence of folding, on a folded program.
+        surrounding: the model around, when a submodule was traced; the table holds the tensors of the whole model.
     """
 
     model: str
@@ -90,6 +106,7 @@ class ProgramData:
     marked: bool = True
     base: ProgramData | None = None
     proof: Any = None
+    surrounding: Surrounding | None = None
 
     def evolve(self, **changes: Any) -> Self:
         """A program with some fields replaced."""

@@ -19,17 +19,18 @@ from torch.utils import _pytree as pytree
 from peftgraph.errors import TraceError
 from peftgraph.ir.builder import number
 from peftgraph.ir.literals import mark, retarget
-from peftgraph.ir.program import ProgramData, calls, stored
+from peftgraph.ir.program import ProgramData, Surrounding, calls, stored
 from peftgraph.ir.propagate import fake_like, fake_mode_of, propagate
 from peftgraph.ir.signature import Input, Signature
 from peftgraph.ir.table import Entry, Table
 from peftgraph.trace.diagnose import explain, quiet
-from peftgraph.trace.example import Example, bind_example
+from peftgraph.trace.example import Example, bind_call, bind_example
 from peftgraph.trace.exporter import export_ghost, markers_of
 from peftgraph.trace.inplace import out_of_place
 from peftgraph.trace.merge import merge
 from peftgraph.trace.normalise import canonical
 from peftgraph.trace.progress import Progress, silent
+from peftgraph.trace.surrounding import bound_calls, serves
 from peftgraph.trace.training import modes_agree
 
 
@@ -50,21 +51,73 @@ def capture(
     """
     bound = bind_example(model, example)
     table = _table_of(model)
-    progress("comparing training with evaluation", 0, 0)
-    agree = modes_agree(model, bound)
-    traced = _trace(model, bound, table, progress, training=True, markers=markers_of(model, table.dtype))
-    if not agree:
-        other = _trace(model, bound, table, progress, training=False, markers=[traced.marker])
-        traced = _with_evaluation(traced, other)
+    traced = _in_both_modes(model, bound, table, progress)
+    return _program(type(model).__name__, traced, bound)
+
+
+def capture_part(
+    model: nn.Module,
+    example: Mapping[str, Any] | tuple[Any, ...] | Tensor,
+    root: str,
+    progress: Progress = silent,
+) -> ProgramData:
+    """Traces the submodule `root` of `model` into a program; names and tensors are those of the whole model.
+
+    Args:
+        model: any module; it is not modified. A copy of it that shares its parameters is run on `example`.
+        example: a call of the whole model.
+        root: the dotted name of a submodule. It is traced as it is called first.
+        progress: told how far it is.
+
+    Raises:
+        TraceError: there is no such submodule, it is not called or in several ways, or it cannot be traced.
+    """
+    progress(f"running the model, to see how {root} is called", 0, 0)
+    around, outer, seen = bound_calls(model, root, example)
+    part, table = model.get_submodule(root), _table_of(model)
+    own = _table_of(part)
+    if own.dtype != table.dtype:
+        raise TraceError(f"{root} is {own.dtype} in a model that is {table.dtype}. Convert one of them first.")
+    bound = bind_call(part, seen[0].args, seen[0].kwargs)
+    traced = _in_both_modes(part, bound, own, progress)
+    serves(traced.signature, root, seen)
+    constants = {name: entry for name, entry in traced.table.items() if entry.kind == "constant"}
+    _prefix(traced.graph, root, constants)
+    traced = replace(traced, table=table.with_(constants))
+    return _program(type(model).__name__, traced, bound, Surrounding(around, root, outer.assumed))
+
+
+def _prefix(graph: fx.Graph, root: str, constants: Mapping[str, Entry]) -> None:
+    """Gives tensors and module paths, in place, the names they have in the whole model."""
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target not in constants:
+            node.target = f"{root}.{node.target}"
+        stack = node.meta.get("nn_module_stack")
+        if stack:
+            paths = {key: (f"{root}.{path}" if path else root, cls) for key, (path, cls) in stack.items()}
+            node.meta["nn_module_stack"] = paths
+
+
+def _program(model: str, traced: _Traced, bound: Example, surrounding: Surrounding | None = None) -> ProgramData:
     number(traced.graph)
     return ProgramData(
-        model=type(model).__name__,
+        model=model,
         graph=traced.graph,
         table=traced.table,
         signature=traced.signature,
         example=bound.tensors,
         marked=traced.marker is not None,
+        surrounding=surrounding,
     )
+
+
+def _in_both_modes(model: nn.Module, bound: Example, table: Table, progress: Progress) -> _Traced:
+    progress("comparing training with evaluation", 0, 0)
+    agree = modes_agree(model, bound)
+    traced = _trace(model, bound, table, progress, training=True, markers=markers_of(model, table.dtype))
+    if agree:
+        return traced
+    return _with_evaluation(traced, _trace(model, bound, table, progress, training=False, markers=[traced.marker]))
 
 
 @dataclass(frozen=True)

@@ -72,8 +72,13 @@ def bind_example(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] 
     Raises:
         TraceError: the example does not fit the signature, or holds no tensor.
     """
-    forward = inspect.signature(model.forward)
     args, kwargs = _split(example)
+    return bind_call(model, args, kwargs)
+
+
+def bind_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Example:
+    """As `bind_example`, for a call with positional and keyword arguments."""
+    forward = inspect.signature(model.forward)
     try:
         arguments = arguments_of(forward, args, kwargs)
     except TypeError as error:
