@@ -8,7 +8,7 @@ of a graph and nothing above it, so that the search for built-in roles may use i
 
 from .explain import explain_pattern as explain_pattern
 from .match import Matcher as Matcher
-from .match import Miss as Miss
+from .outcome import Miss as Miss
 from .pattern import Pattern as Pattern
 from .pattern import PatternRole as PatternRole
 from .terms import Term as Term

@@ -8,7 +8,7 @@ order and taken back when what follows fails, so the first match of a node is th
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Final, TypeAlias
 
 from torch import fx
@@ -16,6 +16,7 @@ from torch import fx
 from .. import ops
 from ..flow import Flow
 from .arguments import Arguments, excerpt, same_constant
+from .outcome import Match, Miss
 from .pattern import Pattern
 from .terms import Call, Either, Literal, Term, Through, Var, Window, Word, inside, literal_text
 from .vocabulary import COMMUTATIVE, WHOLES, operators
@@ -27,44 +28,6 @@ SEEN_THROUGH: Final = (ops.LAYOUT | ops.CAST | ops.DROPOUT) - ops.words(
 
 # The recognised values of a graph by word: the node that holds one, and what it reads.
 Wholes: TypeAlias = Mapping[str, Mapping[fx.Node, tuple[fx.Node, ...]]]
-
-
-@dataclass(frozen=True)
-class Match:
-    """Names bound to nodes, as far as a search has come.
-
-    `places`: the values through which each name was read; `tags`: the alternatives taken; `count`: how many operators
-    have matched; `inside`: the equation that is being read.
-    """
-
-    nodes: Mapping[str, fx.Node] = field(default_factory=dict)
-    places: Mapping[str, tuple[fx.Node, ...]] = field(default_factory=dict)
-    operators: Mapping[str, str] = field(default_factory=dict)
-    tags: tuple[str, ...] = ()
-    count: int = 0
-    inside: str = ""
-
-    def bound(self, name: str, node: fx.Node) -> Match:
-        return replace(self, nodes={**self.nodes, name: node})
-
-    def read(self, name: str, place: fx.Node) -> Match:
-        known = self.places.get(name, ())
-        return self if place in known else replace(self, places={**self.places, name: (*known, place)})
-
-
-@dataclass(frozen=True)
-class Miss:
-    """The furthest that a pattern came: how many of its operators matched, and what stood where another should.
-
-    `inside` is the equation that failed; `node` the value that stood there, None where it was a literal or nothing.
-    """
-
-    matched: int
-    total: int
-    inside: str
-    expected: str
-    found: str
-    node: fx.Node | None
 
 
 class Matcher:
@@ -103,7 +66,21 @@ class Matcher:
 
     def _roots(self) -> Iterator[fx.Node]:
         root = self.terms[self.pattern.root]
-        return (node for node in self.flow.nodes if self._may_stand(root, node))
+        heads = self._heads(root)
+        if heads is None:
+            return (node for node in self.flow.nodes if self._may_stand(root, node))
+        return (node for node in self.flow.nodes if ops.name(node) in heads)
+
+    def _heads(self, term: Term) -> frozenset[str] | None:
+        """The operators that a term can start with; None where the operator alone does not tell."""
+        if isinstance(term, Call) and not term.optional:
+            each = [operators(word) for word, _ in self._words(term)]
+        elif isinstance(term, Either | Window):
+            each = [self._heads(one) for one in term.parts()]
+        else:
+            return None
+        known = [one for one in each if one is not None]
+        return frozenset().union(*known) if len(known) == len(each) else None
 
     def _may_stand(self, term: Term, value: object) -> bool:
         """Whether the operator at `value` is one that the term starts with; nothing further is looked at."""

@@ -15,7 +15,8 @@ from ..projections import Projection
 from ..site import Columns
 from ..tags import in_order
 from .arguments import excerpt
-from .match import Match, Matcher, Miss, Wholes
+from .match import Matcher, Wholes
+from .outcome import Match, Miss
 from .pattern import Pattern
 from .terms import Window
 
