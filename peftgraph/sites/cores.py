@@ -175,7 +175,8 @@ def _weighting(flow: Flow, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
             if sides is not None and is_product(flow, user):
                 return user, sides[1] if sides[0] is here else sides[0]
             over_heads = ops.name(user) == "linear" and _spares_keys(flow, node, user)
-            if user not in seen and (over_heads or ops.name(user) in through):
+            mixed = ops.name(user) == "add" and flow.shape(user) == flow.shape(node)  # with weights by position
+            if user not in seen and (over_heads or mixed or ops.name(user) in through):
                 seen.add(user)
                 todo.append(user)
     return None

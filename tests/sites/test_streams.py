@@ -284,3 +284,27 @@ def test_scores_projected_along_the_keys_are_none_of_attention(find: Find) -> No
     sites = find(Talking(False), (torch.randn(5, 7, D),))
     assert not sites.select("attention.*")
     assert missed(sites, "attention.core") == "%linear_1 (linear)"
+
+
+class Positional(nn.Module):
+    """Weights by content and weights by position, mixed by a gate, or only by position."""
+
+    def __init__(self, content: bool) -> None:
+        super().__init__()
+        self.content = content
+        self.qkv, self.o = nn.Linear(D, 3 * D), nn.Linear(D, D)
+        self.table, self.gate = nn.Parameter(torch.randn(H, 7, 7)), nn.Parameter(torch.randn(H, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (heads(part) for part in self.qkv(x).chunk(3, dim=-1))
+        weights = self.table.softmax(-1).expand(x.shape[0], -1, -1, -1)
+        if self.content:
+            gate = torch.sigmoid(self.gate)
+            weights = (1 - gate) * (q @ k.transpose(-2, -1) / 2).softmax(-1) + gate * weights
+        return x + self.o((weights @ v).transpose(1, 2).flatten(2))
+
+
+def test_weights_by_content_may_be_mixed_with_weights_by_position(find: Find) -> None:
+    sites = find(Positional(True), (torch.randn(5, 7, D),))
+    assert [len(sites.require(f"attention.{role}")) for role in "qkvo"] == [1, 1, 1, 1]
+    assert not find(Positional(False), (torch.randn(5, 7, D),)).select("attention.*")
