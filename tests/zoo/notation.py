@@ -21,7 +21,7 @@ def attention(
     path: str,
     *,
     layer: int | None = None,
-    kind: Literal["self", "cross"] = "self",
+    kind: Literal["self", "cross"] | None = "self",
     layout: Literal["pre", "post", "sandwich"] | None = None,
     uses: int = 1,
     **roles: str,
