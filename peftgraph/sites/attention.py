@@ -238,7 +238,6 @@ def find_latents(anatomy: Anatomy, attentions: Sequence[Attention]) -> list[tupl
     Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1) compresses its keys and values so. What
     a residual stream starts from, or several attentions read, is no latent.
     """
-    roots = {join.root for join in anatomy.joins}
     readers: dict[Projection, dict[Attention, list[fx.Node]]] = {}
     for one in attentions:
         for value in {part.projection.input for part in one.parts if part.role != "attention.o"}:
@@ -247,9 +246,16 @@ def find_latents(anatomy: Anatomy, attentions: Sequence[Attention]) -> list[tupl
                 readers.setdefault(latent, {}).setdefault(one, []).append(value)
     found: list[tuple[Attention, Part]] = []
     for latent, reading in readers.items():
-        if len(reading) == 1 and latent.output not in roots:
-            ((one, values),) = reading.items()
+        one, values = next(iter(reading.items()))
+        if len(reading) == 1 and not _before_stream(anatomy, latent, one):
             arrived = [in_order(arrivals(anatomy, value, [latent])[0]) for value in values]
             features = torch.unique(torch.cat(arrived)) - 1
             found.append((one, Part("attention.latent", latent, columns_of(latent, features))))
     return found
+
+
+def _before_stream(anatomy: Anatomy, latent: Projection, one: Attention) -> bool:
+    """Does the residual stream that an attention writes to start from the projection?"""
+    flow = anatomy.flow
+    join = next((join for join in anatomy.joins if flow.descends(join.branch, one.core.output)), None)
+    return join is not None and flow.descends(join.source, latent.output)

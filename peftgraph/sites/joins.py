@@ -109,11 +109,14 @@ def _heavy_between(flow: Flow, source: fx.Node, branch: fx.Node, heavy: int) -> 
 
 
 def _local(flow: Flow, source: fx.Node, branch: fx.Node, joins: dict[fx.Node, Join]) -> bool:
-    """No join of the same stream lies between the source and the branch."""
+    """No join lies between the source and the branch, but of streams that start inside the branch (a state-space
+    model's scan adds its own input, scaled)."""
     for node in reversed(joins):
         if flow.descends(source, node):
             return True
-        if flow.descends(node, source) and flow.descends(branch, node):
+        root = joins[node].root
+        inside = root is not source and flow.descends(root, source)
+        if flow.descends(node, source) and flow.descends(branch, node) and not inside:
             return False
     return True
 

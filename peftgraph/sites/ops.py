@@ -30,7 +30,7 @@ DROPOUT: Final = words("dropout native_dropout alpha_dropout feature_dropout ber
 NONLINEAR: Final = words(
     "gelu silu relu tanh sigmoid mish leaky_relu elu selu celu softplus hardswish hardsigmoid",
     "hardtanh relu6 erf exp pow square prelu logsigmoid log_sigmoid softsign glu swish threshold",
-    "rrelu softmax _softmax expm1 log1p sin abs minimum maximum clamp clamp_min clamp_max",
+    "rrelu softmax _softmax expm1 log1p sin abs minimum maximum",
 )
 REDUCTION: Final = words("mean sum var std norm linalg_vector_norm amax amin max min prod logsumexp var_mean std_mean")
 # These normalise [batch, features, ...], where the others normalise [..., features].

@@ -20,6 +20,7 @@ from . import ops
 from .flow import Flow, hint
 
 Tags = torch.Tensor
+PAIR = 2**31
 KEPT = ops.words("contiguous clone alias detach lift_fresh_copy")  # layouts that leave every tag where it is
 
 
@@ -110,7 +111,7 @@ class Tagger:
         if kind in ("view", "_unsafe_view", "view_as", "reshape_as"):
             return args[0].reshape(self.flow.shape(node))
         if kind in ops.COMPLEX:
-            return self._complex(node, kind, args[0])
+            return self._complex(kind, args[0])
         target: Any = node.target
         moved = target(*args, **kwargs)
         if kind == "index" and any(self._unknown(one) for one in self.flow.operands(node)[1:]):
@@ -122,13 +123,11 @@ class Tagger:
     def _unknown(self, node: fx.Node) -> bool:
         return not self.flow.floating(node) and not self.flow.constant(node)
 
-    def _complex(self, node: fx.Node, kind: str, value: Tags) -> Tags:
-        """Real pairs and complex numbers: a pair's tag is its first (or last) member's."""
-        return (
-            value[..., int(self.last)]
-            if kind == "view_as_complex"
-            else value.unsqueeze(-1).expand(self.flow.shape(node))
-        )
+    def _complex(self, kind: str, value: Tags) -> Tags:
+        """A complex number carries the tags of the pair it was made of, in one integer."""
+        if kind == "view_as_complex":
+            return value[..., 0] * PAIR + value[..., 1]
+        return torch.stack((value // PAIR, value % PAIR), dim=-1)
 
     def _halves(self, node: fx.Node) -> Tags:
         value = self._operand(self.flow.operands(node)[0])

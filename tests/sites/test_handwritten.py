@@ -285,3 +285,57 @@ def test_attention_free_nets_have_blocks_and_projections(find: Find) -> None:
     assert not sites.select("attention|attention.*|attention.core")
     assert [site.path for site in sites.select("block")] == ["0.f", "1.f"]
     assert [site.path for site in sites.select("head")] == ["2"]
+
+
+class ComplexRotary(nn.Module):
+    """Queries and keys are turned as complex numbers; q and k share a projection, head by head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qk, self.v, self.o = nn.Linear(D, 2 * D), nn.Linear(D, D), nn.Linear(D, D)
+
+    def turned(self, value: torch.Tensor) -> torch.Tensor:
+        pairs = torch.view_as_complex(value.unflatten(-1, (-1, 2)).contiguous())
+        angle = torch.arange(value.shape[-2], device=value.device)[:, None] * torch.tensor([1.0, 0.1])
+        return torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)).flatten(-2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k = self.qk(x).unflatten(-1, (H, 2, -1)).unbind(-2)
+        q, k = self.turned(q.transpose(1, 2)), self.turned(k.transpose(1, 2))
+        mixed = F.scaled_dot_product_attention(q, k, heads(self.v(x)))
+        return x + self.o(mixed.transpose(1, 2).flatten(2))
+
+
+def test_both_features_of_a_complex_pair_arrive(find: Find) -> None:
+    sites = find(ComplexRotary(), x())
+    each = D // H
+    for start, role in enumerate("qk"):
+        runs = tuple(((2 * head + start) * each, (2 * head + start + 1) * each) for head in range(H))
+        assert columns(sites, f"attention.{role}") == [Columns(runs)]
+
+
+class Scan(nn.Module):
+    """A state-space mixer in small: the scan adds its own input, scaled, inside the branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.a, self.b, self.o = nn.LayerNorm(D), nn.Linear(D, 20), nn.Linear(20, 20), nn.Linear(20, D)
+        self.scale = nn.Parameter(torch.rand(20))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = F.silu(self.a(self.norm(x)))
+        return x + self.o(torch.cumsum(self.b(h), 1) + h * self.scale)
+
+
+def test_a_residual_add_inside_a_branch_does_not_hide_the_one_around_it(find: Find) -> None:
+    sites = find(nn.Sequential(Fused(), Scan(), Feed(), Fused()), x())
+    assert [(site.path, site.layer) for site in sites.select("ffn.down")] == [("0.down", 0), ("2.down", 1), ("3.down", 2)]
+
+
+class Feed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(D), nn.Linear(D, 20), nn.Linear(20, D)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x))))
