@@ -329,7 +329,11 @@ class Scan(nn.Module):
 
 def test_a_residual_add_inside_a_branch_does_not_hide_the_one_around_it(find: Find) -> None:
     sites = find(nn.Sequential(Fused(), Scan(), Feed(), Fused()), x())
-    assert [(site.path, site.layer) for site in sites.select("ffn.down")] == [("0.down", 0), ("2.down", 1), ("3.down", 2)]
+    assert [(site.path, site.layer) for site in sites.select("ffn.down")] == [
+        ("0.down", 0),
+        ("2.down", 1),
+        ("3.down", 2),
+    ]
 
 
 class Feed(nn.Module):
