@@ -1,6 +1,7 @@
 """The methods, one file each."""
 
 from .adapter_drop import AdapterDrop as AdapterDrop
+from .adapter_fusion import AdapterFusion as AdapterFusion
 from .bitfit import BitFit as BitFit
 from .ciat import CIAT as CIAT
 from .compacter import Compacter as Compacter

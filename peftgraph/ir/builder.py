@@ -78,14 +78,14 @@ class Builder:
 
     # parameters
 
-    def param(self, name: str, shape: Sequence[int], init: Initializer) -> fx.Node:
-        """A new trainable parameter `owner.name`, filled in place by `init`.
+    def param(self, name: str, shape: Sequence[int], init: Initializer, trainable: bool = True) -> fx.Node:
+        """A new parameter `owner.name`, filled in place by `init`; a frozen one is saved with the adapter all the same.
 
         Raises:
             Conflict: the name is taken.
         """
         full = f"{self.owner}.{name}"
-        self.entries[full] = self._new(full, shape, init)
+        self.entries[full] = self._new(full, shape, init, trainable)
         return self._read(full, name)
 
     def shared(self, name: str, shape: Sequence[int], init: Initializer) -> fx.Node:
@@ -106,7 +106,7 @@ class Builder:
             self.common.nodes[key] = build()
         return self.common.nodes[key]
 
-    def _new(self, full: str, shape: Sequence[int], init: Initializer) -> Entry:
+    def _new(self, full: str, shape: Sequence[int], init: Initializer, trainable: bool = True) -> Entry:
         if full in self.taken:
             raise Conflict(
                 f"{self.maker} would make the parameter {full}, which exists already (made by {self.taken[full]}). Two "
@@ -117,7 +117,7 @@ class Builder:
             with torch.no_grad():
                 init(value)
         self.taken[full] = self.maker
-        return Entry(nn.Parameter(value), "parameter", trainable=True, added=True)
+        return Entry(nn.Parameter(value, requires_grad=trainable), "parameter", trainable=trainable, added=True)
 
     def _read(self, full: str, hint: str) -> fx.Node:
         return self._insert(

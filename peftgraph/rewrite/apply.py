@@ -183,7 +183,7 @@ class _Work:
         nodes = tuple(node.name for node in builder.nodes)
         self.names.update({node.name: node for node in builder.nodes})
         self.entries.update(builder.entries)
-        parameters = tuple(name for name, entry in builder.entries.items() if entry.trainable)
+        parameters = tuple(name for name, entry in builder.entries.items() if entry.kind == "parameter")
         return Edit(self.application, number, match.site.id, tuple(moves), nodes, parameters)
 
     def _redirect(self, match: Match, port: str, old: fx.Node, new: fx.Node, builder: Builder) -> Move:

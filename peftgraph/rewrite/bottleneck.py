@@ -25,6 +25,7 @@ class Bottleneck:
         activation: a word of `ACTIVATIONS`.
         dropout: on the narrow value, in training.
         down, up: how the two weights start. With `up` zero an added bottleneck changes nothing at first.
+        trainable: whether its parameters train.
     """
 
     width: int
@@ -32,6 +33,7 @@ class Bottleneck:
     dropout: float = 0.0
     down: Initializer = init.kaiming
     up: Initializer = init.zeros
+    trainable: bool = True
 
     def check(self, method: Pass) -> None:
         """Refuses, in the name of `method`, an empty width, an unknown activation and a dropout outside [0, 1)."""
@@ -44,10 +46,10 @@ class Bottleneck:
 
     def build(self, op: Builder, x: fx.Node, features: int, prefix: str = "") -> fx.Node:
         """The bottleneck of x; its four parameters are called `{prefix}down_weight`, ... `features`: O."""
-        inner = int(x.meta["val"].shape[-1])
-        down_MI = op.param(f"{prefix}down_weight", (self.width, inner), self.down)
-        down_M = op.param(f"{prefix}down_bias", (self.width,), init.zeros)
-        up_OM = op.param(f"{prefix}up_weight", (features, self.width), self.up)
-        up_O = op.param(f"{prefix}up_bias", (features,), init.zeros)
+        inner, trains = int(x.meta["val"].shape[-1]), self.trainable
+        down_MI = op.param(f"{prefix}down_weight", (self.width, inner), self.down, trains)
+        down_M = op.param(f"{prefix}down_bias", (self.width,), init.zeros, trains)
+        up_OM = op.param(f"{prefix}up_weight", (features, self.width), self.up, trains)
+        up_O = op.param(f"{prefix}up_bias", (features,), init.zeros, trains)
         narrow = op.activation(self.activation, op.linear(x, down_MI, down_M))
         return op.linear(op.dropout(narrow, self.dropout), up_OM, up_O)

@@ -16,7 +16,7 @@ import torch
 import transformers
 
 import peftgraph as pg
-from peftgraph.passes import AdapterDrop, Compacter, CompacterPP, Houlsby, ParallelAdapter, Pfeiffer
+from peftgraph.passes import AdapterDrop, AdapterFusion, Compacter, CompacterPP, Houlsby, ParallelAdapter, Pfeiffer
 
 BERT_BASE, BART_LARGE, T5_BASE, BERT_LARGE = 110_000_000, 410_000_000, 222_903_552, 335_141_888  # as percents use them
 
@@ -78,6 +78,7 @@ ROWS = [
     Row("bert-base", Houlsby(width=48, norms=False), 1_789_056, "1789056", LIBRARY),
     Row("bert-base", ParallelAdapter(width=384), 7_091_712, "7091712", LIBRARY),
     Row("bert-base", Compacter(norms=False), 57_088, "57088", LIBRARY),
+    Row("bert-base", AdapterFusion(adapters=("a", "b")), 21_252_096, "21252096", LIBRARY),
     Row("bert-base", CompacterPP(norms=False), 28_576, "28576", LIBRARY),
     Row("deberta-v3-base", Houlsby(width=32, norms=False), 1_198_848, "1.22M", ADALORA, agrees=False),
     Row("deberta-v3-base", Houlsby(width=16, norms=False), 608_640, "0.61M", ADALORA),
