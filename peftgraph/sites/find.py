@@ -342,7 +342,7 @@ class Finder:
             vector = None
             if ops.name(node) in ops.CONV:
                 vector = ops.operand(node, 2, "bias")
-            elif ops.name(node) == "add":
+            elif ops.name(node) == "add" and not flow.constant(node):  # a gain of 1 + w is no bias
                 vector = next((one for one in flow.operands(node) if flow.raw(one)), None)
             leaf = None if vector is None else flow.leaf(vector)
             if node not in seen and leaf is not None and flow.floating(leaf) and len(flow.shape(leaf)) == 1:

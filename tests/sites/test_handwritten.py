@@ -343,3 +343,21 @@ class Feed(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+class ShiftedGain(nn.Module):
+    """A norm whose gain is 1 + w (Gemma), and a bias that is added to a signal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.zeros(D)), nn.Parameter(torch.zeros(D))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return F.gelu(normed * (1 + self.w)) + self.b
+
+
+def test_a_gain_of_one_plus_w_is_no_bias(find: Find) -> None:
+    sites = find(ShiftedGain(), x())
+    assert [site.path for site in sites.select("bias")] == ["b"]
+    assert [site.scale for site in sites.select("norm")] == ["w"]
