@@ -27,7 +27,7 @@ ADVICE = (
         r"data-dependent|GuardOnDataDependent|Could not extract specialized integer|Could not guard",
         "The code branches on the values of a tensor, or sizes something by them, and a graph has only one "
         "path. Compute both sides and choose with torch.where, decide from shapes or from a Python argument "
-        "instead, or trace the part of the model that has no such branch.",
+        'instead, or trace a part of the model that has no such branch: pg.trace(model, example, root="...").',
     ),
     (
         r"\.item\(\)|aten\._local_scalar_dense|\.tolist\(\)",
@@ -49,7 +49,10 @@ ADVICE = (
 )
 # What makes a place in code: the code and the line.
 Place = tuple[CodeType, int]
-OTHERWISE = "Make that line work on tensors of symbolic size, or trace a part of the model without it."
+OTHERWISE = (
+    "Make that line work on tensors of symbolic size, or trace a part of the model without it: "
+    'pg.trace(model, example, root="...").'
+)
 NOT_THE_MODEL = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent), "<")
 STANDARD_LIBRARY = sysconfig.get_path("stdlib")
 
