@@ -17,7 +17,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .entry import Entry, Group
 from .inputs import accepted
-from .overrides import CLASSES, UNBUILT
+from .known import CHOSEN, UNBUILT
+from .overrides import CLASSES
 from .shrink import small_config
 from .truth import truth
 
@@ -105,12 +106,14 @@ def example(model: nn.Module) -> dict[str, Any]:
     return accepted(model)
 
 
-def entries() -> list[Entry]:
-    """Every model type, as an entry."""
+def entries(everything: bool = True) -> list[Entry]:
+    """Every model type that can be built, or the chosen ones, as entries."""
     found: list[Entry] = []
     for model_type in CONFIG_MAPPING:
+        if model_type in UNBUILT or not (everything or model_type in CHOSEN):
+            continue
         choice = choose(model_type)
-        if choice is not None and model_type not in UNBUILT:
+        if choice is not None:
             name, group = choice
             found.append(Entry(model_type, group, partial(build, model_type, name), example, truth))
     return found

@@ -48,8 +48,6 @@ TABLE: tuple[tuple[str, dict[str, Any]], ...] = (
 
 # Classes that no mapping of the library names, or better ones than the first that it names.
 CLASSES: dict[str, str] = {}
-# Types that cannot be built from a configuration alone, with the reason.
-UNBUILT: dict[str, str] = {}
 
 
 def overrides(model_type: str) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from torch import fx, nn
 
@@ -14,6 +15,7 @@ from peftgraph.sites import Site, Sites
 from .entry import Expected, Part, Truth
 
 ATTENTION = ("attention.q", "attention.k", "attention.v", "attention.o")
+TALLIES = ("attention", "roles", "columns", "ffn", "layers", "kinds", "layout")
 FEEDFORWARD = ("ffn.up", "ffn.gate", "ffn.down")
 
 
@@ -28,6 +30,10 @@ class Tally:
         self.found += hit
         self.expected += 1
         return hit
+
+    @property
+    def percent(self) -> float:
+        return 100.0 * self.found / self.expected if self.expected else 100.0
 
     def __str__(self) -> str:
         return f"{self.found}/{self.expected}" if self.expected else ""
@@ -57,6 +63,14 @@ class Row:
     layout: Tally = field(default_factory=Tally)
     seconds: float = 0.0
     misses: list[str] = field(default_factory=list)
+
+    def plain(self) -> dict[str, Any]:
+        """The row as plain values, to send it to another process."""
+        return asdict(self)
+
+    @classmethod
+    def from_plain(cls, values: dict[str, Any]) -> Row:
+        return cls(**{key: Tally(**value) if key in TALLIES else value for key, value in values.items()})
 
 
 class Score:

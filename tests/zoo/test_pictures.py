@@ -1,0 +1,12 @@
+"""The vision models of the zoo: nothing is missed beyond what is known."""
+
+from __future__ import annotations
+
+from .known import complaints
+from .score import Row
+
+GROUPS = ("vision",)
+
+
+def test_sites(row: Row) -> None:
+    assert not complaints(row)
