@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from .entry import Part
+
+if TYPE_CHECKING:
+    from .truth import Reader
 
 PER_HEAD = r"GPTNeoX|Bloom|Persimmon|Disentangled|GptNeoX|Fuyu"  # [heads, 3, head]
 
@@ -23,6 +26,41 @@ def fused(model: nn.Module, module: nn.Module, *names: str) -> list[Part]:
     out, inner = _sizes(stored[names[0]], module, names[0])
     groups = columns(module, out, inner)
     return [Part(f"attention.{role}", names[0], frozenset(group)) for role, group in zip("qkv", groups, strict=True)]
+
+
+def latent(reader: Reader, path: str, module: nn.Module) -> list[Part]:
+    """The parts of multi-head latent attention, where keys and values come from one small latent."""
+    query = reader.weight(path, "q_b_proj") or reader.weight(path, "q_proj")
+    both, low, shared = (reader.weight(path, name) for name in ("kv_b_proj", "kv_a_proj_with_mqa", "kv_proj"))
+    if query and shared and reader.weight(path, "q_b_proj"):  # one projection is key and value
+        return [Part("attention.q", query), Part("attention.k", shared), Part("attention.v", shared)]
+    if not query or not both or not low:
+        return []
+    config: Any = module.config
+    heads, plain, value = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
+    starts = [head * (plain + value) for head in range(heads)]
+    rank = config.kv_lora_rank
+    rotary = frozenset(range(rank, rank + config.qk_rope_head_dim))
+    return [
+        Part("attention.q", query),
+        Part("attention.k", both, frozenset(start + c for start in starts for c in range(plain))),
+        Part("attention.v", both, frozenset(start + plain + c for start in starts for c in range(value))),
+        Part("attention.k", low, rotary, optional=True),
+    ]
+
+
+def queries(reader: Reader, path: str, module: nn.Module) -> list[Part]:
+    """The parts of an attention whose query projection also makes an output gate: per head, query then gate."""
+    names = [reader.weight(path, f"{role}_proj") for role in "qkvo"]
+    if not all(names):
+        return []
+    (query, key, value, out) = (str(name) for name in names)
+    width = reader.parameters[out].shape[-1]
+    if reader.parameters[query].shape[0] != 2 * width or not hasattr(module, "head_dim"):
+        return []
+    size: Any = module.head_dim
+    own = frozenset(head * 2 * size + c for head in range(width // size) for c in range(size))
+    return [Part("attention.q", query, own), Part("attention.k", key), Part("attention.v", value)]
 
 
 def columns(module: nn.Module, out: int, inner: int) -> Sequence[Iterable[int]]:
@@ -62,7 +100,7 @@ def _sizes(tensor: Any, module: nn.Module, name: str) -> tuple[int, int]:
     child = name.removesuffix(".weight").rpartition(".")[2]
     owner = getattr(module, child, None)
     shape = tensor.shape[-2:] if tensor.dim() == 3 else tensor.shape
-    if type(owner).__name__ == "Conv1D" or getattr(module, "is_transposed", False) and tensor.dim() == 3:
+    if type(owner).__name__ == "Conv1D" or (getattr(module, "is_transposed", False) and tensor.dim() == 3):
         return int(shape[1]), int(shape[0])
     return int(shape[0]), int(shape[1])
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .entry import Expected, Part, Truth
-from .fused import fused, gated
+from .fused import fused, gated, latent, queries
 
 NAMES = {  # a projection's own name, by role
     "q": "q_proj query q q_lin query_proj project_q Wq q_head linear_q to_q",
@@ -111,7 +111,8 @@ class Reader:
             if parts:
                 self.taken |= {part.parameter for part in parts}
                 kind: Literal["self", "cross"] = "cross" if CROSS.search(f"{path} {type(module).__name__}") else "self"
-                yield Expected(path, tuple(parts), self.layer(path), kind, uses=self.called[path])
+                uses = self.called[path] * (2 if type(module).__name__.startswith("DiffLlama") else 1)
+                yield Expected(path, tuple(parts), self.layer(path), kind, uses=uses)
 
     def feedforwards(self) -> Iterator[Expected]:
         for path in self.modules:
@@ -135,9 +136,11 @@ class Reader:
     def _attention(self, path: str, module: nn.Module) -> list[Part]:
         separate = {role: self.named(path, role) for role in "qkv"}
         whole, pair = self.named(path, "qkv"), self.named(path, "kv")
-        parts: list[Part] = []
-        if all(separate.values()):
-            parts = [Part(f"attention.{role}", name) for role, name in separate.items() if name]
+        parts: list[Part] = latent(self, path, module)
+        if parts:
+            pass
+        elif all(separate.values()):
+            parts = queries(self, path, module) or [Part(f"attention.{role}", name) for role, name in separate.items() if name]
         elif whole and not separate["q"] and re.search("Att", type(module).__name__):
             parts = fused(self.model, module, whole)
         elif whole or not (separate["q"] and pair):
