@@ -30,23 +30,31 @@ def fused(model: nn.Module, module: nn.Module, *names: str) -> list[Part]:
 
 def latent(reader: Reader, path: str, module: nn.Module) -> list[Part]:
     """The parts of multi-head latent attention, where keys and values come from one small latent."""
-    query = reader.weight(path, "q_b_proj") or reader.weight(path, "q_proj")
+    query = reader.weight(path, "q_b_proj") or reader.weight(path, "q_gate_proj") or reader.weight(path, "q_proj")
     both, low, shared = (reader.weight(path, name) for name in ("kv_b_proj", "kv_a_proj_with_mqa", "kv_proj"))
     if query and shared and reader.weight(path, "q_b_proj"):  # one projection is key and value
         return [Part("attention.q", query), Part("attention.k", shared), Part("attention.v", shared)]
     if not query or not both or not low:
         return []
-    config: Any = module.config
-    heads, plain, value = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
-    starts = [head * (plain + value) for head in range(heads)]
-    rank = config.kv_lora_rank
-    rotary = frozenset(range(rank, rank + config.qk_rope_head_dim))
+    sizes: Any = module if hasattr(module, "qk_nope_head_dim") else module.config
+    plain, value, rotary = sizes.qk_nope_head_dim, sizes.v_head_dim, sizes.qk_rope_head_dim
+    heads = range(reader.parameters[both].shape[0] // (plain + value))
+    rank = reader.parameters[low].shape[0] - rotary
     return [
-        Part("attention.q", query),
-        Part("attention.k", both, frozenset(start + c for start in starts for c in range(plain))),
-        Part("attention.v", both, frozenset(start + plain + c for start in starts for c in range(value))),
-        Part("attention.k", low, rotary, optional=True),
+        Part(
+            "attention.q",
+            query,
+            per_head(heads, plain + rotary + value, 0, plain + rotary) if "gate" in query else None,
+        ),
+        Part("attention.k", both, per_head(heads, plain + value, 0, plain)),
+        Part("attention.v", both, per_head(heads, plain + value, plain, plain + value)),
+        Part("attention.k", low, frozenset(range(rank, rank + rotary)), optional=True),
     ]
+
+
+def per_head(heads: Iterable[int], size: int, start: int, stop: int) -> frozenset[int]:
+    """Columns `start` to `stop` of every head of `size` columns."""
+    return frozenset(head * size + column for head in heads for column in range(start, stop))
 
 
 def queries(reader: Reader, path: str, module: nn.Module) -> list[Part]:
@@ -59,7 +67,7 @@ def queries(reader: Reader, path: str, module: nn.Module) -> list[Part]:
     if reader.parameters[query].shape[0] != 2 * width or not hasattr(module, "head_dim"):
         return []
     size: Any = module.head_dim
-    own = frozenset(head * 2 * size + c for head in range(width // size) for c in range(size))
+    own = per_head(range(width // size), 2 * size, 0, size)
     return [Part("attention.q", query, own), Part("attention.k", key), Part("attention.v", value)]
 
 

@@ -37,7 +37,10 @@ RULES: tuple[tuple[str, object], ...] = (
     (r".*(drop_?path|layer_?drop|layerdrop|drop_connect|stochastic_depth|droppath).*", 0.0),
     (r"(d|n|num)_.*(dropout|drop).*", 0.0),
     (r"mask_(time|feature)_prob", 0.0),
-    (r"apply_spec_augment|use_mems_(eval|train)|use_cache|return_dict_in_generate|output_(attentions|hidden_states|loading_info)", False),
+    (
+        r"apply_spec_augment|use_mems_(eval|train)|use_cache|return_dict_in_generate|output_(attentions|hidden_states|loading_info)",
+        False,
+    ),
     (r"(qk_)?rope_head_dim|qk_rope_head_dim|rotary_dim|rope_dim", 4),
     (r"qk_nope_head_dim|nope_head_dim", 8),
     (r"v_head_dim", 10),

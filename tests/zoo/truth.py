@@ -48,7 +48,7 @@ FEEDFORWARDS = (  # up, down, gate: of one module
 )
 # Attention by name that is none: no softmax over products of queries and keys.
 NO_ATTENTION = re.compile(
-    r"Lightning|LinearAttention|GatedDelta|Mamba|Rwkv|Efficient\w*Additive|Deformable|FNet|Mixer|Recurrent|Conv"
+    r"Lightning|LinearAttention|Delta|Mamba|Rwkv|Efficient\w*Additive|Deformable|FNet|Mixer|Recurrent|ShortConv"
 )
 CROSS = re.compile(r"cross|encoder_attn|encdec|encoder_attention|enc_attn", re.IGNORECASE)
 
@@ -111,7 +111,7 @@ class Reader:
             if parts:
                 self.taken |= {part.parameter for part in parts}
                 kind: Literal["self", "cross"] = "cross" if CROSS.search(f"{path} {type(module).__name__}") else "self"
-                uses = self.called[path] * (2 if type(module).__name__.startswith("DiffLlama") else 1)
+                uses = self.called[path] * (2 if re.match("DiffLlama|ProphetNetNgram", type(module).__name__) else 1)
                 yield Expected(path, tuple(parts), self.layer(path), kind, uses=uses)
 
     def feedforwards(self) -> Iterator[Expected]:
@@ -140,7 +140,9 @@ class Reader:
         if parts:
             pass
         elif all(separate.values()):
-            parts = queries(self, path, module) or [Part(f"attention.{role}", name) for role, name in separate.items() if name]
+            parts = queries(self, path, module) or [
+                Part(f"attention.{role}", name) for role, name in separate.items() if name
+            ]
         elif whole and not separate["q"] and re.search("Att", type(module).__name__):
             parts = fused(self.model, module, whole)
         elif whole or not (separate["q"] and pair):
