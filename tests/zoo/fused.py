@@ -89,8 +89,9 @@ def columns(module: nn.Module, out: int, inner: int) -> Sequence[Iterable[int]]:
 def gated(model: nn.Module, module: nn.Module, up: str, down: str) -> list[Part]:
     """The parts of one weight for gate and up, or of a plain up projection."""
     stored = dict(model.named_parameters(remove_duplicate=False))
-    out = _sizes(stored[up], module, up)[0]
-    hidden = _sizes(stored[down], module, down)[1]
+    out, hidden = _sizes(stored[up], module, up)[0], _sizes(stored[down], module, down)[1]
+    if stored[up].dim() == 3 and stored[up].shape[-1] != stored[down].shape[-2]:  # stored (in, out)
+        out, hidden = stored[up].shape[-1], stored[down].shape[-2]
     if out != 2 * hidden:
         return [Part("ffn.up", up)]
     first, second = range(hidden), range(hidden, out)

@@ -50,6 +50,9 @@ FEEDFORWARDS = (  # up, down, gate: of one module
 NO_ATTENTION = re.compile(
     r"Lightning|LinearAttention|Delta|Mamba|Rwkv|Efficient\w*Additive|Deformable|FNet|Mixer|Recurrent|ShortConv"
 )
+LEARNED_QUERIES = re.compile(r"head\.attention|MultiheadAttention$|AttentionPool|Perceiver|Resampler|Latent")
+NO_FEEDFORWARD = re.compile(r"norm")  # small networks that modulate a norm
+NO_LAYERS = re.compile(r"Funnel")  # one stack in two lists
 CROSS = re.compile(r"cross|encoder_attn|encdec|encoder_attention|enc_attn", re.IGNORECASE)
 
 
@@ -110,13 +113,19 @@ class Reader:
             parts = self._attention(path, module)
             if parts:
                 self.taken |= {part.parameter for part in parts}
-                kind: Literal["self", "cross"] = "cross" if CROSS.search(f"{path} {type(module).__name__}") else "self"
+                kind = self.kind(path, type(module).__name__)
                 uses = self.called[path] * (2 if re.match("DiffLlama|ProphetNetNgram", type(module).__name__) else 1)
                 yield Expected(path, tuple(parts), self.layer(path), kind, uses=uses)
 
+    def kind(self, path: str, name: str) -> Literal["self", "cross"] | None:
+        """None for pooling by learned queries, which may be called either."""
+        if LEARNED_QUERIES.search(f"{path} {name}"):
+            return None
+        return "cross" if CROSS.search(f"{path} {name}") else "self"
+
     def feedforwards(self) -> Iterator[Expected]:
         for path in self.modules:
-            parts = self._feedforward(path)
+            parts = [] if NO_FEEDFORWARD.search(path.rpartition(".")[0].rpartition(".")[2]) else self._feedforward(path)
             if parts and not {part.parameter for part in parts} & self.taken:
                 self.taken |= {part.parameter for part in parts}
                 yield Expected(path, tuple(parts), self.layer(path), uses=max(1, self.called[path]))
@@ -186,4 +195,4 @@ class Reader:
             if part.isdigit() and isinstance(holder, nn.ModuleList) and "expert" not in parts[i - 1]:
                 if len({type(one) for one in holder}) == 1:
                     numbers.append(int(part))
-        return numbers[0] if len(numbers) == 1 else None
+        return numbers[0] if len(numbers) == 1 and not NO_LAYERS.match(type(self.model).__name__) else None
