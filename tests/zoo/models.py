@@ -88,9 +88,9 @@ def _unmapped(model_type: str) -> str | None:
         return None
     module = importlib.import_module(name)
     for name, value in vars(module).items():
-        if inspect.isclass(value) and issubclass(value, PreTrainedModel) and value.__module__ == module.__name__:
-            if value.config_class is kind and "forward" in vars(value) and hasattr(transformers, name):
-                return name
+        own = inspect.isclass(value) and issubclass(value, PreTrainedModel) and value.__module__ == module.__name__
+        if own and value.config_class is kind and "forward" in vars(value) and hasattr(transformers, name):
+            return name
     return None
 
 

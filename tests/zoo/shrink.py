@@ -99,7 +99,7 @@ def small_config(model_type: str) -> PreTrainedConfig:
 def _small(
     kind: type[PreTrainedConfig], sizes: Sizes, defaults: Mapping[str, Any], special: Mapping[str, Any]
 ) -> PreTrainedConfig:
-    """A tiny `kind`; `special` are values of fields, or of the fields of a configuration inside: "text_config.depth"."""
+    """A tiny `kind`; `special` are values of fields, or of fields of a configuration inside: "text_config.depth"."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(kind):
         found = _value(field.name, defaults.get(field.name, _default(field)), sizes)

@@ -22,8 +22,8 @@ NAMES = {  # a projection's own name, by role
     "v": "v_proj value v v_lin value_proj project_v Wv v_head linear_v to_v",
     "qkv": "c_attn qkv qkv_proj Wqkv query_key_value in_proj in_proj_weight",
     "kv": "to_kv kv_proj",
-    "o": "o_proj out_proj o out_lin output_proj attention_out dense proj projection projection_layer Wo linear_out to_out "
-    "c_proj post_proj output",
+    "o": "o_proj out_proj o out_lin output_proj attention_out dense proj projection projection_layer "
+    "Wo linear_out to_out c_proj post_proj output",
 }
 OUTER = ("output.dense", "output")  # an output projection that stands beside the attention's module
 FEEDFORWARDS = (  # up, down, gate: of one module
@@ -48,7 +48,7 @@ FEEDFORWARDS = (  # up, down, gate: of one module
 )
 # Attention by name that is none: no softmax over products of queries and keys.
 NO_ATTENTION = re.compile(
-    r"Lightning|LinearAttention|Delta|Mamba|Rwkv|Efficient\w*Additive|Deformable|FNet|Mixer|Recurrent|ShortConv"
+    r"Lightning|(?<!Kimi)LinearAttention|Delta|Mamba|Rwkv|Efficient\w*Additive|Deformable|FNet|Mixer|Recurrent|ShortConv"
 )
 LEARNED_QUERIES = re.compile(r"head\.attention|MultiheadAttention$|AttentionPool|Perceiver|Resampler|Latent")
 NO_FEEDFORWARD = re.compile(r"norm")  # small networks that modulate a norm
@@ -192,7 +192,7 @@ class Reader:
         numbers: list[int] = []
         for i, part in enumerate(parts):
             holder = self.modules.get(".".join(parts[:i]))
-            if part.isdigit() and isinstance(holder, nn.ModuleList) and "expert" not in parts[i - 1]:
-                if len({type(one) for one in holder}) == 1:
-                    numbers.append(int(part))
+            numbered = part.isdigit() and isinstance(holder, nn.ModuleList) and "expert" not in parts[i - 1]
+            if numbered and len({type(one) for one in holder}) == 1:
+                numbers.append(int(part))
         return numbers[0] if len(numbers) == 1 and not NO_LAYERS.match(type(self.model).__name__) else None
