@@ -18,9 +18,6 @@ from .notation import attention, entry, feedforward, thirds
 # Classes whose one projection is laid out [heads, (q, k, v), features], and what their heads' parts are called.
 BY_HEAD = {
     "levit.Attention": ("key_dim", "key_dim", "val_dim"),
-    "efficientformer.Attention": ("key_dim", "key_dim", "val_dim"),
-    "tiny_vit.Attention": ("key_dim", "key_dim", "val_dim"),
-    "maxxvit.AttentionCl": ("dim_head", "dim_head", "dim_head"),
 }
 # What has a qkv, and mixes without a softmax of a product: XCiT and DaViT over channels are attention, these are not.
 LINEAR = ("FactorAttnConvRelPosEnc", "LinearSelfAttention", "LiteMLA")
@@ -35,7 +32,7 @@ PAIRED = {
     "depths": (2, 2),
     "num_heads": (3, 6),
 }
-MLPS = {"embed_dim": 24, "num_blocks": 2, "img_size": 64}
+MLPS = {"img_size": 64}
 
 # name -> timm's name, options, side of the image
 MODELS: dict[str, tuple[str, dict[str, Any], int]] = {
@@ -97,28 +94,9 @@ MODELS: dict[str, tuple[str, dict[str, Any], int]] = {
         {**PLAIN, "img_size": 32, "inner_dim": 12, "num_heads": None, "num_heads_inner": 2, "num_heads_outer": 3},
         32,
     ),
-    "hiera": ("hiera_tiny_224", {"img_size": 64, "embed_dim": 12, "num_heads": 1, "stages": (1, 1, 1, 1)}, 64),
-    "tiny-vit": (
-        "tiny_vit_5m_224",
-        {
-            "embed_dims": (8, 16, 24, 32),
-            "depths": (1, 1, 1, 1),
-            "num_heads": (1, 2, 3, 4),
-            "window_sizes": (4, 4, 4, 2),
-        },
-        64,
-    ),
-    "efficientformer": (
-        "efficientformer_l1",
-        {"depths": (1, 1, 1, 2), "embed_dims": (8, 16, 24, 32), "num_vit": 1},
-        224,
-    ),
-    "maxvit": ("maxvit_rmlp_pico_rw_256", {"img_size": 64, "drop_path_rate": 0.0}, 64),
-    "mobilevit": ("mobilevit_xxs", {}, 64),
     "mixer": ("mixer_s32_224", MLPS, 64),
     "resmlp": ("resmlp_12_224", MLPS, 64),
     "gmlp": ("gmlp_ti16_224", MLPS, 64),
-    "convnext": ("convnext_atto", {}, 64),
     "poolformer": ("poolformer_s12", {}, 64),
     "resnet-se": ("seresnet50", {"layers": (1, 1, 1, 1)}, 64),
     "mobilenetv3": ("mobilenetv3_small_050", {}, 64),
