@@ -35,7 +35,7 @@ def ghost_of(model: nn.Module, mode: FakeTensorMode, own: torch.dtype, marker: t
             "holds that cannot be copied (open files, locks, tensors with a gradient history) before tracing."
         ) from error
     for module in ghost.modules():
-        settings = getattr(module, "config", None)
+        settings: Any = getattr(module, "config", None)
         if getattr(settings, "use_cache", None) is True:
             settings.use_cache = False  # the example asks for a cache by an argument, as a call does
     return ghost.train()

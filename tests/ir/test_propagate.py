@@ -92,3 +92,34 @@ def test_a_size_that_depends_on_values_is_never_shared() -> None:
     )
     assert runs == 2
     assert str(first.shape[0]) != str(second.shape[0])
+
+
+@pytest.mark.parametrize(
+    ("equation", "shapes"),
+    [
+        ("bc,bd->bcd", ((2, 3), (2, 5))),
+        ("...c,cd->...d", ((2, 7, 3), (3, 5))),
+        ("bc,bd->bcd", ((1, 3), (2, 5))),  # a size of one is broadcast
+        ("bc,...bd->...cd", ((2, 3), (4, 2, 5))),
+        ("bb->b", ((3, 3),)),
+    ],
+)
+def test_einsum_has_the_shape_that_torch_gives(equation: str, shapes: tuple[tuple[int, ...], ...]) -> None:
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    graph = fx.Graph()
+    operands = [graph.placeholder(f"x{i}") for i in range(len(shapes))]
+    for node, shape in zip(operands, shapes, strict=True):
+        node.meta["val"] = mode.from_tensor(torch.empty(shape))
+    node = graph.call_function(aten.einsum.default, (equation, operands))
+    expected = torch.einsum(equation, *(torch.empty(shape) for shape in shapes)).shape
+    assert tuple(Inference(mode).value_of(node).shape) == tuple(expected)
+
+
+def test_an_einsum_of_sizes_that_differ_is_refused() -> None:
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    graph = fx.Graph()
+    operands = [graph.placeholder("x"), graph.placeholder("y")]
+    for node, shape in zip(operands, ((2, 3), (4, 5)), strict=True):
+        node.meta["val"] = mode.from_tensor(torch.empty(shape))
+    with pytest.raises(RuntimeError):
+        Inference(mode).value_of(graph.call_function(aten.einsum.default, ("bc,cd->bd", operands)))
