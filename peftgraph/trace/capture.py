@@ -145,6 +145,7 @@ def _trace(
     marker = exported.marker
     graph = canonical(exported.program, _names_of_ties(model), exported.functions)
     if marker is not None:
+        _cast_numbers(graph, exported.constants, marker)
         mark(graph, marker)
     try:
         _restore_dtype(graph, table, bound)
@@ -155,6 +156,18 @@ def _trace(
     signature = _signature(graph, exported.program, bound)
     out_of_place(graph)
     return _Traced(graph, table, signature, marker)
+
+
+def _cast_numbers(graph: fx.Graph, constants: Mapping[str, Entry], marker: torch.dtype) -> None:
+    """Casts the tensor literals that the model's code made in its own dtype, so that they follow it."""
+    for node in list(stored(graph)):
+        entry = constants.get(str(node.target))
+        if entry is None or entry.tensor.dtype != marker:
+            continue
+        with graph.inserting_after(node):
+            cast = graph.call_function(torch.ops.aten.to.dtype, (node, marker))
+        cast.meta = dict(node.meta)
+        node.replace_all_uses_with(cast, delete_user_cb=lambda user, cast=cast: user is not cast)
 
 
 def _with_evaluation(training: _Traced, evaluation: _Traced) -> _Traced:

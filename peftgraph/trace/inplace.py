@@ -139,21 +139,8 @@ def _value(graph: fx.Graph, node: fx.Node, written: fx.Node) -> fx.Node | None:
     twin = _twin(node)
     if twin is None:
         return None
-    values = [_number(graph, one, written) if isinstance(one, fx.Node) else one for one in node.args]
-    new = graph.call_function(twin, tuple(values), node.kwargs)
+    new = graph.call_function(twin, node.args, node.kwargs)
     new.meta = dict(node.meta)
-    return new
-
-
-def _number(graph: fx.Graph, value: fx.Node, written: fx.Node) -> fx.Node:
-    """A number of the model's code, which was stored in the dtype it is written into, in that dtype whatever it is."""
-    stored, target = value.meta.get("val"), written.meta.get("val")
-    if not _name(value).startswith("lift_fresh") or not isinstance(stored, Tensor) or not isinstance(target, Tensor):
-        return value
-    if not stored.is_floating_point():
-        return value
-    new = graph.call_function(aten.to.other, (value, written))
-    new.meta = {**value.meta, "val": stored.to(target.dtype)}
     return new
 
 
@@ -162,7 +149,6 @@ def _copied(graph: fx.Graph, node: fx.Node, written: fx.Node) -> fx.Node | None:
     value = node.args[1]
     if not isinstance(value, fx.Node):
         return None
-    value = _number(graph, value, written)
     source, target = value.meta.get("val"), written.meta.get("val")
     if not isinstance(source, Tensor) or not isinstance(target, Tensor) or source.device != target.device:
         return None

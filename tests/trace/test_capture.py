@@ -400,3 +400,15 @@ def test_an_attribute_that_cannot_be_copied() -> None:
 
     with pytest.raises(pg.TraceError, match=r"Locked cannot be deep-copied.*lock.*Remove what it holds"):
         pg.trace(Locked(), X)
+
+
+def test_numbers_of_the_code_in_the_dtype_of_the_model_follow_it() -> None:
+    class Scaled(Two):
+        def forward(self, x: Tensor) -> Tensor:
+            scale = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.7], dtype=x.dtype)
+            return self.b(self.a(x) / scale)
+
+    model = Scaled().requires_grad_(False)
+    net = check(model, X).module().eval()
+    for dtype in (torch.bfloat16, torch.float64):
+        assert torch.equal(net.to(dtype)(X.to(dtype)), model.to(dtype)(X.to(dtype)))
