@@ -1,23 +1,39 @@
 """LoRA (Hu et al., 2021): a trainable low-rank path beside a frozen projection.
 
-    y = x W^T + b   ->   y = x W^T + b + s (drop(x) A^T) B^T            s = alpha / rank
-    fold: W <- W + s B A                                    (the bias and every other column stay as they are)
+    y = x W^T + b   ->   y = x W^T + b + w s (drop(x) A^T) B^T          s = alpha / rank
+    fold: W <- W + w s B A                                  (the bias and every other column stay as they are)
 
 Shapes: I in, O out, R rank; E experts in front where the weight is a stack of experts.
 A_RI is uniform in +-1/sqrt(I) as in the authors' code (the paper says Gaussian: init="gaussian", standard deviation
 1/R) and B_OR is zero, so a fresh pass is the identity. Each slice of a fused projection has an A and a B of its own.
-Source: arXiv 2106.09685, section 4.1; microsoft/LoRA, loralib/layers.py.
+init="pissa": A and B start as the R largest singular values and vectors of W, s B A = W_R, and the paper's frozen
+residual W - W_R is reached without touching W: frozen copies A0, B0 are taken off,
+
+    y + s (drop(x) A^T) B^T - s (x A0^T) B0^T,   fold: W <- W + s (B A - B0 A0).
+
+rank_stabilised=true: s = alpha / sqrt(rank). w is 1; `Program.mix` weighs several named LoRAs. Ranks that differ by
+site are one LoRA each, in a pipeline. bias="lora_only" trains the whole bias of each projection the pass is put on,
+bias="all" every bias, as the authors' code offers; both fold.
+Source: arXiv 2106.09685, section 4.1; microsoft/LoRA, loralib; arXiv 2312.03732, eq. 11 (rank-stabilised);
+arXiv 2404.02948, section 3 (PiSSA).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
+import torch
 from torch import Tensor, fx
 
 import peftgraph as pg
+
+aten = torch.ops.aten
+
+INITS = ("kaiming", "gaussian", "pissa")
+BIASES = ("none", "all", "lora_only")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +45,10 @@ class LoRA(pg.Pass):
         rank: R, at least 1 and at most the smaller side of every matrix it is put on.
         alpha: the scale is alpha / rank.
         dropout: on the input of the low-rank path only, in training.
-        init: how A starts: "kaiming" (the authors' code) or "gaussian" (the paper).
+        init: how A starts: "kaiming" (the authors' code) or "gaussian" (the paper); or how both do: "pissa".
+        rank_stabilised: the scale is alpha / sqrt(rank) instead.
+        bias: which biases train beside: "none", "all" or "lora_only".
+        weight: w, of either sign; with -1 the pass takes off what it learned.
     """
 
     word = "lora"
@@ -37,36 +56,55 @@ class LoRA(pg.Pass):
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
-    init: Literal["kaiming", "gaussian"] = "kaiming"
+    init: Literal["kaiming", "gaussian", "pissa"] = "kaiming"
+    rank_stabilised: bool = pg.quiet(False)
+    bias: Literal["none", "all", "lora_only"] = pg.quiet("none")
+    weight: float = pg.quiet(1.0)
 
     def check(self) -> None:
-        """Refuses a rank below 1, a dropout outside [0, 1) and an unknown initialisation."""
-        self.require(self.rank >= 1, f"rank must be at least 1, got {self.rank}.")
-        self.require(0 <= self.dropout < 1, f"dropout must lie in [0, 1), got {self.dropout}.")
-        self.require(self.init in ("kaiming", "gaussian"), f'init must be "kaiming" or "gaussian", got {self.init!r}.')
+        """Refuses a rank below 1, a dropout outside [0, 1), unknown words and a weight that is no number."""
+        self.path.check(self)
+        self.require_one_of("init", INITS)
+        self.require_one_of("bias", BIASES)
+        self.require(math.isfinite(self.weight), f"weight must be finite, got {self.weight}.")
+
+    @property
+    def path(self) -> pg.LowRank:
+        """(drop(x) A^T) B^T."""
+        return pg.LowRank(rank=self.rank, dropout=self.dropout)
 
     @property
     def scale(self) -> float:
-        """s = alpha / rank."""
-        return self.alpha / self.rank
+        """s = alpha / rank, or alpha / sqrt(rank)."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+
+    def weighted(self, weight: float) -> Self:
+        """The same pass with another w."""
+        return replace(self, weight=weight)
 
     def rules(self) -> list[pg.Rule]:
-        """One rule: add the low-rank path to the projection's output."""
-        return [pg.Rule(at=self.at, delta=self.delta, fold=self.fold, rank=self.rank)]
+        """Add the low-rank path to the projection's output; train biases."""
+        rank = 2 * self.rank if self.init == "pissa" else self.rank
+        path = pg.Rule(at=self.at, delta=self.delta, fold=self.fold, rank=rank)
+        biases = {"none": [], "all": [pg.Train(pg.bias)], "lora_only": [pg.Train(self.at, own="bias")]}
+        return [path, *biases[self.bias]]
 
     def delta(self, m: pg.Match, op: pg.Builder) -> fx.Node:
-        """s (drop(x) A^T) B^T."""
-        out, inner = m.shape
-        limit = min(out, inner)
-        self.require(
-            self.rank <= limit, f"rank {self.rank} is larger than {m.site.id} allows: {out} x {inner}, at most {limit}."
-        )
-        start = pg.init.kaiming if self.init == "kaiming" else pg.init.normal(1 / self.rank)
-        a_RI = op.param("lora_A", (*m.experts, self.rank, inner), start)
-        b_OR = op.param("lora_B", (*m.experts, out, self.rank), pg.init.zeros)
-        x = m.input if m.site.role == "embedding" else op.dropout(m.input, self.dropout)
-        return op.mul(m.up(op, m.down(op, x, a_RI), b_OR), self.scale)
+        """w s (drop(x) A^T) B^T, less its start for PiSSA."""
+        self.path.fits(self, m)
+        if self.init != "pissa":
+            start = pg.init.kaiming if self.init == "kaiming" else pg.init.normal(1 / self.rank)
+            y = self.path.build(m, op, *self.path.factors(m, op, down=start))
+        else:
+            down, up = pg.init.principal(m.weight.value, self.rank, self.scale)
+            y = self.path.build(m, op, *self.path.factors(m, op, down=down, up=up))
+            frozen = self.path.factors(m, op, "0", down=down, up=up, trainable=False)
+            y = op.call(aten.sub.Tensor, y, replace(self.path, dropout=0.0).build(m, op, *frozen))
+        return op.mul(y, self.weight * self.scale)
 
     def fold(self, m: pg.Match, p: pg.Params) -> Mapping[pg.Bound, Tensor]:
-        """W + s B A."""
-        return {m.weight: m.weight.value + self.scale * (p.lora_B @ p.lora_A)}
+        """W + w s B A, less its start for PiSSA."""
+        change = p.lora_B @ p.lora_A
+        if self.init == "pissa":
+            change = change - p.lora_B0 @ p.lora_A0
+        return {m.weight: m.weight.value + self.weight * self.scale * change}

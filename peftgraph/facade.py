@@ -17,10 +17,12 @@ from peftgraph.program import Program as Program
 from peftgraph.program import fold as fold
 from peftgraph.program import trace as trace
 from peftgraph.rewrite.bottleneck import Bottleneck as Bottleneck
+from peftgraph.rewrite.low_rank import LowRank as LowRank
 from peftgraph.rewrite.match import Match as Match
 from peftgraph.rewrite.method import Pass as Pass
 from peftgraph.rewrite.method import Pipeline as Pipeline
 from peftgraph.rewrite.method import parse_pass as parse_pass
+from peftgraph.rewrite.method import quiet as quiet
 from peftgraph.rewrite.recipe import load_recipe as load_recipe
 from peftgraph.rewrite.rule import Add as Add
 from peftgraph.rewrite.rule import Multiply as Multiply

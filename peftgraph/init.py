@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 
+import torch
 from torch import Tensor
 from torch import nn as _nn
 
@@ -69,3 +71,28 @@ def xavier_normal(gain: float = 1.0) -> Callable[[Tensor], None]:
         _nn.init.normal_(tensor, std=gain * math.sqrt(2 / (tensor.shape[-2] + tensor.shape[-1])))
 
     return fill
+
+
+def principal(
+    weight: Tensor, rank: int, scale: float = 1.0
+) -> tuple[Callable[[Tensor], None], Callable[[Tensor], None]]:
+    """How A (R, I) and B (O, R) start for `scale` B A to be the best approximation of rank R of `weight` (O, I).
+
+    A = sqrt(S / scale) V^T and B = U sqrt(S / scale), from the R largest singular values; leading dimensions are
+    batches. Nothing is drawn, and the singular values are computed once, when the first of the two is filled.
+    Source: arXiv 2404.02948, equations 2 and 3.
+    """
+
+    @cache
+    def factors() -> tuple[Tensor, Tensor]:
+        u_OK, s_K, v_KI = torch.linalg.svd(weight, full_matrices=False)
+        root_R = (s_K[..., :rank] / scale).sqrt()
+        return root_R.unsqueeze(-1) * v_KI[..., :rank, :], u_OK[..., :rank] * root_R.unsqueeze(-2)
+
+    def down(tensor: Tensor) -> None:
+        tensor.copy_(factors()[0])
+
+    def up(tensor: Tensor) -> None:
+        tensor.copy_(factors()[1])
+
+    return down, up

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import fx, nn
 
-from peftgraph.errors import Conflict, RecipeError
+from peftgraph.errors import Conflict, NoMatch, RecipeError
 from peftgraph.ir.builder import Builder, Common, erase, sort
 from peftgraph.ir.program import Applied, Edit, Edits, Move, ProgramData, copy_graph
 from peftgraph.ir.propagate import Inference, fake_mode_of
@@ -84,8 +84,7 @@ def _before(entry: Entry) -> Entry:
 def _apply_one(program: P, sites: Sites, method: Pass) -> P:
     verify(program, program)
     _check_name(program, method)
-    rules = method.rules()
-    chosen = [(number, rule, site) for number, rule in enumerate(rules) for site in sites.require(rule.at)]
+    chosen = _chosen(sites, method)
     _check_conflicts(program, method, chosen)
     work = _Work.on(program, sites, method)
     for number, rule, site in chosen:
@@ -93,6 +92,26 @@ def _apply_one(program: P, sites: Sites, method: Pass) -> P:
     result = work.result(program)
     verify(result, program)
     return result
+
+
+def _chosen(sites: Sites, method: Pass) -> list[tuple[int, Rule, Site]]:
+    """Every rule of a pass with its sites.
+
+    Raises:
+        NoMatch: a rule that is not optional has none, or no rule has any.
+    """
+    chosen: list[tuple[int, Rule, Site]] = []
+    rules = method.rules()
+    for number, rule in enumerate(rules):
+        found = sites.select(rule.at) if rule.optional else sites.require(rule.at)
+        kept = [site for site in found if rule.where is None or rule.where(site)]
+        if not kept and not rule.optional:
+            raise NoMatch(f"{method}: none of the {len(found)} sites at {rule.at} has a bias.")
+        chosen += [(number, rule, site) for site in kept]
+    if not chosen:
+        found = sites.require(rules[0].at)
+        raise NoMatch(f"{method}: none of the {len(found)} sites at {rules[0].at} has a bias.")
+    return chosen
 
 
 def _check_name(program: ProgramData, method: Pass) -> None:
@@ -109,7 +128,7 @@ def _check_conflicts(program: ProgramData, method: Pass, chosen: list[tuple[int,
     trained = {name: edit for edit in program.edits for name in edit.parameters if not program.table[name].added}
     for _, rule, site in chosen:
         if rule.delta is None:
-            for name in _own_names(site):
+            for name in _own_names(site, rule):
                 if name in trained:
                     other = program.history[trained[name].application].method
                     raise Conflict(f"{method} and {other} both train {name} (at {site.id}). Apply one of them.")
@@ -120,9 +139,9 @@ def _check_conflicts(program: ProgramData, method: Pass, chosen: list[tuple[int,
             claims[key] = str(method)
 
 
-def _own_names(site: Site) -> list[str]:
+def _own_names(site: Site, rule: Rule) -> list[str]:
     own = [site.weight and site.weight.parameter, site.scale, site.bias and site.bias.parameter]
-    return [name for name in (own[2:] if site.role == "bias" else own) if name]
+    return [name for name in (own[2:] if "bias" in (site.role, rule.own) else own) if name]
 
 
 @dataclass
@@ -151,14 +170,14 @@ class _Work:
 
     def rewrite(self, number: int, rule: Rule, site: Site) -> None:
         match = Match(site, self.sites, self.graph, self.program.table, self.edits, self.names)
-        edit = self._train(number, match) if rule.delta is None else self._insert(number, rule, match)
+        edit = self._train(number, rule, match) if rule.delta is None else self._insert(number, rule, match)
         if edit is not None:
             self.edits.append(edit)
 
-    def _train(self, number: int, match: Match) -> Edit | None:
+    def _train(self, number: int, rule: Rule, match: Match) -> Edit | None:
         """Makes the site's own parameters trainable: copies, so that the base keeps its values."""
         claimed: list[str] = []
-        for view in match.own_parameters():
+        for view in match.own_parameters(rule.own):
             group = self.program.table.tied(view.parameter)
             if view.parameter in self.entries:
                 continue  # one tensor at several sites is claimed once

@@ -121,7 +121,8 @@ def changes_of(program: ProgramData, sites: Sites) -> tuple[Change, ...]:
         with mode:
             results = rule.fold(match, params)
         for bound, value in results.items():
-            rank = None if bound.view.vector else min(value.shape[-2:]) if rule.rank is None else rule.rank
+            largest = None if bound.view.vector else min(value.shape[-2:])
+            rank = largest if largest is None or rule.rank is None else min(largest, rule.rank)
             full = rank is not None and rule.rank is None
             found.append(Change(edit.site, bound.view, value.numel(), rank, full))
     return tuple(found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import fx
@@ -18,6 +19,8 @@ from peftgraph.rewrite.views import Bound, View, bias_view, bind, weight_view
 from peftgraph.sites import Site, Sites
 
 aten = torch.ops.aten
+
+Own = Literal["all", "bias"]
 
 CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
 
@@ -158,12 +161,13 @@ class Match:
             return inner if self.site.role == "ffn.hidden" else out
         return int(self.output.meta["val"].shape[self.site.feature_axis])
 
-    def own_parameters(self) -> Iterable[View]:
+    def own_parameters(self, own: Own = "all") -> Iterable[View]:
         """The stored tensors of the site itself: weight, scale of a norm, bias; the bias alone for a `bias` site."""
+        bias = bias_view(self.site)
+        if own == "bias" or self.site.role == "bias":
+            return [] if bias is None else [bias]
         scale = None if self.site.scale is None else View(self.site.scale, vector=True)
-        own = [weight_view(self.site), scale, bias_view(self.site)]
-        views = own[2:] if self.site.role == "bias" else own
-        return [view for view in views if view is not None]
+        return [view for view in (weight_view(self.site), scale, bias) if view is not None]
 
     # computation in the site's own form
 

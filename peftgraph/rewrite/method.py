@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from types import MappingProxyType
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 from peftgraph.errors import RecipeError
 from peftgraph.rewrite.match import Match
@@ -18,6 +18,13 @@ from peftgraph.sites import Pattern
 from peftgraph.sites.select import Selector, as_selector
 
 GROUP = "peftgraph.passes"
+QUIET = "quiet"
+T = TypeVar("T")
+
+
+def quiet(default: T) -> T:
+    """The default of an option that a spec shows only where it differs: `weight: float = quiet(1.0)`."""
+    return dataclasses.field(default=default, metadata={QUIET: True})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +62,22 @@ class Pass:
         return (self,)
 
     def __str__(self) -> str:
-        options = [f"{f.name}={print_value(getattr(self, f.name))}" for f in _ordered_fields(self)]
+        shown = [f for f in _ordered_fields(self) if not f.metadata.get(QUIET) or getattr(self, f.name) != f.default]
+        options = [f"{f.name}={print_value(getattr(self, f.name))}" for f in shown]
         return f"{self.word}{{{' '.join(options)}}}"
 
     def renamed(self, name: str) -> Self:
         """The same pass under another name."""
         return dataclasses.replace(self, name=name)
+
+    def weighted(self, weight: float) -> Self:
+        """The same pass with its change of the model times `weight`; 1 is the pass itself.
+
+        Raises:
+            RecipeError: its change cannot be weighted.
+        """
+        self.require(weight == 1, f"its change of the model cannot be weighted, so the weight must be 1, got {weight}.")
+        return self
 
     def require_one_of(self, option: str, words: Iterable[str]) -> None:
         """Raises RecipeError unless the value of `option` is one of `words`."""

@@ -14,8 +14,9 @@ from typing import Protocol
 from torch import Tensor, fx
 
 from peftgraph.ir.builder import Builder
-from peftgraph.rewrite.match import Match
+from peftgraph.rewrite.match import Match, Own
 from peftgraph.rewrite.views import Bound
+from peftgraph.sites import Site
 from peftgraph.sites.select import Selector
 
 
@@ -103,6 +104,9 @@ class Rule:
         fold: the new weights by window, from the current ones and the trained parameters; or the reason why there are
             none.
         rank: the largest rank of the change of a weight, when the method bounds it.
+        own: which of a site's own parameters train when there is no delta.
+        where: keeps the sites for which it holds.
+        optional: whether no site at all is fine, as long as another rule of the pass has one.
     """
 
     at: Selector
@@ -110,6 +114,9 @@ class Rule:
     fold: Fold | str
     join: Join = field(default_factory=Add)
     rank: int | None = None
+    own: Own = "all"
+    where: Callable[[Site], bool] | None = None
+    optional: bool = False
 
 
 def trained(m: Match, p: Params) -> Mapping[Bound, Tensor]:
@@ -117,6 +124,13 @@ def trained(m: Match, p: Params) -> Mapping[Bound, Tensor]:
     return {}
 
 
-def Train(at: Selector) -> Rule:
-    """A rule that makes the sites' own parameters trainable and computes nothing new."""
-    return Rule(at=at, delta=None, fold=trained)
+def Train(at: Selector, own: Own = "all", optional: bool = False) -> Rule:
+    """A rule that makes the sites' own parameters trainable, or their biases, and computes nothing new.
+
+    A stored tensor trains whole: of a fused projection's bias, all that is stored.
+    """
+    return Rule(at=at, delta=None, fold=trained, own=own, where=_has_bias if own == "bias" else None, optional=optional)
+
+
+def _has_bias(site: Site) -> bool:
+    return site.bias is not None

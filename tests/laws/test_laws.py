@@ -26,6 +26,8 @@ F64 = torch.float64
 PASSES: dict[str, tuple[pg.Pass, ...]] = {
     "lora": (LoRA(rank=3),),
     "lora_all": (LoRA(at="attention.*|ffn.*", rank=2, alpha=5.0),),
+    "lora_stable": (LoRA(at="attention.k|ffn.down", rank=4, alpha=5.0, rank_stabilised=True, weight=-0.5),),
+    "pissa": (LoRA(at="attention.*|ffn.*", rank=2, alpha=5.0, init="pissa"),),
     "ia3": (IA3(),),
     "bitfit": (BitFit(),),
     "serial": (SerialAdapter(width=3),),
@@ -105,8 +107,9 @@ def test_gradients_equal_an_eager_reference(name: str, case: str) -> None:
     assert parameters.keys() == program.table.trainable.keys()
     ours = zoo.leaves(net(**inputs))
     grads = torch.autograd.grad(sum(out.square().sum() for out in ours), list(parameters.values()))
-    alpha = next((part.alpha for part in PASSES[case] if isinstance(part, LoRA)), 1.0)
-    theirs = truth.eager_outputs(name, truth.eager_model(name, F64), parameters, inputs, alpha, case == "ia3+lora")
+    alpha = next((part.weight * part.scale * part.rank for part in PASSES[case] if isinstance(part, LoRA)), 1.0)
+    added = parameters | {key: entry.tensor for key, entry in program.table.items() if entry.added}
+    theirs = truth.eager_outputs(name, truth.eager_model(name, F64), added, inputs, alpha, case == "ia3+lora")
     wanted = torch.autograd.grad(sum(out.square().sum() for out in theirs), list(parameters.values()))
     assert distance(theirs, ours) < 1e-12
     scale = max(float(grad.abs().max()) for grad in wanted)

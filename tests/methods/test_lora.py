@@ -168,7 +168,7 @@ def test_the_three_counts_of_bert_base(real: Any) -> None:
         ({"rank": -3}, "lora: rank must be at least 1, got -3."),
         ({"dropout": 1.0}, "lora: dropout must lie in [0, 1), got 1.0."),
         ({"dropout": -0.1}, "lora: dropout must lie in [0, 1), got -0.1."),
-        ({"init": "xavier"}, 'lora: init must be "kaiming" or "gaussian", got \'xavier\'.'),
+        ({"init": "xavier"}, 'lora: init must be "kaiming" or "gaussian" or "pissa", got \'xavier\'.'),
     ],
 )
 def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:
@@ -184,6 +184,51 @@ def test_a_rank_larger_than_the_matrix(bench: Any) -> None:
     assert str(caught.value) == "lora: rank 49 is larger than 0.attention.q allows: 48 x 48, at most 48."
 
 
+def test_pissa_starts_from_the_largest_singular_values(bench: Any) -> None:
+    tuned = bench.program.apply(LoRA(at="attention.o", rank=3, alpha=6.0, init="pissa"))
+    w, p = bench.program.table["stack.0.out.weight"].tensor, tuned.table
+    u, s, v = torch.linalg.svd(w)
+    best = u[:, :3] @ torch.diag(s[:3]) @ v[:3]
+    torch.testing.assert_close(2 * p["stack.0.out.lora_B"].tensor @ p["stack.0.out.lora_A"].tensor, best)
+    assert not p["stack.0.out.lora_A0"].trainable
+    assert torch.equal(p["stack.0.out.lora_A0"].tensor, p["stack.0.out.lora_A"].tensor)
+    assert p["stack.0.out.weight"].tensor is w
+    assert tuned.count().changes[0].rank == 6
+    zoo.randomise(tuned, 0.2)
+    change = 2 * (p["stack.0.out.lora_B"].tensor @ p["stack.0.out.lora_A"].tensor) - best
+    torch.testing.assert_close(pg.fold(tuned).table["stack.0.out.weight"].tensor, w + change)
+
+
+def test_a_rank_stabilised_scale() -> None:
+    assert LoRA(rank=16, alpha=8.0).scale == 0.5
+    assert LoRA(rank=16, alpha=8.0, rank_stabilised=True).scale == 2.0
+
+
+def test_biases_of_the_adapted_projections(bench: Any) -> None:
+    tuned = zoo.randomise(bench.program.apply(LoRA(at="attention.o|ffn.up|head", rank=2, bias="lora_only")), 0.2)
+    own = {name for name in tuned.table.trainable if "lora" not in name}
+    assert own == {"stack.0.out.bias", "stack.0.fc.bias"}
+    folded = pg.fold(tuned).table
+    assert all(torch.equal(folded[name].tensor, tuned.table[name].tensor) for name in own)
+    assert tuned.remove().table.hashes() == bench.program.table.hashes()
+
+
+def test_biases_where_there_are_none(bench: Any) -> None:
+    with pytest.raises(pg.NoMatch, match="none of the 1 sites at head has a bias"):
+        bench.program.apply(LoRA(at="head", rank=2, bias="lora_only"))
+
+
+def test_a_negative_weight_takes_off_what_was_learned(bench: Any) -> None:
+    learned = zoo.randomise(bench.program.apply(LoRA(rank=2)), 0.2)
+    folded = pg.fold(learned)
+    undone = folded.apply(LoRA(rank=2, weight=-1.0))
+    with torch.no_grad():
+        for name, parameter in undone.table.trainable.items():
+            parameter.copy_(learned.table[name].tensor)
+    now, before = (p.table["stack.0.mix.weight"].tensor for p in (pg.fold(undone), bench.program))
+    torch.testing.assert_close(now, before, rtol=0, atol=1e-14)
+
+
 @settings(max_examples=60)
 @given(
     at=st.sampled_from(
@@ -192,7 +237,10 @@ def test_a_rank_larger_than_the_matrix(bench: Any) -> None:
     rank=st.integers(1, 4096),
     alpha=st.floats(allow_nan=False, allow_infinity=False),
     dropout=st.floats(0, 1, exclude_max=True),
-    init=st.sampled_from(["kaiming", "gaussian"]),
+    init=st.sampled_from(["kaiming", "gaussian", "pissa"]),
+    rank_stabilised=st.booleans(),
+    bias=st.sampled_from(["none", "all", "lora_only"]),
+    weight=st.floats(allow_nan=False, allow_infinity=False),
     name=st.sampled_from(["", "a", "left_2"]),
 )
 def test_spec_round_trip(**options: Any) -> None:

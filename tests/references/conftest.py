@@ -59,6 +59,8 @@ LEAVES = {  # ours -> theirs; an embedding has two names of its own
     "lora_A": ("lora_A.default.weight", "lora_embedding_A.default"),
     "lora_B": ("lora_B.default.weight", "lora_embedding_B.default"),
     "ia3_l": ("ia3_l.default",),
+    "bias": ("base_layer.bias", "bias"),
+    "dora_m": ("lora_magnitude_vector.default.weight",),
 }
 
 

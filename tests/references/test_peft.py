@@ -31,9 +31,9 @@ PAPER_BERT = r".*(key|value|encoder\.layer\.\d+\.output\.dense)"
 PAPER_PROJ = (["k_proj", "v_proj", "fc2"], ["fc2"])
 
 
-def lora(name: str, at: str, targets: Any) -> tuple[str, pg.Pass, type, dict[str, Any]]:
-    options = {"target_modules": targets, "r": 3, "lora_alpha": 5}
-    return name, LoRA(at=at, rank=3, alpha=5.0), peft.LoraConfig, options
+def lora(name: str, at: str, targets: Any, ours: Any = None, **more: Any) -> tuple[str, pg.Pass, type, dict[str, Any]]:
+    options = {"target_modules": targets, "r": 3, "lora_alpha": 5, **more}
+    return name, LoRA(at=at, rank=3, alpha=5.0, **(ours or {})), peft.LoraConfig, options
 
 
 def ia3(name: str, targets: Any = None, inside: Any = None) -> tuple[str, pg.Pass, type, dict[str, Any]]:
@@ -53,6 +53,9 @@ CASES: dict[str, tuple[str, pg.Pass, type, dict[str, Any]]] = {
     "lora-vit": lora("vit", "attention.q|attention.v", ["q_proj", "v_proj"]),
     "lora-mixtral": lora("mixtral", "attention.q|attention.v", ["q_proj", "v_proj"]),
     "lora-nano": lora("nano", "attention.o|ffn.*", ["out", "fc", "proj"]),
+    "lora-rank-stabilised": lora("llama", LINEARS, "all-linear", {"rank_stabilised": True}, use_rslora=True),
+    "lora-its-biases": lora("bert", "attention.q|attention.v", None, {"bias": "lora_only"}, bias="lora_only"),
+    "lora-all-biases": lora("vit", "ffn.up", ["fc1"], {"bias": "all"}, bias="all"),
     "ia3-llama": ia3("llama"),
     "ia3-t5": ia3("t5"),
     "ia3-bert-named": ia3("bert", PAPER_BERT, HIDDEN_BERT),
@@ -130,6 +133,7 @@ def test_merged_weights_and_outputs(both: Any, case: str) -> None:
     changed = {name for name, weight in weights.items() if weight is not pair.tuned.table[name].tensor}
     adapted = pair.tuned.sites.select(CASES[case][1].at)  # type: ignore[attr-defined]
     expected = {site.weight.parameter for site in adapted}
+    expected |= pair.tuned.table.trainable.keys() & pair.tuned.base.table.keys()
     if case.startswith("ia3"):
         expected |= {site.bias.parameter for site in adapted if site.bias and site.role != "ffn.hidden"}
     assert changed == expected
@@ -189,3 +193,51 @@ def test_a_gated_unit_may_be_scaled_on_its_linear_branch(both: Any) -> None:
         both.loss(result).backward()
     for ours, slot in shared:
         assert both.difference(ours.grad, slot.grad.flatten()) < 1e-11
+
+
+def test_pissa_starts_where_peft_does(both: Any) -> None:
+    """peft overwrites W by W - s B A; ours keeps W and takes the frozen s B0 A0 off.
+
+    In float32, since peft refuses to decompose float64.
+    """
+    config = peft.LoraConfig(target_modules=["c_attn", "c_fc"], r=3, lora_alpha=5, init_lora_weights="pissa")
+    theirs = both.wrap("gpt2", config, F32)
+    tuned = both.traced("gpt2", F32).apply(LoRA(at="ffn.up", rank=3, alpha=5.0, init="pissa"))
+    slots, inputs = dict(theirs.named_parameters()), both.example("gpt2", F32)
+    base = both.answer(tuned.base.module().eval()(**inputs))
+    assert torch.equal(both.answer(tuned.module().eval()(**inputs)), base)
+    assert both.difference(both.answer(theirs(**inputs)), base) < 1e-5
+    for name in tuned.table.trainable:
+        path, _, leaf = name.rpartition(".")
+        a, b = (slots[f"base_model.model.{path}.lora_{side}.default.weight"] for side in "AB")
+        if leaf == "lora_A":  # singular vectors are unique up to their signs, the product is unique
+            product = tuned.table[f"{path}.lora_B"].tensor @ tuned.table[name].tensor
+            assert both.difference(product, b @ a) < 1e-5
+
+
+def test_pissa_trains_as_peft_does(both: Any) -> None:
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=3, lora_alpha=5, init_lora_weights="pissa")
+    theirs, inputs = both.wrap("llama", config, F32), both.example("llama", F32)
+    tuned = both.traced("llama", F32).apply(LoRA(rank=3, alpha=5.0, init="pissa"))
+    slots, shared = dict(theirs.named_parameters()), []
+    with torch.no_grad():
+        for name, ours in tuned.table.trainable.items():
+            path, _, leaf = name.rpartition(".")
+            slot = slots[f"base_model.model.{path}.{leaf}.default.weight"]
+            for mine in (ours, tuned.table[f"{name}0"].tensor):  # the same signs, and the same start to take off
+                mine.copy_(slot)
+            shared.append((ours, slot))
+    optimisers = [torch.optim.SGD(side, lr=1e-2) for side in zip(*shared, strict=True)]
+    net = tuned.module().eval()
+    for _ in range(3):
+        for module, optimiser in zip((net, theirs), optimisers, strict=True):
+            optimiser.zero_grad()
+            both.loss(both.answer(module(**inputs))).mul(1e-3).backward()
+        for ours, slot in shared:
+            assert both.difference(ours.grad, slot.grad) < 1e-4
+        for optimiser in optimisers:
+            optimiser.step()
+    merged = theirs.merge_and_unload()
+    result = both.answer(pg.fold(tuned).module().eval()(**inputs))
+    assert both.difference(result, both.answer(merged(**inputs))) < 1e-5
+    assert both.difference(result, both.answer(tuned.base.module().eval()(**inputs))) > 1e-3

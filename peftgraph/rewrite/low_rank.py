@@ -1,0 +1,63 @@
+"""The low-rank path that LoRA and its kin put beside a projection."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import fx
+
+from peftgraph import init
+from peftgraph.ir.builder import Builder, Initializer
+from peftgraph.rewrite.match import Match
+
+if TYPE_CHECKING:
+    from peftgraph.rewrite.method import Pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRank:
+    """x (..., I)  ->  (drop(x) A^T) B^T, (..., O), multiplied as the site itself multiplies
+
+    Shapes: I in, O out, R rank; A (R, I), B (O, R), with the number of experts in front where weights are stacked.
+
+    Attributes:
+        rank: R.
+        dropout: on x, in training; none on the numbers that an embedding reads.
+    """
+
+    rank: int
+    dropout: float = 0.0
+
+    def check(self, method: Pass) -> None:
+        """Refuses, in the name of `method`, a rank below 1 and a dropout outside [0, 1)."""
+        method.require(self.rank >= 1, f"rank must be at least 1, got {self.rank}.")
+        method.require(0 <= self.dropout < 1, f"dropout must lie in [0, 1), got {self.dropout}.")
+
+    def fits(self, method: Pass, m: Match) -> None:
+        """Refuses a rank larger than the smaller side of the site's matrix."""
+        out, inner = m.shape
+        limit = min(out, inner)
+        method.require(
+            self.rank <= limit, f"rank {self.rank} is larger than {m.site.id} allows: {out} x {inner}, at most {limit}."
+        )
+
+    def factors(
+        self,
+        m: Match,
+        op: Builder,
+        suffix: str = "",
+        *,
+        down: Initializer = init.kaiming,
+        up: Initializer = init.zeros,
+        trainable: bool = True,
+    ) -> tuple[fx.Node, fx.Node]:
+        """New parameters lora_A{suffix} and lora_B{suffix}."""
+        out, inner = m.shape
+        a_RI = op.param(f"lora_A{suffix}", (*m.experts, self.rank, inner), down, trainable)
+        return a_RI, op.param(f"lora_B{suffix}", (*m.experts, out, self.rank), up, trainable)
+
+    def build(self, m: Match, op: Builder, a_RI: fx.Node, b_OR: fx.Node) -> fx.Node:
+        """The path from what the site reads now."""
+        x = m.input if m.site.role == "embedding" else op.dropout(m.input, self.dropout)
+        return m.up(op, m.down(op, x, a_RI), b_OR)
