@@ -123,11 +123,20 @@ def mutated_buffers(graph: fx.Graph) -> set[str]:
 
 
 def _set_argument(node: fx.Node, position: int, name: str, value: object) -> None:
-    """Sets an argument that is given; a last one that becomes the default is left out, as the exporter does it."""
+    """Sets an argument that is given; last ones that are the default are left out, as the exporter does it."""
     assert isinstance(node.target, torch._ops.OpOverload)
-    if len(node.args) == position + 1 and node.target._schema.arguments[position].default_value == value:
+    schema = node.target._schema.arguments
+    if len(node.args) == position + 1 and schema[position].default_value == value:
+        while position and schema[position - 1].has_default_value() and _is_default(node, position - 1):
+            position -= 1
         node.args = node.args[:position]
     elif len(node.args) > position:
         node.update_arg(position, value)  # pyright: ignore[reportArgumentType]
     elif name in node.kwargs:
         node.update_kwarg(name, value)  # pyright: ignore[reportArgumentType]
+
+
+def _is_default(node: fx.Node, position: int) -> bool:
+    assert isinstance(node.target, torch._ops.OpOverload)
+    given = node.args[position]
+    return not isinstance(given, fx.Node) and given == node.target._schema.arguments[position].default_value

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from .catalogue import entries
 from .entry import Entry
 from .measure import measure
-from .models import entries
 from .report import shortfalls, show, write
 from .score import Row
 
