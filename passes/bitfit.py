@@ -1,17 +1,40 @@
 """BitFit (Ben Zaken et al., 2022): only the bias vectors train.
 
     y = x W^T + b     ->   the same, b trains            fold: none needed, the trained b is the new b
+    y = x W^T + b     ->   y = x W^T + b + d             for one slice of a fused projection; fold: b <- b + d there
+    y = x W^T         ->   y = x W^T + d                 with zero=true; no fold: there is no b to fold d into
 
-Biases of projections and of layer norms alike; nothing is added to the graph. The program trains copies, so the base
-keeps its own biases.
-Source: arXiv 2106.10199, section 3.
+`at` names biases, or the projections and norms whose biases they are. The program trains copies, so the base keeps its
+own biases, and d starts at zero. The paper's smaller set is at="attention.q|ffn.up". Models without biases get them by
+zero=true, as T-Few gave T5 zero biases: at="attention.*|ffn.up|ffn.gate" norms=true, without the second matrix of the
+feed-forward, which the pattern in the authors' configuration misses (at="attention.*|ffn.*" has it).
+The authors' code trains the task's classifier too: head=true.
+Source: arXiv 2106.10199, section 3; arXiv 2205.05638 and r-three/t-few, configs/bitfit.json.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from torch import Tensor, fx
+
 import peftgraph as pg
+
+
+def in_a_slice(site: pg.Site) -> bool:
+    """Whether the bias is a part of a longer stored one."""
+    return site.bias is not None and site.bias.window is not None
+
+
+def missing(site: pg.Site) -> bool:
+    """Whether there is no bias."""
+    return site.bias is None
+
+
+def whole(site: pg.Site) -> bool:
+    """Whether the bias is all that is stored under its name."""
+    return not missing(site) and not in_a_slice(site)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,11 +44,33 @@ class BitFit(pg.Pass):
     Attributes:
         at: which biases; all by default. `bias.where(path=".*(query|intermediate).*")` narrows: the whole path must
             match.
+        zero: whether a projection or norm that has no bias gets one, which starts at zero.
+        norms: whether the scales of all norms train too.
+        head: whether the output projection trains too; where it is tied to the embedding, so does that.
     """
 
     word = "bitfit"
     at: pg.Selector = pg.bias
+    zero: bool = pg.quiet(False)
+    norms: bool = pg.quiet(False)
+    head: bool = pg.quiet(False)
 
     def rules(self) -> list[pg.Rule]:
-        """One rule: the biases train in place."""
-        return [pg.Train(self.at)]
+        """Train the biases in place, or beside a slice; add those that are missing."""
+        no_bias = "there is no bias to fold it into"
+        biases = [
+            pg.Train(self.at, own="bias", where=whole, optional=True),
+            pg.Rule(at=self.at, delta=self.delta, fold=self.fold, where=in_a_slice, optional=True),
+        ]
+        added = pg.Rule(at=self.at, delta=self.delta, fold=no_bias, where=missing, optional=True)
+        also = [pg.Train(at) for at, wanted in ((pg.norm, self.norms), (pg.head, self.head)) if wanted]
+        return [*biases, *([added] if self.zero else []), *also]
+
+    def delta(self, m: pg.Match, op: pg.Builder) -> fx.Node:
+        """d, shaped to broadcast over the value."""
+        return m.along_features(op, op.param("bitfit_d", (*m.experts, m.features), pg.init.zeros))
+
+    def fold(self, m: pg.Match, p: pg.Params) -> Mapping[pg.Bound, Tensor]:
+        """b + d."""
+        assert m.bias is not None
+        return {m.bias: m.bias.value + p.bitfit_d}

@@ -106,12 +106,17 @@ def _chosen(sites: Sites, method: Pass) -> list[tuple[int, Rule, Site]]:
         found = sites.select(rule.at) if rule.optional else sites.require(rule.at)
         kept = [site for site in found if rule.where is None or rule.where(site)]
         if not kept and not rule.optional:
-            raise NoMatch(f"{method}: none of the {len(found)} sites at {rule.at} has a bias.")
+            raise _no_bias(method, rule, len(found))
         chosen += [(number, rule, site) for site in kept]
     if not chosen:
-        found = sites.require(rules[0].at)
-        raise NoMatch(f"{method}: none of the {len(found)} sites at {rules[0].at} has a bias.")
+        raise _no_bias(method, rules[0], len(sites.require(rules[0].at)))
     return chosen
+
+
+def _no_bias(method: Pass, rule: Rule, sites: int) -> NoMatch:
+    return NoMatch(
+        f"{method}: none of the {sites} sites at {rule.at} has a bias. Choose others; bitfit{{zero=true}} adds biases."
+    )
 
 
 def _check_name(program: ProgramData, method: Pass) -> None:

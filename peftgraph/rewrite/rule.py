@@ -124,12 +124,14 @@ def trained(m: Match, p: Params) -> Mapping[Bound, Tensor]:
     return {}
 
 
-def Train(at: Selector, own: Own = "all", optional: bool = False) -> Rule:
+def Train(at: Selector, own: Own = "all", where: Callable[[Site], bool] | None = None, optional: bool = False) -> Rule:
     """A rule that makes the sites' own parameters trainable, or their biases, and computes nothing new.
 
     A stored tensor trains whole: of a fused projection's bias, all that is stored.
     """
-    return Rule(at=at, delta=None, fold=trained, own=own, where=_has_bias if own == "bias" else None, optional=optional)
+    if own == "bias" and where is None:
+        where = _has_bias
+    return Rule(at=at, delta=None, fold=trained, own=own, where=where, optional=optional)
 
 
 def _has_bias(site: Site) -> bool:

@@ -76,6 +76,59 @@ def test_a_model_without_biases_is_an_error(real: Any) -> None:
         real("t5-xl").apply(BitFit())
 
 
+def test_the_smaller_set_by_structure(real: Any) -> None:
+    assert real("bert-base").apply(BitFit(at="attention.q|ffn.up")).count().trainable == 12 * (768 + 3072)
+    assert 24 * real("roberta-large").apply(BitFit(at="attention.q|ffn.up")).count().trainable == 122_880
+
+
+def test_one_slice_of_a_fused_bias(bench: Any) -> None:
+    tuned = zoo.randomise(bench.program.apply(BitFit(at="attention.q|ffn.up")), 0.2)
+    assert set(tuned.table.trainable) == {"stack.0.mix.q.bitfit_d", "stack.0.fc.bias"}
+    d_Q = tuned.table["stack.0.mix.q.bitfit_d"].tensor
+    reference = bench.plain()
+    shift = torch.cat([d_Q.detach(), torch.zeros(2 * zoo.WIDTH, dtype=torch.float64)])
+    reference.stack[0].mix.bias.add_(shift)
+    reference.stack[0].fc.bias.copy_(tuned.table["stack.0.fc.bias"].tensor)
+    ours, theirs = (module.eval()(**bench.inputs)["logits"] for module in (tuned.module(), reference))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    folded = pg.fold(tuned).table
+    assert torch.equal(folded["stack.0.mix.bias"].tensor, reference.stack[0].mix.bias)
+
+
+def test_zero_biases_where_the_model_has_none(real: Any) -> None:
+    """T-Few's counts, one layer a stack traced: 24 of each, and the last norm of each stack."""
+
+    def whole(at: str) -> int:
+        one = real("t5-xl").apply(BitFit(at=at, zero=True, norms=True)).count().trainable
+        return 24 * (one - 2 * 2048) + 2 * 2048
+
+    assert whole("attention.*|ffn.up|ffn.gate") == 1_331_200  # published as 1.3M: the pattern misses wo
+    assert whole("attention.*|ffn.*") == 1_429_504
+
+
+def test_added_biases_start_at_zero_and_do_not_fold() -> None:
+    base, inputs = zoo.traced("t5", dtype=torch.float64), zoo.example("t5")
+    tuned = base.apply(BitFit(at="attention.*|ffn.*", zero=True))
+    ours, theirs = (zoo.leaves(program.module().eval()(**inputs))[0] for program in (tuned, base))
+    assert torch.equal(ours, theirs)
+    moved = zoo.leaves(zoo.randomise(tuned).module().eval()(**inputs))[0]
+    assert not torch.equal(moved, theirs)
+    with pytest.raises(pg.NoFold, match="there is no bias to fold it into"):
+        pg.fold(tuned)
+    assert tuned.remove().text() == base.text()
+
+
+def test_projections_without_biases_are_an_error(real: Any) -> None:
+    with pytest.raises(pg.NoMatch, match=r"none of the 2 sites at attention\.q\|attention\.v has a bias"):
+        real("llama-7b").apply(BitFit(at="attention.q|attention.v"))
+
+
+def test_norms_and_the_head(bench: Any) -> None:
+    plain = set(bench.program.apply(BitFit()).table.trainable)
+    more = set(bench.program.apply(BitFit(norms=True, head=True)).table.trainable)
+    assert more - plain == {"stack.0.n1.weight", "stack.0.n2.weight", "last.weight", "vocab.weight"}
+
+
 def test_two_that_train_the_same_bias_conflict(bench: Any) -> None:
     with pytest.raises(pg.Conflict, match=r"both train stack\.0\.n1\.bias"):
         bench.program.apply(BitFit(), BitFit(name="again"))
@@ -84,6 +137,9 @@ def test_two_that_train_the_same_bias_conflict(bench: Any) -> None:
 @settings(max_examples=20)
 @given(
     at=st.sampled_from(["bias", "bias&layers(1,3)", SECOND]),
+    zero=st.booleans(),
+    norms=st.booleans(),
+    head=st.booleans(),
     name=st.sampled_from(["", "a", "left_2"]),
 )
 def test_spec_round_trip(**options: Any) -> None:

@@ -1,0 +1,41 @@
+"""Partial fine-tuning: some layers train, all below stay frozen (variable-depth and layer-norm tuning).
+
+    y = f(x; W)   ->   the same, the W of the chosen places train          fold: none needed, the trained W is the new W
+
+Nothing is added to the graph, and the program trains copies, so the base keeps its own weights. Nothing below the
+lowest trained place needs a gradient, so a step of training keeps no activations there and goes no further back.
+top=2 trains the two uppermost blocks of each stack; at="norm" with no top trains every norm. A model with two stacks
+needs `stack("decoder")` in `at`, or one that trains the upper blocks of both says so with `.where(path=".*")`.
+Source: arXiv 1902.00751, section 3 (variable fine-tuning, layer norms only); arXiv 2106.09685, table 3 (FT-Top2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import peftgraph as pg
+
+
+@dataclass(frozen=True, kw_only=True)
+class Freeze(pg.Pass):
+    """Training of some of the model's own parameters.
+
+    Attributes:
+        at: what trains: projections with their biases, norms, biases; every part of the model by default.
+        top: how many blocks of a stack train, from the uppermost down; none for whatever `at` selects at any depth.
+        head: whether the output projection trains; where it is tied to the embedding, so does that.
+    """
+
+    word = "freeze"
+    at: pg.Selector = ~pg.block  # every part: a block's own parameters are its parts'
+    top: int | None = None
+    head: bool = False
+
+    def check(self) -> None:
+        """Refuses a number of blocks below 1."""
+        self.require(self.top is None or self.top >= 1, f"top must be at least 1 or none, got {self.top}.")
+
+    def rules(self) -> list[pg.Rule]:
+        """Train the chosen parameters."""
+        at = self.at if self.top is None else self.at & pg.layers(-self.top, None)
+        return [pg.Train(at), pg.Train(pg.head)] if self.head else [pg.Train(at)]
