@@ -118,6 +118,15 @@ def test_added_biases_start_at_zero_and_do_not_fold() -> None:
     assert tuned.remove().text() == base.text()
 
 
+def test_equation_of_an_added_bias(bench: Any) -> None:
+    tuned = zoo.randomise(bench.program.apply(BitFit(at="head", zero=True)), 0.2)
+    reference = bench.plain()
+    head = torch.nn.Linear(zoo.WIDTH, zoo.VOCAB, dtype=torch.float64)
+    head.weight = reference.vocab.weight
+    reference.vocab = head
+    bench.agree(tuned, reference, {"vocab.bitfit_d": head.bias})
+
+
 def test_projections_without_biases_are_an_error(real: Any) -> None:
     with pytest.raises(pg.NoMatch, match=r"none of the 2 sites at attention\.q\|attention\.v has a bias"):
         real("llama-7b").apply(BitFit(at="attention.q|attention.v"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -81,7 +82,7 @@ def test_nothing_is_kept_below_the_lowest_block_that_trains() -> None:
     model, inputs = zoo.Nano(layers=6), zoo.example("nano")
     base = pg.trace(model, inputs)
     sizes = [saved(base.apply(Freeze(top=top)), inputs) for top in range(1, 7)]
-    steps = [after - before for before, after in zip(sizes, sizes[1:], strict=False)]
+    steps = [after - before for before, after in pairwise(sizes)]
     assert len(set(steps)) == 1, sizes  # a block more costs what a block costs, however many lie below
     assert 0 < sizes[0] < sizes[-1] / 3
 

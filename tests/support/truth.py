@@ -162,7 +162,7 @@ def _adapted(
 ) -> dict[str, Tensor]:
     new = {key: value.detach() for key, value in stored.items()} | {k: v for k, v in adapters.items() if k in stored}
     for place in PLACES[name]:
-        steps = [_add_product, _scale]
+        steps = [_add_product, _scale, _shift]
         if scale_first and place.role != "ffn.down":  # the hidden value is scaled before any product reads it
             steps.reverse()
         for step in steps:
@@ -193,6 +193,14 @@ def _scale(new: dict[str, Tensor], place: Place, adapters: Mapping[str, Tensor],
     if place.bias is not None:
         bias, rows = new[place.bias], list(place.rows or range(vector.numel()))
         new[place.bias] = bias.index_copy(0, torch.tensor(rows), bias[rows] * vector)
+
+
+def _shift(new: dict[str, Tensor], place: Place, adapters: Mapping[str, Tensor], alpha: float) -> None:
+    name = f"{place.owner}.bitfit_d"
+    if name in adapters:
+        assert place.bias is not None
+        bias, rows = new[place.bias], list(place.rows or range(len(adapters[name])))
+        new[place.bias] = bias.index_add(0, torch.tensor(rows), adapters[name])
 
 
 def _on_rows(weight: Tensor, place: Place, change: Any) -> Tensor:
