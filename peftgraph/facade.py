@@ -1,6 +1,7 @@
 """Every public name, once: what `peftgraph` hands out on first use. Importing this file imports torch."""
 
 from peftgraph import init as init
+from peftgraph import losses as losses
 from peftgraph.errors import AdapterError as AdapterError
 from peftgraph.errors import Ambiguous as Ambiguous
 from peftgraph.errors import CallError as CallError
