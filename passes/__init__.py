@@ -12,4 +12,5 @@ from .ia3 import IA3 as IA3
 from .lora import LoRA as LoRA
 from .parallel_adapter import ParallelAdapter as ParallelAdapter
 from .pfeiffer import Pfeiffer as Pfeiffer
+from .prefix import Prefix as Prefix
 from .serial_adapter import SerialAdapter as SerialAdapter

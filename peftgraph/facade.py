@@ -24,6 +24,9 @@ from peftgraph.rewrite.method import Pass as Pass
 from peftgraph.rewrite.method import Pipeline as Pipeline
 from peftgraph.rewrite.method import parse_pass as parse_pass
 from peftgraph.rewrite.method import quiet as quiet
+from peftgraph.rewrite.prepend import key_heads as key_heads
+from peftgraph.rewrite.prepend import prepend as prepend
+from peftgraph.rewrite.prepend import value_heads as value_heads
 from peftgraph.rewrite.recipe import load_recipe as load_recipe
 from peftgraph.rewrite.rule import Add as Add
 from peftgraph.rewrite.rule import Multiply as Multiply

@@ -27,6 +27,15 @@ def kaiming(tensor: Tensor) -> None:
     _nn.init.uniform_(tensor, -bound, bound)
 
 
+def uniform(bound: float) -> Callable[[Tensor], None]:
+    """Uniform in +-bound."""
+
+    def fill(tensor: Tensor) -> None:
+        _nn.init.uniform_(tensor, -bound, bound)
+
+    return fill
+
+
 def normal(std: float) -> Callable[[Tensor], None]:
     """Normal with mean 0 and standard deviation `std`."""
 

@@ -23,6 +23,7 @@ from peftgraph.lower.module import GraphModule
 from peftgraph.lower.surround import surround
 from peftgraph.rewrite.apply import apply, remove
 from peftgraph.rewrite.count import Count, count
+from peftgraph.rewrite.finalize import finalize
 from peftgraph.rewrite.method import Pass, Pipeline
 from peftgraph.sites import Pattern, Selector, Sites, as_selector, find_sites
 from peftgraph.sites.naming import sections, titles
@@ -88,6 +89,15 @@ class Program(ProgramData):
         if not -len(names) <= which < len(names):
             raise PeftGraphError(f"There is no pass number {which}; {len(names)} were applied.")
         return remove(self, self.sites, which % len(names))
+
+    def finalize(self) -> Program:
+        """The program as it is kept after training: what a pass computes from its parameters alone, such as the MLP
+        behind a prefix, is replaced by its results. This program keeps its own parameters.
+
+        Raises:
+            PeftGraphError: no pass computes anything from its parameters alone.
+        """
+        return finalize(self, self.sites)
 
     @property
     def recipe(self) -> Pass:

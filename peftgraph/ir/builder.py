@@ -5,7 +5,7 @@ It sets the value metadata and the origin of every node it makes and counts what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -106,6 +106,12 @@ class Builder:
             self.common.nodes[key] = build()
         return self.common.nodes[key]
 
+    def derived(self, name: str, value: fx.Node) -> fx.Node:
+        """Marks a value that depends on parameters alone; in the pass's `finalized` form it is the parameter
+        `owner.name`."""
+        value.meta["derived"] = f"{self.owner}.{name}"
+        return value
+
     def _new(self, full: str, shape: Sequence[int], init: Initializer, trainable: bool = True) -> Entry:
         if full in self.taken:
             raise Conflict(
@@ -171,11 +177,34 @@ class Builder:
         Stored tensors are read where they are; everything else that `stop` depends on must come from `start`.
         """
         copies = {start: x}
-        for node in _between(start, stop):
-            arguments, keywords = fx.map_arg((node.args, node.kwargs), lambda operand: copies.get(operand, operand))
-            assert not isinstance(node.target, str), f"{node.name} is no call"
-            copies[node] = self.call(node.target, *arguments, **keywords)
+        for node in self.between(start, stop):
+            copies[node] = self.copy(node, copies)
         return copies[stop]
+
+    def copy(self, node: fx.Node, instead: Mapping[fx.Node, fx.Node]) -> fx.Node:
+        """The call of `node` once more, with other operands instead of some."""
+        arguments, keywords = fx.map_arg((node.args, node.kwargs), lambda operand: instead.get(operand, operand))
+        assert not isinstance(node.target, str), f"{node.name} is no call"
+        return self.call(node.target, *arguments, **keywords)
+
+    @staticmethod
+    def between(start: fx.Node, stop: fx.Node) -> list[fx.Node]:
+        """The nodes on the ways from `start` to `stop`, in order, `stop` included."""
+        after, todo = set[fx.Node](), [start]
+        while todo:
+            node = todo.pop()
+            if node is not stop:
+                todo += [user for user in node.users if user not in after]
+                after.update(node.users)
+        order: dict[fx.Node, None] = {}
+        todo = [stop]
+        while todo:
+            node = todo[-1]
+            waiting = [one for one in node.all_input_nodes if one in after and one not in order]
+            todo += waiting
+            if not waiting:
+                order[todo.pop()] = None
+        return list(order)
 
     def mul(self, x: fx.Node, y: fx.Node | float) -> fx.Node:
         """x * y; a factor of exactly 1 adds nothing."""
@@ -213,20 +242,6 @@ class Builder:
         base = f"{self.label}.{hint}"
         count = sum(node.meta["label"].rsplit("#", 1)[0] == base for node in self.nodes)
         return base if count == 0 else f"{base}#{count + 1}"
-
-
-def _between(start: fx.Node, stop: fx.Node) -> list[fx.Node]:
-    """The nodes on the ways from `start` to `stop`, in order, `stop` included."""
-    descends = {start: True}
-
-    def visit(node: fx.Node) -> bool:
-        if node not in descends:
-            found = [visit(operand) for operand in node.all_input_nodes]
-            descends[node] = any(found)
-        return descends[node]
-
-    visit(stop)
-    return [node for node, on_the_way in descends.items() if on_the_way and node is not start]
 
 
 def erase(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:

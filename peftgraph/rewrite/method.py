@@ -61,6 +61,10 @@ class Pass:
         """The atomic passes this one stands for."""
         return (self,)
 
+    def finalized(self) -> Pass:
+        """The pass as it stands once training is over: every value that `Builder.derived` names is a parameter."""
+        return self
+
     def __str__(self) -> str:
         shown = [f for f in _ordered_fields(self) if not f.metadata.get(QUIET) or getattr(self, f.name) != f.default]
         options = [f"{f.name}={print_value(getattr(self, f.name))}" for f in shown]

@@ -15,6 +15,7 @@ from .anatomy import Anatomy
 from .attention import Attention, Part, attended, find_attention, find_latents
 from .blocks import Blocks, Place, Sublayer
 from .feedforward import FeedForward, find_feedforward, find_routers
+from .grouped import rows_by_head
 from .joins import Join
 from .naming import module_of
 from .norms import Norm
@@ -166,6 +167,7 @@ class Finder:
         core, q = one.core, one.role("q")
         ports: Ports = {"q": core.q, "k": core.k, "v": core.v, "output": core.output, "mask": core.mask}
         ports |= {f"product{i}" if i else "product": node for i, node in enumerate(core.products)}
+        ports |= {"keys": rows_by_head(self.flow, core.k), "values": rows_by_head(self.flow, core.v)}
         path = common([owner(part.weight.parameter, part.weight.experts) for part in one.parts])
         heads = q[0].heads if q else None
         self._add("attention.core", core.node, path, place, ports, kind=one.kind, heads=heads)

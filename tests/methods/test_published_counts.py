@@ -28,6 +28,7 @@ from peftgraph.passes import (
     LoRA,
     ParallelAdapter,
     Pfeiffer,
+    Prefix,
 )
 
 BERT_BASE, BART_LARGE, T5_BASE, BERT_LARGE = 110_000_000, 410_000_000, 222_903_552, 335_141_888  # as percents use them
@@ -109,6 +110,12 @@ ROWS = [
     Row("bart-large", ParallelAdapter(at=pg.attention, width=200), 14_745_600, "3.6%", UNIFIED, BART_LARGE, False),
     Row("bart-large", ParallelAdapter(at=pg.attention, width=512), 37_748_736, "9.2%", UNIFIED, BART_LARGE, False),
     Row("bart-large", Pfeiffer(width=600), 29_491_200, "7.2%", UNIFIED, of=BART_LARGE, biases=False),
+    Row("bart-large", Prefix(length=200, hidden=None), 14_745_600, "3.6%", UNIFIED, of=BART_LARGE),
+    Row("bart-large", Prefix(length=512, hidden=None), 37_748_736, "9.2%", UNIFIED, of=BART_LARGE),
+    Row("bart-large", Prefix(length=30, hidden=None), 2_211_840, "0.1%", UNIFIED, of=BART_LARGE, agrees=False),
+    Row("bert-base", Prefix(hidden=None), 184_320, "184K", UNIPELT),
+    Row("bert-base", Prefix(length=30), 9_872_384, "9872384", LIBRARY),
+    Row("bert-base", Prefix(length=5), 9_853_184, "9853184", "P-tuning v2's code: 9860105 with 6921 of a head"),
     Row("t5-base", Houlsby(width=24), 1_855_104, "0.832%", MAHABADI, of=T5_BASE),
     Row("t5-base", Houlsby(at=SELF, width=24), 951_360, "0.427%", "Compacter, table 1: Pfeiffer", of=T5_BASE),
     Row("t5-base", AdapterDrop(adapter=Houlsby(width=24), layers=5), 1_101_984, "0.494%", MAHABADI, of=T5_BASE),

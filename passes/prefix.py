@@ -1,0 +1,106 @@
+"""Prefix tuning (Li and Liang, 2021): trainable keys and values that every query of an attention also sees.
+
+    head = softmax(q K^T + mask) V   ->   softmax(q [P_K; K]^T + [0, mask]) [P_V; V]
+         = (1 - a) head + a softmax(q P_K^T) P_V,   a the share of the exponentials that falls on the prefix
+    no fold: the prefix is attended to, and no weight holds rows of keys or values
+
+While it trains, the prefix comes out of an MLP: [P_K, P_V] = W_up tanh(W_down P' + b_down) + b_up, with P' and the
+first layer shared by all attentions of one kind: encoder, decoder and cross-attention have one each. `finalize()` puts
+the MLP's results in its place. hidden=none trains P_K and P_V themselves: P-tuning v2 (and what peft does by default).
+The prefix has no position: queries and keys keep theirs, and no rotation or position bias reaches it. peft passes it
+as a cache of earlier tokens and so counts positions from L on: give the model position_ids from L on for that.
+Shapes: L length, D the width of the model, M hidden, G heads of keys and values, F features of one, P' (L, D), W_down
+(M, D), W_up (2 G F, M): the sites' W_up are the rows of the paper's one matrix. P_K and P_V (L, G F).
+P', and P_K and P_V without the MLP, start standard normal, as torch.nn.Embedding does, and the layers as
+torch.nn.Linear.
+Source: arXiv 2101.00190, sections 4 and 5; XiangLi1999/PrefixTuning, gpt2/train_control.py. arXiv 2110.07602 (P-tuning
+v2). The second form of the algebra: arXiv 2110.04366, equation 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import fx
+
+import peftgraph as pg
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prefix(pg.Pass):
+    """Rows of keys and values in front of an attention's own.
+
+    Attributes:
+        at: attention cores; all of them by default.
+        length: L, how many rows (10 in the authors' code, 5 in its examples).
+        hidden: M of the MLP (512 for table-to-text, 800 for summarisation); none trains the rows themselves.
+        dropout: on the rows, in training (P-tuning v2's code uses the model's own; prefix tuning none).
+    """
+
+    word = "prefix"
+    at: pg.Selector = pg.attention.core
+    length: int = 10
+    hidden: int | None = 512
+    dropout: float = 0.0
+
+    def check(self) -> None:
+        """Refuses sizes below 1, and a dropout outside [0, 1)."""
+        self.require(self.length >= 1, f"length must be at least 1, got {self.length}.")
+        self.require(self.hidden is None or self.hidden >= 1, f"hidden must be at least 1 or none, got {self.hidden}.")
+        self.require(0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}.")
+
+    def rules(self) -> list[pg.Rule]:
+        """One rule: compute the attention over the longer keys and values."""
+        reason = "the prefix is attended to, and no weight holds rows of keys or values"
+        return [pg.Rule(at=self.at, delta=self.delta, join=pg.Replace(), fold=reason)]
+
+    def finalized(self) -> Self:
+        """The same prefix without the MLP."""
+        return replace(self, hidden=None)
+
+    def delta(self, m: pg.Match, op: pg.Builder) -> fx.Node:
+        """softmax(q [P_K; K]^T + [0, mask]) [P_V; V]."""
+        sizes = {"prefix_k": pg.key_heads(m), "prefix_v": pg.value_heads(m)}
+        rows = self.direct(op, sizes) if self.hidden is None else self.projected(m, op, sizes)
+        by_head: list[fx.Node] = []
+        for name, (heads, features) in sizes.items():
+            dropped = op.dropout(rows[name], self.dropout)
+            apart_1LGF = op.call(aten.view.default, dropped, [1, self.length, heads, features])
+            by_head.append(op.call(aten.transpose.int, apart_1LGF, 1, 2))
+        return pg.prepend(m, op, *by_head)
+
+    def direct(self, op: pg.Builder, sizes: Mapping[str, tuple[int, int]]) -> dict[str, fx.Node]:
+        """P_K and P_V, (L, G F) each, as parameters."""
+        return {name: op.param(name, (self.length, g * f), pg.init.normal(1.0)) for name, (g, f) in sizes.items()}
+
+    def projected(self, m: pg.Match, op: pg.Builder, sizes: Mapping[str, tuple[int, int]]) -> dict[str, fx.Node]:
+        """P_K and P_V, (L, G F) each, out of the MLP of the site's kind."""
+        assert self.hidden is not None
+        family = "_".join(part for part in (m.site.stack, m.site.kind) if part)
+        width = self.width(m)
+
+        def hidden() -> fx.Node:
+            start_LD = op.shared(f"{family}_embedding", (self.length, width), pg.init.normal(1.0))
+            weight = op.shared(f"{family}_down_weight", (self.hidden or 0, width), pg.init.kaiming)
+            bias = op.shared(f"{family}_down_bias", (self.hidden or 0,), pg.init.uniform(width**-0.5))
+            return op.activation("tanh", op.linear(start_LD, weight, bias))
+
+        hidden_LM = op.once(f"{family}_hidden", hidden)
+        found: dict[str, fx.Node] = {}
+        for name, (heads, features) in sizes.items():
+            weight = op.param(f"{name[-1]}_weight", (heads * features, self.hidden), pg.init.kaiming)
+            bias = op.param(f"{name[-1]}_bias", (heads * features,), pg.init.uniform(self.hidden**-0.5))
+            found[name] = op.derived(name, op.linear(hidden_LM, weight, bias))
+        return found
+
+    def width(self, m: pg.Match) -> int:
+        """D: the features that the first projection of queries reads."""
+        queries = m.related(pg.attention.q)
+        self.require(bool(queries), f"no projection gives the queries of {m.site.id}; use hidden=none.")
+        beside = [one for one in queries if (one.site.stack, one.site.kind) == (m.site.stack, m.site.kind)]
+        return (beside or queries)[0].shape[1]

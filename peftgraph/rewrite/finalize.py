@@ -1,0 +1,58 @@
+"""Once training is over: values that depend on parameters alone become parameters, and what computed them goes."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_arg
+
+from peftgraph.errors import PeftGraphError
+from peftgraph.ir.modes import evaluated
+from peftgraph.ir.program import ProgramData
+from peftgraph.ir.table import Table
+from peftgraph.rewrite.apply import apply, remove
+from peftgraph.sites import Sites
+
+P = TypeVar("P", bound=ProgramData)
+
+
+def finalize(program: P, sites: Sites) -> P:
+    """The program with every pass in its `finalized` form, and the values that were computed in their places.
+
+    Raises:
+        PeftGraphError: no pass computes anything from its parameters alone.
+    """
+    methods = [applied.method for applied in program.history]
+    final = [method.finalized() for method in methods]
+    if final == methods:
+        raise PeftGraphError("There is nothing to finalise: no pass computes values from its parameters alone.")
+    values = {name: entry.tensor.detach() for name, entry in program.table.items()}
+    values |= _derived(evaluated(program.graph), program.table)
+    while program.history:
+        program = remove(program, sites, 0)
+    with torch.random.fork_rng(devices=[]):  # initial values are overwritten: the user's generator stays put
+        result = apply(program, sites, tuple(final))
+    claimed = {name for edit in result.edits for name in edit.parameters}
+    with torch.no_grad():
+        for name in claimed:
+            result.table[name].tensor.copy_(values[name])
+    return result
+
+
+def _derived(graph: fx.Graph, table: Table) -> dict[str, Tensor]:
+    """The values that `Builder.derived` marked, by the name they get as parameters."""
+    known: dict[fx.Node, Any] = {}
+
+    def value(node: fx.Node) -> Any:
+        if node not in known:
+            if node.op == "get_attr":
+                known[node] = table[str(node.target)].tensor.detach()
+            else:
+                assert node.op == "call_function", f"%{node.name} depends on an input, not on parameters alone"
+                assert not isinstance(node.target, str)
+                known[node] = node.target(*map_arg(node.args, value), **map_arg(node.kwargs, value))
+        return known[node]
+
+    return {node.meta["derived"]: value(node) for node in graph.nodes if "derived" in node.meta}

@@ -1,0 +1,190 @@
+"""Attention over more rows: keys and values of a pass's own in front of the model's, in the attention itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from peftgraph.errors import Conflict, PeftGraphError
+from peftgraph.ir.builder import Builder
+from peftgraph.rewrite.match import Match
+
+aten = torch.ops.aten
+
+FUSED = aten.scaled_dot_product_attention.default
+MASKS = {
+    aten.add.Tensor,
+    aten.add_.Tensor,
+    aten.sub.Tensor,
+    aten.masked_fill.Scalar,
+    aten.masked_fill_.Scalar,
+    aten.masked_fill.Tensor,
+    aten.masked_fill_.Tensor,
+    aten.where.self,
+    aten.where.ScalarOther,
+}
+SCALES = {
+    aten.mul.Tensor,
+    aten.mul.Scalar,
+    aten.div.Tensor,
+    aten.div.Scalar,
+    aten.mul_.Tensor,
+    aten.div_.Tensor,
+    aten.to.dtype,
+    aten.tanh.default,
+    aten.contiguous.default,
+}
+WEIGHTS = {aten.to.dtype, aten.dropout.default, aten.contiguous.default, aten.matmul.default}
+
+
+def key_heads(m: Match) -> tuple[int, int]:
+    """(heads, features of one) of an attention's keys, before they are repeated for the queries that share them.
+
+    Raises:
+        PeftGraphError: the site is no attention core, or its keys are no (batch, heads, positions, features).
+    """
+    return _heads_of(m, "keys")
+
+
+def value_heads(m: Match) -> tuple[int, int]:
+    """(heads, features of one) of an attention's values; like `key_heads`."""
+    return _heads_of(m, "values")
+
+
+def _heads_of(m: Match, port: str) -> tuple[int, int]:
+    if not m.has(port):
+        raise PeftGraphError(f"{m.site.id} is no attention core, so it has no {port}; choose attention.core.")
+    shape = m.value(port).meta["val"].shape
+    if len(shape) != 4 or not isinstance(shape[1], int):
+        sizes = " x ".join(map(str, shape))
+        raise PeftGraphError(
+            f"The {port} of {m.site.id} are {sizes}: rows can be put before (batch, heads, positions, features) only. "
+            'Load the model with attn_implementation="sdpa".'
+        )
+    return int(shape[1]), int(shape[3])
+
+
+def prepend(m: Match, op: Builder, keys_1GLD: fx.Node, values_1GLD: fx.Node) -> fx.Node:
+    """The attention's output when every query also attends to L rows in front of the model's own keys and values.
+
+        softmax(q [P_K; K]^T + [0, mask]) [P_V; V]
+
+    The rows carry no position, no position bias falls on them, and no mask hides them.
+
+    Args:
+        m: a match of `attention.core`.
+        op: the builder of the edit.
+        keys_1GLD: (1, G, L, D), G and D as `key_heads` gives them.
+        values_1GLD: (1, G, L, D), as `value_heads` gives them.
+
+    Raises:
+        PeftGraphError: the attention is written in a form that rows cannot be added to.
+        Conflict: another pass replaced this attention.
+    """
+    for heads in (key_heads, value_heads):
+        heads(m)
+    core, output = m.names[m.site.op], m.names[m.port("output")]
+    if m.value("output") is not output:
+        raise Conflict(f"The attention of {m.site.id} is replaced already; two passes cannot both add rows to it.")
+    if core.target is FUSED:
+        return _fused(m, op, core, keys_1GLD, values_1GLD)
+    if core.target in (aten.softmax.int, aten._softmax.default):
+        return _written(m, op, core, output, keys_1GLD, values_1GLD)
+    raise _refusal(m, core)
+
+
+def _refusal(m: Match, node: fx.Node) -> PeftGraphError:
+    label = node.meta.get("label", node.name)
+    return PeftGraphError(
+        f"{m.site.id} computes its attention by way of %{label} ({node.target}), past which no rows of keys and values "
+        'can be led. Load the model with attn_implementation="sdpa" where it has it.'
+    )
+
+
+def _for_queries(op: Builder, rows_1GLD: fx.Node, heads: int) -> fx.Node:
+    """(1, G, L, D) -> (1, H, L, D): each head of keys in place for the queries that share it."""
+    _, groups, length, features = rows_1GLD.meta["val"].shape
+    if groups == heads:
+        return rows_1GLD
+    apart = op.call(aten.unsqueeze.default, rows_1GLD, 2)
+    spread = op.call(aten.expand.default, apart, [1, groups, heads // groups, length, features])
+    return op.call(aten.reshape.default, spread, [1, heads, length, features])
+
+
+def _in_front(op: Builder, rows_1GLD: fx.Node, value_BHTD: fx.Node) -> fx.Node:
+    """[rows; value] along the positions, in every example of the batch."""
+    rows = _for_queries(op, rows_1GLD, int(value_BHTD.meta["val"].shape[1]))
+    batch = op.call(aten.sym_size.int, value_BHTD, 0)
+    return op.call(aten.cat.default, [op.call(aten.expand.default, rows, [batch, -1, -1, -1]), value_BHTD], -2)
+
+
+# fused attention
+
+
+def _fused(m: Match, op: Builder, core: fx.Node, keys: fx.Node, values: fx.Node) -> fx.Node:
+    length = int(keys.meta["val"].shape[2])
+    q, k, v = (m.value(port) for port in "qkv")
+    inputs = [q, _in_front(op, keys, k), _in_front(op, values, v), None]
+    if m.has("mask"):
+        inputs[3] = _opened(op, m.value("mask"), k, length)
+    causal = bool(core.args[5]) if len(core.args) > 5 else bool(core.kwargs.get("is_causal", False))
+    if causal:
+        # The kernel's causal mask is aligned with the first query and the first key: as many empty queries in front
+        # as there are rows keep it in place, and the kernel needs no mask of its own.
+        sizes = [op.call(aten.sym_size.int, q, 0), int(q.meta["val"].shape[1]), length, int(q.meta["val"].shape[3])]
+        inputs[0] = op.call(aten.cat.default, [op.call(aten.new_zeros.default, q, sizes), q], -2)
+    named = {name: value for name, value in core.kwargs.items() if name not in ("query", "key", "value", "attn_mask")}
+    out = op.call(FUSED, *inputs, *core.args[4:], **named)
+    return op.call(aten.slice.Tensor, out, -2, length, 2**63 - 1) if causal else out
+
+
+def _opened(op: Builder, mask: fx.Node, k: fx.Node, length: int) -> fx.Node:
+    """A mask with open columns in front, of any number of leading axes."""
+    value = mask.meta["val"]
+    sizes = [n if isinstance(n, int) else op.call(aten.sym_size.int, mask, i) for i, n in enumerate(value.shape)]
+    if sizes[-1] == 1:
+        mask = op.call(aten.expand.default, mask, [*sizes[:-1], op.call(aten.sym_size.int, k, -2)])
+    fill = True if value.dtype == torch.bool else 0.0
+    return op.call(aten.cat.default, [op.call(aten.new_full.default, mask, [*sizes[:-1], length], fill), mask], -1)
+
+
+# attention written out
+
+
+def _written(m: Match, op: Builder, core: fx.Node, output: fx.Node, keys: fx.Node, values: fx.Node) -> fx.Node:
+    product, scores = m.names[m.site.ports["product"]], core.args[0]
+    assert isinstance(scores, fx.Node)
+    q, v = m.value("q"), m.value("v")
+    if product.target is not aten.matmul.default or product.args[0] is not q or core.args[1] not in (-1, 3):
+        raise _refusal(m, product)
+    rows = _for_queries(op, keys, int(q.meta["val"].shape[1]))
+    own = op.call(aten.matmul.default, q, op.call(aten.transpose.int, rows, -2, -1))
+    own = _scaled(m, op, product, scores, own)
+    wider = op.call(aten.cat.default, [own, scores], -1)
+    copies = {scores: wider, v: _in_front(op, values, v)}
+    for node in op.between(scores, output):
+        if node is not core and node.target not in WEIGHTS:
+            raise _refusal(m, node)
+        copies[node] = op.copy(node, copies)
+    return copies[output]
+
+
+def _scaled(m: Match, op: Builder, product: fx.Node, scores: fx.Node, own: fx.Node) -> fx.Node:
+    """What the model does to its scores, without the masks and biases that it adds to them."""
+    inside = {product, *op.between(product, scores)}
+    copies = {product: own}
+    for node in op.between(product, scores):
+        signal = next(one for one in node.all_input_nodes if one in inside)
+        others = [one for one in node.all_input_nodes if one is not signal]
+        if node.target in MASKS and others:
+            copies[node] = copies[signal]
+        elif node.target in SCALES and all(_is_one_for_all_keys(one) for one in others):
+            copies[node] = op.copy(node, copies)
+        else:
+            raise _refusal(m, node)
+    return copies[scores]
+
+
+def _is_one_for_all_keys(node: fx.Node) -> bool:
+    shape = node.meta["val"].shape
+    return len(shape) == 0 or shape[-1] == 1
