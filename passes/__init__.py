@@ -6,6 +6,7 @@ from .bitfit import BitFit as BitFit
 from .ciat import CIAT as CIAT
 from .compacter import Compacter as Compacter
 from .compacter import CompacterPP as CompacterPP
+from .dora import DoRA as DoRA
 from .freeze import Freeze as Freeze
 from .houlsby import Houlsby as Houlsby
 from .ia3 import IA3 as IA3

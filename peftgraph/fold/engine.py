@@ -7,6 +7,7 @@ may free the next one.
 
 from __future__ import annotations
 
+from collections import ChainMap
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -65,6 +66,8 @@ class Folding:
         self.edits: Edits = Edits(self.program.edits)
         self._names: dict[str, fx.Node] = {node.name: node for node in self.graph.nodes}
         self._by_id: dict[str, Site] = {site.id: site for site in self.sites}
+        edits = self.program.edits
+        self._makers: dict[str, Site | None] = {name: self._by_id[e.site] for e in edits for name in e.nodes}
 
     def run(self) -> Folding:
         """Folds until no edit can be folded any more."""
@@ -91,7 +94,9 @@ class Folding:
             return None
         site = self._by_id[edit.site]
         blocked = self._reader_reason(edit, site) if site.role == "ffn.hidden" else self._order_reason(edit, site)
-        return blocked or sharing_reason(self.program, self.graph, self.sites, site, self.untie)
+        own = dict.fromkeys(edit.nodes)
+        makers = ChainMap[str, Site | None](own, self._makers)
+        return blocked or sharing_reason(self.program, self.graph, self.sites, site, self.untie, makers)
 
     def _order_reason(self, edit: Edit, site: Site) -> str | None:
         """What stands between the edit and its projection, on the same columns."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import fx
@@ -32,7 +32,9 @@ LAYOUT = {
 }
 
 
-def sharing_reason(program: ProgramData, graph: fx.Graph, sites: Sites, site: Site, untie: bool) -> str | None:
+def sharing_reason(
+    program: ProgramData, graph: fx.Graph, sites: Sites, site: Site, untie: bool, makers: Mapping[str, Site | None]
+) -> str | None:
     """Why the weight of `site` may not change; None when it may.
 
     Args:
@@ -41,12 +43,13 @@ def sharing_reason(program: ProgramData, graph: fx.Graph, sites: Sites, site: Si
         sites: the sites of the base.
         site: whose weight would change.
         untie: a tied tensor may be split: this name gets a tensor of its own.
+        makers: for the nodes of edits, the site of the edit; None for the edit that is folded.
     """
     view = weight_view(site)
     if view is None:
         return "it has no weight to fold into"
     readers = list(weight_readers(graph, view.parameter))
-    foreign = [reader for reader in readers if not _is_disjoint(sites, reader, site, view)]
+    foreign = [reader for reader in readers if not _is_disjoint(sites, reader, view, makers)]
     if len(foreign) > 1:
         names = ", ".join(f"%{reader.meta.get('label', reader.name)}" for reader in foreign[:3])
         return (
@@ -79,8 +82,12 @@ def weight_readers(graph: fx.Graph, name: str) -> Iterator[fx.Node]:
                 yield user
 
 
-def _is_disjoint(sites: Sites, reader: fx.Node, site: Site, view: View) -> bool:
-    """Whether `reader` is the projection of other sites only, none of which owns values that `view` covers."""
+def _is_disjoint(sites: Sites, reader: fx.Node, view: View, makers: Mapping[str, Site | None]) -> bool:
+    """Whether `reader` is the projection, or an edit, of other sites only, none of which owns values of `view`."""
+    if reader.name in makers:
+        maker = makers[reader.name]
+        own = None if maker is None else weight_view(maker)
+        return own is None or not own.overlaps(view)
     owners = [(other, weight_view(other)) for other in sites if other.op == reader.name]
     windows = [window for _, window in owners if window is not None and window.parameter == view.parameter]
     return bool(windows) and not any(window.overlaps(view) for window in windows)

@@ -130,6 +130,11 @@ class Builder:
             "get_attr", full, (), {}, hint, fake_like(self.common.inference.mode, self.entries[full].tensor)
         )
 
+    def stored(self, full: str, tensor: Tensor) -> fx.Node:
+        """A tensor that the program stores already, by its full name."""
+        hint = full.rpartition(".")[2]
+        return self._insert("get_attr", full, (), {}, hint, fake_like(self.common.inference.mode, tensor))
+
     def constant(self, name: str, value: Tensor) -> fx.Node:
         """A non-persistent buffer `owner.name`, such as an index table; equal ones of the same name are shared."""
         full = f"{self.owner}.{name}"

@@ -16,7 +16,7 @@ from peftgraph.ir.modes import DROPOUTS
 from peftgraph.ir.program import Edits, ProgramData
 from peftgraph.ir.table import Table
 from peftgraph.rewrite.views import Bound, View, bias_view, bind, weight_view
-from peftgraph.sites import Site, Sites
+from peftgraph.sites import Columns, Site, Sites
 
 aten = torch.ops.aten
 
@@ -250,12 +250,35 @@ class Match:
             return change(value)
         if columns.contiguous:
             window = (axis, columns.starts_at, columns.starts_at + len(columns))
-            return op.call(
-                aten.slice_scatter.default, value, change(op.call(aten.slice.Tensor, value, *window)), *window
-            )
-        index = op.constant("columns", columns.index())
-        part = change(op.call(aten.index_select.default, value, axis, index))
-        return op.call(aten.index_copy.default, value, axis, index, part)
+            return op.call(aten.slice_scatter.default, value, change(self._own_part(op, value)), *window)
+        part = change(self._own_part(op, value))
+        return op.call(aten.index_copy.default, value, axis, op.constant("columns", columns.index()), part)
+
+    def base_output(self, op: Builder) -> fx.Node:
+        """What the base's own projection gives now, before every edit of its output; the site's own columns."""
+        return self._own_part(op, self.names[self.port("output")])
+
+    def _own_part(self, op: Builder, value: fx.Node) -> fx.Node:
+        return _window(op, value, self.site.columns, self.site.feature_axis, "columns")
+
+    def read(self, op: Builder, bound: Bound) -> fx.Node:
+        """The window of a stored tensor as a value in the graph, shaped like `bound.value`, in the stored dtype."""
+        view = bound.view
+        full = op.stored(view.parameter, self.table[view.parameter].tensor)
+        if view.vector:
+            return _window(op, full, view.window, -1, "entries")
+        if view.experts is None and full.meta["val"].dim() > 2:
+            full = op.call(aten.flatten.using_ints, full, 1)
+        full = op.call(aten.transpose.int, full, -2, -1) if view.transposed else full
+        return _window(op, full, view.window, -2, "rows")
+
+
+def _window(op: Builder, value: fx.Node, columns: Columns | None, axis: int, name: str) -> fx.Node:
+    if columns is None:
+        return value
+    if columns.contiguous:
+        return op.call(aten.slice.Tensor, value, axis, columns.starts_at, columns.starts_at + len(columns))
+    return op.call(aten.index_select.default, value, axis, op.constant(name, columns.index()))
 
 
 def match_all(program: ProgramData, sites: Sites, chosen: Iterable[Site]) -> list[Match]:

@@ -15,6 +15,7 @@ from peftgraph.passes import (
     AdapterDrop,
     BitFit,
     Compacter,
+    DoRA,
     Freeze,
     Houlsby,
     LoRA,
@@ -30,6 +31,8 @@ PASSES: dict[str, tuple[pg.Pass, ...]] = {
     "lora_all": (LoRA(at="attention.*|ffn.*", rank=2, alpha=5.0),),
     "lora_stable": (LoRA(at="attention.k|ffn.down", rank=4, alpha=5.0, rank_stabilised=True, weight=-0.5),),
     "pissa": (LoRA(at="attention.*|ffn.*", rank=2, alpha=5.0, init="pissa"),),
+    "dora": (DoRA(rank=3, alpha=5.0),),
+    "dora_all+ia3": (DoRA(at="attention.*|ffn.*", rank=2), IA3()),
     "ia3": (IA3(),),
     "bitfit": (BitFit(),),
     "bitfit_zero": (BitFit(at="attention.*|ffn.*|norm", zero=True, norms=True),),
@@ -119,7 +122,8 @@ def test_gradients_equal_an_eager_reference(name: str, case: str) -> None:
     assert parameters.keys() == program.table.trainable.keys()
     ours = zoo.leaves(net(**inputs))
     grads = torch.autograd.grad(sum(out.square().sum() for out in ours), list(parameters.values()))
-    alpha = next((part.weight * part.scale * part.rank for part in PASSES[case] if isinstance(part, LoRA)), 1.0)
+    low = next((part for part in PASSES[case] if isinstance(part, LoRA | DoRA)), None)
+    alpha = 1.0 if low is None else low.scale * low.rank * (low.weight if isinstance(low, LoRA) else 1.0)
     added = parameters | {key: entry.tensor for key, entry in program.table.items() if entry.added}
     theirs = truth.eager_outputs(name, truth.eager_model(name, F64), added, inputs, alpha, case == "ia3+lora")
     wanted = torch.autograd.grad(sum(out.square().sum() for out in theirs), list(parameters.values()))

@@ -15,7 +15,7 @@ import zoo
 from torch import Tensor, nn
 
 import peftgraph as pg
-from peftgraph.passes import IA3, LoRA
+from peftgraph.passes import IA3, DoRA, LoRA
 
 TIED = "ignore:Model has `tie_word_embeddings=True` and a tied layer is part of the adapter:UserWarning"
 pytestmark = [
@@ -34,6 +34,11 @@ PAPER_PROJ = (["k_proj", "v_proj", "fc2"], ["fc2"])
 def lora(name: str, at: str, targets: Any, ours: Any = None, **more: Any) -> tuple[str, pg.Pass, type, dict[str, Any]]:
     options = {"target_modules": targets, "r": 3, "lora_alpha": 5, **more}
     return name, LoRA(at=at, rank=3, alpha=5.0, **(ours or {})), peft.LoraConfig, options
+
+
+def dora(name: str, at: str, targets: Any) -> tuple[str, pg.Pass, type, dict[str, Any]]:
+    options = {"target_modules": targets, "r": 3, "lora_alpha": 5, "use_dora": True}
+    return name, DoRA(at=at, rank=3, alpha=5.0), peft.LoraConfig, options
 
 
 def ia3(name: str, targets: Any = None, inside: Any = None) -> tuple[str, pg.Pass, type, dict[str, Any]]:
@@ -56,6 +61,9 @@ CASES: dict[str, tuple[str, pg.Pass, type, dict[str, Any]]] = {
     "lora-rank-stabilised": lora("llama", LINEARS, "all-linear", {"rank_stabilised": True}, use_rslora=True),
     "lora-its-biases": lora("bert", "attention.q|attention.v", None, {"bias": "lora_only"}, bias="lora_only"),
     "lora-all-biases": lora("vit", "ffn.up", ["fc1"], {"bias": "all"}, bias="all"),
+    "dora-bert-biases": dora("bert", LINEARS, ALL_BERT),
+    "dora-llama-grouped-heads": dora("llama", "attention.q|attention.v", None),
+    "dora-gpt2-transposed": dora("gpt2", "attention.o|ffn.*", ["c_proj", "c_fc"]),
     "ia3-llama": ia3("llama"),
     "ia3-t5": ia3("t5"),
     "ia3-bert-named": ia3("bert", PAPER_BERT, HIDDEN_BERT),

@@ -174,6 +174,11 @@ def _add_product(new: dict[str, Tensor], place: Place, adapters: Mapping[str, Te
     if f"{place.owner}.lora_A" in adapters:
         a, b = adapters[f"{place.owner}.lora_A"], adapters[f"{place.owner}.lora_B"]
         new[place.weight] = _on_rows(new[place.weight], place, lambda w: w + alpha / a.shape[-2] * b @ a)
+    if f"{place.owner}.dora_m" in adapters:
+        m = adapters[f"{place.owner}.dora_m"]
+        new[place.weight] = _on_rows(
+            new[place.weight], place, lambda v: v * (m / v.norm(dim=-1).detach()).unsqueeze(-1)
+        )
     if f"{place.owner}.lora_A0" in adapters:  # the start that PiSSA takes off
         a0, b0 = adapters[f"{place.owner}.lora_A0"], adapters[f"{place.owner}.lora_B0"]
         new[place.weight] = _on_rows(new[place.weight], place, lambda w: w - alpha / a0.shape[-2] * b0 @ a0)

@@ -1,0 +1,93 @@
+"""DoRA (Liu et al., 2024): the weight as magnitude and direction; the direction moves by a low-rank path.
+
+    y = x W^T + b   ->   y = x W'^T + b,    W' = g V,  V = W + s B A,  g = M / ||V||           s = alpha / rank
+    fold: W <- g V                                          (the bias and every other column stay as they are)
+
+W is not written anew in the graph: y gains (g - 1) (y - b) + g s (drop(x) A^T) B^T. The norm runs over the inputs of
+each output feature, as in the authors' code. By the paper's section 4.3 it is a constant to the gradient;
+norm_gradient=true differentiates it. M starts at ||W||, A uniform in +-1/sqrt(I) and B at zero, so a fresh pass is the
+identity. Dropout stands on the low-rank path alone; the authors' code drops the input of (g - 1) x W^T as well.
+Shapes: I in, O out, R rank; E experts in front. A (R, I), B (O, R), M and g (O,). Each slice of a fused projection has
+its own. What other passes do at the site is added up beside: g scales what the base computes.
+Source: arXiv 2402.09353, equations 5 and 11; NVlabs/DoRA, commonsense_reasoning/peft/tuners/dora.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+import peftgraph as pg
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoRA(pg.Pass):
+    """Weight-decomposed low-rank adaptation.
+
+    Attributes:
+        at: any projections or embeddings; the paper's five by default.
+        rank: R, at least 1 and at most the smaller side of every matrix it is put on.
+        alpha: the scale is alpha / rank.
+        dropout: on the input of the low-rank path only, in training.
+        rank_stabilised: the scale is alpha / sqrt(rank) instead.
+        norm_gradient: whether the gradient passes through ||V||.
+    """
+
+    word = "dora"
+    at: pg.Selector = pg.attention.q | pg.attention.k | pg.attention.v | pg.ffn.up | pg.ffn.down
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    rank_stabilised: bool = pg.quiet(False)
+    norm_gradient: bool = pg.quiet(False)
+
+    def check(self) -> None:
+        """Refuses a rank below 1 and a dropout outside [0, 1)."""
+        self.path.check(self)
+
+    @property
+    def path(self) -> pg.LowRank:
+        """(drop(x) A^T) B^T."""
+        return pg.LowRank(rank=self.rank, dropout=self.dropout)
+
+    @property
+    def scale(self) -> float:
+        """s = alpha / rank, or alpha / sqrt(rank)."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+
+    def rules(self) -> list[pg.Rule]:
+        """One rule: add what turns x W^T into x W'^T."""
+        return [pg.Rule(at=self.at, delta=self.delta, fold=self.fold)]
+
+    def delta(self, m: pg.Match, op: pg.Builder) -> fx.Node:
+        """(g - 1) (y - b) + g s (drop(x) A^T) B^T."""
+        self.path.fits(self, m)
+        a_RI, b_OR = self.path.factors(m, op)
+        w_OI = m.read(op, m.weight)
+        change_OI = op.mul(op.call(aten.matmul.default, b_OR, a_RI), self.scale)
+        if not self.norm_gradient:
+            change_OI = op.call(aten.detach.default, change_OI)
+        v_OI = op.call(aten.contiguous.default, op.add(w_OI, change_OI))
+        norm_O = op.call(aten.linalg_vector_norm.default, v_OI, 2, [-1])
+        m_O = op.param("dora_m", (*m.experts, m.shape[0]), lambda tensor: self.start(m, tensor))
+        g = m.along_features(op, op.call(aten.div.Tensor, m_O, norm_O))
+        y = m.base_output(op)
+        if m.bias is not None:
+            y = op.call(aten.sub.Tensor, y, m.along_features(op, m.read(op, m.bias)))
+        low = op.mul(self.path.build(m, op, a_RI, b_OR), self.scale)
+        return op.add(op.mul(op.call(aten.sub.Tensor, g, 1), y), op.mul(low, g))
+
+    def start(self, m: pg.Match, tensor: Tensor) -> None:
+        """||W||, to the last bit what the graph computes, which layout and dtype decide."""
+        tensor.copy_(torch.linalg.vector_norm(m.weight.value.to(tensor.dtype).contiguous(), 2, -1))
+
+    def fold(self, m: pg.Match, p: pg.Params) -> Mapping[pg.Bound, Tensor]:
+        """g V."""
+        v_OI = m.weight.value + self.scale * (p.lora_B @ p.lora_A)
+        return {m.weight: (p.dora_m / torch.linalg.vector_norm(v_OI, 2, -1)).unsqueeze(-1) * v_OI}
