@@ -31,6 +31,10 @@ TRAINING_ARGUMENTS: dict[Callable[..., object], tuple[int, str, object]] = {
     aten.scaled_dot_product_attention.default: (4, "dropout_p", 0.0),
     aten.batch_norm.default: (5, "training", False),
     aten.rrelu.default: (3, "training", False),
+    aten.lstm.input: (6, "train", False),
+    aten.gru.input: (6, "train", False),
+    aten.rnn_tanh.input: (6, "train", False),
+    aten.rnn_relu.input: (6, "train", False),
 }
 
 

@@ -61,8 +61,10 @@ class Flow:
         return isinstance(value, torch.Tensor)
 
     def operands(self, node: fx.Node) -> list[fx.Node]:
-        """The tensor inputs, in argument order."""
-        return [source for source in node.all_input_nodes if self.carries_tensor(source)]
+        """The tensor inputs, in argument order; without those that lend their size or dtype alone."""
+        inputs = [source for source in node.all_input_nodes if self.carries_tensor(source)]
+        kind = ops.name(node)
+        return [] if kind in ops.FILLED else inputs[:1] if kind in ops.LIKE else inputs
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         """The example's shape; () for what is no single tensor."""

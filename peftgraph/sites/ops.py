@@ -25,6 +25,12 @@ LAYOUT: Final = words(
     "pixel_shuffle broadcast_to tensor_split take_along_dim mH mT",
 )
 CUT: Final = words("slice select narrow getitem index index_select gather")
+# What takes the size or the dtype of its last operand, and what takes nothing else of its operand.
+LIKE: Final = words("expand_as view_as reshape_as type_as")
+FILLED: Final = words(
+    "new_empty new_zeros new_ones new_full new_empty_strided empty_like zeros_like ones_like full_like",
+    "rand_like randn_like",
+)
 CAST: Final = words("to _to_copy type_as float half double bfloat16")
 DROPOUT: Final = words("dropout native_dropout alpha_dropout feature_dropout bernoulli by_mode")
 NONLINEAR: Final = words(

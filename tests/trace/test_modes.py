@@ -180,3 +180,20 @@ def test_models_of_a_library() -> None:
                 torch.manual_seed(3)
                 outputs.append(module(**inputs)[0])
             assert torch.equal(*outputs), type(model)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_dropout_between_recurrent_layers_follows_the_mode(kind: type[nn.RNNBase]) -> None:
+    torch.manual_seed(0)
+    cell = kind(6, 5, num_layers=2, dropout=0.5, batch_first=True).requires_grad_(False)
+    x = torch.randn(3, 7, 6)
+    program = pg.trace(cell, (x,))
+    assert "by_mode" not in program.text()
+    net = program.module()
+    for training in (True, False):
+        net.train(training)
+        cell.train(training)
+        torch.manual_seed(1)
+        ours = net(x)[0]
+        torch.manual_seed(1)
+        torch.testing.assert_close(ours, cell(x)[0], rtol=0, atol=0)

@@ -75,6 +75,7 @@ TABLE: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"convnext|convnextv2|dinov3_convnext", {"image_size": 64}),
     (r"efficientnet|align|bit|resnet|regnet", {"image_size": 96}),
     (r"deepseek_v2", {"num_experts_per_tok": 2}),
+    (r"mobilevit|mobilevitv2", {"image_size": 128}),  # more than one patch in the last stage
     (r"siglip", {"vision_config.hidden_size": 48, "vision_config.num_attention_heads": 6}),
     (r"zamba", {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2}),
     (

@@ -130,6 +130,8 @@ class Score:
             if not self._role(self.row.roles, part, sites):
                 continue
             self._place(one, part, sites)
+            if part.role == "attention.q":
+                self._layout(one, part, sites)
             kinds = {site.kind for site in sites}
             if one.kind is not None and part.role == "attention.q" and not self.row.kinds.add(kinds == {one.kind}):
                 self._miss(f"kind of {part.parameter}: {sorted(map(str, kinds))} for {one.kind}")
@@ -164,12 +166,25 @@ class Score:
         if not self.row.layers.add(layers == {one.layer}):
             self._miss(f"layer of {part.parameter}: {sorted(map(str, layers))} for {one.layer}")
 
+    def _layout(self, one: Expected, part: Part, sites: list[Site]) -> None:
+        """Compares the norms of the sublayer that a part stands in, where layer, stack and kind say which one."""
+        role = part.role.partition(".")[0]
+        places = {(site.layer, site.stack, site.kind) for site in sites if site.layer is not None}
+        held = [site for site in self.sites if site.role == role and (site.layer, site.stack, site.kind) in places]
+        if one.layout is None or not held or one.uses != 1:
+            return
+        found = {site.layout for site in held}
+        if not self.row.layout.add(found == {one.layout}):
+            self._miss(f"layout around {part.parameter}: {', '.join(sorted(map(str, found)))} for {one.layout}")
+
     def _feedforward(self, one: Expected) -> None:
         tally = Tally()
         for part in one.parts:
             sites = self.by_weight.get((part.role, self._tied(part.parameter)), [])
             if self._role(tally, part, sites):
                 self._place(one, part, sites)
+                if part.role == "ffn.down":
+                    self._layout(one, part, sites)
         self.row.ffn.add(tally.found == tally.expected)
 
     def _extra(self, roles: Iterable[str], expected: tuple[Expected, ...]) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from .entry import Expected, Part, Truth
 from .fused import fused, gated, latent, queries
+from .layouts import layout
 
 NAMES = {  # a projection's own name, by role
     "q": "q_proj query q q_lin query_proj project_q Wq q_head linear_q to_q",
@@ -90,6 +91,9 @@ class Reader:
         self.modules = dict(model.named_modules())
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
         self.taken: set[str] = set()
+        config = getattr(model, "config", None)
+        composed = bool(getattr(config, "sub_configs", None))
+        self.layout = None if composed else layout(getattr(config, "model_type", ""))
 
     def read(self) -> Truth:
         return Truth(tuple(self.attentions()), tuple(self.feedforwards()))
@@ -115,7 +119,8 @@ class Reader:
                 self.taken |= {part.parameter for part in parts}
                 kind = self.kind(path, type(module).__name__)
                 uses = self.called[path] * (2 if re.match("DiffLlama|ProphetNetNgram", type(module).__name__) else 1)
-                yield Expected(path, tuple(parts), self.layer(path), kind, uses=uses)
+                layer = self.layer(path)
+                yield Expected(path, tuple(parts), layer, kind, None if layer is None else self.layout, uses)
 
     def kind(self, path: str, name: str) -> Literal["self", "cross"] | None:
         """None for pooling by learned queries, which may be called either."""
@@ -128,7 +133,9 @@ class Reader:
             parts = [] if NO_FEEDFORWARD.search(path.rpartition(".")[0].rpartition(".")[2]) else self._feedforward(path)
             if parts and not {part.parameter for part in parts} & self.taken:
                 self.taken |= {part.parameter for part in parts}
-                yield Expected(path, tuple(parts), self.layer(path), uses=max(1, self.called[path]))
+                layer = self.layer(path)
+                placed = None if layer is None else self.layout
+                yield Expected(path, tuple(parts), layer, None, placed, max(1, self.called[path]))
 
     def weight(self, path: str, name: str) -> str | None:
         """The full name of the weight called `name` beneath a module: its own, a child's, or a wrapped child's."""
