@@ -173,7 +173,7 @@ def _attention_sublayer(
 
 
 def _ffn_sublayer(anatomy: Anatomy, join: Join, one: FeedForward, others: Sequence[fx.Node]) -> Sublayer:
-    value = next(part.projection.input for part in one.parts if part.role != "ffn.down")
+    value = next((part.projection.input for part in one.parts if part.role != "ffn.down"), one.downs[0].input)
     members = tuple(part.projection.node for part in one.parts)
     output = _leaf(anatomy, join.branch, one.downs[0].output, others)
     return Sublayer("ffn", join, None, _full(anatomy, join, value), output, None, members)

@@ -67,12 +67,17 @@ MASKING: Final = words(
 )
 
 
+ELEMENTWISE: Final = {"max": "maximum", "min": "minimum"}  # of two tensors; of one they reduce
+
+
 def name(node: fx.Node) -> str:
     """The operator's bare name: "linear", "div" for div_, "getitem"; the node kind where it calls nothing."""
     if node.op != "call_function":
         return node.op
     schema = getattr(node.target, "_schema", None)
     text: str = schema.name.split("::")[-1] if schema is not None else getattr(node.target, "__name__", "")
+    if text in ELEMENTWISE and schema is not None and schema.overload_name == "other":
+        return ELEMENTWISE[text]
     return text if text.startswith("__") else text.rstrip("_")
 
 

@@ -97,6 +97,8 @@ def gated(model: nn.Module, module: nn.Module, up: str, down: str) -> list[Part]
     first, second = range(hidden), range(hidden, out)
     if re.search("GptOss|OpenAIPrivacy", type(module).__name__):
         first, second = range(0, out, 2), range(1, out, 2)
+    if re.search("Moonshine", type(module).__name__):
+        first, second = second, first
     return [Part("ffn.gate", up, frozenset(first)), Part("ffn.up", up, frozenset(second))]
 
 

@@ -11,12 +11,12 @@ POST = re.compile(
     r"(xlm-)?(roberta|camembert)(-xl)?(?<!xl)|bert|albert|electra|distilbert|mpnet|deberta(-v2)?|layoutlm(v[23])?|lilt|esm1|ernie|"
     r"nezha|rembert|roformer|convbert|big_bird|bert-generation|xlm|flaubert|openai-gpt|bart|marian|fsmt|prophetnet|"
     r"blenderbot-small|wav2vec2|hubert|sew|unispeech|unispeech-sat|wavlm|data2vec-(text|audio)|ibert|squeezebert|luke|"
-    r"mra|nystromformer|yoso|canine|tapas|splinter|xmod|markuplm|mobilebert|funnel|bros|detr|conditional_detr|"
+    r"minimax|speecht5|dpr|gte|jina_embeddings_v3|roc_bert|nomic_bert|mra|nystromformer|yoso|canine|tapas|splinter|xmod|markuplm|mobilebert|funnel|bros|detr|conditional_detr|"
     r"table-transformer|plbart|mvp|led|longformer|fnet|visual_bert|lxmert|xlnet|layoutxlm|blip_text_model|trocr|xglm1|megatron0"
 )
 # Types that norm a branch before it is added.
 SANDWICH = re.compile(
-    r"afmoe|beam|hyperclovax|gemma2|gemma3(_text)?|gemma3n(_text)?|gemma4(_text|_unified_text)?|glm4|olmo2|olmo3|exaone4|swinv2|hrm_text|flex_olmo"
+    r"afmoe|beam|embedding_gemma2_text|glm4v_text|kolibri1|lfm3|muse_spark_text|glm_image_text|glm_ocr_text|muse_glimmer_text|hyperclovax|gemma2|gemma3(_text)?|gemma3n(_text)?|gemma4(_text|_unified_text)?|glm4|olmo2|olmo3|exaone4|swinv2|hrm_text|flex_olmo"
 )
 UNKNOWN = re.compile(r".*(_note|zamba|rwkv|mamba|xlstm|timesformer|deepseek_v4|hy_v4|zaya|axk1).*")
 

@@ -49,9 +49,10 @@ FEEDFORWARDS = (  # up, down, gate: of one module
 )
 # Attention by name that is none: no softmax over products of queries and keys.
 NO_ATTENTION = re.compile(
-    r"Lightning|(?<!Kimi)LinearAttention|Delta|Mamba|Rwkv|Efficient\w*Additive|Deformable|FNet|Mixer|Recurrent|ShortConv"
+    r"Lightning|(?<!Kimi)LinearAttention|Delta|Mamba|Rwkv|Efficient\w*Additive|Deformable|FNet|Mixer|Recurrent|ShortConv|xLSTM"
 )
 LEARNED_QUERIES = re.compile(r"head\.attention|MultiheadAttention$|AttentionPool|Perceiver|Resampler|Latent")
+TWICE = re.compile(r"DiffLlama|ProphetNetNgram|Lilt")  # two attentions in one module
 NO_FEEDFORWARD = re.compile(r"norm")  # small networks that modulate a norm
 NO_LAYERS = re.compile(r"Funnel")  # one stack in two lists
 CROSS = re.compile(r"cross|encoder_attn|encdec|encoder_attention|enc_attn", re.IGNORECASE)
@@ -118,7 +119,7 @@ class Reader:
             if parts:
                 self.taken |= {part.parameter for part in parts}
                 kind = self.kind(path, type(module).__name__)
-                uses = self.called[path] * (2 if re.match("DiffLlama|ProphetNetNgram", type(module).__name__) else 1)
+                uses = self.called[path] * (2 if TWICE.match(type(module).__name__) else 1)
                 layer = self.layer(path)
                 yield Expected(path, tuple(parts), layer, kind, None if layer is None else self.layout, uses)
 
@@ -131,11 +132,15 @@ class Reader:
     def feedforwards(self) -> Iterator[Expected]:
         for path in self.modules:
             parts = [] if NO_FEEDFORWARD.search(path.rpartition(".")[0].rpartition(".")[2]) else self._feedforward(path)
-            if parts and not {part.parameter for part in parts} & self.taken:
+            if parts and self._runs(path, parts[0].parameter) and not {part.parameter for part in parts} & self.taken:
                 self.taken |= {part.parameter for part in parts}
                 layer = self.layer(path)
                 placed = None if layer is None else self.layout
                 yield Expected(path, tuple(parts), layer, None, placed, max(1, self.called[path]))
+
+    def _runs(self, path: str, parameter: str) -> bool:
+        """A tower whose inputs are not in the example is never called."""
+        return any(self.called[name] for name in (path, parameter.rpartition(".")[0]))
 
     def weight(self, path: str, name: str) -> str | None:
         """The full name of the weight called `name` beneath a module: its own, a child's, or a wrapped child's."""
