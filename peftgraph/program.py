@@ -25,6 +25,7 @@ from peftgraph.rewrite.apply import apply, remove
 from peftgraph.rewrite.count import Count, count
 from peftgraph.rewrite.finalize import finalize
 from peftgraph.rewrite.method import Pass, Pipeline
+from peftgraph.rewrite.mix import mix
 from peftgraph.sites import Pattern, Selector, Sites, as_selector, find_sites
 from peftgraph.sites.naming import sections, titles
 from peftgraph.trace import capture, capture_part
@@ -98,6 +99,22 @@ class Program(ProgramData):
             PeftGraphError: no pass computes anything from its parameters alone.
         """
         return finalize(self, self.sites)
+
+    def mix(self, weights: Mapping[str, float]) -> Program:
+        """The program with its named passes weighted: `program.mix({"dog": 1.0, "toy": -0.5})`.
+
+        A sum of LoRAs is exact: W + sum w s B A, without products of one adapter's factors with another's. A named pass
+        that is not mentioned is left out and an unnamed one stays; this program keeps all of them, so that adapters are
+        switched by mixing it anew. Nothing is traced again, and the parameters are shared.
+
+        Args:
+            weights: by the name of a pass, of either sign; 1 for passes that cannot be weighted.
+
+        Raises:
+            PeftGraphError: no pass is called so.
+            RecipeError: a weight is not 1 and the pass cannot be weighted.
+        """
+        return mix(self, self.sites, weights)
 
     @property
     def recipe(self) -> Pass:

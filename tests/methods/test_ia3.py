@@ -98,6 +98,32 @@ def test_published_sizes(real: Any, model: str, times: int, size: int) -> None:
     assert count.trainable * times == size
 
 
+def test_a_norm_on_the_keys_stands_after_the_scale() -> None:
+    """l scales what k_proj gives; a norm of the keys follows, so it folds, and its overall size has no effect."""
+    from transformers import Qwen3Config, Qwen3Model
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=zoo.VOCAB, hidden_size=48, intermediate_size=80, num_hidden_layers=1, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=8, pad_token_id=0,
+    )  # fmt: skip
+    inputs = zoo.example("llama")
+    base = pg.trace(Qwen3Model(config).eval().to(torch.float64), inputs)
+    tuned = base.apply(IA3(at="attention.k"))
+    (l_K,) = tuned.table.trainable.values()
+    assert l_K.shape == (16,)
+    before = tuned.module().eval()(**inputs)["last_hidden_state"].detach()
+    with torch.no_grad():
+        l_K.fill_(3.0)
+    same = tuned.module().eval()(**inputs)["last_hidden_state"].detach()
+    assert float((same - before).abs().max()) < 1e-4  # up to the norm's epsilon
+    zoo.randomise(tuned, 0.5)
+    moved = tuned.module().eval()(**inputs)["last_hidden_state"].detach()
+    assert float((moved - before).abs().max()) > 1e-3
+    folded = pg.fold(tuned).module().eval()(**inputs)["last_hidden_state"].detach()
+    torch.testing.assert_close(moved, folded, rtol=0, atol=1e-12)
+
+
 def test_a_place_without_a_weight_is_refused(bench: Any) -> None:
     with pytest.raises(pg.RecipeError) as caught:
         bench.program.apply(IA3(at="ffn"))

@@ -1,0 +1,39 @@
+"""Named passes of one program, put together with weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+
+from peftgraph.errors import PeftGraphError
+from peftgraph.ir.program import ProgramData
+from peftgraph.rewrite.apply import apply, remove
+from peftgraph.sites import Sites
+
+P = TypeVar("P", bound=ProgramData)
+
+
+def mix(program: P, sites: Sites, weights: Mapping[str, float]) -> P:
+    """The program in which each pass called by a key of `weights` enters with that weight, on the same parameters.
+
+    Raises:
+        PeftGraphError: there is no pass of a name.
+        RecipeError: a weight is not 1 and the pass cannot be weighted.
+    """
+    named = list(dict.fromkeys(applied.name for applied in program.history if applied.name))
+    for name in weights:
+        if name not in named:
+            raise PeftGraphError(f"No pass is called {name!r}. Named passes: {', '.join(named) or 'none'}.")
+    kept = [applied for applied in program.history if not applied.name or applied.name in weights]
+    methods = tuple(
+        applied.method.weighted(weights[applied.name]) if applied.name else applied.method for applied in kept
+    )
+    bare = program
+    for which in reversed(range(len(program.history))):
+        bare = remove(bare, sites, which)
+    with torch.random.fork_rng(devices=[]):  # initial values are replaced: the user's generator stays put
+        mixed = apply(bare, sites, methods)
+    own = {name: program.table[name] for name, entry in mixed.table.items() if entry.added or entry.trainable}
+    return mixed.evolve(table=mixed.table.with_(own))
