@@ -249,3 +249,22 @@ def test_pissa_trains_as_peft_does(both: Any) -> None:
     result = both.answer(pg.fold(tuned).module().eval()(**inputs))
     assert both.difference(result, both.answer(merged(**inputs))) < 1e-5
     assert both.difference(result, both.answer(tuned.base.module().eval()(**inputs))) > 1e-3
+
+
+def test_a_weighted_sum_is_pefts_concatenation(both: Any) -> None:
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, lora_alpha=4)
+    theirs = peft.get_peft_model(both.build("llama", F32), config, adapter_name="one").eval()
+    theirs.add_adapter("two", config)
+    methods = [LoRA(rank=2, alpha=4.0, name=name) for name in ("one", "two")]
+    tuned = zoo.randomise(both.traced("llama", F32).apply(*methods), 0.2)
+    with torch.no_grad():
+        for name, slot in theirs.named_parameters():
+            if "lora_" in name:
+                path, side, adapter, _ = name.removeprefix("base_model.model.").rsplit(".", 3)
+                slot.copy_(tuned.table[f"{path}.{adapter}.{side}"].tensor)
+    theirs.add_weighted_adapter(["one", "two"], [1.0, -0.5], "sum", combination_type="cat")
+    theirs.set_adapter("sum")
+    inputs = both.example("llama", F32)
+    ours = both.answer(tuned.mix({"one": 1.0, "two": -0.5}).module().eval()(**inputs))
+    assert both.difference(ours, both.answer(theirs(**inputs))) < 1e-6
+    assert both.difference(ours, both.answer(tuned.module().eval()(**inputs))) > 1e-3
