@@ -96,6 +96,7 @@ class Anatomy:
             or node in self.core_at
             or node in self.products
             or node.op in ("placeholder", "get_attr")
+            or not ops.CONTRACTION.isdisjoint(node.meta.get("operators", ()))  # an autograd function that mixes
             or ops.name(node) in ops.CONV | ops.POOLING | ops.SDPA | {"embedding", "embedding_bag"}
         )
 

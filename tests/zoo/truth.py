@@ -49,10 +49,11 @@ FEEDFORWARDS = (  # up, down, gate: of one module
 )
 # Attention by name that is none: no softmax over products of queries and keys.
 NO_ATTENTION = re.compile(
-    r"Lightning|(?<!Kimi)LinearAttention|Delta|Mamba|Rwkv|Efficient\w*Additive|Deformable|FNet|Mixer|Recurrent|ShortConv|xLSTM"
+    r"Lightning|(?<!Kimi)LinearAttention|Delta|Mamba|Rwkv|Efficient\w*Additive|Deformable|FNet|Mixer|Recurrent|ShortConv|xLSTM|Yoso|Mra"
 )
 LEARNED_QUERIES = re.compile(r"head\.attention|MultiheadAttention$|AttentionPool|Perceiver|Resampler|Latent")
 TWICE = re.compile(r"DiffLlama|ProphetNetNgram|Lilt")  # two attentions in one module
+UNTOLD = re.compile(r"Zaya")  # projections split over modules that mix them by convolutions
 NO_FEEDFORWARD = re.compile(r"norm")  # small networks that modulate a norm
 NO_LAYERS = re.compile(r"Funnel")  # one stack in two lists
 CROSS = re.compile(r"cross|encoder_attn|encdec|encoder_attention|enc_attn", re.IGNORECASE)
@@ -97,6 +98,8 @@ class Reader:
         self.layout = None if composed else layout(getattr(config, "model_type", ""))
 
     def read(self) -> Truth:
+        if UNTOLD.match(type(self.model).__name__):
+            return Truth(None, None)
         return Truth(tuple(self.attentions()), tuple(self.feedforwards()))
 
     def suspicious(self) -> list[str]:
@@ -166,6 +169,8 @@ class Reader:
             ]
         elif whole and not separate["q"] and re.search("Att", type(module).__name__):
             parts = fused(self.model, module, whole)
+        elif separate["k"] and separate["v"] and re.search("Pool", type(module).__name__):
+            parts = [Part("attention.k", separate["k"]), Part("attention.v", separate["v"])]  # queries are parameters
         elif whole or not (separate["q"] and pair):
             return []
         else:
