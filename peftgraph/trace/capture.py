@@ -21,6 +21,7 @@ from peftgraph.ir.builder import number
 from peftgraph.ir.literals import mark, retarget
 from peftgraph.ir.program import ProgramData, Surrounding, calls, stored
 from peftgraph.ir.propagate import fake_like, fake_mode_of, propagate
+from peftgraph.ir.run import run
 from peftgraph.ir.signature import Input, Signature
 from peftgraph.ir.table import Entry, Table
 from peftgraph.trace.diagnose import explain, quiet
@@ -29,6 +30,7 @@ from peftgraph.trace.exporter import export_ghost, markers_of
 from peftgraph.trace.inplace import out_of_place
 from peftgraph.trace.merge import merge
 from peftgraph.trace.normalise import canonical
+from peftgraph.trace.patches import difference
 from peftgraph.trace.progress import Progress, silent
 from peftgraph.trace.surrounding import bound_calls, serves
 from peftgraph.trace.training import modes_agree
@@ -115,19 +117,26 @@ def _in_both_modes(model: nn.Module, bound: Example, table: Table, progress: Pro
     progress("comparing training with evaluation", 0, 0)
     agree = modes_agree(model, bound)
     traced = _trace(model, bound, table, progress, training=True, markers=markers_of(model, table.dtype))
-    if agree:
-        return traced
-    return _with_evaluation(traced, _trace(model, bound, table, progress, training=False, markers=[traced.marker]))
+    if not agree:
+        evaluation = _trace(model, bound, table, progress, training=False, markers=[traced.marker])
+        traced = _with_evaluation(traced, evaluation)
+    if traced.patched:
+        progress("comparing the patched model with its own code", 0, 0)
+        reason = difference(model, bound, run(_program(type(model).__name__, traced, bound), bound.tensors))
+        if reason is not None:
+            raise TraceError(f"{type(model).__name__} cannot be traced as it stands, and {reason}.")
+    return traced
 
 
 @dataclass(frozen=True)
 class _Traced:
-    """What a model does in one mode; without a marker no literal follows."""
+    """What a model does in one mode; without a marker no literal follows. `patched`: see Exported."""
 
     graph: fx.Graph
     table: Table
     signature: Signature
     marker: torch.dtype | None
+    patched: bool
 
 
 def _trace(
@@ -155,7 +164,7 @@ def _trace(
     table = Table((name, entry) for name, entry in table.items() if entry.kind != "constant" or name in used)
     signature = _signature(graph, exported.program, bound)
     out_of_place(graph)
-    return _Traced(graph, table, signature, marker)
+    return _Traced(graph, table, signature, marker, exported.patched)
 
 
 def _cast_numbers(graph: fx.Graph, constants: Mapping[str, Entry], marker: torch.dtype) -> None:
@@ -196,7 +205,8 @@ def _with_evaluation(training: _Traced, evaluation: _Traced) -> _Traced:
     graph = merge(training.graph, evaluation.graph, names)
     with quiet():
         propagate(calls(graph), fake_mode_of(graph))
-    return replace(training, graph=graph, table=training.table.with_(added))
+    patched = training.patched or evaluation.patched
+    return replace(training, graph=graph, table=training.table.with_(added), patched=patched)
 
 
 def _table_of(model: nn.Module) -> Table:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from peftgraph.trace.diagnose import explain, quiet
 from peftgraph.trace.example import Example
 from peftgraph.trace.functions import Call, functions_kept
 from peftgraph.trace.ghost import ghost_arguments, ghost_of
+from peftgraph.trace.patches import library_patches
 from peftgraph.trace.progress import Progress, layers_told
 
 # bfloat16 shows which literals follow and promotes as low precision does; a model with an operation that has
@@ -34,11 +36,13 @@ class Exported:
         program: what torch.export gave.
         functions: the calls of custom autograd functions, by number.
         marker: the dtype in the place of the model's own; None: the model's own, and no literal follows.
+        patched: whether pieces of the model were replaced by its library's exportable forms.
     """
 
     program: ExportedProgram
     functions: Sequence[Call]
     marker: torch.dtype | None
+    patched: bool = False
 
     @property
     def constants(self) -> dict[str, Entry]:
@@ -68,21 +72,24 @@ def export_ghost(
     markers: Sequence[torch.dtype | None],
     progress: Progress,
 ) -> Exported:
-    """The exported ghost of `model` under the first of `markers` that it takes.
+    """The exported ghost of `model` under the first of `markers` that it takes: as it stands, else patched.
 
     Raises:
         TraceError: it takes none.
     """
     failure: Exception | None = None
-    for marker in markers:
-        try:
-            exported = _export(model, bound, own, training, marker, progress)
-            if marker in (own, None) or len(markers) == 1 or not _rounded(exported):
-                return exported
-        except PeftGraphError:
-            raise
-        except Exception as error:  # whatever an exporter or a model's code raises is explained to the user
-            failure = failure or error
+    tries = [patches for patches in (nullcontext, library_patches(model)) if patches is not None]
+    for patches in tries:
+        for marker in markers:
+            try:
+                with patches():
+                    exported = _export(model, bound, own, training, marker, progress)
+                if marker in (own, None) or len(markers) == 1 or not _rounded(exported):
+                    return replace(exported, patched=patches is not nullcontext)
+            except PeftGraphError:
+                raise
+            except Exception as error:  # whatever an exporter or a model's code raises is explained to the user
+                failure = failure or error
     assert failure is not None
     raise explain(model, failure) from failure
 

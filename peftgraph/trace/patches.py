@@ -1,0 +1,54 @@
+"""A second try for transformers' own models: the patches under which the library exports them.
+
+Some of its models loop over the values of a tensor (packed images of several sizes); the library has forms of these
+pieces that can be exported. A model that is exported as it stands is never patched.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from peftgraph.trace.example import Example
+from peftgraph.trace.surrounding import frozen_copy
+
+Patches = Callable[[], AbstractContextManager[None]]
+
+
+def library_patches(model: nn.Module) -> Patches | None:
+    """The patches, where parts of the model are transformers' and its version has exporters."""
+    if not any(type(module).__module__.startswith("transformers.") for module in model.modules()):
+        return None
+    try:
+        importlib.import_module("transformers.exporters.exporter_dynamo")  # registers what apply_patches applies
+        exporters = importlib.import_module("transformers.exporters.utils")
+    except ImportError:
+        return None
+    return partial(exporters.apply_patches, "dynamo")
+
+
+def difference(model: nn.Module, example: Example, outputs: Sequence[Tensor]) -> str | None:
+    """How `outputs` differ from what the unpatched model gives in evaluation; None: by rounding at most."""
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        return "its weights are on the meta device, so its patched form cannot be compared with it"
+    args, kwargs = example.call(example.arguments)
+    with torch.no_grad():
+        expected = [one for one in pytree.tree_leaves(frozen_copy(model).eval()(*args, **kwargs)) if _is_tensor(one)]
+    if len(expected) != len(outputs):
+        return f"its patched form gives {len(outputs)} tensors instead of {len(expected)}"
+    for ours, theirs in zip(outputs, expected, strict=True):
+        try:
+            torch.testing.assert_close(ours, theirs)
+        except AssertionError as error:
+            return f"its patched form gives other values: {str(error).splitlines()[0]}"
+    return None
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)

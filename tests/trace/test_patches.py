@@ -1,0 +1,58 @@
+"""Models that can be exported only with their library's patches, and what is checked then."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import peftgraph as pg
+from peftgraph.trace.example import bind_example
+from peftgraph.trace.patches import difference, library_patches
+
+pytest.importorskip("transformers.exporters")
+
+
+def packed_images() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """A tower that takes images of several sizes as one row of patches, and cuts it by the values of a tensor."""
+    from transformers.exporters.utils import precompute_export_inputs
+    from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+
+    sizes: dict[str, Any] = {"depth": 2, "embed_dim": 32, "hidden_size": 48, "num_heads": 4, "mlp_ratio": 2}
+    sizes |= {"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "attn_implementation": "sdpa"}
+    torch.manual_seed(0)
+    tower = Qwen2VisionTransformerPretrainedModel(Qwen2VLVisionConfig(**sizes)).eval()
+    inputs = {"hidden_states": torch.randn(32, 96), "grid_thw": torch.tensor([[1, 4, 4], [1, 4, 4]])}
+    precompute_export_inputs(tower, inputs)
+    return tower, inputs
+
+
+def first(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output.last_hidden_state
+
+
+def test_a_tower_of_packed_images_is_traced_by_the_patched_form() -> None:
+    tower, inputs = packed_images()
+    program = pg.trace(tower, inputs)
+    assert len(program.sites.select("attention.core")) == 2
+    ours, theirs = first(program.module().eval()(**inputs)), first(tower.requires_grad_(False)(**inputs))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_a_patched_form_that_gives_other_values_is_told_from_the_model() -> None:
+    tower, inputs = packed_images()
+    bound = bind_example(tower, inputs)
+    with torch.no_grad():
+        right = [one for one in tower(**inputs).values() if isinstance(one, torch.Tensor)]
+    assert difference(tower, bound, right) is None
+    assert "gives other values" in str(difference(tower, bound, [one + 1 for one in right]))
+    assert "instead of" in str(difference(tower, bound, right[:-1]))
+    assert "on the meta device" in str(difference(tower.to("meta"), bound, right))
+
+
+def test_only_the_librarys_own_models_are_patched() -> None:
+    assert library_patches(nn.Linear(2, 2)) is None
+    assert library_patches(packed_images()[0]) is not None
