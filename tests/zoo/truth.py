@@ -55,7 +55,7 @@ LEARNED_QUERIES = re.compile(r"head\.attention|MultiheadAttention$|AttentionPool
 TWICE = re.compile(r"DiffLlama|ProphetNetNgram|Lilt")  # two attentions in one module
 UNTOLD = re.compile(r"Zaya")  # projections split over modules that mix them by convolutions
 NO_FEEDFORWARD = re.compile(r"norm")  # small networks that modulate a norm
-NO_LAYERS = re.compile(r"Funnel")  # one stack in two lists
+NO_LAYERS = re.compile(r"Funnel|MobileViT")  # one stack in several lists
 CROSS = re.compile(r"cross|encoder_attn|encdec|encoder_attention|enc_attn", re.IGNORECASE)
 
 
