@@ -99,7 +99,8 @@ class Inference:
     def _run(self, node: fx.Node) -> Any:
         args, kwargs = map_arg((node.args, node.kwargs), lambda operand: operand.meta["val"])
         with self.mode, quiet_symbols(self.mode), enable_python_dispatcher():  # its kernels take symbolic sizes
-            return RULES.get(node.target, node.target)(*args, **kwargs)  # pyright: ignore
+            rule: Any = RULES.get(node.target, node.target)  # pyright: ignore[reportArgumentType, reportCallIssue]
+            return rule(*args, **kwargs)
 
     def _describe(self, value: Any) -> Hashable:
         """An argument as what the result can depend on; a type stands beside a number, for 1 == 1.0 == True."""

@@ -25,9 +25,8 @@ def rows_by_head(flow: Flow, operand: fx.Node) -> fx.Node:
 
 def _untransposed(flow: Flow, node: fx.Node) -> fx.Node:
     rank = len(flow.shape(node))
-    if ops.name(node) in ("transpose", "swapaxes") and {axis % rank for axis in node.args[1:3]} == {rank - 2, rank - 1}:  # pyright: ignore
-        return flow.operands(node)[0]
-    if ops.name(node) in ("mT", "numpy_T") and rank > 1:
+    axes = {axis % rank for axis in node.args[1:3] if isinstance(axis, int)}
+    if ops.name(node) == "mT" or (ops.name(node) in ("transpose", "swapaxes") and axes == {rank - 2, rank - 1}):
         return flow.operands(node)[0]
     return node
 

@@ -77,9 +77,9 @@ def test_it_refuses(bench: Any) -> None:
     wanted = "houlsby: 0.attention.q is no sublayer with a residual add; choose attention, ffn or both."
     assert str(caught.value) == wanted
     with pytest.raises(pg.RecipeError, match='houlsby: init must be "paper" or "code", got \'tf\''):
-        Houlsby(init="tf")  # pyright: ignore
+        Houlsby(init="tf")  # pyright: ignore[reportArgumentType]
     with pytest.raises(pg.RecipeError, match='place must be "after_dropout" or "before_dropout"'):
-        Houlsby(place="here")  # pyright: ignore
+        Houlsby(place="here")  # pyright: ignore[reportArgumentType]
     with pytest.raises(pg.Conflict, match=r"both train stack\.0\.n1\.bias"):
         bench.program.apply(BitFit(), Houlsby())
     with pytest.raises(pg.NoFold, match="nonlinearity stands between"):

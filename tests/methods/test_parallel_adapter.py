@@ -90,7 +90,7 @@ def test_it_refuses(bench: Any) -> None:
     with pytest.raises(pg.RecipeError, match=r"0\.ffn\.down is no sublayer with a residual add"):
         bench.program.apply(ParallelAdapter(at="ffn.down"))
     with pytest.raises(pg.RecipeError, match='input must be "normed" or "residual", got \'raw\''):
-        ParallelAdapter(input="raw")  # pyright: ignore
+        ParallelAdapter(input="raw")  # pyright: ignore[reportArgumentType]
     with pytest.raises(pg.RecipeError, match="width must be at least 1"):
         ParallelAdapter(width=0)
 

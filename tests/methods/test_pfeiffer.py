@@ -84,7 +84,7 @@ def test_it_refuses(bench: Any) -> None:
     with pytest.raises(pg.RecipeError, match=r"0\.ffn\.up is no sublayer with a residual add"):
         bench.program.apply(Pfeiffer(at="ffn.up"))
     with pytest.raises(pg.RecipeError, match='init must be "bert" or "identity"'):
-        Pfeiffer(init="zero")  # pyright: ignore
+        Pfeiffer(init="zero")  # pyright: ignore[reportArgumentType]
 
 
 @settings(max_examples=30)
