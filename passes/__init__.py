@@ -14,4 +14,5 @@ from .lora import LoRA as LoRA
 from .parallel_adapter import ParallelAdapter as ParallelAdapter
 from .pfeiffer import Pfeiffer as Pfeiffer
 from .prefix import Prefix as Prefix
+from .prompt import Prompt as Prompt
 from .serial_adapter import SerialAdapter as SerialAdapter

@@ -22,19 +22,19 @@ from torch import Tensor, fx
 import peftgraph as pg
 
 
-def in_a_slice(site: pg.Site) -> bool:
+def in_a_slice(m: pg.Match) -> bool:
     """Whether the bias is a part of a longer stored one."""
-    return site.bias is not None and site.bias.window is not None
+    return m.site.bias is not None and m.site.bias.window is not None
 
 
-def missing(site: pg.Site) -> bool:
+def missing(m: pg.Match) -> bool:
     """Whether there is no bias."""
-    return site.bias is None
+    return m.site.bias is None
 
 
-def whole(site: pg.Site) -> bool:
+def whole(m: pg.Match) -> bool:
     """Whether the bias is all that is stored under its name."""
-    return not missing(site) and not in_a_slice(site)
+    return not missing(m) and not in_a_slice(m)
 
 
 @dataclass(frozen=True, kw_only=True)

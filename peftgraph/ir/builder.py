@@ -5,7 +5,7 @@ It sets the value metadata and the origin of every node it makes and counts what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from peftgraph.errors import Conflict
-from peftgraph.ir.propagate import Inference, fake_like
+from peftgraph.ir.propagate import Inference, fake_like, same_meta
 from peftgraph.ir.table import Entry
 
 aten = torch.ops.aten
@@ -39,12 +39,14 @@ class Common:
         inference: of the new nodes' values, so that like sites infer them once.
         entries: the shared parameters.
         nodes: the shared values, by the key they were built under.
+        labels: how many values have been printed under each name so far.
     """
 
     owner: str
     inference: Inference
     entries: dict[str, Entry] = field(default_factory=dict)
     nodes: dict[str, fx.Node] = field(default_factory=dict)
+    labels: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -245,8 +247,8 @@ class Builder:
 
     def _unique_label(self, hint: str) -> str:
         base = f"{self.label}.{hint}"
-        count = sum(node.meta["label"].rsplit("#", 1)[0] == base for node in self.nodes)
-        return base if count == 0 else f"{base}#{count + 1}"
+        count = self.common.labels[base] = self.common.labels.get(base, 0) + 1
+        return base if count == 1 else f"{base}#{count}"
 
 
 def erase(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
@@ -261,17 +263,37 @@ def sort(graph: fx.Graph) -> fx.Graph:
     Base nodes carry their position in the traced graph and new ones the position they were inserted after, so the order
     does not depend on the way there: taking a pass out restores the base's own order.
     """
+    new = fx.Graph()
+    mapped: dict[fx.Node, fx.Node] = {}
+    for node in _in_order(graph):
+        mapped[node] = new.node_copy(node, lambda operand: mapped[operand])
+        mapped[node].meta = dict(node.meta)
+    return new
+
+
+def _in_order(graph: fx.Graph) -> Iterator[fx.Node]:
     import networkx as nx  # here and not above: importing peftgraph stays light
 
     uses = nx.DiGraph()
     uses.add_nodes_from(graph.nodes)
     uses.add_edges_from((operand, node) for node in graph.nodes for operand in node.all_input_nodes)
-    new = fx.Graph()
-    mapped: dict[fx.Node, fx.Node] = {}
-    for node in nx.lexicographical_topological_sort(uses, key=lambda node: node.meta["order"]):
-        mapped[node] = new.node_copy(node, lambda operand: mapped[operand])
-        mapped[node].meta = dict(node.meta)
-    return new
+    return nx.lexicographical_topological_sort(uses, key=lambda node: node.meta["order"])
+
+
+def refresh(graph: fx.Graph, resized: Iterable[fx.Node], inference: Inference) -> None:
+    """Infers, in place, the values that follow from nodes that give another shape than before.
+
+    The nodes need not be in order.
+    """
+    changed = set(resized)
+    if not changed:
+        return
+    for node in _in_order(graph):
+        if node.op == "call_function" and not changed.isdisjoint(node.all_input_nodes):
+            value = inference.value_of(node)
+            if not same_meta(value, node.meta["val"]) or not isinstance(value, Tensor):
+                node.meta["val"] = value
+                changed.add(node)
 
 
 def number(graph: fx.Graph) -> None:

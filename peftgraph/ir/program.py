@@ -112,6 +112,22 @@ class ProgramData:
         """A program with some fields replaced."""
         return replace(self, **changes)
 
+    @property
+    def examples(self) -> dict[str, torch.Tensor]:
+        """What the model was traced with, by the names of the inputs in the graph."""
+        return dict(zip((spec.name for spec in self.signature.inputs), self.example, strict=True))
+
+    def grown(self) -> dict[str, int]:
+        """By how much passes make sizes of the inputs larger on their way into the model, by the sizes' names."""
+        edits, more = Edits(self.edits), dict[str, int]()
+        for spec in self.signature.inputs:
+            line = edits.chain(spec.name)
+            if line:
+                given, now = (self.node(name).meta["val"].shape for name in (spec.name, line[-1].after))
+                differences = {dim: int(b - a) for dim, a, b in zip(spec.dims, given, now, strict=True)}
+                more |= {dim: n for dim, n in differences.items() if n and isinstance(dim, str)}
+        return more
+
     def node(self, name: str) -> fx.Node:
         """The node of that name."""
         return find_node(self.graph, name)
@@ -150,6 +166,12 @@ class Edits:
     def chain(self, anchor: str) -> list[Move]:
         """The moves at `anchor`, innermost first: by level, then in order of application."""
         return sorted(self._moves.get(anchor, ()), key=lambda move: move.level)
+
+    def under(self, move: Move) -> str:
+        """The value that an edit replaced: the one that is there without it."""
+        line = self.chain(move.anchor)
+        position = line.index(move)
+        return line[position - 1].after if position else move.anchor.partition("@")[0]
 
     def below(self, name: str) -> str:
         """The base's value in whose place the value called `name` stands: itself, if no edit put it there."""

@@ -84,6 +84,7 @@ class Inference:
 
     def __init__(self, mode: FakeTensorMode) -> None:
         self.mode = mode
+        mode.cache_enabled = False  # torch's own memory of calls doubles their time here
         self._known: dict[Hashable, Any] = {}
         self._descriptions: dict[int, tuple[Any, Hashable]] = {}  # by identity; the value is held so that it keeps it
 

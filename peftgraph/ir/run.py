@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,29 @@ def run_wide(program: ProgramData, inputs: Sequence[Tensor]) -> list[Tensor]:
     device = program.table.device
     tensors = {name: _double(entry.tensor).to(device) for name, entry in program.table.items()}
     return _interpret(graph, tensors, [_double(value).to(device) for value in inputs])
+
+
+def evaluate(wanted: fx.Node, known: Mapping[fx.Node, Any], table: Mapping[str, Entry]) -> Any:
+    """The value of one node, from the values of others and the stored tensors; only what it depends on is run."""
+    values = dict(known)
+    todo = [wanted]
+    with torch.no_grad():
+        while todo:
+            node = todo[-1]
+            waiting = [operand for operand in node.all_input_nodes if operand not in values]
+            if node in values or waiting:
+                todo += waiting
+                if not waiting:
+                    todo.pop()
+                continue
+            if node.op == "get_attr":
+                values[node] = table[str(node.target)].tensor.detach()
+            else:
+                assert node.op == "call_function", f"%{node.name} is an input that has no value"
+                assert not isinstance(node.target, str)
+                values[node] = node.target(*map_arg(node.args, values.get), **map_arg(node.kwargs, values.get))
+            todo.pop()
+    return values[wanted]
 
 
 def contractions(graph: fx.Graph) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import sympy
@@ -65,9 +66,11 @@ def print_program(program: ProgramData) -> str:
 def print_diff(before: ProgramData, after: ProgramData) -> str:
     """What turned `before` into `after`: the new values around each edited one, in text order, and the totals."""
     old, new = Printer.of(before), Printer.of(after)
+    more = {size: count - before.grown().get(size, 0) for size, count in after.grown().items()}
+    as_before = Printer(new.sizes, new.trainable, more)
     was = {node.name: old.line(node) for node in live(before.graph) if node.op in ("call_function", "output")}
     lines: list[str] = []
-    added = moved = 0
+    added = moved = longer = 0
     context: str | None = None
     present = live(after.graph)
     for node in present:
@@ -82,13 +85,18 @@ def print_diff(before: ProgramData, after: ProgramData) -> str:
             added += 1
             continue
         context = line if node.op == "call_function" else None
-        if was[node.name] != line:
+        if more and was[node.name] == as_before.line(node):
+            longer += was[node.name] != line
+        elif was[node.name] != line:
             moved += 1
             lines += [f"  - {was[node.name]}", f"  + {line}"]
             context = None
     names = {node.name for node in present}
     erased = [line for name, line in was.items() if name not in names]
     lines += [f"  - {line}" for line in erased]
+    if longer:
+        by = ", ".join(f"{size} + {count}" for size, count in more.items())
+        lines.append(f"  {_many(longer, 'line')} for {by}")
     return "\n".join([*_with_headings(lines, after), _totals(before, after, added, len(erased), moved)]) + "\n"
 
 
@@ -117,11 +125,15 @@ class Printer:
     Args:
         sizes: symbol of a symbolic size -> its printed name.
         trainable: names of stored tensors that get a star.
+        less: printed name of a size -> what is taken off wherever it is printed.
     """
 
-    def __init__(self, sizes: Mapping[str, str], trainable: Container[str] = ()) -> None:
+    def __init__(
+        self, sizes: Mapping[str, str], trainable: Container[str] = (), less: Mapping[str, int] = MappingProxyType({})
+    ) -> None:
         self.sizes = sizes
         self.trainable = trainable
+        self.less = less
 
     @classmethod
     def of(cls, program: ProgramData) -> Printer:
@@ -166,7 +178,7 @@ class Printer:
             return str(size)
         expression = size.node.expr
         named = {
-            symbol: sympy.Symbol(self.sizes[str(symbol)])
+            symbol: sympy.Symbol(self.sizes[str(symbol)]) - self.less.get(self.sizes[str(symbol)], 0)
             for symbol in expression.free_symbols
             if str(symbol) in self.sizes
         }

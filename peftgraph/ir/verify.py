@@ -13,15 +13,17 @@ from peftgraph.ir.propagate import Inference, fake_mode_of, same_meta
 Rule = Callable[[ProgramData], Iterator[str]]
 
 
-def verify(program: ProgramData, previous: ProgramData | None = None) -> None:
+def verify(program: ProgramData, previous: ProgramData | None = None, inference: Inference | None = None) -> None:
     """Checks every rule; given a verified `previous`, re-derives the values of changed nodes only.
+
+    `inference` remembers what calls give, by their operands: one that has seen some of them saves their time.
 
     Raises:
         VerifyError: the program breaks a rule; the message lists every breach.
     """
     breaches = [breach for rule in RULES for breach in rule(program)]
     if not breaches:
-        breaches += list(values_rederive(program, previous))
+        breaches += list(values_rederive(program, previous, inference or Inference(fake_mode_of(program.graph))))
     if breaches:
         raise VerifyError("The program is not valid:\n  " + "\n  ".join(breaches))
 
@@ -111,10 +113,9 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def values_rederive(program: ProgramData, previous: ProgramData | None) -> Iterator[str]:
+def values_rederive(program: ProgramData, previous: ProgramData | None, inference: Inference) -> Iterator[str]:
     """Shapes and dtypes, derived again under fake tensors, are the recorded ones."""
     known = {node.name: node for node in previous.graph.nodes} if previous is not None else {}
-    inference = Inference(fake_mode_of(program.graph))
     for node in calls(program.graph):
         twin = known.get(node.name)
         if twin is not None and _same_call(node, twin):

@@ -13,12 +13,12 @@ import torch
 from torch import fx, nn
 
 from peftgraph.errors import Conflict, NoMatch, RecipeError
-from peftgraph.ir.builder import Builder, Common, erase, sort
+from peftgraph.ir.builder import Builder, Common, erase, refresh, sort
 from peftgraph.ir.program import Applied, Edit, Edits, Move, ProgramData, copy_graph
-from peftgraph.ir.propagate import Inference, fake_mode_of
+from peftgraph.ir.propagate import Inference, fake_mode_of, same_meta
 from peftgraph.ir.table import Entry
 from peftgraph.ir.verify import verify
-from peftgraph.rewrite.match import GIVEN, Match
+from peftgraph.rewrite.match import Match, is_given, match_all
 from peftgraph.rewrite.method import Pass
 from peftgraph.rewrite.rule import Replace, Rule
 from peftgraph.sites import Site, Sites
@@ -45,13 +45,16 @@ def apply(program: P, sites: Sites, methods: tuple[Pass, ...]) -> P:
 def remove(program: P, sites: Sites, which: int) -> P:
     """The program without the pass at index `which` of its history; the other passes keep their parameters."""
     graph = copy_graph(program.graph)
-    table = program.table
+    table, inference = program.table, Inference(fake_mode_of(graph))
     gone = [edit for edit in program.edits if edit.application == which]
     edits = Edits(program.edits)
     names = {node.name: node for node in graph.nodes}
     for edit in reversed(gone):
+        moved = [(names[move.after].meta["val"], edits.under(move)) for move in edit.moves]
         undo(graph, names, edits, edit)
         edits.remove(edit)
+        resized = [names[below] for value, below in moved if not same_meta(value, names[below].meta["val"])]
+        refresh(graph, resized, inference)
     made = {name for edit in gone for name in edit.parameters}
     table = table.with_({name: _before(table[name]) for name in made if not table[name].added})
     table = table.without(name for name in made if table[name].added)
@@ -59,21 +62,31 @@ def remove(program: P, sites: Sites, which: int) -> P:
     history = program.history[:which] + program.history[which + 1 :]
     used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     table = table.without(name for name, entry in table.items() if entry.added and name not in used)
-    result = program.evolve(graph=sort(graph), table=table, edits=kept, history=history)
-    verify(result, program)
+    result = _within_limits(program.evolve(graph=sort(graph), table=table, edits=kept, history=history))
+    verify(result, program, inference)
     return result
 
 
 def undo(graph: fx.Graph, names: dict[str, fx.Node], edits: Edits, edit: Edit) -> None:
     """Takes one edit out of `graph` and its `names`, in place: its users get back the value below it."""
     for move in edit.moves:
-        line = edits.chain(move.anchor)
-        position = line.index(move)
-        below = line[position - 1].after if position else move.anchor.partition("@")[0]
+        below = edits.under(move)
         users = [user for user in names[move.after].users if user.name not in edit.nodes]
         for user in users:
             user.replace_input_with(names[move.after], names[below])
     erase(graph, [names.pop(name) for name in edit.nodes])
+
+
+def _within_limits(program: P) -> P:
+    """The program with the sizes that its inputs may have: rows that a pass puts in front of them take their room."""
+    base, grown = program.base or program, program.grown()
+    ranges = {
+        dim: (max(1, low - grown.get(dim, 0)), None if high is None else high - grown.get(dim, 0))
+        for dim, (low, high) in base.signature.ranges.items()
+    }
+    if ranges == program.signature.ranges:
+        return program
+    return program.evolve(signature=replace(program.signature, ranges=ranges))
 
 
 def _before(entry: Entry) -> Entry:
@@ -84,17 +97,17 @@ def _before(entry: Entry) -> Entry:
 def _apply_one(program: P, sites: Sites, method: Pass) -> P:
     verify(program, program)
     _check_name(program, method)
-    chosen = _chosen(sites, method)
+    chosen = _chosen(program, sites, method)
     _check_conflicts(program, method, chosen)
     work = _Work.on(program, sites, method)
     for number, rule, site in chosen:
         work.rewrite(number, rule, site)
     result = work.result(program)
-    verify(result, program)
+    verify(result, program, work.common.inference)
     return result
 
 
-def _chosen(sites: Sites, method: Pass) -> list[tuple[int, Rule, Site]]:
+def _chosen(program: ProgramData, sites: Sites, method: Pass) -> list[tuple[int, Rule, Site]]:
     """Every rule of a pass with its sites.
 
     Raises:
@@ -104,19 +117,17 @@ def _chosen(sites: Sites, method: Pass) -> list[tuple[int, Rule, Site]]:
     rules = method.rules()
     for number, rule in enumerate(rules):
         found = sites.select(rule.at) if rule.optional else sites.require(rule.at)
-        kept = [site for site in found if rule.where is None or rule.where(site)]
+        kept = [m.site for m in match_all(program, sites, found) if rule.where is None or rule.where(m)]
         if not kept and not rule.optional:
-            raise _no_bias(method, rule, len(found))
+            raise _none_left(method, rule, len(found))
         chosen += [(number, rule, site) for site in kept]
     if not chosen:
-        raise _no_bias(method, rules[0], len(sites.require(rules[0].at)))
+        raise _none_left(method, rules[0], len(sites.require(rules[0].at)))
     return chosen
 
 
-def _no_bias(method: Pass, rule: Rule, sites: int) -> NoMatch:
-    return NoMatch(
-        f"{method}: none of the {sites} sites at {rule.at} has a bias. Choose others; bitfit{{zero=true}} adds biases."
-    )
+def _none_left(method: Pass, rule: Rule, sites: int) -> NoMatch:
+    return NoMatch(f"{method}: none of the {sites} sites at {rule.at} {rule.lacking}.")
 
 
 def _check_name(program: ProgramData, method: Pass) -> None:
@@ -175,6 +186,7 @@ class _Work:
 
     def rewrite(self, number: int, rule: Rule, site: Site) -> None:
         match = Match(site, self.sites, self.graph, self.program.table, self.edits, self.names)
+        match = replace(match, example=self.program.examples, level_of_rule=rule.level)
         edit = self._train(number, rule, match) if rule.delta is None else self._insert(number, rule, match)
         if edit is not None:
             self.edits.append(edit)
@@ -197,13 +209,15 @@ class _Work:
     def _insert(self, number: int, rule: Rule, match: Match) -> Edit:
         assert rule.delta is not None
         builder = self._builder(match, rule)
-        delta = rule.delta(match, builder)
-        ports = {rule.join.port: delta} if isinstance(delta, fx.Node) else dict(delta)
+        values = rule.join.entered(match, builder, rule.delta(match, builder))
         moves: list[Move] = []
-        for port, part in ports.items():
+        resized: list[fx.Node] = []
+        for port, new in values.items():
             old = match.value(port)
-            new = rule.join.enter(match, builder, old, part)
             moves.append(self._redirect(match, port, old, new, builder))
+            if not same_meta(old.meta["val"], new.meta["val"]):
+                resized.append(new)
+        refresh(self.graph, resized, self.common.inference)
         nodes = tuple(node.name for node in builder.nodes)
         self.names.update({node.name: node for node in builder.nodes})
         self.entries.update(builder.entries)
@@ -212,7 +226,7 @@ class _Work:
 
     def _redirect(self, match: Match, port: str, old: fx.Node, new: fx.Node, builder: Builder) -> Move:
         anchor = match.anchor(port)
-        if port not in GIVEN:
+        if not is_given(port):
             self.names[match.reader(port)].replace_input_with(old, new)
             return Move(anchor, match.level, new.name, 1)
         uses = builder.redirect(old, new, keep=set(builder.nodes))
@@ -241,12 +255,13 @@ class _Work:
         )
 
     def result(self, program: P) -> P:
-        return program.evolve(
+        changed = program.evolve(
             graph=sort(self.graph),
             table=program.table.with_(self.entries),
             edits=tuple(self.edits),
             history=(*program.history, Applied(self.method, self.method.name)),
         )
+        return _within_limits(changed)
 
 
 def owner_path(site: Site, method: Pass) -> str:

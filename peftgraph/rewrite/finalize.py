@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, fx
-from torch.fx.node import map_arg
 
 from peftgraph.errors import PeftGraphError
 from peftgraph.ir.modes import evaluated
 from peftgraph.ir.program import ProgramData
+from peftgraph.ir.run import evaluate
 from peftgraph.ir.table import Table
 from peftgraph.rewrite.apply import apply, remove
 from peftgraph.sites import Sites
@@ -43,16 +43,4 @@ def finalize(program: P, sites: Sites) -> P:
 
 def _derived(graph: fx.Graph, table: Table) -> dict[str, Tensor]:
     """The values that `Builder.derived` marked, by the name they get as parameters."""
-    known: dict[fx.Node, Any] = {}
-
-    def value(node: fx.Node) -> Any:
-        if node not in known:
-            if node.op == "get_attr":
-                known[node] = table[str(node.target)].tensor.detach()
-            else:
-                assert node.op == "call_function", f"%{node.name} depends on an input, not on parameters alone"
-                assert not isinstance(node.target, str)
-                known[node] = node.target(*map_arg(node.args, value), **map_arg(node.kwargs, value))
-        return known[node]
-
-    return {node.meta["derived"]: value(node) for node in graph.nodes if "derived" in node.meta}
+    return {node.meta["derived"]: evaluate(node, {}, table) for node in graph.nodes if "derived" in node.meta}

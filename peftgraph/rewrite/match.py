@@ -31,8 +31,16 @@ LEVELS = {"attention": 1, "ffn": 1, "block": 2}
 # too.
 GIVEN = {"output", "undropped", "embedded", "join", "normed"}
 
+# Ports of the model around the site: what it is called with, and what it returns.
+INPUT, RESULT = "input:", "result:"
+
 # Ports that lie before the dropout on the value of another one: a sublayer's output, and what enters a block.
 BEFORE_DROPOUT = {"undropped": "output", "embedded": "input"}
+
+
+def is_given(port: str) -> bool:
+    """Whether an edit at a port is for all who use the value there."""
+    return port in GIVEN or port.startswith(INPUT)
 
 
 @dataclass
@@ -50,25 +58,32 @@ class Match:
     edits: Edits
     names: Mapping[str, fx.Node] = field(repr=False)
     precision: torch.dtype | None = None
+    example: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    level_of_rule: int | None = None
 
     @property
     def level(self) -> int:
-        """The nesting level of the site's values."""
-        return LEVELS.get(self.site.role, 0)
+        """The nesting level of the edit: that of the site's values, unless the rule has another."""
+        return LEVELS.get(self.site.role, 0) if self.level_of_rule is None else self.level_of_rule
 
     # values
 
     def anchor(self, port: str) -> str:
         """The key of the chain of edits at a port: a value that the site gives, or the edge by which it reads one."""
         node = self.port(port)
-        return node if port in GIVEN else f"{node}@{self.reader(port)}"
+        return node if is_given(port) else f"{node}@{self.reader(port)}"
 
     def has(self, port: str) -> bool:
-        """Whether the site has that port."""
-        return BEFORE_DROPOUT.get(port, port) in self.site.ports
+        """Whether the site, or the model around it, has that port."""
+        return port.startswith((INPUT, RESULT)) or BEFORE_DROPOUT.get(port, port) in self.site.ports
 
     def port(self, name: str) -> str:
-        """The base graph's node at a port; `undropped` is the output, and `embedded` the input, before its dropout."""
+        """The base graph's node at a port; `undropped` is the output, and `embedded` the input, before its dropout.
+
+        `input:NAME` is an input of the model itself, and `result:NAME` a value that the model returns.
+        """
+        if name.startswith((INPUT, RESULT)):
+            return name.partition(":")[2]
         if name not in BEFORE_DROPOUT:
             return self.site.ports[name]
         node = self.names[self.site.ports[BEFORE_DROPOUT[name]]]
@@ -78,12 +93,14 @@ class Match:
 
     def reader(self, port: str) -> str:
         """The node that reads a port's value."""
+        if port.startswith(RESULT):
+            return self.graph.output_node().name
         return self.site.ports.get(f"{port}.reader", self.site.op)
 
     def value(self, port: str) -> fx.Node:
         """The current value at a port: what the site reads, or what it gives at its own level of nesting."""
         node = self.port(port)
-        if port in GIVEN:
+        if is_given(port):
             return self._latest(node, self.level)
         inside = self.edits.chain(self.anchor(port))
         return self.names[inside[-1].after] if inside else self._latest(node, max(LEVELS.values()))
@@ -91,6 +108,15 @@ class Match:
     def _latest(self, node: str, level: int) -> fx.Node:
         moves = [move for move in self.edits.chain(node) if move.level <= level]
         return self.names[moves[-1].after if moves else node]
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        """The inputs of the model, in order."""
+        return list(self.graph.find_nodes(op="placeholder"))
+
+    def now(self, node: fx.Node) -> fx.Node:
+        """What stands in the place of a value of the base after every edit so far."""
+        return self._latest(node.name, max(LEVELS.values()))
 
     @property
     def input(self) -> fx.Node:
@@ -285,4 +311,4 @@ def match_all(program: ProgramData, sites: Sites, chosen: Iterable[Site]) -> lis
     """Matches of `chosen` in the program's own graph."""
     names = {node.name: node for node in program.graph.nodes}
     edits = Edits(program.edits)
-    return [Match(site, sites, program.graph, program.table, edits, names) for site in chosen]
+    return [Match(site, sites, program.graph, program.table, edits, names, example=program.examples) for site in chosen]

@@ -11,13 +11,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor, fx
 
 from peftgraph.ir.builder import Builder
 from peftgraph.rewrite.match import Match, Own
 from peftgraph.rewrite.views import Bound
-from peftgraph.sites import Site
 from peftgraph.sites.select import Selector
+
+aten = torch.ops.aten
 
 
 class Params(Mapping[str, Tensor]):
@@ -47,20 +49,54 @@ Fold = Callable[[Match, Params], Mapping[Bound, Tensor]]
 
 
 class Join(Protocol):
-    """How a new value enters at a port."""
+    """How what a delta computes enters at its ports."""
 
     @property
     def port(self) -> str:
         """Where the delta enters when it is a single value."""
         ...
 
-    def enter(self, m: Match, op: Builder, value: fx.Node, delta: fx.Node) -> fx.Node:
-        """The value that the port's users get instead of `value`."""
+    def entered(self, m: Match, op: Builder, delta: fx.Node | Mapping[str, fx.Node]) -> Mapping[str, fx.Node]:
+        """The values that the users at some ports get instead of those that are there."""
+        ...
+
+    def gated(
+        self, m: Match, op: Builder, delta: fx.Node | Mapping[str, fx.Node], gate: fx.Node
+    ) -> fx.Node | Mapping[str, fx.Node]:
+        """The delta that enters the more, the more a gate is open: at 0 nothing changes, at 1 `delta` enters.
+
+        `gate` is (batch, 1, ..., 1), with as many axes as the delta.
+        """
         ...
 
 
+class PortByPort:
+    """A join at which the value at each port depends on that port's part of the delta alone."""
+
+    port: str
+
+    def enter(self, m: Match, op: Builder, value: fx.Node, delta: fx.Node) -> fx.Node:
+        """What the port's users get instead of `value`."""
+        raise NotImplementedError
+
+    def gate(self, m: Match, op: Builder, value: fx.Node, delta: fx.Node, gate: fx.Node) -> fx.Node:
+        """As much of `delta` as the gate lets in."""
+        raise NotImplementedError
+
+    def entered(self, m: Match, op: Builder, delta: fx.Node | Mapping[str, fx.Node]) -> dict[str, fx.Node]:
+        """Each port's new value."""
+        return {port: self.enter(m, op, m.value(port), part) for port, part in self._parts(delta).items()}
+
+    def gated(self, m: Match, op: Builder, delta: fx.Node | Mapping[str, fx.Node], gate: fx.Node) -> dict[str, fx.Node]:
+        """Each port's part, gated."""
+        return {port: self.gate(m, op, m.value(port), part, gate) for port, part in self._parts(delta).items()}
+
+    def _parts(self, delta: fx.Node | Mapping[str, fx.Node]) -> Mapping[str, fx.Node]:
+        return {self.port: delta} if isinstance(delta, fx.Node) else delta
+
+
 @dataclass(frozen=True)
-class Add:
+class Add(PortByPort):
     """y -> y + delta, on the site's own columns."""
 
     port: str = "output"
@@ -69,9 +105,13 @@ class Add:
         """y + delta."""
         return m.on_columns(op, value, lambda part: op.add(part, delta))
 
+    def gate(self, m: Match, op: Builder, value: fx.Node, delta: fx.Node, gate: fx.Node) -> fx.Node:
+        """g delta."""
+        return op.mul(delta, gate)
+
 
 @dataclass(frozen=True)
-class Multiply:
+class Multiply(PortByPort):
     """y -> y * delta, on the site's own columns."""
 
     port: str = "output"
@@ -80,9 +120,13 @@ class Multiply:
         """y * delta."""
         return m.on_columns(op, value, lambda part: op.mul(part, delta))
 
+    def gate(self, m: Match, op: Builder, value: fx.Node, delta: fx.Node, gate: fx.Node) -> fx.Node:
+        """1 + g (delta - 1)."""
+        return op.call(aten.add.Scalar, op.mul(op.call(aten.sub.Scalar, delta, 1.0), gate), 1.0)
+
 
 @dataclass(frozen=True)
-class Replace:
+class Replace(PortByPort):
     """y -> delta."""
 
     port: str = "output"
@@ -90,6 +134,10 @@ class Replace:
     def enter(self, m: Match, op: Builder, value: fx.Node, delta: fx.Node) -> fx.Node:
         """delta itself."""
         return delta
+
+    def gate(self, m: Match, op: Builder, value: fx.Node, delta: fx.Node, gate: fx.Node) -> fx.Node:
+        """y + g (delta - y)."""
+        return op.add(value, op.mul(op.call(aten.sub.Tensor, delta, value), gate))
 
 
 @dataclass(frozen=True)
@@ -105,8 +153,12 @@ class Rule:
             none.
         rank: the largest rank of the change of a weight, when the method bounds it.
         own: which of a site's own parameters train when there is no delta.
-        where: keeps the sites for which it holds.
+        where: keeps the matches for which it holds.
+        lacking: what a site for which it does not hold lacks, for the message when none is left.
         optional: whether no site at all is fine, as long as another rule of the pass has one.
+        reads: what the delta is computed from, for a gate to look at; the site's input by default.
+        level: how deep the edit is nested, when that is not the level of the site's role: it enters above edits of
+            a lower level, whatever was applied first.
     """
 
     at: Selector
@@ -115,8 +167,11 @@ class Rule:
     join: Join = field(default_factory=Add)
     rank: int | None = None
     own: Own = "all"
-    where: Callable[[Site], bool] | None = None
+    where: Callable[[Match], bool] | None = None
+    lacking: str = "has a bias. Choose others; bitfit{zero=true} adds biases"
     optional: bool = False
+    reads: Callable[[Match, Builder], fx.Node] | None = None
+    level: int | None = None
 
 
 def trained(m: Match, p: Params) -> Mapping[Bound, Tensor]:
@@ -124,7 +179,7 @@ def trained(m: Match, p: Params) -> Mapping[Bound, Tensor]:
     return {}
 
 
-def Train(at: Selector, own: Own = "all", where: Callable[[Site], bool] | None = None, optional: bool = False) -> Rule:
+def Train(at: Selector, own: Own = "all", where: Callable[[Match], bool] | None = None, optional: bool = False) -> Rule:
     """A rule that makes the sites' own parameters trainable, or their biases, and computes nothing new.
 
     A stored tensor trains whole: of a fused projection's bias, all that is stored.
@@ -134,5 +189,5 @@ def Train(at: Selector, own: Own = "all", where: Callable[[Site], bool] | None =
     return Rule(at=at, delta=None, fold=trained, own=own, where=where, optional=optional)
 
 
-def _has_bias(site: Site) -> bool:
-    return site.bias is not None
+def _has_bias(m: Match) -> bool:
+    return m.site.bias is not None

@@ -322,7 +322,18 @@ class Finder:
         weight = Weight(parameter, transposed=True)
         ports: Ports = {"input": index, "output": node}
         shape = weight.shape(self.flow.tensors)
-        self._add("embedding", node, owner(parameter), None, ports, weight=weight, shape=shape)
+        self._add(
+            "embedding", node, owner(parameter), None, ports, weight=weight, shape=shape, stack=self._fed_by(node)
+        )
+
+    def _fed_by(self, node: fx.Node) -> str | None:
+        """The first stack whose stream starts from what `node` gives."""
+        fed = (
+            place.stack
+            for join, place in sorted(self.blocks.places.items(), key=lambda item: self.flow.order[item[0].node])
+            if self.flow.descends(join.root, node)
+        )
+        return next(fed, None)
 
     def _biases(self) -> None:
         """Every additive bias vector, at every use."""

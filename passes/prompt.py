@@ -1,0 +1,102 @@
+"""Prompt tuning (Lester et al., 2021): trainable rows in front of the embedded tokens. SPoT starts them elsewhere.
+
+    E = embed(x)   ->   E = [P; embed(x)]
+    no fold: the rows are attended to, and no weight holds rows of a sequence
+
+Masks, types, positions and labels grow with the sequence: of the rows is said what is said of the first token,
+positions count on, and no loss falls on them. In a batch that is padded on the left the rows stand behind the padding.
+What the model gives for the rows is cut out of its results (returns="all" keeps it). The paper's T5 has rows in its
+encoder alone, so that a decoder beside an encoder is left out by default; T-Few has them in both: at="embedding".
+Shapes: L length, D features of the embedding, P (L, D).
+P starts uniform in [-0.5, 0.5] (the authors' code draws from [0, 0.5): init="code"; peft takes a standard normal one,
+init="normal"), as the embeddings of tokens drawn from the most frequent ones, which stand first in the authors'
+vocabulary ("vocabulary"), or as those of the answers' words, the mean over a word's tokens, and drawn tokens for the
+rest ("classes"). From the prompt of another task, as SPoT does: `pg.prompts.start`.
+Source: arXiv 2104.08691, sections 2.1 and 3.2; google-research/prompt-tuning, train/prompts.py. arXiv 2110.07904
+(SPoT).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, fx
+
+import peftgraph as pg
+
+PLACES = {"front": 0, "after_first": 1}
+STARTS: dict[str, Callable[[Tensor], None]] = {
+    "uniform": pg.init.uniform(0.5),
+    "code": lambda rows: rows.uniform_(0.0, 0.5),
+    "normal": pg.init.normal(1.0),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt(pg.Pass):
+    """Rows in front of the tokens.
+
+    Attributes:
+        at: embeddings of tokens.
+        length: L.
+        init: "uniform", "code", "normal", "vocabulary" or "classes".
+        vocabulary: how many tokens, from the first, may be drawn.
+        classes: the tokens of each answer, for init="classes".
+        place: "front", or "after_first" token, for a model that reads its answer at the first one.
+        returns: results for the "tokens", or for "all" that went through the model.
+    """
+
+    word = "prompt"
+    at: pg.Selector = pg.embedding & ~pg.stack("decoder")
+    length: int = 100
+    init: Literal["uniform", "code", "normal", "vocabulary", "classes"] = "uniform"
+    vocabulary: int = pg.quiet(5000)
+    classes: tuple[tuple[int, ...], ...] = pg.quiet(())
+    place: Literal["front", "after_first"] = pg.quiet("front")
+    returns: Literal["tokens", "all"] = pg.quiet("tokens")
+
+    def check(self) -> None:
+        """Refuses a length below 1, unknown words, and classes that do not fit."""
+        self.require(self.length >= 1, f"length must be at least 1, got {self.length}.")
+        self.require_one_of("init", (*STARTS, "vocabulary", "classes"))
+        self.require_one_of("place", PLACES)
+        self.require_one_of("returns", ("tokens", "all"))
+        self.require(self.vocabulary >= 1, f"vocabulary must be at least 1, got {self.vocabulary}.")
+        fits = all(self.classes) and 0 < len(self.classes) <= self.length
+        self.require(
+            fits if self.init == "classes" else not self.classes,
+            f'init="classes" takes the tokens of 1 to length={self.length} classes, none of them empty; got '
+            f"{len(self.classes)} with init={self.init!r}.",
+        )
+
+    @property
+    def rows(self) -> pg.Lengthening:
+        """L more places in front of the tokens."""
+        return pg.Lengthening(rows=self.length, after=PLACES[self.place])
+
+    def rules(self) -> list[pg.Rule]:
+        """Make the inputs longer; put the rows in front of the embedded tokens, and cut them out of the results."""
+        reason = "the rows are attended to, and no weight holds rows of a sequence"
+        return pg.lengthened(self.at, self.rows, self.prompt, reason, cut=self.returns == "tokens")
+
+    def prompt(self, m: pg.Match, op: pg.Builder) -> fx.Node:
+        """P, (L, D)."""
+        return op.param("prompt", (self.length, m.features), STARTS.get(self.init) or self.from_table(m))
+
+    def from_table(self, m: pg.Match) -> Callable[[Tensor], None]:
+        """P from rows of the embedding."""
+        tokens = [token for word in self.classes for token in word]
+        size = m.shape[1]
+        self.require(all(0 <= token < size for token in tokens), f"a token of classes is not in 0 to {size - 1}.")
+
+        def fill(rows: Tensor) -> None:
+            table_VD = m.weight.value.mT
+            drawn = torch.randperm(min(self.vocabulary, size))[torch.arange(self.length) % min(self.vocabulary, size)]
+            rows.copy_(table_VD[drawn.to(table_VD.device)])
+            for row, word in zip(rows, self.classes, strict=False):
+                row.copy_(table_VD[list(word)].mean(0))
+
+        return fill
