@@ -55,7 +55,8 @@ class Builder:
 
     Attributes:
         graph: a copy of a program's graph, owned by the caller.
-        label: the prefix of the printed names of new nodes, such as `0.attention.q.lora`.
+        site, word: where it builds and for which pass; together the prefix of the printed names of new nodes, such as
+            `0.attention.q.lora`.
         owner: the dotted prefix of new parameters, such as `layers.0.self_attn.q_proj`.
         dtype, device: of new parameters.
         taken: the names already in use, and who made them.
@@ -66,7 +67,8 @@ class Builder:
     """
 
     graph: fx.Graph
-    label: str
+    site: str
+    word: str
     owner: str
     dtype: torch.dtype
     device: torch.device
@@ -77,6 +79,11 @@ class Builder:
     common: Common
     nodes: list[fx.Node] = field(default_factory=list)
     entries: dict[str, Entry] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """The prefix of the printed names of new nodes."""
+        return f"{self.site}.{self.word}"
 
     # parameters
 
@@ -117,8 +124,8 @@ class Builder:
     def _new(self, full: str, shape: Sequence[int], init: Initializer, trainable: bool = True) -> Entry:
         if full in self.taken:
             raise Conflict(
-                f"{self.maker} would make the parameter {full}, which exists already (made by {self.taken[full]}). Two "
-                'adapters at one site need names of their own: name="...".'
+                f"{self.maker} would make the parameter {full} at {self.site}, which exists already (made by "
+                f'{self.taken[full]}). Two adapters at one site need names of their own: name="...".'
             )
         value = torch.empty(tuple(shape), dtype=self.dtype, device=self.device)
         if self.device.type != "meta":

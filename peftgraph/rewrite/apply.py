@@ -96,7 +96,6 @@ def _before(entry: Entry) -> Entry:
 
 def _apply_one(program: P, sites: Sites, method: Pass) -> P:
     verify(program, program)
-    _check_name(program, method)
     chosen = _chosen(program, sites, method)
     _check_conflicts(program, method, chosen)
     work = _Work.on(program, sites, method)
@@ -130,18 +129,16 @@ def _none_left(method: Pass, rule: Rule, sites: int) -> NoMatch:
     return NoMatch(f"{method}: none of the {sites} sites at {rule.at} {rule.lacking}.")
 
 
-def _check_name(program: ProgramData, method: Pass) -> None:
+def _check_conflicts(program: ProgramData, method: Pass, chosen: list[tuple[int, Rule, Site]]) -> None:
+    """Refuses what cannot hold together: one name for two adapters, one place trained or one value replaced twice."""
     for applied in program.history:
         if method.name and applied.name == method.name and applied.method.word == method.word:
             raise Conflict(
-                f"There is already a {method.word} called {method.name!r} ({applied.method}). Choose another name."
+                f"{method} (at {chosen[0][2].id}) and {applied.method} are both a {method.word} called "
+                f"{method.name!r}. Choose another name."
             )
-
-
-def _check_conflicts(program: ProgramData, method: Pass, chosen: list[tuple[int, Rule, Site]]) -> None:
-    """Refuses two rewrites that cannot both hold: one place trained twice, or one value replaced twice."""
-    claims: dict[tuple[str, str], str] = {}
     trained = {name: edit for edit in program.edits for name in edit.parameters if not program.table[name].added}
+    replaced = _replaced(program)
     for _, rule, site in chosen:
         if rule.delta is None:
             for name in _own_names(site, rule):
@@ -150,9 +147,22 @@ def _check_conflicts(program: ProgramData, method: Pass, chosen: list[tuple[int,
                     raise Conflict(f"{method} and {other} both train {name} (at {site.id}). Apply one of them.")
         elif isinstance(rule.join, Replace):
             key = (site.id, rule.join.port)
-            if key in claims:
-                raise Conflict(f"Two rules of {method} replace {rule.join.port} of {site.id}.")
-            claims[key] = str(method)
+            if key in replaced:
+                raise Conflict(
+                    f"{method} and {replaced[key]} both replace the {rule.join.port} of {site.id}. Apply one of them."
+                )
+            replaced[key] = method
+
+
+def _replaced(program: ProgramData) -> dict[tuple[str, str], Pass]:
+    """The passes that replaced a value, by site and port."""
+    found: dict[tuple[str, str], Pass] = {}
+    rules = [applied.method.rules() for applied in program.history]
+    for edit in program.edits:
+        join = rules[edit.application][edit.rule].join
+        if edit.moves and isinstance(join, Replace):
+            found[edit.site, join.port] = program.history[edit.application].method
+    return found
 
 
 def _own_names(site: Site, rule: Rule) -> list[str]:
@@ -185,7 +195,8 @@ class _Work:
         return cls(method, sites, len(program.history), graph, names, Edits(program.edits), {}, taken, program, common)
 
     def rewrite(self, number: int, rule: Rule, site: Site) -> None:
-        match = Match(site, self.sites, self.graph, self.program.table, self.edits, self.names)
+        history = (*self.program.history, Applied(self.method))
+        match = Match(site, self.sites, self.graph, self.program.table, self.edits, self.names, history=history)
         match = replace(match, example=self.program.examples, level_of_rule=rule.level)
         edit = self._train(number, rule, match) if rule.delta is None else self._insert(number, rule, match)
         if edit is not None:
@@ -243,7 +254,8 @@ class _Work:
         dtype, device = self._kind
         return Builder(
             graph=self.graph,
-            label=f"{match.site.id}.{word}",
+            site=match.site.id,
+            word=word,
             owner=owner_path(match.site, self.method),
             dtype=dtype,
             device=device,

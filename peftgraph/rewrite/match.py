@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -13,7 +13,7 @@ from torch import fx
 from peftgraph.errors import PeftGraphError
 from peftgraph.ir.builder import Builder
 from peftgraph.ir.modes import DROPOUTS
-from peftgraph.ir.program import Edits, ProgramData
+from peftgraph.ir.program import Applied, Edits, ProgramData
 from peftgraph.ir.table import Table
 from peftgraph.rewrite.views import Bound, View, bias_view, bind, weight_view
 from peftgraph.sites import Columns, Site, Sites
@@ -60,6 +60,7 @@ class Match:
     precision: torch.dtype | None = None
     example: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
     level_of_rule: int | None = None
+    history: Sequence[Applied] = field(default=(), repr=False)
 
     @property
     def level(self) -> int:
@@ -134,6 +135,12 @@ class Match:
         if "normed" not in self.site.ports:
             return x
         return op.again(self.value("join"), self.names[self.site.ports["normed"]], x)
+
+    def changed_by(self, port: str) -> object | None:
+        """The pass that put the current value at a port that the site gives; None for the base's own."""
+        current = self.value(port).name
+        edit = next((one for one in self.edits if any(move.after == current for move in one.moves)), None)
+        return None if edit is None else self.history[edit.application].method
 
     def related(self, selector: object, same_layer: bool = False) -> tuple[Match, ...]:
         """Matches of other sites in the same graph, for methods that read more than one site."""

