@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, relu
 
 Params = Mapping[str, Tensor]
+STACKS = ("encoder", "decoder")
 
 # Sublayers: the module whose output is the branch before its dropout, and the path of the sublayer's own parameters.
 SUBLAYERS = {
@@ -51,8 +52,36 @@ SUBLAYERS = {
     ],
 }
 
+BERT = SUBLAYERS["bert"]
+CLIP = [
+    ("encoder.layers.{i}.self_attn", "encoder.layers.{i}.self_attn.attention"),
+    ("encoder.layers.{i}.mlp", "encoder.layers.{i}.mlp.ffn"),
+]
+SEQ2SEQ = [
+    *((f"{stack}.layers.{{i}}.self_attn", f"{stack}.layers.{{i}}.self_attn.attention") for stack in STACKS),
+    ("decoder.layers.{i}.encoder_attn", "decoder.layers.{i}.encoder_attn.cross_attention"),
+    *((f"{stack}.layers.{{i}}.fc2", f"{stack}.layers.{{i}}.ffn") for stack in STACKS),
+]
+SUBLAYERS |= {
+    "minilm": BERT,
+    "roberta": BERT,
+    "deberta": BERT,
+    "falcon": [
+        ("transformer.h.{i}.self_attention", "transformer.h.{i}.self_attention.attention"),
+        ("transformer.h.{i}.mlp", "transformer.h.{i}.mlp.ffn"),
+    ],
+    "gemma2": [  # whose branches have norms of their own
+        ("model.layers.{i}.post_attention_layernorm", "model.layers.{i}.self_attn.attention"),
+        ("model.layers.{i}.post_feedforward_layernorm", "model.layers.{i}.mlp.ffn"),
+    ],
+    "bart": SEQ2SEQ,
+    "whisper": SEQ2SEQ,
+    "clip_text": CLIP,
+    "clip_vision": CLIP,
+}
+
 # Feed-forwards: the module that reads what the feed-forward reads, and the one that gives the block's residual sum;
-# for BERT the second is the norm, which takes that sum.
+# in a post-norm block the second is the norm, which takes that sum.
 FEEDFORWARDS = {
     "bert": {"encoder.layer.{i}.ffn": ("encoder.layer.{i}.intermediate", "encoder.layer.{i}.output.LayerNorm")},
     "llama": {"model.layers.{i}.mlp.ffn": ("model.layers.{i}.mlp", "model.layers.{i}")},
@@ -68,6 +97,23 @@ FEEDFORWARDS = {
         )
         for stack, n in (("encoder", 1), ("decoder", 2))
     },
+}
+CLIP_FFN = {"encoder.layers.{i}.mlp.ffn": ("encoder.layers.{i}.mlp", "encoder.layers.{i}")}
+FEEDFORWARDS |= {
+    "minilm": FEEDFORWARDS["bert"],
+    "roberta": FEEDFORWARDS["bert"],
+    "deberta": FEEDFORWARDS["bert"],
+    "falcon": {"transformer.h.{i}.mlp.ffn": ("transformer.h.{i}.mlp", "transformer.h.{i}")},
+    "gemma2": FEEDFORWARDS["llama"],
+    "bart": {
+        f"{stack}.layers.{{i}}.ffn": (f"{stack}.layers.{{i}}.fc1", f"{stack}.layers.{{i}}.final_layer_norm")
+        for stack in STACKS
+    },
+    "whisper": {
+        f"{stack}.layers.{{i}}.ffn": (f"{stack}.layers.{{i}}.fc1", f"{stack}.layers.{{i}}") for stack in STACKS
+    },
+    "clip_text": CLIP_FFN,
+    "clip_vision": CLIP_FFN,
 }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import eager_adapters
@@ -40,11 +41,10 @@ def _separate(stem: str, names: Mapping[str, str], bias: bool) -> Iterator[Place
         yield _plain(role, f"{stem}.{module}", bias)
 
 
-def _fused(module: str, rows: Mapping[str, list[int]], transposed: bool) -> Iterator[Place]:
+def _fused(module: str, rows: Mapping[str, list[int]], transposed: bool, bias: bool = True) -> Iterator[Place]:
     for part, indices in rows.items():
-        yield Place(
-            f"attention.{part}", f"{module}.weight", f"{module}.{part}", tuple(indices), transposed, f"{module}.bias"
-        )
+        own = f"{module}.bias" if bias else None
+        yield Place(f"attention.{part}", f"{module}.weight", f"{module}.{part}", tuple(indices), transposed, own)
 
 
 THIRDS = {part: list(range(i * zoo.WIDTH, (i + 1) * zoo.WIDTH)) for i, part in enumerate("qkv")}
@@ -53,6 +53,11 @@ INTERLEAVED = {
     part: [head * 3 * HEAD + i * HEAD + column for head in range(zoo.HEADS) for column in range(HEAD)]
     for i, part in enumerate("qkv")
 }
+MULTI_QUERY = {"q": list(range(zoo.WIDTH))} | {
+    part: list(range(zoo.WIDTH + i * HEAD, zoo.WIDTH + (i + 1) * HEAD)) for i, part in enumerate("kv")
+}
+WORDS = ("query", "key", "value")
+CLIP = ""  # the towers stand alone
 LLAMA_ATTENTION = {f"attention.{p}": f"self_attn.{p}_proj" for p in "qkvo"}
 
 
@@ -115,6 +120,37 @@ def _nano(i: int) -> Iterator[Place]:
     yield from _separate(f"stack.{i}", {"attention.o": "out", "ffn.up": "fc", "ffn.down": "proj"}, True)
 
 
+def _deberta(i: int) -> Iterator[Place]:
+    names = {f"attention.{p}": f"attention.self.{name}_proj" for p, name in zip("qkv", WORDS, strict=True)}
+    last = {"attention.o": "attention.output.dense", "ffn.up": "intermediate.dense", "ffn.down": "output.dense"}
+    yield from _separate(f"encoder.layer.{i}", names | last, True)
+
+
+def _falcon(i: int) -> Iterator[Place]:
+    stem = f"transformer.h.{i}"
+    yield from _fused(f"{stem}.self_attention.query_key_value", MULTI_QUERY, transposed=False, bias=False)
+    names = {"attention.o": "self_attention.dense", "ffn.up": "mlp.dense_h_to_4h", "ffn.down": "mlp.dense_4h_to_h"}
+    yield from _separate(stem, names, False)
+
+
+def _with_out_proj(stem: str, module: str, biases: str) -> Iterator[Place]:
+    for part, name in zip("qkvo", ("q_proj", "k_proj", "v_proj", "out_proj"), strict=True):
+        yield _plain(f"attention.{part}", f"{stem}.{module}.{name}", part in biases)
+
+
+def _seq2seq(biases: str, i: int) -> Iterator[Place]:
+    for stack in ("encoder", "decoder"):
+        stem = f"{stack}.layers.{i}"
+        for module in ("self_attn", "encoder_attn")[: 1 + (stack == "decoder")]:
+            yield from _with_out_proj(stem, module, biases)
+        yield from _separate(stem, {"ffn.up": "fc1", "ffn.down": "fc2"}, True)
+
+
+def _clip(i: int) -> Iterator[Place]:
+    yield from _with_out_proj(f"{CLIP}encoder.layers.{i}", "self_attn", "qkvo")
+    yield from _separate(f"{CLIP}encoder.layers.{i}.mlp", {"ffn.up": "fc1", "ffn.down": "fc2"}, True)
+
+
 BUILDERS = {
     "bert": _bert,
     "llama": _llama,
@@ -124,6 +160,15 @@ BUILDERS = {
     "vit": _vit,
     "mixtral": _mixtral,
     "nano": _nano,
+    "minilm": _bert,
+    "roberta": _bert,
+    "deberta": _deberta,
+    "falcon": _falcon,
+    "gemma2": _llama,
+    "bart": partial(_seq2seq, "qkvo"),
+    "clip_text": _clip,
+    "clip_vision": _clip,
+    "whisper": partial(_seq2seq, "qvo"),
 }
 PLACES = {name: [place for i in range(zoo.LAYERS) for place in build(i)] for name, build in BUILDERS.items()}
 

@@ -1,0 +1,61 @@
+"""Laws that speak of more than one program: passes that commute or do not, and both ways to write attention."""
+
+from __future__ import annotations
+
+import laws
+import pytest
+import torch
+import zoo
+
+import peftgraph as pg
+from peftgraph.passes import IA3, LoRA, SerialAdapter
+
+F64 = torch.float64
+
+
+def test_every_architecture_and_every_pass_has_its_laws() -> None:
+    files = ("test_encoders", "test_decoders", "test_seq2seq")
+    held = "".join((laws.Path(__file__).parent / f"{file}.py").read_text() for file in files)
+    assert all(held.count(f'"{name}"') == 1 for name in zoo.ALL)
+    methods = {type(one) for line in laws.LINES.values() for one in line.passes}
+    words = {method.word for method in methods} | {"adapter_drop"}
+    assert words == set(pg.passes_by_word())
+
+
+@pytest.mark.parametrize("name", zoo.NAMES)
+@pytest.mark.parametrize("key", laws.LINES)
+def test_identity_where_attention_is_written_out(name: str, key: str) -> None:
+    base, line = laws.base_of(name, "eager"), laws.LINES[key]
+    if line.refusal(name) is None:
+        laws.starts(base, line, base.program.apply(*line.passes))
+
+
+@pytest.mark.parametrize("name", zoo.ALL)
+def test_passes_on_disjoint_sites_commute(name: str) -> None:
+    base = laws.base_of(name)
+    first, second, third = LoRA(at="attention.o", rank=2), IA3(), SerialAdapter(width=3)
+    results, lines = [], []
+    for order in ((first, second, third), (third, second, first), (second, third, first)):
+        program = base.program.apply(*order)
+        with torch.no_grad():
+            for key, value in sorted(program.table.trainable.items()):
+                value.copy_(torch.linspace(-0.3, 0.4, value.numel(), dtype=F64).view_as(value) + len(key) / 100)
+        results.append(laws.outputs(program, base.inputs))
+        lines.append(sorted(program.text().splitlines()))
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+    assert lines[0] == lines[1] == lines[2]
+
+
+def test_passes_on_one_site_do_not_commute() -> None:
+    base = laws.base_of("bert").program
+    passes = (LoRA(at="attention.k", rank=2), IA3(at="attention.k"))
+    texts = {base.apply(*order).text() for order in (passes, passes[::-1])}
+    assert len(texts) == 2
+
+
+@pytest.mark.parametrize("key", laws.LINES)
+def test_specs_round_trip(key: str) -> None:
+    method = pg.Pipeline(laws.LINES[key].passes)
+    again = pg.parse_pass(str(method))
+    assert again.passes() == method.passes()
+    assert str(again) == str(method.passes()[0]) if len(method.passes()) == 1 else str(again) == str(method)

@@ -1,0 +1,286 @@
+"""The laws, and the passes that they are held for: one line each. For tests only.
+
+`hold` applies the passes of one line to one architecture once, and holds every law on what comes out: identity at the
+start, gradients equal to an eager reference, folding, saving, training that leaves the base alone, removal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import truth
+import zoo
+from torch import Tensor
+
+import peftgraph as pg
+from peftgraph.passes import (
+    CIAT,
+    IA3,
+    AdapterDrop,
+    AdapterFusion,
+    BitFit,
+    Compacter,
+    CompacterPP,
+    DoRA,
+    Freeze,
+    Houlsby,
+    LoRA,
+    ParallelAdapter,
+    Pfeiffer,
+    Prefix,
+    SerialAdapter,
+)
+
+F64 = torch.float64
+Refusal = tuple[type[pg.PeftGraphError], str]
+
+
+@dataclass(frozen=True)
+class Line:
+    """Passes, and where they differ from most.
+
+    Attributes:
+        passes: applied one after the other.
+        folds: whether all of it folds.
+        near: the end of the names of the parameters that keep a fresh one from being the identity; "all" where nothing
+            does, by definition.
+        reference: whether `truth` has its eager reference; else it is in tests/methods.
+        variant: whether it is another form of a pass that has a line, held on `zoo.NAMES` alone.
+        meaningless: the architectures where it has no meaning, each with the error and its words.
+    """
+
+    passes: tuple[pg.Pass, ...]
+    folds: bool = True
+    near: str = ""
+    reference: bool = True
+    variant: bool = False
+    meaningless: Callable[[str], Refusal | None] = lambda name: None
+
+    def refusal(self, name: str) -> Refusal | None:
+        """The error that applying it to an architecture raises, and its words."""
+        return self.meaningless(name)
+
+
+WITHOUT_BIASES = ("llama", "t5", "mixtral", "gemma2")
+
+
+def no_biases(name: str) -> Refusal | None:
+    """BitFit without zero=true, where there is nothing to train."""
+    words = r"bias: 0 sites in \d+ nodes\n.*\n.*no stored vector is added to a projection, convolution or norm"
+    return (pg.NoMatch, words) if name in WITHOUT_BIASES else None
+
+
+EVERYWHERE = "attention.*|ffn.*"
+LINES: dict[str, Line] = {
+    "lora": Line((LoRA(rank=3),), variant=True),
+    "lora_all": Line((LoRA(at=EVERYWHERE, rank=2, alpha=5.0),)),
+    "lora_stable": Line(
+        (LoRA(at="attention.k|ffn.down", rank=4, alpha=5.0, rank_stabilised=True, weight=-0.5),), variant=True
+    ),
+    "pissa": Line((LoRA(at=EVERYWHERE, rank=2, alpha=5.0, init="pissa"),)),
+    "dora": Line((DoRA(rank=3, alpha=5.0),), variant=True),
+    "dora_all+ia3": Line((DoRA(at=EVERYWHERE, rank=2), IA3())),
+    "ia3": Line((IA3(),)),
+    "bitfit": Line((BitFit(),), meaningless=no_biases),
+    "bitfit_zero": Line((BitFit(at="attention.*|ffn.*|norm", zero=True, norms=True),)),
+    "freeze": Line((Freeze(at="attention.*|ffn.*|norm"),)),
+    "serial": Line((SerialAdapter(width=3),), folds=False, variant=True),
+    "lora+ia3": Line((LoRA(at=EVERYWHERE, rank=2), IA3()), variant=True),
+    "ia3+lora": Line((IA3(), LoRA(at=EVERYWHERE, rank=2))),
+    "serial+lora": Line((SerialAdapter(width=3), LoRA(at="attention.*", rank=2)), folds=False),
+    "houlsby": Line((Houlsby(width=3),), folds=False, near="up_weight"),
+    "pfeiffer": Line((Pfeiffer(width=3),), folds=False, near="up_weight"),
+    "parallel": Line((ParallelAdapter(width=3, learned=True),), folds=False),
+    "compacter": Line((Compacter(width=4),), folds=False, near="up_right"),
+    "compacter_pp": Line((CompacterPP(width=4),), folds=False, near="up_right", reference=False, variant=True),
+    "fusion": Line(
+        (AdapterFusion(adapters=("a", "b"), width=3),), folds=False, near="up_weight", reference=False, variant=True
+    ),
+    "drop+ciat": Line(
+        (AdapterDrop(adapter=Pfeiffer(width=3), random=True), CIAT(width=3, init="identity")),
+        folds=False,
+        near="up_weight",
+        reference=False,
+    ),
+    "prefix+lora": Line((Prefix(length=3, hidden=5), LoRA(rank=2)), folds=False, near="all", reference=False),
+}
+
+
+def cases(*names: str) -> list[tuple[str, str]]:
+    """(architecture, line) for every line that is held on it."""
+    return [(name, key) for name in names for key, line in LINES.items() if name in zoo.NAMES or not line.variant]
+
+
+@dataclass(frozen=True)
+class Base:
+    """An architecture's program before any pass, and what must never change about it."""
+
+    name: str
+    attn: str
+    program: pg.Program
+    text: str
+    hashes: dict[str, Any]
+    inputs: dict[str, Any]
+    outputs: list[Tensor]
+
+    def is_untouched(self) -> bool:
+        """Whether it is what it was."""
+        return (self.program.text(), self.program.table.hashes()) == (self.text, self.hashes)
+
+
+@cache
+def base_of(name: str, attn: str = "sdpa") -> Base:
+    """The base of an architecture, with inputs that are always the same."""
+    program = zoo.traced(name, attn, F64)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        inputs = zoo.example(name, 2, 9, F64)
+    return Base(name, attn, program, program.text(), program.table.hashes(), inputs, outputs(program, inputs))
+
+
+@cache
+def eager(name: str) -> torch.nn.Module:
+    """The original model, without gradients of its own."""
+    return truth.eager_model(name, F64).requires_grad_(False)
+
+
+def outputs(program: pg.Program, inputs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that a program gives under eval()."""
+    with torch.no_grad():
+        return zoo.leaves(program.module().eval()(**inputs))
+
+
+def distance(a: list[Tensor], b: list[Tensor]) -> float:
+    """The largest difference, relative to the largest magnitude of each tensor of `a`."""
+    return max(float(((x - y).abs().max() / x.abs().max()).detach()) for x, y in zip(a, b, strict=True))
+
+
+def hold(name: str, key: str, folder: Path) -> None:
+    """Every law for one line on one architecture."""
+    base, line = base_of(name), LINES[key]
+    refusal = line.refusal(name)
+    if refusal is not None:
+        with pytest.raises(refusal[0], match=refusal[1]):
+            base.program.apply(*line.passes)
+        assert base.is_untouched()
+        return
+    program = base.program.apply(*line.passes)
+    starts(base, line, program)
+    zoo.randomise(program)
+    ours = differentiates(base, line, program)
+    if line.folds and not adds_biases(base, line):
+        folds(base, program, ours)
+    else:
+        folds_in_part(base, program, ours)
+    is_saved(base, program, folder)
+    trains_alone(base, program)
+    is_removed(base, program)
+
+
+def starts(base: Base, line: Line, fresh: pg.Program) -> None:
+    """A fresh pass is the identity to the last bit; or is so once the parameters that are drawn are zero."""
+    if line.near == "all":
+        assert distance(base.outputs, outputs(fresh, base.inputs)) > 1e-4
+        return
+    drawn = {key: entry.tensor for key, entry in fresh.table.items() if line.near and key.endswith(line.near)}
+    kept = {key: value.detach().clone() for key, value in drawn.items()}
+    if line.near:
+        assert 0 < distance(base.outputs, outputs(fresh, base.inputs)) < 0.1
+    with torch.no_grad():
+        for value in drawn.values():
+            value.zero_()
+        assert all(torch.equal(a, b) for a, b in zip(base.outputs, outputs(fresh, base.inputs), strict=True))
+        for key, value in drawn.items():
+            value.copy_(kept[key])
+
+
+def differentiates(base: Base, line: Line, program: pg.Program) -> list[Tensor]:
+    """Only trainable parameters get gradients; outputs and gradients are the eager model's. Returns the outputs."""
+    net = program.module().eval()
+    parameters = {key: value for key, value in net.named_parameters() if value.requires_grad}
+    assert parameters.keys() == program.table.trainable.keys()
+    ours = zoo.leaves(net(**base.inputs))
+    grads = torch.autograd.grad(_loss(ours), list(parameters.values()))
+    assert not torch.equal(ours[0], base.outputs[0]), "the pass does nothing"
+    assert all(p.grad is None for p in net.parameters())
+    if line.reference and not adds_biases(base, line):
+        low = next((part for part in line.passes if isinstance(part, LoRA | DoRA)), None)
+        alpha = 1.0 if low is None else low.scale * low.rank * (low.weight if isinstance(low, LoRA) else 1.0)
+        added = parameters | {key: entry.tensor for key, entry in program.table.items() if entry.added}
+        scale_first = isinstance(line.passes[0], IA3)
+        theirs = truth.eager_outputs(base.name, eager(base.name), added, base.inputs, alpha, scale_first)
+        wanted = torch.autograd.grad(_loss(theirs), list(parameters.values()))
+        assert distance(theirs, ours) < 1e-12
+        largest = max(float(grad.abs().max()) for grad in wanted)
+        for name, got, want in zip(parameters, grads, wanted, strict=True):
+            assert float((got - want).abs().max()) < 1e-11 * largest, name
+    return [out.detach() for out in ours]
+
+
+def _loss(tensors: list[Tensor]) -> Tensor:
+    return torch.stack([out.square().sum() for out in tensors]).sum()
+
+
+def adds_biases(base: Base, line: Line) -> bool:
+    """Whether biases are added that the model's weights have none for: they neither fold nor stand in a reference made
+    of weights."""
+    zero = next((one for one in line.passes if isinstance(one, BitFit) and one.zero), None)
+    return zero is not None and any(site.bias is None for site in base.program.sites.select(zero.at))
+
+
+def folds(base: Base, program: pg.Program, want: list[Tensor]) -> None:
+    """Folding agrees and leaves the base's own graph."""
+    folded = pg.fold(program)
+    assert distance(want, outputs(folded, base.inputs)) < 1e-12
+    assert folded.text() == base.text
+    assert folded.count().trainable == folded.count().added == 0
+
+
+def folds_in_part(base: Base, program: pg.Program, want: list[Tensor]) -> None:
+    """What cannot fold is refused site by site with a reason, and stays; folding the rest agrees."""
+    rules = [applied.method.rules() for applied in program.history]
+    stuck = [edit.site for edit in program.edits if isinstance(rules[edit.application][edit.rule].fold, str)]
+    with pytest.raises(pg.NoFold) as error:
+        pg.fold(program)
+    refused = {reason.split(":")[0] for reason in error.value.reasons}
+    assert refused >= set(stuck)
+    rest = pg.fold(program, partial=True)
+    assert {edit.site for edit in rest.edits} == refused
+    assert distance(want, outputs(rest, base.inputs)) < 1e-12
+
+
+def is_saved(base: Base, program: pg.Program, folder: Path) -> None:
+    """Saving and loading is exact to the last bit."""
+    loaded = base.program.load_adapter(program.save_adapter(folder / "adapter"))
+    assert loaded.text() == program.text()
+    assert loaded.table.hashes() == program.table.hashes()
+    with torch.no_grad():
+        next(iter(loaded.table.trainable.values())).add_(1e-9)
+    assert loaded.table.hashes() != program.table.hashes()
+
+
+def trains_alone(base: Base, program: pg.Program) -> None:
+    """A step of training moves what is trainable, in the program too, and nothing of the base."""
+    net, before = program.module(), program.table.hashes()
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
+    _loss(zoo.leaves(net(**base.inputs))).backward()
+    optimizer.step()
+    moved = {name for name, value in program.table.hashes().items() if value != before[name]}
+    assert moved, "training moved nothing"
+    assert moved <= {name for trained in program.table.trainable for name in program.table.tied(trained)}
+    assert base.is_untouched()
+
+
+def is_removed(base: Base, program: pg.Program) -> None:
+    """Taking every pass out gives the base's text and tensors back."""
+    assert program.text() != base.text
+    while program.history:
+        program = program.remove(0)
+    assert program.text() == base.text
+    assert program.table.hashes() == base.hashes
