@@ -21,12 +21,17 @@ from .sidepaths import SidePath, find_side_paths
 
 @dataclass(frozen=True, eq=False)
 class Frontier:
-    """The nearest projections behind a value, everything else the walk stopped at, and the nodes between."""
+    """The nearest projections behind a value, everything else the walk stopped at, the nodes between, and which of
+    these are nonlinear (those of a norm are not)."""
 
     projections: tuple[Projection, ...]
     stops: tuple[fx.Node, ...]
     between: frozenset[fx.Node]
-    nonlinear: bool
+    bends: tuple[fx.Node, ...]
+
+    @property
+    def nonlinear(self) -> bool:
+        return bool(self.bends)
 
 
 class Anatomy:
@@ -46,7 +51,7 @@ class Anatomy:
         self.cores, self.misses = find_cores(flow, set(self.projection_at))
         self.core_at: dict[fx.Node, Core] = {core.output: core for core in self.cores}
         self.routers: set[Projection] = set()
-        self.joins: list[Join] = find_joins(flow, self.heavy, self.norm_at)
+        self.joins: list[Join] = find_joins(flow, self.heavy, self.norm_at, self.core_at.keys())
         self.join_at: dict[fx.Node, Join] = {join.node: join for join in self.joins}
         self._norm_inside = self._inside_norms()
         self._frontiers: dict[fx.Node, Frontier] = {}
@@ -130,10 +135,9 @@ class Anatomy:
                 between.add(node)
                 todo.extend(self.flow.operands(node))
         order = self.flow.order
-        bent = any(ops.bends(node) and node not in self._norm_inside for node in between)
         return Frontier(
             tuple(sorted(projections, key=lambda one: order[one.node])),
             tuple(sorted(stops, key=lambda one: order[one])),
             frozenset(between),
-            bent,
+            tuple(node for node in between if ops.bends(node) and node not in self._norm_inside),
         )

@@ -6,7 +6,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 
 from torch import fx
 
@@ -231,17 +231,28 @@ def _letters(anatomy: Anatomy, join: Join, sublayers: Sequence[Sublayer]) -> str
 def cut(kinds: Sequence[str]) -> list[tuple[int, int]]:
     """Half-open ranges of blocks: the longest periodic run of least period; else a block for each mixer.
 
-    >>> cut("MFMF"), cut("CMXFMXF"), cut("MF")
-    ([(0, 2), (2, 4)], [(1, 4), (4, 7)], [(0, 2)])
+    >>> cut("MFMF"), cut("CMXFMXF"), cut("MF"), cut("MXFMFMXFMF")
+    ([(0, 2), (2, 4)], [(1, 4), (4, 7)], [(0, 2)], [(0, 3), (3, 5), (5, 8), (8, 10)])
     """
-    best = _longest_run(kinds)
-    alike = _longest_run(mixers_alike(kinds))
-    fed = alike is not None and "F" in "".join(kinds[alike.start : alike.start + alike.period])
-    if alike is not None and fed and (best is None or (alike.covered, -alike.period) > (best.covered, -best.period)):
-        best = alike
-    if best is None or best.covered * 2 < len(kinds):
+    plain = range(len(kinds))
+    own = [i for i in plain if kinds[i] != "X"]  # not every layer has a cross attention
+    readings = [(_longest_run(kinds), plain)]
+    for spelt, at in ((mixers_alike(kinds), plain), ([kinds[i] for i in own], own)):
+        run = _longest_run(spelt)
+        if run is not None and any("F" in kind for kind in spelt[run.start : run.start + run.period]):
+            readings.append((run, at))
+    found = [bounds(run, at, len(kinds)) for run, at in readings if run is not None]
+    best = max(found, key=lambda one: (one[-1] - one[0], len(one)), default=[0])
+    if (best[-1] - best[0]) * 2 < len(kinds) or len(best) < 2:
         return _by_mixer(kinds)
-    return [(at, at + best.period) for at in range(best.start, best.start + best.covered, best.period)]
+    return list(pairwise(best))
+
+
+def bounds(run: Run, at: Sequence[int], count: int) -> list[int]:
+    """Where the blocks of a run start, and where the last one ends. `at`: the index of each sublayer that was read,
+    among `count`."""
+    ends = [*at, count]
+    return [ends[i] for i in range(run.start, run.start + run.covered + 1, run.period)]
 
 
 def mixers_alike(kinds: Sequence[str]) -> list[str]:

@@ -17,9 +17,10 @@ from .anatomy import Anatomy
 from .attention import Attention, Part, find_latents
 from .blocks import Stream
 from .cores import Core
-from .feedforward import FeedForward, routes
+from .feedforward import FeedForward
 from .joins import Join
 from .projections import Projection
+from .routers import routes
 from .site import Site
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from . import ops
 from .anatomy import Anatomy
 from .attention import Attention, Part, attended, find_attention, find_latents
 from .blocks import Blocks, Place, Sublayer
-from .feedforward import FeedForward, find_feedforward, find_routers
+from .feedforward import FeedForward, find_feedforward
 from .grouped import rows_by_head
 from .joins import Join
 from .naming import module_of
@@ -23,6 +23,7 @@ from .origin import Origin
 from .patterns.pattern import Pattern
 from .patterns.search import PatternSearch, search
 from .projections import Projection
+from .routers import find_routers
 from .site import Bias, Columns, NearMiss, Site, Sites
 
 DOWN, UP = "side.down", "side.up"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Final
 
@@ -26,8 +26,7 @@ PARALLEL = 3  # how many joins on one skip are still parallel branches
 
 @dataclass(frozen=True, eq=False)
 class Join:
-    """`node` = `skip` + `branch`. `source`: the value both sides come from. `previous`: the join before it
-    on the
+    """`node` = `skip` + `branch`. `source`: the value both sides come from. `previous`: the join before it on the
     stream, None for the first. `root`: where the stream starts. `passed`: norms on the skip chain."""
 
     node: fx.Node
@@ -39,7 +38,8 @@ class Join:
     passed: tuple[Norm, ...]
 
 
-def find_joins(flow: Flow, heavy: int, norm_at: Mapping[fx.Node, Norm]) -> list[Join]:
+def find_joins(flow: Flow, heavy: int, norm_at: Mapping[fx.Node, Norm], attended: Set[fx.Node]) -> list[Join]:
+    """The joins of a graph in order; `attended`: the results of its attention cores, which no skip passes."""
     joins: dict[fx.Node, Join] = {}
     for node in flow.nodes:
         if ops.name(node) not in ADDS:
@@ -48,23 +48,25 @@ def find_joins(flow: Flow, heavy: int, norm_at: Mapping[fx.Node, Norm]) -> list[
         if len(sides) != 2 or flow.shape(sides[0]) != flow.shape(sides[1]):
             continue
         for skip, branch in (sides, sides[::-1]):
-            source = _source(flow, skip, branch, heavy, joins)
+            source = _source(flow, skip, branch, heavy, joins, attended)
             if source is not None:
-                previous, root, passed = behind(flow, skip, joins, norm_at)
+                previous, root, passed = behind(flow, skip, joins, norm_at, attended)
                 joins[node] = Join(node, skip, branch, source, previous, root, passed)
                 break
     return list(joins.values())
 
 
-def _source(flow: Flow, skip: fx.Node, branch: fx.Node, heavy: int, joins: dict[fx.Node, Join]) -> fx.Node | None:
+def _source(
+    flow: Flow, skip: fx.Node, branch: fx.Node, heavy: int, joins: dict[fx.Node, Join], attended: Set[fx.Node]
+) -> fx.Node | None:
     """The value on the skip side that the branch starts from."""
-    here = next((one for one in _stream(flow, skip, joins) if flow.descends(branch, one)), None)
+    here = next((one for one in _stream(flow, skip, joins, attended) if flow.descends(branch, one)), None)
     if here is None or not _heavy_between(flow, here, branch, heavy) or not _local(flow, here, branch, joins):
         return None
     return here
 
 
-def _stream(flow: Flow, skip: fx.Node, joins: Mapping[fx.Node, Join]) -> Iterator[fx.Node]:
+def _stream(flow: Flow, skip: fx.Node, joins: Mapping[fx.Node, Join], attended: Set[fx.Node]) -> Iterator[fx.Node]:
     """The values on a skip, backward, over at most PARALLEL joins."""
     here: fx.Node | None = skip
     crossed = 0
@@ -74,10 +76,22 @@ def _stream(flow: Flow, skip: fx.Node, joins: Mapping[fx.Node, Join]) -> Iterato
             crossed += 1
             here = joins[here].skip if crossed < PARALLEL else None
         else:
-            here = flow.source(here)
+            here = _passed_on(flow, here, attended)
 
 
-def near_join(flow: Flow, node: fx.Node, heavy: int, joins: Mapping[fx.Node, Join]) -> NearMiss | None:
+def _passed_on(flow: Flow, node: fx.Node, attended: Set[fx.Node]) -> fx.Node | None:
+    """The value that a node of a skip passes on. Parallel streams may be mixed on the way by a square matrix that each
+    position has of its own (hyper-connections, arXiv 2409.19606, 2512.24880)."""
+    if ops.name(node) not in ("matmul", "bmm") or node in attended:
+        return flow.source(node)
+    weights, streams = flow.operands(node)
+    square = flow.shape(streams) == flow.shape(node) and flow.shape(weights)[-2:] == flow.shape(node)[-2:-1] * 2
+    return streams if square else None
+
+
+def near_join(
+    flow: Flow, node: fx.Node, heavy: int, joins: Mapping[fx.Node, Join], attended: Set[fx.Node]
+) -> NearMiss | None:
     """Why an add is no join; None where it is one, or adds no two signals."""
     sides = [one for one in flow.operands(node) if flow.signal(one)]
     if ops.name(node) not in ADDS or len(sides) != 2 or node in joins:
@@ -88,7 +102,7 @@ def near_join(flow: Flow, node: fx.Node, heavy: int, joins: Mapping[fx.Node, Joi
     starts = [
         (here, branch)
         for skip, branch in (sides, sides[::-1])
-        for here in _stream(flow, skip, joins)
+        for here in _stream(flow, skip, joins, attended)
         if flow.descends(branch, here)
     ]
     if not starts:
@@ -122,10 +136,13 @@ def _local(flow: Flow, source: fx.Node, branch: fx.Node, joins: dict[fx.Node, Jo
 
 
 def behind(
-    flow: Flow, node: fx.Node, joins: dict[fx.Node, Join], norm_at: Mapping[fx.Node, Norm]
+    flow: Flow,
+    node: fx.Node,
+    joins: dict[fx.Node, Join],
+    norm_at: Mapping[fx.Node, Norm],
+    attended: Set[fx.Node],
 ) -> tuple[Join | None, fx.Node, tuple[Norm, ...]]:
-    """Walk back along a stream: the join reached (if any), the stream's root, and the norms passed on the
-    way."""
+    """Walk back along a stream: the join reached (if any), the stream's root, and the norms passed on the way."""
     passed: list[Norm] = []
     while True:
         if node in joins:
@@ -134,7 +151,7 @@ def behind(
             passed.append(norm_at[node])
             node = norm_at[node].input
             continue
-        source = flow.source(node)
+        source = _passed_on(flow, node, attended)
         if source is None:
             return None, node, tuple(passed)
         node = source

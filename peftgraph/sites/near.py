@@ -56,8 +56,8 @@ def _searched(finder: Finder, role: str) -> Iterator[NearMiss]:
         yield from filter(None, (near_norm(finder.flow, node) for node in finder.flow.nodes))
     elif family == "block":
         anatomy = finder.anatomy
-        adds = (near_join(finder.flow, node, anatomy.heavy, anatomy.join_at) for node in finder.flow.nodes)
-        yield from filter(None, adds)
+        found = anatomy.heavy, anatomy.join_at, anatomy.core_at.keys()
+        yield from filter(None, (near_join(finder.flow, node, *found) for node in finder.flow.nodes))
     elif family == "embedding":
         yield from _lookups(finder)
     elif family == "router":

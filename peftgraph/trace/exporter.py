@@ -97,7 +97,10 @@ def export_ghost(
 def _export(
     model: nn.Module, bound: Example, own: torch.dtype, training: bool, marker: torch.dtype | None, progress: Progress
 ) -> Exported:
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with torch._dynamo.config.patch(
+        fake_tensor_cache_enabled=False
+    ):  # on symbolic sizes a hit costs more than the rule
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
     ghost = ghost_of(model, mode, own, marker or own).train(training)
     arguments = ghost_arguments(dict(bound.arguments), mode, own, marker or own)
     _take_keywords(ghost, bound)
