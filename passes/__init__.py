@@ -11,6 +11,7 @@ from .freeze import Freeze as Freeze
 from .houlsby import Houlsby as Houlsby
 from .ia3 import IA3 as IA3
 from .lora import LoRA as LoRA
+from .loreft import LoReFT as LoReFT
 from .parallel_adapter import ParallelAdapter as ParallelAdapter
 from .pfeiffer import Pfeiffer as Pfeiffer
 from .prefix import Prefix as Prefix

@@ -26,6 +26,10 @@ from peftgraph.rewrite.method import Pass as Pass
 from peftgraph.rewrite.method import Pipeline as Pipeline
 from peftgraph.rewrite.method import parse_pass as parse_pass
 from peftgraph.rewrite.method import quiet as quiet
+from peftgraph.rewrite.orthonormal import orthonormal as orthonormal
+from peftgraph.rewrite.orthonormal import orthonormal_rows as orthonormal_rows
+from peftgraph.rewrite.positions import first_and_last as first_and_last
+from peftgraph.rewrite.positions import real_positions as real_positions
 from peftgraph.rewrite.prepend import key_heads as key_heads
 from peftgraph.rewrite.prepend import prepend as prepend
 from peftgraph.rewrite.prepend import value_heads as value_heads

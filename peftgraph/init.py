@@ -63,6 +63,11 @@ def constant(value: float) -> Callable[[Tensor], None]:
     return fill
 
 
+def orthonormal(tensor: Tensor) -> None:
+    """Orthonormal rows (R, I), R at most I: a subspace drawn uniformly."""
+    tensor.copy_(_nn.init.orthogonal_(torch.empty_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))))
+
+
 def xavier_uniform(gain: float = 1.0) -> Callable[[Tensor], None]:
     """Uniform in +-gain sqrt(6 / (m + n)) for matrices (..., m, n)."""
 

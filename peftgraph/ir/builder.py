@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from peftgraph.errors import Conflict
 from peftgraph.ir.propagate import Inference, fake_like, same_meta
+from peftgraph.ir.literals import FORMS
 from peftgraph.ir.table import Entry
 
 aten = torch.ops.aten
@@ -178,6 +179,12 @@ class Builder:
     def layer_norm(self, x: fx.Node, weight: fx.Node, bias: fx.Node, eps: float = 1e-5) -> fx.Node:
         """x (..., D) centred and scaled to unit variance over its last axis, then weight * x + bias."""
         return self.call(aten.layer_norm.default, x, [int(weight.meta["val"].shape[0])], weight, bias, eps)
+
+    def cast(self, x: fx.Node, form: str) -> fx.Node:
+        """x in a dtype that follows the parameters': "dtype" is their own, "wide" float32 where that is narrower."""
+        cast = self.call(aten.to.dtype, x, FORMS[form](self.dtype))
+        cast.meta["follows"] = ((("args", 1), form),)
+        return cast
 
     def gated_in_training(self, x: fx.Node, gate: fx.Node) -> fx.Node:
         """x * gate under train(); x alone under eval()."""

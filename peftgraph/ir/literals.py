@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import fx
 
-# How a literal is computed from the model's dtype, by the name that is recorded.
+# How a literal is computed from the model's dtype, by the name that is recorded. "wide" is never read off a trace:
+# passes ask for it where an operation has no half precision.
 FORMS: dict[str, Callable[[torch.dtype], Any]] = {
     "dtype": lambda dtype: dtype,
+    "wide": lambda dtype: torch.promote_types(dtype, torch.float32),
     "complex": lambda dtype: dtype.to_complex(),
     "min": lambda dtype: torch.finfo(dtype).min,
     "max": lambda dtype: torch.finfo(dtype).max,
@@ -29,7 +31,7 @@ Path = tuple[str, int | str]  # ("args", position) or ("kwargs", name)
 
 def mark(graph: fx.Graph, marker: torch.dtype) -> None:
     """Records on every node which literals are `marker` or one of its limits."""
-    values = {form: compute(marker) for form, compute in FORMS.items() if form != "complex"}
+    values = {form: compute(marker) for form, compute in FORMS.items() if form not in ("complex", "wide")}
     if marker in (torch.float16, torch.float32, torch.float64):
         values["complex"] = marker.to_complex()
     for node in graph.nodes:

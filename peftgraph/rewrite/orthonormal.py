@@ -1,0 +1,30 @@
+"""Matrices with orthonormal rows, out of parameters that any optimizer may move freely."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import Tensor, fx
+
+from peftgraph.ir.builder import Builder
+
+aten = torch.ops.aten
+
+
+def orthonormal_rows(op: Builder, x_RI: fx.Node) -> fx.Node:
+    """The rows of x (R, I), R at most I, made orthonormal one after the other (Gram and Schmidt, by Householder's QR).
+
+    Row r is what of x's row r the rows before it do not span, at unit length; so orthonormal rows stay as they are.
+    Computed in float32 where the parameters are narrower. The gradient is exact where the rows are independent.
+    """
+    qr = op.call(aten.linalg_qr.default, op.call(aten.t.default, op.cast(x_RI, "wide")))
+    q_IR, triangle_RR = (op.call(operator.getitem, qr, i) for i in (0, 1))
+    signs_R = op.call(aten.sign.default, op.call(aten.diagonal.default, triangle_RR))
+    return op.cast(op.call(aten.t.default, op.mul(q_IR, signs_R)), "dtype")
+
+
+def orthonormal(x_RI: Tensor) -> Tensor:
+    """What `orthonormal_rows` computes, for a value, to the last bit."""
+    q_IR, triangle_RR = torch.linalg.qr(x_RI.to(torch.promote_types(x_RI.dtype, torch.float32)).t())
+    return (q_IR * triangle_RR.diagonal().sign()).t().to(x_RI.dtype)
