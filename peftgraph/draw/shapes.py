@@ -17,6 +17,7 @@ class Box:
 
     Attributes:
         kind: its CSS classes; a role has the class of its name.
+        taper: by how much each of its sides leans: inwards from top to bottom, or outwards when it is negative.
     """
 
     kind: str
@@ -28,6 +29,7 @@ class Box:
     detail: str = ""
     tip: str = ""
     radius: float = 5
+    taper: float = 0
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,17 @@ class Wire:
 
 @dataclass(frozen=True)
 class Circle:
-    """An operation: "plus", "times" or "bend" (a nonlinearity)."""
+    """An operation: "plus", "times", "bend" (a nonlinearity) or "concat"; a "dot" is where a wire forks.
+
+    Attributes:
+        kind: its CSS classes.
+    """
 
     x: float
     y: float
-    sign: Literal["plus", "times", "bend"]
+    sign: Literal["plus", "times", "bend", "concat", "dot"]
     tip: str = ""
+    kind: str = "op"
 
 
 @dataclass(frozen=True)

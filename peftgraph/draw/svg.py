@@ -13,6 +13,7 @@ SIGNS = {
     "plus": "M-4 0H4M0-4V4",
     "times": "M-3-3L3 3M-3 3L3-3",
     "bend": "M-5 3C-1 3 1-3 5-3",
+    "concat": "M-2.5-4V4M2.5-4V4",
 }
 
 
@@ -45,8 +46,10 @@ def _shape(one: Shape) -> str:
         return _wire(one)
     if isinstance(one, Circle):
         tip = f"<title>{escape(one.tip)}</title>" if one.tip else ""
+        if one.sign == "dot":
+            return f'<circle class="{one.kind}" cx="{_number(one.x)}" cy="{_number(one.y)}" r="2.2"/>'
         return (
-            f'<g class="op" transform="translate({_number(one.x)} {_number(one.y)})">{tip}<circle r="{RADIUS}"/>'
+            f'<g class="{one.kind}" transform="translate({_number(one.x)} {_number(one.y)})">{tip}<circle r="{RADIUS}"/>'
             f'<path d="{SIGNS[one.sign]}"/></g>'
         )
     return _words(one)
@@ -66,7 +69,16 @@ def _box(one: Box) -> str:
             f'<text class="label" x="{_number(middle)}" y="{_number(one.y + one.height / 2 + 4)}" '
             f'text-anchor="middle">{escape(one.label)}{beside}</text>'
         )
-    return f'<g class="{one.kind}">{tip}<rect {place} rx="{_number(one.radius)}"/>{"".join(lines)}</g>'
+    form = _leaning(one) if one.taper else f'<rect {place} rx="{_number(one.radius)}"/>'
+    return f'<g class="{one.kind}">{tip}{form}{"".join(lines)}</g>'
+
+
+def _leaning(one: Box) -> str:
+    """A box whose sides lean, as a polygon."""
+    top, bottom = max(-one.taper, 0.0), max(one.taper, 0.0)
+    left, right, low = one.x, one.x + one.width, one.y + one.height
+    corners = [(left + top, one.y), (right - top, one.y), (right - bottom, low), (left + bottom, low)]
+    return f'<polygon points="{" ".join(_pair(*corner) for corner in corners)}"/>'
 
 
 def _wire(one: Wire) -> str:

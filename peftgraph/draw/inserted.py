@@ -1,0 +1,344 @@
+"""What an edit inserted, read from its nodes: operations on a signal, between what it reads and where it enters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from torch import fx
+
+from peftgraph.ir.program import Edit, Edits, Move, ProgramData
+from peftgraph.sites import Sites
+
+from .algebra import Made, formula, number, parameter
+
+Sign = Literal["plus", "times", "concat", "replace"]
+Look = Literal["box", "pill", "plus", "times", "again", "made"]
+
+# Operators that move a value without computing, seen from far away; a dropout is told by the pass's spec.
+MOVES = {
+    "view", "reshape", "transpose", "permute", "t", "expand", "unsqueeze", "squeeze", "slice", "select", "flatten",
+    "unflatten", "contiguous", "clone", "detach", "to", "_to_copy", "dropout", "index_select", "alias", "type_as",
+}  # fmt: skip
+SCATTERS = {"slice_scatter": 1, "index_copy": 3}  # which operand holds the new part
+FRESH = {"sym_size", "new_zeros", "new_full", "new_ones", "zeros_like", "ones_like", "full_like"}
+PRODUCTS = {"linear", "matmul", "mm", "bmm", "einsum", "embedding", "addmm", "conv1d", "conv2d", "grouped_mm"}
+SIGNS: dict[str, tuple[str, Look]] = {"add": ("+", "plus"), "sub": ("−", "pill"), "mul": ("×", "times"),
+                                      "div": ("÷", "pill")}  # fmt: skip
+WORDS = {"cat": "concat", "scaled_dot_product_attention": "attention", "sum": "sum", "layer_norm": "norm"}
+
+
+@dataclass(frozen=True)
+class Read:
+    """A value of the program around: a base value, or what another edit put in its place."""
+
+    value: str
+
+
+Ref = int | Read | Made
+
+
+@dataclass(frozen=True)
+class Step:
+    """An operation on the signal.
+
+    Attributes:
+        look: how it is drawn: a box for a product with weights, a pill for what else has a name, a circle for a sign;
+            "again" for a part of the base that is computed once more, "made" for parameters that enter as they are.
+        label: its name.
+        inputs: what it works on: another step by its number, a value that is read, parameters; the main one first.
+        shape: of its weight.
+        tip: what a tooltip says.
+        frozen: whether none of its parameters trains.
+    """
+
+    look: Look
+    label: str
+    inputs: tuple[Ref, ...] = ()
+    shape: tuple[int, ...] = ()
+    tip: str = ""
+    frozen: bool = False
+
+
+@dataclass(frozen=True)
+class Insertion:
+    """What enters at one place.
+
+    Attributes:
+        application: which pass of the history made it; `site` where.
+        value: the base value in whose place the result stands, and of it, if not all of them, `reader`: the base node
+            that reads the result.
+        sign: how it enters.
+        steps: the operations, operands first.
+        out: what enters.
+        after: the node that carries the result.
+    """
+
+    application: int
+    site: str
+    value: str
+    reader: str
+    sign: Sign
+    steps: tuple[Step, ...]
+    out: Ref
+    after: str
+
+    @property
+    def reads(self) -> tuple[Read, ...]:
+        """The values it reads, each once."""
+        refs = [ref for step in self.steps for ref in step.inputs] + [self.out]
+        return tuple(dict.fromkeys(ref for ref in refs if isinstance(ref, Read)))
+
+
+def insertions(program: ProgramData, sites: Sites, edits: Iterable[Edit]) -> list[Insertion]:
+    """What `edits` of a program inserted, inner ones before outer ones at the same place."""
+    context = _Context(program, sites)
+    found = [one for edit in edits for move in edit.moves for one in _Analysis(context, edit).entering(move)]
+    anchors = {move.anchor for edit in program.edits for move in edit.moves}
+    place = {move.after: i for anchor in anchors for i, move in enumerate(context.edits.chain(anchor))}
+    return sorted(found, key=lambda one: place.get(one.after, 0))
+
+
+class _Context:
+    """What all edits of a program have in common."""
+
+    def __init__(self, program: ProgramData, sites: Sites) -> None:
+        base = program.base or program
+        self.program = program
+        self.edits = Edits(program.edits)
+        self.nodes = {node.name: node for node in program.graph.nodes}
+        self.base = {node.name: node for node in base.graph.nodes}
+        self.carriers = {move.after for edit in program.edits for move in edit.moves}
+        self.norms = [
+            (self.base[site.ports["output"]], self.base[site.ports["input"]]) for site in sites if site.role == "norm"
+        ]
+        made = program.table
+        self.trainable = {name for name, entry in made.items() if entry.trainable}
+        self.added = {name for name, entry in made.items() if entry.added}
+
+    def below(self, move: Move) -> str:
+        """The value that an edit's result stands on."""
+        chain = self.edits.chain(move.anchor)
+        place = chain.index(move)
+        return chain[place - 1].after if place else move.anchor.partition("@")[0]
+
+
+@dataclass
+class _Analysis:
+    """One edit while its nodes are read."""
+
+    context: _Context
+    edit: Edit
+    steps: list[Step] = field(default_factory=list)
+    known: dict[str, Ref | None] = field(default_factory=dict)
+
+    def entering(self, move: Move) -> Iterator[Insertion]:
+        """What enters by one move; nothing where only sizes or constants do, such as a wider mask."""
+        below = self.context.below(move)
+        value, _, reader = move.anchor.partition("@")
+        after = self._carrier(self.context.nodes[move.after])
+        joined = self._joined(after, below)
+        if joined is not None:
+            yield from self._insertion(move.after, value, reader, *joined)
+            return
+        pairs = list(differences(after, self.context.base.get(below, after)))
+        edges = [pair for pair in pairs if pair[1] is not after]
+        if not edges:
+            yield from self._insertion(move.after, value, reader, "replace", self.ref(after))
+        for operand, new, consumer in edges:
+            start = _Analysis(self.context, self.edit)
+            there = start._joined(start._carrier(new), operand.name)
+            sign, out = there if there is not None else ("replace", start.ref(new))
+            yield from start._insertion(move.after, operand.name, consumer.name, sign, out)
+
+    def _insertion(self, after: str, value: str, reader: str, sign: Sign, out: Ref | None) -> Iterator[Insertion]:
+        if out is not None:
+            steps, out = _needed(self.steps, out)
+            yield Insertion(self.edit.application, self.edit.site, value, reader, sign, steps, out, after)
+
+    def _carrier(self, node: fx.Node) -> fx.Node:
+        """The node behind those that only put a result in its place."""
+        while self._own(node) and (name(node) in MOVES or name(node) in SCATTERS):
+            node = node.all_input_nodes[0] if name(node) in MOVES else _operand(node, SCATTERS[name(node)])
+        return node
+
+    def _own(self, node: fx.Node) -> bool:
+        return node.name not in self.context.base and node.op == "call_function"
+
+    def _joined(self, after: fx.Node, below: str) -> tuple[Sign, Ref | None] | None:
+        """How the result stands on what was there, if it does, and what enters."""
+        if not self._own(after):
+            return None
+        signs: dict[str, Sign] = {"add": "plus", "mul": "times", "cat": "concat"}
+        sign = signs.get(name(after))
+        operands = after.all_input_nodes
+        if sign is None or len(operands) != 2:
+            return None
+        for one, other in (operands, operands[::-1]):
+            if self.ref(one) == Read(below):
+                return sign, self.ref(other)
+        return None
+
+    # values
+
+    def ref(self, node: fx.Node) -> Ref | None:
+        """What a value is for the drawing; None for sizes and constants."""
+        if node.name not in self.known:
+            self.known[node.name] = self._ref(node)
+        return self.known[node.name]
+
+    def _ref(self, node: fx.Node) -> Ref | None:
+        context = self.context
+        if node.op == "get_attr":
+            full = str(node.target)
+            shape = tuple(int(n) for n in node.meta["val"].shape)
+            entry = context.program.table[full]
+            if entry.kind != "parameter":
+                return None
+            return parameter(full, shape, full in context.added, full not in context.trainable)
+        moved = {move.after for move in self.edit.moves}
+        if node.name in context.base or (node.name in context.carriers and node.name not in moved):
+            return Read(node.name)
+        return self._named(node, self._again(node) or self._call(node))
+
+    @staticmethod
+    def _named(node: fx.Node, ref: Ref | None) -> Ref | None:
+        """A value of parameters alone by the name that its pass gives it, with the formula behind."""
+        if isinstance(ref, Made) and "derived" in node.meta:
+            return replace(ref, text=f"{node.meta['derived'].rpartition('.')[2]} = {ref.text}")
+        return ref
+
+    def _again(self, node: fx.Node) -> Ref | None:
+        """A norm of the base that is computed once more, from another value."""
+        for output, start in self.context.norms:
+            bound: list[fx.Node] = []
+            if output.target == node.target and alike(node, output, start, bound) and bound:
+                inner = self.ref(bound[0])
+                return None if inner is None else self._step(Step("again", "norm", (inner,), tip="the base's own norm"))
+        return None
+
+    def _call(self, node: fx.Node) -> Ref | None:
+        op = name(node)
+        if op in FRESH:
+            return None
+        if op in MOVES:
+            return self.ref(node.all_input_nodes[0])
+        if op in SCATTERS:
+            return self.ref(_operand(node, SCATTERS[op]))
+        refs = [ref for ref in map(self.ref, node.all_input_nodes) if ref is not None]
+        made = [ref for ref in refs if isinstance(ref, Made)]
+        signals = [ref for ref in refs if not isinstance(ref, Made)]
+        numbers = [one for one in node.args if isinstance(one, int | float)] if op in SIGNS else []
+        if not refs:
+            return None
+        if not signals:
+            value = node.meta["val"].shape
+            return formula(op, made, numbers, [n for n in value if isinstance(n, int)])
+        if op in SIGNS:
+            return self._arithmetic(node, op, signals, made, numbers)
+        if made and (op in PRODUCTS or op == "layer_norm"):
+            return self._product(node, signals, made)
+        return self._step(Step("pill", WORDS.get(op, op), tuple(refs), tip=node.meta.get("label", "")))
+
+    def _arithmetic(
+        self, node: fx.Node, op: str, signals: Sequence[Ref], made: Sequence[Made], numbers: Sequence[float]
+    ) -> Ref:
+        sign, look = SIGNS[op]
+        main = signals[0]
+        if len(signals) > 1:
+            return self._step(Step(look, sign, tuple(signals)))
+        if (
+            made
+            and op == "add"
+            and isinstance(main, int)
+            and self.steps[main].look == "box"
+            and len(made[0].shape) == 1
+        ):
+            self.steps[main] = replace(self.steps[main], tip=f"{self.steps[main].tip} and {made[0].text}")
+            return main  # a bias
+        if made:
+            text = f"({made[0].text})" if made[0].level == 0 and op != "add" else made[0].text
+            tip = ", ".join(made[0].names)
+            return self._step(Step("pill", f"{sign} {text}", (main,), tip=tip, frozen=made[0].frozen))
+        if not numbers:
+            drawn = [one for one in node.all_input_nodes if self.ref(one) is None]
+            words = f"{sign} {drawn[0].meta.get('label', '').rpartition('.')[2]}" if drawn else f"{sign} itself"
+            words = f"{sign} 0 or 1, in training" if "evaluates_to_first_operand" in node.meta else words
+            return self._step(Step("pill", words, (main,)))
+        return self._step(Step("pill", f"{sign} {number(numbers[0])}", (main,)))
+
+    def _product(self, node: fx.Node, signals: Sequence[Ref], made: Sequence[Made]) -> Ref:
+        """A product with weights; of what it reads, numbers of rows or experts are not drawn beside a signal."""
+        floats = [self.ref(one) for one in node.all_input_nodes if one.meta["val"].dtype.is_floating_point]
+        signals = [one for one in signals if one in floats] or signals
+        weights = [one for one in made if len(one.shape) > 1] or list(made)
+        label = "norm" if name(node) == "layer_norm" else ", ".join(one.text for one in weights)
+        names = [name for one in made for name in one.names]
+        look: Look = "box" if any(one.own for one in made) else "again"
+        shape = weights[0].shape if len(weights) == 1 else ()
+        frozen = all(one.frozen for one in made)
+        return self._step(Step(look, label, tuple(signals), shape, ", ".join(names), frozen))
+
+    def _step(self, step: Step) -> int:
+        self.steps.append(step)
+        return len(self.steps) - 1
+
+
+def _needed(steps: Sequence[Step], out: Ref) -> tuple[tuple[Step, ...], Ref]:
+    """The steps that a result is made of, numbered anew."""
+    needed, todo = set[int](), [out]
+    while todo:
+        ref = todo.pop()
+        if isinstance(ref, int) and ref not in needed:
+            needed.add(ref)
+            todo += steps[ref].inputs
+    numbers = {old: new for new, old in enumerate(sorted(needed))}
+
+    def renumbered(ref: Ref) -> Ref:
+        return numbers[ref] if isinstance(ref, int) else ref
+
+    kept = [replace(steps[old], inputs=tuple(map(renumbered, steps[old].inputs))) for old in numbers]
+    return tuple(kept), renumbered(out)
+
+
+def differences(new: fx.Node, old: fx.Node) -> Iterator[tuple[fx.Node, fx.Node, fx.Node]]:
+    """Where the computation of `new` leaves that of `old`: the old operand, the new one, and who reads the old one."""
+    if new.target != old.target or len(new.all_input_nodes) != len(old.all_input_nodes):
+        yield old, new, old
+        return
+    for before, after in zip(old.all_input_nodes, new.all_input_nodes, strict=True):
+        if after.name != before.name:
+            if after.target == before.target and after.op == "call_function" and name(after) != "cat":
+                yield from differences(after, before)
+            else:
+                yield before, after, old
+
+
+def alike(new: Any, old: Any, start: fx.Node, bound: list[fx.Node]) -> bool:
+    """Whether `new` is `old` with one value in the place of `start`; that value is put into `bound`."""
+    if isinstance(new, fx.Node) and isinstance(old, fx.Node):
+        if old is start:
+            bound.append(new)
+            return all(one is new for one in bound)
+        if new.name == old.name:
+            return True
+        same = new.op == old.op == "call_function" and new.target == old.target
+        return same and alike([*new.args, *new.kwargs.values()], [*old.args, *old.kwargs.values()], start, bound)
+    if isinstance(new, list | tuple) and isinstance(old, list | tuple):
+        return len(new) == len(old) and all(alike(a, b, start, bound) for a, b in zip(new, old, strict=True))
+    return type(new) is type(old) and new == old
+
+
+def name(node: fx.Node) -> str:
+    """The operator of a node, without its overload."""
+    target = node.target
+    schema = getattr(target, "_schema", None)
+    found = schema.name.rpartition("::")[2] if schema else getattr(target, "__name__", str(target))
+    return found.removesuffix("_fallback").rstrip("_")
+
+
+def _operand(node: fx.Node, place: int) -> fx.Node:
+    operand = node.args[place]
+    assert isinstance(operand, fx.Node)
+    return operand
