@@ -19,6 +19,7 @@ from peftgraph.ir.program import ProgramData
 from peftgraph.ir.text import assign_labels, print_diff, print_program, size_names
 from peftgraph.ir.verify import verify
 from peftgraph.lower.export import export
+from peftgraph.lower.hosted import hosted
 from peftgraph.lower.module import GraphModule
 from peftgraph.lower.surround import surround
 from peftgraph.rewrite.apply import apply, remove
@@ -151,7 +152,9 @@ class Program(ProgramData):
         Only new parameters require grad. They are shared with this program, so `pg.fold` sees what training did to
         them.
         """
-        return GraphModule(self) if self.surrounding is None else surround(self, self.surrounding)
+        if self.surrounding is not None:
+            return surround(self, self.surrounding)
+        return GraphModule(self) if self.host is None else hosted(self, self.host)
 
     def export(self, path: str | PathLike[str]) -> Path:
         """Writes the graph by suffix: `.pt2` (torch.export) or `.onnx`.

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from peftgraph.errors import CallError
 from peftgraph.ir.dead import drop_dead, is_mutation
@@ -113,6 +114,45 @@ def without_inputs(graph: fx.Graph, missing: Set[str]) -> tuple[fx.Graph, tuple[
             new.erase_node(node)
     drop_dead(new)
     return new, kept
+
+
+def without_past(graph: fx.Graph, past: Set[str]) -> fx.Graph:
+    """A copy of `graph` for a first call: it does not take the inputs in `past`, of which there are no rows."""
+    new = copy_graph(graph)
+    inputs = [node for node in new.nodes if node.op == "placeholder"]
+    for node in [node for node in inputs if node.name in past]:
+        for user in list(node.users):
+            if user.target is aten.cat.default:
+                operands, *rest = user.args
+                user.args = ([one for one in operands if one is not node], *rest)  # pyright: ignore[reportGeneralTypeIssues, reportOptionalIterable]
+                _skip_single(user)
+            else:
+                assert user.target is aten.sym_size.int, user
+                _measure_elsewhere(user, [one for one in inputs if one.name not in past])
+        new.erase_node(node)
+    return new
+
+
+def _skip_single(cat: fx.Node) -> None:
+    operands = cat.args[0]
+    assert isinstance(operands, list | tuple)
+    if len(operands) == 1:
+        assert isinstance(operands[0], fx.Node)
+        cat.replace_all_uses_with(operands[0])
+        cat.graph.erase_node(cat)
+
+
+def _measure_elsewhere(size: fx.Node, inputs: list[fx.Node]) -> None:
+    """Takes a size that was read off missing rows from an input that has it too, or else as 0."""
+    symbol = str(size.meta["val"])
+    for node in inputs:
+        axes = [axis for axis, other in enumerate(node.meta["val"].shape) if str(other) == symbol]
+        if axes:
+            size.args = (node, axes[0])
+            return
+    for user in list(size.users):
+        user.args, user.kwargs = map_arg((user.args, user.kwargs), lambda one: 0 if one is size else one)
+    size.graph.erase_node(size)
 
 
 def mutated_buffers(graph: fx.Graph) -> set[str]:

@@ -6,7 +6,7 @@ A `ProgramData` is a value: nothing in it changes once it is made. Rooms that re
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -79,6 +79,19 @@ class Surrounding:
 
 
 @dataclass(frozen=True, eq=False)
+class Host:
+    """The library's class that a traced model is an instance of, for a module that stands in its place.
+
+    Attributes:
+        cls: the class.
+        state: what an instance of it holds beside tensors and submodules, such as its configuration; copies.
+    """
+
+    cls: type[nn.Module]
+    state: Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
 class ProgramData:
     """A traced model and what passes made of it.
 
@@ -107,6 +120,7 @@ class ProgramData:
     base: ProgramData | None = None
     proof: Any = None
     surrounding: Surrounding | None = None
+    host: Host | None = None
 
     def evolve(self, **changes: Any) -> Self:
         """A program with some fields replaced."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from peftgraph.errors import CallError
+from peftgraph.ir.past import Past
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Input:
         dtype: what it was traced with; another dtype of the same kind (integer, floating, bool) is accepted.
         dims: one entry a dimension: an int that the model's own code fixed, or a symbol's name.
         optional: whether `forward` has a default for it.
+        fill: what stands for it in a call with a cache that leaves it out: "ones", or "range", which counts on from
+            the earlier tokens. None: nothing.
     """
 
     name: str
@@ -33,6 +36,7 @@ class Input:
     dtype: torch.dtype
     dims: tuple[int | str, ...]
     optional: bool
+    fill: str | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class Signature:
         outputs: the tree of the outputs.
         output_keys: one readable name for each leaf of the outputs, such as `logits`.
         assumed: constants that hold though the caller did not give them.
+        past: how keys and values of earlier calls are taken and given, by a program that was traced with them.
     """
 
     forward: inspect.Signature
@@ -56,13 +61,15 @@ class Signature:
     outputs: pytree.TreeSpec
     output_keys: tuple[str, ...]
     assumed: frozenset[str] = frozenset()
-    _by_key: Mapping[str, Input] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_by_key", {spec.key: spec for spec in self.inputs})
+    past: Past | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Signature:
         return self  # a value: copies of a module share it
+
+    @property
+    def past_inputs(self) -> frozenset[str]:
+        """The names of the inputs that are keys and values of earlier calls."""
+        return frozenset(s.name for s in self.inputs if self.past is not None and s.argument == self.past.argument)
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor | None]:
         """The tensors of a call in placeholder order; None for an optional input that was left out.
@@ -74,11 +81,20 @@ class Signature:
             arguments = arguments_of(self.forward, args, kwargs)
         except TypeError as error:
             raise CallError(f"{error}. The model's signature is forward{self.forward}.") from None
-        given = {
-            argument_key(name, path): leaf
-            for name, value in arguments.items()
-            for path, leaf in pytree.tree_flatten_with_path(value)[0]
-        }
+        return self.tensors_of(arguments)
+
+    def tensors_of(self, arguments: Mapping[str, Any]) -> list[Tensor | None]:
+        """As `bind`, of arguments by name; None too for the keys and values of earlier calls.
+
+        Raises:
+            CallError: as `bind` does.
+        """
+        given: dict[str, Any] = {}
+        for name, value in arguments.items():
+            if isinstance(value, Tensor):
+                given[name] = value
+            else:
+                given |= {argument_key(name, path): leaf for path, leaf in pytree.tree_flatten_with_path(value)[0]}
         tensors = [given.pop(spec.key, None) for spec in self.inputs]
         self._check_constants(given)
         self._check_tensors(tensors)

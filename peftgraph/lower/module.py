@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import linecache
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from peftgraph.errors import PeftGraphError
 from peftgraph.ir.dead import drop_dead
 from peftgraph.ir.literals import retarget
-from peftgraph.ir.modes import evaluated, mutated_buffers, trained, without_inputs
+from peftgraph.ir.modes import evaluated, mutated_buffers, trained, without_inputs, without_past
 from peftgraph.ir.program import ProgramData, copy_graph
 from peftgraph.ir.signature import Signature
 from peftgraph.ir.table import Entry
@@ -30,7 +30,7 @@ class GraphModule(nn.Module):
     """
 
     def __init__(self, program: ProgramData) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # beside another class of modules, none of that one's own set-up
         self._signature: Signature = program.signature
         self._graph = copy_graph(program.graph)
         self._marked = program.marked
@@ -46,10 +46,12 @@ class GraphModule(nn.Module):
         Raises:
             CallError: the graph was not traced for these arguments.
         """
-        tensors = self._signature.bind(args, kwargs)
-        missing = frozenset(
-            spec.name for spec, value in zip(self._signature.inputs, tensors, strict=True) if value is None
-        )
+        return self.run(self._signature.bind(args, kwargs))
+
+    def run(self, tensors: Sequence[Tensor | None]) -> Any:
+        """The outputs for the tensors of a call in placeholder order; None for what it leaves out."""
+        specs = self._signature.inputs
+        missing = frozenset(spec.name for spec, value in zip(specs, tensors, strict=True) if value is None)
         code, kept = self._code(missing)
         leaves = code(self, *(value for value in tensors if value is not None))
         return _assemble(self._signature.outputs, leaves, kept)
@@ -65,8 +67,11 @@ class GraphModule(nn.Module):
         Raises:
             CallError: every output depends on a missing input.
         """
-        graph = trained(self._graph) if training else evaluated(self._graph)
+        past = missing & self._signature.past_inputs
+        graph = without_past(self._graph, past) if past else self._graph
+        graph = trained(graph) if training else evaluated(graph)
         drop_dead(graph)
+        missing = missing - past
         if not missing:
             return graph, (True,) * len(self._signature.output_keys)
         return without_inputs(graph, missing)

@@ -27,9 +27,11 @@ from peftgraph.ir.table import Entry, Table
 from peftgraph.trace.diagnose import explain, quiet
 from peftgraph.trace.example import Example, bind_call, bind_example
 from peftgraph.trace.exporter import export_ghost, markers_of
+from peftgraph.trace.host import host_of
 from peftgraph.trace.inplace import out_of_place
 from peftgraph.trace.merge import merge
 from peftgraph.trace.normalise import canonical
+from peftgraph.trace.past import with_past
 from peftgraph.trace.patches import difference
 from peftgraph.trace.progress import Progress, silent
 from peftgraph.trace.surrounding import bound_calls, serves
@@ -51,10 +53,10 @@ def capture(
     Raises:
         TraceError: the model cannot be traced; the message names the line of its code and what to change.
     """
-    bound = bind_example(model, example)
+    bound = with_past(model, bind_example(model, example))
     table = _table_of(model)
     traced = _in_both_modes(model, bound, table, progress)
-    return _program(type(model).__name__, traced, bound)
+    return replace(_program(type(model).__name__, traced, bound), host=host_of(model))
 
 
 def capture_part(
@@ -258,7 +260,8 @@ def _signature(graph: fx.Graph, exported: ExportedProgram, bound: Example) -> Si
         dims = tuple(size if isinstance(size, int) else symbols[str(size)] for size in node.meta["val"].shape)
         parameter = parameters.get(leaf.argument)
         optional = parameter is None or parameter.default is not parameter.empty
-        inputs.append(Input(node.name, leaf.key, leaf.argument, leaf.value.dtype, dims, optional))
+        fill = bound.fills.get(leaf.argument)
+        inputs.append(Input(node.name, leaf.key, leaf.argument, leaf.value.dtype, dims, optional, fill))
         node.meta["label"] = leaf.key
     ranges = {}
     for symbol, span in exported.range_constraints.items():
@@ -270,7 +273,7 @@ def _signature(graph: fx.Graph, exported: ExportedProgram, bound: Example) -> Si
     spec = exported.call_spec.out_spec
     assert spec is not None
     keys = _output_keys(spec)
-    return Signature(bound.forward, tuple(inputs), constants, ranges, spec, keys, bound.assumed)
+    return Signature(bound.forward, tuple(inputs), constants, ranges, spec, keys, bound.assumed, bound.past)
 
 
 def _symbol_names(placeholders: Sequence[fx.Node]) -> dict[str, str]:

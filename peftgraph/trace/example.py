@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from peftgraph.errors import TraceError
+from peftgraph.ir.past import Past
 from peftgraph.ir.signature import argument_key, arguments_of
 
 CACHES = ("use_cache", "use_mems")
@@ -36,12 +37,16 @@ class Example:
         arguments: the arguments by parameter name; tensors are clones that alias nothing.
         leaves: every leaf of the arguments, in order.
         assumed: arguments that the caller did not give.
+        past: how the model takes keys and values of earlier calls; the argument is a tuple of tensors here.
+        fills: what stands for an argument that a call leaves out, by its name (see `Input.fill`).
     """
 
     forward: inspect.Signature
     arguments: Mapping[str, Any]
     leaves: tuple[Leaf, ...]
     assumed: frozenset[str] = frozenset()
+    past: Past | None = None
+    fills: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -54,6 +59,8 @@ class Example:
         spread = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
         args: list[Any] = []
         rest = dict(arguments)
+        if self.past is not None:
+            rest[self.past.argument] = self.past.cache(rest[self.past.argument])
         for parameter in parameters:
             if parameter.kind is parameter.VAR_POSITIONAL:
                 args += rest.pop(parameter.name, ())
@@ -61,6 +68,16 @@ class Example:
             if parameter.name in rest and (spread or parameter.kind is parameter.POSITIONAL_ONLY):
                 args.append(rest.pop(parameter.name))
         return tuple(args), rest
+
+    def result(self, output: Any) -> Any:
+        """What a call gave, with plain tensors in place of a cache, in the order in which the argument has them."""
+        if self.past is not None:
+            output[self.past.argument] = tuple(self.past.read(output[self.past.argument]))
+        return output
+
+    def with_arguments(self, arguments: Mapping[str, Any]) -> Example:
+        """The example with other arguments."""
+        return replace(self, arguments=arguments, leaves=_leaves(arguments))
 
 
 def bind_example(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] | Tensor) -> Example:
@@ -142,4 +159,4 @@ def _with_distinct_batch(example: Example) -> Example:
         return value.index_select(0, torch.arange(size, device=value.device) % batch)
 
     arguments = {name: pytree.tree_map(resize, value) for name, value in example.arguments.items()}
-    return replace(example, arguments=arguments, leaves=_leaves(arguments))
+    return example.with_arguments(arguments)

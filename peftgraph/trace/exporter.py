@@ -126,7 +126,7 @@ def _take_keywords(ghost: nn.Module, bound: Example) -> None:
 
     def forward(**arguments: Any) -> Any:
         args, kwargs = bound.call(arguments)
-        return original(*args, **kwargs)
+        return bound.result(original(*args, **kwargs))
 
     names = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in bound.arguments]
     forward.__signature__ = inspect.Signature(names)

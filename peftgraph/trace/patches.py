@@ -39,7 +39,8 @@ def difference(model: nn.Module, example: Example, outputs: Sequence[Tensor]) ->
         return "its weights are on the meta device, so its patched form cannot be compared with it"
     args, kwargs = example.call(example.arguments)
     with torch.no_grad():
-        expected = [one for one in pytree.tree_leaves(frozen_copy(model).eval()(*args, **kwargs)) if _is_tensor(one)]
+        output = example.result(frozen_copy(model)(*args, **kwargs))
+    expected = [one for one in pytree.tree_leaves(output) if _is_tensor(one)]
     if len(expected) != len(outputs):
         return f"its patched form gives {len(outputs)} tensors instead of {len(expected)}"
     for ours, theirs in zip(outputs, expected, strict=True):

@@ -66,7 +66,7 @@ def _runs(ghost: nn.Module, example: Example, mode: FakeTensorMode, recorder: _R
     before = _state()
     try:
         with torch.no_grad(), mode, recorder, quiet():
-            recorder.record("return", ghost(*args, **kwargs))
+            recorder.record("return", example.result(ghost(*args, **kwargs)))
     except Exception as error:  # what cannot run on fake tensors is traced in both modes; the export explains it
         recorder.look([(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)][::-1])
         return False

@@ -1,0 +1,77 @@
+"""Keys and values of earlier calls: how a graph takes and gives them, and the transformers cache that holds them.
+
+In a graph they are plain tensors, two for each layer; a cache is read before a call and written after it. The keys
+and values that cross-attention reads are no part of them: they come from the encoder alone, see `lower.encoded`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from peftgraph.errors import CallError
+
+
+@dataclass(frozen=True)
+class Past:
+    """How a program speaks of earlier calls.
+
+    Attributes:
+        argument: the parameter of `forward`, and the field of its output, that holds the cache.
+        layers: the layers of the cache that hold keys and values; layers that share another's hold none.
+        paired: whether an encoder-decoder's cache of two stands there.
+    """
+
+    argument: str
+    layers: tuple[int, ...]
+    paired: bool = False
+
+    def cache(self, tensors: Sequence[Tensor] = ()) -> Any:
+        """A transformers cache with these keys and values, in turn for each layer; an empty one without any."""
+        from transformers import DynamicCache, EncoderDecoderCache
+
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if self.paired else DynamicCache()
+        if tensors:
+            self.write(cache, tensors)
+        return cache
+
+    def read(self, cache: Any) -> list[Tensor]:
+        """The keys and values in a cache, in turn for each layer; none of an empty one.
+
+        Raises:
+            CallError: it keeps them in a form that the graph does not take.
+        """
+        layers = self._own(cache).layers
+        held = [layers[i] for i in self.layers if i < len(layers) and layers[i].is_initialized]
+        if not held:
+            return []
+        whole = len(held) == len(self.layers) and all(type(layer).__name__ == "DynamicLayer" for layer in held)
+        if not whole:
+            raise CallError(
+                f"{self.argument} holds {len(held)} layers of {type(held[0]).__name__}; this program reads and "
+                f"writes the full keys and values of {len(self.layers)} in a DynamicCache(). Leave the argument out."
+            )
+        return [tensor for layer in held for tensor in (layer.keys, layer.values)]
+
+    def write(self, cache: Any, tensors: Sequence[Tensor]) -> None:
+        """Puts keys and values into a cache, in place; a layer that would drop old ones becomes one that keeps them."""
+        from transformers.cache_utils import DynamicLayer
+
+        layers = self._own(cache).layers
+        for i, keys, values in zip(self.layers, tensors[::2], tensors[1::2], strict=True):
+            layers += [DynamicLayer() for _ in range(i + 1 - len(layers))]
+            if type(layers[i]) is not DynamicLayer:
+                layers[i] = DynamicLayer()
+            layers[i].keys, layers[i].values, layers[i].is_initialized = keys, values, True
+            layers[i].dtype, layers[i].device = keys.dtype, keys.device
+
+    def _own(self, cache: Any) -> Any:
+        from transformers import DynamicCache, EncoderDecoderCache
+
+        own = cache.self_attention_cache if self.paired and isinstance(cache, EncoderDecoderCache) else cache
+        if not isinstance(own, DynamicCache):
+            raise CallError(f"{self.argument} is a {type(own).__name__}; this program takes a DynamicCache().")
+        return own

@@ -1,0 +1,102 @@
+"""A program in the place of a transformers model: an instance of the model's own class, whose forward runs the graph.
+
+Generation, the Trainer and whoever asks for a configuration find what they look for. What would bypass the graph is
+replaced or refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftgraph.errors import CallError
+from peftgraph.ir.program import Host, ProgramData
+from peftgraph.ir.signature import Input, arguments_of
+from peftgraph.lower.module import GraphModule
+
+
+class Hosted(GraphModule):
+    """A graph module that takes the calls of transformers' generation and training loops."""
+
+    def __init__(self, program: ProgramData) -> None:
+        super().__init__(program)
+        assert program.host is not None
+        self.__dict__.update(program.host.state)
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the graph as `forward` of the traced model; a cache that is given is brought forward in place.
+
+        Raises:
+            CallError: the graph was not traced for these arguments.
+        """
+        arguments = self._arguments(args, kwargs)
+        as_tuple = _take(arguments, "return_dict", self._signature.constants) is False
+        kept = _take(arguments, "logits_to_keep", self._signature.constants)
+        output = self._cached(arguments) if self._signature.past else self.run(self._signature.tensors_of(arguments))
+        if kept is not None and not (isinstance(kept, int) and kept == 0):
+            output["logits"] = output["logits"][:, slice(-kept, None) if isinstance(kept, int) else kept]
+        return output.to_tuple() if as_tuple else output
+
+    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        try:
+            arguments = arguments_of(self._signature.forward, args, kwargs)
+        except TypeError as error:
+            raise CallError(f"{error}. The model's signature is forward{self._signature.forward}.") from None
+        return {name: value for name, value in arguments.items() if value is not None}
+
+    def _cached(self, arguments: dict[str, Any]) -> Any:
+        past = self._signature.past
+        assert past is not None
+        cache = arguments.pop(past.argument, None)
+        wanted = arguments.pop("use_cache", getattr(self, "config").use_cache)
+        earlier = [] if cache is None else past.read(cache)
+        tensors = self._signature.tensors_of(arguments)
+        rows = iter(earlier)
+        names = self._signature.past_inputs
+        tensors = [next(rows, None) if s.name in names else t for s, t in zip(self._signature.inputs, tensors)]
+        self._fill(tensors, int(earlier[0].shape[-2]) if earlier else 0)
+        output = self.run(tensors)
+        present = output[past.argument]
+        if cache is None and wanted:
+            cache = past.cache()
+        if cache is None:
+            return type(output)(**{name: value for name, value in output.items() if name != past.argument})
+        past.write(cache, present)
+        output[past.argument] = cache
+        return output
+
+    def _fill(self, tensors: list[Tensor | None], before: int) -> None:
+        """Gives inputs that were left out, in place, what the model takes for them."""
+        like = next(value for value in tensors if value is not None)
+        batch, length = like.shape[:2]
+        for i, (spec, value) in enumerate(zip(self._signature.inputs, tensors, strict=True)):
+            if value is None and spec.fill is not None:
+                tensors[i] = _filled(spec, batch, before, length, like.device)
+
+
+def _filled(spec: Input, batch: int, before: int, length: int, device: torch.device) -> Tensor:
+    if spec.fill == "ones":
+        return torch.ones(batch, before + length, dtype=spec.dtype, device=device)
+    assert spec.fill == "range", spec.fill
+    return torch.arange(before, before + length, dtype=spec.dtype, device=device).expand(batch, -1)
+
+
+def _take(arguments: dict[str, Any], name: str, traced: Any) -> Any:
+    return None if name in traced else arguments.pop(name, None)
+
+
+def hosted(program: ProgramData, host: Host) -> Hosted:
+    """The program as an instance of the class of the traced model."""
+
+    def forward(self: Hosted, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
+
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    forward.__signature__ = program.signature.forward.replace(
+        parameters=[own, *program.signature.forward.parameters.values()]
+    )
+    names = {"__module__": host.cls.__module__, "__qualname__": host.cls.__qualname__, "__doc__": host.cls.__doc__}
+    return type(host.cls.__name__, (Hosted, host.cls), {**names, "forward": forward})(program)

@@ -1,0 +1,107 @@
+"""Examples that ask for a cache: the keys and values of an earlier call stand among the inputs that are traced.
+
+The graph of such a call serves every call. Without earlier ones it is the graph of a first call (`modes.without_past`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from peftgraph.errors import TraceError
+from peftgraph.ir.past import Past
+from peftgraph.trace.diagnose import explain, quiet
+from peftgraph.trace.example import PRIMES, Example
+from peftgraph.trace.ghost import ghost_arguments, ghost_of
+
+NAMES = ("cache", "past_key_values")  # what versions of transformers call it
+
+
+def with_past(model: nn.Module, example: Example) -> Example:
+    """The example as a later call, if it asks for a cache: with random keys and values of earlier tokens in front.
+
+    The mask grows by them. A mask, and positions, that the model takes and the example does not give are added, since
+    generation gives them.
+
+    Raises:
+        TraceError: the model caches something else than keys and values along the sequence.
+    """
+    argument = next((name for name in NAMES if name in example.forward.parameters), None)
+    if example.arguments.get("use_cache") is not True or argument is None or argument in example.arguments:
+        return example
+    paired = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    tokens = example.arguments.get("decoder_input_ids" if paired else "input_ids")
+    if not isinstance(tokens, Tensor) or tokens.dim() != 2:
+        raise TraceError("An example that asks for a cache needs input_ids (decoder_input_ids): batch x length.")
+    layers = _layers(model, example, argument, paired)
+    past, shapes = Past(argument, tuple(layers), paired), list(layers.values())
+    length = tokens.shape[1]
+    if any(shape[-2] != length or len(shape) != 4 for pair in shapes for shape, *_ in pair):
+        raise TraceError(
+            f"{type(model).__name__} caches more than keys and values of every token: "
+            f"{', '.join(str(tuple(pair[0][0])) for pair in shapes)}. Trace it without use_cache."
+        )
+    before = _free_size(example, shapes, length)
+    generator = torch.Generator().manual_seed(0)
+    tensors = [_random(*one, before, generator) for pair in shapes for one in pair]
+    added = _prefixed(example, tokens, before, paired)
+    return replace(example, past=past, fills=_fills(added)).with_arguments({**added, argument: tuple(tensors)})
+
+
+def _layers(model: nn.Module, example: Example, argument: str, paired: bool) -> dict[int, list[Any]]:
+    """By layer: shape, dtype and device of the keys and of the values that a first call caches."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    ghost = ghost_of(model, mode, torch.float32, torch.float32).eval()
+    arguments = ghost_arguments(dict(example.arguments), mode, torch.float32, torch.float32)
+    cache = Past(argument, (), paired).cache()
+    args, kwargs = example.call({**arguments, argument: cache})
+    try:
+        with torch.no_grad(), mode, quiet():
+            ghost(*args, **kwargs)
+    except Exception as error:  # whatever a model's code raises is explained to the user
+        raise explain(model, error) from error
+    own = cache.self_attention_cache if paired else cache
+    kept = {i: (layer.keys, layer.values) for i, layer in enumerate(own.layers) if layer.is_initialized}
+    return {i: [(one.shape, one.dtype, one.device) for one in pair] for i, pair in kept.items()}
+
+
+def _free_size(example: Example, shapes: list[Any], length: int) -> int:
+    """A number of earlier tokens that, as its sum with `length`, is no other size."""
+    taken = {size for tensor in example.tensors for size in tensor.shape}
+    taken |= {size for pair in shapes for shape, *_ in pair for size in shape}
+    return next(prime for prime in PRIMES if not taken & {prime, prime + length})
+
+
+def _random(shape: torch.Size, dtype: torch.dtype, device: torch.device, length: int, source: torch.Generator) -> Tensor:
+    sizes = (*shape[:-2], length, shape[-1])
+    if device.type == "meta":
+        return torch.empty(sizes, dtype=dtype, device=device)
+    return torch.randn(sizes, generator=source).to(device, dtype)
+
+
+def _prefixed(example: Example, tokens: Tensor, before: int, paired: bool) -> dict[str, Any]:
+    """The arguments with a mask over the earlier tokens as well, and with positions behind them."""
+    arguments, parameters = dict(example.arguments), example.forward.parameters
+    mask = "decoder_attention_mask" if paired else "attention_mask"
+    given = arguments.get(mask)
+    if given is None and mask in parameters and not paired:
+        given = torch.ones_like(tokens)
+    if isinstance(given, Tensor):
+        if given.dim() != 2:
+            raise TraceError(f"{mask} has {given.dim()} dimensions; with a cache it must be batch x length.")
+        arguments[mask] = torch.cat([given.new_ones(given.shape[0], before), given], 1)
+    if "position_ids" in parameters and "position_ids" not in arguments and not paired:
+        arguments["position_ids"] = torch.arange(before, before + tokens.shape[1], device=tokens.device).repeat(
+            tokens.shape[0], 1
+        )
+    return arguments
+
+
+def _fills(arguments: Mapping[str, Any]) -> dict[str, str]:
+    return {name: fill for name, fill in (("attention_mask", "ones"), ("position_ids", "range")) if name in arguments}
