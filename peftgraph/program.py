@@ -154,7 +154,9 @@ class Program(ProgramData):
         """
         if self.surrounding is not None:
             return surround(self, self.surrounding)
-        return GraphModule(self) if self.host is None else hosted(self, self.host)
+        if self.host is None:
+            return GraphModule(self)
+        return hosted(self, self.host, lambda trained, directory: adapter_files.save_trained(self, trained, directory))
 
     def export(self, path: str | PathLike[str]) -> Path:
         """Writes the graph by suffix: `.pt2` (torch.export) or `.onnx`.

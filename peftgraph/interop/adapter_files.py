@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -63,6 +65,19 @@ def save(program: ProgramData, directory: Path) -> Path:
     if old is not None and old != file:
         _discard(old)
     return directory
+
+
+def save_trained(program: ProgramData, trained: Mapping[str, Tensor], directory: Path) -> None:
+    """Writes the adapter of `program` with other values, and these as `model.safetensors`, which the Trainer loads.
+
+    Raises:
+        AdapterError: as `save`.
+        PeftGraphError: as `save`.
+    """
+    changes = {name: replace(program.table[name], tensor=tensor) for name, tensor in trained.items()}
+    save(program.evolve(table=program.table.with_(changes)), directory)
+    with atomic(directory / "model.safetensors") as temporary:
+        shutil.copyfile(directory / read_document(directory)["tensors"]["file"], temporary)
 
 
 def load(program: P, apply: Callable[..., P], directory: Path, name: str | None) -> P:

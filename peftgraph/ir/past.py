@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from peftgraph.errors import CallError
@@ -75,3 +76,22 @@ class Past:
         if not isinstance(own, DynamicCache):
             raise CallError(f"{self.argument} is a {type(own).__name__}; this program takes a DynamicCache().")
         return own
+
+
+def fill(name: str, mask: Tensor, before: int, length: int, dtype: torch.dtype) -> Tensor:
+    """What a model takes for an input that a call with a cache leaves out.
+
+    Args:
+        name: "ones", a mask that hides nothing; "range", positions from the earlier tokens on; "counted", positions
+            that only tokens under the mask have.
+        mask: (B, P + S) over the earlier tokens and those of the call; for "ones" any tensor of B rows.
+        before: P, the earlier tokens.
+        length: S, the tokens of the call.
+        dtype: of the result.
+    """
+    if name == "ones":
+        return torch.ones(mask.shape[0], before + length, dtype=dtype, device=mask.device)
+    if name == "range":
+        return torch.arange(before, before + length, dtype=dtype, device=mask.device).expand(mask.shape[0], -1)
+    assert name == "counted", name
+    return (mask.cumsum(1) * mask - 1)[:, -length:].to(dtype)

@@ -26,8 +26,7 @@ class Input:
         dtype: what it was traced with; another dtype of the same kind (integer, floating, bool) is accepted.
         dims: one entry a dimension: an int that the model's own code fixed, or a symbol's name.
         optional: whether `forward` has a default for it.
-        fill: what stands for it in a call with a cache that leaves it out: "ones", or "range", which counts on from
-            the earlier tokens. None: nothing.
+        fill: what stands for it in a call that leaves it out, by the name that `past.fill` knows; None: nothing.
     """
 
     name: str

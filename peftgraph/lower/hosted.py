@@ -6,25 +6,56 @@ replaced or refused.
 
 from __future__ import annotations
 
+import copy
 import inspect
+from collections.abc import Callable, Mapping
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from peftgraph.errors import CallError
 from peftgraph.ir.program import Host, ProgramData
-from peftgraph.ir.signature import Input, arguments_of
+from peftgraph.ir.past import fill
+from peftgraph.ir.signature import arguments_of
 from peftgraph.lower.module import GraphModule
+
+
+Save = Callable[[Mapping[str, Tensor], Path], None]
+COUNT = "num_items_in_batch"
 
 
 class Hosted(GraphModule):
     """A graph module that takes the calls of transformers' generation and training loops."""
 
-    def __init__(self, program: ProgramData) -> None:
+    def __init__(self, program: ProgramData, state: Mapping[str, Any], save: Save) -> None:
         super().__init__(program)
-        assert program.host is not None
-        self.__dict__.update(program.host.state)
+        self.__dict__.update(state)
+        self._save = save
+        self._keys_to_ignore_on_save = [name for name in self.state_dict() if name not in program.table.trainable]
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the loss is divided by a count that the call gives (`num_items_in_batch`): as it was traced."""
+        return any(spec.key == COUNT for spec in self._signature.inputs)
+
+    def save_pretrained(
+        self, save_directory: str | PathLike[str], is_main_process: bool = True, **options: Any
+    ) -> None:
+        """Writes the adapter, and its tensors once more where the Trainer looks for them when it resumes.
+
+        Args:
+            save_directory: where to; `program.load_adapter` reads it.
+            is_main_process: nothing is written by other processes.
+            options: what else the Trainer says about files that are not written.
+        """
+        if is_main_process:
+            trained = {n: p for n, p in self.named_parameters(remove_duplicate=False) if p.requires_grad}
+            self._save(trained, Path(save_directory))
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Does nothing: tied names are one parameter already."""
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the graph as `forward` of the traced model; a cache that is given is brought forward in place.
@@ -70,26 +101,27 @@ class Hosted(GraphModule):
 
     def _fill(self, tensors: list[Tensor | None], before: int) -> None:
         """Gives inputs that were left out, in place, what the model takes for them."""
-        like = next(value for value in tensors if value is not None)
-        batch, length = like.shape[:2]
-        for i, (spec, value) in enumerate(zip(self._signature.inputs, tensors, strict=True)):
+        like = mask = next(value for value in tensors if value is not None)
+        specs = sorted(enumerate(self._signature.inputs), key=lambda one: one[1].fill != "ones")  # the mask comes first
+        for i, spec in specs:
+            value = tensors[i]
             if value is None and spec.fill is not None:
-                tensors[i] = _filled(spec, batch, before, length, like.device)
-
-
-def _filled(spec: Input, batch: int, before: int, length: int, device: torch.device) -> Tensor:
-    if spec.fill == "ones":
-        return torch.ones(batch, before + length, dtype=spec.dtype, device=device)
-    assert spec.fill == "range", spec.fill
-    return torch.arange(before, before + length, dtype=spec.dtype, device=device).expand(batch, -1)
+                value = tensors[i] = fill(spec.fill, mask, before, like.shape[1], spec.dtype)
+            mask = value if spec.fill == "ones" and value is not None else mask
 
 
 def _take(arguments: dict[str, Any], name: str, traced: Any) -> Any:
     return None if name in traced else arguments.pop(name, None)
 
 
-def hosted(program: ProgramData, host: Host) -> Hosted:
-    """The program as an instance of the class of the traced model."""
+def hosted(program: ProgramData, host: Host, save: Save) -> Hosted:
+    """The program as an instance of the class of the traced model.
+
+    Args:
+        program: what runs.
+        host: the class, and what an instance of it holds.
+        save: writes parameters, by name, as an adapter into a directory.
+    """
 
     def forward(self: Hosted, *args: Any, **kwargs: Any) -> Any:
         return self.call(*args, **kwargs)
@@ -99,4 +131,6 @@ def hosted(program: ProgramData, host: Host) -> Hosted:
         parameters=[own, *program.signature.forward.parameters.values()]
     )
     names = {"__module__": host.cls.__module__, "__qualname__": host.cls.__qualname__, "__doc__": host.cls.__doc__}
-    return type(host.cls.__name__, (Hosted, host.cls), {**names, "forward": forward})(program)
+    return type(host.cls.__name__, (Hosted, host.cls), {**names, "forward": forward})(
+        program, copy.deepcopy(host.state), save
+    )

@@ -53,8 +53,8 @@ def capture(
     Raises:
         TraceError: the model cannot be traced; the message names the line of its code and what to change.
     """
-    bound = with_past(model, bind_example(model, example))
     table = _table_of(model)
+    bound = with_past(model, bind_example(model, example), table.dtype)
     traced = _in_both_modes(model, bound, table, progress)
     return replace(_program(type(model).__name__, traced, bound), host=host_of(model))
 

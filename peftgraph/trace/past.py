@@ -5,7 +5,6 @@ The graph of such a call serves every call. Without earlier ones it is the graph
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,21 +12,29 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils import _pytree as pytree
 
 from peftgraph.errors import TraceError
-from peftgraph.ir.past import Past
+from peftgraph.ir.past import Past, fill
 from peftgraph.trace.diagnose import explain, quiet
 from peftgraph.trace.example import PRIMES, Example
+from peftgraph.trace.exporter import markers_of
 from peftgraph.trace.ghost import ghost_arguments, ghost_of
+from peftgraph.trace.surrounding import frozen_copy
 
 NAMES = ("cache", "past_key_values")  # what versions of transformers call it
 
 
-def with_past(model: nn.Module, example: Example) -> Example:
+def with_past(model: nn.Module, example: Example, own: torch.dtype) -> Example:
     """The example as a later call, if it asks for a cache: with random keys and values of earlier tokens in front.
 
     The mask grows by them. A mask, and positions, that the model takes and the example does not give are added, since
     generation gives them.
+
+    Args:
+        model: the model; it is run, where it has weights, to see which positions it takes when none are given.
+        example: the call to trace.
+        own: the dtype of the model's weights.
 
     Raises:
         TraceError: the model caches something else than keys and values along the sequence.
@@ -39,26 +46,30 @@ def with_past(model: nn.Module, example: Example) -> Example:
     tokens = example.arguments.get("decoder_input_ids" if paired else "input_ids")
     if not isinstance(tokens, Tensor) or tokens.dim() != 2:
         raise TraceError("An example that asks for a cache needs input_ids (decoder_input_ids): batch x length.")
-    layers = _layers(model, example, argument, paired)
+    marker = markers_of(model, own)[0] or own
+    layers = _layers(model, example, argument, paired, (own, marker))
     past, shapes = Past(argument, tuple(layers), paired), list(layers.values())
     length = tokens.shape[1]
-    if any(shape[-2] != length or len(shape) != 4 for pair in shapes for shape, *_ in pair):
+    if any(len(one) != 4 or one[-2] != length for pair in shapes for one, _ in pair):
         raise TraceError(
             f"{type(model).__name__} caches more than keys and values of every token: "
-            f"{', '.join(str(tuple(pair[0][0])) for pair in shapes)}. Trace it without use_cache."
+            f"{', '.join(str(tuple(keys[0])) for keys, _ in shapes)}. Trace it without use_cache."
         )
     before = _free_size(example, shapes, length)
     generator = torch.Generator().manual_seed(0)
-    tensors = [_random(*one, before, generator) for pair in shapes for one in pair]
-    added = _prefixed(example, tokens, before, paired)
-    return replace(example, past=past, fills=_fills(added)).with_arguments({**added, argument: tuple(tensors)})
+    tensors = [_random(shape, own, device, before, generator) for pair in shapes for shape, device in pair]
+    fills = {} if paired else {"attention_mask": "ones", "position_ids": _positions(model, example, argument)}
+    arguments = {**_prefixed(example, tokens, before, paired), argument: tuple(tensors)}
+    return replace(example, past=past, fills=fills).with_arguments(arguments)
 
 
-def _layers(model: nn.Module, example: Example, argument: str, paired: bool) -> dict[int, list[Any]]:
-    """By layer: shape, dtype and device of the keys and of the values that a first call caches."""
+def _layers(
+    model: nn.Module, example: Example, argument: str, paired: bool, dtypes: tuple[torch.dtype, torch.dtype]
+) -> dict[int, list[tuple[torch.Size, torch.device]]]:
+    """By layer: shape and device of the keys and of the values that a first call caches."""
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
-    ghost = ghost_of(model, mode, torch.float32, torch.float32).eval()
-    arguments = ghost_arguments(dict(example.arguments), mode, torch.float32, torch.float32)
+    ghost = ghost_of(model, mode, *dtypes).eval()
+    arguments = ghost_arguments(dict(example.arguments), mode, *dtypes)
     cache = Past(argument, (), paired).cache()
     args, kwargs = example.call({**arguments, argument: cache})
     try:
@@ -68,13 +79,37 @@ def _layers(model: nn.Module, example: Example, argument: str, paired: bool) -> 
         raise explain(model, error) from error
     own = cache.self_attention_cache if paired else cache
     kept = {i: (layer.keys, layer.values) for i, layer in enumerate(own.layers) if layer.is_initialized}
-    return {i: [(one.shape, one.dtype, one.device) for one in pair] for i, pair in kept.items()}
+    return {i: [(one.shape, one.device) for one in pair] for i, pair in kept.items()}
+
+
+def _positions(model: nn.Module, example: Example, argument: str) -> str | None:
+    """Which positions the model takes when none are given, seen on a run of it: the name of a fill."""
+    tokens = example.arguments["input_ids"]
+    if "position_ids" not in example.forward.parameters or any(p.is_meta for p in model.parameters()):
+        return None
+    mask = torch.ones_like(tokens)
+    mask[0, : tokens.shape[1] // 2] = 0
+    net = frozen_copy(model)
+    given = {**example.arguments, "use_cache": False, "attention_mask": mask}
+    given.pop("position_ids", None)
+
+    def answer(**more: Tensor) -> list[Tensor]:
+        args, kwargs = example.call({**given, **more})
+        with torch.no_grad():
+            return [one for one in pytree.tree_leaves(net(*args, **kwargs)) if isinstance(one, Tensor)]
+
+    expected = answer()
+    for name in ("range", "counted"):
+        found = answer(position_ids=fill(name, mask, 0, tokens.shape[1], torch.long))
+        if all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(found, expected, strict=True)):
+            return name
+    return None
 
 
 def _free_size(example: Example, shapes: list[Any], length: int) -> int:
     """A number of earlier tokens that, as its sum with `length`, is no other size."""
     taken = {size for tensor in example.tensors for size in tensor.shape}
-    taken |= {size for pair in shapes for shape, *_ in pair for size in shape}
+    taken |= {size for pair in shapes for shape, _ in pair for size in shape}
     return next(prime for prime in PRIMES if not taken & {prime, prime + length})
 
 
@@ -101,7 +136,3 @@ def _prefixed(example: Example, tokens: Tensor, before: int, paired: bool) -> di
             tokens.shape[0], 1
         )
     return arguments
-
-
-def _fills(arguments: Mapping[str, Any]) -> dict[str, str]:
-    return {name: fill for name, fill in (("attention_mask", "ones"), ("position_ids", "range")) if name in arguments}

@@ -190,6 +190,12 @@ def _traced(name: str, attn: str, dtype: torch.dtype) -> pg.Program:
     return pg.trace(build(name, attn, dtype), example(name, dtype=dtype))
 
 
+@cache
+def cached(name: str, dtype: torch.dtype = torch.float32) -> pg.Program:
+    """As `traced`, with a cache of keys and values among the inputs and outputs."""
+    return pg.trace(build(name, dtype=dtype), {**example(name, dtype=dtype), "use_cache": True})
+
+
 def leaves(output: Any) -> list[Tensor]:
     """The tensors of a model's output."""
     from torch.utils import _pytree as pytree

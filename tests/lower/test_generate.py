@@ -1,0 +1,178 @@
+"""A program of a language model generates what the model generates: the same tokens, step by step on one graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import zoo
+from torch import Tensor, nn
+from transformers import DynamicCache, StaticCache
+
+import peftgraph as pg
+from peftgraph.passes import IA3, LoRA, ParallelAdapter, Prefix
+
+F64 = torch.float64
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "top_k": 20},
+    "beams": {"num_beams": 3, "num_return_sequences": 2},
+}
+CACHE = "cache" if "cache" in transformers.LlamaForCausalLM.forward.__annotations__ else "past_key_values"
+
+
+def prompt(padded: bool = True) -> dict[str, Tensor]:
+    ids = torch.randint(3, zoo.VOCAB, (3, 7), generator=torch.Generator().manual_seed(5))
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, :3] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def tokens(net: Any, inputs: dict[str, Tensor], count: int = 9, **options: Any) -> Tensor:
+    torch.manual_seed(1)
+    return net.eval().generate(**inputs, min_new_tokens=count, max_new_tokens=count, pad_token_id=0, **options)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "mixtral"])
+def test_tokens_of_the_base(name: str, mode: str) -> None:
+    model, net = zoo.build(name), zoo.cached(name).module()
+    for inputs in (prompt(), prompt(padded=False)):
+        assert torch.equal(tokens(net, inputs, **MODES[mode]), tokens(model, inputs, **MODES[mode]))
+
+
+SLIDING = {
+    "Mistral": {},
+    "Gemma2": {"head_dim": 8},
+    "Gemma3Text": {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]},
+}
+
+
+@pytest.mark.parametrize("family", SLIDING)
+def test_windows_shorter_than_the_text(family: str) -> None:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=zoo.VOCAB, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=2, sliding_window=5, **SLIDING[family],
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    net = pg.trace(model, {**prompt(), "use_cache": True}).module()
+    for mode in ("greedy", "beams"):
+        assert torch.equal(tokens(net, prompt(), **MODES[mode]), tokens(model, prompt(), **MODES[mode]))
+
+
+def test_positions_that_a_model_counts_under_its_mask() -> None:
+    torch.manual_seed(0)
+    config = transformers.OPTConfig(
+        vocab_size=zoo.VOCAB, hidden_size=48, ffn_dim=80, num_hidden_layers=1, num_attention_heads=6,
+        max_position_embeddings=64, word_embed_proj_dim=48,
+    )  # fmt: skip
+    model = transformers.OPTForCausalLM(config).eval()
+    net = pg.trace(model, {**prompt(), "use_cache": True}).module().eval()
+    assert torch.equal(net(**prompt()).logits, model(**prompt()).logits)
+    assert torch.equal(tokens(net, prompt()), tokens(model, prompt()))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_one_graph_serves_first_and_later_calls(name: str) -> None:
+    """In any number of pieces, a text has the logits that it has in one; a later piece is no approximation."""
+    program = zoo.cached(name, F64)
+    net, whole = program.module().eval(), zoo.example(name, 2, 12, F64, masked=False)
+    expected = zoo.build(name, dtype=F64)(**whole).logits
+    assert torch.equal(net(**whole).logits, expected)
+    cache, found = DynamicCache(), []
+    for piece in whole["input_ids"].split([1, 4, 6, 1], dim=1):
+        output = net(input_ids=piece, **{CACHE: cache})
+        assert output[CACHE] is cache
+        found.append(output.logits)
+    torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-12, atol=1e-13)
+    assert cache.get_seq_length() == 12
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_sites_and_parameters_are_those_of_the_plain_trace(name: str) -> None:
+    plain, cached = zoo.traced(name), zoo.cached(name)
+    assert str(cached.sites) == str(plain.sites)
+    methods = (LoRA(at="attention.*|ffn.*", rank=2), IA3(), ParallelAdapter(width=4), Prefix(length=3, hidden=None))
+    assert list(cached.apply(*methods).table) == list(plain.apply(*methods).table)
+
+
+METHODS: dict[str, pg.Pass] = {
+    "lora": LoRA(at="attention.*|ffn.*", rank=2),
+    "ia3": IA3(),
+    "adapter": ParallelAdapter(width=4),
+    "prefix": Prefix(length=3, hidden=None),
+    "prefix_mlp": Prefix(length=3, hidden=5),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_methods_decode_as_they_read(name: str, method: str) -> None:
+    """Greedy tokens, step by step with a cache, are the best continuation when the whole text is read at once."""
+    tuned = zoo.randomise(zoo.cached(name, F64).apply(METHODS[method]), 0.5)
+    net = tuned.module().eval()
+    inputs = prompt()
+    found = tokens(net, inputs)
+    assert not torch.equal(found, tokens(zoo.cached(name, F64).module(), inputs))
+    assert torch.equal(found, tokens(net, inputs, use_cache=False))
+    assert torch.equal(found[:, 7:], greedy(net, inputs, 9))
+
+
+def greedy(net: nn.Module, inputs: dict[str, Tensor], count: int) -> Tensor:
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    for _ in range(count):
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        logits = net(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, -1]
+        logits[:, net.config.eos_token_id] = -torch.inf  # the new tokens have a smallest number
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+    return ids[:, -count:]
+
+
+def test_folded_programs_generate() -> None:
+    tuned = zoo.randomise(zoo.cached("llama", F64).apply(LoRA(rank=2)))
+    merged = pg.fold(tuned).module()
+    assert torch.equal(tokens(merged, prompt()), tokens(tuned.module(), prompt()))
+
+
+def test_training_with_a_cache_among_the_inputs_is_training_without() -> None:
+    plain, cached = (made("llama", F64).apply(LoRA(rank=2)) for made in (zoo.traced, zoo.cached))
+    with torch.no_grad():
+        for name, parameter in zoo.randomise(plain).table.trainable.items():
+            cached.table.trainable[name].copy_(parameter)
+    inputs = zoo.example("llama")
+    for program in (plain, cached):
+        net = program.module().train()
+        torch.manual_seed(3)
+        net(**inputs).logits.square().mean().backward()
+    for name, parameter in plain.table.trainable.items():
+        assert torch.equal(cached.table.trainable[name].grad, parameter.grad), name
+
+
+def test_a_module_stands_where_the_model_stood() -> None:
+    model, net = zoo.build("llama"), zoo.cached("llama").module().eval()
+    assert isinstance(net, transformers.LlamaForCausalLM)
+    assert net.config.to_dict() == model.config.to_dict()
+    assert net.generation_config.to_dict() == model.generation_config.to_dict()
+    assert (net.device, net.dtype) == (model.device, model.dtype)
+    assert net.to(torch.bfloat16).dtype == torch.bfloat16
+    assert torch.equal(tokens(net, prompt()), tokens(model.to(torch.bfloat16), prompt()))
+    inputs = zoo.example("llama")
+    kept = net(**inputs, logits_to_keep=2, return_dict=False, use_cache=False)
+    assert torch.equal(kept[0], model(**inputs, logits_to_keep=2).logits)
+    assert len(kept) == 1
+
+
+def test_caches_that_a_graph_cannot_take() -> None:
+    net, inputs = zoo.cached("llama").module().eval(), prompt()
+    static = StaticCache(config=net.config, max_cache_len=32)
+    with pytest.raises(pg.CallError, match=r"is a StaticCache; this program takes a DynamicCache\(\)"):
+        net(**inputs, **{CACHE: static})
+    plain = zoo.traced("llama").module().eval()
+    with pytest.raises(pg.CallError, match="cannot take use_cache=True: it was traced with use_cache=False"):
+        tokens(plain, inputs)
+    assert torch.equal(tokens(plain, inputs, use_cache=False), tokens(net, inputs))
