@@ -13,6 +13,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from peftgraph.errors import CallError
@@ -39,6 +40,19 @@ class Hosted(GraphModule):
     def accepts_loss_kwargs(self) -> bool:
         """Whether the loss is divided by a count that the call gives (`num_items_in_batch`): as it was traced."""
         return any(spec.key == COUNT for spec in self._signature.inputs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model's own `generate` does, on the graph.
+
+        Raises:
+            CallError: the program was traced without a cache.
+        """
+        if self._signature.past is None:
+            raise CallError(
+                f"This program of {self._model} was traced without a cache. Trace it with use_cache=True in the example: "
+                'pg.trace(model, {**inputs, "use_cache": True}).'
+            )
+        return getattr(super(), "generate")(*args, **kwargs)
 
     def save_pretrained(
         self, save_directory: str | PathLike[str], is_main_process: bool = True, **options: Any
@@ -76,6 +90,9 @@ class Hosted(GraphModule):
             arguments = arguments_of(self._signature.forward, args, kwargs)
         except TypeError as error:
             raise CallError(f"{error}. The model's signature is forward{self._signature.forward}.") from None
+        count = next((spec for spec in self._signature.inputs if spec.key == COUNT), None)
+        if count is not None and arguments.get(COUNT) is not None:
+            arguments[COUNT] = _as(count.dtype, arguments[COUNT], self.device)
         return {name: value for name, value in arguments.items() if value is not None}
 
     def _cached(self, arguments: dict[str, Any]) -> Any:
@@ -108,6 +125,12 @@ class Hosted(GraphModule):
             if value is None and spec.fill is not None:
                 value = tensors[i] = fill(spec.fill, mask, before, like.shape[1], spec.dtype)
             mask = value if spec.fill == "ones" and value is not None else mask
+
+
+def _as(dtype: torch.dtype, value: Tensor | float, device: torch.device) -> Tensor:
+    """A number as a tensor; an integer fits every dtype, a fraction none of integers."""
+    found = torch.as_tensor(value, device=device)
+    return found.to(dtype) if dtype.is_floating_point or not found.is_floating_point() else found
 
 
 def _take(arguments: dict[str, Any], name: str, traced: Any) -> Any:

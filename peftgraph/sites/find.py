@@ -392,13 +392,13 @@ Ports = dict[str, fx.Node | None]
 
 
 def _looks_up_input(index: fx.Node) -> bool:
-    """An index that is an input, up to layout, casts and masking; positions counted from a mask are none."""
+    """An index that is an input, up to layout, casts and masking; positions, counted or given, are none."""
     through = ops.LAYOUT | ops.CAST | {"masked_fill", "where", "clamp", "copy", "new_zeros", "fill", "clamp_min"}
     todo, seen = [index], set[fx.Node]()
     while todo:
         node = todo.pop()
         if node.op == "placeholder":
-            return True
+            return not node.meta.get("fill")
         if node not in seen and ops.name(node) in through:
             seen.add(node)
             todo.extend(node.all_input_nodes if ops.name(node) != "where" else node.all_input_nodes[1:])

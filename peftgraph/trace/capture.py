@@ -262,7 +262,7 @@ def _signature(graph: fx.Graph, exported: ExportedProgram, bound: Example) -> Si
         optional = parameter is None or parameter.default is not parameter.empty
         fill = bound.fills.get(leaf.argument)
         inputs.append(Input(node.name, leaf.key, leaf.argument, leaf.value.dtype, dims, optional, fill))
-        node.meta["label"] = leaf.key
+        node.meta |= {"label": leaf.key, "fill": fill}
     ranges = {}
     for symbol, span in exported.range_constraints.items():
         if str(symbol) in symbols:

@@ -37,16 +37,15 @@ def tokens(net: Any, inputs: dict[str, Tensor], count: int = 9, **options: Any) 
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "mixtral"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
 def test_tokens_of_the_base(name: str, mode: str) -> None:
-    model, net = zoo.build(name), zoo.cached(name).module()
+    model, net = zoo.build(name, dtype=F64), zoo.cached(name).module()
     for inputs in (prompt(), prompt(padded=False)):
         assert torch.equal(tokens(net, inputs, **MODES[mode]), tokens(model, inputs, **MODES[mode]))
 
 
 SLIDING = {
     "Mistral": {},
-    "Gemma2": {"head_dim": 8},
     "Gemma3Text": {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]},
 }
 
@@ -79,7 +78,7 @@ def test_positions_that_a_model_counts_under_its_mask() -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_one_graph_serves_first_and_later_calls(name: str) -> None:
     """In any number of pieces, a text has the logits that it has in one; a later piece is no approximation."""
-    program = zoo.cached(name, F64)
+    program = zoo.cached(name)
     net, whole = program.module().eval(), zoo.example(name, 2, 12, F64, masked=False)
     expected = zoo.build(name, dtype=F64)(**whole).logits
     assert torch.equal(net(**whole).logits, expected)
@@ -94,7 +93,7 @@ def test_one_graph_serves_first_and_later_calls(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_sites_and_parameters_are_those_of_the_plain_trace(name: str) -> None:
-    plain, cached = zoo.traced(name), zoo.cached(name)
+    plain, cached = zoo.traced(name, dtype=F64), zoo.cached(name)
     assert str(cached.sites) == str(plain.sites)
     methods = (LoRA(at="attention.*|ffn.*", rank=2), IA3(), ParallelAdapter(width=4), Prefix(length=3, hidden=None))
     assert list(cached.apply(*methods).table) == list(plain.apply(*methods).table)
@@ -113,11 +112,12 @@ METHODS: dict[str, pg.Pass] = {
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_methods_decode_as_they_read(name: str, method: str) -> None:
     """Greedy tokens, step by step with a cache, are the best continuation when the whole text is read at once."""
-    tuned = zoo.randomise(zoo.cached(name, F64).apply(METHODS[method]), 0.5)
+    tuned = zoo.randomise(zoo.cached(name).apply(METHODS[method]), 0.5)
     net = tuned.module().eval()
     inputs = prompt()
     found = tokens(net, inputs)
-    assert not torch.equal(found, tokens(zoo.cached(name, F64).module(), inputs))
+    base = zoo.cached(name).module().eval()
+    assert not torch.allclose(net(**inputs).logits, base(**inputs).logits, rtol=1e-3)
     assert torch.equal(found, tokens(net, inputs, use_cache=False))
     assert torch.equal(found[:, 7:], greedy(net, inputs, 9))
 
@@ -134,13 +134,13 @@ def greedy(net: nn.Module, inputs: dict[str, Tensor], count: int) -> Tensor:
 
 
 def test_folded_programs_generate() -> None:
-    tuned = zoo.randomise(zoo.cached("llama", F64).apply(LoRA(rank=2)))
+    tuned = zoo.randomise(zoo.cached("llama").apply(LoRA(rank=2)))
     merged = pg.fold(tuned).module()
     assert torch.equal(tokens(merged, prompt()), tokens(tuned.module(), prompt()))
 
 
 def test_training_with_a_cache_among_the_inputs_is_training_without() -> None:
-    plain, cached = (made("llama", F64).apply(LoRA(rank=2)) for made in (zoo.traced, zoo.cached))
+    plain, cached = (one.apply(LoRA(rank=2)) for one in (zoo.traced("llama", dtype=F64), zoo.cached("llama")))
     with torch.no_grad():
         for name, parameter in zoo.randomise(plain).table.trainable.items():
             cached.table.trainable[name].copy_(parameter)
@@ -154,14 +154,14 @@ def test_training_with_a_cache_among_the_inputs_is_training_without() -> None:
 
 
 def test_a_module_stands_where_the_model_stood() -> None:
-    model, net = zoo.build("llama"), zoo.cached("llama").module().eval()
+    model, net = zoo.build("llama", dtype=F64), zoo.cached("llama").module().eval()
     assert isinstance(net, transformers.LlamaForCausalLM)
     assert net.config.to_dict() == model.config.to_dict()
     assert net.generation_config.to_dict() == model.generation_config.to_dict()
     assert (net.device, net.dtype) == (model.device, model.dtype)
     assert net.to(torch.bfloat16).dtype == torch.bfloat16
     assert torch.equal(tokens(net, prompt()), tokens(model.to(torch.bfloat16), prompt()))
-    inputs = zoo.example("llama")
+    inputs = zoo.example("llama", masked=False)
     kept = net(**inputs, logits_to_keep=2, return_dict=False, use_cache=False)
     assert torch.equal(kept[0], model(**inputs, logits_to_keep=2).logits)
     assert len(kept) == 1
@@ -172,7 +172,5 @@ def test_caches_that_a_graph_cannot_take() -> None:
     static = StaticCache(config=net.config, max_cache_len=32)
     with pytest.raises(pg.CallError, match=r"is a StaticCache; this program takes a DynamicCache\(\)"):
         net(**inputs, **{CACHE: static})
-    plain = zoo.traced("llama").module().eval()
-    with pytest.raises(pg.CallError, match="cannot take use_cache=True: it was traced with use_cache=False"):
-        tokens(plain, inputs)
-    assert torch.equal(tokens(plain, inputs, use_cache=False), tokens(net, inputs))
+    with pytest.raises(pg.CallError, match="of LlamaForCausalLM was traced without a cache. Trace it with use_cache=True"):
+        tokens(zoo.traced("llama", dtype=F64).module(), inputs)

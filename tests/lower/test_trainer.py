@@ -17,6 +17,8 @@ from transformers import Trainer, TrainingArguments
 import peftgraph as pg
 from peftgraph.passes import LoRA
 
+# peft asks the model in a way that transformers is about to rename
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 Row = dict[str, Tensor]
 
 
@@ -34,19 +36,19 @@ def rows(count: int = 12, labels: bool = True) -> list[Row]:
 
 
 @cache
-def traced(dtype: torch.dtype) -> pg.Program:
-    example = transformers.default_data_collator(rows(3)) | {"num_items_in_batch": torch.tensor(9)}
-    return pg.trace(zoo.build("llama", dtype=dtype), example)
+def traced() -> pg.Program:
+    example = transformers.default_data_collator(rows(3)) | {"num_items_in_batch": torch.tensor(9.0)}
+    return pg.trace(zoo.build("llama", dtype=torch.float64), example)
 
 
-def tuned(dtype: torch.dtype = torch.float64, seed: int = 0) -> pg.Program:
+def tuned(seed: int = 0) -> pg.Program:
     torch.manual_seed(seed)
-    return zoo.randomise(traced(dtype).apply(LoRA(rank=2, alpha=4.0)))
+    return zoo.randomise(traced().apply(LoRA(rank=2, alpha=4.0)))
 
 
-def with_peft(program: pg.Program, dtype: torch.dtype) -> Any:
+def with_peft(program: pg.Program) -> Any:
     config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"])
-    theirs: Any = peft.get_peft_model(zoo.build("llama", dtype=dtype), config)
+    theirs: Any = peft.get_peft_model(zoo.build("llama", dtype=torch.float64), config)
     with torch.no_grad():
         for name, ours in program.table.trainable.items():
             theirs.get_parameter(their(name)).copy_(ours)
@@ -60,7 +62,7 @@ def their(name: str) -> str:
 def trainer(net: Any, where: Path, data: list[Row] | None = None, **options: Any) -> Trainer:
     arguments = TrainingArguments(
         str(where), use_cpu=True, max_steps=4, per_device_train_batch_size=2, learning_rate=0.02, logging_steps=1,
-        report_to=[], save_strategy="no", disable_tqdm=True, **options,
+        report_to=[], disable_tqdm=True, **{"save_strategy": "no", **options},
     )  # fmt: skip
     return Trainer(net, arguments, train_dataset=rows() if data is None else data)
 
@@ -69,22 +71,24 @@ def losses(one: Trainer) -> list[float]:
     return [entry["loss"] for entry in one.state.log_history if "loss" in entry]
 
 
+# The Trainer sums losses in float32, so that weights are the sharper evidence.
 OPTIONS: dict[str, tuple[dict[str, Any], torch.dtype, float]] = {
-    "plain": ({}, torch.float64, 1e-12),
-    "accumulation": ({"gradient_accumulation_steps": 3}, torch.float64, 1e-12),
-    "smoothing": ({"label_smoothing_factor": 0.1}, torch.float64, 1e-12),
-    "bf16": ({"bf16": True}, torch.float32, 2e-2),
+    "plain": ({}, torch.float64, 1e-6),
+    "accumulation": ({"gradient_accumulation_steps": 3}, torch.float64, 1e-6),
+    "smoothing": ({"label_smoothing_factor": 0.1}, torch.float64, 1e-6),
+    "bf16": ({"bf16": True}, torch.float32, 3e-3),
 }
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_training_curves_are_peft_s(option: str, tmp_path: Path) -> None:
     options, dtype, tolerance = OPTIONS[option]
-    program = tuned(dtype)
-    both = [trainer(net, tmp_path, **options) for net in (with_peft(program, dtype), program.module())]
-    for one in both:
-        one.train()
-    found, expected = losses(both[1]), losses(both[0])
+    program = tuned()
+    both = []
+    for net in (with_peft(program), program.module()):  # each seeds what is drawn for it
+        both.append(trainer(net.to(dtype), tmp_path, **options))
+        both[-1].train()
+    expected, found = (losses(one) for one in both)
     assert len(found) == 4
     assert found == pytest.approx(expected, rel=tolerance)
     if dtype == torch.float64:
@@ -95,28 +99,23 @@ def test_training_curves_are_peft_s(option: str, tmp_path: Path) -> None:
 def test_a_resumed_run_ends_at_the_same_bits_and_writes_the_adapter(tmp_path: Path) -> None:
     whole, half = tuned(), tuned()
     options = {"save_strategy": "steps", "save_steps": 2}
-    for program in (whole, half):
-        net = program.module()
-        arguments = TrainingArguments(
-            str(tmp_path / str(id(program))), use_cpu=True, max_steps=4, per_device_train_batch_size=2,
-            learning_rate=0.02, report_to=[], disable_tqdm=True, **options,
-        )  # fmt: skip
-        Trainer(net, arguments, train_dataset=rows()).train()
+    one = trainer(whole.module(), tmp_path / "whole")
+    one.train()
+    trainer(half.module(), tmp_path / "half", **options).train()
     again = tuned(seed=1)
-    place = tmp_path / str(id(half))
-    one = trainer(again.module(), place)
-    one.train(resume_from_checkpoint=str(place / "checkpoint-2"))
+    one = trainer(again.module(), tmp_path / "half")
+    one.train(resume_from_checkpoint=str(tmp_path / "half" / "checkpoint-2"))
     for name, expected in whole.table.trainable.items():
         assert torch.equal(again.table.trainable[name], expected), name
     one.save_model(str(tmp_path / "adapter"))
-    loaded = traced(torch.float64).load_adapter(tmp_path / "adapter")
+    loaded = traced().load_adapter(tmp_path / "adapter")
     for name, expected in whole.table.trainable.items():
         assert torch.equal(loaded.table.trainable[name], expected), name
 
 
 def test_evaluation_with_and_without_labels(tmp_path: Path) -> None:
     program = tuned()
-    net, theirs = program.module(), with_peft(program, torch.float64)
+    net, theirs = program.module(), with_peft(program)
     both = [trainer(one, tmp_path, per_device_eval_batch_size=4) for one in (net, theirs)]
     ours, expected = (one.evaluate(rows(5))["eval_loss"] for one in both)
     assert ours == pytest.approx(expected, rel=1e-12)

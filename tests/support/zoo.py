@@ -191,8 +191,8 @@ def _traced(name: str, attn: str, dtype: torch.dtype) -> pg.Program:
 
 
 @cache
-def cached(name: str, dtype: torch.dtype = torch.float32) -> pg.Program:
-    """As `traced`, with a cache of keys and values among the inputs and outputs."""
+def cached(name: str, dtype: torch.dtype = torch.float64) -> pg.Program:
+    """As `traced`, in float64, with a cache of keys and values among the inputs and outputs."""
     return pg.trace(build(name, dtype=dtype), {**example(name, dtype=dtype), "use_cache": True})
 
 
