@@ -12,8 +12,12 @@ from .houlsby import Houlsby as Houlsby
 from .ia3 import IA3 as IA3
 from .lora import LoRA as LoRA
 from .loreft import LoReFT as LoReFT
+from .mam import MAM as MAM
 from .parallel_adapter import ParallelAdapter as ParallelAdapter
 from .pfeiffer import Pfeiffer as Pfeiffer
 from .prefix import Prefix as Prefix
 from .prompt import Prompt as Prompt
+from .ptuning import PTuning as PTuning
 from .serial_adapter import SerialAdapter as SerialAdapter
+from .unipelt import UniPELT as UniPELT
+from .zero_init_prefix import ZeroInitPrefix as ZeroInitPrefix

@@ -62,7 +62,11 @@ class Pfeiffer(pg.Pass):
     def rules(self) -> list[pg.Rule]:
         """One rule: add the bottleneck of the normed residual sum to the residual sum."""
         reason = "its nonlinearity stands between it and every weight"
-        return [pg.Rule(at=self.at, delta=self.delta, join=pg.Add("join"), fold=reason)]
+        return [pg.Rule(at=self.at, delta=self.delta, join=pg.Add("join"), fold=reason, reads=self.normed)]
+
+    def normed(self, m: pg.Match, op: pg.Builder) -> fx.Node:
+        """N(s)."""
+        return op.once(f"{m.site.id}.normed", lambda: m.normed(op, m.value("join")))
 
     def delta(self, m: pg.Match, op: pg.Builder) -> fx.Node:
         """The bottleneck of N(s)."""
@@ -71,4 +75,4 @@ class Pfeiffer(pg.Pass):
         self.require(
             len(twins) == 1, f"{' and '.join(twins)} end in one residual sum; choose one of them for the adapter."
         )
-        return self.bottleneck.build(op, m.normed(op, m.value("join")), m.features)
+        return self.bottleneck.build(op, self.normed(m, op), m.features)

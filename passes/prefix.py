@@ -55,24 +55,25 @@ class Prefix(pg.Pass):
         self.require(0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}.")
 
     def rules(self) -> list[pg.Rule]:
-        """One rule: compute the attention over the longer keys and values."""
+        """One rule: put the rows in front of the keys and values."""
         reason = "the prefix is attended to, and no weight holds rows of keys or values"
-        return [pg.Rule(at=self.at, delta=self.delta, join=pg.Replace(), fold=reason)]
+        return [pg.Rule(at=self.at, delta=self.delta, join=pg.Rows(), fold=reason, reads=self.attended)]
 
     def finalized(self) -> Self:
         """The same prefix without the MLP."""
         return replace(self, hidden=None)
 
-    def delta(self, m: pg.Match, op: pg.Builder) -> fx.Node:
-        """softmax(q [P_K; K]^T + [0, mask]) [P_V; V]."""
+    def delta(self, m: pg.Match, op: pg.Builder) -> dict[str, fx.Node]:
+        """P_K and P_V by head, (1, G, L, F)."""
         sizes = {"prefix_k": pg.key_heads(m), "prefix_v": pg.value_heads(m)}
         rows = self.direct(op, sizes) if self.hidden is None else self.projected(m, op, sizes)
-        by_head: list[fx.Node] = []
-        for name, (heads, features) in sizes.items():
+        by_head: dict[str, fx.Node] = {}
+        for port, name in (("keys", "prefix_k"), ("values", "prefix_v")):
+            heads, features = sizes[name]
             dropped = op.dropout(rows[name], self.dropout)
             apart_1LGF = op.call(aten.view.default, dropped, [1, self.length, heads, features])
-            by_head.append(op.call(aten.transpose.int, apart_1LGF, 1, 2))
-        return pg.prepend(m, op, *by_head)
+            by_head[port] = op.call(aten.transpose.int, apart_1LGF, 1, 2)
+        return by_head
 
     def direct(self, op: pg.Builder, sizes: Mapping[str, tuple[int, int]]) -> dict[str, fx.Node]:
         """P_K and P_V, (L, G F) each, as parameters."""
@@ -100,7 +101,15 @@ class Prefix(pg.Pass):
 
     def width(self, m: pg.Match) -> int:
         """D: the features that the first projection of queries reads."""
-        queries = m.related(pg.attention.q)
+        return self.queries(m, same_layer=False).shape[1]
+
+    def attended(self, m: pg.Match, op: pg.Builder) -> fx.Node:
+        """What the attention's queries are made of."""
+        return self.queries(m, same_layer=True).input
+
+    def queries(self, m: pg.Match, same_layer: bool) -> pg.Match:
+        """The first projection of queries of the site's kind, or of any."""
+        queries = m.related(pg.attention.q, same_layer)
         self.require(bool(queries), f"no projection gives the queries of {m.site.id}; use hidden=none.")
         beside = [one for one in queries if (one.site.stack, one.site.kind) == (m.site.stack, m.site.kind)]
-        return (beside or queries)[0].shape[1]
+        return (beside or queries)[0]

@@ -19,7 +19,11 @@ from peftgraph.program import fold as fold
 from peftgraph.program import trace as trace
 from peftgraph.rewrite.bottleneck import Bottleneck as Bottleneck
 from peftgraph.rewrite.lengthen import Lengthening as Lengthening
+from peftgraph.rewrite.lengthen import at_tokens as at_tokens
 from peftgraph.rewrite.lengthen import lengthened as lengthened
+from peftgraph.rewrite.gate import Gate as Gate
+from peftgraph.rewrite.gate import gated as gated
+from peftgraph.rewrite.gate import mean_over as mean_over
 from peftgraph.rewrite.low_rank import LowRank as LowRank
 from peftgraph.rewrite.match import Match as Match
 from peftgraph.rewrite.method import Pass as Pass
@@ -30,6 +34,8 @@ from peftgraph.rewrite.orthonormal import orthonormal as orthonormal
 from peftgraph.rewrite.orthonormal import orthonormal_rows as orthonormal_rows
 from peftgraph.rewrite.positions import first_and_last as first_and_last
 from peftgraph.rewrite.positions import real_positions as real_positions
+from peftgraph.rewrite.prepend import Rows as Rows
+from peftgraph.rewrite.prepend import attend as attend
 from peftgraph.rewrite.prepend import key_heads as key_heads
 from peftgraph.rewrite.prepend import prepend as prepend
 from peftgraph.rewrite.prepend import value_heads as value_heads

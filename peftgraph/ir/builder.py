@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from peftgraph.errors import Conflict
-from peftgraph.ir.propagate import Inference, fake_like, same_meta
 from peftgraph.ir.literals import FORMS
+from peftgraph.ir.propagate import Inference, fake_like, same_meta
 from peftgraph.ir.table import Entry
 
 aten = torch.ops.aten

@@ -10,16 +10,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from peftgraph.ir.builder import Builder
 from peftgraph.ir.run import evaluate
+from peftgraph.rewrite.match import INPUT, Match
 from peftgraph.sites import ops
 
-if TYPE_CHECKING:
-    from peftgraph.rewrite.match import Match
+aten = torch.ops.aten
 
 ANGLES = ops.LAYOUT | ops.CAST | ops.SCALE | ops.CONTRACTION | {"add", "sub"}
 STRAIGHT = ops.LAYOUT | ops.CAST | {"add", "clamp", "where"}
@@ -79,6 +80,11 @@ def inputs_along(m: Match, length: Any) -> Inputs:
         masks[0] if masks else None,
         tuple(tables.items()),
     )
+
+
+def tokens(m: Match, op: Builder, mask: Mask) -> fx.Node:
+    """(B, T) booleans: which positions hold tokens, as an input says it."""
+    return op.call(aten.eq.Scalar if mask.hides else aten.ne.Scalar, m.value(INPUT + mask.name), 0)
 
 
 def same_size(a: Any, b: Any) -> bool:

@@ -16,7 +16,7 @@ from torch import fx
 
 from peftgraph.errors import PeftGraphError
 from peftgraph.ir.builder import Builder
-from peftgraph.rewrite.inputs import Inputs, Mask, inputs_along, same_size
+from peftgraph.rewrite.inputs import Inputs, Mask, inputs_along, same_size, tokens
 from peftgraph.rewrite.match import INPUT, RESULT, Match
 from peftgraph.rewrite.rule import Replace, Rule
 from peftgraph.sites import ops
@@ -127,9 +127,7 @@ class Lengthening:
         return None if mask is None else op.once(f"{m.site.id}.start", lambda: self._behind_padding(m, op, mask))
 
     def _behind_padding(self, m: Match, op: Builder, mask: Mask) -> fx.Node:
-        x = m.value(INPUT + mask.name)
-        open_BT = op.call(aten.eq.Scalar if mask.hides else aten.ne.Scalar, x, 0)
-        closed_BT = op.call(aten.eq.Scalar, op.call(aten.cumsum.default, open_BT, 1), 0)
+        closed_BT = op.call(aten.eq.Scalar, op.call(aten.cumsum.default, tokens(m, op, mask), 1), 0)
         inner_BT = op.call(aten.slice.Tensor, closed_BT, 1, 0, -1)  # an example of nothing but padding keeps one token
         padding_B1 = op.call(aten.sum.dim_IntList, inner_BT, [1], True)
         return op.call(aten.add.Scalar, padding_B1, self.after) if self.after else padding_B1
@@ -139,8 +137,8 @@ class Lengthening:
         start = self._start(m, op, inputs)
 
         def number() -> fx.Node:
-            tokens = op.call(aten.sym_size.int, m.value(INPUT + inputs.along[0]), 1)
-            places = self._upto(op, op.call(operator.add, tokens, self.rows))
+            count = op.call(aten.sym_size.int, m.value(INPUT + inputs.along[0]), 1)
+            places = self._upto(op, op.call(operator.add, count, self.rows))
             if start is None:
                 return op.call(aten.sub.Scalar, places, self.after) if self.after else places
             return op.call(aten.sub.Tensor, places, start)
@@ -257,3 +255,29 @@ def lengthened(
         Rule(delta=inputs, join=Replace("input"), **more),
         Rule(delta=embedded, join=Replace(), **more),
     ]
+
+
+def at_tokens(at: Selector, token: int, rows: Callable[[Match, Builder], fx.Node], reason: str) -> Rule:
+    """The rule that embeds the k-th `token` of each example as the k-th row, and those beyond the last row as before.
+
+    Args:
+        at: embeddings.
+        token: a number, which may lie beyond the table.
+        rows: builds the rows, (L, D).
+        reason: why they do not fold.
+    """
+
+    def placed(m: Match, op: Builder) -> Mapping[str, fx.Node]:
+        rows_LD, tokens_BT = rows(m, op), m.input
+        here_BT = op.call(aten.eq.Scalar, tokens_BT, token)
+        number_BT = op.call(aten.sub.Scalar, op.call(aten.cumsum.default, here_BT, -1), 1)
+        count = int(rows_LD.meta["val"].shape[0])
+        here_BT = op.call(aten.logical_and.default, here_BT, op.call(aten.lt.Scalar, number_BT, count))
+        row_BTD = op.call(aten.embedding.default, rows_LD, op.call(aten.clamp.default, number_BT, 0, count - 1))
+        embedded = op.call(aten.where.self, op.call(aten.unsqueeze.default, here_BT, -1), row_BTD, m.output)
+        size = m.shape[1]
+        known = {"input": op.call(aten.clamp.default, tokens_BT, None, size - 1)} if token >= size else {}
+        return known | {"output": embedded}
+
+    lacking = "embeds tokens that are an input of the model"
+    return Rule(at=at, delta=placed, join=Replace(), fold=reason, where=embeds_tokens, lacking=lacking, level=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -69,6 +70,26 @@ def _heads_of(m: Match, port: str) -> tuple[int, int]:
     return int(shape[1]), int(shape[3])
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Keys and values in front of an attention's own: the delta gives both, `{"keys": ..., "values": ...}`.
+
+    Both are (1, G, L, D), or (B, G, L, D) for rows that differ by example, as `key_heads` and `value_heads` give G, D.
+    """
+
+    port: str = "output"
+
+    def entered(self, m: Match, op: Builder, delta: fx.Node | Mapping[str, fx.Node]) -> dict[str, fx.Node]:
+        """The attention's output over the longer keys and values."""
+        assert isinstance(delta, Mapping), "rows are keys and values"
+        return {self.port: prepend(m, op, delta["keys"], delta["values"])}
+
+    def gated(self, m: Match, op: Builder, delta: fx.Node | Mapping[str, fx.Node], gate: fx.Node) -> dict[str, fx.Node]:
+        """Both times the gate."""
+        assert isinstance(delta, Mapping), "rows are keys and values"
+        return {name: op.mul(rows, gate) for name, rows in delta.items()}
+
+
 def prepend(m: Match, op: Builder, keys_1GLD: fx.Node, values_1GLD: fx.Node) -> fx.Node:
     """The attention's output when every query also attends to L rows in front of the model's own keys and values.
 
@@ -86,19 +107,39 @@ def prepend(m: Match, op: Builder, keys_1GLD: fx.Node, values_1GLD: fx.Node) -> 
         PeftGraphError: the attention is written in a form that rows cannot be added to.
         Conflict: another pass replaced this attention.
     """
-    for heads in (key_heads, value_heads):
-        heads(m)
-    core, output = m.names[m.site.op], m.names[m.port("output")]
     other = m.changed_by("output")
     if other is not None:
         raise Conflict(
             f"{op.maker} computes {m.site.id} anew, but {other} changed its output already. Apply {m.site.role} passes "
             "in the other order, or one of them."
         )
+    return _computed(m, op, keys_1GLD, values_1GLD, alone=False)
+
+
+def attend(m: Match, op: Builder, keys_1GLD: fx.Node, values_1GLD: fx.Node) -> fx.Node:
+    """What the queries of an attention get from L rows of keys and values alone: softmax(q P_K^T) P_V, scaled as the
+    model scales its own scores.
+
+    Args:
+        m: a match of `attention.core`.
+        op: the builder of the edit.
+        keys_1GLD: (1, G, L, D), G and D as `key_heads` gives them.
+        values_1GLD: (1, G, L, D), as `value_heads` gives them.
+
+    Raises:
+        PeftGraphError: the attention is written in a form that rows cannot be led into.
+    """
+    return _computed(m, op, keys_1GLD, values_1GLD, alone=True)
+
+
+def _computed(m: Match, op: Builder, keys: fx.Node, values: fx.Node, alone: bool) -> fx.Node:
+    for heads in (key_heads, value_heads):
+        heads(m)
+    core = m.names[m.site.op]
     if core.target is FUSED:
-        return _fused(m, op, core, keys_1GLD, values_1GLD)
+        return _fused_alone(m, op, core, keys, values) if alone else _fused(m, op, core, keys, values)
     if core.target in (aten.softmax.int, aten._softmax.default):
-        return _written(m, op, core, output, keys_1GLD, values_1GLD)
+        return _written(m, op, core, keys, values, alone)
     raise _refusal(m, core)
 
 
@@ -112,12 +153,8 @@ def _refusal(m: Match, node: fx.Node) -> PeftGraphError:
 
 def _for_queries(op: Builder, rows_1GLD: fx.Node, heads: int) -> fx.Node:
     """(1, G, L, D) -> (1, H, L, D): each head of keys in place for the queries that share it."""
-    _, groups, length, features = rows_1GLD.meta["val"].shape
-    if groups == heads:
-        return rows_1GLD
-    apart = op.call(aten.unsqueeze.default, rows_1GLD, 2)
-    spread = op.call(aten.expand.default, apart, [1, groups, heads // groups, length, features])
-    return op.call(aten.reshape.default, spread, [1, heads, length, features])
+    groups = int(rows_1GLD.meta["val"].shape[1])
+    return rows_1GLD if groups == heads else op.call(aten.repeat_interleave.self_int, rows_1GLD, heads // groups, 1)
 
 
 def _by_head(m: Match, op: Builder, value: fx.Node) -> fx.Node:
@@ -134,10 +171,14 @@ def _like(op: Builder, value: fx.Node, by_head: fx.Node) -> fx.Node:
 def _in_front(m: Match, op: Builder, rows_1GLD: fx.Node, value: fx.Node) -> fx.Node:
     """[rows; value] along the positions, in every example of the batch."""
     value_BHTD = _by_head(m, op, value)
+    return _like(op, value, op.call(aten.cat.default, [_instead(op, rows_1GLD, value_BHTD), value_BHTD], -2))
+
+
+def _instead(op: Builder, rows_1GLD: fx.Node, value_BHTD: fx.Node) -> fx.Node:
+    """The rows in every example of the batch, and for every head."""
     rows = _for_queries(op, rows_1GLD, int(value_BHTD.meta["val"].shape[1]))
     batch = op.call(aten.sym_size.int, value_BHTD, 0)
-    rows = op.call(aten.expand.default, rows, [batch, -1, -1, -1])
-    return _like(op, value, op.call(aten.cat.default, [rows, value_BHTD], -2))
+    return op.call(aten.expand.default, rows, [batch, -1, -1, -1])
 
 
 # fused attention
@@ -160,6 +201,13 @@ def _fused(m: Match, op: Builder, core: fx.Node, keys: fx.Node, values: fx.Node)
     return op.call(aten.slice.Tensor, out, -2, length, 2**63 - 1) if causal else out
 
 
+def _fused_alone(m: Match, op: Builder, core: fx.Node, keys: fx.Node, values: fx.Node) -> fx.Node:
+    q = m.value("q")
+    rows = [_instead(op, one, q) for one in (keys, values)]
+    named = {name: value for name, value in core.kwargs.items() if name in ("scale", "dropout_p")}
+    return op.call(FUSED, q, *rows, None, *core.args[4:5], **named)
+
+
 def _opened(op: Builder, mask: fx.Node, k: fx.Node, length: int) -> fx.Node:
     """A mask with open columns in front, of any number of leading axes."""
     value = mask.meta["val"]
@@ -173,8 +221,8 @@ def _opened(op: Builder, mask: fx.Node, k: fx.Node, length: int) -> fx.Node:
 # attention written out
 
 
-def _written(m: Match, op: Builder, core: fx.Node, output: fx.Node, keys: fx.Node, values: fx.Node) -> fx.Node:
-    product, scores = m.names[m.site.ports["product"]], core.args[0]
+def _written(m: Match, op: Builder, core: fx.Node, keys: fx.Node, values: fx.Node, alone: bool) -> fx.Node:
+    product, scores, output = m.names[m.site.ports["product"]], core.args[0], m.names[m.port("output")]
     assert isinstance(scores, fx.Node)
     q, v = m.value("q"), m.value("v")
     axis = core.args[1] if isinstance(core.args[1], int) else 0
@@ -184,8 +232,10 @@ def _written(m: Match, op: Builder, core: fx.Node, output: fx.Node, keys: fx.Nod
     if q.meta["val"].dim() == 3 and m.site.heads is None:
         raise _refusal(m, q)
     own = _scaled(m, op, product, scores, _own_scores(m, op, product, q, keys))
-    wider = op.call(aten.cat.default, [own, scores], -1)
-    copies = {scores: wider, v: _in_front(m, op, values, v)}
+    if alone:
+        copies = {scores: own, v: _like(op, v, _instead(op, values, _by_head(m, op, v)))}
+    else:
+        copies = {scores: op.call(aten.cat.default, [own, scores], -1), v: _in_front(m, op, values, v)}
     for node in _tensors(op.between(scores, output)):
         if node is core or node.target in WEIGHTS:
             copies[node] = op.copy(node, copies)

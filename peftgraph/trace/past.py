@@ -113,7 +113,9 @@ def _free_size(example: Example, shapes: list[Any], length: int) -> int:
     return next(prime for prime in PRIMES if not taken & {prime, prime + length})
 
 
-def _random(shape: torch.Size, dtype: torch.dtype, device: torch.device, length: int, source: torch.Generator) -> Tensor:
+def _random(
+    shape: torch.Size, dtype: torch.dtype, device: torch.device, length: int, source: torch.Generator
+) -> Tensor:
     sizes = (*shape[:-2], length, shape[-1])
     if device.type == "meta":
         return torch.empty(sizes, dtype=dtype, device=device)

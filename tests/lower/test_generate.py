@@ -172,5 +172,7 @@ def test_caches_that_a_graph_cannot_take() -> None:
     static = StaticCache(config=net.config, max_cache_len=32)
     with pytest.raises(pg.CallError, match=r"is a StaticCache; this program takes a DynamicCache\(\)"):
         net(**inputs, **{CACHE: static})
-    with pytest.raises(pg.CallError, match="of LlamaForCausalLM was traced without a cache. Trace it with use_cache=True"):
+    with pytest.raises(
+        pg.CallError, match="of LlamaForCausalLM was traced without a cache. Trace it with use_cache=True"
+    ):
         tokens(zoo.traced("llama", dtype=F64).module(), inputs)

@@ -1,0 +1,90 @@
+"""UniPELT (Mao et al., 2022): several methods in one block, each behind a gate that reads the block's input.
+
+    join(y, delta)   ->   join(y, G delta),   G = mean over t of sigmoid(w x_t + b), one number for each example
+    no fold: the gate depends on the input
+
+Any methods that compute something: what LoRA and adapters add is multiplied by G, and so are the keys and values of a
+prefix. x is what the method reads: the attention's input for LoRA and the prefix, the adapter's own input for the
+adapter. G takes the place of LoRA's alpha / rank, so that alpha is the rank here. The mean of the paper and its code
+runs over padding too, and answers change with it: tokens_only=true takes it over tokens.
+gates: "method" is the paper's text, one for each method in a layer (and attention); "site" the code's, which has one for
+each of q and v; "shared" has one in a layer for all methods, which the paper's published counts have.
+Shapes: B batch, T positions, D features of x, w (1, D), b (1,). They start as torch.nn.Linear (the code starts those of
+the adapter normal with std 0.02 and b = 0).
+Source: arXiv 2110.07577, section 3.2; morningmoni/UniPELT, transformers/adapters/modeling.py and lora_layers.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Self
+
+from torch import Tensor, fx
+
+import peftgraph as pg
+
+from .lora import LoRA
+from .pfeiffer import Pfeiffer
+from .prefix import Prefix
+
+Make = Callable[[str, Sequence[int], Callable[[Tensor], None]], fx.Node]
+PARTS: tuple[pg.Pass, ...] = (LoRA(rank=8, alpha=8.0), Prefix(length=10, hidden=512), Pfeiffer(width=48))
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniPELT(pg.Pass):
+    """Gates over methods.
+
+    Attributes:
+        methods: the passes that are gated; of one sort, each needs a name.
+        gates: "method", "site" or "shared".
+        tokens_only: whether the mean leaves padding out.
+    """
+
+    word = "unipelt"
+    methods: tuple[pg.Pass, ...] = PARTS
+    gates: Literal["method", "site", "shared"] = "method"
+    tokens_only: bool = False
+
+    def check(self) -> None:
+        """Refuses unknown words, no methods at all, pipelines, and two methods that cannot be told apart."""
+        self.require_one_of("gates", ("method", "site", "shared"))
+        self.require(len(self.methods) > 0, "it needs at least one method.")
+        for one in self.methods:
+            self.require(one.passes() == (one,), f"{one.word} is a pipeline; give its parts.")
+        labels = [(one.word, one.name) for one in self.methods]
+        self.require(len(set(labels)) == len(labels), "two of its methods are of one sort; give them different names.")
+
+    def rules(self) -> list[pg.Rule]:
+        """The rules of all methods, gated; parameters of the model that a method trains train as they do alone."""
+        return [
+            rule if rule.delta is None else pg.gated(rule, self.gate(one))
+            for one in self.methods
+            for rule in one.rules()
+        ]
+
+    def finalized(self) -> Self:
+        """The same gates over the methods as they are after training."""
+        return replace(self, methods=tuple(one.finalized() for one in self.methods))
+
+    def gate(self, method: pg.Pass) -> pg.Gate:
+        """G of one method."""
+
+        def gate(m: pg.Match, op: pg.Builder, x_BTD: fx.Node) -> fx.Node:
+            who = "" if self.gates == "shared" else "_".join(part for part in (method.word, method.name) if part)
+            if self.gates == "site":
+                return self.opening(m, op, x_BTD, op.param, f"{who}_gate")
+            where = [m.site.stack, None if m.site.layer is None else f"layer{m.site.layer}"]
+            where += [m.site.kind] if self.gates == "method" else []
+            name = "_".join(part for part in (*where, who, "gate") if part)
+            return op.once(name, lambda: self.opening(m, op, x_BTD, op.shared, name))
+
+        return gate
+
+    def opening(self, m: pg.Match, op: pg.Builder, x_BTD: fx.Node, make: Make, name: str) -> fx.Node:
+        """The mean of sigmoid(w x + b) over positions, (B,)."""
+        width = int(x_BTD.meta["val"].shape[-1])
+        weight_1D = make(f"{name}_weight", (1, width), pg.init.kaiming)
+        bias_1 = make(f"{name}_bias", (1,), pg.init.uniform(width**-0.5))
+        return pg.mean_over(m, op, op.activation("sigmoid", op.linear(x_BTD, weight_1D, bias_1)), self.tokens_only)

@@ -1,0 +1,95 @@
+"""LLaMA-Adapter (Zhang et al., 2023): a prefix of keys and values that enters through a gate, closed at first.
+
+    head   ->   head + g softmax(q P_K^T) P_V,     P_K = P W_k^T + b_k,  P_V = P W_v^T + b_v
+    no fold: the rows are attended to, and no weight holds rows of keys or values
+
+W_k and W_v are the model's own, frozen; the softmax over the rows is apart from the one over the tokens, and the rows
+carry no position. g starts at zero, so a fresh pass is the identity. The paper has a gate for each head; its code
+squashes it (tanh=true), and peft has one for each layer (gate="layer"). The paper puts prefixes into the upper layers, 30
+of 32: at="attention.core & layers(2,32)".
+Shapes: L length, D features that W_k and W_v read, P (L, D), G heads of keys, F features of one, H heads of queries,
+g (H,) or (1,). P starts standard normal.
+Source: arXiv 2303.16199, section 3.2, equations 5 to 8; ZrrSkywalker/LLaMA-Adapter, llama/model.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import fx
+
+import peftgraph as pg
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroInitPrefix(pg.Pass):
+    """Rows that each attention projects itself, behind a gate.
+
+    Attributes:
+        at: attention cores; of self-attention by default.
+        length: L, how many rows.
+        gate: one for each "head", or for each "layer".
+        tanh: whether the gate is squashed.
+    """
+
+    word = "zero_init_prefix"
+    at: pg.Selector = pg.attention.core & pg.kind("self")
+    length: int = 10
+    gate: Literal["head", "layer"] = "head"
+    tanh: bool = False
+
+    def check(self) -> None:
+        """Refuses a length below 1 and an unknown gate."""
+        self.require(self.length >= 1, f"length must be at least 1, got {self.length}.")
+        self.require_one_of("gate", ("head", "layer"))
+
+    def rules(self) -> list[pg.Rule]:
+        """One rule: add to the heads what the queries get from the rows."""
+        reason = "the rows are attended to, and no weight holds rows of keys or values"
+        return [pg.Rule(at=self.at, delta=self.delta, fold=reason)]
+
+    def delta(self, m: pg.Match, op: pg.Builder) -> fx.Node:
+        """g softmax(q P_K^T) P_V."""
+        keys, values = self.projection(m, pg.attention.k), self.projection(m, pg.attention.v)
+        self.require(
+            keys.shape[1] == values.shape[1],
+            f"the keys of {m.site.id} are made of {keys.shape[1]} features and its values of {values.shape[1]}.",
+        )
+        rows_LD = op.param("prefix", (self.length, keys.shape[1]), pg.init.normal(1.0))
+        heads = pg.attend(
+            m,
+            op,
+            self.projected(op, keys, rows_LD, pg.key_heads(m)),
+            self.projected(op, values, rows_LD, pg.value_heads(m)),
+        )
+        return op.mul(heads, self.opening(op, heads))
+
+    def opening(self, op: pg.Builder, heads: fx.Node) -> fx.Node:
+        """g, (H, 1, 1) or (1, 1, 1)."""
+        count = int(heads.meta["val"].shape[1]) if self.gate == "head" else 1
+        gate = op.param("gate", (count,), pg.init.zeros)
+        return op.call(aten.view.default, op.activation("tanh", gate) if self.tanh else gate, [count, 1, 1])
+
+    def projection(self, m: pg.Match, role: pg.Selector) -> pg.Match:
+        """The one projection that gives the keys, or the values, of an attention."""
+        found = [one for one in m.related(role, same_layer=True) if one.site.kind == m.site.kind]
+        self.require(
+            len(found) == 1, f"{m.site.id} has {len(found)} projections at {role}, and the rows go through one."
+        )
+        return found[0]
+
+    def projected(self, op: pg.Builder, one: pg.Match, rows_LD: fx.Node, sizes: tuple[int, int]) -> fx.Node:
+        """P W^T + b, (1, G, L, F)."""
+        heads, features = sizes
+        self.require(
+            one.shape[0] == heads * features,
+            f"{one.site.id} gives {one.shape[0]} features for {heads} heads of {features}.",
+        )
+        bias = None if one.bias is None else one.read(op, one.bias)
+        flat_LO = op.linear(rows_LD, one.read(op, one.weight), bias)
+        apart_1LGF = op.call(aten.view.default, flat_LO, [1, self.length, heads, features])
+        return op.call(aten.transpose.int, apart_1LGF, 1, 2)

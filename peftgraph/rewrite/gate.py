@@ -1,0 +1,76 @@
+"""Gates: a number for each example that says how much of what a method computes enters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from peftgraph.errors import PeftGraphError
+from peftgraph.ir.builder import Builder
+from peftgraph.rewrite.inputs import inputs_along, tokens
+from peftgraph.rewrite.match import INPUT, Match
+from peftgraph.rewrite.rule import Rule
+
+aten = torch.ops.aten
+
+Gate = Callable[[Match, Builder, fx.Node], fx.Node]
+
+
+def gated(rule: Rule, gate: Gate) -> Rule:
+    """The rule whose delta enters as much as a gate lets it: `join(y, delta)` -> `join(y, g(x) delta)`.
+
+    What is added is multiplied by g; of a factor f, 1 + g (f - 1) is left; of a value that replaces another, the way
+    from the other one is; of rows of keys and values, both are.
+
+    Args:
+        rule: any rule that computes something.
+        gate: gives g, (batch,), from the site, the builder and what the rule reads, x (batch, positions, features).
+
+    Raises:
+        PeftGraphError: the rule computes nothing anew, or (when it is applied) what it reads is no sequence by example.
+    """
+    build = rule.delta
+    if build is None:
+        raise PeftGraphError(f"The parameters at {rule.at} train in place: there is nothing that a gate could let in.")
+
+    def delta(m: Match, op: Builder) -> fx.Node | Mapping[str, fx.Node]:
+        change = build(m, op)
+        x = m.input if rule.reads is None else rule.reads(m, op)
+        shape = x.meta["val"].shape
+        if len(shape) != 3 or m.experts:
+            sizes = " x ".join(map(str, shape))
+            raise PeftGraphError(
+                f"{m.site.id} reads {sizes}, which is no (batch, positions, features): a gate is a number for each "
+                "example. Choose sites outside of routed experts and convolutions."
+            )
+        parts = [change] if isinstance(change, fx.Node) else change.values()
+        axes = max(part.meta["val"].dim() for part in (*parts, m.value(rule.join.port)))
+        opening = op.call(aten.reshape.default, gate(m, op, x), [-1, *[1] * (axes - 1)])
+        return rule.join.gated(m, op, change, opening)
+
+    return replace(rule, delta=delta, fold="a gate that reads the input stands before it", rank=None)
+
+
+def mean_over(m: Match, op: Builder, x_BT1: fx.Node, tokens_only: bool) -> fx.Node:
+    """The mean of x (B, T, 1) over the positions, (B,): over all of them, or over those that hold tokens.
+
+    All hold tokens where the model has no input that says otherwise.
+
+    Raises:
+        PeftGraphError: such an input is no (batch, positions).
+    """
+    x_BT, length = op.call(aten.squeeze.dim, x_BT1, -1), x_BT1.meta["val"].shape[1]
+    inputs = inputs_along(m, length) if tokens_only and not isinstance(length, int) else None
+    if inputs is not None:
+        for name in inputs.along:
+            if len(m.value(INPUT + name).meta["val"].shape) != 2:
+                raise PeftGraphError(f"The input {name} is no (batch, positions): it is not known what hides padding.")
+    if inputs is None or inputs.mask is None:
+        return op.call(aten.mean.dim, x_BT, [1])
+    real_BT = op.call(aten.to.dtype, tokens(m, op, inputs.mask), x_BT1.meta["val"].dtype)
+    total_B = op.call(aten.sum.dim_IntList, op.mul(x_BT, real_BT), [1])
+    count_B = op.call(aten.sum.dim_IntList, real_BT, [1])
+    return op.call(aten.div.Tensor, total_B, op.call(aten.clamp.default, count_B, 1.0))
