@@ -85,7 +85,7 @@ class LoReFT(pg.Pass):
     def rules(self) -> list[pg.Rule]:
         """One rule: the edited hidden state instead of h."""
         reason = "its edit holds at some positions only, and no one weight gives the hidden state"
-        return [pg.Rule(at=self.at, delta=self.delta, join=pg.Replace(), fold=reason)]
+        return [pg.Rule(at=self.at, delta=self.delta, join=pg.Replace(anew=False), fold=reason)]
 
     def finalized(self) -> Self:
         """The same edit with R itself as a parameter."""

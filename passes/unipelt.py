@@ -7,8 +7,8 @@ Any methods that compute something: what LoRA and adapters add is multiplied by 
 prefix. x is what the method reads: the attention's input for LoRA and the prefix, the adapter's own input for the
 adapter. G takes the place of LoRA's alpha / rank, so that alpha is the rank here. The mean of the paper and its code
 runs over padding too, and answers change with it: tokens_only=true takes it over tokens.
-gates: "method" is the paper's text, one for each method in a layer (and attention); "site" the code's, which has one for
-each of q and v; "shared" has one in a layer for all methods, which the paper's published counts have.
+gates: "method" is the paper's text, one for each method in a layer (and attention); "site" the code's, which has one
+for each of q and v; "shared" has one in a layer for all methods, which the paper's published counts have.
 Shapes: B batch, T positions, D features of x, w (1, D), b (1,). They start as torch.nn.Linear (the code starts those of
 the adapter normal with std 0.02 and b = 0).
 Source: arXiv 2110.07577, section 3.2; morningmoni/UniPELT, transformers/adapters/modeling.py and lora_layers.py.

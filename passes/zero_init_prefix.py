@@ -5,8 +5,8 @@
 
 W_k and W_v are the model's own, frozen; the softmax over the rows is apart from the one over the tokens, and the rows
 carry no position. g starts at zero, so a fresh pass is the identity. The paper has a gate for each head; its code
-squashes it (tanh=true), and peft has one for each layer (gate="layer"). The paper puts prefixes into the upper layers, 30
-of 32: at="attention.core & layers(2,32)".
+squashes it (tanh=true), and peft has one for each layer (gate="layer"). The paper puts prefixes into the upper layers,
+30 of 32: at="attention.core & layers(2,32)".
 Shapes: L length, D features that W_k and W_v read, P (L, D), G heads of keys, F features of one, H heads of queries,
 g (H,) or (1,). P starts standard normal.
 Source: arXiv 2303.16199, section 3.2, equations 5 to 8; ZrrSkywalker/LLaMA-Adapter, llama/model.py.

@@ -2,6 +2,7 @@
 
 from peftgraph import init as init
 from peftgraph import losses as losses
+from peftgraph import prompts as prompts
 from peftgraph.errors import AdapterError as AdapterError
 from peftgraph.errors import Ambiguous as Ambiguous
 from peftgraph.errors import CallError as CallError

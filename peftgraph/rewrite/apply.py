@@ -145,7 +145,7 @@ def _check_conflicts(program: ProgramData, method: Pass, chosen: list[tuple[int,
                 if name in trained:
                     other = program.history[trained[name].application].method
                     raise Conflict(f"{method} and {other} both train {name} (at {site.id}). Apply one of them.")
-        elif isinstance(rule.join, Replace):
+        elif isinstance(rule.join, Replace) and rule.join.anew:
             key = (site.id, rule.join.port)
             if key in replaced:
                 raise Conflict(
@@ -160,7 +160,7 @@ def _replaced(program: ProgramData) -> dict[tuple[str, str], Pass]:
     rules = [applied.method.rules() for applied in program.history]
     for edit in program.edits:
         join = rules[edit.application][edit.rule].join
-        if edit.moves and isinstance(join, Replace):
+        if edit.moves and isinstance(join, Replace) and join.anew:
             found[edit.site, join.port] = program.history[edit.application].method
     return found
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import TypeVar
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from peftgraph.errors import PeftGraphError
 from peftgraph.ir.modes import evaluated
 from peftgraph.ir.program import ProgramData
 from peftgraph.ir.run import evaluate
-from peftgraph.ir.table import Table
 from peftgraph.rewrite.apply import apply, remove
 from peftgraph.sites import Sites
 
@@ -29,7 +28,7 @@ def finalize(program: P, sites: Sites) -> P:
     if final == methods:
         raise PeftGraphError("There is nothing to finalise: no pass computes values from its parameters alone.")
     values = {name: entry.tensor.detach() for name, entry in program.table.items()}
-    values |= _derived(evaluated(program.graph), program.table)
+    values |= derived_values(program)
     while program.history:
         program = remove(program, sites, 0)
     with torch.random.fork_rng(devices=[]):  # initial values are overwritten: the user's generator stays put
@@ -41,6 +40,7 @@ def finalize(program: P, sites: Sites) -> P:
     return result
 
 
-def _derived(graph: fx.Graph, table: Table) -> dict[str, Tensor]:
-    """The values that `Builder.derived` marked, by the name they get as parameters."""
-    return {node.meta["derived"]: evaluate(node, {}, table) for node in graph.nodes if "derived" in node.meta}
+def derived_values(program: ProgramData) -> dict[str, Tensor]:
+    """The values that `Builder.derived` marked, by the names they get as parameters."""
+    nodes = [node for node in evaluated(program.graph).nodes if "derived" in node.meta]
+    return {node.meta["derived"]: evaluate(node, {}, program.table) for node in nodes}

@@ -16,6 +16,8 @@ from peftgraph.rewrite.rule import Rule
 
 aten = torch.ops.aten
 
+VIEWS = {aten.view.default, aten.reshape.default, aten.flatten.using_ints}
+
 Gate = Callable[[Match, Builder, fx.Node], fx.Node]
 
 
@@ -38,20 +40,31 @@ def gated(rule: Rule, gate: Gate) -> Rule:
 
     def delta(m: Match, op: Builder) -> fx.Node | Mapping[str, fx.Node]:
         change = build(m, op)
-        x = m.input if rule.reads is None else rule.reads(m, op)
-        shape = x.meta["val"].shape
-        if len(shape) != 3 or m.experts:
-            sizes = " x ".join(map(str, shape))
-            raise PeftGraphError(
-                f"{m.site.id} reads {sizes}, which is no (batch, positions, features): a gate is a number for each "
-                "example. Choose sites outside of routed experts and convolutions."
-            )
+        x_BTD, flat = _sequence(m, m.input if rule.reads is None else rule.reads(m, op))
         parts = [change] if isinstance(change, fx.Node) else change.values()
         axes = max(part.meta["val"].dim() for part in (*parts, m.value(rule.join.port)))
-        opening = op.call(aten.reshape.default, gate(m, op, x), [-1, *[1] * (axes - 1)])
+        opening = gate(m, op, x_BTD)
+        if flat:
+            sizes = [op.call(aten.sym_size.int, x_BTD, axis) for axis in (0, 1)]
+            opening = op.call(aten.expand.default, op.call(aten.unsqueeze.default, opening, 1), sizes)
+        opening = op.call(aten.reshape.default, opening, [-1, *[1] * (axes - 1)])
         return rule.join.gated(m, op, change, opening)
 
     return replace(rule, delta=delta, fold="a gate that reads the input stands before it", rank=None)
+
+
+def _sequence(m: Match, x: fx.Node) -> tuple[fx.Node, bool]:
+    """What a site reads as (batch, positions, features), and whether it reads that with the first two axes joined."""
+    shape = x.meta["val"].shape
+    source = x.args[0] if x.target in VIEWS else None
+    if len(shape) == 3 and not m.experts:
+        return x, False
+    if len(shape) == 2 and isinstance(source, fx.Node) and not m.experts and source.meta["val"].dim() == 3:
+        return source, True
+    raise PeftGraphError(
+        f"{m.site.id} reads {' x '.join(map(str, shape))}, which is no (batch, positions, features): a gate is a number "
+        "for each example. Choose sites outside of routed experts and convolutions."
+    )
 
 
 def mean_over(m: Match, op: Builder, x_BT1: fx.Node, tokens_only: bool) -> fx.Node:

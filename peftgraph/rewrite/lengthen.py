@@ -253,7 +253,7 @@ def lengthened(
     more = {"at": at, "fold": reason, "where": embeds_tokens, "lacking": lacking, "level": 1}
     return [
         Rule(delta=inputs, join=Replace("input"), **more),
-        Rule(delta=embedded, join=Replace(), **more),
+        Rule(delta=embedded, join=Replace(anew=False), **more),
     ]
 
 
@@ -280,4 +280,6 @@ def at_tokens(at: Selector, token: int, rows: Callable[[Match, Builder], fx.Node
         return known | {"output": embedded}
 
     lacking = "embeds tokens that are an input of the model"
-    return Rule(at=at, delta=placed, join=Replace(), fold=reason, where=embeds_tokens, lacking=lacking, level=1)
+    return Rule(
+        at=at, delta=placed, join=Replace(anew=False), fold=reason, where=embeds_tokens, lacking=lacking, level=1
+    )

@@ -127,9 +127,10 @@ class Multiply(PortByPort):
 
 @dataclass(frozen=True)
 class Replace(PortByPort):
-    """y -> delta."""
+    """y -> delta. Unless delta is computed `anew`, it is made of y, and other passes may replace y as well."""
 
     port: str = "output"
+    anew: bool = True
 
     def enter(self, m: Match, op: Builder, value: fx.Node, delta: fx.Node) -> fx.Node:
         """delta itself."""

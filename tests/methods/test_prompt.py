@@ -10,7 +10,7 @@ import zoo
 from torch import Tensor, nn
 
 import peftgraph as pg
-from peftgraph.passes import IA3, LoRA, Prefix, Prompt
+from peftgraph.passes import IA3, LoRA, Prefix, Prompt, PTuning
 
 F64 = torch.float64
 LENGTH = 4
@@ -131,19 +131,11 @@ def test_all_results_are_given_where_asked() -> None:
     close([short], [long[:, LENGTH:]], 0.0)
 
 
-def test_a_second_prompt_stands_in_front_of_the_first() -> None:
-    base, inputs = zoo.traced("nano", "sdpa", F64), zoo.example("nano", 2, 9)
-    first, rows = tuned(base)
-    both = first.apply(Prompt(length=2, name="second"))
-    joined, whole = base.apply(Prompt(length=LENGTH + 2)), both.table.trainable
-    with torch.no_grad():
-        (target,) = joined.table.trainable.values()
-        target.copy_(torch.cat([next(p for name, p in whole.items() if "second" in name), rows]))
-    close([both.module().eval()(**inputs)["logits"]], [joined.module().eval()(**inputs)["logits"]])
-    assert both.remove("second").text() == first.text()
-    alone = both.remove(0)
-    assert alone.remove().text() == base.text()
-    assert alone.text() == base.apply(Prompt(length=2, name="second")).text()
+def test_one_sequence_takes_one_prompt() -> None:
+    program, _ = tuned(zoo.traced("nano", "sdpa", F64))
+    with pytest.raises(pg.Conflict, match=r"prompt.* and prompt.* both replace the input of embedding"):
+        program.apply(Prompt(length=2, name="second"))
+    assert program.apply(PTuning(length=2, token=5, encoder="none")).count().trainable == (LENGTH + 2) * zoo.WIDTH
 
 
 @pytest.mark.parametrize(
