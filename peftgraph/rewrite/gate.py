@@ -40,11 +40,11 @@ def gated(rule: Rule, gate: Gate) -> Rule:
 
     def delta(m: Match, op: Builder) -> fx.Node | Mapping[str, fx.Node]:
         change = build(m, op)
-        x_BTD, flat = _sequence(m, m.input if rule.reads is None else rule.reads(m, op))
+        x_BTD = _sequence(m, m.input if rule.reads is None else rule.reads(m, op))
         parts = [change] if isinstance(change, fx.Node) else change.values()
         axes = max(part.meta["val"].dim() for part in (*parts, m.value(rule.join.port)))
         opening = gate(m, op, x_BTD)
-        if flat:
+        if axes == 2:  # (batch * positions, features)
             sizes = [op.call(aten.sym_size.int, x_BTD, axis) for axis in (0, 1)]
             opening = op.call(aten.expand.default, op.call(aten.unsqueeze.default, opening, 1), sizes)
         opening = op.call(aten.reshape.default, opening, [-1, *[1] * (axes - 1)])
@@ -53,17 +53,17 @@ def gated(rule: Rule, gate: Gate) -> Rule:
     return replace(rule, delta=delta, fold="a gate that reads the input stands before it", rank=None)
 
 
-def _sequence(m: Match, x: fx.Node) -> tuple[fx.Node, bool]:
-    """What a site reads as (batch, positions, features), and whether it reads that with the first two axes joined."""
+def _sequence(m: Match, x: fx.Node) -> fx.Node:
+    """What a site reads as (batch, positions, features), though it may read that with the first two axes joined."""
     shape = x.meta["val"].shape
     source = x.args[0] if x.target in VIEWS else None
     if len(shape) == 3 and not m.experts:
-        return x, False
+        return x
     if len(shape) == 2 and isinstance(source, fx.Node) and not m.experts and source.meta["val"].dim() == 3:
-        return source, True
+        return source
     raise PeftGraphError(
-        f"{m.site.id} reads {' x '.join(map(str, shape))}, which is no (batch, positions, features): a gate is a number "
-        "for each example. Choose sites outside of routed experts and convolutions."
+        f"{m.site.id} reads {' x '.join(map(str, shape))}, which is no (batch, positions, features): a gate is a "
+        "number for each example. Choose sites outside of routed experts and convolutions."
     )
 
 

@@ -135,7 +135,10 @@ def test_one_sequence_takes_one_prompt() -> None:
     program, _ = tuned(zoo.traced("nano", "sdpa", F64))
     with pytest.raises(pg.Conflict, match=r"prompt.* and prompt.* both replace the input of embedding"):
         program.apply(Prompt(length=2, name="second"))
-    assert program.apply(PTuning(length=2, token=5, encoder="none")).count().trainable == (LENGTH + 2) * zoo.WIDTH
+    assert (
+        program.apply(PTuning(length=2, token=5, encoder="none", name="own")).count().trainable
+        == (LENGTH + 2) * zoo.WIDTH
+    )
 
 
 @pytest.mark.parametrize(
