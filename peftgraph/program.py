@@ -92,6 +92,32 @@ class Program(ProgramData):
             raise PeftGraphError(f"There is no pass number {which}; {len(names)} were applied.")
         return remove(self, self.sites, which % len(names))
 
+    def without(self, *names: str) -> Program:
+        """The program without the passes of those names: `program.without("dog")`. The others keep their parameters.
+
+        Raises:
+            PeftGraphError: no pass is called so.
+        """
+        left = self
+        for name in names:
+            left = left.remove(name)
+            while any(applied.name == name for applied in left.history):
+                left = left.remove(name)
+        return left
+
+    def only(self, *names: str) -> Program:
+        """The program with those alone of its named passes, as they are: `program.only("dog")`; `program.only()` has
+        none of them. Passes without a name stay, and this program keeps all: adapters are switched by calling it anew.
+
+        Raises:
+            PeftGraphError: no pass is called so.
+        """
+        known = dict.fromkeys(applied.name for applied in self.history if applied.name)
+        unknown = next((name for name in names if name not in known), None)
+        if unknown is not None:
+            raise PeftGraphError(f"No pass is called {unknown!r}. Named passes: {list(known)}.")
+        return self.without(*(name for name in known if name not in names))
+
     def finalize(self) -> Program:
         """The program as it is kept after training: what a pass computes from its parameters alone, such as the MLP
         behind a prefix, is replaced by its results. This program keeps its own parameters.

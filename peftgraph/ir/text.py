@@ -134,6 +134,7 @@ class Printer:
         self.sizes = sizes
         self.trainable = trainable
         self.less = less
+        self._printed: dict[object, str] = {}  # sizes, which repeat on every line
 
     @classmethod
     def of(cls, program: ProgramData) -> Printer:
@@ -177,12 +178,11 @@ class Printer:
         if isinstance(size, int):
             return str(size)
         expression = size.node.expr
-        named = {
-            symbol: sympy.Symbol(self.sizes[str(symbol)]) - self.less.get(self.sizes[str(symbol)], 0)
-            for symbol in expression.free_symbols
-            if str(symbol) in self.sizes
-        }
-        return str(expression.subs(named))
+        if expression not in self._printed:
+            known = {one: self.sizes[str(one)] for one in expression.free_symbols if str(one) in self.sizes}
+            named = {symbol: sympy.Symbol(name) - self.less.get(name, 0) for symbol, name in known.items()}
+            self._printed[expression] = str(expression.subs(named))
+        return self._printed[expression]
 
 
 def size_names(program: ProgramData) -> dict[str, str]:

@@ -1,31 +1,26 @@
-"""The laws on models and recipes that hypothesis draws: widths, heads, depths, ranks, selectors."""
+"""The laws on compositions that hypothesis draws: two to four methods of all there are, with their sites and sizes, on
+models of the library and on hand-written ones of drawn widths, heads and depths."""
 
 from __future__ import annotations
 
 import tempfile
+from pathlib import Path
 
+import laws
 import torch
 import zoo
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import peftgraph as pg
-from peftgraph.passes import IA3, BitFit, LoRA, SerialAdapter
+from peftgraph import passes
 
 F64 = torch.float64
-SLOW = settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+SLOW = settings(max_examples=16, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 WORDS = ("attention.q", "attention.k", "attention.v", "attention.o", "ffn.up", "ffn.down")
-
-
-@st.composite
-def models(draw: st.DrawFn) -> pg.Program:
-    heads = draw(st.integers(1, 4))
-    width = heads * draw(st.integers(2, 6))
-    layers = draw(st.integers(1, 3))
-    attn = draw(st.sampled_from(zoo.ATTENTIONS))
-    torch.manual_seed(draw(st.integers(0, 99)))
-    model = zoo.Nano(width, heads, draw(st.integers(5, 30)), layers, attn).to(F64)
-    return pg.trace(model, zoo.example("nano"))
+SMALL = st.integers(1, 4)
+NAMES = st.sampled_from(["", "a", "b"])
+SUBLAYERS = st.sampled_from([pg.attention, pg.ffn, pg.attention | pg.ffn])
 
 
 @st.composite
@@ -35,55 +30,87 @@ def selectors(draw: st.DrawFn) -> pg.Selector:
     return selector & pg.layers(0) if draw(st.booleans()) else selector
 
 
+RANKS = {"at": selectors(), "rank": st.integers(1, 2), "alpha": st.floats(0.1, 32), "name": NAMES}
+WIDE = {"at": SUBLAYERS, "width": SMALL, "name": NAMES}
+BIASES = st.sampled_from([pg.bias, pg.bias & pg.layers(0)])
+DRAWN: dict[type[pg.Pass], st.SearchStrategy[pg.Pass]] = {
+    passes.LoRA: st.builds(passes.LoRA, **RANKS, init=st.sampled_from(["kaiming", "pissa"])),
+    passes.DoRA: st.builds(passes.DoRA, **RANKS),
+    passes.IA3: st.builds(passes.IA3, at=selectors().map(lambda at: at | pg.ffn.hidden), name=NAMES),
+    passes.BitFit: st.builds(passes.BitFit, at=BIASES),
+    passes.Freeze: st.builds(passes.Freeze, at=selectors()),
+    passes.SerialAdapter: st.builds(passes.SerialAdapter, **WIDE),
+    passes.Houlsby: st.builds(passes.Houlsby, **WIDE, norms=st.booleans()),
+    passes.Pfeiffer: st.builds(passes.Pfeiffer, width=SMALL, name=NAMES),
+    passes.ParallelAdapter: st.builds(passes.ParallelAdapter, **WIDE, learned=st.booleans()),
+    passes.Compacter: st.builds(passes.Compacter, width=st.just(4), n=st.just(2), norms=st.booleans(), name=NAMES),
+    passes.CompacterPP: st.builds(passes.CompacterPP, width=st.just(2), n=st.just(2), norms=st.just(False)),
+    passes.AdapterDrop: st.builds(
+        passes.AdapterDrop, adapter=st.builds(passes.Pfeiffer, width=SMALL), random=st.just(True), name=NAMES
+    ),
+    passes.AdapterFusion: st.builds(passes.AdapterFusion, adapters=st.just(("a", "b")), width=SMALL, name=NAMES),
+    passes.CIAT: st.builds(passes.CIAT, width=SMALL, embedding_width=SMALL, init=st.just("identity"), name=NAMES),
+    passes.Prefix: st.builds(passes.Prefix, length=SMALL, hidden=st.none() | SMALL, name=NAMES),
+}
+RECIPES = st.lists(st.sampled_from(list(DRAWN)), min_size=2, max_size=4).flatmap(
+    lambda kinds: st.tuples(*(DRAWN[kind] for kind in kinds))
+)
+NEAR = ("up_weight", "up_right")
+
+
 @st.composite
-def methods(draw: st.DrawFn) -> pg.Pass:
-    kind = draw(st.integers(0, 3))
-    if kind == 0:
-        return LoRA(
-            at=draw(selectors()),
-            rank=draw(st.integers(1, 2)),
-            alpha=draw(st.floats(0.1, 32)),
-            name=draw(st.sampled_from(["", "a", "b"])),
-        )
-    if kind == 1:
-        return IA3(at=draw(selectors()) | pg.ffn.hidden)
-    if kind == 2:
-        return BitFit(at=pg.bias if draw(st.booleans()) else pg.bias & pg.layers(0))
-    return SerialAdapter(
-        at=draw(st.sampled_from([pg.attention, pg.ffn, pg.attention | pg.ffn])), width=draw(st.integers(1, 4))
-    )
+def bases(draw: st.DrawFn) -> laws.Base:
+    known = draw(st.sampled_from(["", "", "clip_text", "falcon", "gpt2"]))
+    if known:
+        return laws.base_of(known)
+    heads, attn = draw(st.integers(1, 4)), draw(st.sampled_from(zoo.ATTENTIONS))
+    torch.manual_seed(draw(st.integers(0, 99)))
+    sizes = (heads * 2 * draw(st.integers(1, 3)), heads, draw(st.integers(5, 30)), draw(st.integers(1, 3)))
+    program = pg.trace(zoo.Nano(*sizes, attn).to(F64), zoo.example("nano"))
+    return laws.Base.of("nano", attn, program, zoo.example("nano", draw(SMALL), draw(st.integers(1, 9))))
 
 
-def outputs(program: pg.Program, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    with torch.no_grad():
-        return program.module().eval()(**inputs)["logits"]
+def composed(base: laws.Base, recipe: tuple[pg.Pass, ...]) -> pg.Program:
+    """The recipe without those of its passes that conflict with earlier ones, which they must say clearly."""
+    program = base.program
+    for method in recipe:
+        try:
+            program = program.apply(method)
+        except pg.Conflict as error:
+            words = str(error)
+            assert str(method) in words, words
+            assert any(str(applied.method) in words for applied in program.history), words
+            assert any(site.id in words for site in base.program.sites), words
+    return program
 
 
 @SLOW
-@given(models(), st.lists(methods(), min_size=1, max_size=4), st.integers(1, 4), st.integers(1, 9))
-def test_every_law_on_a_drawn_recipe(base: pg.Program, recipe: list[pg.Pass], batch: int, length: int) -> None:
-    text, hashes, inputs = base.text(), base.table.hashes(), zoo.example("nano", batch, length)
-    try:
-        program = base.apply(*recipe)
-    except pg.Conflict as error:  # drawn recipes may put one method on one site twice
-        assert "exists already" in str(error) or "both train" in str(error) or "already a" in str(error)
-        return
-    assert torch.equal(outputs(base, inputs), outputs(program, inputs))
+@given(bases(), RECIPES, st.lists(st.integers(0, 3), min_size=4, max_size=4))
+def test_every_law_on_a_drawn_composition(base: laws.Base, recipe: tuple[pg.Pass, ...], order: list[int]) -> None:
+    torch.manual_seed(0)
+    program = composed(base, recipe)
+    methods = tuple(applied.method for applied in program.history)
+    laws.starts(
+        base, laws.Line(methods, near=NEAR, away=any(isinstance(one, passes.Prefix) for one in methods)), program
+    )
     zoo.randomise(program)
-    folded = pg.fold(program, partial=True)
-    want, got = outputs(program, inputs), outputs(folded, inputs)
-    assert float((want - got).abs().max()) < 1e-12 * float(want.abs().max())
-    if not any(isinstance(method, SerialAdapter) for method in recipe):
-        assert folded.text() == text
+    want = laws.outputs(program, base.inputs)
+    laws.folds(base, program, want)
     with tempfile.TemporaryDirectory() as folder:
-        assert base.load_adapter(program.save_adapter(folder)).table.hashes() == program.table.hashes()
-    while program.history:
-        program = program.remove()
-    assert (program.text(), program.table.hashes()) == (text, hashes) == (base.text(), base.table.hashes())
+        laws.is_saved(base, program, Path(folder))
+    laws.trains_alone(base, program)
+    for which in order[: len(methods)]:
+        program = program.remove(which % len(program.history))
+    assert program.text() == base.text
+    assert program.table.hashes() == base.hashes
+
+
+def test_every_pass_is_drawn() -> None:
+    assert set(DRAWN) == {one for one in vars(passes).values() if isinstance(one, type) and issubclass(one, pg.Pass)}
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(st.lists(methods(), min_size=1, max_size=4))
-def test_drawn_recipes_print_and_parse(recipe: list[pg.Pass]) -> None:
+@given(RECIPES)
+def test_drawn_recipes_print_and_parse(recipe: tuple[pg.Pass, ...]) -> None:
     text = "\n".join(map(str, recipe))
-    assert list(pg.parse_pass(text).passes()) == recipe
+    assert pg.parse_pass(text).passes() == recipe

@@ -51,3 +51,37 @@ def attending(attend: Callable[..., Tensor], rows: Sequence[Rows]) -> Iterator[N
     finally:
         torch.nn.functional.scaled_dot_product_attention = kept
     assert next(left, None) is None, "fewer attentions were called than have rows"
+
+
+@contextmanager
+def disentangled(rows: Sequence[Rows], heads: int) -> Iterator[None]:
+    """The same inside DeBERTa-v2, which writes its attention out: of the four products of each attention the first is
+    q k^T and the last weights the values, (B H, S, F) each; what it adds to the scores falls on its own keys alone."""
+    left, kept = iter(rows), (torch.bmm, torch.nn.functional.softmax)
+    products: list[Tensor] = []
+    scores: list[Tensor] = []
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        products.append(a)
+        own = kept[0](a, b)
+        if len(products) < 4:
+            return own
+        q = products[0].view(-1, heads, *products[0].shape[1:])
+        key, value = (r.view(len(r), heads, -1).transpose(0, 1) for r in next(left))  # H L F
+        scale = torch.sqrt(torch.tensor(q.shape[-1], dtype=torch.float) * 3).to(q.dtype)
+        prefix = torch.einsum("bhsf,hlf->bhsl", q, key) / scale
+        share = torch.sigmoid(prefix.logsumexp(-1) - scores.pop().logsumexp(-1)).unsqueeze(-1)
+        products.clear()
+        mixed = share * torch.einsum("bhsl,hlf->bhsf", prefix.softmax(-1), value)
+        return (1 - share).flatten(0, 1) * own + mixed.flatten(0, 1)
+
+    def softmax(x: Tensor, dim: int) -> Tensor:
+        scores.append(x)
+        return kept[1](x, dim=dim)
+
+    torch.bmm, torch.nn.functional.softmax = product, softmax
+    try:
+        yield
+    finally:
+        torch.bmm, torch.nn.functional.softmax = kept
+    assert next(left, None) is None, "fewer attentions were called than have rows"

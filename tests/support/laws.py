@@ -48,8 +48,8 @@ class Line:
     Attributes:
         passes: applied one after the other.
         folds: whether all of it folds.
-        near: the end of the names of the parameters that keep a fresh one from being the identity; "all" where nothing
-            does, by definition.
+        near: the ends of the names of the parameters that keep a fresh one from being the identity.
+        away: whether it is not the identity whatever its parameters are.
         reference: whether `truth` has its eager reference; else it is in tests/methods.
         variant: whether it is another form of a pass that has a line, held on `zoo.NAMES` alone.
         meaningless: the architectures where it has no meaning, each with the error and its words.
@@ -57,7 +57,8 @@ class Line:
 
     passes: tuple[pg.Pass, ...]
     folds: bool = True
-    near: str = ""
+    near: tuple[str, ...] = ()
+    away: bool = False
     reference: bool = True
     variant: bool = False
     meaningless: Callable[[str], Refusal | None] = lambda name: None
@@ -94,21 +95,21 @@ LINES: dict[str, Line] = {
     "lora+ia3": Line((LoRA(at=EVERYWHERE, rank=2), IA3()), variant=True),
     "ia3+lora": Line((IA3(), LoRA(at=EVERYWHERE, rank=2))),
     "serial+lora": Line((SerialAdapter(width=3), LoRA(at="attention.*", rank=2)), folds=False),
-    "houlsby": Line((Houlsby(width=3),), folds=False, near="up_weight"),
-    "pfeiffer": Line((Pfeiffer(width=3),), folds=False, near="up_weight"),
+    "houlsby": Line((Houlsby(width=3),), folds=False, near=("up_weight",)),
+    "pfeiffer": Line((Pfeiffer(width=3),), folds=False, near=("up_weight",)),
     "parallel": Line((ParallelAdapter(width=3, learned=True),), folds=False),
-    "compacter": Line((Compacter(width=4),), folds=False, near="up_right"),
-    "compacter_pp": Line((CompacterPP(width=4),), folds=False, near="up_right", reference=False, variant=True),
+    "compacter": Line((Compacter(width=4),), folds=False, near=("up_right",)),
+    "compacter_pp": Line((CompacterPP(width=4),), folds=False, near=("up_right",), reference=False, variant=True),
     "fusion": Line(
-        (AdapterFusion(adapters=("a", "b"), width=3),), folds=False, near="up_weight", reference=False, variant=True
+        (AdapterFusion(adapters=("a", "b"), width=3),), folds=False, near=("up_weight",), reference=False, variant=True
     ),
     "drop+ciat": Line(
         (AdapterDrop(adapter=Pfeiffer(width=3), random=True), CIAT(width=3, init="identity")),
         folds=False,
-        near="up_weight",
+        near=("up_weight",),
         reference=False,
     ),
-    "prefix+lora": Line((Prefix(length=3, hidden=5), LoRA(rank=2)), folds=False, near="all", reference=False),
+    "prefix+lora": Line((Prefix(length=3, hidden=5), LoRA(rank=2)), folds=False, away=True, reference=False),
 }
 
 
@@ -129,6 +130,11 @@ class Base:
     inputs: dict[str, Any]
     outputs: list[Tensor]
 
+    @classmethod
+    def of(cls, name: str, attn: str, program: pg.Program, inputs: dict[str, Any]) -> Base:
+        """The base of a program without passes."""
+        return cls(name, attn, program, program.text(), program.table.hashes(), inputs, outputs(program, inputs))
+
     def is_untouched(self) -> bool:
         """Whether it is what it was."""
         return (self.program.text(), self.program.table.hashes()) == (self.text, self.hashes)
@@ -141,7 +147,7 @@ def base_of(name: str, attn: str = "sdpa") -> Base:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         inputs = zoo.example(name, 2, 9, F64)
-    return Base(name, attn, program, program.text(), program.table.hashes(), inputs, outputs(program, inputs))
+    return Base.of(name, attn, program, inputs)
 
 
 @cache
@@ -174,10 +180,7 @@ def hold(name: str, key: str, folder: Path) -> None:
     starts(base, line, program)
     zoo.randomise(program)
     ours = differentiates(base, line, program)
-    if line.folds and not adds_biases(base, line):
-        folds(base, program, ours)
-    else:
-        folds_in_part(base, program, ours)
+    assert folds(base, program, ours) == (line.folds and not adds_biases(base, line))
     is_saved(base, program, folder)
     trains_alone(base, program)
     is_removed(base, program)
@@ -185,12 +188,12 @@ def hold(name: str, key: str, folder: Path) -> None:
 
 def starts(base: Base, line: Line, fresh: pg.Program) -> None:
     """A fresh pass is the identity to the last bit; or is so once the parameters that are drawn are zero."""
-    if line.near == "all":
+    if line.away:
         assert distance(base.outputs, outputs(fresh, base.inputs)) > 1e-4
         return
-    drawn = {key: entry.tensor for key, entry in fresh.table.items() if line.near and key.endswith(line.near)}
+    drawn = {key: entry.tensor for key, entry in fresh.table.items() if key.endswith(line.near)}
     kept = {key: value.detach().clone() for key, value in drawn.items()}
-    if line.near:
+    if drawn:
         assert 0 < distance(base.outputs, outputs(fresh, base.inputs)) < 0.1
     with torch.no_grad():
         for value in drawn.values():
@@ -234,25 +237,21 @@ def adds_biases(base: Base, line: Line) -> bool:
     return zero is not None and any(site.bias is None for site in base.program.sites.select(zero.at))
 
 
-def folds(base: Base, program: pg.Program, want: list[Tensor]) -> None:
-    """Folding agrees and leaves the base's own graph."""
-    folded = pg.fold(program)
+def folds(base: Base, program: pg.Program, want: list[Tensor]) -> bool:
+    """Folding agrees and leaves the base's own graph; or it is refused site by site and what it keeps, folded in part,
+    is what was refused. Returns which of the two."""
+    try:
+        folded, refused = pg.fold(program), set[str]()
+    except pg.NoFold as error:
+        folded, refused = pg.fold(program, partial=True), {reason.split(":")[0] for reason in error.reasons}
     assert distance(want, outputs(folded, base.inputs)) < 1e-12
-    assert folded.text() == base.text
-    assert folded.count().trainable == folded.count().added == 0
-
-
-def folds_in_part(base: Base, program: pg.Program, want: list[Tensor]) -> None:
-    """What cannot fold is refused site by site with a reason, and stays; folding the rest agrees."""
     rules = [applied.method.rules() for applied in program.history]
-    stuck = [edit.site for edit in program.edits if isinstance(rules[edit.application][edit.rule].fold, str)]
-    with pytest.raises(pg.NoFold) as error:
-        pg.fold(program)
-    refused = {reason.split(":")[0] for reason in error.value.reasons}
-    assert refused >= set(stuck)
-    rest = pg.fold(program, partial=True)
-    assert {edit.site for edit in rest.edits} == refused
-    assert distance(want, outputs(rest, base.inputs)) < 1e-12
+    stuck = {edit.site for edit in program.edits if isinstance(rules[edit.application][edit.rule].fold, str)}
+    assert stuck <= refused == {edit.site for edit in folded.edits}
+    if not refused:
+        assert folded.text() == base.text
+        assert folded.count().trainable == folded.count().added == 0
+    return not refused
 
 
 def is_saved(base: Base, program: pg.Program, folder: Path) -> None:
