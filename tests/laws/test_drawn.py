@@ -50,6 +50,10 @@ DRAWN: dict[type[pg.Pass], st.SearchStrategy[pg.Pass]] = {
     ),
     passes.AdapterFusion: st.builds(passes.AdapterFusion, adapters=st.just(("a", "b")), width=SMALL, name=NAMES),
     passes.CIAT: st.builds(passes.CIAT, width=SMALL, embedding_width=SMALL, init=st.just("identity"), name=NAMES),
+    passes.LoReFT: st.builds(
+        passes.LoReFT, rank=st.just(1), prefix=st.integers(0, 3), suffix=SMALL, start=st.just("identity"), name=NAMES
+    ),
+    passes.Prompt: st.builds(passes.Prompt, length=SMALL, name=NAMES),
     passes.Prefix: st.builds(passes.Prefix, length=SMALL, hidden=st.none() | SMALL, name=NAMES),
 }
 RECIPES = st.lists(st.sampled_from(list(DRAWN)), min_size=2, max_size=4).flatmap(

@@ -31,9 +31,11 @@ from peftgraph.passes import (
     Freeze,
     Houlsby,
     LoRA,
+    LoReFT,
     ParallelAdapter,
     Pfeiffer,
     Prefix,
+    Prompt,
     SerialAdapter,
 )
 
@@ -77,6 +79,11 @@ def no_biases(name: str) -> Refusal | None:
     return (pg.NoMatch, words) if name in WITHOUT_BIASES else None
 
 
+def no_tokens(name: str) -> Refusal | None:
+    """Prompt, where no token is embedded, or those of a decoder alone."""
+    return (pg.NoMatch, "embedding") if name in ("vit", "clip_vision", "whisper") else None
+
+
 EVERYWHERE = "attention.*|ffn.*"
 LINES: dict[str, Line] = {
     "lora": Line((LoRA(rank=3),), variant=True),
@@ -109,6 +116,8 @@ LINES: dict[str, Line] = {
         near=("up_weight",),
         reference=False,
     ),
+    "loreft": Line((LoReFT(rank=2, prefix=2, suffix=1, start="identity"),), folds=False, reference=False),
+    "prompt": Line((Prompt(length=2),), folds=False, away=True, reference=False, meaningless=no_tokens),
     "prefix+lora": Line((Prefix(length=3, hidden=5), LoRA(rank=2)), folds=False, away=True, reference=False),
 }
 
