@@ -7,16 +7,20 @@ tests. It pins a transformers release of its own, so it is run in an environment
     recorder/bin/pip install torch==2.13.0 adapters==1.3.0 'transformers~=4.57' safetensors
     recorder/bin/python tests/references/record_adapters.py [METHOD ...]
 
+Named methods are recorded on the models that are there; without any, so are the models.
+
 A method is one function: it adds the library's adapter to a model and returns the new parameters under names that both
-sides can spell: `{layer}.{site}.{parameter}`, with the layers of a decoder counted on from the encoder's. Each file
-holds, in float64, `adapter/NAME`, `gradient/NAME` and `output`; each model's own file holds `base/NAME`, `input/NAME`
-and the `target` whose squared distance from the output is the loss.
+sides can spell: `{layer}.{site}.{parameter}`, with the layers of a decoder counted on from the encoder's, and the
+parameter alone where several sites share it. Each file holds, in float64, `adapter/NAME`, `gradient/NAME` and
+`output`; each model's own file holds `base/NAME`, `input/NAME` and the `target` whose squared distance from the output
+is the loss. A method that makes outputs longer has a target in its own file.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import adapters
@@ -24,33 +28,38 @@ import torch
 import transformers
 from adapters import composition
 from adapters.methods.bottleneck import BottleneckLayer
-from safetensors.torch import save
+from adapters.methods.lora import LoRALayer, LoRAMergedLinear
+from adapters.methods.prefix_tuning import FlatPrefixTuning, PrefixTuningLayer
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-FOLDER = Path(__file__).parent / "adapters"
-VOCAB, WIDTH, HEADS, LAYERS, INNER = 29, 16, 4, 2, 24
-SITES = {"mh_adapter": "attention", "output_adapter": "ffn", "cross_adapter": "cross"}
-Named = dict[str, nn.Parameter]
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+from recorded import FOLDER, MODELS, VOCAB  # noqa: E402
 
-SIZES = {
-    "hidden_size": WIDTH,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS,
-    "intermediate_size": INNER,
-    "max_position_embeddings": 16,
-    "vocab_size": VOCAB,
+SITES = {"mh_adapter": "attention", "output_adapter": "ffn", "cross_adapter": "cross"}
+FAMILIES = {  # of prefixes: the kinds of attention in an encoder-decoder
+    "encoder_prefix": "encoder_self",
+    "self_prefix": "decoder_self",
+    "cross_prefix": "decoder_cross",
 }
-# name -> class, class of the configuration, configuration; `test_adapters.py` builds the same
-MODELS = {
-    "bert": ("BertModel", "BertConfig", SIZES),
-    "gpt2": ("GPT2Model", "GPT2Config", {"vocab_size": VOCAB, "n_positions": 16, "n_embd": WIDTH, "n_layer": LAYERS,
-                                         "n_head": HEADS, "n_inner": INNER, "bos_token_id": 1, "eos_token_id": 2}),
-    "llama": ("LlamaModel", "LlamaConfig", {**SIZES, "num_key_value_heads": 2, "pad_token_id": 0}),
-    "t5": ("T5Model", "T5Config", {"vocab_size": VOCAB, "d_model": WIDTH, "d_kv": 4, "d_ff": INNER, "num_heads": HEADS,
-                                   "num_layers": LAYERS, "decoder_start_token_id": 0}),
-    "vit": ("ViTModel", "ViTConfig", {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
-                                      "intermediate_size": INNER, "image_size": 8, "patch_size": 4}),
-}  # fmt: skip
+LENGTH, BOTTLENECK = 3, 6  # of prefixes
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself."""
+    return tensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """A parameter, or a part of one that holds several of ours, or one whose rows are orthonormal."""
+
+    parameter: nn.Parameter
+    part: Callable[[Tensor], Tensor] = whole
+    orthonormal: bool = False
+
+
+Named = dict[str, nn.Parameter | Part]
 
 
 def build(name: str) -> nn.Module:
@@ -95,6 +104,7 @@ def bottleneck(adapter: nn.Module) -> Named:
             named |= {f"{side}_left": layer.W_left, f"{side}_right": layer.W_right, f"{side}_bias": layer.b}
         else:
             named |= {f"{side}_weight": layer.weight, f"{side}_bias": layer.bias}
+    named |= {"gate_weight": adapter.gate.weight, "gate_bias": adapter.gate.bias} if adapter.use_gating else {}
     return named | ({"scale": adapter.scaling} if isinstance(adapter.scaling, nn.Parameter) else {})
 
 
@@ -152,6 +162,140 @@ def fusion(model: nn.Module) -> Named:
     return named
 
 
+def reft(model: nn.Module, config: adapters.ReftConfig) -> Named:
+    """An edit after every block, or one for each end. Of a parametrised R, R itself is recorded."""
+    model.add_adapter("one", config=config)
+    model.set_active_adapters("one")
+    named: Named = {}
+    for _, layer in model.iter_layers():
+        module = layer.reft_layer.refts["one"]
+        ends = ("prefix_", "suffix_") if config.suffix_positions and not config.tied_weights else ("",)
+        for end, unit in zip(ends, module.units, strict=False):
+            place = f"{layer.reft_layer.layer_idx}.block.{end}"
+            if unit.orthogonal:
+                nn.utils.parametrize.remove_parametrizations(unit.projection, "weight")
+            source = unit.learned_source
+            named |= {f"{place}weight": source.weight, f"{place}bias": source.bias}
+            named |= {f"{place}projection": Part(unit.projection.weight, orthonormal=unit.orthogonal)}
+    return named
+
+
+def loreft(model: nn.Module) -> Named:
+    """The last tokens of T5's decoder are looked for where the encoder's are, past the end of a shorter sequence: T5
+    has edits of the first tokens alone. Untied, those would need a float32 model."""
+    alone = model.config.is_encoder_decoder
+    return reft(model, adapters.LoReftConfig(r=2, prefix_positions=2, suffix_positions=not alone, tied_weights=alone))
+
+
+def noreft(model: nn.Module) -> Named:
+    return reft(model, adapters.NoReftConfig(r=2, prefix_positions=1, suffix_positions=2, tied_weights=True))
+
+
+def direft(model: nn.Module) -> Named:
+    return reft(model, adapters.DiReftConfig(r=2, prefix_positions=2, suffix_positions=1, non_linearity="gelu"))
+
+
+def rows_of(layers: int, index: int, side: int, length: int = 0) -> Callable[[Tensor], Tensor]:
+    """The keys (side 0) or values (side 1) of one attention, out of the rows of the MLP's last layer or, where a
+    `length` is given, out of all rows of keys and values in one."""
+
+    def part(tensor: Tensor) -> Tensor:
+        if length:
+            return tensor.view(length, 2 * layers, -1)[:, 2 * index + side]
+        return tensor.view(2 * layers, -1, *tensor.shape[1:])[2 * index + side]
+
+    return part
+
+
+def prefixes(model: nn.Module) -> Named:
+    """The prefixes of a model, by attention, and the MLPs that they share."""
+    pool, named = model.base_model.prefix_tuning.prefix_tunings["one"], {}
+    for shim in (one for one in model.modules() if isinstance(one, PrefixTuningLayer) and "one" in one.prefixes):
+        module, index = pool[shim.location_key], shim.prefixes["one"]
+        cross = "cross." if shim.location_key == "cross_prefix" else ""
+        place = f"{shim.layer_idx}.{cross}attention.core"
+        family = FAMILIES[shim.location_key] if model.config.is_encoder_decoder else "self"
+        if "one" in shim.prefix_gates:
+            gate = shim.prefix_gates["one"]
+            named |= {f"{place}.gate_weight": gate.weight, f"{place}.gate_bias": gate.bias}
+        for side, letter in enumerate("kv"):
+            if isinstance(module, FlatPrefixTuning):
+                part = rows_of(module.n_layers, index, side, LENGTH)
+                named[f"{place}.prefix_{letter}"] = Part(module.control_trans, part)
+                continue
+            part, (down, _, up) = rows_of(module.n_layers, index, side), module.control_trans
+            named |= {f"{place}.{letter}_weight": Part(up.weight, part), f"{place}.{letter}_bias": Part(up.bias, part)}
+            named |= {f"{family}_embedding": module.wte.weight}
+            named |= {f"{family}_down_weight": down.weight, f"{family}_down_bias": down.bias}
+    return named
+
+
+def prefix(model: nn.Module) -> Named:
+    model.add_adapter("one", config=adapters.PrefixTuningConfig(flat=True, prefix_length=LENGTH))
+    model.set_active_adapters("one")
+    return prefixes(model)
+
+
+def prefix_mlp(model: nn.Module) -> Named:
+    model.add_adapter("one", config=adapters.PrefixTuningConfig(prefix_length=LENGTH, bottleneck_size=BOTTLENECK))
+    model.set_active_adapters("one")
+    return prefixes(model)
+
+
+def mam(model: nn.Module) -> Named:
+    """A prefix and a parallel adapter at the feed-forward, with the scale 4."""
+    config = adapters.PrefixTuningConfig(flat=True, prefix_length=LENGTH)
+    named = single(model, adapters.MAMConfig(config, adapters.ParBnConfig(reduction_factor=4)))
+    return named | prefixes(model)
+
+
+def loras(model: nn.Module) -> Named:
+    """The LoRAs of a model with their gates, apart where the library keeps q's and v's in one."""
+    named: Named = {}
+    for layer in (one for one in model.modules() if isinstance(one, LoRALayer) and "one" in one.loras):
+        lora = layer.loras["one"]
+        parts = {"lora_A": lora.lora_A, "lora_B": lora.lora_B}
+        parts |= {"gate_weight": lora.gate.weight, "gate_bias": lora.gate.bias} if lora.use_gating else {}
+        letters = "qv" if isinstance(layer, LoRAMergedLinear) else layer.attn_key
+        place = f"{layer.layer_idx}.{crossed(model, layer)}attention"
+        for i, letter in enumerate(letters):
+            for key, parameter in parts.items():
+                named[f"{place}.{letter}.{key}"] = Part(parameter, lambda t, i=i, n=len(letters): t.chunk(n)[i])
+    return named
+
+
+def crossed(model: nn.Module, layer: nn.Module) -> str:
+    """What stands in the name of a layer of cross-attention."""
+    path = next(path for path, module in model.named_modules() if module is layer)
+    return "cross." if "EncDecAttention" in path else ""
+
+
+def unipelt(model: nn.Module) -> Named:
+    """A prefix, an adapter after the feed-forward and LoRA at q and v, each times a gate of its own.
+
+    A gate is sigmoid(w x + b), one number a token, then its mean over all positions of an example, padding included. x
+    is what the module reads: the adapter the value after the feed-forward, that of Pfeiffer's place; a LoRA the input
+    of its projection (of GPT-2, q and v have gates of their own in one layer); a prefix the input of the projection of
+    the queries, and the gate multiplies its keys and its values. There the gate stands in the place of LoRA's alpha /
+    rank, which is not applied.
+    """
+    named = single(
+        model,
+        adapters.UniPELTConfig(
+            adapters.PrefixTuningConfig(flat=True, prefix_length=LENGTH),
+            adapters.SeqBnConfig(reduction_factor=4),
+            adapters.LoRAConfig(r=2, alpha=6),
+        ),
+    )
+    return named | prefixes(model) | loras(model)
+
+
+def prompt(model: nn.Module) -> Named:
+    model.add_adapter("one", config=adapters.PromptTuningConfig(prompt_length=LENGTH))
+    model.set_active_adapters("one")
+    return {"embedding.prompt": model.base_model.prompt_tuning.prompt_tunings["one"].prompt_embedding.weight}
+
+
 METHODS: dict[str, Callable[[nn.Module], Named]] = {
     "houlsby": houlsby,
     "pfeiffer": pfeiffer,
@@ -161,7 +305,17 @@ METHODS: dict[str, Callable[[nn.Module], Named]] = {
     "compacter": compacter,
     "compacter_pp": compacter_pp,
     "fusion": fusion,
+    "loreft": loreft,
+    "noreft": noreft,
+    "direft": direft,
+    "prefix": prefix,
+    "prefix_mlp": prefix_mlp,
+    "mam": mam,
+    "unipelt": unipelt,
+    "prompt": prompt,
 }
+# what is recorded on some models only: one shows what all would, or the library cannot do the others
+SOME = {"noreft": {"bert"}, "direft": {"bert"}, "prompt": {"bert"}}
 
 
 def record_model(name: str) -> None:
@@ -181,19 +335,25 @@ def record(name: str, method: str) -> None:
     named = METHODS[method](model)
     model.double().eval()
     generator = torch.Generator().manual_seed(3)
+    parts = {key: one if isinstance(one, Part) else Part(one) for key, one in named.items()}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     with torch.no_grad():
-        for parameter in named.values():
+        for parameter in {id(one.parameter): one.parameter for one in parts.values()}.values():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
             parameter.requires_grad_(True)
+        for one in parts.values():
+            if one.orthonormal:
+                one.parameter.copy_(torch.linalg.qr(one.parameter.T).Q.T)
     output = model(**inputs(name)).last_hidden_state
     target = torch.randn(output.shape, generator=torch.Generator().manual_seed(2), dtype=output.dtype)
     (output - target).square().sum().backward()
-    tensors = {f"adapter/{key}": p for key, p in named.items()} | {
-        f"gradient/{key}": p.grad for key, p in named.items()
-    }
-    write(f"{name}.{method}", tensors | {"output": output})
+    tensors: dict[str, Tensor] = {"output": output}
+    for key, one in parts.items():
+        assert one.parameter.grad is not None, key
+        tensors |= {f"adapter/{key}": one.part(one.parameter), f"gradient/{key}": one.part(one.parameter.grad)}
+    longer = output.shape != load_file(FOLDER / f"{name}.safetensors")["output"].shape
+    write(f"{name}.{method}", tensors | ({"target": target} if longer else {}))
 
 
 def write(stem: str, tensors: dict[str, Tensor]) -> None:
@@ -204,7 +364,10 @@ def write(stem: str, tensors: dict[str, Tensor]) -> None:
 if __name__ == "__main__":
     chosen = sys.argv[1:] or list(METHODS)
     for model_name in MODELS:
-        record_model(model_name)
+        if not sys.argv[1:]:
+            record_model(model_name)
         for method_name in chosen:
+            if model_name not in SOME.get(method_name, MODELS):
+                continue
             record(model_name, method_name)
             print(model_name, method_name)

@@ -10,38 +10,26 @@ from __future__ import annotations
 import re
 import warnings
 from functools import cache
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import transformers
+from recorded import FOLDER, LAYERS, MODELS, WIDTH
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import peftgraph as pg
-from peftgraph.passes import AdapterFusion, Compacter, CompacterPP, Houlsby, ParallelAdapter, Pfeiffer
+from peftgraph.passes import (
+    AdapterFusion,
+    Compacter,
+    CompacterPP,
+    Houlsby,
+    LoReFT,
+    ParallelAdapter,
+    Pfeiffer,
+    Prefix,
+)
 
-FOLDER = Path(__file__).parent / "adapters"
-VOCAB, WIDTH, HEADS, LAYERS, INNER = 29, 16, 4, 2, 24
-SIZES = {
-    "hidden_size": WIDTH,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS,
-    "intermediate_size": INNER,
-    "max_position_embeddings": 16,
-    "vocab_size": VOCAB,
-}
-MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "bert": ("BertModel", "BertConfig", SIZES),
-    "gpt2": ("GPT2Model", "GPT2Config", {"vocab_size": VOCAB, "n_positions": 16, "n_embd": WIDTH, "n_layer": LAYERS,
-                                         "n_head": HEADS, "n_inner": INNER, "bos_token_id": 1, "eos_token_id": 2}),
-    "llama": ("LlamaModel", "LlamaConfig", {**SIZES, "num_key_value_heads": 2, "pad_token_id": 0}),
-    "t5": ("T5Model", "T5Config", {"vocab_size": VOCAB, "d_model": WIDTH, "d_kv": 4, "d_ff": INNER, "num_heads": HEADS,
-                                   "num_layers": LAYERS, "decoder_start_token_id": 0}),
-    "vit": ("ViTModel", "ViTConfig", {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
-                                      "intermediate_size": INNER, "image_size": 8, "patch_size": 4}),
-}  # fmt: skip
 TOLERANCE = {"bert": 1e-12, "gpt2": 1e-12, "vit": 1e-12, "llama": 2e-6, "t5": 2e-6}
 RENAMED = {  # parts of a ViT's names, in the library's release of transformers and in this one
     r"^encoder\.layer\.": "layers.",
@@ -59,7 +47,19 @@ METHODS: dict[str, pg.Pass] = {
     "parallel_learned": ParallelAdapter(width=4, input="residual", scale=1.0, learned=True),
     "compacter": Compacter(width=4, n=2, activation="gelu", place="after_dropout", norms=False),
     "compacter_pp": CompacterPP(width=4, n=2, activation="gelu", place="residual_sum", norms=False),
+    "loreft": LoReFT(rank=2, prefix=2, suffix=1, tied=False).finalized(),
+    "noreft": LoReFT(rank=2, prefix=1, suffix=2, orthogonal=False),
+    "direft": LoReFT(rank=2, prefix=2, suffix=1, tied=False, orthogonal=False, subtract=False, activation="gelu"),
+    "prefix": Prefix(length=3, hidden=None),
+    "prefix_mlp": Prefix(length=3, hidden=6),
+    "mam": pg.Pipeline([Prefix(length=3, hidden=None), ParallelAdapter(width=4, input="residual")]),
 }
+RECORDED = [(method, name) for method in METHODS for name in MODELS if (FOLDER / f"{name}.{method}.safetensors").exists()]
+
+
+def configured(method: str, name: str) -> pg.Pass:
+    """Our pass; the library cannot find the last tokens of T5's decoder, so that only the first ones are edited there."""
+    return LoReFT(rank=2, prefix=2, suffix=0).finalized() if (method, name) == ("loreft", "t5") else METHODS[method]
 
 
 @cache
@@ -91,16 +91,18 @@ def traced(name: str) -> pg.Program:
 
 
 def short_names(program: pg.Program) -> dict[str, str]:
-    """Our parameters by the names of the recording: `{layer}.{site}.{parameter}`."""
+    """Our parameters by the names of the recording: `{layer}.{site}.{parameter}`, and what sites share by its own."""
     sites = {site.id: site for site in program.sites}
     found: dict[str, str] = {}
     for edit in program.edits:
         site = sites[edit.site]
         assert site.layer is not None
         layer = site.layer + (LAYERS if site.stack == "decoder" else 0)
+        cross = "cross." if site.kind == "cross" else ""
+        shared = f"{program.history[edit.application].method.word}."
         for name in edit.parameters:
             leaf = name.rpartition(".")[2]
-            found[leaf if leaf == "phm_rule" else f"{layer}.{site.role}.{leaf}"] = name
+            found[leaf if name.startswith(shared) else f"{layer}.{cross}{site.role}.{leaf}"] = name
     return found
 
 
@@ -129,11 +131,10 @@ def test_the_bases_agree(name: str) -> None:
     assert distance(answer(traced(name), name), recorded(name)["output"]) < TOLERANCE[name]
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "name"), RECORDED)
 def test_outputs_and_gradients_are_the_librarys(method: str, name: str) -> None:
     stem = f"{name}.{method}"
-    tuned, named = with_values(name, METHODS[method], part(stem, "adapter/"))
+    tuned, named = with_values(name, configured(method, name), part(stem, "adapter/"))
     output = answer(tuned, name)
     theirs = recorded(stem)["output"]
     assert distance(theirs, recorded(name)["output"]) > 1e-2, "the adapter does nothing"
