@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 from torch import fx
 
@@ -12,18 +12,11 @@ from peftgraph.ir.program import Edit, Edits, Move, ProgramData
 from peftgraph.sites import Sites
 
 from .algebra import Made, formula, number, parameter
+from .operators import FRESH, MOVES, PRODUCTS, SCATTERS, alike, differences, operand, operator
 
 Sign = Literal["plus", "times", "concat", "replace"]
 Look = Literal["box", "pill", "plus", "times", "again", "made"]
 
-# Operators that move a value without computing, seen from far away; a dropout is told by the pass's spec.
-MOVES = {
-    "view", "reshape", "transpose", "permute", "t", "expand", "unsqueeze", "squeeze", "slice", "select", "flatten",
-    "unflatten", "contiguous", "clone", "detach", "to", "_to_copy", "dropout", "index_select", "alias", "type_as",
-}  # fmt: skip
-SCATTERS = {"slice_scatter": 1, "index_copy": 3}  # which operand holds the new part
-FRESH = {"sym_size", "new_zeros", "new_full", "new_ones", "zeros_like", "ones_like", "full_like"}
-PRODUCTS = {"linear", "matmul", "mm", "bmm", "einsum", "embedding", "addmm", "conv1d", "conv2d", "grouped_mm"}
 SIGNS: dict[str, tuple[str, Look]] = {"add": ("+", "plus"), "sub": ("−", "pill"), "mul": ("×", "times"),
                                       "div": ("÷", "pill")}  # fmt: skip
 WORDS = {"cat": "concat", "scaled_dot_product_attention": "attention", "sum": "sum", "layer_norm": "norm"}
@@ -146,11 +139,11 @@ class _Analysis:
         edges = [pair for pair in pairs if pair[1] is not after]
         if not edges:
             yield from self._insertion(move.after, value, reader, "replace", self.ref(after))
-        for operand, new, consumer in edges:
+        for old, new, consumer in edges:
             start = _Analysis(self.context, self.edit)
-            there = start._joined(start._carrier(new), operand.name)
+            there = start._joined(start._carrier(new), old.name)
             sign, out = there if there is not None else ("replace", start.ref(new))
-            yield from start._insertion(move.after, operand.name, consumer.name, sign, out)
+            yield from start._insertion(move.after, old.name, consumer.name, sign, out)
 
     def _insertion(self, after: str, value: str, reader: str, sign: Sign, out: Ref | None) -> Iterator[Insertion]:
         if out is not None:
@@ -159,8 +152,8 @@ class _Analysis:
 
     def _carrier(self, node: fx.Node) -> fx.Node:
         """The node behind those that only put a result in its place."""
-        while self._own(node) and (name(node) in MOVES or name(node) in SCATTERS):
-            node = node.all_input_nodes[0] if name(node) in MOVES else _operand(node, SCATTERS[name(node)])
+        while self._own(node) and (operator(node) in MOVES or operator(node) in SCATTERS):
+            node = node.all_input_nodes[0] if operator(node) in MOVES else operand(node, SCATTERS[operator(node)])
         return node
 
     def _own(self, node: fx.Node) -> bool:
@@ -171,7 +164,7 @@ class _Analysis:
         if not self._own(after):
             return None
         signs: dict[str, Sign] = {"add": "plus", "mul": "times", "cat": "concat"}
-        sign = signs.get(name(after))
+        sign = signs.get(operator(after))
         operands = after.all_input_nodes
         if sign is None or len(operands) != 2:
             return None
@@ -219,13 +212,13 @@ class _Analysis:
         return None
 
     def _call(self, node: fx.Node) -> Ref | None:
-        op = name(node)
+        op = operator(node)
         if op in FRESH:
             return None
         if op in MOVES:
             return self.ref(node.all_input_nodes[0])
         if op in SCATTERS:
-            return self.ref(_operand(node, SCATTERS[op]))
+            return self.ref(operand(node, SCATTERS[op]))
         refs = [ref for ref in map(self.ref, node.all_input_nodes) if ref is not None]
         made = [ref for ref in refs if isinstance(ref, Made)]
         signals = [ref for ref in refs if not isinstance(ref, Made)]
@@ -273,7 +266,7 @@ class _Analysis:
         floats = [self.ref(one) for one in node.all_input_nodes if one.meta["val"].dtype.is_floating_point]
         signals = [one for one in signals if one in floats] or signals
         weights = [one for one in made if len(one.shape) > 1] or list(made)
-        label = "norm" if name(node) == "layer_norm" else ", ".join(one.text for one in weights)
+        label = "norm" if operator(node) == "layer_norm" else ", ".join(one.text for one in weights)
         names = [name for one in made for name in one.names]
         look: Look = "box" if any(one.own for one in made) else "again"
         shape = weights[0].shape if len(weights) == 1 else ()
@@ -300,45 +293,3 @@ def _needed(steps: Sequence[Step], out: Ref) -> tuple[tuple[Step, ...], Ref]:
 
     kept = [replace(steps[old], inputs=tuple(map(renumbered, steps[old].inputs))) for old in numbers]
     return tuple(kept), renumbered(out)
-
-
-def differences(new: fx.Node, old: fx.Node) -> Iterator[tuple[fx.Node, fx.Node, fx.Node]]:
-    """Where the computation of `new` leaves that of `old`: the old operand, the new one, and who reads the old one."""
-    if new.target != old.target or len(new.all_input_nodes) != len(old.all_input_nodes):
-        yield old, new, old
-        return
-    for before, after in zip(old.all_input_nodes, new.all_input_nodes, strict=True):
-        if after.name != before.name:
-            if after.target == before.target and after.op == "call_function" and name(after) != "cat":
-                yield from differences(after, before)
-            else:
-                yield before, after, old
-
-
-def alike(new: Any, old: Any, start: fx.Node, bound: list[fx.Node]) -> bool:
-    """Whether `new` is `old` with one value in the place of `start`; that value is put into `bound`."""
-    if isinstance(new, fx.Node) and isinstance(old, fx.Node):
-        if old is start:
-            bound.append(new)
-            return all(one is new for one in bound)
-        if new.name == old.name:
-            return True
-        same = new.op == old.op == "call_function" and new.target == old.target
-        return same and alike([*new.args, *new.kwargs.values()], [*old.args, *old.kwargs.values()], start, bound)
-    if isinstance(new, list | tuple) and isinstance(old, list | tuple):
-        return len(new) == len(old) and all(alike(a, b, start, bound) for a, b in zip(new, old, strict=True))
-    return type(new) is type(old) and new == old
-
-
-def name(node: fx.Node) -> str:
-    """The operator of a node, without its overload."""
-    target = node.target
-    schema = getattr(target, "_schema", None)
-    found = schema.name.rpartition("::")[2] if schema else getattr(target, "__name__", str(target))
-    return found.removesuffix("_fallback").rstrip("_")
-
-
-def _operand(node: fx.Node, place: int) -> fx.Node:
-    operand = node.args[place]
-    assert isinstance(operand, fx.Node)
-    return operand

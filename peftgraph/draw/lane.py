@@ -1,4 +1,4 @@
-"""The drawing of one insertion: its operations in layers from the top down, the signal's main way in the first column."""
+"""The drawing of one insertion: its operations in layers, the signal's main way in the first column."""
 
 from __future__ import annotations
 

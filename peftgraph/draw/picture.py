@@ -12,7 +12,7 @@ from peftgraph.sites import Sites
 
 from .algebra import Letters
 from .collect import outline
-from .lines import Colours, Drawn
+from .items import Colours, Drawn
 from .parts import Outline
 from .scene import Builder, Scene
 from .shapes import Box, Shape, Words, moved

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor, fx
-
 from peftgraph.ir.program import Edit, ProgramData
 from peftgraph.sites import Site, Sites
 
 from .algebra import Letters
 from .columns import FLAT, NARROW
-from .inserted import Insertion, Read, insertions
-from .lines import NARROWEST, BendItem, BoxItem, BranchItem, GapItem, Item, Line, RowItem
+from .inserted import insertions
+from .items import NARROWEST, BendItem, BoxItem, BranchItem, GapItem, RowItem
+from .lines import Line
 from .parts import Block, Part, Stack, Sublayer
+from .placement import Placement
 
 QKV = ("attention.q", "attention.k", "attention.v")
-NAMES = {"weight": "W", "scale": "g", "bias": "b"}
 
 
 @dataclass
@@ -80,7 +79,8 @@ class Builder:
             plan.stream.add(GapItem(f"{left} block{'s' if left > 1 else ''}"), "")
         plan.ends(tail)
         plan.mark(edits)
-        plan.insert(insertions(self.program, self.sites, edits))
+        placement = Placement(self.program, layer, plan.stream, plan.homes, plan.also, plan.cores)
+        placement.insert(insertions(self.program, self.sites, edits))
         return Scene(f"{stack.name} layer {layer} of 0–{stack.depth - 1}".strip(), plan.stream)
 
     def _concerns(self, edit: Edit, stack: Stack, layer: int) -> bool:
@@ -100,12 +100,8 @@ class Builder:
 
 def own(site: Site) -> dict[str, str]:
     """The stored parameters of a site, and how they are called in a formula."""
-    found = {
-        "weight": site.weight and site.weight.parameter,
-        "scale": site.scale,
-        "bias": site.bias and site.bias.parameter,
-    }
-    return {name: NAMES[kind] for kind, name in found.items() if name}
+    weight, bias = site.weight and site.weight.parameter, site.bias and site.bias.parameter
+    return {name: letter for name, letter in ((weight, "W"), (site.scale, "g"), (bias, "b")) if name}
 
 
 @dataclass
@@ -211,12 +207,8 @@ class _Plan:
         tracks = [self._track(line, site, part.role[-1], parts) for part, site in inner]
         core = next((s for s in self._sites("attention.core") if (s.kind or "") == one.kind), None)
         heads = next((part.heads for part, _ in inner if part.heads), None)
-        item = BoxItem(
-            f"{one.kind}-attention".strip("-"),
-            f"{heads} heads" if heads and heads > 1 else "",
-            kind="base core",
-            height=42.0,
-        )
+        many = f"{heads} heads" if heads and heads > 1 else ""
+        item = BoxItem(f"{one.kind}-attention".strip("-"), many, kind="base core", height=42.0)
         value = core.ports["output"] if core else ""
         if tracks:
             remote = tuple(i for i in (1, 2) if one.kind == "cross" and i < len(tracks))
@@ -272,88 +264,3 @@ class _Plan:
                     mark = (self.builder.kinds[edit.application], letter)
                     if not edit.moves and name in edit.parameters and mark not in item.marks:
                         item.marks.append(mark)
-
-    def insert(self, found: Sequence[Insertion]) -> None:
-        """Puts insertions at the stations where they enter, inner ones first."""
-        owners = self._owners()
-        for one in sorted(found, key=lambda one: self.builder.order.get(one.value, 0)):
-            inside = self._inside(one, owners)
-            if inside is not None:
-                inside.inside.append(one)
-                inside.strange |= {read: self._words(read, owners) for read in one.reads}
-                continue
-            line, station = self._entry(one, owners)
-            line.arriving.setdefault(station, []).append(one)
-            for read in one.reads:
-                line.where[one.after, read] = self._read(read, line, station, owners)
-
-    def _owners(self) -> dict[str, list[tuple[Line, int]]]:
-        owners: dict[str, list[tuple[Line, int]]] = {}
-        for line in self.stream.lines():
-            for station, value in enumerate(line.values):
-                if value:
-                    owners.setdefault(value, []).append((line, station))
-        for value, there in self.also.items():
-            owners.setdefault(value, [there])
-        return owners
-
-    def _upstream(self, value: str, owners: Mapping[str, Sequence[tuple[Line, int]]]) -> list[tuple[Line, int]]:
-        """The stations of the nearest values that a base value is made of, when that is one value."""
-        todo, seen, found = [self.builder.nodes[value]], set[fx.Node](), set[str]()
-        while todo:
-            node = todo.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            if node.name in owners:
-                found.add(node.name)
-            else:
-                todo += [one for one in node.all_input_nodes if _is_signal(one)]
-        return list(owners[found.pop()]) if len(found) == 1 else []
-
-    def _below(self, value: str) -> str:
-        """The base value in whose place a value stands."""
-        for edit in self.builder.program.edits:
-            for move in edit.moves:
-                if move.after == value:
-                    return move.anchor.partition("@")[0]
-        return value
-
-    def _entry(self, one: Insertion, owners: Mapping[str, Sequence[tuple[Line, int]]]) -> tuple[Line, int]:
-        there = self._upstream(one.value, owners)
-        home = self.homes.get(one.site)
-        if home is not None:
-            same = [place for place in there if place[0] is home[0]]
-            if same:
-                return same[-1]
-        return there[-1] if there else (home or (self.stream, len(self.stream.items)))
-
-    def _inside(self, one: Insertion, owners: Mapping[str, Sequence[tuple[Line, int]]]) -> RowItem | None:
-        """The row whose core an insertion enters, when it enters between its operands and its result."""
-        if one.site not in self.cores or not one.reader or self._upstream(one.value, owners):
-            return None
-        line, station = self.cores[one.site]
-        item: Item = line.items[station - 1]
-        return item if isinstance(item, RowItem) else None
-
-    def _read(
-        self, read: Read, line: Line, station: int, owners: Mapping[str, Sequence[tuple[Line, int]]]
-    ) -> int | str:
-        """The station of the line at which a value is read, or words for a value that lies elsewhere."""
-        there = self._upstream(self._below(read.value), owners)
-        here = [place for owner, place in there if owner is line and place <= station]
-        return here[-1] if here else self._words(read, owners)
-
-    def _words(self, read: Read, owners: Mapping[str, Sequence[tuple[Line, int]]]) -> str:
-        for line, station in self._upstream(self._below(read.value), owners):
-            item = line.items[station - 1] if station else None
-            if isinstance(item, BoxItem):
-                return item.label
-        label = self.builder.nodes[self._below(read.value)].meta.get("label", read.value)
-        return label.removeprefix(f"{self.layer}.")
-
-
-def _is_signal(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    first = value[0] if isinstance(value, list | tuple) and value else value
-    return node.op != "get_attr" and isinstance(first, Tensor) and first.dtype.is_floating_point

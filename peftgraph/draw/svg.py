@@ -48,10 +48,8 @@ def _shape(one: Shape) -> str:
         tip = f"<title>{escape(one.tip)}</title>" if one.tip else ""
         if one.sign == "dot":
             return f'<circle class="{one.kind}" cx="{_number(one.x)}" cy="{_number(one.y)}" r="2.2"/>'
-        return (
-            f'<g class="{one.kind}" transform="translate({_number(one.x)} {_number(one.y)})">{tip}<circle r="{RADIUS}"/>'
-            f'<path d="{SIGNS[one.sign]}"/></g>'
-        )
+        place = f"translate({_number(one.x)} {_number(one.y)})"
+        return f'<g class="{one.kind}" transform="{place}">{tip}<circle r="{RADIUS}"/><path d="{SIGNS[one.sign]}"/></g>'
     return _words(one)
 
 
