@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peftgraph.draw import fragment, outline, page
+from peftgraph.draw import Diff, Picture, fragment, outline, page, picture
 from peftgraph.errors import Conflict, PeftGraphError
 from peftgraph.fold import fold as _fold
 from peftgraph.fold.proof import Proof
@@ -153,9 +153,25 @@ class Program(ProgramData):
         """The deterministic text of the graph."""
         return print_program(self)
 
-    def diff(self, before: ProgramData) -> str:
-        """What turned `before` into this program."""
-        return print_diff(before, self)
+    def diff(self, before: ProgramData) -> Diff:
+        """What turned `before` into this program: text, which a notebook shows with the picture of a block."""
+        return Diff(print_diff(before, self), lambda: picture(self, self.sites, before))
+
+    def picture(self, before: ProgramData | None = None, layer: int | None = None, stack: str | None = None) -> Picture:
+        """What passes did to one block of each stack, drawn from the recorded edits; a notebook shows it.
+
+        The base is grey. What was inserted is coloured, stands where it enters, and carries the names that its pass
+        gives it; W, g and b at a part of the base say which of its own tensors train. Dashed is what does not train.
+
+        Args:
+            before: an earlier program, whose passes are not shown; the base by default.
+            layer: the number of the block, -1 for the last; by default the first that was changed.
+            stack: such as "decoder"; by default every stack that was changed.
+
+        Raises:
+            PeftGraphError: there is no such block.
+        """
+        return picture(self, self.sites, before, layer, stack)
 
     def html(self, footer: str = "") -> str:
         """A page for a browser, in one file: each distinct block drawn once, and the table of layers.
@@ -166,7 +182,8 @@ class Program(ProgramData):
         return page(outline(self, self.sites), footer)
 
     def _repr_html_(self) -> str:
-        return fragment(outline(self, self.sites))
+        told = outline(self, self.sites)
+        return self.picture()._repr_html_() if self.edits and told.stacks else fragment(told)
 
     def count(self) -> Count:
         """Trainable, added, changed and total parameters, and the rank of each change."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from html import escape
 from os import PathLike
 from pathlib import Path
@@ -20,6 +21,10 @@ from .svg import style, svg
 
 MARGIN, HEADER, BETWEEN, LINE = 22.0, 36.0, 30.0, 21.0
 PASSES = 5  # how many colours there are
+
+
+class NothingToDraw(PeftGraphError):
+    """A program has no block that could be drawn."""
 
 
 class Picture:
@@ -45,6 +50,31 @@ class Picture:
         return f"<style>{style()}</style>{self._inline}"
 
 
+class Diff(str):
+    """The text of a difference; a notebook shows it below a picture of the first block that was changed."""
+
+    def __new__(cls, text: str, draw: Callable[[], Picture]) -> Diff:
+        made = super().__new__(cls, text)
+        made._draw = draw
+        return made
+
+    _draw: Callable[[], Picture]
+
+    def _repr_html_(self) -> str:
+        lines = "".join(f"<span{_shade(line)}>{escape(line)}\n</span>" for line in self.splitlines())
+        text = f"<details><summary>{escape(self.splitlines()[-1])}</summary><pre>{lines}</pre></details>"
+        try:
+            return self._draw()._repr_html_() + text
+        except NothingToDraw:
+            return text
+
+
+def _shade(line: str) -> str:
+    colours = {"+": "#2a9d6f", "-": "#d1495b"}
+    colour = colours.get(line.lstrip()[:1], "")
+    return f' style="color:{colour}"' if colour else ""
+
+
 def picture(
     program: ProgramData,
     sites: Sites,
@@ -62,7 +92,7 @@ def picture(
         stack: such as "decoder"; by default every stack that was changed.
 
     Raises:
-        PeftGraphError: there is no such block.
+        NothingToDraw: there is no such block.
     """
     known = () if before is None else before.history
     shown = [i for i, applied in enumerate(program.history) if i >= len(known) or applied != known[i]]
@@ -71,6 +101,8 @@ def picture(
     told = outline(program, sites)
     builder = Builder(program, sites, letters, kinds)
     changed = builder.changed()
+    if before is not None and not shown:
+        raise NothingToDraw("No pass was applied in between, so there is nothing to draw.")
     scenes: list[Scene] = []
     for one in told.stacks:
         if one.name == stack or (stack is None and (one.name in changed or not changed)):
@@ -78,7 +110,7 @@ def picture(
             scene = builder.scene(one, number if number >= 0 else one.depth + number)
             scenes += [] if scene is None else [scene]
     if not scenes:
-        raise PeftGraphError(_no_block(told, layer, stack))
+        raise NothingToDraw(_no_block(told, layer, stack))
     colours = Colours(letters, kinds)
     for scene in scenes:
         scene.stream.align(colours)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, overload
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from .unmatched import Unmatched
 
 Layout = Literal["pre", "post", "sandwich"]
+HEAD = ("role", "path", "layer", "stack", "kind", "columns", "shape")
 
 
 @dataclass(frozen=True)
@@ -286,8 +288,14 @@ class Sites(Sequence[Site]):
 
         return unmatched(self)
 
+    def _repr_html_(self) -> str:
+        head, *rows = ("".join(f"<t{kind}>{escape(cell)}</t{kind}>" for cell in row)
+                       for kind, row in [("h", HEAD), *(("d", _row(site)) for site in self.items)])  # fmt: skip
+        body = "".join(f"<tr>{row}</tr>" for row in rows)
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
     def __str__(self) -> str:
-        rows = [("role", "path", "layer", "stack", "kind", "columns", "shape")]
+        rows = [HEAD]
         rows += [_row(site) for site in self.items]
         widths = [max(len(row[i]) for row in rows) for i in range(7)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
