@@ -25,6 +25,7 @@ from peftgraph.lower.module import GraphModule
 
 Save = Callable[[Mapping[str, Tensor], Path], None]
 COUNT = "num_items_in_batch"
+MASK = "attention_mask"
 
 
 class Hosted(GraphModule):
@@ -44,15 +45,27 @@ class Hosted(GraphModule):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """What the model's own `generate` does, on the graph.
 
+        Without a cache the whole sequence is read at every step. With use_cache=True in the example that was traced,
+        only what is new is.
+
         Raises:
-            CallError: the program was traced without a cache.
+            CallError: a cache is asked for, and the program was traced without one.
         """
         if self._signature.past is None:
-            raise CallError(
-                f"This program of {self._model} was traced without a cache. Trace it with use_cache=True in the example: "
-                'pg.trace(model, {**inputs, "use_cache": True}).'
-            )
-        return getattr(super(), "generate")(*args, **kwargs)
+            if kwargs.setdefault("use_cache", False):
+                raise CallError(
+                    f"This program of {self._model} was traced without a cache. Trace it with use_cache=True in the "
+                    'example, pg.trace(model, {**inputs, "use_cache": True}), or generate with use_cache=False.'
+                )
+        return super().generate(*args, **kwargs)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The model's own inputs of the next step; a mask of ones, which generation leaves out, where the graph has one."""
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        tokens = inputs.get("input_ids")
+        if self._signature.past is None and tokens is not None and inputs.get(MASK) is None:
+            inputs |= {MASK: torch.ones_like(tokens) for spec in self._signature.inputs if spec.key == MASK}
+        return inputs
 
     def save_pretrained(
         self, save_directory: str | PathLike[str], is_main_process: bool = True, **options: Any

@@ -19,7 +19,7 @@ from peftgraph.ir.builder import Builder
 from peftgraph.rewrite.inputs import Inputs, Mask, inputs_along, same_size, tokens
 from peftgraph.rewrite.match import INPUT, RESULT, Match
 from peftgraph.rewrite.rule import Replace, Rule
-from peftgraph.sites import ops
+from peftgraph.sites import attention, kind, ops
 from peftgraph.sites.select import Selector
 
 aten = torch.ops.aten
@@ -109,6 +109,13 @@ class Lengthening:
             )
         if isinstance(shape[1], int):
             raise PeftGraphError(f"{m.site.id} gives {sizes}: the model's own code fixes how many tokens there are.")
+        for core in m.related(attention.core & kind("self")):
+            queries, keys = (core.value(port).meta["val"].shape[-2] for port in ("q", "k"))
+            if same_size(queries, shape[1]) and not same_size(keys, queries):
+                raise PeftGraphError(
+                    f"{core.site.id} continues earlier calls, and rows would stand in front of each of them. Trace the "
+                    "model without a cache; generation then reads the whole sequence at every step."
+                )
         inputs = inputs_along(m, shape[1])
         for name in inputs.along:
             given = m.value(INPUT + name).meta["val"].shape

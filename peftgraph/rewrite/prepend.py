@@ -110,8 +110,8 @@ def prepend(m: Match, op: Builder, keys_1GLD: fx.Node, values_1GLD: fx.Node) -> 
     other = m.changed_by("output")
     if other is not None:
         raise Conflict(
-            f"{op.maker} and {other} both replace the output of {m.site.id}, and one would undo the other. Apply one of "
-            "them."
+            f"{op.maker} and {other} both replace the output of {m.site.id}, and one would undo the other. "
+            "Apply one of them."
         )
     return _computed(m, op, keys_1GLD, values_1GLD, alone=False)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
 import peftgraph as pg
-from peftgraph.passes import IA3, LoRA, ParallelAdapter, Prefix
+from peftgraph.passes import IA3, LoRA, ParallelAdapter, Prefix, Prompt
 
 F64 = torch.float64
 MODES: dict[str, dict[str, Any]] = {
@@ -175,4 +175,24 @@ def test_caches_that_a_graph_cannot_take() -> None:
     with pytest.raises(
         pg.CallError, match="of LlamaForCausalLM was traced without a cache. Trace it with use_cache=True"
     ):
-        tokens(zoo.traced("llama", dtype=F64).module(), inputs)
+        tokens(zoo.traced("llama", dtype=F64).module(), inputs, use_cache=True)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_rows_in_front_of_the_tokens_are_read_at_every_step(name: str) -> None:
+    """A padded batch continues each example as it is continued alone; positions are counted as generation does."""
+    inputs = prompt()
+    example = inputs | {"position_ids": torch.arange(7).expand(3, -1).clone()}
+    tuned = pg.trace(zoo.build(name, dtype=F64), example).apply(Prompt(length=4, init="normal"), LoRA(rank=2))
+    net = zoo.randomise(tuned, 0.5).module()
+    batch = tokens(net, inputs)
+    for i, start in enumerate((0, 3, 0)):
+        alone = {key: value[i : i + 1, start:] for key, value in inputs.items()}
+        assert torch.equal(tokens(net, alone)[0, 7 - start :], batch[i, 7:])
+    beams = tokens(net, inputs, **MODES["beams"])
+    assert beams.shape == (6, 16)
+
+
+def test_rows_in_front_of_every_call_are_refused() -> None:
+    with pytest.raises(pg.PeftGraphError, match="continues earlier calls, and rows would stand in front of each"):
+        zoo.cached("llama").apply(Prompt(length=2))

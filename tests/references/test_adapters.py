@@ -54,7 +54,9 @@ METHODS: dict[str, pg.Pass] = {
     "prefix_mlp": Prefix(length=3, hidden=6),
     "mam": pg.Pipeline([Prefix(length=3, hidden=None), ParallelAdapter(width=4, input="residual")]),
 }
-RECORDED = [(method, name) for method in METHODS for name in MODELS if (FOLDER / f"{name}.{method}.safetensors").exists()]
+RECORDED = [
+    (method, name) for method in METHODS for name in MODELS if (FOLDER / f"{name}.{method}.safetensors").exists()
+]
 
 
 def configured(method: str, name: str) -> pg.Pass:
