@@ -92,7 +92,7 @@ class Inference:
         """What `node` gives when its operands' recorded values go in."""
         if not _is_repeatable(node):
             return self._run(node)
-        key = (node.target, self._describe(node.args), self._describe(node.kwargs))
+        key = (node.target, self.describe(node.args), self.describe(node.kwargs))
         if key not in self._known:
             self._known[key] = self._run(node)
         return self._known[key]
@@ -103,22 +103,22 @@ class Inference:
             rule: Any = RULES.get(node.target, node.target)  # pyright: ignore[reportArgumentType, reportCallIssue]
             return rule(*args, **kwargs)
 
-    def _describe(self, value: Any) -> Hashable:
+    def describe(self, value: Any) -> Hashable:
         """An argument as what the result can depend on; a type stands beside a number, for 1 == 1.0 == True."""
         if isinstance(value, fx.Node):
             recorded = value.meta["val"]
             if id(recorded) not in self._descriptions:
-                self._descriptions[id(recorded)] = (recorded, self._describe(recorded))
+                self._descriptions[id(recorded)] = (recorded, self.describe(recorded))
             return self._descriptions[id(recorded)][1]
         if isinstance(value, Tensor):
             sizes = tuple(_expression(size) for size in (*value.shape, *value.stride(), value.storage_offset()))
             return ("tensor", value.dim(), sizes, value.dtype, value.device, value.requires_grad)
         if isinstance(value, Mapping):
-            return tuple((name, self._describe(item)) for name, item in value.items())
+            return tuple((name, self.describe(item)) for name, item in value.items())
         if isinstance(value, list | tuple):
-            return (type(value), tuple(self._describe(item) for item in value))
+            return (type(value), tuple(self.describe(item) for item in value))
         if isinstance(value, slice):
-            return ("slice", *(self._describe(bound) for bound in (value.start, value.stop, value.step)))
+            return ("slice", *(self.describe(bound) for bound in (value.start, value.stop, value.step)))
         return (type(value), _expression(value))
 
 
@@ -151,6 +151,27 @@ def propagate(nodes: Iterable[fx.Node], mode: FakeTensorMode) -> None:
     for node in nodes:
         if node.op == "call_function":
             node.meta["val"] = inference.value_of(node)
+
+
+def recast(nodes: Iterable[fx.Node], mode: FakeTensorMode, old: torch.dtype, new: torch.dtype) -> None:
+    """Gives recorded values of dtype `old` the dtype `new`. That is what running the calls again would give, and much
+    cheaper, where every operation takes `new` and promotes it as it promoted `old`."""
+    inference = Inference(mode)
+    cast: dict[Hashable, Tensor] = {}
+
+    def value_of(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return type(value)(value_of(item) for item in value)
+        if not isinstance(value, Tensor) or value.dtype != old:
+            return value
+        alike = inference.describe(value)
+        if alike not in cast:
+            with mode, quiet_symbols(mode):
+                cast[alike] = torch.empty_strided(value.shape, value.stride(), dtype=new, device=value.device)
+        return cast[alike]
+
+    for node in nodes:
+        node.meta["val"] = value_of(node.meta["val"])
 
 
 def same_meta(a: Any, b: Any) -> bool:

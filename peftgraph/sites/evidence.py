@@ -6,22 +6,19 @@ are read here. In a claim a node is written %name, with its graph name; `Origin.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from torch import fx
 
 from . import ops
-from .anatomy import Anatomy
-from .attention import Attention, Part, find_latents
-from .blocks import Stream
-from .cores import Core
+from .attending import attention_steps
+from .blocks import Stream, mixers_alike
 from .feedforward import FeedForward
-from .joins import Join
 from .projections import Projection
 from .routers import routes
 from .site import Site
+from .steps import Step, joined, step, stored, through
 
 if TYPE_CHECKING:
     from .find import Finder
@@ -36,154 +33,11 @@ LETTERS: Final = {
 }
 
 
-RUNS: Final = {
-    "q": ", the factor along whose axis the softmax does not run",
-    "k": ", the factor along whose axis the softmax runs",
-}
-MOST_SHOWN: Final = 12  # a way of more nodes than this is not part of the excerpt
-
-
-@dataclass(frozen=True)
-class Step:
-    """One claim, and the nodes that show it, by graph name."""
-
-    claim: str
-    nodes: tuple[str, ...] = ()
-
-
 def steps(finder: Finder, site: Site) -> list[Step]:
     """Why `site` is one, from the operator outward to its layer."""
     node = next(one for one in finder.flow.nodes if one.name == site.op)
     found = HOW.get(site.role.partition(".")[0], _own_pattern)(finder, site, node)
     return found if site.layer is None else [*found, _layer(finder, site, node)]
-
-
-def step(claim: str, *nodes: fx.Node | Iterable[fx.Node]) -> Step:
-    flat = [one for item in nodes for one in ([item] if isinstance(item, fx.Node) else item)]
-    return Step(claim, tuple(dict.fromkeys(one.name for one in flat)))
-
-
-def through(nodes: Iterable[fx.Node]) -> str:
-    """The operators on a way, each once: "through view, transpose "."""
-    names = [name for name in dict.fromkeys(ops.name(node) for node in nodes) if name != "getitem"]
-    shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-    return f"through {shown} " if names else ""
-
-
-def _attention(finder: Finder, site: Site, node: fx.Node) -> list[Step]:
-    if site.role == "attention":
-        return _sublayer(finder, site, node)
-    if site.role == "attention.core":
-        one = next(one for one in finder.attentions if one.core.node is node)
-        return [_core(one.core), *(_operand(finder, one, part) for part in one.parts[:3]), _kind(finder, one)]
-    latents = find_latents(finder.anatomy, finder.attentions) if site.role == "attention.latent" else []
-    one, part = next(
-        (one, part)
-        for one, part in [*((one, part) for one in finder.attentions for part in one.parts), *latents]
-        if part.role == site.role and part.projection.node is node and part.columns == site.columns
-    )
-    if site.role == "attention.o":
-        return [_core(one.core), _reader(finder.anatomy, one.core, part.projection), *_entry(finder, node)]
-    if site.role == "attention.latent":
-        return [_core(one.core), _latent(one, part)]
-    return [_core(one.core), _operand(finder, one, part), _arrival(finder.anatomy, part), _kind(finder, one)]
-
-
-def _core(core: Core) -> Step:
-    if ops.name(core.node) in ops.SDPA:
-        return step(f"%{core.node.name} is {ops.name(core.node)}: softmax(q k^T) v in one operator", core.node)
-    scores = ", ".join(f"%{one.name}" for one in core.products)
-    return step(
-        f"the argument of the softmax %{core.node.name} leads back to {scores}, a product of two signals (q k^T), "
-        f"and its result on to %{core.output.name}, a product with a third (v)",
-        core.products,
-        core.node,
-        core.output,
-    )
-
-
-def _operand(finder: Finder, one: Attention, part: Part) -> Step:
-    letter = part.role[-1]
-    operand = {"q": one.core.q, "k": one.core.k, "v": one.core.v}[letter]
-    output = part.projection.output
-    way = finder.flow.between(output, operand)
-    fused = letter == "v" or ops.name(one.core.node) in ops.SDPA
-    reason = f"{letter} is %{operand.name}" + ("" if fused else RUNS[letter])
-    source = f"a projection by {_stored(part.projection)}"
-    if operand is output:
-        return step(f"{reason}, {source}", part.projection.node, output)
-    lead = f"{reason}; it leads back {through([*way, operand])}to %{output.name}, {source}"
-    return step(lead, part.projection.node, output, way, operand)
-
-
-def _latent(one: Attention, part: Part) -> Step:
-    output = part.projection.output
-    readers = [p.projection for p in one.parts if p.role != "attention.o" and p.projection is not part.projection]
-    shown = ", ".join(f"%{reader.node.name}" for reader in dict.fromkeys(readers))
-    return step(
-        f"%{output.name}, a projection by {_stored(part.projection)}, reaches this attention through further "
-        f"projections of it only ({shown}): a latent",
-        part.projection.node,
-        output,
-    )
-
-
-def _stored(one: Projection) -> str:
-    weight = one.weight
-    window = "" if weight.window is None else f"[{weight.window}]"
-    return f"@{weight.parameter}{window}" + (" (stored in x out)" if weight.transposed else "")
-
-
-def _arrival(anatomy: Anatomy, part: Part) -> Step:
-    width = part.projection.width
-    own = f"all {width} of its columns arrive" if part.columns is None else f"columns {part.columns} of {width} arrive"
-    heads = f", as {part.heads} heads of {part.head_dim}" if part.heads and part.head_dim else ""
-    read = part.projection.input
-    value = read if read in anatomy.norm_at or read in anatomy.join_at else anatomy.flow.strip(read)
-    what = " (a norm)" if value in anatomy.norm_at else " (a residual add)" if value in anatomy.join_at else ""
-    return step(f"{own} there{heads}; the projection reads %{value.name}{what}", value, part.projection.node)
-
-
-def _kind(finder: Finder, one: Attention) -> Step:
-    q, k = one.role("q"), one.role("k")
-    reads = [part.projection.input for part in (*q[:1], *k[:1])]
-    if len(reads) == 2 and reads[0] is reads[1]:
-        return step(f"q and k are projections of one value, %{reads[0].name}: self attention")
-    if len(reads) < 2:
-        return step(f"{one.kind} attention")
-    same = "come from one stream" if one.kind == "self" else "come from different streams"
-    return step(f"q (from %{reads[0].name}) and k (from %{reads[1].name}) {same}: {one.kind} attention", reads)
-
-
-def _reader(anatomy: Anatomy, core: Core, reader: Projection) -> Step:
-    way = anatomy.flow.between(core.output, reader.node)
-    return step(
-        f"%{reader.node.name} is the first projection that reads the result %{core.output.name}, "
-        f"{through(way)}and before any residual add",
-        core.output,
-        way,
-        reader.node,
-        reader.output,
-    )
-
-
-def _entry(finder: Finder, node: fx.Node) -> list[Step]:
-    join = finder.blocks.around(node)
-    return [] if join is None else [_join(finder.anatomy, join, node)]
-
-
-def _join(anatomy: Anatomy, join: Join, node: fx.Node) -> Step:
-    """How a value enters the residual stream."""
-    flow = anatomy.flow
-    first = anatomy.projection_at[node].output if node in anatomy.projection_at else node
-    way = flow.between(first, join.node)
-    start = "" if join.skip is join.source else f" (%{join.source.name} on the way of %{join.skip.name})"
-    return step(
-        f"%{join.node.name} adds %{join.branch.name} to %{join.skip.name}, the value it started from{start}: "
-        "a residual add",
-        way if len(way) <= MOST_SHOWN else (),
-        join.node,
-    )
 
 
 def _sublayer(finder: Finder, site: Site, node: fx.Node) -> list[Step]:
@@ -193,7 +47,7 @@ def _sublayer(finder: Finder, site: Site, node: fx.Node) -> list[Step]:
     word = "attention" if site.role == "attention" else "feed-forward"
     found = [
         step(f"the branch of %{join.node.name} descends from the {word} of {members}", sublayer.members),
-        _join(finder.anatomy, join, sublayer.output),
+        joined(finder.anatomy, join, sublayer.output),
     ]
     placed = {
         "pre": f"a norm stands between %{join.source.name} and what the sublayer reads: pre-norm",
@@ -215,8 +69,10 @@ def _feedforward(finder: Finder, site: Site, node: fx.Node) -> list[Step]:
     sources = ", ".join(f"%{source.output.name}" for source in frontier.projections)
     shown = ", ".join(f"%{n.name} ({ops.name(n)})" for n in bent)
     found = [
-        step(f"%{down.node.name} is a projection by {_stored(down)} whose result enters a residual add", down.node),
-        _join(finder.anatomy, one.join, down.node),
+        step(
+            f"%{down.node.name} is a projection by {stored(down)} whose result {_way_out(finder, one, down)}", down.node
+        ),
+        joined(finder.anatomy, one.join, down.node),
         step(
             f"its input leads back {through(between)}to projections only, {sources}, with a nonlinearity: {shown}",
             [source.node for source in frontier.projections],
@@ -228,6 +84,12 @@ def _feedforward(finder: Finder, site: Site, node: fx.Node) -> list[Step]:
     if site.role == "ffn.hidden":
         found.append(step(f"%{down.input.name} is what the down projection reads: the hidden value", down.input))
     return found
+
+
+def _way_out(finder: Finder, one: FeedForward, down: Projection) -> str:
+    last = finder.anatomy.frontier(one.join.branch).projections
+    by = ", ".join(f"%{other.node.name}" for other in last if finder.flow.descends(other.node, down.output))
+    return "enters a residual add" if down in last else f"is carried on to a residual add by {by}"
 
 
 def _owns(one: FeedForward, site: Site, node: fx.Node) -> bool:
@@ -288,7 +150,7 @@ def _embedding(finder: Finder, site: Site, node: fx.Node) -> list[Step]:
 
 def _leftover(finder: Finder, site: Site, node: fx.Node) -> list[Step]:
     one = finder.anatomy.projection_at[node]
-    first = step(f"%{node.name} contracts the signal %{one.input.name} with {_stored(one)}: a projection", node)
+    first = step(f"%{node.name} contracts the signal %{one.input.name} with {stored(one)}: a projection", node)
     if site.role == "head":
         return [first, step("no residual add, attention or other projection reads what follows from it: a head")]
     if site.role == "router":
@@ -308,7 +170,7 @@ def _side_path(finder: Finder, site: Site, node: fx.Node) -> list[Step]:
 
 def _block(finder: Finder, site: Site, node: fx.Node) -> list[Step]:
     join = finder.anatomy.join_at[node]
-    return [_join(finder.anatomy, join, join.branch)]
+    return [joined(finder.anatomy, join, join.branch)]
 
 
 def _own_pattern(finder: Finder, site: Site, node: fx.Node) -> list[Step]:
@@ -341,6 +203,9 @@ def _cut(stream: Stream, start: int, stop: int) -> str:
         return f"the stream from %{root} has one block ({names})"
     if all(stream.kinds[one:end] == kinds for one, end in stream.blocks):
         return f"the stream from %{root} repeats ({names}) {count} times"
+    plain = [mixers_alike([kind for kind in stream.kinds[one:end] if kind != "X"]) for one, end in stream.blocks]
+    if all(one == plain[0] for one in plain):
+        return f"the stream from %{root} repeats ({names}) {count} times, in kinds of mixing or cross attention apart"
     return f"the stream from %{root} does not repeat, so each of its mixers starts a block ({names})"
 
 
@@ -351,7 +216,9 @@ def cuts(finder: Finder) -> list[str]:
 
 
 HOW: Final[dict[str, Callable[[Finder, Site, fx.Node], list[Step]]]] = {
-    "attention": _attention,
+    "attention": lambda finder, site, node: (
+        _sublayer(finder, site, node) if site.role == "attention" else attention_steps(finder, site, node)
+    ),
     "ffn": _feedforward,
     "norm": _norm,
     "bias": _bias,

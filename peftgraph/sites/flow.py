@@ -71,6 +71,11 @@ class Flow:
         value = self.value(node)
         return tuple(hint(size) for size in value.shape) if isinstance(value, torch.Tensor) else ()
 
+    def counted(self, node: fx.Node) -> bool:
+        """Are all sizes of a tensor known without the values of another (how many rows an expert gets is not)?"""
+        sizes = getattr(self.value(node), "shape", ())
+        return all(isinstance(size, int) or size.node.hint is not None for size in sizes)
+
     def floating(self, node: fx.Node) -> bool:
         value = self.value(node)
         if isinstance(value, (list, tuple)):

@@ -24,7 +24,8 @@ def mixed(
     if across is not None:
         return f"%{across.node.name} before it, which contracts positions, not features", across.node
     values, wanted = prod(flow.shape(candidate.output)), prod(flow.shape(goal))
-    if wanted % candidate.width or (values < wanted and not _handed_out(anatomy, join, candidate)):
+    fewer = values < wanted and flow.counted(candidate.output)
+    if wanted % candidate.width or (fewer and not _handed_out(anatomy, join, candidate)):
         return "one that is spread over positions, such as a gate of the branch", candidate.output
     convolutions = [node for node in anatomy.frontier(candidate.input).between if flow.channelwise(node)]
     if convolutions and join.root not in attended:

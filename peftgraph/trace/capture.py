@@ -20,7 +20,7 @@ from peftgraph.errors import TraceError
 from peftgraph.ir.builder import number
 from peftgraph.ir.literals import mark, retarget
 from peftgraph.ir.program import ProgramData, Surrounding, calls, stored
-from peftgraph.ir.propagate import fake_like, fake_mode_of, propagate
+from peftgraph.ir.propagate import fake_like, fake_mode_of, propagate, recast
 from peftgraph.ir.run import run
 from peftgraph.ir.signature import Input, Signature
 from peftgraph.ir.table import Entry, Table
@@ -159,7 +159,7 @@ def _trace(
         _cast_numbers(graph, exported.constants, marker)
         mark(graph, marker)
     try:
-        _restore_dtype(graph, table, bound)
+        _restore_dtype(graph, table, bound, marker)
     except Exception as error:
         raise explain(model, error) from error
     used = {str(node.target) for node in stored(graph)}
@@ -235,8 +235,8 @@ def _names_of_ties(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return {name: (name, *(n for n in names if n != name)) for names in groups.values() for name in names}
 
 
-def _restore_dtype(graph: fx.Graph, table: Table, bound: Example) -> None:
-    """Brings a graph traced under a marker to the dtype of the model's own weights."""
+def _restore_dtype(graph: fx.Graph, table: Table, bound: Example, marker: torch.dtype | None) -> None:
+    """Brings a graph traced under `marker` to the dtype of the model's own weights."""
     retarget(graph, table.dtype, None)
     mode = fake_mode_of(graph)
     tensors = iter(bound.tensors)
@@ -247,7 +247,10 @@ def _restore_dtype(graph: fx.Graph, table: Table, bound: Example) -> None:
         elif node.op == "get_attr":
             node.meta["val"] = fake_like(mode, table[str(node.target)].tensor)
     with quiet():
-        propagate(calls(graph), mode)
+        if (marker, table.dtype) == (torch.bfloat16, torch.float32):  # both promote to float32 beside float32
+            recast(calls(graph), mode, torch.bfloat16, torch.float32)
+        else:
+            propagate(calls(graph), mode)
 
 
 def _signature(graph: fx.Graph, exported: ExportedProgram, bound: Example) -> Signature:

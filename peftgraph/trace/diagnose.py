@@ -17,7 +17,7 @@ from pathlib import Path
 from types import CodeType
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from peftgraph.errors import TraceError
 
@@ -47,6 +47,7 @@ ADVICE = (
         "torch.export.register_dataclass.",
     ),
 )
+FRAME = re.compile(r'File "(.+)", line (\d+), in (.+)')  # of a formatted traceback
 # What makes a place in code: the code and the line.
 Place = tuple[CodeType, int]
 OTHERWISE = (
@@ -72,6 +73,17 @@ def describe_place(file: str, line: int, function: str = "") -> str:
     """A line of code with its place, as a line and an excerpt of a message."""
     inside = f", in {function}" if function else ""
     return f"  at {file}:{line}{inside}\n      {linecache.getline(file, line).strip()}\n"
+
+
+def place_of(graph: fx.Graph) -> str:
+    """The line of the model's code at which an exported graph starts, as `describe_place` has it; "" if unknown."""
+    for node in graph.nodes:
+        frames = FRAME.findall(node.meta.get("stack_trace") or "")
+        model = [frame for frame in frames if is_model_code(frame[0])]
+        if model:
+            file, line, function = model[-1]
+            return describe_place(file, int(line), function)
+    return ""
 
 
 def _reason(error: BaseException) -> str:

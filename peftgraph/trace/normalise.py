@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from peftgraph.errors import TraceError
 from peftgraph.ir.dead import drop_dead, is_mutation
+from peftgraph.trace.diagnose import place_of
 from peftgraph.trace.functions import Call, as_nodes
 
 aten = torch.ops.aten
@@ -140,7 +141,8 @@ class _Normaliser:
         if name == "wrap_with_autocast" and options[2]:
             raise TraceError(
                 f"The model runs a part of itself under torch.autocast({options[0]!r}, {options[1]}), whose "
-                "casts are no part of a graph. Write them out with .to(dtype), or trace that part without it."
+                f"casts are no part of a graph.\n{place_of(body.graph)}"
+                "  what to do: Write the casts out with .to(dtype), or trace that part without autocast."
             )
         inner = [inner for inner in body.graph.nodes if inner.op == "placeholder"]
         results = self._inline(body.graph, dict(zip(inner, operands, strict=True)), body)

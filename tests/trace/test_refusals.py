@@ -129,10 +129,13 @@ def test_autocast_inside() -> None:
     class Cast(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                return super().forward(input)
+                return super().forward(input)  # here
 
-    with pytest.raises(pg.TraceError, match=r"under torch.autocast\('cpu', torch.bfloat16\), whose casts are no part"):
+    words = r"under torch.autocast\('cpu', torch.bfloat16\), whose casts are no part"
+    with pytest.raises(pg.TraceError, match=words) as caught:
         pg.trace(Cast(6, 5), X)
+    lines, start = inspect.getsourcelines(Cast)
+    assert f"at {__file__}:{start + 3}, in forward\n      {lines[3].strip()}\n" in str(caught.value)
 
 
 def test_an_output_of_an_unknown_class() -> None:

@@ -18,13 +18,13 @@ from .fused import fused, gated, latent, queries
 from .layouts import layout
 
 NAMES = {  # a projection's own name, by role
-    "q": "q_proj query q q_lin query_proj project_q Wq q_head linear_q to_q",
+    "q": "q_proj experts.input_linear query q q_lin query_proj project_q Wq q_head linear_q to_q",
     "k": "k_proj key k k_lin key_proj project_k Wk k_head linear_k to_k",
     "v": "v_proj value v v_lin value_proj project_v Wv v_head linear_v to_v",
     "qkv": "c_attn qkv qkv_proj Wqkv query_key_value in_proj in_proj_weight",
     "kv": "to_kv kv_proj",
-    "o": "o_proj out_proj o out_lin output_proj attention_out dense proj projection projection_layer "
-    "Wo linear_out to_out c_proj post_proj output",
+    "o": "o_proj o_b_proj out_proj o out_lin output_proj attention_out dense proj projection projection_layer "
+    "Wo linear_out to_out c_proj post_proj output experts.output_linear",
 }
 OUTER = ("output.dense", "output")  # an output projection that stands beside the attention's module
 FEEDFORWARDS = (  # up, down, gate: of one module
@@ -46,14 +46,15 @@ FEEDFORWARDS = (  # up, down, gate: of one module
     ("w_in.w_1", "w_out", "w_in.w_0"),
     ("input_linear", "output_linear", None),
     ("intermediate.dense", "output.dense", None),
+    ("intermediate_query.dense", "output_query.dense", None),
 )
 # Attention by name that is none: no softmax over products of queries and keys.
 NO_ATTENTION = re.compile(
-    r"Lightning|(?<!Kimi)LinearAttention|Delta|Mamba|Rwkv|Efficient\w*Additive|Deformable|FNet|Mixer|Recurrent|ShortConv|xLSTM|Yoso|Mra"
+    r"Lightning|(?<!Kimi)LinearAttention|Delta|Mamba|Rwkv|Efficient\w*Additive|Deformable|FNet|Mixer|Recurrent|ShortConv|xLSTM|Yoso|Mra|Indexer"
 )
 LEARNED_QUERIES = re.compile(r"head\.attention|MultiheadAttention$|AttentionPool|Perceiver|Resampler|Latent")
 TWICE = re.compile(r"DiffLlama|ProphetNetNgram|Lilt")  # two attentions in one module
-UNTOLD = re.compile(r"Zaya")  # projections split over modules that mix them by convolutions
+UNTOLD = re.compile(r"Zaya|DabDetr")  # projections that several modules hold, under names of their own
 NO_FEEDFORWARD = re.compile(r"norm")  # small networks that modulate a norm
 NO_LAYERS = re.compile(r"Funnel|MobileViT")  # one stack in several lists
 CROSS = re.compile(r"cross|encoder_attn|encdec|encoder_attention|enc_attn", re.IGNORECASE)
