@@ -39,9 +39,10 @@ def _sees_itself(core: Match, op: Builder) -> fx.Node:
     node, q = core.names[core.site.op], core.value("q")
     mask = core.value("mask") if core.has("mask") else None
     scores = mask if node.target is FUSED else node.args[0]
-    if q.meta["val"].dim() != 4:
+    by_head = q if q.meta["val"].dim() == 4 else scores  # queries may have heads and batch on one axis
+    if not isinstance(by_head, fx.Node) or by_head.meta["val"].dim() != 4:
         raise PeftGraphError(f"The queries of {core.site.id} are no (batch, heads, positions, features).")
-    batch, length = (op.call(aten.sym_size.int, q, axis) for axis in (0, -2))
+    batch, length = op.call(aten.sym_size.int, by_head, 0), op.call(aten.sym_size.int, q, -2)
     if scores is None:
         return op.call(aten.ones.default, [batch, length], dtype=torch.bool, device=op.device)
     assert isinstance(scores, fx.Node)
