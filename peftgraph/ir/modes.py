@@ -39,6 +39,9 @@ TRAINING_ARGUMENTS: dict[Callable[..., object], tuple[int, str, object]] = {
 }
 
 
+ROWS = 2  # the axis of keys and values of earlier calls along which there is one row a token
+
+
 def by_mode(evaluation: T, training: T) -> T:
     """The target of a node whose value depends on the mode: neither graph that is run holds one."""
     return training
@@ -128,7 +131,10 @@ def without_past(graph: fx.Graph, past: Set[str]) -> fx.Graph:
                 _skip_single(user)
             else:
                 assert user.target is aten.sym_size.int, user
-                _measure_elsewhere(user, [one for one in inputs if one.name not in past])
+                if user.args[1] == ROWS:
+                    _replace(user, 0)
+                else:
+                    measure(user, [one for one in inputs if one.name not in past])
         new.erase_node(node)
     return new
 
@@ -142,17 +148,20 @@ def _skip_single(cat: fx.Node) -> None:
         cat.graph.erase_node(cat)
 
 
-def _measure_elsewhere(size: fx.Node, inputs: list[fx.Node]) -> None:
-    """Takes a size that was read off missing rows from an input that has it too, or else as 0."""
+def measure(size: fx.Node, inputs: list[fx.Node]) -> None:
+    """Reads a size, in place, off the first of `inputs` that has it; it stays as it is where none has."""
     symbol = str(size.meta["val"])
     for node in inputs:
-        axes = [axis for axis, other in enumerate(node.meta["val"].shape) if str(other) == symbol]
-        if axes:
-            size.args = (node, axes[0])
-            return
-    for user in list(size.users):
-        user.args, user.kwargs = map_arg((user.args, user.kwargs), lambda one: 0 if one is size else one)
-    size.graph.erase_node(size)
+        for axis, other in enumerate(node.meta["val"].shape):
+            if str(other) == symbol:
+                size.args = (node, axis)
+                return
+
+
+def _replace(node: fx.Node, value: object) -> None:
+    for user in list(node.users):
+        user.args, user.kwargs = map_arg((user.args, user.kwargs), lambda one: value if one is node else one)
+    node.graph.erase_node(node)
 
 
 def mutated_buffers(graph: fx.Graph) -> set[str]:

@@ -34,7 +34,13 @@ class Past:
         """A transformers cache with these keys and values, in turn for each layer; an empty one without any."""
         from transformers import DynamicCache, EncoderDecoderCache
 
-        cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if self.paired else DynamicCache()
+        class Passing(DynamicCache):
+            """Of cross-attention: keeps nothing, so that each call computes what the encoder's output gives."""
+
+            def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+                return key_states, value_states
+
+        cache = EncoderDecoderCache(DynamicCache(), Passing()) if self.paired else DynamicCache()
         if tensors:
             self.write(cache, tensors)
         return cache

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftgraph.errors import CallError
 from peftgraph.ir.program import Host, ProgramData
 from peftgraph.ir.past import fill
 from peftgraph.ir.signature import arguments_of
+from peftgraph.lower.encoded import HIDDEN, Encoder, TwoSteps
 from peftgraph.lower.module import GraphModule
 
 
@@ -35,6 +36,9 @@ class Hosted(GraphModule):
         super().__init__(program)
         self.__dict__.update(state)
         self._save = save
+        self._steps: dict[bool, TwoSteps] = {}
+        if "encoder" in self._modules:  # generation asks it for this name
+            vars(self.get_submodule("encoder"))["main_input_name"] = getattr(self, "main_input_name")
         self._keys_to_ignore_on_save = [name for name in self.state_dict() if name not in program.table.trainable]
 
     @property
@@ -106,7 +110,7 @@ class Hosted(GraphModule):
         count = next((spec for spec in self._signature.inputs if spec.key == COUNT), None)
         if count is not None and arguments.get(COUNT) is not None:
             arguments[COUNT] = _as(count.dtype, arguments[COUNT], self.device)
-        return {name: value for name, value in arguments.items() if value is not None}
+        return {name: value for name, value in arguments.items() if value is not None and not _is_off(name, value)}
 
     def _cached(self, arguments: dict[str, Any]) -> Any:
         past = self._signature.past
@@ -114,12 +118,13 @@ class Hosted(GraphModule):
         cache = arguments.pop(past.argument, None)
         wanted = arguments.pop("use_cache", getattr(self, "config").use_cache)
         earlier = [] if cache is None else past.read(cache)
+        encoded = arguments.pop("encoder_outputs", None)
         tensors = self._signature.tensors_of(arguments)
-        rows = iter(earlier)
-        names = self._signature.past_inputs
-        tensors = [next(rows, None) if s.name in names else t for s, t in zip(self._signature.inputs, tensors)]
+        rows, names = iter(earlier), self._signature.past_inputs
+        specs = self._signature.inputs
+        tensors = [next(rows, None) if s.name in names else t for s, t in zip(specs, tensors, strict=True)]
         self._fill(tensors, int(earlier[0].shape[-2]) if earlier else 0)
-        output = self.run(tensors)
+        output = self.run(tensors) if encoded is None else self._two_steps().decode(self, encoded, tensors)
         present = output[past.argument]
         if cache is None and wanted:
             cache = past.cache()
@@ -128,6 +133,30 @@ class Hosted(GraphModule):
         past.write(cache, present)
         output[past.argument] = cache
         return output
+
+    def get_encoder(self, modality: str | None = None) -> nn.Module:
+        """The half of the graph that reads the encoder's inputs; its output goes into calls as `encoder_outputs`.
+
+        Raises:
+            CallError: the program was traced without a cache, or of another kind of model.
+        """
+        if self._signature.past is None or HIDDEN not in self._signature.output_keys:
+            raise CallError(f"This program of {self._model} has no encoder apart from the rest.")
+        return Encoder(self._encoded, self._signature, self._two_steps().halves.inputs)
+
+    def _encoded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        arguments = self._arguments(args, {name: value for name, value in kwargs.items() if name != "return_dict"})
+        return self._two_steps().encode(self, self._signature.tensors_of(arguments))
+
+    def _two_steps(self) -> TwoSteps:
+        if self.training not in self._steps:
+            self._steps[self.training] = TwoSteps(self.graph_for(self.training)[0], self._signature, self._model)
+        return self._steps[self.training]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Hosted:
+        super()._apply(fn, recurse)
+        self._steps.clear()  # literals may have moved
+        return self
 
     def _fill(self, tensors: list[Tensor | None], before: int) -> None:
         """Gives inputs that were left out, in place, what the model takes for them."""
@@ -138,6 +167,10 @@ class Hosted(GraphModule):
             if value is None and spec.fill is not None:
                 value = tensors[i] = fill(spec.fill, mask, before, like.shape[1], spec.dtype)
             mask = value if spec.fill == "ones" and value is not None else mask
+
+
+def _is_off(name: str, value: Any) -> bool:
+    return value is False and name in ("output_attentions", "output_hidden_states")
 
 
 def _as(dtype: torch.dtype, value: Tensor | float, device: torch.device) -> Tensor:

@@ -54,7 +54,7 @@ class GraphModule(nn.Module):
         missing = frozenset(spec.name for spec, value in zip(specs, tensors, strict=True) if value is None)
         code, kept = self._code(missing)
         leaves = code(self, *(value for value in tensors if value is not None))
-        return _assemble(self._signature.outputs, leaves, kept)
+        return assemble(self._signature.outputs, leaves, kept)
 
     def extra_repr(self) -> str:
         """The inputs and how much trains."""
@@ -67,14 +67,9 @@ class GraphModule(nn.Module):
         Raises:
             CallError: every output depends on a missing input.
         """
-        past = missing & self._signature.past_inputs
-        graph = without_past(self._graph, past) if past else self._graph
-        graph = trained(graph) if training else evaluated(graph)
+        graph = trained(self._graph) if training else evaluated(self._graph)
         drop_dead(graph)
-        missing = missing - past
-        if not missing:
-            return graph, (True,) * len(self._signature.output_keys)
-        return without_inputs(graph, missing)
+        return leaving_out(graph, self._signature, missing)
 
     def _code(self, missing: frozenset[str]) -> tuple[Code, tuple[bool, ...]]:
         key = (self.training, missing)
@@ -121,6 +116,20 @@ class GraphModule(nn.Module):
         return self
 
 
+def leaving_out(graph: fx.Graph, signature: Signature, missing: frozenset[str]) -> tuple[fx.Graph, tuple[bool, ...]]:
+    """`graph` without the inputs in `missing`, and which output leaves it gives.
+
+    Raises:
+        CallError: every output depends on a missing input.
+    """
+    past = missing & signature.past_inputs
+    if past:
+        graph = without_past(graph, past)
+    if missing == past:
+        return graph, (True,) * len(signature.output_keys)
+    return without_inputs(graph, missing - past)
+
+
 def compile_graph(graph: fx.Graph, title: str) -> Code:
     """A Python function `(module, *inputs) -> list of output leaves` for `graph`."""
     source = graph.python_code("self")
@@ -142,7 +151,7 @@ def _container(root: nn.Module, path: str) -> nn.Module:
     return module
 
 
-def _assemble(spec: pytree.TreeSpec, leaves: list[Any], kept: tuple[bool, ...]) -> Any:
+def assemble(spec: pytree.TreeSpec, leaves: list[Any], kept: tuple[bool, ...]) -> Any:
     """The model's output tree; what depends on a missing input is left out, as the model does it.
 
     A dict or a tuple becomes shorter; any other class holds None there.
