@@ -19,12 +19,12 @@ from peftgraph.program import Program as Program
 from peftgraph.program import fold as fold
 from peftgraph.program import trace as trace
 from peftgraph.rewrite.bottleneck import Bottleneck as Bottleneck
-from peftgraph.rewrite.lengthen import Lengthening as Lengthening
-from peftgraph.rewrite.lengthen import at_tokens as at_tokens
-from peftgraph.rewrite.lengthen import lengthened as lengthened
 from peftgraph.rewrite.gate import Gate as Gate
 from peftgraph.rewrite.gate import gated as gated
 from peftgraph.rewrite.gate import mean_over as mean_over
+from peftgraph.rewrite.lengthen import Lengthening as Lengthening
+from peftgraph.rewrite.lengthen import at_tokens as at_tokens
+from peftgraph.rewrite.lengthen import lengthened as lengthened
 from peftgraph.rewrite.low_rank import LowRank as LowRank
 from peftgraph.rewrite.match import Match as Match
 from peftgraph.rewrite.method import Pass as Pass

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from peftgraph.errors import CallError
-from peftgraph.ir.program import Host, ProgramData
 from peftgraph.ir.past import fill
+from peftgraph.ir.program import Host, ProgramData
 from peftgraph.ir.signature import arguments_of
 from peftgraph.lower.encoded import HIDDEN, Encoder, TwoSteps
 from peftgraph.lower.module import GraphModule
-
 
 Save = Callable[[Mapping[str, Tensor], Path], None]
 COUNT = "num_items_in_batch"
@@ -38,7 +37,7 @@ class Hosted(GraphModule):
         self._save = save
         self._steps: dict[bool, TwoSteps] = {}
         if "encoder" in self._modules:  # generation asks it for this name
-            vars(self.get_submodule("encoder"))["main_input_name"] = getattr(self, "main_input_name")
+            vars(self.get_submodule("encoder"))["main_input_name"] = self.main_input_name
         self._keys_to_ignore_on_save = [name for name in self.state_dict() if name not in program.table.trainable]
 
     @property
@@ -55,20 +54,19 @@ class Hosted(GraphModule):
         Raises:
             CallError: a cache is asked for, and the program was traced without one.
         """
-        if self._signature.past is None:
-            if kwargs.setdefault("use_cache", False):
-                raise CallError(
-                    f"This program of {self._model} was traced without a cache. Trace it with use_cache=True in the "
-                    'example, pg.trace(model, {**inputs, "use_cache": True}), or generate with use_cache=False.'
-                )
+        if self._signature.past is None and kwargs.setdefault("use_cache", False):
+            raise CallError(
+                f"This program of {self._model} was traced without a cache. Trace it with use_cache=True in the "
+                'example, pg.trace(model, {**inputs, "use_cache": True}), or generate with use_cache=False.'
+            )
         return super().generate(*args, **kwargs)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The model's own inputs of the next step; a mask of ones, which generation leaves out, where the graph has one."""
+        """The model's own inputs of the next step, with the mask of ones that generation leaves out."""
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         tokens = inputs.get("input_ids")
         if self._signature.past is None and tokens is not None and inputs.get(MASK) is None:
-            inputs |= {MASK: torch.ones_like(tokens) for spec in self._signature.inputs if spec.key == MASK}
+            inputs |= {spec.key: torch.ones_like(tokens) for spec in self._signature.inputs if spec.key == MASK}
         return inputs
 
     def save_pretrained(
@@ -116,7 +114,7 @@ class Hosted(GraphModule):
         past = self._signature.past
         assert past is not None
         cache = arguments.pop(past.argument, None)
-        wanted = arguments.pop("use_cache", getattr(self, "config").use_cache)
+        wanted = arguments.pop("use_cache", self.config.use_cache)
         earlier = [] if cache is None else past.read(cache)
         encoded = arguments.pop("encoder_outputs", None)
         tensors = self._signature.tensors_of(arguments)

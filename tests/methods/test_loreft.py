@@ -189,7 +189,9 @@ def test_rows_stay_orthonormal_under_any_optimizer(optimizer: type[torch.optim.O
     steps = optimizer([p for p in net.parameters() if p.requires_grad], lr=0.1, weight_decay=0.3)
     losses: list[float] = []
     for _ in range(12):
-        loss = net(**inputs, targets=inputs["idx"])["loss"] if "targets" in inputs else answer(net, inputs).square().mean()
+        loss = (
+            net(**inputs, targets=inputs["idx"])["loss"] if "targets" in inputs else answer(net, inputs).square().mean()
+        )
         steps.zero_grad()
         loss.backward()
         steps.step()

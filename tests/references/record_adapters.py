@@ -34,7 +34,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-from recorded import FOLDER, MODELS, VOCAB  # noqa: E402
+from recorded import FOLDER, MODELS, VOCAB
 
 SITES = {"mh_adapter": "attention", "output_adapter": "ffn", "cross_adapter": "cross"}
 FAMILIES = {  # of prefixes: the kinds of attention in an encoder-decoder
