@@ -127,7 +127,8 @@ def without_past(graph: fx.Graph, past: Set[str]) -> fx.Graph:
         for user in list(node.users):
             if user.target is aten.cat.default:
                 operands, *rest = user.args
-                user.args = ([one for one in operands if one is not node], *rest)  # pyright: ignore[reportGeneralTypeIssues, reportOptionalIterable]
+                assert isinstance(operands, list | tuple)
+                user.args = ([one for one in operands if one is not node], *rest)
                 _skip_single(user)
             else:
                 assert user.target is aten.sym_size.int, user
@@ -158,7 +159,7 @@ def measure(size: fx.Node, inputs: list[fx.Node]) -> None:
                 return
 
 
-def _replace(node: fx.Node, value: object) -> None:
+def _replace(node: fx.Node, value: int) -> None:
     for user in list(node.users):
         user.args, user.kwargs = map_arg((user.args, user.kwargs), lambda one: value if one is node else one)
     node.graph.erase_node(node)

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,11 +59,11 @@ class Hosted(GraphModule):
                 f"This program of {self._model} was traced without a cache. Trace it with use_cache=True in the "
                 'example, pg.trace(model, {**inputs, "use_cache": True}), or generate with use_cache=False.'
             )
-        return super().generate(*args, **kwargs)
+        return cast(Any, super()).generate(*args, **kwargs)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The model's own inputs of the next step, with the mask of ones that generation leaves out."""
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        inputs = cast(Any, super()).prepare_inputs_for_generation(*args, **kwargs)
         tokens = inputs.get("input_ids")
         if self._signature.past is None and tokens is not None and inputs.get(MASK) is None:
             inputs |= {spec.key: torch.ones_like(tokens) for spec in self._signature.inputs if spec.key == MASK}
@@ -107,7 +107,7 @@ class Hosted(GraphModule):
             raise CallError(f"{error}. The model's signature is forward{self._signature.forward}.") from None
         count = next((spec for spec in self._signature.inputs if spec.key == COUNT), None)
         if count is not None and arguments.get(COUNT) is not None:
-            arguments[COUNT] = _as(count.dtype, arguments[COUNT], self.device)
+            arguments[COUNT] = _as(count.dtype, arguments[COUNT], self._target[1])
         return {name: value for name, value in arguments.items() if value is not None and not _is_off(name, value)}
 
     def _cached(self, arguments: dict[str, Any]) -> Any:

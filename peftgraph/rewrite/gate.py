@@ -10,7 +10,7 @@ from torch import fx
 
 from peftgraph.errors import PeftGraphError
 from peftgraph.ir.builder import Builder
-from peftgraph.rewrite.inputs import inputs_along, tokens
+from peftgraph.rewrite.inputs import beside, inputs_along, tokens
 from peftgraph.rewrite.match import INPUT, Match
 from peftgraph.rewrite.rule import Rule
 
@@ -83,7 +83,7 @@ def mean_over(m: Match, op: Builder, x_BT1: fx.Node, tokens_only: bool) -> fx.No
                 raise PeftGraphError(f"The input {name} is no (batch, positions): it is not known what hides padding.")
     if inputs is None or inputs.mask is None:
         return op.call(aten.mean.dim, x_BT, [1])
-    real_BT = op.call(aten.to.dtype, tokens(m, op, inputs.mask), x_BT1.meta["val"].dtype)
+    real_BT = beside(op, tokens(m, op, inputs.mask), x_BT)
     total_B = op.call(aten.sum.dim_IntList, op.mul(x_BT, real_BT), [1])
     count_B = op.call(aten.sum.dim_IntList, real_BT, [1])
-    return op.call(aten.div.Tensor, total_B, op.call(aten.clamp.default, count_B, 1.0))
+    return op.call(aten.div.Tensor, total_B, op.call(aten.clamp.default, count_B, 1))

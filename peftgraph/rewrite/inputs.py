@@ -87,6 +87,12 @@ def tokens(m: Match, op: Builder, mask: Mask) -> fx.Node:
     return op.call(aten.eq.Scalar if mask.hides else aten.ne.Scalar, m.value(INPUT + mask.name), 0)
 
 
+def beside(op: Builder, x: fx.Node, value: fx.Node) -> fx.Node:
+    """x on the device of `value`; a model of meta tensors may be traced with inputs that are none."""
+    device = value.meta["val"].device
+    return x if x.meta["val"].device == device else op.call(aten.to.device, x, device, x.meta["val"].dtype)
+
+
 def same_size(a: Any, b: Any) -> bool:
     """Whether two sizes are one expression."""
     return str(a) == str(b)
@@ -124,7 +130,7 @@ def _counts(m: Match, node: fx.Node, rows: int | None) -> bool:
     if any(ops.name(user) in ("cos", "sin") for _, user in _ways(m.now(node), ANGLES)):
         return True
     example = m.example.get(node.name)
-    if rows is None or example is None or example.dim() != 2 or rows < example.shape[1]:
+    if rows is None or example is None or example.is_meta or example.dim() != 2 or rows < example.shape[1]:
         return False
     steps = example.diff(dim=1)
     return bool(((steps == 0) | (steps == 1)).all() and (steps == 1).any())
@@ -152,11 +158,16 @@ def _mentions(size: Any, length: Any) -> bool:
 
 
 def _mask(m: Match, node: fx.Node) -> Mask | None:
-    """The input as a mask, when what the model's values meet differs between a mask of ones and one of zeros."""
+    """The input as a mask, when what the model's values meet differs between a mask of ones and one of zeros.
+
+    Where there are no values, on the meta device, a mask that hides with its zeros is assumed, as nearly all do.
+    """
     if node.name not in m.example:
         return None
     seeds = {other: m.example[other.name] for other in m.inputs if other.name in m.example}
     for value, user in _meetings(m, m.now(node)):
+        if m.table.device.type == "meta":
+            return Mask(node.name, hides=False)
         one, zero = (
             _openness(evaluate(value, seeds | {node: torch.full_like(seeds[node], fill)}, m.table), user)
             for fill in (1, 0)
@@ -189,7 +200,5 @@ def _reached(starts: Iterable[fx.Node], avoiding: Collection[fx.Node] = ()) -> d
 
 def _openness(value: Tensor, user: fx.Node) -> float:
     """How much of a mask is open: the mean of what is added, multiplied or chosen by; less where it is filled."""
-    if value.is_meta:
-        return 0.0
     share = float(value.double().clamp(min=-1.0).mean())
     return -share if ops.name(user) == "masked_fill" else share

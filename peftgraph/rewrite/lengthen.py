@@ -16,7 +16,7 @@ from torch import fx
 
 from peftgraph.errors import PeftGraphError
 from peftgraph.ir.builder import Builder
-from peftgraph.rewrite.inputs import Inputs, Mask, inputs_along, same_size, tokens
+from peftgraph.rewrite.inputs import Inputs, Mask, beside, inputs_along, same_size, tokens
 from peftgraph.rewrite.match import INPUT, RESULT, Match
 from peftgraph.rewrite.rule import Replace, Rule
 from peftgraph.sites import attention, kind, ops
@@ -75,7 +75,7 @@ class Lengthening:
             rows_BLD = op.call(aten.expand.default, op.call(aten.unsqueeze.default, rows_LD, 0), [batch, -1, -1])
             ends = self._ends(op, x_BTD, 1)
             return {"output": op.call(aten.cat.default, [*ends[:-1], rows_BLD, ends[-1]], 1)}
-        number_BT = self._for_batch(op, self._number(m, op, inputs), x_BTD)
+        number_BT = beside(op, self._for_batch(op, self._number(m, op, inputs), x_BTD), x_BTD)
         placed_BTD = op.call(aten.embedding.default, rows_LD, op.call(aten.clamp.default, number_BT, 0, self.rows - 1))
         inside_BT1 = op.call(aten.unsqueeze.default, self._holds_row(op, number_BT), -1)
         return {"output": op.call(aten.where.self, inside_BT1, placed_BTD, x_BTD)}
@@ -145,7 +145,7 @@ class Lengthening:
 
         def number() -> fx.Node:
             count = op.call(aten.sym_size.int, m.value(INPUT + inputs.along[0]), 1)
-            places = self._upto(op, op.call(operator.add, count, self.rows))
+            places = self._upto(op, op.call(operator.add, count, self.rows), m.value(INPUT + inputs.along[0]))
             if start is None:
                 return op.call(aten.sub.Scalar, places, self.after) if self.after else places
             return op.call(aten.sub.Tensor, places, start)
@@ -167,7 +167,7 @@ class Lengthening:
 
         def source() -> fx.Node:
             shift = self._shift(m, op, inputs)
-            return op.call(aten.sub.Tensor, self._upto(op, op.call(aten.sym_size.int, shift, 1)), shift)
+            return op.call(aten.sub.Tensor, self._upto(op, op.call(aten.sym_size.int, shift, 1), shift), shift)
 
         index = self._for_batch(op, op.once(f"{m.site.id}.source", source), x)
         return op.call(aten.gather.default, x, 1, index)
@@ -184,14 +184,14 @@ class Lengthening:
                 f"A result has the tokens on its first axis, {sizes}, and the rows of each example stand at a place of "
                 'their own, so it is not known where to cut. Choose returns="all".'
             )
-        kept = self._upto(op, op.call(operator.sub, op.call(aten.sym_size.int, value, axis), self.rows))
+        kept = self._upto(op, op.call(operator.sub, op.call(aten.sym_size.int, value, axis), self.rows), start)
         behind = op.call(aten.mul.Scalar, op.call(aten.ge.Tensor, kept, start), self.rows)
         index = op.call(aten.add.Tensor, kept, behind)
         for _ in range(axis - 1):
             index = op.call(aten.unsqueeze.default, index, 1)
         for _ in range(value.meta["val"].dim() - axis - 1):
             index = op.call(aten.unsqueeze.default, index, -1)
-        return op.call(aten.take_along_dim.default, value, index, axis)
+        return op.call(aten.take_along_dim.default, value, beside(op, index, value), axis)
 
     # small pieces
 
@@ -205,9 +205,9 @@ class Lengthening:
         return op.call(aten.logical_and.default, first, last)
 
     @staticmethod
-    def _upto(op: Builder, size: fx.Node) -> fx.Node:
-        """0, 1, ... size - 1, (1, size)."""
-        return op.call(aten.unsqueeze.default, op.call(aten.arange.default, size, device=op.device), 0)
+    def _upto(op: Builder, size: fx.Node, like: fx.Node) -> fx.Node:
+        """0, 1, ... size - 1, (1, size), on the device of `like`."""
+        return op.call(aten.unsqueeze.default, op.call(aten.arange.default, size, device=like.meta["val"].device), 0)
 
     @staticmethod
     def _for_batch(op: Builder, index: fx.Node, like: fx.Node) -> fx.Node:

@@ -236,7 +236,7 @@ def cut(kinds: Sequence[str]) -> list[tuple[int, int]]:
     """
     plain = range(len(kinds))
     own = [i for i in plain if kinds[i] != "X"]  # not every layer has a cross attention
-    readings = [(_longest_run(kinds), plain)]
+    readings: list[tuple[Run | None, Sequence[int]]] = [(_longest_run(kinds), plain)]
     for spelt, at in ((mixers_alike(kinds), plain), ([kinds[i] for i in own], own)):
         run = _longest_run(spelt)
         if run is not None and any("F" in kind for kind in spelt[run.start : run.start + run.period]):
