@@ -123,6 +123,8 @@ def _norm_between(anatomy: Anatomy, node: fx.Node, source: fx.Node) -> bool:
         before = flow.source(node)
         if before is None and ops.name(node) in MODULATION:
             inside = [one for one in flow.operands(node) if flow.descends(one, source)]
+            if len(inside) > 1:  # one of them may be a weight for each position, as a router gives
+                inside = [one for one in inside if flow.shape(one)[-1:] == flow.shape(node)[-1:]]
             before = inside[0] if len(inside) == 1 else None
         elif before is None and flow.channelwise(node):
             before = flow.operands(node)[0]
