@@ -80,8 +80,8 @@ def no_biases(name: str) -> Refusal | None:
 
 
 def no_tokens(name: str) -> Refusal | None:
-    """Prompt, where no token is embedded, or those of a decoder alone."""
-    return (pg.NoMatch, "embedding") if name in ("vit", "clip_vision", "whisper") else None
+    """Prompt, where no token is embedded."""
+    return (pg.NoMatch, "no table lookup") if name in ("vit", "clip_vision") else None
 
 
 EVERYWHERE = "attention.*|ffn.*"
@@ -186,7 +186,7 @@ def hold(name: str, key: str, folder: Path) -> None:
         assert base.is_untouched()
         return
     program = base.program.apply(*line.passes)
-    starts(base, line, program)
+    assert (starts(base, line, program) > 0) == bool(line.near or line.away)
     zoo.randomise(program)
     ours = differentiates(base, line, program)
     assert folds(base, program, ours) == (line.folds and not adds_biases(base, line))
@@ -195,21 +195,23 @@ def hold(name: str, key: str, folder: Path) -> None:
     is_removed(base, program)
 
 
-def starts(base: Base, line: Line, fresh: pg.Program) -> None:
-    """A fresh pass is the identity to the last bit; or is so once the parameters that are drawn are zero."""
+def starts(base: Base, line: Line, fresh: pg.Program) -> float:
+    """A fresh pass is the identity to the last bit; or is so once the parameters that are drawn are zero, and is near it
+    before. Returns how far from it a fresh one is."""
+    far = distance(base.outputs, outputs(fresh, base.inputs))
     if line.away:
-        assert distance(base.outputs, outputs(fresh, base.inputs)) > 1e-4
-        return
+        assert far > 1e-4
+        return far
     drawn = {key: entry.tensor for key, entry in fresh.table.items() if key.endswith(line.near)}
     kept = {key: value.detach().clone() for key, value in drawn.items()}
-    if drawn:
-        assert 0 < distance(base.outputs, outputs(fresh, base.inputs)) < 0.1
     with torch.no_grad():
         for value in drawn.values():
             value.zero_()
+        assert far < 0.1
         assert all(torch.equal(a, b) for a, b in zip(base.outputs, outputs(fresh, base.inputs), strict=True))
         for key, value in drawn.items():
             value.copy_(kept[key])
+    return far
 
 
 def differentiates(base: Base, line: Line, program: pg.Program) -> list[Tensor]:
