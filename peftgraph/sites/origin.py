@@ -48,14 +48,14 @@ class Origin:
         stored: dict[str, Any] = {str(n.target): n.meta["val"] for n in self.graph.nodes if n.op == "get_attr"}
         with torch.device("cpu"):
             finder = Finder(Anatomy(self.graph, stored | dict(self.integers)))
-            finder.found = list(finder.sites())
+            finder.sites()
         return finder
 
     @cached_property
     def printer(self) -> Printer:
         """The printer of the graph's lines; a graph that nobody printed yet gets its names now."""
         if any(node.op == "call_function" and "label" not in node.meta for node in self.graph.nodes):
-            found = Sites(tuple(self.finder.found))
+            found = Sites(self.finder.into.in_order())
             assign_labels(self.graph, titles(found), sections(found))
         return Printer(self.sizes)
 
