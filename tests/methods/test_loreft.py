@@ -16,6 +16,7 @@ from peftgraph.passes import IA3, LoRA, LoReFT
 
 F64 = torch.float64
 TIED, UNTIED = LoReFT(rank=3, prefix=2, suffix=1), LoReFT(rank=3, prefix=3, suffix=2, tied=False)
+COUNTED = LoReFT(rank=3, prefix=2, suffix=2, skip_padding=False)
 KINDS: dict[str, LoReFT] = {
     "tied": TIED,
     "untied": UNTIED,
@@ -25,7 +26,10 @@ KINDS: dict[str, LoReFT] = {
     "everywhere": LoReFT(rank=2, prefix=None, suffix=0),
     "gelu": LoReFT(rank=2, prefix=2, suffix=2, activation="gelu"),
 }
-VISIBLE = ("bert", "llama", "gpt2", "gpt_neox", "mixtral")  # positions of the output are positions of the last block
+# Masks in float64 are -inf to a softmax in float32: written attention over nothing but padding needs a float32 model.
+VISIBLE = [
+    (name, attn, F64 if attn == "sdpa" else torch.float32) for name in ("bert", "llama") for attn in zoo.ATTENTIONS
+]
 
 
 def gram_schmidt(x_RD: Tensor) -> Tensor:
@@ -115,16 +119,17 @@ def compare(name: str, method: LoReFT, inputs: dict[str, Any], attn: str = "sdpa
     grads = [torch.autograd.grad((out * weights).sum(), list(parameters.values())) for out in (ours, theirs)]
     scale = max(float(grad.abs().max()) for grad in grads[1])
     for key, got, want in zip(parameters, *grads, strict=True):
-        assert float(want.abs().max()) > 0, key
+        assert float(want.abs().max()) > 0 or name == "vit", key  # which reads its first position alone
         assert float((got - want).abs().max()) < 1e-11 * scale, key
 
 
-@pytest.mark.parametrize("attn", zoo.ATTENTIONS)
-@pytest.mark.parametrize("method", [TIED, UNTIED, LoReFT(rank=3, prefix=2, suffix=2, skip_padding=False)], ids=str)
-@pytest.mark.parametrize("name", VISIBLE)
-def test_the_edited_positions_are_the_first_and_last_tokens(name: str, method: LoReFT, attn: str) -> None:
+@pytest.mark.parametrize("method", [TIED, UNTIED, COUNTED], ids=["tied", "untied", "counted"])
+@pytest.mark.parametrize(("name", "attn", "dtype"), VISIBLE)
+def test_the_edited_positions_are_the_first_and_last_tokens(
+    name: str, attn: str, dtype: torch.dtype, method: LoReFT
+) -> None:
     """Rows of every length, padded left, right, on both sides, in the middle, and not at all."""
-    base = zoo.traced(name, attn, F64)
+    base = zoo.traced(name, attn, dtype)
     program = zoo.randomise(base.apply(LoReFT(**{**vars(method), "at": "block & layers(1, 2)"})), 0.3)
     masks = ["1111111", "0000001", "1000000", "1111000", "0011111", "0011100", "1101111", "0011000", "0111111"]
     mask = torch.tensor([[int(bit) for bit in row] for row in masks])
@@ -189,9 +194,7 @@ def test_rows_stay_orthonormal_under_any_optimizer(optimizer: type[torch.optim.O
     steps = optimizer([p for p in net.parameters() if p.requires_grad], lr=0.1, weight_decay=0.3)
     losses: list[float] = []
     for _ in range(12):
-        loss = (
-            net(**inputs, targets=inputs["idx"])["loss"] if "targets" in inputs else answer(net, inputs).square().mean()
-        )
+        loss = answer(net, inputs).square().mean()
         steps.zero_grad()
         loss.backward()
         steps.step()
@@ -199,7 +202,7 @@ def test_rows_stay_orthonormal_under_any_optimizer(optimizer: type[torch.optim.O
     assert losses[-1] < losses[0]
     for key, value in program.finalize().table.trainable.items():
         if key.endswith("projection"):
-            assert float((value - start[key]).abs().max()) > 1e-3
+            assert float((value - start[key]).detach().abs().max()) > 1e-3
             assert torch.allclose(value @ value.T, torch.eye(3, dtype=F64), rtol=0, atol=1e-14)
 
 
