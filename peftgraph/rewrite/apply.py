@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import fx, nn
 
-from peftgraph.errors import Conflict, NoMatch, RecipeError
+from peftgraph.errors import Conflict, NoMatch, PeftGraphError, RecipeError
 from peftgraph.ir.builder import Builder, Common, erase, refresh, sort
 from peftgraph.ir.program import Applied, Edit, Edits, Move, ProgramData, copy_graph
 from peftgraph.ir.propagate import Inference, fake_mode_of, same_meta
@@ -228,12 +228,22 @@ class _Work:
             moves.append(self._redirect(match, port, old, new, builder))
             if not same_meta(old.meta["val"], new.meta["val"]):
                 resized.append(new)
-        refresh(self.graph, resized, self.common.inference)
+        self._refresh(match, resized)
         nodes = tuple(node.name for node in builder.nodes)
         self.names.update({node.name: node for node in builder.nodes})
         self.entries.update(builder.entries)
         parameters = tuple(name for name, entry in builder.entries.items() if entry.kind == "parameter")
         return Edit(self.application, number, match.site.id, tuple(moves), nodes, parameters)
+
+    def _refresh(self, match: Match, resized: list[fx.Node]) -> None:
+        """Infers what follows from values that changed their shapes."""
+        try:
+            refresh(self.graph, resized, self.common.inference)
+        except RuntimeError as error:  # what torch says of sizes that do not fit
+            raise PeftGraphError(
+                f"{self.method} at {match.site.id} makes sizes that the model does not take, with the example that it "
+                f"was traced with: {error} If the model has too few positions, add fewer or trace a shorter example."
+            ) from None
 
     def _redirect(self, match: Match, port: str, old: fx.Node, new: fx.Node, builder: Builder) -> Move:
         anchor = match.anchor(port)

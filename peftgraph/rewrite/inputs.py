@@ -71,7 +71,9 @@ def inputs_along(m: Match, length: Any) -> Inputs:
     labels = [(node, ignored) for node in m.inputs if (ignored := _ignored(m.now(node), length)) is not None]
     known = {node for node, _ in labels}
     along = [node for node in found if node not in known]
-    positions = [node.name for node in along if _counts(m, node, tables.get(node.name))]
+    positions = [node.name for node in along if _turns(m.now(node)) or _counts(m, node, tables.get(node.name))]
+    if tables and tables.keys() <= set(positions):  # what looks up the only table are tokens, whatever they count
+        positions.remove(next(iter(tables)))
     masks = [mask for node in along if node.name not in {*positions, *tables} and (mask := _mask(m, node)) is not None]
     return Inputs(
         tuple(node.name for node in along),
@@ -125,10 +127,13 @@ def _rows_looked_up(value: fx.Node) -> int | None:
     return None
 
 
+def _turns(value: fx.Node) -> bool:
+    """Whether a value becomes angles."""
+    return any(ops.name(user) in ("cos", "sin") for _, user in _ways(value, ANGLES))
+
+
 def _counts(m: Match, node: fx.Node, rows: int | None) -> bool:
-    """Whether an input numbers the tokens."""
-    if any(ops.name(user) in ("cos", "sin") for _, user in _ways(m.now(node), ANGLES)):
-        return True
+    """Whether an input looks up a table with a row for every position, and counts up in the example."""
     example = m.example.get(node.name)
     if rows is None or example is None or example.is_meta or example.dim() != 2 or rows < example.shape[1]:
         return False

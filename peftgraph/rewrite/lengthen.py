@@ -225,8 +225,8 @@ def embeds_tokens(m: Match) -> bool:
     while source.op == "call_function" and ops.name(source) in ops.LAYOUT | ops.CAST:
         source = source.all_input_nodes[0]
     name = m.edits.below(source.name)
-    rows = dict(inputs.tables).get(name)
-    return rows is not None and name not in inputs.positions and rows >= m.example[name].shape[1]
+    rows = {table: size for table, size in inputs.tables if table not in inputs.positions}
+    return name in rows and (rows[name] >= m.example[name].shape[1] or rows[name] == max(rows.values()))
 
 
 def lengthened(

@@ -167,6 +167,17 @@ def test_the_limit_of_positions_leaves_room() -> None:
         net(**zoo.example("bert", 1, 64 - LENGTH + 1))
 
 
+def test_more_rows_than_there_are_positions_are_refused() -> None:
+    assert zoo.traced("bert").apply(Prompt(length=64 - 7)).signature.ranges["S"] == (1, 7)
+    with pytest.raises(pg.PeftGraphError, match="sizes that the model does not take.*expand.* add fewer"):
+        zoo.traced("bert").apply(Prompt(length=64 - 6))
+
+
+def test_tokens_that_count_up_are_tokens_still() -> None:
+    inputs = zoo.example("bert") | {"input_ids": torch.arange(21).view(3, 7)}
+    assert pg.trace(zoo.build("bert"), inputs).apply(Prompt(length=2)).count().trainable == 2 * zoo.WIDTH
+
+
 def test_masks_whose_ones_hide_are_understood() -> None:
     class Hiding(nn.Module):
         def __init__(self) -> None:
