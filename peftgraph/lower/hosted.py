@@ -31,6 +31,9 @@ MASK = "attention_mask"
 class Hosted(GraphModule):
     """A graph module that takes the calls of transformers' generation and training loops."""
 
+    config: Any  # of the model's class, as is the next
+    main_input_name: Any
+
     def __init__(self, program: ProgramData, state: Mapping[str, Any], save: Save) -> None:
         super().__init__(program)
         self.__dict__.update(state)

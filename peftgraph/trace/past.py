@@ -57,7 +57,7 @@ def with_past(model: nn.Module, example: Example, own: torch.dtype) -> Example:
         )
     before = _free_size(example, shapes, length)
     generator = torch.Generator().manual_seed(0)
-    tensors = [_random(shape, own, device, before, generator) for pair in shapes for shape, device in pair]
+    tensors = [_random((*one[:-2], before, one[-1]), own, device, generator) for pair in shapes for one, device in pair]
     fills = {} if paired else {"attention_mask": "ones", "position_ids": _positions(model, example, argument)}
     arguments = {**_prefixed(example, tokens, before, paired), argument: tuple(tensors)}
     return replace(example, past=past, fills=fills).with_arguments(arguments)
@@ -113,10 +113,7 @@ def _free_size(example: Example, shapes: list[Any], length: int) -> int:
     return next(prime for prime in PRIMES if not taken & {prime, prime + length})
 
 
-def _random(
-    shape: torch.Size, dtype: torch.dtype, device: torch.device, length: int, source: torch.Generator
-) -> Tensor:
-    sizes = (*shape[:-2], length, shape[-1])
+def _random(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device, source: torch.Generator) -> Tensor:
     if device.type == "meta":
         return torch.empty(sizes, dtype=dtype, device=device)
     return torch.randn(sizes, generator=source).to(device, dtype)
