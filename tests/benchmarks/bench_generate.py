@@ -58,7 +58,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for width, layers in ((128, 4), (512, 4)):
         found = measure(width, layers, tokens=32, rounds=7)
-        print(f"\nh{width}, {layers} layers, one thread, torch {torch.__version__}: {found['eager'] * 1e3:.2f} ms a token")
+        print(f"\nh{width}, {layers} layers, one thread, torch {torch.__version__}: {found['eager'] * 1e3:.2f} ms")
         for name, value in found.items():
             print(f"  {name:8} {value / found['eager']:6.3f} x eager")
 
