@@ -11,7 +11,7 @@ from typing import Any
 from peftgraph.sites import Site, Sites
 
 SUM, PRODUCT, ATOM = range(3)  # how tightly a formula holds together
-BASE_NAMES = {"weight": "W", "bias": "b"}
+MOST = 3  # operands of a function that are written out
 SYMBOL = r"^\s+{name}: ([A-Z])\b"  # how a pass's docstring gives an option its letter: "rank: R, at least 1"
 
 
@@ -20,12 +20,13 @@ class Made:
     """A value that depends on parameters alone: one of them, or a formula.
 
     Attributes:
-        text: the formula, or the name alone.
+        text: the formula, or a name.
         shape: its sizes.
         names: the parameters in it, by their full names.
         own: whether a pass made one of them; else all are the base's.
         frozen: whether none of them trains.
         level: how tightly the formula holds together.
+        formula: what a name stands for, where its pass named a formula.
     """
 
     text: str
@@ -34,12 +35,13 @@ class Made:
     own: bool = True
     frozen: bool = False
     level: int = ATOM
+    formula: str = ""
 
 
-def parameter(name: str, shape: Sequence[int], own: bool, frozen: bool) -> Made:
-    """One stored tensor."""
-    short = name.rpartition(".")[2]
-    return Made(short_name(short) if own else BASE_NAMES.get(short, short), tuple(shape), (name,), own, frozen)
+def parameter(name: str, shape: Sequence[int], base: str | None, frozen: bool) -> Made:
+    """One stored tensor; `base` is what a formula calls it when it is the base's."""
+    text = base or short_name(name.rpartition(".")[2])
+    return Made(text, tuple(shape), (name,), base is None, frozen)
 
 
 def short_name(name: str) -> str:
@@ -87,7 +89,7 @@ def _spelled(op: str, parts: Sequence[Made], numbers: Sequence[float]) -> tuple[
         return f"{_within(parts[1], ATOM)}({parts[0].text})", ATOM
     if op == "linalg_vector_norm":
         return f"‖{parts[0].text}‖", ATOM
-    return f"{op}({', '.join(part.text for part in parts)})", ATOM
+    return f"{op}({', '.join(part.text for part in parts[:MOST])}{', …' if len(parts) > MOST else ''})", ATOM
 
 
 def _within(part: Made, level: int) -> str:
@@ -156,8 +158,9 @@ def _options(method: Any) -> Iterable[tuple[str, int]]:
     documented = "\n".join(one.__doc__ or "" for one in type(method).__mro__[:-1])
     for field in dataclasses.fields(method):
         value = getattr(method, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from _options(value)
+        for inner in value if isinstance(value, tuple) else (value,):
+            if dataclasses.is_dataclass(inner):
+                yield from _options(inner)
         letter = re.search(SYMBOL.format(name=field.name), documented, re.MULTILINE)
         if letter and isinstance(value, int) and not isinstance(value, bool):
             yield letter[1], value

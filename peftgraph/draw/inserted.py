@@ -11,7 +11,7 @@ from torch import fx
 from peftgraph.ir.program import Edit, Edits, Move, ProgramData
 from peftgraph.sites import Sites
 
-from .algebra import Made, formula, number, parameter
+from .algebra import ATOM, Made, formula, number, parameter
 from .operators import FRESH, MOVES, PRODUCTS, SCATTERS, alike, differences, operand, operator
 
 Sign = Literal["plus", "times", "concat", "replace"]
@@ -44,6 +44,7 @@ class Step:
         shape: of its weight.
         tip: what a tooltip says.
         frozen: whether none of its parameters trains.
+        defines: a name in the label and the formula that it stands for.
     """
 
     look: Look
@@ -52,6 +53,7 @@ class Step:
     shape: tuple[int, ...] = ()
     tip: str = ""
     frozen: bool = False
+    defines: tuple[str, str] = ("", "")
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ class _Context:
         self.norms = [
             (self.base[site.ports["output"]], self.base[site.ports["input"]]) for site in sites if site.role == "norm"
         ]
+        self.called = _called(sites)
         made = program.table
         self.trainable = {name for name, entry in made.items() if entry.trainable}
         self.added = {name for name, entry in made.items() if entry.added}
@@ -115,6 +118,18 @@ class _Context:
         chain = self.edits.chain(move.anchor)
         place = chain.index(move)
         return chain[place - 1].after if place else move.anchor.partition("@")[0]
+
+
+def _called(sites: Sites) -> dict[str, str]:
+    """How a formula calls the stored tensors of the base: W_k, b_k; W alone where several sites share one."""
+    found: dict[str, str] = {}
+    for site in sites:
+        if site.role not in ("ffn.hidden", "bias"):
+            owned = ((site.weight and site.weight.parameter, "W"), (site.bias and site.bias.parameter, "b"))
+            for name, letter in owned:
+                if name:
+                    found[name] = letter if name in found else f"{letter}_{site.role.rpartition('.')[2]}"
+    return found
 
 
 @dataclass
@@ -189,7 +204,8 @@ class _Analysis:
             entry = context.program.table[full]
             if entry.kind != "parameter":
                 return None
-            return parameter(full, shape, full in context.added, full not in context.trainable)
+            base = None if full in context.added else context.called.get(full, full.rpartition(".")[2])
+            return parameter(full, shape, base, full not in context.trainable)
         moved = {move.after for move in self.edit.moves}
         if node.name in context.base or (node.name in context.carriers and node.name not in moved):
             return Read(node.name)
@@ -199,7 +215,7 @@ class _Analysis:
     def _named(node: fx.Node, ref: Ref | None) -> Ref | None:
         """A value of parameters alone by the name that its pass gives it, with the formula behind."""
         if isinstance(ref, Made) and "derived" in node.meta:
-            return replace(ref, text=f"{node.meta['derived'].rpartition('.')[2]} = {ref.text}")
+            return replace(ref, text=node.meta["derived"].rpartition(".")[2], formula=ref.text, level=ATOM)
         return ref
 
     def _again(self, node: fx.Node) -> Ref | None:
@@ -226,8 +242,8 @@ class _Analysis:
         if not refs:
             return None
         if not signals:
-            value = node.meta["val"].shape
-            return formula(op, made, numbers, [n for n in value if isinstance(n, int)])
+            sizes = getattr(node.meta["val"], "shape", ())
+            return formula(op, made, numbers, [n for n in sizes if isinstance(n, int)])
         if op in SIGNS:
             return self._arithmetic(node, op, signals, made, numbers)
         if made and (op in PRODUCTS or op == "layer_norm"):
@@ -253,7 +269,8 @@ class _Analysis:
         if made:
             text = f"({made[0].text})" if made[0].level == 0 and op != "add" else made[0].text
             tip = ", ".join(made[0].names)
-            return self._step(Step("pill", f"{sign} {text}", (main,), tip=tip, frozen=made[0].frozen))
+            step = Step("pill", f"{sign} {text}", (main,), tip=tip, frozen=made[0].frozen)
+            return self._step(replace(step, defines=(made[0].text, made[0].formula)))
         if not numbers:
             drawn = [one for one in node.all_input_nodes if self.ref(one) is None]
             words = f"{sign} {drawn[0].meta.get('label', '').rpartition('.')[2]}" if drawn else f"{sign} itself"

@@ -95,6 +95,7 @@ class Layout:
         self.cells: list[Cell] = []
         for step in insertion.steps:
             detail = letters.shape(step.shape, insertion.application)
+            self._define(*step.defines)
             wide = step.shape[-2:] if len(step.shape) == 2 else (1, 1)
             taper = TAPER * ((wide[0] < wide[1]) - (wide[0] > wide[1])) if step.look == "box" else 0
             self.cells.append(Cell(step.look, step.label, detail, step.tip, taper, step.frozen))
@@ -112,14 +113,16 @@ class Layout:
         if isinstance(ref, int):
             return ref
         if isinstance(ref, Made):
-            name, _, formula = ref.text.partition(" = ")
             shape = self.letters.shape(ref.shape, self.application)
-            if formula:
-                self.letters.defined[name] = formula
-            self.cells.append(Cell("made", name, shape, "\n".join(ref.names), 0, ref.frozen))
+            self._define(ref.text, ref.formula)
+            self.cells.append(Cell("made", ref.text, shape, "\n".join(ref.names), 0, ref.frozen))
         else:
             self.cells.append(Cell("again", self.strange.get(ref, ref.value), tip="a value from elsewhere"))
         return len(self.cells) - 1
+
+    def _define(self, name: str, formula: str) -> None:
+        if formula:
+            self.letters.defined[name] = formula
 
     def _feed(self, cell: Cell, ref: Ref) -> None:
         if isinstance(ref, Read) and ref not in self.strange:

@@ -11,6 +11,7 @@ from torch import fx
 MOVES = {
     "view", "reshape", "transpose", "permute", "t", "expand", "unsqueeze", "squeeze", "slice", "select", "flatten",
     "unflatten", "contiguous", "clone", "detach", "to", "_to_copy", "dropout", "index_select", "alias", "type_as",
+    "getitem",
 }  # fmt: skip
 SCATTERS = {"slice_scatter": 1, "index_copy": 3}  # which operand holds the new part
 FRESH = {"sym_size", "new_zeros", "new_full", "new_ones", "zeros_like", "ones_like", "full_like"}

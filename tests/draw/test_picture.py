@@ -19,6 +19,7 @@ from peftgraph.draw import algebra
 from peftgraph.passes import (
     CIAT,
     IA3,
+    MAM,
     AdapterDrop,
     AdapterFusion,
     BitFit,
@@ -30,6 +31,8 @@ from peftgraph.passes import (
     ParallelAdapter,
     Pfeiffer,
     Prefix,
+    UniPELT,
+    ZeroInitPrefix,
 )
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -53,6 +56,9 @@ METHODS: dict[str, pg.Pass] = {
     "fusion": AdapterFusion(adapters=("one", "two"), width=16),
     "ciat": CIAT(width=16, embedding_width=16),
     "prefix": Prefix(hidden=8),
+    "unipelt": UniPELT(),
+    "mam": MAM(length=4, hidden=8, width=16),
+    "zero-initialised prefix": ZeroInitPrefix(),
     "embedding": LoRA(at="embedding", rank=4),
     "pipeline": pg.Pipeline([LoRA(at="attention.*|ffn.*", rank=4), IA3(), ParallelAdapter(width=16), Prefix()]),
 }  # fmt: skip
@@ -160,8 +166,8 @@ def test_a_weight_that_is_fused_is_one_frame_and_its_parts_touch() -> None:
 
 def test_a_formula_of_parameters_is_written_as_one() -> None:
     text = zoo.traced("bert").apply(DoRA(at="attention.q", rank=4, alpha=8.0)).picture().svg
-    assert "× m / ‖W + 2 B A‖" in text
-    assert "× (m / ‖W + 2 B A‖ − 1)" in text
+    assert "× m / ‖W_q + 2 B A‖" in text
+    assert "× (m / ‖W_q + 2 B A‖ − 1)" in text
 
 
 def test_the_prefix_is_put_in_front_of_keys_and_values_and_its_formula_is_below() -> None:
