@@ -21,6 +21,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import adapters
@@ -249,6 +250,11 @@ def mam(model: nn.Module) -> Named:
     return named | prefixes(model)
 
 
+def share_of(count: int, index: int, tensor: Tensor) -> Tensor:
+    """One of `count` equal parts along the first axis."""
+    return tensor.chunk(count)[index]
+
+
 def loras(model: nn.Module) -> Named:
     """The LoRAs of a model with their gates, apart where the library keeps q's and v's in one."""
     named: Named = {}
@@ -259,8 +265,8 @@ def loras(model: nn.Module) -> Named:
         letters = "qv" if isinstance(layer, LoRAMergedLinear) else layer.attn_key
         place = f"{layer.layer_idx}.{crossed(model, layer)}attention"
         for i, letter in enumerate(letters):
-            for key, parameter in parts.items():
-                named[f"{place}.{letter}.{key}"] = Part(parameter, lambda t, i=i, n=len(letters): t.chunk(n)[i])
+            share = partial(share_of, len(letters), i)
+            named |= {f"{place}.{letter}.{key}": Part(parameter, share) for key, parameter in parts.items()}
     return named
 
 

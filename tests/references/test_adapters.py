@@ -31,6 +31,7 @@ from peftgraph.passes import (
     ParallelAdapter,
     Pfeiffer,
     Prefix,
+    Prompt,
     UniPELT,
 )
 
@@ -71,7 +72,7 @@ RECORDED = [
 
 
 def configured(method: str, name: str) -> pg.Pass:
-    """Our pass; the library cannot find the last tokens of T5's decoder, so that only the first ones are edited there."""
+    """Our pass; the library cannot find the last tokens of T5's decoder, so that the first ones alone are edited."""
     return LoReFT(rank=2, prefix=2, suffix=0).finalized() if (method, name) == ("loreft", "t5") else METHODS[method]
 
 
@@ -216,3 +217,19 @@ def test_its_t5_counts_the_prefix_among_the_positions(method: str) -> None:
     stem = f"t5.{method}"
     tuned, _ = with_values("t5", METHODS[method], part(stem, "adapter/"))
     assert distance(answer(tuned, "t5"), recorded(stem)["output"]) > 1e-2
+
+
+def test_its_prompts_stand_behind_the_norm_of_the_embeddings() -> None:
+    """Prompt tuning puts rows in front of the embedded tokens; the library's have no position, no type and no norm."""
+    prompt, theirs = part("bert.prompt", "adapter/")["embedding.prompt"], recorded("bert.prompt")["output"]
+    model, inputs = build("bert"), part("bert", "input/")
+    rows = prompt.expand(2, -1, -1)
+    mask = torch.cat([torch.ones(2, len(prompt), dtype=torch.long), inputs["attention_mask"]], 1)
+    hidden = torch.cat([rows, model.get_submodule("embeddings")(inputs["input_ids"])], 1)
+    open_or_not = (1.0 - mask[:, None, None].double()) * torch.finfo(torch.float64).min
+    written = model.get_submodule("encoder")(hidden, attention_mask=open_or_not).last_hidden_state
+    assert distance(written, theirs) < TOLERANCE["bert"]
+    tuned = traced("bert").apply(Prompt(length=len(prompt), returns="all"))
+    with torch.no_grad():
+        next(iter(tuned.table.trainable.values())).copy_(prompt)
+    assert distance(answer(tuned, "bert"), theirs) > 1e-2
