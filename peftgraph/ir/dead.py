@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 aten = torch.ops.aten
+ALL = 2**63 - 1  # how the exporter writes an open end
 
 
 def drop_dead(graph: fx.Graph, ignored: str = "") -> None:
@@ -16,6 +17,16 @@ def drop_dead(graph: fx.Graph, ignored: str = "") -> None:
     needed = set(live(graph, ignored))
     for node in reversed(list(graph.nodes)):
         if node not in needed:
+            graph.erase_node(node)
+
+
+def skip_whole_slices(graph: fx.Graph) -> None:
+    """Gives the readers of a slice of everything, in place, what it is a slice of."""
+    for node in list(graph.nodes):
+        if node.target is aten.slice.Tensor and tuple(node.args[2:]) == (0, ALL) and not node.kwargs:
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            node.replace_all_uses_with(source)
             graph.erase_node(node)
 
 

@@ -11,12 +11,13 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from peftgraph.errors import PeftGraphError
-from peftgraph.ir.dead import drop_dead
+from peftgraph.ir.dead import drop_dead, skip_whole_slices
 from peftgraph.ir.literals import retarget
 from peftgraph.ir.modes import evaluated, mutated_buffers, trained, without_inputs, without_past
 from peftgraph.ir.program import ProgramData, copy_graph
 from peftgraph.ir.signature import Signature
 from peftgraph.ir.table import Entry
+from peftgraph.lower.direct import call_directly
 
 Code = Callable[..., list[Any]]
 
@@ -69,6 +70,7 @@ class GraphModule(nn.Module):
         """
         graph = trained(self._graph) if training else evaluated(self._graph)
         drop_dead(graph)
+        skip_whole_slices(graph)
         return leaving_out(graph, self._signature, missing)
 
     def _code(self, missing: frozenset[str]) -> tuple[Code, tuple[bool, ...]]:
@@ -132,6 +134,8 @@ def leaving_out(graph: fx.Graph, signature: Signature, missing: frozenset[str]) 
 
 def compile_graph(graph: fx.Graph, title: str) -> Code:
     """A Python function `(module, *inputs) -> list of output leaves` for `graph`."""
+    graph = copy_graph(graph)
+    call_directly(graph)
     source = graph.python_code("self")
     filename = f"<peftgraph {title} {id(source):x}>"
     scope: dict[str, Any] = dict(source.globals)
