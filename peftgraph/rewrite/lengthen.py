@@ -110,7 +110,8 @@ class Lengthening:
         if isinstance(shape[1], int):
             raise PeftGraphError(f"{m.site.id} gives {sizes}: the model's own code fixes how many tokens there are.")
         for core in m.related(attention.core & kind("self")):
-            queries, keys = (core.value(port).meta["val"].shape[-2] for port in ("q", "k"))
+            rows = "keys" if core.has("keys") else "k"  # k itself may stand transposed, where scores are written out
+            queries, keys = (core.value(port).meta["val"].shape[-2] for port in ("q", rows))
             if same_size(queries, shape[1]) and not same_size(keys, queries):
                 raise PeftGraphError(
                     f"{core.site.id} continues earlier calls, and rows would stand in front of each of them. Trace the "
