@@ -264,7 +264,7 @@ class _Analysis:
             and self.steps[main].look == "box"
             and len(made[0].shape) == 1
         ):
-            self.steps[main] = replace(self.steps[main], tip=f"{self.steps[main].tip} and {made[0].text}")
+            self.steps[main] = replace(self.steps[main], tip=f"{self.steps[main].tip}, {made[0].names[0]}")
             return main  # a bias
         if made:
             text = f"({made[0].text})" if made[0].level == 0 and op != "add" else made[0].text

@@ -1,174 +1,24 @@
-"""Trainable parameters as the papers print them, on programs of the real sizes at their real depth (no weights).
-
-A row says what a source prints and what the method has exactly; `agrees` says whether the exact number rounds to the
-printed one. Where it does not, the row stands with `agrees=False` and the reason beside it.
-"""
+"""Trainable parameters as the papers print them, on programs of the real sizes without weights; and the pages of docs/
+that are made from what passes say and do there."""
 
 from __future__ import annotations
 
-import re
-import warnings
-from dataclasses import dataclass
-from typing import Any
-
+import method_pages
 import pytest
-import torch
-import transformers
+from published import MODELS, ROWS, SHALLOW, Row, rounds_to, traced, trainable
 
 import peftgraph as pg
-from peftgraph.passes import (
-    IA3,
-    AdapterDrop,
-    AdapterFusion,
-    BitFit,
-    Compacter,
-    CompacterPP,
-    Freeze,
-    Houlsby,
-    LoRA,
-    ParallelAdapter,
-    Pfeiffer,
-    Prefix,
-)
-
-BERT_BASE, BART_LARGE, T5_BASE, BERT_LARGE = 110_000_000, 410_000_000, 222_903_552, 335_141_888  # as percents use them
-
-# name -> class, configuration, is there a decoder beside the encoder, what differs from the configuration's defaults
-MODELS: dict[str, tuple[str, str, bool, dict[str, Any]]] = {
-    "bert-base": ("BertModel", "BertConfig", False, {}),
-    "roberta-large": ("RobertaModel", "RobertaConfig", False, {"hidden_size": 1024, "intermediate_size": 4096,
-                                                               "num_attention_heads": 16, "num_hidden_layers": 24}),
-    "deberta-v3-base": ("DebertaV2Model", "DebertaV2Config", False, {
-        "vocab_size": 128100, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
-        "intermediate_size": 3072, "relative_attention": True, "position_buckets": 256, "share_att_key": True,
-        "norm_rel_ebd": "layer_norm", "pos_att_type": ["p2c", "c2p"], "max_relative_positions": -1,
-        "position_biased_input": False, "type_vocab_size": 0}),
-    "bart-large": ("BartModel", "BartConfig", True, {}),
-    "t5-base": ("T5ForConditionalGeneration", "T5Config", True, {"d_model": 768, "d_ff": 3072, "num_heads": 12,
-                                                                 "num_layers": 12}),
-    "gpt2-medium": ("GPT2LMHeadModel", "GPT2Config", False, {"n_embd": 1024, "n_head": 16, "n_layer": 24}),
-    "t0-3b": ("T5ForConditionalGeneration", "T5Config", True, {
-        "d_model": 2048, "d_ff": 5120, "num_heads": 32, "num_layers": 24, "feed_forward_proj": "gated-gelu"}),
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Row:
-    """One printed number.
-
-    Attributes:
-        model: a key of MODELS.
-        method: the pass.
-        exact: the trainable parameters.
-        printed: "0.8M", "895K" or "0.073%".
-        source: where it is printed.
-        of: what a percentage is of.
-        biases: whether the source counts the bottlenecks' biases.
-        agrees: whether `exact` rounds to `printed`.
-    """
-
-    model: str
-    method: pg.Pass
-    exact: int
-    printed: str
-    source: str
-    of: int = 0
-    biases: bool = True
-    agrees: bool = True
-
-
-SELF = pg.attention & pg.kind("self")
-LORA, UNIFIED, UNIPELT = "LoRA, table 2", "unified view, tables 3 to 6", "UniPELT, table 4"
-ADALORA, MAHABADI, LIBRARY = "AdaLoRA, table 1", "Compacter, table 1", "adapters 1.3.0, measured"
-SIZED = "in units of 2^20"
-LORA_NLG, BITFIT, TFEW = "LoRA, table 3", "BitFit, table 1", "T-Few, table 1"
-LINEARS, T0_3B = pg.attention.all | pg.ffn.all, 2_849_757_184
-
-ROWS = [
-    # RoBERTa-large has the shapes of BERT-large, embeddings apart
-    Row("roberta-large", Houlsby(width=8, norms=False), 835_968, "0.8M", LORA),
-    Row("roberta-large", Houlsby(width=64, norms=False), 6_343_680, "6.0M", f"{LORA}, {SIZED}", agrees=False),
-    Row("roberta-large", Pfeiffer(width=16), 811_392, "0.8M", LORA),
-    Row("roberta-large", Pfeiffer(width=64), 3_171_840, "3.0M", f"{LORA}, {SIZED}", agrees=False),
-    Row("roberta-large", Houlsby(width=64), 6_444_032, "2.1%", "Houlsby, table 1", of=BERT_LARGE, agrees=False),
-    Row("bert-base", Pfeiffer(width=48), 894_528, "895K", UNIPELT),
-    Row("bert-base", Pfeiffer(width=48), 894_528, "0.81%", UNIPELT, of=BERT_BASE),
-    Row("bert-base", Houlsby(width=48, norms=False), 1_789_056, "1789056", LIBRARY),
-    Row("bert-base", ParallelAdapter(width=384), 7_091_712, "7091712", LIBRARY),
-    Row("bert-base", Compacter(norms=False), 57_088, "57088", LIBRARY),
-    Row("bert-base", AdapterFusion(adapters=("a", "b")), 21_252_096, "21252096", LIBRARY),
-    Row("bert-base", CompacterPP(norms=False), 28_576, "28576", LIBRARY),
-    Row("deberta-v3-base", Houlsby(width=32, norms=False), 1_198_848, "1.22M", ADALORA, agrees=False),
-    Row("deberta-v3-base", Houlsby(width=16, norms=False), 608_640, "0.61M", ADALORA),
-    Row("deberta-v3-base", Houlsby(width=8, norms=False), 313_536, "0.31M", ADALORA),
-    Row("deberta-v3-base", Pfeiffer(width=64), 1_179_648, "1.18M", ADALORA, biases=False),
-    Row("deberta-v3-base", Pfeiffer(width=32), 599_424, "0.60M", ADALORA),
-    Row("deberta-v3-base", Pfeiffer(width=16), 304_320, "0.30M", ADALORA),
-    Row("bart-large", ParallelAdapter(width=200), 9_830_400, "2.4%", UNIFIED, of=BART_LARGE, biases=False),
-    Row("bart-large", ParallelAdapter(width=512), 25_165_824, "6.1%", UNIFIED, of=BART_LARGE, biases=False),
-    Row("bart-large", ParallelAdapter(width=1024), 50_331_648, "12.3%", UNIFIED, of=BART_LARGE, biases=False),
-    Row("bart-large", ParallelAdapter(at=pg.attention, width=200), 14_745_600, "3.6%", UNIFIED, BART_LARGE, False),
-    Row("bart-large", ParallelAdapter(at=pg.attention, width=512), 37_748_736, "9.2%", UNIFIED, BART_LARGE, False),
-    Row("bart-large", Pfeiffer(width=600), 29_491_200, "7.2%", UNIFIED, of=BART_LARGE, biases=False),
-    Row("bart-large", Prefix(length=200, hidden=None), 14_745_600, "3.6%", UNIFIED, of=BART_LARGE),
-    Row("bart-large", Prefix(length=512, hidden=None), 37_748_736, "9.2%", UNIFIED, of=BART_LARGE),
-    Row("bart-large", Prefix(length=30, hidden=None), 2_211_840, "0.1%", UNIFIED, of=BART_LARGE, agrees=False),
-    Row("bert-base", Prefix(hidden=None), 184_320, "184K", UNIPELT),
-    Row("bert-base", Prefix(length=30), 9_872_384, "9872384", LIBRARY),
-    Row("bert-base", Prefix(length=5), 9_853_184, "9853184", "P-tuning v2's code: 9860105 with 6921 of a head"),
-    Row("t5-base", Houlsby(width=24), 1_855_104, "0.832%", MAHABADI, of=T5_BASE),
-    Row("t5-base", Houlsby(at=SELF, width=24), 951_360, "0.427%", "Compacter, table 1: Pfeiffer", of=T5_BASE),
-    Row("t5-base", AdapterDrop(adapter=Houlsby(width=24), layers=5), 1_101_984, "0.494%", MAHABADI, of=T5_BASE),
-    Row("t5-base", Compacter(n=12, rank=None, shared=False), 398_976, "0.179%", f"{MAHABADI}: PHM", of=T5_BASE),
-    Row("t5-base", Compacter(), 161_728, "0.073%", MAHABADI, of=T5_BASE),
-    Row("t5-base", CompacterPP(), 104_704, "0.047%", MAHABADI, of=T5_BASE),
-    Row("bert-base", LoRA(rank=8), 294_912, "295K", UNIPELT),
-    Row("bert-base", BitFit(), 102_912, "103K", "BitFit, all biases and the pooler's"),
-    Row("bert-base", Freeze(at=pg.norm), 38_400, "40K", "Houlsby, section 3.4, rounded", agrees=False),
-    Row("roberta-large", LoRA(rank=8), 786_432, "0.8M", LORA),
-    Row("roberta-large", BitFit(), 272_384, "0.08%", BITFIT, of=BERT_LARGE),
-    Row("roberta-large", BitFit(at=pg.attention.q | pg.ffn.up), 122_880, "0.04%", BITFIT, of=BERT_LARGE),
-    Row("deberta-v3-base", LoRA(at=LINEARS, rank=8), 1_327_104, "1.33M", ADALORA),
-    Row("deberta-v3-base", LoRA(at=LINEARS, rank=2), 331_776, "0.33M", ADALORA),
-    Row("gpt2-medium", Freeze(top=2), 25_192_448, "25.19M", LORA_NLG),
-    Row("gpt2-medium", LoRA(rank=4), 393_216, "0.35M", LORA_NLG, agrees=False),  # no derivation is known
-    Row("t0-3b", IA3(), 540_672, "0.019%", TFEW, of=T0_3B),
-    Row("t0-3b", pg.Pipeline([LoRA(at=LINEARS, rank=4), Freeze(at=pg.norm)]), 9_097_216, "9.1M", TFEW),
-    Row("t0-3b", Freeze(at=pg.norm), 249_856, "250K", TFEW),
-    # the pattern in the authors' configuration misses wo; with it the count is not the published one
-    Row("t0-3b", BitFit(at=pg.attention.all | pg.ffn.up | pg.ffn.gate, zero=True, norms=True), 1_331_200, "1.3M", TFEW),
-    Row("t0-3b", BitFit(at=LINEARS, zero=True, norms=True), 1_429_504, "1.3M", TFEW, agrees=False),
-]
-
-
-def traced(name: str) -> pg.Program:
-    """The model at its real size, without weights."""
-    family, config, decoder, sizes = MODELS[name]
-    ids = torch.zeros(2, 8, dtype=torch.long, device="meta")
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = getattr(transformers, family)(getattr(transformers, config)(**sizes))
-    return pg.trace(model, {"input_ids": ids} | ({"decoder_input_ids": ids[:, :5]} if decoder else {}))
-
-
-def rounds_to(count: int, printed: str, of: int) -> bool:
-    """Whether a count, written like `printed`, is `printed`."""
-    found = re.fullmatch(r"(\d+)(?:\.(\d+))?([MK%]?)", printed)
-    assert found is not None, printed
-    unit = {"M": 1e6, "K": 1e3, "%": of / 100, "": 1}[found[3]]
-    decimals = len(found[2] or "")
-    return f"{count / unit:.{decimals}f}{found[3]}" == printed
+from peftgraph import passes
+from peftgraph.passes import LoRA
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_counts(model: str) -> None:
-    program = traced(model)
     wanted, found = {}, {}
     for row in (row for row in ROWS if row.model == model):
-        trainable = program.apply(row.method).table.trainable
-        counted = [p.numel() for name, p in trainable.items() if row.biases or not name.endswith("_bias")]
+        count = trainable(row)
         key = f"{row.method} ({row.printed}, {row.source})"
-        found[key] = (sum(counted), rounds_to(sum(counted), row.printed, row.of))
+        found[key] = (count, rounds_to(count, row.printed, row.of))
         wanted[key] = (row.exact, row.agrees)
     assert found == wanted
     assert found, "no row for this model"
@@ -176,3 +26,30 @@ def test_counts(model: str) -> None:
 
 def test_every_row_has_a_model() -> None:
     assert {row.model for row in ROWS} == set(MODELS)
+    assert set(MODELS) >= set(SHALLOW)
+
+
+def test_a_count_is_linear_in_the_layers() -> None:
+    row = Row("roberta-base", LoRA(rank=8), 294_912, "295K", "")
+    assert sum(p.numel() for p in traced("roberta-base").apply(row.method).table.trainable.values()) == trainable(row)
+
+
+def test_the_pages_in_the_documentation_are_what_the_passes_say_and_do() -> None:
+    made = method_pages.files()
+    for path, text in made.items():
+        assert (method_pages.DOCS / path).read_text(encoding="utf-8") == text, (
+            f"run tests/support/method_pages.py: {path}"
+        )
+    kept = set((method_pages.DOCS / "methods").iterdir())
+    assert kept == {method_pages.DOCS / path for path in made} - {method_pages.DOCS / "methods.md"}
+
+
+def test_every_pass_has_a_page() -> None:
+    exported = {item for item in vars(passes).values() if isinstance(item, type) and issubclass(item, pg.Pass)}
+    assert {type(method) for page in method_pages.PAGES for method in page.methods} == exported
+
+
+def test_every_page_says_where_other_libraries_differ() -> None:
+    for page in method_pages.PAGES:
+        text = (method_pages.DOCS / "methods" / f"{page.name}.md").read_text(encoding="utf-8")
+        assert len(text.partition(method_pages.HAND)[2].split()) > 8, page.name

@@ -1,0 +1,282 @@
+"""The pages of docs/methods, from what each pass says and does; `python tests/support/method_pages.py` writes them.
+
+A page's docstring, options, picture and counts are generated, so that they cannot drift. What other libraries do is
+written by hand, below the last heading of each page, and is kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from published import ROWS, Row, traced
+
+import peftgraph as pg
+from peftgraph import passes
+from peftgraph.rewrite.count import Count
+from peftgraph.rewrite.spec import print_value
+
+DOCS = Path(__file__).parents[2] / "docs"
+HAND = "## Where other libraries differ"
+MODEL = "BERT-base (12 x 768 x 3,072)"
+
+
+@dataclass(frozen=True)
+class Page:
+    """One page.
+
+    Attributes:
+        title: of the page, and the name in the table.
+        methods: what the table has a row for; the first one is drawn.
+    """
+
+    title: str
+    methods: tuple[pg.Pass, ...]
+
+    @property
+    def name(self) -> str:
+        """Of the file: the module of the pass."""
+        return type(self.methods[0]).__module__.rpartition(".")[2]
+
+
+PAGES = (
+    Page("LoRA", (passes.LoRA(),)),
+    Page("DoRA", (passes.DoRA(),)),
+    Page("(IA)³", (passes.IA3(),)),
+    Page("BitFit", (passes.BitFit(),)),
+    Page("Freeze", (passes.Freeze(top=2), passes.Freeze(at=pg.norm))),
+    Page("SerialAdapter", (passes.SerialAdapter(),)),
+    Page("Houlsby", (passes.Houlsby(),)),
+    Page("Pfeiffer", (passes.Pfeiffer(),)),
+    Page("ParallelAdapter", (passes.ParallelAdapter(),)),
+    Page("Compacter", (passes.Compacter(), passes.CompacterPP())),
+    Page("AdapterDrop", (passes.AdapterDrop(adapter=passes.Houlsby(), layers=5),)),
+    Page("AdapterFusion", (passes.AdapterFusion(adapters=("one", "two")),)),
+    Page("CIAT", (passes.CIAT(),)),
+    Page("Prefix", (passes.Prefix(), passes.Prefix(hidden=None))),
+    Page("Prompt", (passes.Prompt(),)),
+    Page("PTuning", (passes.PTuning(),)),
+    Page("MAM", (passes.MAM(),)),
+    Page("UniPELT", (passes.UniPELT(),)),
+    Page("ZeroInitPrefix", (passes.ZeroInitPrefix(),)),
+    Page("LoReFT", (passes.LoReFT(),)),
+)
+
+
+def files() -> dict[Path, str]:
+    """Every generated file, by its path below docs/, with what it must hold."""
+    base = traced("bert-base")
+    made: dict[Path, str] = {}
+    rows: list[str] = []
+    for page in PAGES:
+        tuned = [base.apply(method) for method in page.methods]
+        made[Path(f"methods/{page.name}.svg")] = tuned[0].picture().svg
+        made[Path(f"methods/{page.name}.md")] = _page(page, tuned)
+        rows += [
+            f"| {_linked(page, method)} | {_counted(program)} |"
+            for method, program in zip(page.methods, tuned, strict=True)
+        ]
+    made[Path("methods.md")] = _overview(rows)
+    return made
+
+
+# the overview
+
+
+def _overview(rows: list[str]) -> str:
+    counted = "\n".join(rows)
+    published = "\n".join(map(_published, sorted(ROWS, key=lambda row: (type(row.method).__name__, row.model))))
+    return f"""# Methods
+
+Every method is one file of [passes/](../passes), has a page here, and works on any model whose parts are found.
+
+## On {MODEL}
+
+As each pass stands by default, counted by `program.count()` on a program without weights. **Trainable** is what
+training moves, and what an adapter directory holds; **changed** how many values of the base differ once everything that
+can be folded is folded; **rank** the rank of those differences.
+
+| method | trainable | of the model | changed | rank of the change | folds |
+|---|---|---|---|---|---|
+{counted}
+
+## Beside the published counts
+
+Trained parameters on programs of the real configurations, beside what the sources print. Where the two differ the row
+says so, and the tests hold both. Percentages are of the number of parameters that the source counts with.
+
+| pass | model | exact | printed | where | agrees |
+|---|---|---|---|---|---|
+{published}
+"""
+
+
+def _linked(page: Page, method: pg.Pass) -> str:
+    spec = _cell(f"`{_short(method)}`") if "{" in _short(method) or len(page.methods) > 1 else ""
+    return f"[{page.title}](methods/{page.name}.md) {spec}".strip()
+
+
+def _short(method: pg.Pass) -> str:
+    """The spec without the options that are as they are by default; it parses back too."""
+    if isinstance(method, pg.Pipeline):
+        return "; ".join(map(_short, method.passes()))
+    shown = [f for f in dataclasses.fields(method) if getattr(method, f.name) != f.default]
+    values = ((f.name, getattr(method, f.name)) for f in shown)
+    options = [
+        f"{name}={_short(value) if isinstance(value, pg.Pass) else print_value(value)}" for name, value in values
+    ]
+    return method.word + (f"{{{' '.join(options)}}}" if options else "")
+
+
+def _counted(program: pg.Program) -> str:
+    count = program.count()
+    return " | ".join(
+        [f"{count.trainable:,}", f"{count.percent:.3f} %", f"{count.changed:,}", _ranks(count), _folds(program)]
+    )
+
+
+def _ranks(count: Count) -> str:
+    found: dict[str, int] = {}
+    for change in count.changes:
+        text = "vectors" if change.rank is None else "full" if change.full else f"{change.rank}"
+        found[text] = found.get(text, 0) + 1
+    parts = [f"{n} vectors" if text == "vectors" else f"{text} in {n}" for text, n in sorted(found.items())]
+    return ", ".join(parts) or "none"
+
+
+def _folds(program: pg.Program) -> str:
+    """Whether a pass folds, by the rules that made the edits."""
+    rules = {(e.application, e.rule): program.history[e.application].method.rules()[e.rule] for e in program.edits}
+    kinds = {rule.fold if isinstance(rule.fold, str) else rule.delta is not None for rule in rules.values()}
+    reasons = [one for one in kinds if isinstance(one, str)]
+    if reasons:
+        also = "; what trains in place is folded as it is" if kinds - set(reasons) else ""
+        return _cell(f"no: {'; '.join(sorted(reasons))}{also}")
+    return "yes" if True in kinds else "nothing is added"
+
+
+def _published(row: Row) -> str:
+    parts = (
+        f"`{_short(row.method)}`",
+        row.model,
+        f"{row.exact:,}",
+        row.printed,
+        row.source,
+        "yes" if row.agrees else "no",
+    )
+    return f"| {' | '.join(map(_cell, parts))} |"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+# one page
+
+
+def _page(page: Page, tuned: list[pg.Program]) -> str:
+    module = inspect.getmodule(type(page.methods[0]))
+    assert module is not None
+    assert module.__doc__ is not None
+    title, algebra, text, source = _parts(module.__doc__)
+    classes = list(dict.fromkeys(type(method) for method in page.methods))
+    counts = "\n".join(f"| `{_cell(_short(m))}` | {_counted(p)} |" for m, p in zip(page.methods, tuned, strict=True))
+    picture = f"![What {page.title} does to a block of BERT-base]({page.name}.svg)"
+    return f"""# {page.title}
+
+{title}
+
+```
+{algebra}
+```
+
+{picture}
+
+Drawn from the difference between a traced BERT-base and what the pass made of it. Grey is the model's own; dashed does
+not train; `W`, `g` and `b` beside a part say which of its own tensors train.
+
+{text}
+
+## Options
+
+{chr(10).join(_options(cls) for cls in classes)}
+## On {MODEL}
+
+| pass | trainable | of the model | changed | rank of the change | folds |
+|---|---|---|---|---|---|
+{counts}
+
+## Sources
+
+{source}
+
+{_by_hand(page)}"""
+
+
+def _parts(doc: str) -> tuple[str, str, str, str]:
+    """A docstring as title, algebra, text and sources."""
+    title, _, rest = inspect.cleandoc(doc).partition("\n")
+    lines = rest.strip("\n").split("\n")
+    start = next(i for i, line in enumerate(lines) if line.startswith("    "))
+    stop = next((i for i in range(start, len(lines)) if not lines[i].strip()), len(lines))
+    algebra = "\n".join(line.removeprefix("    ") for line in lines[start:stop])
+    body = "\n".join([*lines[:start], "", *lines[stop:]])
+    body = re.sub(r"\n(Shapes|Source):", r"\n\n\1:", body)
+    body = re.sub(r"\n\n((?: {4}.*\n?)+)", lambda m: f"\n\n```\n{inspect.cleandoc(m[1])}\n```\n", body)
+    text, _, source = body.strip().partition("Source:")
+    return title, algebra, text.strip(), source.strip()
+
+
+def _options(cls: type[pg.Pass]) -> str:
+    documented = {}
+    for one in reversed(cls.__mro__):
+        documented |= dict(_attributes(one.__doc__ or ""))
+    fields = [field for field in dataclasses.fields(cls) if field.name != "name"]
+    rows = [f"| `{field.name}` | {_default(field)} | {_cell(documented.get(field.name, ''))} |" for field in fields]
+    return "\n".join(
+        [
+            f"`{cls.__name__}`, in specs and recipes `{cls.word}`:\n",
+            "| option | default | meaning |",
+            "|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+def _default(field: dataclasses.Field[object]) -> str:
+    if field.default is dataclasses.MISSING:
+        return "required"
+    value = f'"{field.default}"' if isinstance(field.default, pg.Selector) else repr(field.default)
+    return _cell("the three of the paper" if isinstance(field.default, tuple) and field.default else f"`{value}`")
+
+
+def _attributes(doc: str) -> Iterator[tuple[str, str]]:
+    block = inspect.cleandoc(doc).partition("Attributes:\n")[2]
+    for match in re.finditer(r"^ {4}(\w[\w, ]*): (.*(?:\n {8}.*)*)", block, re.MULTILINE):
+        for name in match[1].split(", "):
+            yield name, " ".join(match[2].split())
+
+
+def _by_hand(page: Page) -> str:
+    """The part of the page that is written by hand, as it is."""
+    path = DOCS / "methods" / f"{page.name}.md"
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    return f"{HAND}{before.partition(HAND)[2]}" if HAND in before else f"{HAND}\n"
+
+
+def main() -> None:
+    """Writes every file."""
+    for path, text in files().items():
+        (DOCS / path).parent.mkdir(exist_ok=True)
+        (DOCS / path).write_text(text, encoding="utf-8")
+        print(path, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
