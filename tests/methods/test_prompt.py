@@ -95,17 +95,18 @@ def test_positions_types_and_labels_grow(name: str) -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
 def test_padding_changes_no_answer(name: str, side: str) -> None:
-    inputs = zoo.example(name, 2, 9, F64, masked=False)
-    here = slice(3, None) if side == "left" else slice(None, -3)
-    inputs["attention_mask"][0] = 0
-    inputs["attention_mask"][0, here] = 1
-    if name == "gpt2":  # the others see distances alone
-        inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    program, _ = tuned(pg.trace(zoo.build(name, dtype=F64), inputs))
+    program, _ = tuned(zoo.positioned(name))
+    batch, single = zoo.unpadded(program.module().eval(), name, side)
+    close([batch], [single], 1e-7)  # positions turn in float32
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_no_answer_where_distances_are_all(side: str) -> None:
+    inputs, alone, tokens = zoo.padded("llama", side)
+    program, _ = tuned(zoo.traced("llama", "sdpa", F64))
     net = program.module().eval()
-    alone = {key: x[:1] if key == "decoder_input_ids" else x[:1, here] for key, x in inputs.items()}
-    batch, single = net(**inputs).logits[:1], net(**alone).logits
-    close([batch if name == "t5" else batch[:, here]], [single], 1e-7)  # positions turn in float32
+    batch, single = (net(input_ids=one["input_ids"], attention_mask=one["attention_mask"]) for one in (inputs, alone))
+    close([batch.logits[:1, tokens]], [single.logits], 1e-7)
 
 
 def test_rows_behind_the_first_token_leave_the_answer_where_it_is_read() -> None:

@@ -196,6 +196,37 @@ def cached(name: str, dtype: torch.dtype = torch.float64) -> pg.Program:
     return pg.trace(build(name, dtype=dtype), {**example(name, dtype=dtype), "use_cache": True})
 
 
+@cache
+def positioned(name: str, attn: str = "sdpa") -> pg.Program:
+    """As `traced`, in float64, with positions among the inputs, as generation gives them; T5 has none."""
+    return (
+        traced(name, attn, torch.float64)
+        if name == "t5"
+        else pg.trace(build(name, attn, torch.float64), padded(name, "left")[0])
+    )
+
+
+def padded(name: str, side: str) -> tuple[dict[str, Any], dict[str, Any], slice]:
+    """A batch whose first row is padded by three on one side, that row alone, and where its tokens are.
+
+    Positions are counted on real tokens.
+    """
+    inputs, tokens = example(name, 2, 9, masked=False), slice(3, None) if side == "left" else slice(None, -3)
+    inputs["attention_mask"][0] = 0
+    inputs["attention_mask"][0, tokens] = 1
+    if name != "t5":
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    alone = {key: x[:1] if key == "decoder_input_ids" else x[:1, tokens] for key, x in inputs.items()}
+    return inputs, alone, slice(None) if name == "t5" else tokens
+
+
+def unpadded(net: nn.Module, name: str, side: str) -> tuple[Tensor, Tensor]:
+    """What a module answers to the first row of `padded`, in the batch and alone."""
+    inputs, alone, tokens = padded(name, side)
+    batch, single = (leaves(net(**one))[0].detach() for one in (inputs, alone))
+    return batch[:1, tokens], single
+
+
 def leaves(output: Any) -> list[Tensor]:
     """The tensors of a model's output."""
     from torch.utils import _pytree as pytree
