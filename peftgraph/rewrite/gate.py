@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import fx
@@ -18,7 +19,13 @@ aten = torch.ops.aten
 
 VIEWS = {aten.view.default, aten.reshape.default, aten.flatten.using_ints}
 
-Gate = Callable[[Match, Builder, fx.Node], fx.Node]
+
+class Gate(Protocol):
+    """Builds the opening of a gate, (batch,) numbers."""
+
+    def __call__(self, m: Match, op: Builder, x_BTD: fx.Node, /) -> fx.Node:
+        """The opening at a site, from what the rule there reads: x (batch, positions, features)."""
+        ...
 
 
 def gated(rule: Rule, gate: Gate) -> Rule:
@@ -29,7 +36,7 @@ def gated(rule: Rule, gate: Gate) -> Rule:
 
     Args:
         rule: any rule that computes something.
-        gate: gives g, (batch,), from the site, the builder and what the rule reads, x (batch, positions, features).
+        gate: builds g, (batch,).
 
     Raises:
         PeftGraphError: the rule computes nothing anew, or (when it is applied) what it reads is no sequence by example.

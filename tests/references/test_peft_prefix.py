@@ -18,7 +18,10 @@ LENGTH, HIDDEN = 4, 5
 CASES = [(name, hidden) for name in ("gpt2", "gpt_neox", "bert") for hidden in (None, HIDDEN)]
 CASES += [("llama", None)]  # with grouped heads, peft's MLP starts from the width of the keys, ours from the model's
 # peft asks the model in a way that transformers is about to rename
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning"),
+]
 TASKS = {"bert": "FEATURE_EXTRACTION", "t5": "SEQ_2_SEQ_LM"}  # all others are causal language models
 
 
