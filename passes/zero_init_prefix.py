@@ -66,7 +66,7 @@ class ZeroInitPrefix(pg.Pass):
             self.projected(op, keys, rows_LD, pg.key_heads(m)),
             self.projected(op, values, rows_LD, pg.value_heads(m)),
         )
-        return op.mul(heads, self.opening(op, heads))
+        return pg.each_head(m, op, heads, lambda value: op.mul(value, self.opening(op, value)))
 
     def opening(self, op: pg.Builder, heads: fx.Node) -> fx.Node:
         """g, (H, 1, 1) or (1, 1, 1)."""

@@ -37,6 +37,7 @@ from peftgraph.rewrite.positions import first_and_last as first_and_last
 from peftgraph.rewrite.positions import real_positions as real_positions
 from peftgraph.rewrite.prepend import Rows as Rows
 from peftgraph.rewrite.prepend import attend as attend
+from peftgraph.rewrite.prepend import each_head as each_head
 from peftgraph.rewrite.prepend import key_heads as key_heads
 from peftgraph.rewrite.prepend import prepend as prepend
 from peftgraph.rewrite.prepend import value_heads as value_heads

@@ -15,7 +15,7 @@ from torch import fx, nn
 from peftgraph.errors import Conflict, NoMatch, PeftGraphError, RecipeError
 from peftgraph.ir.builder import Builder, Common, erase, refresh, sort
 from peftgraph.ir.program import Applied, Edit, Edits, Move, ProgramData, copy_graph
-from peftgraph.ir.propagate import Inference, fake_mode_of, same_meta
+from peftgraph.ir.propagate import Inference, fake_mode_of, quiet_symbols, same_meta
 from peftgraph.ir.table import Entry
 from peftgraph.ir.verify import verify
 from peftgraph.rewrite.match import Match, is_given, match_all
@@ -220,7 +220,8 @@ class _Work:
     def _insert(self, number: int, rule: Rule, match: Match) -> Edit:
         assert rule.delta is not None
         builder = self._builder(match, rule)
-        values = rule.join.entered(match, builder, rule.delta(match, builder))
+        with quiet_symbols(self.common.inference.mode):  # a rule that takes a symbol for a number fixes it for no other
+            values = rule.join.entered(match, builder, rule.delta(match, builder))
         moves: list[Move] = []
         resized: list[fx.Node] = []
         for port, new in values.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -130,6 +130,12 @@ def attend(m: Match, op: Builder, keys_1GLD: fx.Node, values_1GLD: fx.Node) -> f
         PeftGraphError: the attention is written in a form that rows cannot be led into.
     """
     return _computed(m, op, keys_1GLD, values_1GLD, alone=True)
+
+
+def each_head(m: Match, op: Builder, value: fx.Node, change: Callable[[fx.Node], fx.Node]) -> fx.Node:
+    """`change` of a value like an attention's output, with heads on an axis of their own, (B, H, S, F), whether or not
+    the attention has them so."""
+    return _like(op, value, change(_by_head(m, op, value)))
 
 
 def _computed(m: Match, op: Builder, keys: fx.Node, values: fx.Node, alone: bool) -> fx.Node:

@@ -22,6 +22,7 @@ import peftgraph as pg
 from peftgraph.passes import (
     CIAT,
     IA3,
+    MAM,
     AdapterDrop,
     AdapterFusion,
     BitFit,
@@ -36,7 +37,10 @@ from peftgraph.passes import (
     Pfeiffer,
     Prefix,
     Prompt,
+    PTuning,
     SerialAdapter,
+    UniPELT,
+    ZeroInitPrefix,
 )
 
 F64 = torch.float64
@@ -80,11 +84,13 @@ def no_biases(name: str) -> Refusal | None:
 
 
 def no_tokens(name: str) -> Refusal | None:
-    """Prompt, where no token is embedded."""
-    return (pg.NoMatch, "no table lookup") if name in ("vit", "clip_vision") else None
+    """Rows in front of tokens, where no token is embedded, or those of a decoder alone."""
+    words = {"vit": "no table lookup", "clip_vision": "no table lookup", "whisper": "removed them all: .*decoder"}
+    return (pg.NoMatch, words[name]) if name in words else None
 
 
 EVERYWHERE = "attention.*|ffn.*"
+GATED = (LoRA(rank=2, alpha=2.0), Prefix(length=2, hidden=5), Pfeiffer(width=3))
 LINES: dict[str, Line] = {
     "lora": Line((LoRA(rank=3),), variant=True),
     "lora_all": Line((LoRA(at=EVERYWHERE, rank=2, alpha=5.0),)),
@@ -118,6 +124,12 @@ LINES: dict[str, Line] = {
     ),
     "loreft": Line((LoReFT(rank=2, prefix=2, suffix=1, start="identity"),), folds=False, reference=False),
     "prompt": Line((Prompt(length=2),), folds=False, away=True, reference=False, meaningless=no_tokens),
+    "ptuning": Line(
+        (PTuning(length=2, hidden=4),), folds=False, away=True, reference=False, variant=True, meaningless=no_tokens
+    ),
+    "zero_init_prefix": Line((ZeroInitPrefix(length=2),), folds=False, reference=False),
+    "unipelt": Line((UniPELT(methods=GATED),), folds=False, away=True, reference=False),
+    "mam": Line((MAM(length=2, hidden=5, width=3),), folds=False, away=True, reference=False, variant=True),
     "prefix+lora": Line((Prefix(length=3, hidden=5), LoRA(rank=2)), folds=False, away=True, reference=False),
 }
 
