@@ -91,7 +91,7 @@ def test_removing_takes_the_shared_parameter_along() -> None:
 
 
 def test_two_without_names_conflict() -> None:
-    with pytest.raises(pg.Conflict, match=r"would make the parameter tied\.l at 0\.attention\.q, which exists already"):
+    with pytest.raises(pg.Conflict, match=r"would make the parameter tied\.l at 0\.attention\.o, which exists already"):
         zoo.traced("nano", "sdpa", F64).apply(Tied(), Tied())
 
 
