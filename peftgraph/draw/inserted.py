@@ -12,7 +12,7 @@ from peftgraph.ir.program import Edit, Edits, Move, ProgramData
 from peftgraph.sites import Sites
 
 from .algebra import ATOM, Made, formula, number, parameter
-from .operators import FRESH, MOVES, PRODUCTS, SCATTERS, alike, differences, operand, operator
+from .operators import FRESH, LOOKS_UP, MOVES, PRODUCTS, SCATTERS, alike, differences, operand, operator
 
 Sign = Literal["plus", "times", "concat", "replace"]
 Look = Literal["box", "pill", "plus", "times", "again", "made"]
@@ -78,6 +78,13 @@ class Insertion:
     steps: tuple[Step, ...]
     out: Ref
     after: str
+
+    @property
+    def owns(self) -> bool:
+        """Whether a parameter of the pass is in it."""
+        refs = [self.out, *(ref for step in self.steps for ref in step.inputs)]
+        made = any(isinstance(ref, Made) and ref.own for ref in refs)
+        return made or any(step.look in ("box", "pill") and step.tip and step.shape for step in self.steps)
 
     @property
     def reads(self) -> tuple[Read, ...]:
@@ -209,6 +216,8 @@ class _Analysis:
         moved = {move.after for move in self.edit.moves}
         if node.name in context.base or (node.name in context.carriers and node.name not in moved):
             return Read(node.name)
+        if not getattr(node.meta["val"], "is_floating_point", lambda: True)():
+            return None  # a mask or an index: what it says is told by the pass's spec
         return self._named(node, self._again(node) or self._call(node))
 
     @staticmethod
@@ -241,6 +250,8 @@ class _Analysis:
         numbers = [one for one in node.args if isinstance(one, int | float)] if op in SIGNS else []
         if not refs:
             return None
+        if not signals and op in LOOKS_UP:
+            return made[0]
         if not signals:
             sizes = getattr(node.meta["val"], "shape", ())
             return formula(op, made, numbers, [n for n in sizes if isinstance(n, int)])

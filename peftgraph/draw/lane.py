@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from .algebra import Letters, Made
 from .inserted import Insertion, Look, Read, Ref
@@ -20,7 +21,7 @@ LETTER = re.compile(r"[A-Za-z]\d?")
 class Cell:
     """One operation, and where it stands."""
 
-    look: Look
+    look: Look | Literal["tap"]
     label: str
     detail: str = ""
     tip: str = ""
@@ -41,7 +42,7 @@ class Cell:
     @property
     def width(self) -> float:
         """By its text."""
-        if self.round:
+        if self.round or self.look == "tap":
             return ROUND
         text = max(7.1 * len(self.label), 5.9 * len(self.detail))
         return max(40.0 if self.look == "pill" else 62.0, text + (18 if self.look == "pill" else 20) + abs(self.taper))
@@ -49,14 +50,23 @@ class Cell:
     @property
     def height(self) -> float:
         """By its look."""
-        if self.round:
-            return ROUND
+        if self.round or self.look == "tap":
+            return ROUND if self.round else 0.0
         return TALL if self.detail else PILL
 
     @property
     def bottom(self) -> float:
         """Where it ends."""
         return self.y + self.height
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a wire from a value that is read ends, and whether with an arrow."""
+
+    x: float
+    y: float
+    arrow: bool
 
 
 @dataclass
@@ -66,7 +76,7 @@ class Lane:
     Attributes:
         shapes: without what leads to it and away.
         width: in pixels.
-        entries: for each value that is read, where wires to it end, and whether they come from above.
+        entries: for each value that is read, where the wires from it end.
         out: where the result leaves: downwards, or to the left when nothing is read.
     """
 
@@ -74,7 +84,7 @@ class Lane:
     width: float
     top: float
     bottom: float
-    entries: dict[Read, list[Point]]
+    entries: dict[Read, list[Entry]]
     out: Point
     sideways: bool
 
@@ -102,7 +112,7 @@ class Layout:
         self.out = self._place(insertion.out)
         for cell, step in zip(list(self.cells), insertion.steps, strict=False):
             for ref in step.inputs:
-                self._feed(cell, ref)
+                self._feed(cell, ref, len(step.inputs) > 1)
         self._layer(self.out, 0)
         deepest = max(cell.layer for cell in self.cells)
         for cell in self.cells:
@@ -124,11 +134,15 @@ class Layout:
         if formula:
             self.letters.defined[name] = formula
 
-    def _feed(self, cell: Cell, ref: Ref) -> None:
-        if isinstance(ref, Read) and ref not in self.strange:
-            cell.reads.append(ref)
-        else:
+    def _feed(self, cell: Cell, ref: Ref, among: bool) -> None:
+        """Leads an input to a cell; a value that is read beside others comes down a way of its own."""
+        if not isinstance(ref, Read) or ref in self.strange:
             cell.cells.append(self._place(ref))
+        elif among:
+            self.cells.append(Cell("tap", "", reads=[ref]))
+            cell.cells.append(len(self.cells) - 1)
+        else:
+            cell.reads.append(ref)
 
     def _layer(self, number: int, layer: int) -> None:
         """Layers from the result upwards; turned around afterwards."""
@@ -153,7 +167,7 @@ class Layout:
         while len(taken) <= column:
             taken.append([])
         taken[column].append((cell.layer, until))
-        waiting = sorted(cell.cells, key=lambda one: -self._latest(one, at))
+        waiting = sorted(cell.cells, key=lambda one: (-self._latest(one, at), self.cells[one].look == "tap"))
         straight = True
         for one in waiting:
             feeding = self.cells[one]
@@ -195,14 +209,12 @@ class Layout:
         for cell in self.cells:
             cell.x = sum(wide[: cell.column]) + BESIDE * cell.column + wide[cell.column] / 2
         shapes: list[Shape] = []
-        entries: dict[Read, list[Point]] = {}
+        entries: dict[Read, list[Entry]] = {}
         for cell in self.cells:
             for one in cell.cells:
                 shapes.append(self._edge(self.cells[one], cell))
-            for place, read in enumerate(cell.reads):
-                side = cell.round and (place > 0 or bool(cell.cells))
-                end = (cell.x - ROUND / 2, cell.y + ROUND / 2) if side else (cell.x, cell.y)
-                entries.setdefault(read, []).append(end)
+            for read in cell.reads:
+                entries.setdefault(read, []).append(Entry(cell.x, cell.y, cell.look != "tap"))
         shapes += [shape for cell in self.cells for shape in self._cell(cell)]
         last, lonely = self.cells[self.out], not entries and len(self.cells) == 1
         out = (last.x - last.width / 2, last.y + last.height / 2) if lonely else (last.x, last.bottom)
@@ -233,6 +245,8 @@ class Layout:
         return wire((one.x, one.bottom), (one.x, bar), (cell.x, bar), (cell.x, cell.y), kind=kind)
 
     def _cell(self, cell: Cell) -> list[Shape]:
+        if cell.look == "tap":
+            return []
         if cell.look == "plus" or cell.look == "times":
             return [Circle(cell.x, cell.y + ROUND / 2, cell.look, cell.tip, f"op {self.kind}")]
         kind = "again" if cell.look == "again" else f"inserted {self.kind}{' frozen' if cell.frozen else ''}"

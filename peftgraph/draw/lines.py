@@ -169,14 +169,18 @@ class _Pen:
         trunks: list[Shape] = []
         for read, ends in lane.entries.items():
             start = at[read]
-            trunks += [wire((0, start), (x + ex, start), (x + ex, ey), kind=coloured) if ey > start
-                       else wire((0, start), (x + ex, ey), kind=coloured) for ex, ey in ends]  # fmt: skip
+            for end in ends:
+                to = (x + end.x, end.y + shift)
+                trunks.append(wire((0, start), (to[0], start), to, kind=coloured, arrow=end.arrow))
             trunks.append(Circle(0, start, "dot", kind=f"dot {kind}"))
         out = (x + lane.out[0], lane.out[1] + shift)
         edge = 0.0 if one.sign == "replace" else ROUND
         turn = [] if lane.sideways else [(out[0], y)]
         trunks.append(wire(out, *turn, (edge, y), kind=coloured))
-        self._wire(y - edge, arrow=False)
+        if one.sign == "replace":  # the line itself ends where its value was read last
+            self._wire(max(at.values(), default=self.below), arrow=False)
+        else:
+            self._wire(y - edge, arrow=False)
         shapes += [*trunks, *moved(lane.shapes, x, shift)]
         if one.sign != "replace":
             shapes.append(Circle(0, y, one.sign, "", f"op {kind}"))

@@ -15,6 +15,7 @@ MOVES = {
 }  # fmt: skip
 SCATTERS = {"slice_scatter": 1, "index_copy": 3}  # which operand holds the new part
 FRESH = {"sym_size", "new_zeros", "new_full", "new_ones", "zeros_like", "ones_like", "full_like"}
+LOOKS_UP = {"embedding", "gather", "index", "take_along_dim"}
 PRODUCTS = {"linear", "matmul", "mm", "bmm", "einsum", "embedding", "addmm", "conv1d", "conv2d", "grouped_mm"}
 
 

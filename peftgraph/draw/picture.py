@@ -147,7 +147,7 @@ def _arranged(model: str, drawn: list[tuple[str, Drawn]], legend: list[tuple[str
             y += LINE - 3
         y += 3
     notes = [f"{name} = {formula}" for name, formula in letters.defined.items()]
-    for note in [*notes, *([letters.legend] if letters.legend else [])]:
+    for note in [line for one in notes for line in _wrapped(one, max(room, 30))] + [letters.legend]:
         rows.append(Words(MARGIN + 22, y + 11, note, "detail"))
         y += LINE - 3
     back = Box("sheet", 0, 0, width, y + MARGIN - 10, radius=12)

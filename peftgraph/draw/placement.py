@@ -11,6 +11,7 @@ from peftgraph.ir.program import ProgramData
 from .inserted import Insertion, Read
 from .items import BoxItem, Item, RowItem
 from .lines import Line
+from .operators import MOVES, operator
 
 Place = tuple[Line, int]  # a line and one of its stations
 
@@ -45,6 +46,7 @@ class Placement:
             for station, value in enumerate(line.values):
                 if value:
                     self.owners.setdefault(value, []).append((line, station))
+        self.last = max((self.order[value] for value in stream.values if value), default=len(self.nodes))
         for value, there in also.items():
             self.owners.setdefault(value, [there])
 
@@ -56,7 +58,10 @@ class Placement:
                 inside.inside.append(one)
                 inside.strange |= {read: self._words(read) for read in one.reads}
                 continue
-            line, station = self._entry(one)
+            place = self._entry(one)
+            if place is None:
+                continue  # it enters outside of what is drawn
+            line, station = place
             line.arriving.setdefault(station, []).append(one)
             for read in one.reads:
                 line.where[one.after, read] = self._read(read, line, station)
@@ -69,6 +74,8 @@ class Placement:
             if node in seen:
                 continue
             seen.add(node)
+            if self.order[node.name] > self.last and operator(node) not in MOVES:
+                return []  # beyond the block
             if node.name in self.owners:
                 found.add(node.name)
             else:
@@ -79,14 +86,25 @@ class Placement:
         """The base value in whose place a value stands."""
         return self.stands_for.get(value, value)
 
-    def _entry(self, one: Insertion) -> tuple[Line, int]:
-        there = self._upstream(one.value)
+    def _entry(self, one: Insertion) -> Place | None:
+        there = self._stations(one.value)
         home = self.homes.get(one.site)
         if home is not None:
             same = [place for place in there if place[0] is home[0]]
             if same:
                 return same[-1]
-        return there[-1] if there else (home or (self.stream, len(self.stream.items)))
+        if there:
+            return there[0]  # the outermost line
+        return home if one.owns else None
+
+    def _stations(self, value: str) -> list[Place]:
+        """The stations of a base value: behind what it is made of, or before what is made of it alone."""
+        found = self._upstream(value)
+        node = self.nodes[value]
+        while not found and len(node.users) == 1 and operator(next(iter(node.users))) in MOVES:
+            node = next(iter(node.users))
+            found = self.owners.get(node.name, [])
+        return found
 
     def _inside(self, one: Insertion) -> RowItem | None:
         """The row whose core an insertion enters, when it enters between its operands and its result."""
@@ -98,7 +116,7 @@ class Placement:
 
     def _read(self, read: Read, line: Line, station: int) -> int | str:
         """The station of the line at which a value is read, or words for a value that lies elsewhere."""
-        there = self._upstream(self._below(read.value))
+        there = self._stations(self._below(read.value))
         here = [place for owner, place in there if owner is line and place <= station]
         return here[-1] if here else self._words(read)
 

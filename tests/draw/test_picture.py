@@ -6,6 +6,7 @@ import doctest
 import re
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from xml.etree import ElementTree
 
 import pytest
@@ -28,9 +29,11 @@ from peftgraph.passes import (
     Freeze,
     Houlsby,
     LoRA,
+    LoReFT,
     ParallelAdapter,
     Pfeiffer,
     Prefix,
+    Prompt,
     UniPELT,
     ZeroInitPrefix,
 )
@@ -59,6 +62,8 @@ METHODS: dict[str, pg.Pass] = {
     "unipelt": UniPELT(),
     "mam": MAM(length=4, hidden=8, width=16),
     "zero-initialised prefix": ZeroInitPrefix(),
+    "prompt": Prompt(length=5),
+    "reft": LoReFT(rank=4),
     "embedding": LoRA(at="embedding", rank=4),
     "pipeline": pg.Pipeline([LoRA(at="attention.*|ffn.*", rank=4), IA3(), ParallelAdapter(width=16), Prefix()]),
 }  # fmt: skip
@@ -113,9 +118,14 @@ class Drawing:
         return [(float(x), float(y)) for x, y in (re.findall(r"-?[\d.]+", head)[:2] for head in heads)]
 
 
+@cache
+def tuned(model: str, method: str) -> pg.Program:
+    return zoo.traced(model).apply(METHODS[method])
+
+
 @pytest.mark.parametrize(("model", "method"), DRAWN)
 def test_nothing_overlaps_texts_fit_and_arrows_end_at_something(model: str, method: str) -> None:
-    drawing = Drawing.of(zoo.traced(model).apply(METHODS[method]), layer=1)
+    drawing = Drawing.of(tuned(model, method), layer=1)
     width, height = float(drawing.root.get("width", 0)), float(drawing.root.get("height", 0))
     boxes = [(kind, span) for kind, span in drawing.boxes() if not {"card", "sheet", "bridge"} & set(kind.split())]
     for place, (kind, (left, top, right, bottom)) in enumerate(boxes):
@@ -139,10 +149,10 @@ def test_nothing_overlaps_texts_fit_and_arrows_end_at_something(model: str, meth
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_new_parameter_of_a_layer_is_in_the_picture(method: str) -> None:
-    program = zoo.traced("bert").apply(METHODS[method])
+    program = tuned("bert", method)
     text = program.picture(layer=1).svg
     made = {name for edit in program.edits if edit.site.startswith("1.") for name in edit.parameters}
-    assert made or method == "embedding"
+    assert made or method in ("embedding", "prompt")
     for name in made:
         if program.table[name].added:
             assert name in text, name
@@ -182,6 +192,16 @@ def test_a_prefix_of_attention_that_is_written_out_enters_the_core() -> None:
     drawing = Drawing.of(zoo.traced("bert", "eager").apply(Prefix(hidden=None)))
     assert drawing.labels("inserted") == {"prefix_k L × D": 1, "× 0.3536": 1, "prefix_v L × D": 1}
     assert drawing.labels("again") == {"q": 1}
+
+
+def test_what_enters_before_the_first_block_enters_the_stream_there() -> None:
+    adapters = Drawing.of(zoo.traced("bert").apply(CIAT(width=16, embedding_width=16)))
+    embedded, *layers = sorted(span[1] for kind, span in adapters.boxes() if kind.startswith("op p0"))
+    first = min(span[1] for kind, span in adapters.boxes() if kind == "base")
+    assert embedded < first < layers[0]
+    prompt = Drawing.of(zoo.traced("bert").apply(Prompt(length=5)))
+    assert prompt.labels("inserted") == {"prompt L × D": 1, "where": 1}
+    assert prompt.labels("base")["embedding D × 61"] == 1
 
 
 def test_frozen_adapters_are_dashed_and_the_norm_that_is_used_twice_is_the_base_s() -> None:
@@ -242,15 +262,15 @@ def test_any_pass_is_drawn() -> None:
 
 def test_a_notebook_shows_diffs_sites_and_rewritten_programs() -> None:
     base = zoo.traced("nano")
-    tuned = base.apply(LoRA(rank=4))
-    diff = tuned.diff(base)
+    rewritten = base.apply(LoRA(rank=4))
+    diff = rewritten.diff(base)
     assert isinstance(diff, str)
     assert diff.endswith("trainable values)\n")
     shown = diff._repr_html_()
     assert shown.count("<svg") == 1
     assert "<summary>" in shown
     assert "%0.attention.q.lora.linear" in shown
-    assert tuned._repr_html_().count("<svg") == 1
+    assert rewritten._repr_html_().count("<svg") == 1
     assert "<svg" not in base.diff(base)._repr_html_()
     table = base.sites._repr_html_()
     assert table.count("<tr>") == 1 + len(base.sites)
@@ -259,10 +279,10 @@ def test_a_notebook_shows_diffs_sites_and_rewritten_programs() -> None:
 
 def test_a_model_without_blocks_has_no_picture_and_its_diff_is_text() -> None:
     base = convolutions()
-    tuned = base.apply(Freeze(at="head"))
+    rewritten = base.apply(Freeze(at="head"))
     with pytest.raises(pg.PeftGraphError, match="no blocks that were found"):
-        tuned.picture()
-    assert "<svg" not in tuned.diff(base)._repr_html_()
+        rewritten.picture()
+    assert "<svg" not in rewritten.diff(base)._repr_html_()
 
 
 def test_a_picture_is_saved_as_svg_and_is_the_same_each_time(tmp_path: object) -> None:
