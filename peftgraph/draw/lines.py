@@ -182,8 +182,8 @@ class _Pen:
         else:
             self._wire(y - edge, arrow=False)
         shapes += [*trunks, *moved(lane.shapes, x, shift)]
-        if one.sign != "replace":
-            shapes.append(Circle(0, y, one.sign, "", f"op {kind}"))
+        sign = "dot" if one.sign == "replace" else one.sign
+        shapes.append(Circle(0, y, sign, "", f"{'dot' if sign == 'dot' else 'op'} {kind}"))
         self.below, self.entered = y + edge, one.after
         self.result.y = max(y + edge, bottom - GAP + ROUND if lane.sideways else 0.0)
         self.result.spans.append(Span(upper, bottom, -ROUND, x + lane.width))
