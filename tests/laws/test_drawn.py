@@ -9,14 +9,16 @@ from pathlib import Path
 import laws
 import torch
 import zoo
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import peftgraph as pg
 from peftgraph import passes
 
 F64 = torch.float64
-SLOW = settings(max_examples=16, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+SLOW = settings(  # an example takes seconds: a failing one is shown as it was drawn
+    max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=(Phase.generate,)
+)
 WORDS = ("attention.q", "attention.k", "attention.v", "attention.o", "ffn.up", "ffn.down")
 SMALL = st.integers(1, 4)
 NAMES = st.sampled_from(["", "a", "b"])
