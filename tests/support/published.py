@@ -168,7 +168,7 @@ ROWS = [
         ROBERTA_BASE,
         False,
     ),
-    Row("deberta-v3-base", BitFit(), 102_144, "0.1M", ADALORA),
+    Row("deberta-v3-base", BitFit(), 102_912, "0.1M", ADALORA),
     Row("deberta-xxl", LoRA(rank=16), 4_718_592, "4.7M", f"{LORA}, its script"),
     Row("deberta-xxl", LoRA(rank=8), 2_359_296, "4.7M", "LoRA, table 10 (its script has rank 16)", agrees=False),
     Row("gpt-3", LoRA(rank=1), 4_718_592, "4.7M", GPT3),
