@@ -108,7 +108,7 @@ def test_every_law_on_a_drawn_composition(base: laws.Base, recipe: tuple[pg.Pass
     program = composed(base, recipe)
     methods = tuple(applied.method for applied in program.history)
     laws.starts(
-        base, laws.Line(methods, near=NEAR, away=any(isinstance(one, passes.Prefix) for one in methods)), program
+        base, laws.Line(methods, near=NEAR, away=any(isinstance(one, AWAY) for one in methods)), program
     )
     zoo.randomise(program)
     want = laws.outputs(program, base.inputs)
@@ -116,8 +116,11 @@ def test_every_law_on_a_drawn_composition(base: laws.Base, recipe: tuple[pg.Pass
     with tempfile.TemporaryDirectory() as folder:
         laws.is_saved(base, program, Path(folder))
     laws.trains_alone(base, program)
-    for which in order[: len(methods)]:
-        program = program.remove(which % len(program.history))
+    for which in order:
+        if program.history:
+            program = program.remove(which % len(program.history))
+    while program.history:  # a pass may stand for several
+        program = program.remove()
     assert program.text() == base.text
     assert program.table.hashes() == base.hashes
 
