@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.node import map_arg
 
 
@@ -151,6 +153,21 @@ def propagate(nodes: Iterable[fx.Node], mode: FakeTensorMode) -> None:
     for node in nodes:
         if node.op == "call_function":
             node.meta["val"] = inference.value_of(node)
+
+
+def is_recastable(nodes: Sequence[fx.Node]) -> bool:
+    """Whether `recast` holds for `nodes`: torch's own operators alone, no size of which depends on values."""
+    return all(
+        isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem for node in nodes
+    ) and not any(free_unbacked_symbols(tensor) for node in nodes for tensor in _tensors(node.meta["val"]))
+
+
+def _tensors(value: Any) -> Iterator[Any]:
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif value is not None:
+        yield value
 
 
 def recast(nodes: Iterable[fx.Node], mode: FakeTensorMode, old: torch.dtype, new: torch.dtype) -> None:

@@ -20,7 +20,7 @@ from peftgraph.errors import TraceError
 from peftgraph.ir.builder import number
 from peftgraph.ir.literals import mark, retarget
 from peftgraph.ir.program import ProgramData, Surrounding, calls, stored
-from peftgraph.ir.propagate import fake_like, fake_mode_of, propagate, recast
+from peftgraph.ir.propagate import fake_like, fake_mode_of, is_recastable, propagate, recast
 from peftgraph.ir.run import run
 from peftgraph.ir.signature import Input, Signature
 from peftgraph.ir.table import Entry, Table
@@ -247,7 +247,8 @@ def _restore_dtype(graph: fx.Graph, table: Table, bound: Example, marker: torch.
         elif node.op == "get_attr":
             node.meta["val"] = fake_like(mode, table[str(node.target)].tensor)
     with quiet():
-        if (marker, table.dtype) == (torch.bfloat16, torch.float32):  # both promote to float32 beside float32
+        both = (marker, table.dtype) == (torch.bfloat16, torch.float32)  # which promote alike
+        if both and is_recastable(list(calls(graph))):
             recast(calls(graph), mode, torch.bfloat16, torch.float32)
         else:
             propagate(calls(graph), mode)

@@ -107,9 +107,7 @@ def test_every_law_on_a_drawn_composition(base: laws.Base, recipe: tuple[pg.Pass
     torch.manual_seed(0)
     program = composed(base, recipe)
     methods = tuple(applied.method for applied in program.history)
-    laws.starts(
-        base, laws.Line(methods, near=NEAR, away=any(isinstance(one, AWAY) for one in methods)), program
-    )
+    laws.starts(base, laws.Line(methods, near=NEAR, away=any(isinstance(one, AWAY) for one in methods)), program)
     zoo.randomise(program)
     want = laws.outputs(program, base.inputs)
     laws.folds(base, program, want)

@@ -141,7 +141,7 @@ def test_only_a_core_has_keys() -> None:
 def test_one_attention_takes_one_prefix() -> None:
     program = zoo.traced("bert").apply(Prefix())
     with pytest.raises(
-        pg.Conflict, match=r"^prefix\{.*name=second\} and prefix\{.*\} both replace the output of 0\.attention\.core"
+        pg.Conflict, match=r'^prefix\{.*name="second"\} and prefix\{.*\} both replace the output of 0\.attention\.core'
     ):
         program.apply(Prefix(name="second"))
 
