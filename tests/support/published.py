@@ -30,7 +30,9 @@ from peftgraph.passes import (
     ParallelAdapter,
     Pfeiffer,
     Prefix,
+    Prompt,
     SerialAdapter,
+    UniPELT,
 )
 
 BERT_BASE, BART_LARGE, T5_BASE, BERT_LARGE = 110_000_000, 410_000_000, 222_903_552, 335_141_888  # as percents use them
@@ -39,8 +41,6 @@ T0_11B, ROBERTA_BASE = 11_135_332_352, 125_000_000
 # name -> class, configuration, is there a decoder beside the encoder, what differs from the configuration's defaults
 MODELS: dict[str, tuple[str, str, bool, dict[str, Any]]] = {
     "bert-base": ("BertModel", "BertConfig", False, {}),
-    "roberta-large": ("RobertaModel", "RobertaConfig", False, {"hidden_size": 1024, "intermediate_size": 4096,
-                                                               "num_attention_heads": 16, "num_hidden_layers": 24}),
     "deberta-v3-base": ("DebertaV2Model", "DebertaV2Config", False, {
         "vocab_size": 128100, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
         "intermediate_size": 3072, "relative_attention": True, "position_buckets": 256, "share_att_key": True,
@@ -50,9 +50,11 @@ MODELS: dict[str, tuple[str, str, bool, dict[str, Any]]] = {
     "t5-base": ("T5ForConditionalGeneration", "T5Config", True, {"d_model": 768, "d_ff": 3072, "num_heads": 12,
                                                                  "num_layers": 12}),
     "gpt2-medium": ("GPT2LMHeadModel", "GPT2Config", False, {"n_embd": 1024, "n_head": 16, "n_layer": 24}),
+    # counted by what each layer adds to a model of one: see `trainable`
+    "roberta-large": ("RobertaModel", "RobertaConfig", False, {"hidden_size": 1024, "intermediate_size": 4096,
+                                                               "num_attention_heads": 16, "num_hidden_layers": 24}),
     "t0-3b": ("T5ForConditionalGeneration", "T5Config", True, {
         "d_model": 2048, "d_ff": 5120, "num_heads": 32, "num_layers": 24, "feed_forward_proj": "gated-gelu"}),
-    # counted by what each layer adds to a model of one: see `trainable`
     "roberta-base": ("RobertaModel", "RobertaConfig", False, {"num_hidden_layers": 12}),
     "deberta-xxl": ("DebertaV2Model", "DebertaV2Config", False, {
         "vocab_size": 128100, "hidden_size": 1536, "num_hidden_layers": 48, "num_attention_heads": 24,
@@ -66,8 +68,9 @@ MODELS: dict[str, tuple[str, str, bool, dict[str, Any]]] = {
     "t0-11b": ("T5ForConditionalGeneration", "T5Config", True, {
         "d_model": 4096, "d_ff": 10240, "num_heads": 64, "num_layers": 24, "feed_forward_proj": "gated-gelu"}),
 }  # fmt: skip
-SHALLOW = {"roberta-base": "num_hidden_layers", "deberta-xxl": "num_hidden_layers", "gpt-3": "n_layer",
-           "llama-33b": "num_hidden_layers", "t0-11b": "num_layers"}  # fmt: skip
+SHALLOW = {"roberta-large": "num_hidden_layers", "t0-3b": "num_layers", "roberta-base": "num_hidden_layers",
+           "deberta-xxl": "num_hidden_layers", "gpt-3": "n_layer", "llama-33b": "num_hidden_layers",
+           "t0-11b": "num_layers"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,7 @@ ADALORA, MAHABADI, LIBRARY = "AdaLoRA, table 1", "Compacter, table 1", "adapters
 SIZED = "in units of 2^20"
 GPT3 = "LoRA, table 4"
 LORA_NLG, BITFIT, TFEW = "LoRA, table 3", "BitFit, table 1", "T-Few, table 1"
+AP: tuple[pg.Pass, ...] = (Prefix(hidden=None), Pfeiffer(width=48))
 LINEARS, T0_3B = pg.attention.all | pg.ffn.all, 2_849_757_184
 
 ROWS = [
@@ -182,6 +186,38 @@ ROWS = [
     Row("bart-large", MAM(hidden=None), 27_377_664, "6.7%", UNIFIED, BART_LARGE, False),
     Row("t0-3b", Houlsby(at=pg.ffn, width=64), 12_934_144, "12.9M", f"{TFEW}, at one site as in its code"),
     Row("t0-3b", Prefix(length=2, hidden=None), 589_824, "576K", f"{TFEW}, in units of 2^10", agrees=False),
+    Row("t0-3b", Prompt(at=pg.embedding, length=10), 40_960, "41K", f"{TFEW}, in encoder and decoder"),
+    Row("t0-3b", Prompt(at=pg.embedding, length=100), 409_600, "409K", f"{TFEW}, cut short", agrees=False),
+    # T5-XXL has the shapes of T0-11B
+    Row("t0-11b", Prompt(length=5), 20_480, "20480", "prompt tuning, table 4: T5-XXL"),
+    Row("gpt-3", Prompt(length=264), 3_244_032, "3.2M", f"{GPT3}: PreEmbed, 256 rows in front and 8 behind"),
+    Row(
+        "bert-base",
+        pg.Pipeline([Prefix(hidden=None), Pfeiffer(width=48)]),
+        1_078_848,
+        "0.99%",
+        UNIPELT,
+        BERT_BASE,
+        agrees=False,
+    ),
+    Row("bert-base", UniPELT(methods=AP, gates="shared"), 1_088_076, "0.99%", f"{UNIPELT}: AP", of=BERT_BASE),
+    Row(
+        "bert-base",
+        UniPELT(methods=(LoRA(rank=8), *AP), gates="shared"),
+        1_382_988,
+        "1.26%",
+        f"{UNIPELT}: APL",
+        of=BERT_BASE,
+    ),
+    Row(
+        "bert-base",
+        UniPELT(methods=(LoRA(rank=8), *AP), gates="site"),
+        1_410_672,
+        "1.26%",
+        "UniPELT's code: a gate for each of q, v, prefix and adapter",
+        of=BERT_BASE,
+        agrees=False,
+    ),
     Row("t0-11b", IA3(), 1_081_344, "0.01%", TFEW, of=T0_11B),
     Row("llama-33b", LoRA(at=LINEARS, rank=64), 487_587_840, "487587840", "QLoRA's log, which halves it at 4 bits"),
 ]
