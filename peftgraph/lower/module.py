@@ -53,7 +53,8 @@ class GraphModule(nn.Module):
         """The outputs for the tensors of a call in placeholder order; None for what it leaves out."""
         specs = self._signature.inputs
         missing = frozenset(spec.name for spec, value in zip(specs, tensors, strict=True) if value is None)
-        code, kept = self._code(missing)
+        self._prepare(missing)
+        code, kept = self._codes[self.training, missing]
         leaves = code(self, *(value for value in tensors if value is not None))
         return assemble(self._signature.outputs, leaves, kept)
 
@@ -73,12 +74,13 @@ class GraphModule(nn.Module):
         skip_whole_slices(graph)
         return leaving_out(graph, self._signature, missing)
 
-    def _code(self, missing: frozenset[str]) -> tuple[Code, tuple[bool, ...]]:
+    @torch.compiler.assume_constant_result  # torch.compile runs it while it traces, and reads what it has left
+    def _prepare(self, missing: frozenset[str]) -> None:
+        """Makes the code that runs in this mode without the inputs in `missing`, once."""
         key = (self.training, missing)
         if key not in self._codes:
             graph, kept = self.graph_for(*key)
             self._codes[key] = (compile_graph(graph, self._model), kept)
-        return self._codes[key]
 
     def _register(self, table: Mapping[str, Entry]) -> None:
         written = mutated_buffers(self._graph)
