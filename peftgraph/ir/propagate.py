@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -155,19 +154,14 @@ def propagate(nodes: Iterable[fx.Node], mode: FakeTensorMode) -> None:
             node.meta["val"] = inference.value_of(node)
 
 
-def is_recastable(nodes: Sequence[fx.Node]) -> bool:
-    """Whether `recast` holds for `nodes`: torch's own operators alone, no size of which depends on values."""
-    return all(
-        isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem for node in nodes
-    ) and not any(free_unbacked_symbols(tensor) for node in nodes for tensor in _tensors(node.meta["val"]))
+def is_recastable(nodes: Iterable[fx.Node]) -> bool:
+    """Whether `recast` holds for `nodes`: torch's own operators and sizes alone, no size a count of values."""
+    return not any("operators" in node.meta or _sizes_by_values(node) for node in nodes)
 
 
-def _tensors(value: Any) -> Iterator[Any]:
-    if isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
-    elif value is not None:
-        yield value
+def _sizes_by_values(node: fx.Node) -> bool:
+    varying = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.dynamic_output_shape in node.target.tags
+    return varying and bool(free_unbacked_symbols(node.meta["val"]))
 
 
 def recast(nodes: Iterable[fx.Node], mode: FakeTensorMode, old: torch.dtype, new: torch.dtype) -> None:

@@ -248,7 +248,7 @@ def _restore_dtype(graph: fx.Graph, table: Table, bound: Example, marker: torch.
             node.meta["val"] = fake_like(mode, table[str(node.target)].tensor)
     with quiet():
         both = (marker, table.dtype) == (torch.bfloat16, torch.float32)  # which promote alike
-        if both and is_recastable(list(calls(graph))):
+        if both and is_recastable(calls(graph)):
             recast(calls(graph), mode, torch.bfloat16, torch.float32)
         else:
             propagate(calls(graph), mode)

@@ -1,8 +1,8 @@
 """The adapter family beside the `adapters` library: equal bases and adapter weights give its outputs and gradients.
 
 `record_adapters.py` wrote what the library computes. Its models come from an older release of transformers, so the
-first test shows that the bases themselves agree. Norms that compute in float32 (Llama, T5) limit agreement to its
-precision.
+first test shows that the bases themselves agree. Norms (Llama, T5) and softmaxes (ViT) that compute in float32 limit
+agreement to its precision, and to how a processor rounds.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from peftgraph.passes import (
     UniPELT,
 )
 
-TOLERANCE = {"bert": 1e-12, "gpt2": 1e-12, "vit": 1e-12, "llama": 2e-6, "t5": 2e-6}
+TOLERANCE = {"bert": 1e-12, "gpt2": 1e-12, "vit": 2e-6, "llama": 2e-6, "t5": 2e-6}
 RENAMED = {  # parts of a ViT's names, in the library's release of transformers and in this one
     r"^encoder\.layer\.": "layers.",
     r"attention\.attention\.(query|key|value)\.": lambda match: f"attention.{match[1][0]}_proj.",
