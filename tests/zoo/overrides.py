@@ -8,7 +8,7 @@ from typing import Any
 # Pattern of model types -> values of fields; "text_config.x" is a field of the configuration inside.
 SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
 HALF_SECTIONS = SECTIONS | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
-SMALL_WINDOWS = {"image_size": 32, "patch_size": 4, "depths": [2, 2], "num_heads": [3, 6], "window_size": 4}
+SMALL_WINDOWS = {"image_size": 32, "patch_size": 4, "depths": [2], "num_heads": [3], "window_size": 4}
 TABLE: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"deepseek_v3[2]?|axk1|axk2|bailing_hybrid|glm4_moe_lite|glm_moe_dsa|kimi_linear|youtu", {}),
     (r"(swin|donut-swin|maskformer-swin|swinv2)", SMALL_WINDOWS),
