@@ -162,7 +162,7 @@ def test_models_of_a_library() -> None:
     ids = {"input_ids": torch.randint(0, 61, (3, 7))}
     models: list[tuple[nn.Module, dict[str, Any]]] = [
         (
-            SwinModel(SwinConfig(embed_dim=12, depths=[2], num_heads=[2], image_size=32)),
+            SwinModel(SwinConfig(embed_dim=12, depths=[2], num_heads=[2], image_size=32, window_size=4)),
             {"pixel_values": torch.randn(2, 3, 32, 32)},
         ),
         (PhimoeForCausalLM(PhimoeConfig(vocab_size=61, hidden_size=48, **moe, **heads)), ids),
