@@ -21,6 +21,7 @@ from peftgraph.ir.verify import verify
 from peftgraph.lower.export import export
 from peftgraph.lower.hosted import hosted
 from peftgraph.lower.module import GraphModule
+from peftgraph.lower.spans import spans
 from peftgraph.lower.surround import surround
 from peftgraph.rewrite.apply import apply, remove
 from peftgraph.rewrite.count import Count, count
@@ -195,11 +196,16 @@ class Program(ProgramData):
         Only new parameters require grad. They are shared with this program, so `pg.fold` sees what training did to
         them.
         """
+        blocks = spans(self, self.sites)
         if self.surrounding is not None:
-            return surround(self, self.surrounding)
+            return surround(self, blocks, self.surrounding)
         if self.host is None:
-            return GraphModule(self)
-        return hosted(self, self.host, lambda trained, directory: adapter_files.save_trained(self, trained, directory))
+            return GraphModule(self, blocks)
+
+        def save(trained: Mapping[str, Tensor], directory: Path) -> None:
+            adapter_files.save_trained(self, trained, directory)
+
+        return hosted(self, blocks, self.host, save)
 
     def export(self, path: str | PathLike[str]) -> Path:
         """Writes the graph by suffix: `.pt2` (torch.export) or `.onnx`.

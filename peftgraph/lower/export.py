@@ -16,7 +16,8 @@ from torch.export import Dim, ExportedProgram
 from peftgraph.errors import ExportError
 from peftgraph.ir.files import atomic
 from peftgraph.ir.program import ProgramData
-from peftgraph.lower.module import GraphModule, compile_graph
+from peftgraph.lower.codes import compile_graph
+from peftgraph.lower.module import GraphModule
 from peftgraph.lower.portable import portable
 from peftgraph.trace.diagnose import quiet
 

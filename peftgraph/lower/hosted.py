@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +22,7 @@ from peftgraph.ir.program import Host, ProgramData
 from peftgraph.ir.signature import arguments_of
 from peftgraph.lower.encoded import HIDDEN, Encoder, TwoSteps
 from peftgraph.lower.module import GraphModule
+from peftgraph.lower.spans import Span
 
 Save = Callable[[Mapping[str, Tensor], Path], None]
 COUNT = "num_items_in_batch"
@@ -34,8 +35,8 @@ class Hosted(GraphModule):
     config: Any  # of the model's class, as is the next
     main_input_name: Any
 
-    def __init__(self, program: ProgramData, state: Mapping[str, Any], save: Save) -> None:
-        super().__init__(program)
+    def __init__(self, program: ProgramData, blocks: Sequence[Span], state: Mapping[str, Any], save: Save) -> None:
+        super().__init__(program, blocks)
         self.__dict__.update(state)
         self._save = save
         self._steps: dict[bool, TwoSteps] = {}
@@ -184,11 +185,12 @@ def _take(arguments: dict[str, Any], name: str, traced: Any) -> Any:
     return None if name in traced else arguments.pop(name, None)
 
 
-def hosted(program: ProgramData, host: Host, save: Save) -> Hosted:
+def hosted(program: ProgramData, blocks: Sequence[Span], host: Host, save: Save) -> Hosted:
     """The program as an instance of the class of the traced model.
 
     Args:
         program: what runs.
+        blocks: its blocks.
         host: the class, and what an instance of it holds.
         save: writes parameters, by name, as an adapter into a directory.
     """
@@ -202,5 +204,5 @@ def hosted(program: ProgramData, host: Host, save: Save) -> Hosted:
     )
     names = {"__module__": host.cls.__module__, "__qualname__": host.cls.__qualname__, "__doc__": host.cls.__doc__}
     return type(host.cls.__name__, (Hosted, host.cls), {**names, "forward": forward})(
-        program, copy.deepcopy(host.state), save
+        program, blocks, copy.deepcopy(host.state), save
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import linecache
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,9 +16,9 @@ from peftgraph.ir.modes import evaluated, mutated_buffers, trained, without_inpu
 from peftgraph.ir.program import ProgramData, copy_graph
 from peftgraph.ir.signature import Signature
 from peftgraph.ir.table import Entry
-from peftgraph.lower.direct import call_directly
-
-Code = Callable[..., list[Any]]
+from peftgraph.lower.codes import Code, compile_graph
+from peftgraph.lower.outline import Block, outline
+from peftgraph.lower.spans import Span, mark
 
 
 class GraphModule(nn.Module):
@@ -27,16 +26,20 @@ class GraphModule(nn.Module):
 
     Only the parameters that passes added (or made trainable) require grad, and they are shared with the
     program, so that training is seen by `pg.fold`; frozen weights share storage with the traced model.
-    `train()` and `eval()` switch every dropout; `to()` moves literals along with the parameters.
+    `train()` and `eval()` switch every dropout; `to()` moves literals along with the parameters. Each block is a
+    submodule at its own path.
     """
 
-    def __init__(self, program: ProgramData) -> None:
+    def __init__(self, program: ProgramData, blocks: Sequence[Span] = ()) -> None:
         nn.Module.__init__(self)  # beside another class of modules, none of that one's own set-up
         self._signature: Signature = program.signature
         self._graph = copy_graph(program.graph)
         self._marked = program.marked
         self._target = (program.table.dtype, program.table.device)
         self._codes: dict[tuple[bool, frozenset[str]], tuple[Code, tuple[bool, ...]]] = {}
+        self._sources: dict[str, Code] = {}
+        self._blocks = tuple(blocks)
+        mark(self._graph, self._blocks)
         self._model = program.model
         self._constants: list[str] = []
         self._register(program.table)
@@ -80,11 +83,18 @@ class GraphModule(nn.Module):
         key = (self.training, missing)
         if key not in self._codes:
             graph, kept = self.graph_for(*key)
-            self._codes[key] = (compile_graph(graph, self._model), kept)
+            name = "-".join(["training" if self.training else "evaluation", *sorted(missing)])
+            graph = outline(graph, self._blocks, name, self._compiled, self)
+            self._codes[key] = (self._compiled(graph), kept)
+
+    def _compiled(self, graph: fx.Graph) -> Code:
+        return compile_graph(graph, self._model, self._sources)
 
     def _register(self, table: Mapping[str, Entry]) -> None:
         written = mutated_buffers(self._graph)
         made: dict[int, nn.Parameter] = {}  # tied entries become one parameter
+        for block in self._blocks:
+            _container(self, block.path, Block)
         for name, entry in table.items():
             path, _, leaf = name.rpartition(".")
             owner = _container(self, path)
@@ -117,6 +127,7 @@ class GraphModule(nn.Module):
             self._target = (probe.dtype, probe.device)
             retarget(self._graph, *self._target)
             self._codes.clear()
+            self._sources.clear()
         return self
 
 
@@ -134,27 +145,17 @@ def leaving_out(graph: fx.Graph, signature: Signature, missing: frozenset[str]) 
     return without_inputs(graph, missing - past)
 
 
-def compile_graph(graph: fx.Graph, title: str) -> Code:
-    """A Python function `(module, *inputs) -> list of output leaves` for `graph`."""
-    graph = copy_graph(graph)
-    call_directly(graph)
-    source = graph.python_code("self")
-    filename = f"<peftgraph {title} {id(source):x}>"
-    scope: dict[str, Any] = dict(source.globals)
-    exec(compile(source.src, filename, "exec"), scope)
-    linecache.cache[filename] = (len(source.src), None, source.src.splitlines(keepends=True), filename)
-    return scope["forward"]
-
-
-def _container(root: nn.Module, path: str) -> nn.Module:
-    module = root
-    for part in path.split(".") if path else ():
-        if part not in module._modules:
-            module.add_module(part, nn.Module())
-        child = module._modules[part]
-        assert child is not None
-        module = child
-    return module
+def _container(root: nn.Module, path: str, kind: type[nn.Module] = nn.Module) -> nn.Module:
+    """The module at a path; one that is not there is made, a `kind`."""
+    if not path:
+        return root
+    parent, _, leaf = path.rpartition(".")
+    owner = _container(root, parent)
+    if leaf not in owner._modules:
+        owner.add_module(leaf, kind())
+    child = owner._modules[leaf]
+    assert child is not None
+    return child
 
 
 def assemble(spec: pytree.TreeSpec, leaves: list[Any], kept: tuple[bool, ...]) -> Any:

@@ -7,17 +7,19 @@ runs the graph. Both look up their tensors in the same place, so names, ties and
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from peftgraph.ir.program import ProgramData, Surrounding
 from peftgraph.lower.module import GraphModule
+from peftgraph.lower.spans import Span
 
 
-def surround(program: ProgramData, around: Surrounding) -> nn.Module:
+def surround(program: ProgramData, blocks: Sequence[Span], around: Surrounding) -> nn.Module:
     """The traced model with the program in the place of its submodule; only new parameters require grad."""
-    graph = GraphModule(program)
+    graph = GraphModule(program, blocks)
     memo: dict[int, Any] = {}
     parameters = list(around.model.named_parameters(remove_duplicate=False))
     # The part looks its own tensors up by name; where folding has cut a tie, the rest keeps the other one.
