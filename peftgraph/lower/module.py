@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ from peftgraph.ir.modes import evaluated, mutated_buffers, trained, without_inpu
 from peftgraph.ir.program import ProgramData, copy_graph
 from peftgraph.ir.signature import Signature
 from peftgraph.ir.table import Entry
+from peftgraph.lower.blocks import Block, keep, recompute
 from peftgraph.lower.codes import Code, compile_graph
-from peftgraph.lower.outline import Block, outline
+from peftgraph.lower.outline import outline
 from peftgraph.lower.spans import Span, mark
 
 
@@ -61,6 +62,42 @@ class GraphModule(nn.Module):
         leaves = code(self, *(value for value in tensors if value is not None))
         return assemble(self._signature.outputs, leaves, kept)
 
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """From now on, training keeps what enters a block and computes the block once more for the gradients, which
+        stay the same to the bit. Methods and arguments are called as in transformers, whose loops call them.
+
+        Args:
+            activation_checkpointing_kwargs: options of torch.utils.checkpoint.checkpoint, such as `preserve_rng_state`.
+            every_n_layers: the first block and every n-th after it are computed again, the others keep their values.
+            offload: not offered.
+
+        Raises:
+            PeftGraphError: the program has no blocks, or something is asked that is not offered.
+        """
+        recompute(self, self._model, dict(activation_checkpointing_kwargs or {}), every_n_layers, offload)
+
+    def activation_checkpointing_disable(self) -> None:
+        """From now on, training keeps what the gradients need."""
+        keep(self)
+
+    def gradient_checkpointing_enable(
+        self,
+        gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """The older name of `activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, every_n_layers, offload)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """The older name of `activation_checkpointing_disable`."""
+        keep(self)
+
     def extra_repr(self) -> str:
         """The inputs and how much trains."""
         count = sum(p.numel() for p in self.parameters() if p.requires_grad)
@@ -93,11 +130,10 @@ class GraphModule(nn.Module):
     def _register(self, table: Mapping[str, Entry]) -> None:
         written = mutated_buffers(self._graph)
         made: dict[int, nn.Parameter] = {}  # tied entries become one parameter
-        for block in self._blocks:
-            _container(self, block.path, Block)
+        blocks = {block.path for block in self._blocks}
         for name, entry in table.items():
             path, _, leaf = name.rpartition(".")
-            owner = _container(self, path)
+            owner = _container(self, path, blocks)
             if entry.kind == "parameter":
                 shared = entry.tensor if isinstance(entry.tensor, nn.Parameter) else None
                 parameter = nn.Parameter(entry.tensor, requires_grad=False) if shared is None else shared
@@ -145,14 +181,14 @@ def leaving_out(graph: fx.Graph, signature: Signature, missing: frozenset[str]) 
     return without_inputs(graph, missing - past)
 
 
-def _container(root: nn.Module, path: str, kind: type[nn.Module] = nn.Module) -> nn.Module:
-    """The module at a path; one that is not there is made, a `kind`."""
+def _container(root: nn.Module, path: str, blocks: Set[str]) -> nn.Module:
+    """The module at a path; one that is not there is made, a block where one stands."""
     if not path:
         return root
     parent, _, leaf = path.rpartition(".")
-    owner = _container(root, parent)
+    owner = _container(root, parent, blocks)
     if leaf not in owner._modules:
-        owner.add_module(leaf, kind())
+        owner.add_module(leaf, Block() if path in blocks else nn.Module())
     child = owner._modules[leaf]
     assert child is not None
     return child

@@ -10,39 +10,15 @@ import heapq
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
-from torch.utils.checkpoint import checkpoint
 
+from peftgraph.lower.blocks import Block
 from peftgraph.lower.codes import Code
 from peftgraph.lower.spans import KEY, Span
 
 Unit = list[fx.Node]
-
-
-class Block(nn.Module):
-    """A block of a program: its tensors under their own names, and the code of each graph that runs it.
-
-    Attributes:
-        gradient_checkpointing: whether training keeps the block's inputs alone and computes the rest once more
-            for the gradients. transformers' loops look for this name.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.codes: dict[str, Code] = {}
-        self.gradient_checkpointing = False
-        self.checkpoint_options: dict[str, Any] = {}
-
-    def forward(self, graph: str, *values: Any) -> Any:
-        """Runs the code of a graph on what it reads from outside the block."""
-        code = self.codes[graph]
-        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(code, self, *values, use_reentrant=False, **self.checkpoint_options)
-        return code(self, *values)
 
 
 @dataclass

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from peftgraph.ir.dead import is_mutation
+from peftgraph.ir.dead import is_mutation, live
 from peftgraph.ir.program import Edits, ProgramData
 from peftgraph.sites import Sites
 
@@ -38,9 +38,9 @@ def mark(graph: fx.Graph, blocks: Sequence[Span]) -> None:
     """Writes into the metadata of every node of a block, in place, which block it belongs to.
 
     No value leaves a block and comes back into it: what is marked is what depends on its input and leads to its output,
-    and what its parameters alone decide and nothing else reads.
+    and what nothing else reads.
     """
-    order = list(graph.nodes)
+    order = live(graph)
     place = {node.name: i for i, node in enumerate(order)}
     for number, block in enumerate(blocks):
         if block.input in place and block.output in place:
@@ -68,15 +68,13 @@ def _between(window: Sequence[fx.Node]) -> Iterable[fx.Node]:
 
 
 def _mark_private(order: Sequence[fx.Node], blocks: Sequence[Span]) -> None:
-    """Marks what depends on no input and is read in one block alone; stored tensors where they are the block's own."""
-    given: set[fx.Node] = set()
-    for node in order:
-        if node.op == "placeholder" or not given.isdisjoint(node.all_input_nodes):
-            given.add(node)
+    """Marks what is read in one block alone, such as keys of its cross-attention; stored tensors where they are the
+    block's own."""
+    alive = set(order)
     for node in reversed(order):
-        readers: set[int | None] = {user.meta.get(KEY) for user in node.users}
+        readers: set[int | None] = {user.meta.get(KEY) for user in node.users if user in alive}
         number = readers.pop() if len(readers) == 1 else None
-        if number is None or node in given or KEY in node.meta:
+        if number is None or KEY in node.meta or node.op == "placeholder" or node.name == blocks[number].input:
             continue
         if node.op != "get_attr" or str(node.target).startswith(f"{blocks[number].path}."):
             node.meta[KEY] = number
