@@ -37,9 +37,9 @@ def tokens(net: Any, inputs: dict[str, Tensor], count: int = 9, **options: Any) 
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "t5"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "t5", "falcon", "gemma2"])
 def test_tokens_of_the_base(name: str, mode: str) -> None:
-    dtype = torch.float32 if name == "mixtral" else F64  # eager experts know no float64
+    dtype = torch.float32 if name in ("mixtral", "gemma2") else F64  # whose own code knows no float64
     model, net = zoo.build(name, dtype=dtype), zoo.cached(name, dtype).module()
     for inputs in (prompt(), prompt(padded=False)):
         assert torch.equal(tokens(net, inputs, **MODES[mode]), tokens(model, inputs, **MODES[mode]))
@@ -62,6 +62,20 @@ def test_windows_shorter_than_the_text(family: str) -> None:
     net = pg.trace(model, {**prompt(), "use_cache": True}).module()
     for mode in ("greedy", "beams"):
         assert torch.equal(tokens(net, prompt(), **MODES[mode]), tokens(model, prompt(), **MODES[mode]))
+
+
+def test_an_encoder_decoder_with_learned_positions() -> None:
+    torch.manual_seed(0)
+    config = transformers.BartConfig(
+        vocab_size=zoo.VOCAB, d_model=48, encoder_layers=1, decoder_layers=2, encoder_attention_heads=6,
+        decoder_attention_heads=6, encoder_ffn_dim=80, decoder_ffn_dim=80, max_position_embeddings=64, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=None,
+    )  # fmt: skip
+    model = transformers.BartForConditionalGeneration(config).to(F64).eval()
+    inputs = prompt() | {"decoder_input_ids": prompt()["input_ids"][:, :5], "use_cache": True}
+    net = pg.trace(model, inputs).module()
+    for mode in MODES.values():
+        assert torch.equal(tokens(net, prompt(), **mode), tokens(model, prompt(), **mode))
 
 
 def test_positions_that_a_model_counts_under_its_mask() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,14 +37,17 @@ def rows(count: int = 12, labels: bool = True) -> list[Row]:
 
 
 @cache
-def traced() -> pg.Program:
+def traced(drops: bool = True) -> pg.Program:
     example = transformers.default_data_collator(rows(3)) | {"num_items_in_batch": torch.tensor(9.0)}
-    return pg.trace(zoo.build("llama", dtype=torch.float64), example)
+    model: Any = zoo.build("llama", dtype=torch.float64)
+    for layer in () if drops else model.model.layers:
+        layer.self_attn.attention_dropout = 0.0
+    return pg.trace(model, example)
 
 
-def tuned(seed: int = 0) -> pg.Program:
+def tuned(seed: int = 0, drops: bool = True) -> pg.Program:
     torch.manual_seed(seed)
-    return zoo.randomise(traced().apply(LoRA(rank=2, alpha=4.0)))
+    return zoo.randomise(traced(drops).apply(LoRA(rank=2, alpha=4.0)))
 
 
 def with_peft(program: pg.Program) -> Any:
@@ -61,8 +65,9 @@ def their(name: str) -> str:
 
 def trainer(net: Any, where: Path, data: list[Row] | None = None, **options: Any) -> Trainer:
     arguments = TrainingArguments(
-        str(where), use_cpu=True, max_steps=4, per_device_train_batch_size=2, learning_rate=0.02, logging_steps=1,
-        report_to=[], disable_tqdm=True, **{"save_strategy": "no", **options},
+        str(where), use_cpu=True, max_steps=4, learning_rate=0.02, logging_steps=1, report_to=[], disable_tqdm=True,
+        data_seed=0,
+        **{"per_device_train_batch_size": 2, "save_strategy": "no", **options},
     )  # fmt: skip
     return Trainer(net, arguments, train_dataset=rows() if data is None else data)
 
@@ -78,6 +83,46 @@ OPTIONS: dict[str, tuple[dict[str, Any], torch.dtype, float]] = {
     "smoothing": ({"label_smoothing_factor": 0.1}, torch.float64, 1e-6),
     "bf16": ({"bf16": True}, torch.float32, 3e-3),
 }
+
+
+CHECKPOINTS = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in inspect.signature(TrainingArguments).parameters
+)
+
+
+def test_blocks_that_are_computed_again_end_at_the_same_bits(tmp_path: Path) -> None:
+    plain, again = tuned(drops=False), tuned(drops=False)
+    trainer(plain.module(), tmp_path).train()
+    one = trainer(again.module(), tmp_path, **{CHECKPOINTS: True, f"{CHECKPOINTS}_kwargs": {"use_reentrant": False}})
+    one.train()
+    assert any(getattr(module, "gradient_checkpointing", False) for module in one.model.modules())
+    for name, expected in plain.table.trainable.items():
+        assert torch.equal(again.table.trainable[name], expected), name
+
+
+def test_texts_of_different_lengths_are_padded_by_a_collator(tmp_path: Path) -> None:
+    """What a batch pads changes no gradient: batches of one example, accumulated, end where batches of two do."""
+    ragged = [{name: value[: 3 + i % 4] for name, value in row.items()} for i, row in enumerate(rows()) if i % 6 < 3]
+    ends = []
+    for size in (2, 1):
+        program = tuned(drops=False)
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 2 // size}
+        one = trainer(program.module(), tmp_path, ragged, **options)
+        one.data_collator = pad
+        one.train()
+        ends.append(program.table.trainable)
+    for name, expected in ends[0].items():
+        torch.testing.assert_close(ends[1][name], expected, rtol=1e-8, atol=1e-10)
+
+
+def pad(batch: list[Row]) -> Row:
+    fills = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    return {
+        name: torch.nn.utils.rnn.pad_sequence([row[name] for row in batch], batch_first=True, padding_value=fill)
+        for name, fill in fills.items()
+    }
 
 
 @pytest.mark.parametrize("option", OPTIONS)
