@@ -46,8 +46,9 @@ def traced(drops: bool = True) -> pg.Program:
 
 
 def tuned(seed: int = 0, drops: bool = True) -> pg.Program:
+    base = traced(drops)
     torch.manual_seed(seed)
-    return zoo.randomise(traced(drops).apply(LoRA(rank=2, alpha=4.0)))
+    return zoo.randomise(base.apply(LoRA(rank=2, alpha=4.0)))
 
 
 def with_peft(program: pg.Program) -> Any:
@@ -66,7 +67,6 @@ def their(name: str) -> str:
 def trainer(net: Any, where: Path, data: list[Row] | None = None, **options: Any) -> Trainer:
     arguments = TrainingArguments(
         str(where), use_cpu=True, max_steps=4, learning_rate=0.02, logging_steps=1, report_to=[], disable_tqdm=True,
-        data_seed=0,
         **{"per_device_train_batch_size": 2, "save_strategy": "no", **options},
     )  # fmt: skip
     return Trainer(net, arguments, train_dataset=rows() if data is None else data)
