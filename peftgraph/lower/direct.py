@@ -5,6 +5,7 @@ On one token of a small model that look-up costs as much as a fifth of the step.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,17 @@ FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     aten.unsqueeze.default: torch.unsqueeze,
     aten.transpose.int: torch.transpose,
     aten.reshape.default: torch.reshape,
+    aten.permute.default: torch.permute,
+    aten.mean.dim: torch.mean,
+    aten.softmax.int: torch.softmax,
+    aten.where.self: torch.where,
+    aten.div.Tensor: torch.div,
+    aten.addmm.default: torch.addmm,
+    aten.cos.default: torch.cos,
+    aten.sin.default: torch.sin,
+    aten.relu.default: torch.relu,
+    aten.silu.default: F.silu,
+    aten.gelu.default: F.gelu,
 }
 METHODS: dict[Callable[..., Any], str] = {
     aten.view.default: "view",
@@ -41,12 +53,29 @@ METHODS: dict[Callable[..., Any], str] = {
 }
 
 
+KEYWORDS = {"alpha", "scale", "approximate"}  # which those functions take too
+END = 2**62  # from here on, an end of a slice is that of the tensor
+
+
 def call_directly(graph: fx.Graph) -> None:
     """Turns, in place, calls of operators into calls of the functions and methods that run them."""
     for node in graph.nodes:
-        if node.op != "call_function" or node.kwargs.keys() - {"alpha", "scale"}:
+        if node.op != "call_function" or node.kwargs.keys() - KEYWORDS:
             continue
         if node.target in FUNCTIONS:
             node.target = FUNCTIONS[node.target]
         elif node.target in METHODS:
             node.op, node.target = "call_method", METHODS[node.target]
+        elif node.target is aten.slice.Tensor:
+            _index(node)
+
+
+def _index(node: fx.Node) -> None:
+    """Turns a slice along one axis into indexing."""
+    source, axis, start, end, step = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
+    if not isinstance(source, fx.Node) or not isinstance(axis, int):
+        return
+    whole = axis if axis >= 0 else source.meta["val"].dim() + axis
+    end = None if isinstance(end, int) and end >= END else end
+    node.target = operator.getitem
+    node.args = (source, (*[slice(None)] * whole, slice(start, end, step)))
