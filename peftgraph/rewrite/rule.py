@@ -7,6 +7,7 @@ shape.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -70,18 +71,18 @@ class Join(Protocol):
         ...
 
 
-class PortByPort:
+class PortByPort(ABC):
     """A join at which the value at each port depends on that port's part of the delta alone."""
 
     port: str
 
+    @abstractmethod
     def enter(self, m: Match, op: Builder, value: fx.Node, delta: fx.Node) -> fx.Node:
         """What the port's users get instead of `value`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def gate(self, m: Match, op: Builder, value: fx.Node, delta: fx.Node, gate: fx.Node) -> fx.Node:
         """As much of `delta` as the gate lets in."""
-        raise NotImplementedError
 
     def entered(self, m: Match, op: Builder, delta: fx.Node | Mapping[str, fx.Node]) -> dict[str, fx.Node]:
         """Each port's new value."""
