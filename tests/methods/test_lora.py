@@ -279,3 +279,19 @@ def test_text(nano: pg.Program) -> None:
     assert tuned.diff(nano) == dedent(DIFF).lstrip("\n")
     assert str(tuned.count()) == COUNT
     assert tuned.remove().text() == nano.text()
+
+
+def test_a_projection_that_relative_positions_share_is_not_folded() -> None:
+    """DeBERTa v3 runs its relative embeddings through the weights of q and k; the change is for the tokens alone."""
+    from transformers import DebertaV2Config, DebertaV2Model
+
+    torch.manual_seed(0)
+    config = DebertaV2Config(
+        vocab_size=zoo.VOCAB, hidden_size=48, num_hidden_layers=1, num_attention_heads=6, intermediate_size=80,
+        relative_attention=True, position_buckets=8, share_att_key=True, pos_att_type=["p2c", "c2p"],
+    )  # fmt: skip
+    base = pg.trace(DebertaV2Model(config).eval(), {"input_ids": torch.randint(3, zoo.VOCAB, (2, 7))})
+    shared = r"query_proj.weight is read in 2 places .*, and a change for one would leak into the others"
+    with pytest.raises(pg.NoFold, match=shared):
+        pg.fold(base.apply(LoRA(at="attention.q", rank=2)))
+    assert pg.fold(base.apply(LoRA(at="attention.v", rank=2))).proof
