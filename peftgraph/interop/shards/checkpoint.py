@@ -96,7 +96,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     path = folder / INDEX
     if not path.is_file():
         raise PeftGraphError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX}. Pickled weights are not read.")
-    places = _json(path).get("weight_map")
+    places = read_json(path).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise PeftGraphError(f"{path} has no weight_map from tensors to files.")
     for name in places.values():
@@ -106,7 +106,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 
 def _refuse_quantised(folder: Path) -> None:
-    quantised = _json(folder / "config.json").get("quantization_config")
+    quantised = read_json(folder / "config.json").get("quantization_config")
     if quantised:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else None
         raise PeftGraphError(
@@ -115,7 +115,12 @@ def _refuse_quantised(folder: Path) -> None:
         )
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        PeftGraphError: there is none.
+    """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -11,12 +11,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from peftgraph.errors import PeftGraphError
 from peftgraph.fold.plan import Plan, plan
 from peftgraph.interop import adapter_files
 from peftgraph.interop.shards.checkpoint import Checkpoint
 from peftgraph.interop.shards.tensor_file import FLOATS
-from peftgraph.interop.shards.updates import Read, check_stored
+from peftgraph.interop.shards.updates import Read, check_stored, stored_key
 from peftgraph.ir.program import ProgramData
 from peftgraph.ir.table import Entry, Table
 from peftgraph.sites import Sites
@@ -74,12 +73,8 @@ def folded_updates(
     kinds = {name: FLOATS.get(checkpoint.slot(key).dtype) for name, key in stored.items()}
     decided = plan(tuned.evolve(table=_stored_as(tuned.table, kinds)), sites, trained)
     for name in dict.fromkeys(chain.from_iterable((one, *read) for one, read in decided.changed.items())):
-        if name not in stored:
-            raise PeftGraphError(
-                f"{checkpoint.folder} stores no {name}, which the adapter changes: the model makes it of other tensors "
-                "when it is loaded. --whole merges in memory."
-            )
-        check_stored(checkpoint, stored[name], decided.shape(name))
+        key = stored_key(checkpoint, program.table.tied(name), prefix)
+        check_stored(checkpoint, key, decided.shape(name))
     return Folded(decided, {stored[name]: name for name in decided.changed}, stored)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -30,6 +30,26 @@ class Updates(Protocol):
             read: gives a stored tensor, among those that `changed` lists for it.
         """
         ...
+
+
+def stored_key(checkpoint: Checkpoint, names: Sequence[str], prefix: str) -> str:
+    """Under which name a parameter that changes is stored.
+
+    Args:
+        checkpoint: the model's weights.
+        names: of the parameter, as `Checkpoint.key` takes them.
+        prefix: likewise.
+
+    Raises:
+        PeftGraphError: under none.
+    """
+    key = checkpoint.key(names, prefix)
+    if key is None:
+        raise PeftGraphError(
+            f"{checkpoint.folder} stores no {names[0]}, which the adapter changes: the model makes it of other tensors "
+            "when it is loaded, or not all weights are there. Such a model is merged in memory (--whole)."
+        )
+    return key
 
 
 def check_stored(checkpoint: Checkpoint, key: str, shape: Iterable[int]) -> None:
