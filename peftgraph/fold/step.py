@@ -14,7 +14,7 @@ from torch import Tensor
 from peftgraph.ir.table import Table
 from peftgraph.rewrite.match import Match
 from peftgraph.rewrite.rule import Params, Rule
-from peftgraph.rewrite.views import View, accumulation_dtype
+from peftgraph.rewrite.views import View, accumulation_dtype, weight_view
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,21 +34,15 @@ class Write:
     def run(self, table: Table, precision: torch.dtype | None) -> tuple[Table, list[View]]:
         """The table with the new values, in the dtype that folding accumulates in, and the windows they are in."""
         assert not isinstance(self.rule.fold, str)
-        match = replace(self.match, table=table, precision=precision)
-        weight = match.weight.value
-        device, dtype = weight.device, weight.dtype
-        del weight
-        params = Params(
-            {
-                short: table[full].tensor.detach().to(device=device, dtype=dtype)
-                for short, full in self.parameters.items()
-            }
-        )
+        view = weight_view(self.match.site)
+        assert view is not None
+        weight = table[view.parameter].tensor
+        kind = {"device": weight.device, "dtype": precision or accumulation_dtype(weight.dtype)}
+        params = Params({short: table[full].tensor.detach().to(**kind) for short, full in self.parameters.items()})
         written: list[View] = []
-        for bound, value in self.rule.fold(match, params).items():
+        for bound, value in self.rule.fold(replace(self.match, table=table, precision=precision), params).items():
             name = bound.view.parameter
-            full = table[name].tensor.detach().to(value.dtype)
-            table = table.with_tensor(name, bound.view.put(full, value))
+            table = table.with_tensor(name, bound.view.put(table[name].tensor.detach(), value, value.dtype))
             written.append(bound.view)
         return table, written
 
