@@ -23,14 +23,14 @@ from peftgraph.interop.shards.write import check_space, identity, write_shards
 
 def is_default(source: Path, adapter: Path) -> bool:
     """Whether a model is merged by shard unless told otherwise: it has several, or the adapter is peft's."""
-    return _is_peft(adapter) or ((source / INDEX).is_file() and not (source / SINGLE).is_file())
+    return is_peft(adapter) or ((source / INDEX).is_file() and not (source / SINGLE).is_file())
 
 
 def merge(source: Path, adapter: Path, out: Path, force: bool) -> None:
     """Writes the merged model; everything that can be refused is refused before anything is written."""
     check_target(out, force)
     checkpoint = Checkpoint.open(source)
-    updates, notes = (_peft if _is_peft(adapter) else _own)(source, adapter, checkpoint)
+    updates, notes = (_peft if is_peft(adapter) else _own)(source, adapter, checkpoint)
     check_space(checkpoint, out.absolute(), work_folder(out) / "new")
     files = sorted(path for path in adapter.iterdir() if path.is_file())
     shards = [file.path.name for file in checkpoint.files]
@@ -43,7 +43,8 @@ def merge(source: Path, adapter: Path, out: Path, force: bool) -> None:
     report(out, copied)
 
 
-def _is_peft(adapter: Path) -> bool:
+def is_peft(adapter: Path) -> bool:
+    """Whether a folder holds an adapter of huggingface/peft."""
     return (adapter / CONFIG).is_file() and not (adapter / ADAPTER).is_file()
 
 

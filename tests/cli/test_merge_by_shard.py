@@ -106,6 +106,9 @@ def test_everything_is_refused_before_anything_is_written(cli, base: Path, their
     assert "VERA" in result.stderr
     assert cli("merge", base, tmp_path, "--out", tmp_path / "merged").exit_code == 1
     assert "needs --whole" in cli("merge", base, theirs, "--out", tmp_path / "merged", "--untie", "--by-shard").stderr
+    whole = cli("merge", base, theirs, "--out", tmp_path / "merged", "--whole")
+    assert whole.exit_code == 2
+    assert "merged by shard" in whole.stderr
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious.txt").write_text("mine")
     result = cli("merge", base, theirs, "--out", tmp_path / "full")
