@@ -89,5 +89,6 @@ class DoRA(pg.Pass):
 
     def fold(self, m: pg.Match, p: pg.Params) -> Mapping[pg.Bound, Tensor]:
         """g V."""
-        v_OI = m.weight.value + self.scale * (p.lora_B @ p.lora_A)
-        return {m.weight: (p.dora_m / torch.linalg.vector_norm(v_OI, 2, -1)).unsqueeze(-1) * v_OI}
+        weight = m.weight
+        v_OI = weight.value + self.scale * (p.lora_B @ p.lora_A)
+        return {weight: (p.dora_m / torch.linalg.vector_norm(v_OI, 2, -1)).unsqueeze(-1) * v_OI}

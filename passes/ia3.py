@@ -44,7 +44,8 @@ class IA3(pg.Pass):
 
     def fold(self, m: pg.Match, p: pg.Params) -> Mapping[pg.Bound, Tensor]:
         """Rows of the weight and the bias for an output, columns of the weight for the hidden value."""
+        weight = m.weight
         if m.site.role == "ffn.hidden":
-            return {m.weight: m.weight.value * p.ia3_l.unsqueeze(-2)}
-        scaled = {m.weight: m.weight.value * p.ia3_l.unsqueeze(-1)}
+            return {weight: weight.value * p.ia3_l.unsqueeze(-2)}
+        scaled = {weight: weight.value * p.ia3_l.unsqueeze(-1)}
         return scaled if m.bias is None else scaled | {m.bias: m.bias.value * p.ia3_l}

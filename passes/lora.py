@@ -104,7 +104,7 @@ class LoRA(pg.Pass):
 
     def fold(self, m: pg.Match, p: pg.Params) -> Mapping[pg.Bound, Tensor]:
         """W + w s B A, less its start for PiSSA."""
-        change = p.lora_B @ p.lora_A
+        weight, change = m.weight, p.lora_B @ p.lora_A
         if self.init == "pissa":
             change = change - p.lora_B0 @ p.lora_A0
-        return {m.weight: m.weight.value + self.weight * self.scale * change}
+        return {weight: weight.value + self.weight * self.scale * change}

@@ -8,22 +8,46 @@ from typing import Annotated
 import typer
 
 from peftgraph.cli.cmd_inspect import Source
-from peftgraph.cli.console import OUT, working
+from peftgraph.cli.console import OUT, report, working
 from peftgraph.cli.files import atomic_folder, copy_companions
 
 
 def merge(
     source: Source,
     adapter: Annotated[
-        Path, typer.Argument(metavar="ADAPTER", help="A folder that save_adapter or apply --out wrote.")
+        Path,
+        typer.Argument(metavar="ADAPTER", help="A folder that save_adapter or apply --out wrote, or one of peft."),
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR2", help="Where the merged model goes.")],
     force: Annotated[bool, typer.Option("--force", help="Replace DIR2 if it is not empty.")] = False,
     untie: Annotated[
-        bool, typer.Option("--untie", help="Give a tied weight that must change a tensor of its own.")
+        bool, typer.Option("--untie", help="Give a tied weight that must change a tensor of its own; needs --whole.")
     ] = False,
+    by_shard: Annotated[
+        bool | None,
+        typer.Option(
+            "--by-shard/--whole",
+            help="Tensor by tensor, in the memory of a few of them and resumable, or in memory, with outputs compared. "
+            "Default: by shard where the weights are in several files, or the adapter is peft's.",
+        ),
+    ] = None,
 ) -> None:
-    """Folds an adapter into a model, proves it, and writes a plain transformers model."""
+    """Folds an adapter into a model and writes a plain transformers model, with the proof of what changed."""
+    from peftgraph.cli import merge_shards
+
+    if by_shard is None:
+        by_shard = not untie and merge_shards.is_default(source, adapter)
+    if by_shard:
+        if untie:
+            raise typer.BadParameter("--untie changes how many tensors there are and needs --whole")
+        merge_shards.merge(source, adapter, out, force)
+    elif merge_shards.is_peft(adapter):
+        raise typer.BadParameter("an adapter of peft is merged by shard; leave out --whole and --untie")
+    else:
+        _merge_whole(source, adapter, out, force, untie)
+
+
+def _merge_whole(source: Path, adapter: Path, out: Path, force: bool, untie: bool) -> None:
     import peftgraph as pg
     from peftgraph.cli.models import load, trace
 
@@ -39,8 +63,4 @@ def merge(
             model.save_pretrained(str(fresh))
             copied = copy_companions(source, fresh)
     OUT.print(str(merged.proof), highlight=False, markup=False)
-    OUT.print(
-        f"merged model written to {out}" + (f", with {', '.join(copied)}" if copied else ""),
-        style="bold",
-        highlight=False,
-    )
+    report(out, copied)

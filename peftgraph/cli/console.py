@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 
@@ -32,6 +33,12 @@ def working(what: str) -> Iterator[Callable[[str, int, int], None]]:
     seconds = time.perf_counter() - start
     if seconds > 1 and ERR.is_terminal:
         ERR.print(f"{what}: {seconds:.1f} s", style="dim", highlight=False)
+
+
+def report(out: Path, copied: list[str]) -> None:
+    """Says where a merged model was written, and what was copied with it."""
+    beside = f", with {', '.join(copied)}" if copied else ""
+    OUT.print(f"merged model written to {out}{beside}", style="bold", highlight=False)
 
 
 def hush() -> None:

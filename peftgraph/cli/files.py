@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from peftgraph.errors import PeftGraphError
+from peftgraph.ir.files import atomic
 
 WEIGHTS = (
     ".safetensors",
@@ -34,10 +35,7 @@ def atomic_folder(target: Path, force: bool = False) -> Iterator[Path]:
     Raises:
         PeftGraphError: `target` holds something and `force` is off, or the disk refuses.
     """
-    if target.exists() and not target.is_dir():
-        raise PeftGraphError(f"{target} is a file, not a folder.")
-    if target.is_dir() and any(target.iterdir()) and not force:
-        raise PeftGraphError(f"{target} is not empty; --force replaces it.")
+    check_target(target, force)
     target = target.absolute()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -45,12 +43,24 @@ def atomic_folder(target: Path, force: bool = False) -> Iterator[Path]:
             fresh = Path(scratch) / "new"
             fresh.mkdir()
             yield fresh
-            _swap(fresh, target, Path(scratch) / "old")
+            swap(fresh, target, Path(scratch) / "old")
     except OSError as error:
         raise PeftGraphError(f"{target} cannot be written: {error.strerror or error}. Nothing was changed.") from error
 
 
-def _swap(fresh: Path, target: Path, old: Path) -> None:
+def check_target(target: Path, force: bool) -> None:
+    """Refuses a file, and a folder that holds something unless `force` is on.
+
+    Raises:
+        PeftGraphError: it is one.
+    """
+    if target.exists() and not target.is_dir():
+        raise PeftGraphError(f"{target} is a file, not a folder.")
+    if target.is_dir() and any(target.iterdir()) and not force:
+        raise PeftGraphError(f"{target} is not empty; --force replaces it.")
+
+
+def swap(fresh: Path, target: Path, old: Path) -> None:
     """Puts `fresh` where `target` was; an old folder comes back if that fails."""
     if target.exists():
         target.replace(old)
@@ -73,6 +83,7 @@ def copy_companions(source: Path, target: Path) -> list[str]:
             and not file.name.startswith(".")
             and not (target / file.name).exists()
         ):
-            shutil.copyfile(file, target / file.name)
+            with atomic(target / file.name) as temporary:
+                shutil.copyfile(file, temporary)
             copied.append(file.name)
     return copied

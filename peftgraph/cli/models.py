@@ -14,6 +14,7 @@ from peftgraph.cli.console import hush, working
 from peftgraph.errors import PeftGraphError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
     import peftgraph as pg
@@ -44,8 +45,12 @@ def read_config(source: Path) -> PretrainedConfig:
         raise PeftGraphError(f"{path} is no configuration of {kind!r}: {first_line(error)}") from error
 
 
-def skeleton(source: Path) -> PreTrainedModel:
+def skeleton(source: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model of a configuration on the meta device: every shape, no memory.
+
+    Args:
+        source: the folder or the configuration.
+        dtype: of its weights, instead of the configuration's.
 
     Raises:
         PeftGraphError: the configuration cannot be read, or no model can be built from it.
@@ -57,7 +62,7 @@ def skeleton(source: Path) -> PreTrainedModel:
     try:
         with working("building the model on the meta device"), torch.device("meta"):
             build = getattr(cls, "_from_config", None) or cls.from_config
-            return cast("PreTrainedModel", build(config)).eval()
+            return cast("PreTrainedModel", build(config, **({} if dtype is None else {"dtype": dtype}))).eval()
     except Exception as error:  # impossible sizes and missing fields surface as any exception of the model's code
         raise PeftGraphError(f"{cls.__name__} cannot be built from {source}: {first_line(error)}") from error
 

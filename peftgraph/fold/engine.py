@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, fx
 
 from peftgraph.fold.sharing import sharing_reason
+from peftgraph.fold.step import Settle, Step, Write
 from peftgraph.ir.builder import erase, sort
 from peftgraph.ir.program import Applied, Edit, Edits, ProgramData, copy_graph
 from peftgraph.ir.table import Table
 from peftgraph.rewrite.apply import undo
 from peftgraph.rewrite.count import rule_of, short_params
 from peftgraph.rewrite.match import Match
-from peftgraph.rewrite.rule import Params, Rule
-from peftgraph.rewrite.views import View, accumulation_dtype
+from peftgraph.rewrite.views import View
 from peftgraph.sites import Site, Sites
 
 aten = torch.ops.aten
@@ -51,6 +51,7 @@ class Folding:
         untie: a tied weight that must change gets a tensor of its own.
         changed: the changed windows, by parameter.
         reasons: for each edit that is left, `site: pass: reason`.
+        steps: what was done, in order.
     """
 
     program: ProgramData
@@ -59,6 +60,7 @@ class Folding:
     untie: bool = False
     changed: dict[str, list[View]] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.graph: fx.Graph = copy_graph(self.program.graph)
@@ -119,45 +121,25 @@ class Folding:
     # folding one edit
 
     def _fold(self, edit: Edit) -> None:
-        rule = rule_of(self.program, edit)
+        self._take(self._step(edit))
         if edit.moves:
-            self._write_all(edit, rule)
             undo(self.graph, self._names, self.edits, edit)
-        else:
-            self._settle(edit)
         self.edits.remove(edit)
         read = {name for other in self.edits for name in other.parameters}  # shared with edits that are left
         self.table = self.table.without(name for name in edit.parameters if self.table[name].added and name not in read)
 
-    def _write_all(self, edit: Edit, rule: Rule) -> None:
-        assert not isinstance(rule.fold, str)
+    def _step(self, edit: Edit) -> Step:
+        if not edit.moves:
+            return Settle(edit.parameters)
         site = self._by_id[edit.site]
-        match = Match(site, self.sites, self.graph, self.table, self.edits, self._names, self.precision)
-        precision = match.weight.value.dtype
-        device = match.weight.value.device
-        params = Params(
-            {
-                short: self.table[full].tensor.detach().to(device=device, dtype=precision)
-                for short, full in short_params(edit).items()
-            }
-        )
-        for bound, value in rule.fold(match, params).items():
-            name = bound.view.parameter
-            full = self.table[name].tensor.detach().to(value.dtype)
-            self.table = self.table.with_tensor(name, bound.view.put(full, value))
-            self.changed.setdefault(name, []).append(bound.view)
+        match = Match(site, self.sites, self.graph, self.program.table, self.edits, self._names)
+        return Write(match, rule_of(self.program, edit), short_params(edit))
 
-    def _settle(self, edit: Edit) -> None:
-        """Parameters that trained in place are the new weights; tied names stay tied."""
-        values: dict[int, Tensor] = {}
-        for name in edit.parameters:
-            entry = self.table[name]
-            assert entry.before is not None
-            dtype = self.precision or accumulation_dtype(entry.before.dtype)
-            trained = entry.tensor.detach().to(device=entry.before.device, dtype=dtype, copy=True)
-            value = values.setdefault(id(entry.tensor), trained)
-            self.table = self.table.with_({name: replace(entry, tensor=value, trainable=False, before=None)})
-            self.changed.setdefault(name, []).append(View(name, vector=value.dim() == 1))
+    def _take(self, step: Step) -> None:
+        self.table, written = step.run(self.table, self.precision)
+        self.steps.append(step)
+        for view in written:
+            self.changed.setdefault(view.parameter, []).append(view)
 
     # the result
 

@@ -93,6 +93,18 @@ def load(program: P, apply: Callable[..., P], directory: Path, name: str | None)
         AdapterError: the files are missing, damaged, or fit another base.
         Conflict: an adapter of that name is there already.
     """
+    tuned, tensors = read(program, apply, directory, name)
+    with torch.no_grad():
+        for new, value in tensors.items():
+            tuned.table[new].tensor.copy_(value)
+    return tuned
+
+
+def read(program: P, apply: Callable[..., P], directory: Path, name: str | None) -> tuple[P, dict[str, Tensor]]:
+    """The program after the saved passes, with the values they start from, and the saved values by parameter.
+
+    Args, and what is raised, as for `load`; the program may be on the meta device.
+    """
     document = read_document(directory)
     difference = first_difference(document["base"], program)
     if difference is not None:
@@ -110,10 +122,7 @@ def load(program: P, apply: Callable[..., P], directory: Path, name: str | None)
         raise AdapterError(f"{directory}: it names {len(saved)} parameters, its recipe makes {len(wanted)}.")
     targets = dict(zip(saved, wanted, strict=True))
     _check_fit(tensors, {old: tuned.table[new].tensor for old, new in targets.items()}, directory)
-    with torch.no_grad():
-        for old, new in targets.items():
-            tuned.table[new].tensor.copy_(tensors[old])
-    return tuned
+    return tuned, {new: tensors[old] for old, new in targets.items()}
 
 
 def read_document(directory: Path) -> dict[str, Any]:

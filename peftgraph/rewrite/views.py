@@ -47,11 +47,15 @@ class View:
             oriented if self.window is None else oriented.index_select(self._axis, self.window.index().to(full.device))
         )
 
-    def put(self, full: Tensor, value: Tensor) -> Tensor:
-        """A copy of the stored tensor whose window holds `value`, in the stored dtype; the rest is untouched."""
-        new = full.clone(memory_format=torch.contiguous_format)
+    def put(self, full: Tensor, value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A copy of the stored tensor whose window holds `value`, in `dtype` or the stored one; the rest is kept."""
+        kind = dtype or full.dtype
+        if self.window is None:
+            new = torch.empty(full.shape, dtype=kind, device=full.device)
+        else:
+            new = full.to(kind, copy=True, memory_format=torch.contiguous_format)
         target = self._oriented(new)
-        value = value.to(device=full.device, dtype=full.dtype)
+        value = value.to(device=full.device, dtype=kind)
         if self.window is None:
             target.copy_(value)
         else:

@@ -1,0 +1,145 @@
+"""A fold one parameter at a time: decided on shapes, computed when the parameter's values come.
+
+The engine runs on the meta device, which decides what folds and in which order; its steps are kept. The new value of a
+parameter is what those of the steps give that lead to it, on the stored values alone that they read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from peftgraph.errors import NoFold
+from peftgraph.fold.engine import Folding, stored_tensor
+from peftgraph.fold.proof import Proof, prove
+from peftgraph.fold.step import Settle, Step, Write
+from peftgraph.ir.program import ProgramData
+from peftgraph.ir.table import Entry, Table
+from peftgraph.ir.verify import verify
+from peftgraph.sites import Sites
+
+
+def plan(program: ProgramData, sites: Sites, trained: Mapping[str, Tensor]) -> Plan:
+    """Decides the fold of a program whose base is on the meta device.
+
+    Args:
+        program: after its passes.
+        sites: the sites of its base.
+        trained: the values of the passes' parameters, by name.
+
+    Raises:
+        NoFold: something cannot be folded exactly.
+        ProofError: the folded graph is not the base's, or another tensor than the expected ones changes.
+    """
+    folding = Folding(program, sites).run()
+    if folding.reasons:
+        raise NoFold(folding.reasons)
+    folded = folding.result(program)
+    verify(folded, program)
+    proof = prove(program, folding, folded)
+    values = {name: value.to(program.table[name].tensor.dtype) for name, value in trained.items()}
+    return Plan(program, values, tuple(_taken(program, folding.steps)), proof)
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A step, and the base's tensors that it reads and writes."""
+
+    step: Step
+    reads: frozenset[str]
+    writes: frozenset[str]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What folding does to each parameter.
+
+    Attributes:
+        program: what is folded, on the meta device.
+        trained: the passes' parameters, in the dtype that the program has them in.
+        taken: the steps, in order.
+        proof: what could be proved on shapes.
+    """
+
+    program: ProgramData
+    trained: Mapping[str, Tensor]
+    taken: tuple[Taken, ...]
+    proof: Proof
+
+    @cached_property
+    def changed(self) -> dict[str, tuple[str, ...]]:
+        """The parameters that change, each with those whose stored values its own new value is computed from."""
+        names = dict.fromkeys(name for each in self.taken for name in sorted(each.writes))
+        return {name: self._stored(self._path(name)[1]) for name in names}
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The stored dtype of a parameter, which its new value is rounded to."""
+        return stored_tensor(self.program, name).dtype
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a parameter."""
+        return tuple(stored_tensor(self.program, name).shape)
+
+    def value(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
+        """The new value of a parameter, rounded once to its stored dtype.
+
+        Args:
+            name: one of `changed`.
+            read: gives the stored values of the parameters that `changed` lists for it; each is read once.
+        """
+        steps, needed = self._path(name)
+        table = self.program.table
+        stored = self._stored(needed)
+        table = table.with_({one: replace(table[one], tensor=read(one)) for one in stored})
+        own = {full for step in steps if isinstance(step, Write) for full in step.parameters.values()}
+        table = table.with_({one: self._trained(one) for one in own | needed.difference(stored)})
+        for step in steps:
+            table, _ = step.run(table, None)
+        return table[name].tensor.to(self.dtype(name))
+
+    def _path(self, name: str) -> tuple[list[Step], frozenset[str]]:
+        """The steps that lead to the new value of `name`, and the parameters that it is computed from."""
+        needed, steps = frozenset({name}), []
+        for each in reversed(self.taken):
+            if each.writes & needed:
+                needed |= each.reads | each.writes
+                steps.append(each.step)
+        return steps[::-1], needed
+
+    def _stored(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Those that start from what is stored, not from a trained copy."""
+        return tuple(sorted(name for name in names if self.program.table[name].before is None))
+
+    def _trained(self, name: str) -> Entry:
+        entry = self.program.table[name]
+        value = self.trained[self.program.table.tied(name)[0]]
+        kind = None if entry.before is None else torch.empty(0, dtype=entry.before.dtype)
+        return replace(entry, tensor=value, before=kind)
+
+
+def _taken(program: ProgramData, steps: Iterable[Step]) -> Iterator[Taken]:
+    """The steps with what they read and write, found by taking them on shapes."""
+    for step in steps:
+        if isinstance(step, Settle):
+            yield from (Taken(Settle((name,)), frozenset(), frozenset({name})) for name in step.names)
+            continue
+        table = _Recording(program.table)
+        _, written = step.run(table, None)
+        base = frozenset(name for name in table.read if not program.table[name].added)
+        yield Taken(step, base, frozenset(view.parameter for view in written))
+
+
+class _Recording(Table):
+    """A table that remembers which entries were looked at."""
+
+    def __init__(self, table: Table) -> None:
+        super().__init__(table)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Entry:
+        self.read.add(name)
+        return super().__getitem__(name)

@@ -1,0 +1,61 @@
+"""The algebra of peft's adapters on one stored tensor.
+
+    LoRA    W <- W + s B A              b <- b + s d        d the bias of B, with lora_bias
+    DoRA    W <- g V                    V = W + s B A, g = m / ||V|| over the inputs of each output feature
+    (IA)3   W <- diag(l) W, b <- l b    for an output;  W <- W diag(l) for an input
+
+Shapes: I in, O out, R rank; A (R, I), B (O, R), m and d (O,); l (O, 1) or (1, I). An embedding is the matrix that maps
+its V numbers to D features: I = V, O = D, stored (in, out) as a Conv1D is. What is computed in is what folding
+accumulates in; it is rounded to the stored dtype once.
+Source: huggingface/peft 0.21, tuners/lora/layer.py, tuners/lora/variants.py and tuners/ia3/layer.py, `merge`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peftgraph.rewrite.views import View, accumulation_dtype
+
+Load = Callable[[str], Tensor]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What happens to one stored tensor.
+
+    Attributes:
+        view: the tensor as a matrix (O, I), or a bias (O,).
+        replaced: the adapter's tensor that takes its place first; None where the stored one stays.
+        parts: the adapter's tensors of the change, by role: "A" and "B", "m", "d", "l".
+        scale: s.
+    """
+
+    view: View
+    replaced: str | None
+    parts: Mapping[str, str]
+    scale: float = 1.0
+
+    def apply(self, stored: Tensor, load: Load) -> Tensor:
+        """The new value of the tensor, in its dtype.
+
+        Args:
+            stored: its value, or what replaces it.
+            load: gives a tensor of the adapter.
+        """
+        wide = stored.to(accumulation_dtype(stored.dtype))
+        if self.parts:
+            own = {role: load(key).to(wide.dtype) for role, key in self.parts.items()}
+            wide = self.view.put(wide, self._changed(self.view.get(wide), own))
+        return wide.to(stored.dtype)
+
+    def _changed(self, window: Tensor, own: Mapping[str, Tensor]) -> Tensor:
+        if "A" in own:
+            v_OI = window + self.scale * (own["B"] @ own["A"])
+            return (own["m"] / torch.linalg.vector_norm(v_OI, 2, -1)).unsqueeze(-1) * v_OI if "m" in own else v_OI
+        if "d" in own:
+            return window + self.scale * own["d"]
+        return window * (own["l"].reshape(-1) if self.view.vector else own["l"])

@@ -1,0 +1,211 @@
+"""An adapter of huggingface/peft (LoRA, DoRA, (IA)3) as updates of a checkpoint, without tracing the model.
+
+The model on the meta device says of every module what it is, so that a transposed weight is known by its class and not
+by its shape, and which weights are tied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from peftgraph.errors import AdapterError
+from peftgraph.interop.shards.checkpoint import Checkpoint
+from peftgraph.interop.shards.peft_config import PeftConfig
+from peftgraph.interop.shards.peft_layers import Change
+from peftgraph.interop.shards.tensor_file import FLOATS, TensorFile
+from peftgraph.interop.shards.updates import Read, check_stored, stored_key
+from peftgraph.rewrite.views import View
+
+TENSORS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+ROLES = {  # the end of a key -> the module's own parameter that it changes, and the role in the change
+    "lora_A.weight": ("weight", "A"),
+    "lora_B.weight": ("weight", "B"),
+    "lora_B.bias": ("bias", "d"),
+    "lora_embedding_A": ("weight", "A"),
+    "lora_embedding_B": ("weight", "B"),
+    "lora_magnitude_vector": ("weight", "m"),
+    "lora_magnitude_vector.weight": ("weight", "m"),
+    "ia3_l": ("weight", "l"),
+    "base_layer.weight": ("weight", "replaced"),
+    "base_layer.bias": ("bias", "replaced"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class PeftUpdates:
+    """The merge of a peft adapter, by stored tensor.
+
+    Attributes:
+        file: the adapter's tensors.
+        dtypes: what the tensors are stored in.
+        changes: what happens to each.
+    """
+
+    file: TensorFile
+    dtypes: Mapping[str, torch.dtype]
+    changes: Mapping[str, Change]
+
+    @property
+    def changed(self) -> dict[str, tuple[str, ...]]:
+        """The stored tensors that change, each with itself unless it is replaced."""
+        return {key: () if change.replaced else (key,) for key, change in self.changes.items()}
+
+    def value(self, key: str, read: Read) -> Tensor:
+        """The new value of a stored tensor, in its shape and dtype."""
+        change = self.changes[key]
+        start = read(key) if change.replaced is None else self.file.read(change.replaced).to(self.dtypes[key])
+        return change.apply(start, self.file.read)
+
+
+def peft_updates(model: nn.Module, directory: Path, checkpoint: Checkpoint) -> PeftUpdates:
+    """What merging an adapter of peft changes in a checkpoint.
+
+    Args:
+        model: the base, on the meta device.
+        directory: what peft's `save_pretrained` wrote.
+        checkpoint: the base's weights.
+
+    Raises:
+        AdapterError: the adapter is damaged, fits another base, or would not be merged exactly: it is of another
+            method, or changes a weight that is tied to another.
+        PeftGraphError: the checkpoint does not store a weight that changes under its own name, or not in its shape or
+            in floating numbers.
+    """
+    config = PeftConfig.read(directory)
+    file = _tensors(directory)
+    base = _Base(model)
+    changes: dict[str, Change] = {}
+    named: dict[str, str] = {}
+    for parameter, parts in _by_parameter(file, base).items():
+        name = base.name(parameter, directory)
+        changes[name] = _change(config, file, base, parameter, parts)
+        named[name] = stored_key(checkpoint, base.tied(name), base.prefix)
+        check_stored(checkpoint, named[name], base.tensors[name].shape)
+    for name in changes:
+        _check_ties(file, base, name, changes)
+    dtypes = {key: FLOATS[checkpoint.slot(key).dtype] for key in named.values()}
+    return PeftUpdates(file, dtypes, {named[name]: change for name, change in changes.items()})
+
+
+@dataclass(frozen=True, eq=False)
+class _Base:
+    """The names of a model's tensors, and its modules."""
+
+    model: nn.Module
+    tensors: dict[str, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        buffers = dict(self.model.named_buffers(remove_duplicate=False))
+        object.__setattr__(self, "tensors", {**parameters, **buffers})
+
+    @property
+    def prefix(self) -> str:
+        """The name of the model within a model with a head."""
+        return getattr(self.model, "base_model_prefix", "")
+
+    def find(self, parameter: str) -> str | None:
+        """The name of an adapter's parameter here: the adapter may be of a model with a head and this one bare."""
+        bare = parameter.removeprefix(f"{self.prefix}.") if self.prefix else parameter
+        names = (parameter, bare, f"{self.prefix}.{parameter}")
+        return next((name for name in names if name in self.tensors), None)
+
+    def name(self, parameter: str, directory: Path) -> str:
+        """The same, where there must be one."""
+        name = self.find(parameter)
+        if name is None:
+            raise AdapterError(f"{directory} changes {parameter}, which {type(self.model).__name__} does not have.")
+        return name
+
+    def tied(self, name: str) -> list[str]:
+        """The names of the same tensor, this one first."""
+        others = [other for other, tensor in self.tensors.items() if tensor is self.tensors[name] and other != name]
+        return [name, *others]
+
+    def view(self, name: str) -> View | None:
+        """A tensor as (out, in) matrix or as (out,) vector; None when it is neither."""
+        module = self.model.get_submodule(name.rpartition(".")[0])
+        if self.tensors[name].dim() == 1:
+            return View(name, vector=True)
+        if isinstance(module, nn.Linear):
+            return View(name)
+        transposed = isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D"
+        return View(name, transposed=True) if transposed and self.tensors[name].dim() == 2 else None
+
+
+def _tensors(directory: Path) -> TensorFile:
+    path = directory / TENSORS
+    if not path.exists():
+        raise AdapterError(f"{directory} holds no {TENSORS}. Pickled adapters are not read.")
+    return TensorFile.open(path)
+
+
+def _by_parameter(file: TensorFile, base: _Base) -> dict[str, dict[str, str]]:
+    """The adapter's tensors by the parameter that they change, as the adapter calls it, and by role."""
+    found: dict[str, dict[str, str]] = {}
+    for key, slot in file.slots.items():
+        name = key.removeprefix(PREFIX)
+        suffix = next((suffix for suffix in ROLES if name.endswith(f".{suffix}")), None)
+        if suffix is None:
+            found.setdefault(name, {})["replaced"] = key
+            continue
+        leaf, role = ROLES[suffix]
+        module = name.removesuffix(suffix)
+        found.setdefault(module + leaf, {})[role] = key
+        if role == "l" and slot.shape[-1] == 1 and base.find(f"{module}bias") is not None:
+            found.setdefault(f"{module}bias", {})["l"] = key
+    return found
+
+
+def _change(config: PeftConfig, file: TensorFile, base: _Base, parameter: str, roles: Mapping[str, str]) -> Change:
+    """The checked change of one parameter, as the adapter calls it."""
+    module, where = parameter.rpartition(".")[0], config.directory
+    name = base.name(parameter, where)
+    parts = {role: key for role, key in roles.items() if role != "replaced"}
+    replaced = roles.get("replaced")
+    full = base.tensors[name]
+    if replaced is not None and file.slots[replaced].shape != tuple(full.shape):
+        raise AdapterError(
+            f"{where}: {parameter} has shape {file.slots[replaced].shape}, and {tuple(full.shape)} in the base."
+        )
+    if not parts:
+        return Change(View(name), replaced, {})
+    view = base.view(name)
+    if view is None:
+        kind = type(base.model.get_submodule(name.rpartition(".")[0])).__name__
+        raise AdapterError(f"{where}: {module} is a {kind}, which is not merged by weights here. Merge it with peft.")
+    shapes = {role: file.slots[key].shape for role, key in parts.items()}
+    wanted = _shapes(config, module, view.shape(full), shapes)
+    if shapes != wanted:
+        raise AdapterError(f"{where}: the tensors of {parameter} have shapes {shapes}; {wanted} would fit the base.")
+    return Change(view, replaced, parts, 1.0 if "l" in parts else config.scale(module))
+
+
+def _shapes(
+    config: PeftConfig, module: str, sizes: tuple[int, ...], have: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """The shapes that an adapter's tensors must have at a weight (O, I) or a bias (O,)."""
+    if "l" in have:
+        return {"l": (1, sizes[1]) if len(sizes) == 2 and have["l"][0] == 1 != sizes[0] else (sizes[0], 1)}
+    if len(sizes) == 1:
+        return {"d": sizes}
+    rank = config.rank(module)
+    low: dict[str, tuple[int, ...]] = {"A": (rank, sizes[1]), "B": (sizes[0], rank)}
+    return low | {"m": sizes[:1]} if config.options.get("use_dora") else low
+
+
+def _check_ties(file: TensorFile, base: _Base, name: str, changes: Mapping[str, Change]) -> None:
+    """Refuses a change of a tied weight, unless the adapter gives all its names the same new value."""
+    for other in base.tied(name)[1:]:
+        pair = [changes[one] for one in (name, other) if one in changes]
+        values = [file.read(change.replaced) for change in pair if change.replaced and not change.parts]
+        if len(values) < 2 or not torch.equal(*values):
+            raise AdapterError(
+                f"{name} is tied to {other}, and the change would leak into it. Untie them before the merge."
+            )

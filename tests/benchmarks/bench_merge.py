@@ -1,0 +1,145 @@
+"""Merging a LoRA into a synthetic model of 14 shards and 6 GB: seconds, bytes a second, and peak memory.
+
+    python tests/benchmarks/bench_merge.py FOLDER [--layers 28] [--keep]
+
+FOLDER is made for the model, its copy and its merge, 18 GB in all, and deleted afterwards. Making, copying and merging
+have processes of their own, so that peak memory (the process's, imports included) is their own. What is written is
+flushed to the disk within the time that is measured; what is read has just been written, so it may come from memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+SIZES = {"hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 24, "num_key_value_heads": 8,
+         "vocab_size": 32000, "tie_word_embeddings": False}  # fmt: skip
+RECIPE = "lora{rank=16 at=attention.*|ffn.*}"
+
+
+def make(folder: Path, layers: int) -> dict[str, Any]:
+    """Writes a random Llama in bfloat16, two layers a shard, and a LoRA of it with every parameter moved."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig
+
+    import peftgraph as pg
+    from peftgraph.cli.models import load, skeleton, trace
+
+    base = folder / "base"
+    base.mkdir(parents=True)
+    config = LlamaConfig(**SIZES, num_hidden_layers=layers, dtype="bfloat16", architectures=["LlamaForCausalLM"])
+    config.save_pretrained(base)
+    torch.manual_seed(0)
+    shapes = {name: tuple(parameter.shape) for name, parameter in skeleton(base).named_parameters()}
+    count = (layers + 1) // 2
+    places: dict[str, str] = {}
+    for number in range(count):
+        file = f"model-{number + 1:05}-of-{count:05}.safetensors"
+        own = [name for name in shapes if _shard(name, count) == number]
+        save_file({name: _random(shapes[name]) for name in own}, base / file)
+        places |= dict.fromkeys(own, file)
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    tuned = trace(load(base)).apply(pg.load_recipe(RECIPE))
+    with torch.no_grad():
+        for parameter in tuned.table.trainable.values():
+            parameter.normal_(std=0.02)
+    tuned.save_adapter(folder / "adapter")
+    return {"parameters": tuned.count().total, "shards": count}
+
+
+def _shard(name: str, count: int) -> int:
+    parts = name.split(".")
+    return int(parts[2]) // 2 if "layers" in parts else 0 if "embed" in name else count - 1
+
+
+def _random(shape: tuple[int, ...]) -> Any:
+    import torch
+
+    return torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02)
+
+
+def copy(folder: Path) -> dict[str, Any]:
+    """Copies the files of the model, in blocks of the size that the merge uses."""
+    from peftgraph.interop.shards.tensor_file import CHUNK
+
+    start, cpu, size = time.perf_counter(), time.process_time(), 0
+    (folder / "copy").mkdir()
+    for path in sorted((folder / "base").iterdir()):
+        with path.open("rb", buffering=0) as source, (folder / "copy" / path.name).open("wb") as target:
+            shutil.copyfileobj(source, target, CHUNK)
+            target.flush()
+            os.fsync(target.fileno())
+        size += path.stat().st_size
+    seconds = {"write": time.perf_counter() - start}
+    return {"bytes": size, "seconds": seconds, "write_cpu_seconds": time.process_time() - cpu}
+
+
+def merge(folder: Path) -> dict[str, Any]:
+    """Does what `peftgraph merge` does, phase by phase."""
+    marks = [("start", time.perf_counter())]
+
+    def mark(phase: str) -> None:
+        marks.append((phase, time.perf_counter()))
+
+    from peftgraph.cli.models import skeleton, trace
+    from peftgraph.interop.shards.checkpoint import Checkpoint
+    from peftgraph.interop.shards.folded import folded_updates
+    from peftgraph.interop.shards.write import write_shards
+
+    checkpoint = Checkpoint.open(folder / "base")
+    model = skeleton(folder / "base", checkpoint.dtype)
+    mark("import and build")
+    program = trace(model)
+    mark("trace")
+    prefix = model.base_model_prefix
+    updates = folded_updates(program, program.sites, program.apply, folder / "adapter", checkpoint, prefix)
+    mark("decide")
+    before, cpu = _peak(), time.process_time()
+    write_shards(checkpoint, updates, folder / "merged", lambda count: None)
+    mark("write")
+    seconds = {phase: at - marks[number][1] for number, (phase, at) in enumerate(marks[1:])}
+    return {"bytes": checkpoint.size, "seconds": seconds, "write_cpu_seconds": time.process_time() - cpu,
+            "changed": len(updates.changed), "peak_before_gb": before}  # fmt: skip
+
+
+def _peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # KiB on Linux
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="where 18 GB are free; it must not exist")
+    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--keep", action="store_true", help="delete nothing")
+    parser.add_argument("--here", choices=("make", "copy", "merge"), help="one step in this process, print JSON")
+    options = parser.parse_args()
+    if options.here:
+        steps = {"make": lambda: make(options.folder, options.layers), "copy": lambda: copy(options.folder),
+                 "merge": lambda: merge(options.folder)}  # fmt: skip
+        print(json.dumps(steps[options.here]() | {"peak_gb": _peak()}))
+        return
+    options.folder.mkdir(parents=True)
+    try:
+        for step in ("make", "copy", "merge", "copy", "merge"):
+            shutil.rmtree(options.folder / {"copy": "copy", "merge": "merged"}.get(step, "none"), ignore_errors=True)
+            command = [sys.executable, __file__, str(options.folder), "--layers", str(options.layers), "--here", step]
+            run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            found = json.loads(run.stdout.splitlines()[-1])
+            rate = f", {found['bytes'] / 1e9 / found['seconds']['write']:.2f} GB/s" if "seconds" in found else ""
+            print(f"{step}: {json.dumps(found)}{rate}", flush=True)
+    finally:
+        if not options.keep:
+            shutil.rmtree(options.folder)
+
+
+if __name__ == "__main__":
+    main()

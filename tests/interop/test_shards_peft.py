@@ -1,0 +1,150 @@
+"""Adapters of huggingface/peft merged by shard: the bits of peft's own merge, and what is not merged."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import safetensors.torch
+import sharded
+import torch
+import zoo
+from sharded import contents, differing, silent
+
+import peftgraph as pg
+from peftgraph.cli.models import skeleton
+from peftgraph.interop.shards.checkpoint import Checkpoint
+from peftgraph.interop.shards.peft_config import CONFIG
+from peftgraph.interop.shards.peft_updates import TENSORS, PeftUpdates, peft_updates
+from peftgraph.interop.shards.write import write_shards
+from peftgraph.passes import LoRA
+
+LORA, IA3 = peft.LoraConfig, peft.IA3Config
+BERT_HIDDEN = ["output.dense"]
+
+
+def lora(*targets: str, **options: Any) -> peft.PeftConfig:
+    return LORA(target_modules=list(targets), r=3, lora_alpha=5, **options)
+
+
+CASES: dict[str, tuple[str, peft.PeftConfig, torch.dtype]] = {
+    "dora, embedding, a bias, a module": ("bert", lora("query", "word_embeddings", use_dora=True, bias="lora_only",
+                                                       modules_to_save=["pooler"]), torch.float32),
+    "patterns": ("bert", lora("query", "value", use_rslora=True, bias="all", rank_pattern={"value": 4},
+                              alpha_pattern={"layer.1.*query": 7}), torch.float32),
+    "transposed, with a bias of B": ("gpt2", lora("c_attn", "c_proj", lora_bias=True), torch.float32),
+    "transposed, rounded": ("gpt2", lora("c_attn", "c_proj"), torch.bfloat16),
+    "ia3": ("bert", IA3(target_modules=["key", "value", *BERT_HIDDEN], feedforward_modules=BERT_HIDDEN), torch.float32),
+    "ia3, transposed": ("gpt2", IA3(target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"]),
+                        torch.float32),
+    "untied embedding and head": ("mixtral", lora("embed_tokens", modules_to_save=["lm_head"]), torch.float32),
+}  # fmt: skip
+
+
+def trained(name: str, config: peft.PeftConfig, dtype: torch.dtype = torch.float32) -> peft.PeftModel:
+    """A small model with an adapter whose every parameter has moved."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(zoo.build(name, dtype=dtype), config)  # pyright: ignore
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def saved(name: str, config: peft.PeftConfig, folder: Path, dtype: torch.dtype = torch.float32) -> peft.PeftModel:
+    """The same, saved in `adapter`, with its base in `model`."""
+    sharded.saved(name, folder / "model", dtype)
+    model = trained(name, config, dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(str(folder / "adapter"))
+    return model
+
+
+def updates(folder: Path) -> tuple[Checkpoint, PeftUpdates]:
+    checkpoint = Checkpoint.open(folder / "model")
+    return checkpoint, peft_updates(skeleton(folder / "model", checkpoint.dtype), folder / "adapter", checkpoint)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_shards_hold_the_bits_of_pefts_merge(case: str, tmp_path: Path) -> None:
+    name, config, dtype = CASES[case]
+    model = saved(name, config, tmp_path, dtype)
+    checkpoint, found = updates(tmp_path)
+    write_shards(checkpoint, found, tmp_path / "out", silent)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.merge_and_unload().save_pretrained(tmp_path / "whole")  # pyright: ignore
+    expected = contents(tmp_path / "whole")
+    assert differing(contents(tmp_path / "out"), expected) == []
+    assert set(differing(expected, contents(tmp_path / "model"))) <= found.changed.keys()
+    assert found.changed
+
+
+def test_the_same_lora_gives_the_same_bits_in_both_formats(tmp_path: Path) -> None:
+    sharded.saved("bert", tmp_path / "model", torch.bfloat16)
+    tuned = zoo.randomise(zoo.traced("bert", dtype=torch.bfloat16).apply(LoRA(at="attention.q", rank=3, alpha=5.0)))
+    own, ours = sharded.own_updates(tmp_path / "model", tuned.save_adapter(tmp_path / "ours"))
+    model = trained("bert", lora("query"), torch.bfloat16)
+    with torch.no_grad():
+        for name, value in tuned.table.trainable.items():
+            module, _, leaf = name.rpartition(".")
+            model.get_parameter(f"base_model.model.{module}.{leaf}.default.weight").copy_(value)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    checkpoint, theirs = updates(tmp_path)
+    assert theirs.changed == ours.changed
+    for key in ours.changed:
+        assert torch.equal(theirs.value(key, checkpoint.read), ours.value(key, own.read))
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "reason"),
+    [
+        ("llama", lora("embed_tokens"), "tied to lm_head.weight"),
+        ("llama", lora("q_proj", modules_to_save=["lm_head"]), "tied to model.embed_tokens.weight"),
+        ("llama", lora("q_proj", trainable_token_indices=[1, 2]), "has trainable_token_indices"),
+        ("llama", lora("q_proj", init_lora_weights="pissa"), "changes the base's weights too"),
+        ("mixtral", lora("q_proj", target_parameters=["mlp.experts.gate_up_proj"]), "has target_parameters"),
+        ("bert", peft.PromptTuningConfig(num_virtual_tokens=2, task_type="FEATURE_EXTRACTION"), "PROMPT_TUNING"),
+    ],
+    ids=["tied", "tied, saved", "tokens", "pissa", "experts", "prompt"],
+)
+def test_what_is_not_exact_is_refused(name: str, config: peft.PeftConfig, reason: str, tmp_path: Path) -> None:
+    saved(name, config, tmp_path)
+    with pytest.raises(pg.AdapterError, match=reason):
+        updates(tmp_path)
+
+
+def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    saved("bert", lora("query"), tmp_path)
+    path = tmp_path / "adapter" / TENSORS
+    whole = safetensors.torch.load_file(path)
+    key = next(key for key in whole if "lora_A" in key)
+
+    def refused(tensors: dict[str, torch.Tensor], reason: str) -> None:
+        safetensors.torch.save_file(tensors, path)
+        with pytest.raises(pg.AdapterError, match=reason):
+            updates(tmp_path)
+
+    refused(whole | {key.replace("query", "ghost"): whole[key].clone()}, "does not have")
+    refused(whole | {key: whole[key][:, :-1].contiguous()}, "have shapes")
+    refused({k: v for k, v in whole.items() if k != key}, "have shapes")
+    refused(whole | {"base_model.model.pooler.dense.weight": torch.zeros(3)}, "has shape")
+    safetensors.torch.save_file(whole, path)
+    config = json.loads((tmp_path / "adapter" / CONFIG).read_text())
+    (tmp_path / "adapter" / CONFIG).write_text(json.dumps(config | {"use_dora": True}))
+    with pytest.raises(pg.AdapterError, match="have shapes"):
+        updates(tmp_path)
+    (tmp_path / "adapter" / CONFIG).write_text(json.dumps(config | {"from_the_future": 3}))
+    with pytest.raises(pg.AdapterError, match="from_the_future=3"):
+        updates(tmp_path)
+    (tmp_path / "adapter" / CONFIG).write_text(json.dumps(config))
+    path.unlink()
+    with pytest.raises(pg.AdapterError, match="Pickled adapters are not read"):
+        updates(tmp_path)

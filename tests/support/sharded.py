@@ -1,0 +1,49 @@
+"""Small models in many shards, and merges of them."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import zoo
+from torch import Tensor
+
+from peftgraph.cli.models import skeleton, trace
+from peftgraph.interop.shards.checkpoint import Checkpoint
+from peftgraph.interop.shards.folded import Folded, folded_updates
+
+
+def saved(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """A small model in several shards."""
+    model = zoo.build(name, dtype=dtype)
+    model.config.dtype = dtype  # pyright: ignore
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(folder, max_shard_size="40KB")  # pyright: ignore
+    return folder
+
+
+def contents(folder: Path) -> dict[str, Tensor]:
+    """All stored tensors of a folder."""
+    return {k: v for path in folder.glob("*.safetensors") for k, v in safetensors.torch.load_file(path).items()}
+
+
+def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
+    """The names under which two folders hold other values or dtypes."""
+    assert a.keys() == b.keys()
+    return [name for name in a if a[name].dtype != b[name].dtype or not torch.equal(a[name], b[name])]
+
+
+def own_updates(folder: Path, adapter: Path) -> tuple[Checkpoint, Folded]:
+    """What an adapter of ours changes in a folder."""
+    checkpoint = Checkpoint.open(folder)
+    model = skeleton(folder, checkpoint.dtype)
+    program = trace(model)
+    prefix = model.base_model_prefix
+    return checkpoint, folded_updates(program, program.sites, program.apply, adapter, checkpoint, prefix)
+
+
+def silent(count: int) -> None:
+    """No progress."""
