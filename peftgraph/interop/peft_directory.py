@@ -1,0 +1,53 @@
+"""Directories that peft's save_pretrained wrote, as passes with their trained parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from peftgraph.errors import AdapterError
+from peftgraph.interop.adapter_files import INDEX
+from peftgraph.interop.filling import Filled, fill, renamed
+from peftgraph.interop.peft_config import CONFIG, PeftConfig
+from peftgraph.interop.peft_low_rank import low_rank_parts
+from peftgraph.interop.peft_scales import scale_parts
+from peftgraph.interop.peft_stored import stored_parts
+from peftgraph.interop.peft_tensors import PeftTensors
+from peftgraph.ir.program import ProgramData
+from peftgraph.sites import Sites
+
+P = TypeVar("P", bound=ProgramData)
+Reader = Callable[[ProgramData, Sites, PeftConfig, PeftTensors], list[Filled]]
+
+READERS: dict[str, Reader] = {"LORA": low_rank_parts, "IA3": scale_parts}
+
+
+def is_peft(directory: Path) -> bool:
+    """Whether a directory holds peft's files and not our own."""
+    return (directory / CONFIG).exists() and not (directory / INDEX).exists()
+
+
+def load_peft(program: P, sites: Sites, apply: Callable[..., P], directory: Path, name: str | None) -> P:
+    """The program after the passes that a peft directory stands for, with their parameters.
+
+    Args:
+        program: what the adapter is put on.
+        sites: its sites.
+        apply: its verb that applies passes.
+        directory: what peft wrote.
+        name: a name for the passes.
+
+    Raises:
+        AdapterError: the files are damaged, fit another base, or say what no pass does.
+    """
+    config = PeftConfig.read(directory)
+    tensors = PeftTensors.read(config)
+    parts = READERS[config.of("peft_type", str, "")](program, sites, config, tensors)
+    parts += stored_parts(program, sites, config, tensors)
+    if not parts:
+        raise AdapterError(f"{directory} holds no tensors.")
+    methods = renamed([part.method for part in parts], name, directory)
+    named = [replace(part, method=method) for part, method in zip(parts, methods, strict=True)]
+    return fill(program, apply, named, directory)
