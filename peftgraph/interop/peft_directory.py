@@ -12,6 +12,7 @@ from peftgraph.interop.adapter_files import INDEX
 from peftgraph.interop.filling import Filled, fill, renamed
 from peftgraph.interop.peft_config import CONFIG, PeftConfig
 from peftgraph.interop.peft_low_rank import low_rank_parts
+from peftgraph.interop.peft_rows import adaption_parts, prefix_parts, prompt_parts, ptuning_parts
 from peftgraph.interop.peft_scales import scale_parts
 from peftgraph.interop.peft_stored import stored_parts
 from peftgraph.interop.peft_tensors import PeftTensors
@@ -21,7 +22,17 @@ from peftgraph.sites import Sites
 P = TypeVar("P", bound=ProgramData)
 Reader = Callable[[ProgramData, Sites, PeftConfig, PeftTensors], list[Filled]]
 
-READERS: dict[str, Reader] = {"LORA": low_rank_parts, "IA3": scale_parts}
+READERS: dict[str, Reader] = {
+    "LORA": low_rank_parts,
+    "IA3": scale_parts,
+    "PREFIX_TUNING": prefix_parts,
+    "PROMPT_TUNING": prompt_parts,
+    "P_TUNING": ptuning_parts,
+    "ADAPTION_PROMPT": adaption_parts,
+}
+
+
+MODULES = ("LORA", "IA3")  # the methods whose target_modules are projections
 
 
 def is_peft(directory: Path) -> bool:
@@ -44,6 +55,7 @@ def load_peft(program: P, sites: Sites, apply: Callable[..., P], directory: Path
     """
     config = PeftConfig.read(directory)
     tensors = PeftTensors.read(config)
+    _check_complete(sites, config, tensors)
     parts = READERS[config.of("peft_type", str, "")](program, sites, config, tensors)
     parts += stored_parts(program, sites, config, tensors)
     if not parts:
@@ -51,3 +63,14 @@ def load_peft(program: P, sites: Sites, apply: Callable[..., P], directory: Path
     methods = renamed([part.method for part in parts], name, directory)
     named = [replace(part, method=method) for part, method in zip(parts, methods, strict=True)]
     return fill(program, apply, named, directory)
+
+
+def _check_complete(sites: Sites, config: PeftConfig, tensors: PeftTensors) -> None:
+    """Refuses a file that lacks a target's tensors: peft would start that one anew."""
+    if config.options.get("target_modules") in (None, "all-linear") or config.of("peft_type", str, "") not in MODULES:
+        return
+    held = {path for path, _ in tensors.modules}
+    weights = (site.weight.parameter for site in sites if site.weight)
+    for path in (name.removesuffix(".weight") for name in weights if name.endswith(".weight")):
+        if path not in held and config.selects(path):
+            raise AdapterError(f"{config.directory}: target_modules selects {path}, of which the file has no tensors.")

@@ -64,7 +64,7 @@ class PeftTensors:
         modules: dict[tuple[str, int], dict[str, Tensor]] = {}
         stored: dict[str, Tensor] = {}
         rows = None
-        for key, value in read_tensors(path).items():
+        for key, value in sorted(read_tensors(path).items()):
             name = key.removeprefix(PREFIX)
             found = KEY.fullmatch(name)
             if found is not None:
