@@ -41,7 +41,7 @@ def save(program: ProgramData, directory: Path) -> Path:
             base.
         PeftGraphError: the disk refuses; an adapter that was there before stays whole.
     """
-    _check_can_save(program)
+    check_can_save(program)
     names = _own_parameters(program)
     tensors = {name: program.table[name].tensor.detach().cpu().contiguous() for name in names}
     content = safetensors.torch.save(tensors)
@@ -160,7 +160,12 @@ def _discard(file: Path) -> None:
         file.unlink()
 
 
-def _check_can_save(program: ProgramData) -> None:
+def check_can_save(program: ProgramData) -> None:
+    """Refuses a program without passes or values, or whose base a partial fold changed.
+
+    Raises:
+        AdapterError: it is one.
+    """
     if not program.history:
         raise AdapterError("There is nothing to save: no pass was applied to this program.")
     if program.table.device.type == "meta":

@@ -44,6 +44,9 @@ KNOWN: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
+PROMPTS = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")  # peft's own word is prompt learning
+
+
 @dataclass(frozen=True)
 class PeftConfig:
     """The options of one adapter; missing ones and null are peft's defaults.

@@ -2,7 +2,9 @@
 
     y = x W^T   ->   y = x W^T + s (x A^T) B^T,  A (R, I), B (O, R)
 
-Where W is fused, each site that owns a part of its rows takes the same part of B, and all of A: the sum is the same.
+Where W is fused, each site that owns a part of its rows takes the same part of B, and all of A: the sum is the same. A
+part of B that is all zeros is how peft's format says that a site is not adapted; it is left out, and so are the columns
+of zeros in a part.
 peft adapts a stack of experts by one A (E R, I) and one B (O, R E), in which the experts are the inner axis.
 A rank above the smaller side of a site's own matrix is written with that side as its rank: B A = 1 (B A) or (B A) 1.
 Shapes: I in, O out, R rank, E experts.
@@ -58,7 +60,9 @@ def low_rank_parts(program: ProgramData, sites: Sites, config: PeftConfig, tenso
     groups: dict[tuple[int, float], dict[Key, Tensor]] = {}
     places: dict[tuple[int, float], list[Site]] = {}
     for one in _adapted(program, config, tensors):
-        for site in adapted_sites(program, sites, one.parameter, config.directory):
+        found = adapted_sites(program, sites, one.parameter, config.directory)
+        moved = [site for site in found if _moves(program, site, one)]
+        for site in moved or found:
             rank, alpha, values = _at(site, one, config)
             groups.setdefault((rank, alpha), {}).update({(site.id, leaf): value for leaf, value in values.items()})
             places.setdefault((rank, alpha), []).append(site)
@@ -115,6 +119,18 @@ def _wrapped(program: ProgramData, config: PeftConfig, path: str) -> list[str]:
     return [name for name in own if config.selects_parameter(name)]
 
 
+def _moves(program: ProgramData, site: Site, one: Adapted) -> bool:
+    """Whether an adapter changes the rows that a site owns."""
+    view = weight_view(site)
+    assert view is not None
+    rows = slice(None) if view.window is None else view.window.index()
+    still = not bool(one.b_OR[..., rows, :].any())
+    if still and one.magnitude_O is not None:
+        norm_O = torch.linalg.vector_norm(view.get(program.table[view.parameter].tensor.detach()), 2, -1)
+        return not torch.allclose(one.magnitude_O[rows].to(norm_O), norm_O, rtol=1e-6, atol=0)
+    return not still
+
+
 def _at(site: Site, one: Adapted, config: PeftConfig) -> tuple[int, float, dict[str, Tensor]]:
     """Rank, alpha and values at one site: the rows it owns, in a rank that its own matrix has room for."""
     view = weight_view(site)
@@ -126,13 +142,16 @@ def _at(site: Site, one: Adapted, config: PeftConfig) -> tuple[int, float, dict[
             "part. Save it with peft's path_initial_model_for_weight_conversion."
         )
     a_RI, b_OR, alpha = one.a_RI, one.b_OR[..., rows, :], one.alpha
-    out, inner = b_OR.shape[-2], a_RI.shape[-1]
-    rank = min(one.rank, out, inner)
-    if rank < one.rank:
+    if b_OR.dim() == 2 and window is not None and bool(b_OR.any()):
+        used = b_OR.any(0)
+        a_RI, b_OR = a_RI[used], b_OR[:, used]
+    out, inner, given = b_OR.shape[-2], a_RI.shape[-1], a_RI.shape[-2]
+    rank = min(given, out, inner)
+    if rank < given:
         product_OI, one_RR = b_OR @ a_RI, torch.eye(rank, dtype=a_RI.dtype).expand(*a_RI.shape[:-2], rank, rank)
         a_RI, b_OR = (product_OI, one_RR) if rank == out else (one_RR, product_OI)
-        ratio = rank / one.rank
-        alpha *= math.sqrt(ratio) if config.of("use_rslora", bool, False) else ratio
+    ratio = rank / one.rank
+    alpha *= math.sqrt(ratio) if config.of("use_rslora", bool, False) else ratio
     values = {"lora_A": a_RI, "lora_B": b_OR}
     if one.magnitude_O is not None:
         if site.role == "embedding":

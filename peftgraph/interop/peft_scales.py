@@ -38,7 +38,9 @@ def scale_parts(program: ProgramData, sites: Sites, config: PeftConfig, tensors:
         found = adapted_sites(program, sites, parameter, config.directory)
         hidden = [site for site in sites if site.role == "ffn.hidden" and site.weight == found[0].weight]
         if not config.names("feedforward_modules", path):
-            outputs.update((site, _own_rows(site, scale.flatten())) for site in found)
+            parts = {site: _own_rows(site, scale.flatten()) for site in found}
+            moved = {site: part for site, part in parts.items() if bool((part != 1).any())}
+            outputs.update(moved or parts)
         elif hidden:
             outputs.update((site, scale.flatten()) for site in hidden)
         elif found[0].columns is not None:

@@ -1,7 +1,8 @@
 """peft's adapter_model.safetensors: tensors by the module that they belong to.
 
-A key is `base_model.model.` and the path of a module, then the name of what peft put there. Where peft adapts several
-parameters of one module, each wraps the module once more: `.base_layer` stands behind the path for every wrap around.
+A key is `base_model.model.` (`base_model.` for rows in front of a model) and the path of a module, then the name of
+what peft put there. Where peft adapts several parameters of one module, each wraps the module once more: `.base_layer`
+stands behind the path for every wrap around.
 Source: huggingface/peft 0.21, utils/save_and_load.py, tuners/lora/layer.py (ParamWrapper).
 """
 
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from peftgraph.errors import AdapterError
 from peftgraph.interop.documents import read_tensors
-from peftgraph.interop.peft_config import TENSORS, PeftConfig
+from peftgraph.interop.peft_config import PROMPTS, TENSORS, PeftConfig
 
 PREFIX = "base_model.model."
+ROWS_PREFIX = "base_model."  # where a prompt or a prefix leaves the model itself alone
 LEAVES = {  # peft's name -> ours
     "lora_A.weight": "lora_A",
     "lora_B.weight": "lora_B",
@@ -61,11 +63,12 @@ class PeftTensors:
                 f"{path.with_suffix('.bin')} is a pickle, which is not read. Load it with peft and save_pretrained it "
                 f"again, which writes {TENSORS}."
             )
+        prefix = ROWS_PREFIX if config.of("peft_type", str, "") in PROMPTS else PREFIX
         modules: dict[tuple[str, int], dict[str, Tensor]] = {}
         stored: dict[str, Tensor] = {}
         rows = None
         for key, value in sorted(read_tensors(path).items()):
-            name = key.removeprefix(PREFIX)
+            name = key.removeprefix(prefix)
             found = KEY.fullmatch(name)
             if found is not None:
                 place = found["path"], found["wraps"].count("base_layer")

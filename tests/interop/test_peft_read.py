@@ -230,12 +230,9 @@ def test_names(directory: Path) -> None:
     assert torch.equal(again, first)
 
 
-@pytest.mark.parametrize(("name", "words"), [
-    ("nano", "adapts model.layers.0.self_attn.q_proj, which is no weight of this model. program.sites lists the sites"),
-    ("gemma2", "lora_A has shape|lora_B has shape"),
-])  # fmt: skip
-def test_another_base(name: str, words: str, directory: Path) -> None:
-    refused(directory, words, name)
+def test_another_base(directory: Path) -> None:
+    words = "adapts model.layers.0.self_attn.q_proj, which is no weight of this model. program.sites lists the sites"
+    refused(directory, words, "nano")
 
 
 # prompts and prefixes
