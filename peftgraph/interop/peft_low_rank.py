@@ -57,6 +57,12 @@ def low_rank_parts(program: ProgramData, sites: Sites, config: PeftConfig, tenso
             f"{config.directory / CONFIG} has init_lora_weights={config.options['init_lora_weights']!r}, whose start "
             "moves the base's own weights. Save it with peft's path_initial_model_for_weight_conversion."
         )
+    tokens = next((path for (path, _), held in tensors.modules.items() if "tokens" in held), None)
+    if tokens is not None:
+        raise AdapterError(
+            f"{config.directory} has trainable_token_indices: rows of {tokens} that train alone, which no pass does. "
+            "Train the embedding as a whole, by peft's modules_to_save, or adapt it."
+        )
     groups: dict[tuple[int, float], dict[Key, Tensor]] = {}
     places: dict[tuple[int, float], list[Site]] = {}
     for one in _adapted(program, config, tensors):
