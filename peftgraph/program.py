@@ -15,7 +15,7 @@ from peftgraph.errors import AdapterError, Conflict, PeftGraphError
 from peftgraph.fold import fold as _fold
 from peftgraph.fold.proof import Proof
 from peftgraph.interop import adapter_files, write_back
-from peftgraph.interop.peft_directory import is_peft, load_peft
+from peftgraph.interop.formats import load_directory
 from peftgraph.interop.peft_write import save_peft
 from peftgraph.ir.program import ProgramData
 from peftgraph.ir.text import assign_labels, print_diff, print_program, size_names
@@ -242,16 +242,13 @@ class Program(ProgramData):
         """The program after the saved passes, with their trained parameters.
 
         Args:
-            directory: what `save_adapter` wrote, or what peft's `save_pretrained` did.
+            directory: what `save_adapter` wrote, or peft's `save_pretrained`, or the `adapters` library (safetensors).
             name: another name for the adapter, when one of that name is there already.
 
         Raises:
             AdapterError: the files are damaged, fit another base, or say what no pass does; this program is unchanged.
         """
-        path = Path(directory)
-        if is_peft(path):
-            return load_peft(self, self.sites, self.apply, path, name)
-        return adapter_files.load(self, self.apply, path, name)
+        return load_directory(self, self.sites, self.apply, Path(directory), name)
 
     def __str__(self) -> str:
         passes = "; ".join(str(applied.method) for applied in self.history) or "no passes"

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from peftgraph.errors import AdapterError
-from peftgraph.interop.adapter_files import INDEX
 from peftgraph.interop.filling import Filled, fill, renamed
-from peftgraph.interop.peft_config import CONFIG, PeftConfig
+from peftgraph.interop.peft_config import PeftConfig
 from peftgraph.interop.peft_low_rank import low_rank_parts
 from peftgraph.interop.peft_rows import adaption_parts, prefix_parts, prompt_parts, ptuning_parts
 from peftgraph.interop.peft_scales import scale_parts
@@ -33,11 +32,6 @@ READERS: dict[str, Reader] = {
 
 
 MODULES = ("LORA", "IA3")  # the methods whose target_modules are projections
-
-
-def is_peft(directory: Path) -> bool:
-    """Whether a directory holds peft's files and not our own."""
-    return (directory / CONFIG).exists() and not (directory / INDEX).exists()
 
 
 def load_peft(program: P, sites: Sites, apply: Callable[..., P], directory: Path, name: str | None) -> P:

@@ -48,7 +48,7 @@ def prefix_parts(program: ProgramData, sites: Sites, config: PeftConfig, tensors
     warnings.warn(
         f"{config.directory}: peft counts the positions of tokens from the prefix's length on. Give the model "
         f"position_ids that start at {length} for the same outputs; without them tokens keep their own positions.",
-        stacklevel=4,
+        stacklevel=5,
     )
     return [Filled(find_pass("prefix")(at=selector_of(sites, cores), length=length, hidden=None), values)]  # pyright: ignore[reportCallIssue]
 

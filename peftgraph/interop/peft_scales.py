@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 
 from torch import Tensor
 
@@ -50,7 +51,7 @@ def scale_parts(program: ProgramData, sites: Sites, config: PeftConfig, tensors:
             )
         else:
             inputs.update((site, scale.flatten()) for site in found)
-    _warn(sites, config, outputs, inputs)
+    warn_of_places(sites, config.directory, outputs, inputs)
     return [
         Filled(_pass(sites, places, side), {(site.id, "ia3_l"): scale for site, scale in places.items()})
         for side, places in (("output", outputs), ("input", inputs))
@@ -67,7 +68,7 @@ def _own_rows(site: Site, scale: Tensor) -> Tensor:
     return scale if view is None or view.window is None else scale[view.window.index()]
 
 
-def _warn(sites: Sites, config: PeftConfig, outputs: Iterable[Site], inputs: Iterable[Site]) -> None:
+def warn_of_places(sites: Sites, directory: Path, outputs: Iterable[Site], inputs: Iterable[Site]) -> None:
     """Says where an adapter departs from the paper: keys, values, and the hidden value of the feed-forward.
 
     The linear branch of a gated unit may be scaled for its product: act(g) (l u) = l (act(g) u).
@@ -80,7 +81,7 @@ def _warn(sites: Sites, config: PeftConfig, outputs: Iterable[Site], inputs: Ite
     departs += [f"no {role}" for role in PAPER if role not in scaled]
     if departs:
         warnings.warn(
-            f"{config.directory} scales {', '.join(dict.fromkeys(departs))}: it is loaded as it was trained, but the "
+            f"{directory} scales {', '.join(dict.fromkeys(departs))}: it is loaded as it was trained, but the "
             f"paper's (IA)3 scales {', '.join(PAPER)} (arXiv 2205.05638, section 3.3).",
-            stacklevel=5,
+            stacklevel=6,
         )
