@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from peftgraph.errors import PeftGraphError
+from peftgraph.ir.files import whole_folder
 
 WEIGHTS = (
     ".safetensors",
@@ -38,28 +38,8 @@ def atomic_folder(target: Path, force: bool = False) -> Iterator[Path]:
         raise PeftGraphError(f"{target} is a file, not a folder.")
     if target.is_dir() and any(target.iterdir()) and not force:
         raise PeftGraphError(f"{target} is not empty; --force replaces it.")
-    target = target.absolute()
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
-            fresh = Path(scratch) / "new"
-            fresh.mkdir()
-            yield fresh
-            _swap(fresh, target, Path(scratch) / "old")
-    except OSError as error:
-        raise PeftGraphError(f"{target} cannot be written: {error.strerror or error}. Nothing was changed.") from error
-
-
-def _swap(fresh: Path, target: Path, old: Path) -> None:
-    """Puts `fresh` where `target` was; an old folder comes back if that fails."""
-    if target.exists():
-        target.replace(old)
-    try:
-        fresh.replace(target)
-    except OSError:
-        if old.exists():
-            old.replace(target)
-        raise
+    with whole_folder(target) as fresh:
+        yield fresh
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:

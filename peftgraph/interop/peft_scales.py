@@ -1,12 +1,14 @@
 """peft's (IA)3 as passes: scaled outputs, and scaled inputs where a module is one of its feedforward_modules.
 
-y = x W^T   ->   l * y,  l (O, 1)          or   (l * x) W^T,  l (1, I)
+    y = x W^T   ->   l * y,  l (O, 1)          or   (l * x) W^T,  l (1, I)
+
+A part of a fused W whose l is all ones is not scaled; it is left out.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 
 from torch import Tensor
@@ -68,7 +70,7 @@ def _own_rows(site: Site, scale: Tensor) -> Tensor:
     return scale if view is None or view.window is None else scale[view.window.index()]
 
 
-def warn_of_places(sites: Sites, directory: Path, outputs: Iterable[Site], inputs: Iterable[Site]) -> None:
+def warn_of_places(sites: Sites, directory: Path, outputs: Collection[Site], inputs: Collection[Site]) -> None:
     """Says where an adapter departs from the paper: keys, values, and the hidden value of the feed-forward.
 
     The linear branch of a gated unit may be scaled for its product: act(g) (l u) = l (act(g) u).

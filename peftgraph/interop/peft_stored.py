@@ -15,6 +15,7 @@ from peftgraph.interop.selecting import selector_of
 from peftgraph.ir.program import ProgramData
 from peftgraph.rewrite.method import find_pass
 from peftgraph.sites import Site, Sites
+from peftgraph.sites.select import WORDS
 
 
 def stored_parts(program: ProgramData, sites: Sites, config: PeftConfig, tensors: PeftTensors) -> list[Filled]:
@@ -34,7 +35,7 @@ def stored_parts(program: ProgramData, sites: Sites, config: PeftConfig, tensors
                 f"{config.directory}: {name} has shape {tuple(value.shape)}, this {program.model} has "
                 f"{tuple(own.shape)}. Where the vocabulary was resized, resize the model before it is traced."
             )
-        if not (name in adapted and torch.equal(own.detach().cpu(), value.to(own.dtype))):
+        if not (name in adapted and _same(own, value)):
             wanted[name] = value
     chosen = _owners(sites, set(wanted))
     _check(program, config, wanted, chosen)
@@ -45,6 +46,11 @@ def stored_parts(program: ProgramData, sites: Sites, config: PeftConfig, tensors
     return [Filled(find_pass("freeze")(at=selector_of(sites, chosen)), values)]  # pyright: ignore[reportCallIssue]
 
 
+def _same(own: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether the base holds a value already; without values of its own it may."""
+    return own.device.type == "meta" or torch.equal(own.detach().cpu(), value.to(own.dtype))
+
+
 def _parameters(site: Site) -> list[str]:
     """The stored tensors of a site itself."""
     own = [site.weight and site.weight.parameter, site.scale, site.bias and site.bias.parameter]
@@ -53,7 +59,7 @@ def _parameters(site: Site) -> list[str]:
 
 def _owners(sites: Sites, names: set[str]) -> list[Site]:
     """Sites that own nothing but `names`: whole ones first, then the biases that are left."""
-    whole = [site for site in sites if site.role not in ("bias", "block", "ffn.hidden")]
+    whole = [site for site in sites if site.role in WORDS and site.role not in ("bias", "block", "ffn.hidden")]
     chosen = [site for site in whole if _parameters(site) and names.issuperset(_parameters(site))]
     left = names - {name for site in chosen for name in _parameters(site)}
     return chosen + [site for site in sites if site.role == "bias" and left.issuperset(_parameters(site))]
@@ -62,7 +68,7 @@ def _owners(sites: Sites, names: set[str]) -> list[Site]:
 def _check(program: ProgramData, config: PeftConfig, wanted: dict[str, torch.Tensor], chosen: list[Site]) -> None:
     held = {name for site in chosen for name in _parameters(site)}
     for name, value in wanted.items():
-        if name not in held and not torch.equal(program.table[name].tensor.detach().cpu(), value):
+        if name not in held and not _same(program.table[name].tensor, value):
             raise AdapterError(
                 f"{config.directory} holds other values of {name}, which is no site's own, so that no pass trains it."
             )

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from peftgraph.errors import AdapterError, PeftGraphError
+from peftgraph.errors import AdapterError
 from peftgraph.interop.adapter_files import check_can_save
 from peftgraph.interop.peft_config import CONFIG, TENSORS
 from peftgraph.interop.peft_tensors import PREFIX, ROWS, ROWS_PREFIX
@@ -22,6 +20,7 @@ from peftgraph.interop.peft_write_rows import write_adaption, write_prefix, writ
 from peftgraph.interop.peft_write_scales import write_scales
 from peftgraph.interop.peft_write_stored import trained_values, write_stored
 from peftgraph.interop.written import Places, Written
+from peftgraph.ir.files import whole_folder
 from peftgraph.ir.program import ProgramData
 from peftgraph.rewrite.finalize import finalize
 from peftgraph.sites import Sites
@@ -117,34 +116,13 @@ def _task(program: ProgramData, rows: bool) -> dict[str, Any]:
 
 def _write(directory: Path, config: str, tensors: bytes) -> None:
     """A new directory in the place of an old one, with its README if it has one."""
-    try:
-        others = (
-            {path.name for path in directory.iterdir()} - {CONFIG, TENSORS, README} if directory.exists() else set()
-        )
-        if others:
-            raise AdapterError(f"{directory} holds {sorted(others)[0]}, which is not peft's. Choose another directory.")
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as folder:
-            new, old = Path(folder) / "new", Path(folder) / "old"
-            new.mkdir()
-            (new / CONFIG).write_text(config, encoding="utf-8")
-            (new / TENSORS).write_bytes(tensors)
-            if (directory / README).exists():
-                shutil.copyfile(directory / README, new / README)
-            _exchange(directory, new, old)
-    except OSError as error:
-        reason = error.strerror or error
-        raise PeftGraphError(f"{directory} cannot be written: {reason}. Nothing was changed.") from error
-
-
-def _exchange(directory: Path, new: Path, old: Path) -> None:
-    """Renames `new` to `directory`, which comes back where that fails."""
-    if not directory.exists():
-        os.replace(new, directory)
-        return
-    os.replace(directory, old)
-    try:
-        os.replace(new, directory)
-    except OSError:
-        os.replace(old, directory)
-        raise
+    if directory.exists() and not directory.is_dir():
+        raise AdapterError(f"{directory} cannot be written: it is a file.")
+    others = {path.name for path in directory.glob("*")} - {CONFIG, TENSORS, README}
+    if others:
+        raise AdapterError(f"{directory} holds {min(others)}, which is not peft's. Choose another directory.")
+    with whole_folder(directory) as fresh:
+        (fresh / CONFIG).write_text(config, encoding="utf-8")
+        (fresh / TENSORS).write_bytes(tensors)
+        if (directory / README).exists():
+            shutil.copyfile(directory / README, fresh / README)

@@ -121,8 +121,7 @@ def test_a_prompt_and_a_head(tmp_path: Path) -> None:
 @pytest.mark.parametrize("hidden", [None, 6])
 def test_a_prefix(hidden: int | None, tmp_path: Path) -> None:
     inputs = zoo.example("llama")
-    positions = {"position_ids": torch.arange(4, 11).expand(3, -1)}
-    program = pg.trace(zoo.build("llama"), inputs | positions)
+    program, positions = pd.positioned("llama", 4)
     tuned = zoo.randomise(program.apply(Prefix(length=4, hidden=hidden)), 0.2)
     with pytest.warns(UserWarning, match="with position_ids that start at 4") as caught:
         directory = tuned.save_adapter(tmp_path / "adapter", format="peft")
@@ -202,6 +201,13 @@ def test_other_files_are_left_alone(saved: Path) -> None:
     with pytest.raises(pg.AdapterError, match=r"holds notes.txt, which is not peft's. Choose another directory"):
         zoo.traced("nano").apply(LoRA(at="ffn.up", rank=3)).save_adapter(saved, format="peft")
     assert contents(saved) == before
+
+
+def test_a_directory_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "adapter").write_text("mine")
+    with pytest.raises(pg.AdapterError, match="adapter cannot be written: it is a file"):
+        zoo.traced("nano").apply(LoRA()).save_adapter(tmp_path / "adapter", format="peft")
+    assert (tmp_path / "adapter").read_text() == "mine"
 
 
 @pytest.mark.parametrize("when", [0, 1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import peft
 import torch
 import zoo
 from torch import Tensor, nn
+
+import peftgraph as pg
 
 # peft asks the model in ways that transformers is about to rename, and remarks on ordinary things
 QUIET = (
@@ -62,6 +65,13 @@ def read_by_peft(name: str, directory: Path, model: nn.Module | None = None) -> 
         for words in QUIET:
             warnings.filterwarnings("ignore", message=words)
         return peft.PeftModel.from_pretrained(zoo.build(name) if model is None else model, directory).eval()
+
+
+@cache
+def positioned(name: str, start: int) -> tuple[pg.Program, dict[str, Tensor]]:
+    """A program that takes positions, and those that count from `start` on."""
+    positions = {"position_ids": torch.arange(start, start + 7).expand(3, -1)}
+    return pg.trace(zoo.build(name), zoo.example(name) | positions), positions
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
