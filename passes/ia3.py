@@ -5,7 +5,8 @@
 
 Shapes: O features of the key or value the site owns, F features of the hidden value; E experts in front of either.
 All vectors start at one, so a fresh pass is the identity. The hidden value is the one that enters the down projection:
-after the nonlinearity, and after the product of a gated unit.
+after the nonlinearity, and after the product of a gated unit. side="input" scales what a projection reads, as peft
+does where its feedforward_modules name one: x W^T -> (l * x) W^T, fold: W <- W diag(l).
 Source: arXiv 2205.05638, section 3.3; r-three/t-few, models/lora.py.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, fx
 
@@ -25,14 +27,20 @@ class IA3(pg.Pass):
 
     Attributes:
         at: projections whose output is scaled, and `ffn.hidden`; the paper's three by default.
+        side: "output", or "input" for projections whose input is scaled.
     """
 
     word = "ia3"
     at: pg.Selector = pg.attention.k | pg.attention.v | pg.ffn.hidden
+    side: Literal["output", "input"] = pg.quiet("output")
+
+    def check(self) -> None:
+        """Refuses an unknown side."""
+        self.require_one_of("side", ("output", "input"))
 
     def rules(self) -> list[pg.Rule]:
         """One rule: multiply the value by a learned vector."""
-        return [pg.Rule(at=self.at, delta=self.delta, join=pg.Multiply(), fold=self.fold)]
+        return [pg.Rule(at=self.at, delta=self.delta, join=pg.Multiply(self.side), fold=self.fold)]
 
     def delta(self, m: pg.Match, op: pg.Builder) -> fx.Node:
         """The vector l, shaped to broadcast over the value."""
@@ -40,12 +48,19 @@ class IA3(pg.Pass):
             m.site.weight is not None,
             f"{m.site.id} has no weight to fold a scale into; choose projections or ffn.hidden.",
         )
-        return m.along_features(op, op.param("ia3_l", (*m.experts, m.features), pg.init.ones))
+        if self.side == "output":
+            return m.along_features(op, op.param("ia3_l", (*m.experts, m.features), pg.init.ones))
+        plain = not m.experts and m.site.columns is None and m.site.feature_axis == -1
+        self.require(
+            plain and m.site.role not in ("ffn.hidden", "embedding"),
+            f"the input of {m.site.id} is no vector of its own; choose whole projections, or side=output.",
+        )
+        return op.param("ia3_l", (m.shape[1],), pg.init.ones)
 
     def fold(self, m: pg.Match, p: pg.Params) -> Mapping[pg.Bound, Tensor]:
-        """Rows of the weight and the bias for an output, columns of the weight for the hidden value."""
+        """Rows of the weight and the bias for an output, columns of the weight for what it reads."""
         weight = m.weight
-        if m.site.role == "ffn.hidden":
+        if self.side == "input" or m.site.role == "ffn.hidden":
             return {weight: weight.value * p.ia3_l.unsqueeze(-2)}
         scaled = {weight: weight.value * p.ia3_l.unsqueeze(-1)}
         return scaled if m.bias is None else scaled | {m.bias: m.bias.value * p.ia3_l}

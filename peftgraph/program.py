@@ -6,15 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from peftgraph.draw import Diff, Picture, fragment, outline, page, picture
-from peftgraph.errors import Conflict, PeftGraphError
+from peftgraph.errors import AdapterError, Conflict, PeftGraphError
 from peftgraph.fold import fold as _fold
 from peftgraph.fold.proof import Proof
 from peftgraph.interop import adapter_files, write_back
+from peftgraph.interop.formats import load_directory
+from peftgraph.interop.peft_write import save_peft
 from peftgraph.ir.program import ProgramData
 from peftgraph.ir.text import assign_labels, print_diff, print_program, size_names
 from peftgraph.ir.verify import verify
@@ -223,21 +225,36 @@ class Program(ProgramData):
         """
         return write_back(self, model)
 
-    def save_adapter(self, directory: str | PathLike[str]) -> Path:
-        """Writes the recipe, the base's fingerprint and the trained parameters; returns the directory."""
-        return adapter_files.save(self, Path(directory))
+    def save_adapter(self, directory: str | PathLike[str], format: Literal["peftgraph", "peft"] = "peftgraph") -> Path:
+        """Writes the trained parameters and what they belong to; returns the directory.
+
+        Args:
+            directory: where.
+            format: our own (the recipe and the base's fingerprint), or "peft" for `PeftModel.from_pretrained`. That
+                knows LoRA, DoRA, (IA)3, prefixes, prompts and LLaMA-Adapter, one method at a time, with biases and
+                whole modules that train beside it; a part of a fused weight is written with rows of zeros.
+
+        Raises:
+            AdapterError: there is nothing to save, or the format cannot say it: the message names the pass and the
+                site.
+            PeftGraphError: the disk refuses; what was there before stays.
+        """
+        if format not in ("peftgraph", "peft"):
+            raise AdapterError(f'format must be "peftgraph" or "peft", got {format!r}.')
+        path = Path(directory)
+        return save_peft(self, self.sites, path) if format == "peft" else adapter_files.save(self, path)
 
     def load_adapter(self, directory: str | PathLike[str], name: str | None = None) -> Program:
         """The program after the saved passes, with their trained parameters.
 
         Args:
-            directory: what `save_adapter` wrote.
+            directory: what `save_adapter` wrote, or peft's `save_pretrained`, or the `adapters` library (safetensors).
             name: another name for the adapter, when one of that name is there already.
 
         Raises:
-            AdapterError: the files are damaged or fit another base; this program is unchanged.
+            AdapterError: the files are damaged, fit another base, or say what no pass does; this program is unchanged.
         """
-        return adapter_files.load(self, self.apply, Path(directory), name)
+        return load_directory(self, self.sites, self.apply, Path(directory), name)
 
     def __str__(self) -> str:
         passes = "; ".join(str(applied.method) for applied in self.history) or "no passes"

@@ -15,8 +15,7 @@ from peftgraph.cli.files import atomic_folder, copy_companions
 def merge(
     source: Source,
     adapter: Annotated[
-        Path,
-        typer.Argument(metavar="ADAPTER", help="A folder that save_adapter or apply --out wrote, or one of peft."),
+        Path, typer.Argument(metavar="ADAPTER", help="A folder that save_adapter, apply --out or peft wrote.")
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR2", help="Where the merged model goes.")],
     force: Annotated[bool, typer.Option("--force", help="Replace DIR2 if it is not empty.")] = False,

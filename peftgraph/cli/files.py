@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from peftgraph.errors import PeftGraphError
-from peftgraph.ir.files import atomic
+from peftgraph.ir.files import atomic, whole_folder
 
 WEIGHTS = (
     ".safetensors",
@@ -36,16 +35,8 @@ def atomic_folder(target: Path, force: bool = False) -> Iterator[Path]:
         PeftGraphError: `target` holds something and `force` is off, or the disk refuses.
     """
     check_target(target, force)
-    target = target.absolute()
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
-            fresh = Path(scratch) / "new"
-            fresh.mkdir()
-            yield fresh
-            swap(fresh, target, Path(scratch) / "old")
-    except OSError as error:
-        raise PeftGraphError(f"{target} cannot be written: {error.strerror or error}. Nothing was changed.") from error
+    with whole_folder(target) as fresh:
+        yield fresh
 
 
 def check_target(target: Path, force: bool) -> None:
@@ -58,18 +49,6 @@ def check_target(target: Path, force: bool) -> None:
         raise PeftGraphError(f"{target} is a file, not a folder.")
     if target.is_dir() and any(target.iterdir()) and not force:
         raise PeftGraphError(f"{target} is not empty; --force replaces it.")
-
-
-def swap(fresh: Path, target: Path, old: Path) -> None:
-    """Puts `fresh` where `target` was; an old folder comes back if that fails."""
-    if target.exists():
-        target.replace(old)
-    try:
-        fresh.replace(target)
-    except OSError:
-        if old.exists():
-            old.replace(target)
-        raise
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from peftgraph.cli.files import check_target, swap
+from peftgraph.cli.files import check_target
 from peftgraph.errors import PeftGraphError
-from peftgraph.ir.files import atomic
+from peftgraph.ir.files import atomic, swap
 
 JOB = "job.json"
 

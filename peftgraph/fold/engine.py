@@ -95,7 +95,8 @@ class Folding:
         if not edit.moves:
             return None
         site = self._by_id[edit.site]
-        blocked = self._reader_reason(edit, site) if site.role == "ffn.hidden" else self._order_reason(edit, site)
+        read = site.role == "ffn.hidden" or _at_input(edit)
+        blocked = self._reader_reason(edit, site) if read else self._order_reason(edit, site)
         own = dict.fromkeys(edit.nodes)
         makers = ChainMap[str, Site | None](own, self._makers)
         return blocked or sharing_reason(self.program, self.graph, self.sites, site, self.untie, makers)
@@ -103,6 +104,10 @@ class Folding:
     def _order_reason(self, edit: Edit, site: Site) -> str | None:
         """What stands between the edit and its projection, on the same columns."""
         owners = {move: other for other in self.edits for move in other.moves}
+        for move, other in owners.items():
+            at_input = move.anchor.endswith(f"@{site.op}")
+            if at_input and any(self._names[self.edits.under(move)] in self._inputs(name) for name in edit.nodes):
+                return f"its projection reads what {self._word(other)} changed, which it does not read itself"
         for move in edit.moves:
             line = self.edits.chain(move.anchor)
             for below in line[: line.index(move)]:
@@ -112,11 +117,14 @@ class Folding:
 
     def _reader_reason(self, edit: Edit, site: Site) -> str | None:
         """Who else reads the scaled value."""
-        own = {other.op for other in self.sites if other.role == "ffn.down" and other.weight == site.weight}
+        own = {other.op for other in self.sites if other.role != "ffn.hidden" and other.weight == site.weight}
         for reader in _readers(self._names[edit.moves[0].after]):
             if reader.name not in own:
                 return f"the scaled value is also read by %{reader.meta.get('label', reader.name)}, which is not folded"
         return None
+
+    def _inputs(self, name: str) -> list[fx.Node]:
+        return self._names[name].all_input_nodes
 
     # folding one edit
 
@@ -173,6 +181,11 @@ def _readers(node: fx.Node) -> list[fx.Node]:
     for user in node.users:
         found += _readers(user) if user.target in TRANSPARENT else [user]
     return found
+
+
+def _at_input(edit: Edit) -> bool:
+    """Whether an edit changes what one operator reads, and not what a site gives."""
+    return any("@" in move.anchor for move in edit.moves)
 
 
 def _share_columns(a: Site, b: Site) -> bool:

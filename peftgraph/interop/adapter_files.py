@@ -18,10 +18,11 @@ from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from peftgraph.errors import AdapterError, PeftGraphError
+from peftgraph.interop.documents import read_json, read_tensors
+from peftgraph.interop.filling import applied, check_fit, renamed
 from peftgraph.interop.fingerprint import fingerprint, first_difference
 from peftgraph.ir.files import atomic
 from peftgraph.ir.program import ProgramData
@@ -40,7 +41,7 @@ def save(program: ProgramData, directory: Path) -> Path:
             base.
         PeftGraphError: the disk refuses; an adapter that was there before stays whole.
     """
-    _check_can_save(program)
+    check_can_save(program)
     names = _own_parameters(program)
     tensors = {name: program.table[name].tensor.detach().cpu().contiguous() for name in names}
     content = safetensors.torch.save(tensors)
@@ -111,17 +112,13 @@ def read(program: P, apply: Callable[..., P], directory: Path, name: str | None)
         raise AdapterError(f"{directory} fits another base: {difference}.")
     tensors = _read_tensors(document, directory)
     methods = _methods(document, directory, name)
-    try:
-        with torch.random.fork_rng(devices=[]):  # initial values are overwritten: the user's generator stays put
-            tuned = apply(*methods)
-    except (RuntimeError, MemoryError, OverflowError) as error:  # an absurd width or rank
-        raise AdapterError(f"{directory}: its recipe cannot be applied: {error}") from None
+    tuned = applied(apply, methods, directory)
     wanted = _own_parameters(tuned, since=len(program.history))
     saved = wanted if name is None else document["tensors"]["names"]  # a new name changes the parameters' names
     if len(saved) != len(wanted):
         raise AdapterError(f"{directory}: it names {len(saved)} parameters, its recipe makes {len(wanted)}.")
     targets = dict(zip(saved, wanted, strict=True))
-    _check_fit(tensors, {old: tuned.table[new].tensor for old, new in targets.items()}, directory)
+    check_fit(tensors, {old: tuned.table[new].tensor for old, new in targets.items()}, directory)
     return tuned, {new: tensors[old] for old, new in targets.items()}
 
 
@@ -132,12 +129,7 @@ def read_document(directory: Path) -> dict[str, Any]:
         AdapterError: it is missing, unreadable or incomplete.
     """
     path = directory / INDEX
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except FileNotFoundError:
-        raise AdapterError(f"{directory} holds no {INDEX}, so it is no adapter directory.") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{path} is damaged: {error}") from None
+    document = read_json(path, missing=f"{directory} holds no {INDEX}, so it is no adapter directory.")
     if not isinstance(document, dict) or type(document.get("format")) is not int:
         raise AdapterError(f"{path} is no adapter: it names no format.")
     if document["format"] != FORMAT:
@@ -146,10 +138,6 @@ def read_document(directory: Path) -> dict[str, Any]:
     if missing is not None:
         raise AdapterError(f"{path} is damaged: its {missing!r} is missing or of the wrong kind.")
     return document
-
-
-def _refuse_constant(word: str) -> None:
-    raise ValueError(f"{word} is no JSON number")
 
 
 def _is_strings(value: object) -> bool:
@@ -181,7 +169,12 @@ def _discard(file: Path) -> None:
         file.unlink()
 
 
-def _check_can_save(program: ProgramData) -> None:
+def check_can_save(program: ProgramData) -> None:
+    """Refuses a program without passes or values, or whose base a partial fold changed.
+
+    Raises:
+        AdapterError: it is one.
+    """
     if not program.history:
         raise AdapterError("There is nothing to save: no pass was applied to this program.")
     if program.table.device.type == "meta":
@@ -207,13 +200,7 @@ def _methods(document: dict[str, Any], directory: Path, name: str | None) -> lis
         methods = [parse_pass(spec) for spec in document["recipe"]]
     except (PeftGraphError, RecursionError) as error:
         raise AdapterError(f"{directory}: its recipe cannot be read: {error}") from None
-    if name is None:
-        return methods
-    words = [method.word for method in methods]
-    twice = next((word for word in words if words.count(word) > 1), None)
-    if twice is not None:
-        raise AdapterError(f"{directory} holds more than one {twice}; one name cannot stand for both.")
-    return [method.renamed(name) for method in methods]
+    return renamed(methods, name, directory)
 
 
 def _file_of(directory: Path) -> Path | None:
@@ -235,26 +222,9 @@ def _tensors_path(document: dict[str, Any], directory: Path) -> Path:
 
 def _read_tensors(document: dict[str, Any], directory: Path) -> dict[str, Tensor]:
     path = _tensors_path(document, directory)
-    try:
-        content = path.read_bytes()
+
+    def checked(content: bytes) -> None:
         if hashlib.sha256(content).hexdigest() != document["tensors"]["sha256"]:
             raise AdapterError(f"{path} is damaged: its checksum is not the one that {INDEX} names.")
-        return safetensors.torch.load(content)
-    except FileNotFoundError:
-        raise AdapterError(f"{path} is missing.") from None
-    except AdapterError:
-        raise
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise AdapterError(f"{path} is damaged: {error}") from None
 
-
-def _check_fit(tensors: dict[str, Tensor], wanted: dict[str, Tensor], directory: Path) -> None:
-    for key in sorted(tensors.keys() ^ wanted.keys()):
-        where = "is not in the file" if key in wanted else "belongs to no parameter of the recipe"
-        raise AdapterError(f"{directory}: {key} {where}.")
-    for key, value in tensors.items():
-        have, made = tuple(value.shape), tuple(wanted[key].shape)
-        if have != made:
-            raise AdapterError(f"{directory}: {key} has shape {have}, the recipe makes {made}.")
-        if not value.is_floating_point():
-            raise AdapterError(f"{directory}: {key} holds {value.dtype}, which cannot train.")
+    return read_tensors(path, checked)

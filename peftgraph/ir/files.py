@@ -1,4 +1,4 @@
-"""Files are written under a temporary name and renamed, so that no reader ever sees half of one."""
+"""Files and folders are written under a temporary name and renamed, so that no reader ever sees half of one."""
 
 from __future__ import annotations
 
@@ -31,3 +31,34 @@ def atomic(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
     except OSError as error:
         raise PeftGraphError(f"{path} cannot be written: {error.strerror or error}. Nothing was changed.") from error
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Gives a temporary folder beside `target`; it becomes `target`, over an old one, when the block succeeds.
+
+    Raises:
+        PeftGraphError: the disk refuses; an old folder stays.
+    """
+    target = target.absolute()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+            fresh = Path(scratch) / "new"
+            fresh.mkdir()
+            yield fresh
+            swap(fresh, target, Path(scratch) / "old")
+    except OSError as error:
+        raise PeftGraphError(f"{target} cannot be written: {error.strerror or error}. Nothing was changed.") from error
+
+
+def swap(fresh: Path, target: Path, old: Path) -> None:
+    """Puts `fresh` where `target` was; an old folder comes back if that fails."""
+    if target.exists():
+        os.replace(target, old)
+    try:
+        os.replace(fresh, target)
+    except OSError:
+        if old.exists():
+            os.replace(old, target)
+        raise

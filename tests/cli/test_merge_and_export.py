@@ -55,6 +55,15 @@ def test_apply_writes_a_fresh_adapter_that_loads(cli, folder: Path, tmp_path: Pa
     assert "rank=3" in str(tuned.recipe)
 
 
+def test_merge_of_an_adapter_in_pefts_format(cli, folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tuned = zoo.randomise(trace(load(folder)).apply(pg.parse_pass("lora{rank=2}")))
+    result = cli("merge", folder, tuned.save_adapter(tmp_path / "a", format="peft"), "--out", tmp_path / "merged")
+    assert result.exit_code == 0, result.stderr
+    for ours, merged in zip(outputs(tuned.module()), outputs(load(tmp_path / "merged")), strict=True):
+        torch.testing.assert_close(merged, ours, rtol=1e-4, atol=1e-5)
+
+
 def test_merge_round_trip(cli, folder: Path, adapter: Path, tmp_path: Path) -> None:
     out = tmp_path / "merged"
     result = cli("merge", folder, adapter, "--out", out)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import peftgraph as pg
-from peftgraph.passes import IA3
+from peftgraph.passes import IA3, LoRA
 
 D, F = zoo.WIDTH, zoo.FFN
 
@@ -167,3 +167,40 @@ def test_text(nano: pg.Program) -> None:
     assert tuned.diff(nano) == dedent(DIFF).lstrip("\n")
     assert str(tuned.count()) == COUNT
     assert tuned.remove().text() == nano.text()
+
+
+class ScaledInput(nn.Module):
+    """l on what a projection reads."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.l_I = nn.Parameter(torch.ones(base.in_features, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(self.l_I * x)
+
+
+def test_the_input_of_a_projection(bench: Any) -> None:
+    tuned = zoo.randomise(bench.program.apply(IA3(at="attention.o|ffn.up", side="input")), 0.3)
+    reference = bench.plain()
+    block = reference.stack[0]
+    block.out, block.fc = ScaledInput(block.out), ScaledInput(block.fc)
+    bench.agree(tuned, reference, {"stack.0.out.ia3_l": block.out.l_I, "stack.0.fc.ia3_l": block.fc.l_I}, False)
+    method = tuned.history[0].method
+    assert 'side="input"' in str(method)
+    assert pg.parse_pass(str(method)) == method
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+def test_an_input_and_a_low_rank_path_fold_in_either_order(first: bool) -> None:
+    program, inputs = zoo.traced("nano", dtype=torch.float64), zoo.example("nano")
+    methods = [IA3(at="attention.o", side="input"), LoRA(at="attention.o", rank=2)]
+    tuned = zoo.randomise(program.apply(*(methods if first else methods[::-1])), 0.3)
+    expected = tuned.module().eval()(**inputs)["logits"]
+    torch.testing.assert_close(pg.fold(tuned).module().eval()(**inputs)["logits"], expected, rtol=0, atol=1e-12)
+
+
+def test_the_input_of_a_slice_is_refused(bench: Any) -> None:
+    with pytest.raises(pg.RecipeError, match="the input of 0.attention.q is no vector of its own"):
+        bench.program.apply(IA3(at="attention.q", side="input"))

@@ -8,16 +8,13 @@ agreement to its precision, and to how a processor rounds.
 from __future__ import annotations
 
 import re
-import warnings
 from dataclasses import replace
-from functools import cache
 
 import pytest
 import torch
-import transformers
 from recorded import FOLDER, LAYERS, MODELS, WIDTH
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from recorded_models import TOLERANCE, answer, build, distance, part, recorded, traced
+from torch import Tensor
 
 import peftgraph as pg
 from peftgraph.passes import (
@@ -35,14 +32,6 @@ from peftgraph.passes import (
     UniPELT,
 )
 
-TOLERANCE = {"bert": 1e-12, "gpt2": 1e-12, "vit": 2e-6, "llama": 2e-6, "t5": 2e-6}
-RENAMED = {  # parts of a ViT's names, in the library's release of transformers and in this one
-    r"^encoder\.layer\.": "layers.",
-    r"attention\.attention\.(query|key|value)\.": lambda match: f"attention.{match[1][0]}_proj.",
-    r"attention\.output\.dense\.": "attention.o_proj.",
-    r"intermediate\.dense\.": "mlp.fc1.",
-    r"(?<=\d\.)output\.dense\.": "mlp.fc2.",
-}
 METHODS: dict[str, pg.Pass] = {
     "houlsby": Houlsby(width=4, activation="silu", norms=False),
     "fusion": AdapterFusion(adapters=("one", "two"), width=4),
@@ -76,34 +65,6 @@ def configured(method: str, name: str) -> pg.Pass:
     return LoReFT(rank=2, prefix=2, suffix=0).finalized() if (method, name) == ("loreft", "t5") else METHODS[method]
 
 
-@cache
-def recorded(stem: str) -> dict[str, Tensor]:
-    return load_file(FOLDER / f"{stem}.safetensors")
-
-
-def part(stem: str, kind: str) -> dict[str, Tensor]:
-    return {key.removeprefix(kind): value for key, value in recorded(stem).items() if key.startswith(kind)}
-
-
-def build(name: str) -> nn.Module:
-    family, config, sizes = MODELS[name]
-    settings = getattr(transformers, config)(**sizes, attn_implementation="eager")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = getattr(transformers, family)(settings).double().eval()
-    base = part(name, "base/")
-    if name == "vit" and "layers.0.attention.q_proj.weight" in model.state_dict():
-        for pattern, new in RENAMED.items():
-            base = {re.sub(pattern, new, key): value for key, value in base.items()}
-    model.load_state_dict(base)
-    return model
-
-
-@cache
-def traced(name: str) -> pg.Program:
-    return pg.trace(build(name), part(name, "input/"))
-
-
 def short_names(program: pg.Program) -> dict[str, str]:
     """Our parameters by the names of the recording: `{layer}.{site}.{parameter}`, and what sites share by its own."""
     sites = {site.id: site for site in program.sites}
@@ -130,14 +91,6 @@ def with_values(name: str, method: pg.Pass, values: dict[str, Tensor]) -> tuple[
             assert parameter.shape == values[key].shape
             parameter.copy_(values[key])
     return tuned, named
-
-
-def answer(program: pg.Program, name: str) -> Tensor:
-    return program.module().eval()(**part(name, "input/"))["last_hidden_state"]
-
-
-def distance(ours: Tensor, theirs: Tensor) -> float:
-    return float(((ours - theirs).abs().max() / theirs.abs().max()).detach())
 
 
 @pytest.mark.parametrize("name", MODELS)

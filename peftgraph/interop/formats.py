@@ -1,0 +1,37 @@
+"""Adapter directories by their format: our own, peft's, or that of the `adapters` library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from peftgraph.interop import adapter_files
+from peftgraph.interop.adapters_directory import is_adapters, load_adapters
+from peftgraph.interop.peft_config import CONFIG
+from peftgraph.interop.peft_directory import load_peft
+from peftgraph.ir.program import ProgramData
+from peftgraph.sites import Sites
+
+P = TypeVar("P", bound=ProgramData)
+
+
+def load_directory(program: P, sites: Sites, apply: Callable[..., P], directory: Path, name: str | None) -> P:
+    """The program after the adapter of a directory, whose files say which format it is.
+
+    Args:
+        program: what the adapter is put on; it is unchanged whatever happens.
+        sites: its sites.
+        apply: its verb that applies passes.
+        directory: where the adapter lies.
+        name: a name for the adapter's passes, instead of the ones they were saved with.
+
+    Raises:
+        AdapterError: the files are missing, damaged, fit another base, or say what no pass does.
+        Conflict: an adapter of that name is there already.
+    """
+    if (directory / adapter_files.INDEX).exists() or not (directory / CONFIG).exists():
+        return adapter_files.load(program, apply, directory, name)
+    if is_adapters(directory):
+        return load_adapters(program, sites, apply, directory, name)
+    return load_peft(program, sites, apply, directory, name)

@@ -1,0 +1,162 @@
+"""peft's adapter_config.json: its options, and the modules that they select.
+
+Source: huggingface/peft 0.21, config.py, tuners/tuners_utils.py (check_target_module_exists), utils/other.py
+(get_pattern_key).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from peftgraph.errors import AdapterError
+from peftgraph.interop.documents import read_json
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+T = TypeVar("T")
+
+COMMON = (
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "modules_to_save",
+)  # fmt: skip
+TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+ROWS = ("num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers")
+# By method: the options that are read, and those that say nothing about a trained adapter.
+KNOWN: dict[str, tuple[str, ...]] = {
+    "LORA": (
+        *TARGETS, "r", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora", "init_lora_weights",
+        "rank_pattern", "alpha_pattern", "use_dora", "target_parameters", "trainable_token_indices", "megatron_core",
+        "qalora_group_size", "runtime_config", "loftq_config", "eva_config",
+    ),
+    "IA3": (*TARGETS, "feedforward_modules", "fan_in_fan_out", "init_ia3_weights"),
+    "PREFIX_TUNING": (*ROWS, "init_weights", "encoder_hidden_size", "prefix_projection"),
+    "PROMPT_TUNING": (
+        *ROWS, "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs",
+    ),
+    "P_TUNING": (
+        *ROWS, "encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout",
+    ),
+    "ADAPTION_PROMPT": ("target_modules", "adapter_len", "adapter_layers"),
+}  # fmt: skip
+
+
+PROMPTS = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")  # peft's own word is prompt learning
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """The options of one adapter; missing ones and null are peft's defaults.
+
+    Attributes:
+        directory: where it lies, for messages.
+        options: the file's content.
+    """
+
+    directory: Path
+    options: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, directory: Path) -> PeftConfig:
+        """The checked options of a directory.
+
+        Raises:
+            AdapterError: the file is damaged, or says what no pass does.
+        """
+        path = directory / CONFIG
+        options = read_json(path, missing=f"{directory} holds no {CONFIG}.")
+        if not isinstance(options, dict):
+            raise AdapterError(f"{path} is damaged: it holds no options.")
+        config = cls(directory, options)
+        method = config.of("peft_type", str, "")
+        if method not in KNOWN:
+            raise AdapterError(f"{path} has peft_type={method!r}; those that are read are {', '.join(KNOWN)}.")
+        unknown = [key for key, value in options.items() if value and key not in (*COMMON, *KNOWN[method])]
+        if unknown:
+            raise AdapterError(f"{path} has {unknown[0]}={options[unknown[0]]!r}, which no pass does.")
+        return config
+
+    def of(self, key: str, kind: type[T] | tuple[type[T], ...], default: T) -> T:
+        """An option of a kind, or its default.
+
+        Raises:
+            AdapterError: it is of another kind.
+        """
+        value = self.options.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise AdapterError(f"{self.directory / CONFIG} is damaged: {key} cannot be {value!r}.")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        """An option that is a number."""
+        return self.of(key, (int, float), default)
+
+    def patterned(self, key: str, pattern: str, path: str, default: float) -> float:
+        """The number of a module: of the first entry of `pattern` whose key ends its path, or else of `key`."""
+        entries: dict[str, Any] = self.of(pattern, dict, {})
+        found = next((one for one in entries if self.matches(rf"(.*\.)?({one})$", path)), None)
+        if found is None:
+            return self.number(key, default)
+        return PeftConfig(self.directory, entries).number(found, default)
+
+    def selects(self, path: str) -> bool:
+        """Whether a module is a target."""
+        return self.names("target_modules", path) and not (
+            self.names("exclude_modules", path)
+            or any(self.matches(rf"(^|.*\.){one}($|\..*)", path) for one in self.of("modules_to_save", list, []))
+            or not self._in_layers(path)
+        )
+
+    def check_selects(self, path: str) -> None:
+        """Refuses tensors of a module that is no target: peft would not load them.
+
+        Raises:
+            AdapterError: it is none.
+        """
+        if self.options.get("target_modules") not in (None, "all-linear") and not self.selects(path):
+            raise AdapterError(f"{self.directory}: {path} has tensors, but target_modules does not select it.")
+
+    def selects_parameter(self, name: str) -> bool:
+        """Whether a parameter is a target by itself."""
+        return ends_with(name, self.of("target_parameters", list, []))
+
+    def names(self, key: str, path: str) -> bool:
+        """Whether an option, a regular expression or a list of names, says a path: the list by its ends."""
+        value = self.options.get(key)
+        if isinstance(value, str):
+            return self.matches(rf"(?:{value})\Z", path)
+        return ends_with(path, self.of(key, list, []))
+
+    def matches(self, pattern: str, path: str) -> bool:
+        """Whether a regular expression of the file matches from a path's start on.
+
+        Raises:
+            AdapterError: it is none.
+        """
+        try:
+            return re.match(pattern, path) is not None
+        except re.error as error:
+            raise AdapterError(f"{self.directory / CONFIG} is damaged: {pattern!r}: {error}.") from None
+
+    def _in_layers(self, path: str) -> bool:
+        layers = self.options.get("layers_to_transform")
+        if layers in (None, []) or isinstance(self.options.get("target_modules"), str):
+            return True
+        if path in self.of("target_modules", list, []):
+            return True
+        patterns = self.options.get("layers_pattern") or r"[^.]*"
+        for one in [patterns] if isinstance(patterns, str) else patterns:
+            found = re.match(rf"(?:^|.*?\.){one}\.(\d+)\.", path)
+            if found is not None:
+                return int(found[1]) in (layers if isinstance(layers, list) else [layers])
+        return False
+
+
+def ends_with(path: str, ends: Iterable[object]) -> bool:
+    """Whether a dotted path is one of `ends`, or ends with one."""
+    return any(path == end or path.endswith(f".{end}") for end in ends)

@@ -1,0 +1,169 @@
+"""peft's LoRA and DoRA as passes: one for each rank and scale.
+
+    y = x W^T   ->   y = x W^T + s (x A^T) B^T,  A (R, I), B (O, R)
+
+Where W is fused, each site that owns a part of its rows takes the same part of B, and all of A: the sum is the same. A
+part of B that is all zeros is how peft's format says that a site is not adapted; it is left out, and so are the columns
+of zeros in a part.
+peft adapts a stack of experts by one A (E R, I) and one B (O, R E), in which the experts are the inner axis.
+A rank above the smaller side of a site's own matrix is written with that side as its rank: B A = 1 (B A) or (B A) 1.
+Shapes: I in, O out, R rank, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftgraph.errors import AdapterError
+from peftgraph.interop.filling import Filled, Key
+from peftgraph.interop.peft_config import CONFIG, PeftConfig
+from peftgraph.interop.peft_tensors import PeftTensors
+from peftgraph.interop.selecting import adapted_sites, selector_of
+from peftgraph.ir.program import ProgramData
+from peftgraph.rewrite.method import find_pass
+from peftgraph.rewrite.views import weight_view
+from peftgraph.sites import Site, Sites
+
+# How a fresh adapter starts, where that leaves the base alone; PiSSA's start is computed anew by the pass.
+STARTS = ("gaussian", "eva", "orthogonal", "pissa", True, False)
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """One adapted weight: its name, and peft's tensors in the shapes of a plain projection, experts in front."""
+
+    parameter: str
+    rank: int
+    alpha: float
+    a_RI: Tensor
+    b_OR: Tensor
+    magnitude_O: Tensor | None
+
+
+def low_rank_parts(program: ProgramData, sites: Sites, config: PeftConfig, tensors: PeftTensors) -> list[Filled]:
+    """The passes of a LoRA directory, with their values.
+
+    Raises:
+        AdapterError: a target is no site, or the file says what no pass does.
+    """
+    if config.options.get("init_lora_weights", True) not in STARTS:
+        raise AdapterError(
+            f"{config.directory / CONFIG} has init_lora_weights={config.options['init_lora_weights']!r}, whose start "
+            "moves the base's own weights. Save it with peft's path_initial_model_for_weight_conversion."
+        )
+    tokens = next((path for (path, _), held in tensors.modules.items() if "tokens" in held), None)
+    if tokens is not None:
+        raise AdapterError(
+            f"{config.directory} has trainable_token_indices: rows of {tokens} that train alone, which no pass does. "
+            "Train the embedding as a whole, by peft's modules_to_save, or adapt it."
+        )
+    groups: dict[tuple[int, float], dict[Key, Tensor]] = {}
+    places: dict[tuple[int, float], list[Site]] = {}
+    for one in _adapted(program, config, tensors):
+        found = adapted_sites(program, sites, one.parameter, config.directory)
+        moved = [site for site in found if _moves(program, site, one)]
+        for site in moved or found:
+            rank, alpha, values = _at(site, one, config)
+            groups.setdefault((rank, alpha), {}).update({(site.id, leaf): value for leaf, value in values.items()})
+            places.setdefault((rank, alpha), []).append(site)
+    return [_filled(sites, config, key, places[key], values) for key, values in groups.items()]
+
+
+def _filled(
+    sites: Sites, config: PeftConfig, key: tuple[int, float], places: list[Site], values: dict[Key, Tensor]
+) -> Filled:
+    dora = config.of("use_dora", bool, False)
+    options: dict[str, Any] = {
+        "at": selector_of(sites, places),
+        "rank": key[0],
+        "alpha": key[1],
+        "dropout": float(config.number("lora_dropout", 0.0)),
+        "rank_stabilised": config.of("use_rslora", bool, False),
+    }
+    if config.options.get("init_lora_weights") in ("gaussian", "pissa") and not dora:
+        options["init"] = config.options["init_lora_weights"]
+    return Filled(find_pass("dora" if dora else "lora")(**options), values)
+
+
+def _adapted(program: ProgramData, config: PeftConfig, tensors: PeftTensors) -> Iterator[Adapted]:
+    """Every adapted weight of the file, in the shapes of a plain projection."""
+    for place in tensors.modules:
+        path, wraps = place
+        parameters = _wrapped(program, config, path)
+        parameter = parameters[-1 - wraps] if wraps < len(parameters) else f"{path}.weight"
+        key = parameter if parameters else path
+        if not parameters and not (
+            config.options.get("target_modules") in (None, "all-linear") or config.selects(path)
+        ):
+            raise AdapterError(f"{config.directory}: {path} has tensors, but target_modules does not select it.")
+        rank = int(config.patterned("r", "rank_pattern", key, 8))
+        a_RI, b_OR = tensors.of(place, "lora_A", config), tensors.of(place, "lora_B", config)
+        if a_RI.dim() > 2:  # a convolution of kernel 1
+            a_RI, b_OR = a_RI.flatten(1), b_OR.flatten(1)
+        if parameter in program.table and program.table[parameter].tensor.dim() == 3 and parameters:
+            experts = program.table[parameter].tensor.shape[0]
+            a_RI = a_RI.unflatten(0, (experts, -1))
+            b_OR = b_OR.unflatten(1, (-1, experts)).permute(2, 0, 1)
+        magnitude = tensors.of(place, "dora_m", config) if config.of("use_dora", bool, False) else None
+        if a_RI.shape[-2] != rank or b_OR.shape[-1] != rank:
+            raise AdapterError(
+                f"{config.directory}: the tensors of {path} have rank {a_RI.shape[-2]}, {CONFIG} says {rank}."
+            )
+        alpha = config.patterned("lora_alpha", "alpha_pattern", key, 8)
+        yield Adapted(parameter, rank, float(alpha), a_RI, b_OR, magnitude)
+
+
+def _wrapped(program: ProgramData, config: PeftConfig, path: str) -> list[str]:
+    """The parameters of a module that are targets by themselves, the innermost wrap first."""
+    own = [name for name in program.table if name.rpartition(".")[0] == path]
+    return [name for name in own if config.selects_parameter(name)]
+
+
+def _moves(program: ProgramData, site: Site, one: Adapted) -> bool:
+    """Whether an adapter changes the rows that a site owns."""
+    view = weight_view(site)
+    assert view is not None
+    rows = slice(None) if view.window is None else view.window.index()
+    still = not bool(one.b_OR[..., rows, :].any())
+    if still and one.magnitude_O is not None:
+        norm_O = torch.linalg.vector_norm(view.get(program.table[view.parameter].tensor.detach()), 2, -1)
+        return not torch.allclose(one.magnitude_O[rows].to(norm_O), norm_O, rtol=1e-6, atol=0)
+    return not still
+
+
+def _at(site: Site, one: Adapted, config: PeftConfig) -> tuple[int, float, dict[str, Tensor]]:
+    """Rank, alpha and values at one site: the rows it owns, in a rank that its own matrix has room for."""
+    view = weight_view(site)
+    window = None if view is None else view.window
+    rows = slice(None) if window is None else window.index()
+    if window is not None and config.options.get("init_lora_weights") == "pissa":
+        raise AdapterError(
+            f"{config.directory} starts from the singular vectors of all of {one.parameter}, of which {site.id} is a "
+            "part. Save it with peft's path_initial_model_for_weight_conversion."
+        )
+    a_RI, b_OR, alpha = one.a_RI, one.b_OR[..., rows, :], one.alpha
+    if b_OR.dim() == 2 and window is not None and bool(b_OR.any()):
+        used = b_OR.any(0)
+        a_RI, b_OR = a_RI[used], b_OR[:, used]
+    out, inner, given = b_OR.shape[-2], a_RI.shape[-1], a_RI.shape[-2]
+    rank = min(given, out, inner)
+    if rank < given:
+        product_OI, one_RR = b_OR @ a_RI, torch.eye(rank, dtype=a_RI.dtype).expand(*a_RI.shape[:-2], rank, rank)
+        a_RI, b_OR = (product_OI, one_RR) if rank == out else (one_RR, product_OI)
+    ratio = rank / one.rank
+    alpha *= math.sqrt(ratio) if config.of("use_rslora", bool, False) else ratio
+    values = {"lora_A": a_RI, "lora_B": b_OR}
+    if one.magnitude_O is not None:
+        if site.role == "embedding":
+            raise AdapterError(
+                f"{config.directory} has a DoRA of an embedding, whose magnitudes peft keeps by token; dora's are by "
+                "feature."
+            )
+        values["dora_m"] = one.magnitude_O[rows]
+    return rank, alpha, values

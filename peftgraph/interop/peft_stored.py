@@ -1,0 +1,80 @@
+"""What a peft directory holds of the base itself: modules_to_save and trained biases, as parameters that train.
+
+peft saves an adapted embedding's own weight as well; where it is the base's, there is nothing to train.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from peftgraph.errors import AdapterError
+from peftgraph.interop.filling import Filled, Key
+from peftgraph.interop.peft_config import PeftConfig
+from peftgraph.interop.peft_tensors import PeftTensors
+from peftgraph.interop.selecting import selector_of
+from peftgraph.ir.program import ProgramData
+from peftgraph.rewrite.method import find_pass
+from peftgraph.sites import Site, Sites
+from peftgraph.sites.select import WORDS
+
+
+def stored_parts(program: ProgramData, sites: Sites, config: PeftConfig, tensors: PeftTensors) -> list[Filled]:
+    """One pass that trains the base's own parameters that the file holds; none where it holds none.
+
+    Raises:
+        AdapterError: a tensor is no site's, or is tied to one that the file does not hold.
+    """
+    adapted = {f"{path}.weight" for path, _ in tensors.modules}
+    wanted: dict[str, torch.Tensor] = {}
+    for name, value in tensors.stored.items():
+        if name not in program.table:
+            raise AdapterError(f"{config.directory} holds {name}, which this {program.model} does not have.")
+        own = program.table[name].tensor
+        if own.shape != value.shape:
+            raise AdapterError(
+                f"{config.directory}: {name} has shape {tuple(value.shape)}, this {program.model} has "
+                f"{tuple(own.shape)}. Where the vocabulary was resized, resize the model before it is traced."
+            )
+        if not (name in adapted and _same(own, value)):
+            wanted[name] = value
+    chosen = _owners(sites, set(wanted))
+    _check(program, config, wanted, chosen)
+    if not chosen:
+        return []
+    held = {name for site in chosen for name in _parameters(site)}
+    values: dict[Key, torch.Tensor] = {name: value for name, value in wanted.items() if name in held}
+    return [Filled(find_pass("freeze")(at=selector_of(sites, chosen)), values)]  # pyright: ignore[reportCallIssue]
+
+
+def _same(own: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether the base holds a value already; without values of its own it may."""
+    return own.device.type == "meta" or torch.equal(own.detach().cpu(), value.to(own.dtype))
+
+
+def _parameters(site: Site) -> list[str]:
+    """The stored tensors of a site itself."""
+    own = [site.weight and site.weight.parameter, site.scale, site.bias and site.bias.parameter]
+    return [name for name in (own[2:] if site.role == "bias" else own) if name]
+
+
+def _owners(sites: Sites, names: set[str]) -> list[Site]:
+    """Sites that own nothing but `names`: whole ones first, then the biases that are left."""
+    whole = [site for site in sites if site.role in WORDS and site.role not in ("bias", "block", "ffn.hidden")]
+    chosen = [site for site in whole if _parameters(site) and names.issuperset(_parameters(site))]
+    left = names - {name for site in chosen for name in _parameters(site)}
+    return chosen + [site for site in sites if site.role == "bias" and left.issuperset(_parameters(site))]
+
+
+def _check(program: ProgramData, config: PeftConfig, wanted: dict[str, torch.Tensor], chosen: list[Site]) -> None:
+    held = {name for site in chosen for name in _parameters(site)}
+    for name, value in wanted.items():
+        if name not in held and not _same(program.table[name].tensor, value):
+            raise AdapterError(
+                f"{config.directory} holds other values of {name}, which is no site's own, so that no pass trains it."
+            )
+        for other in program.table.tied(name):
+            if name in held and not (other in wanted and torch.equal(wanted[other], value)):
+                raise AdapterError(
+                    f"{config.directory} trains {name}, which is tied to {other} here, and peft cuts that tie. Trace a "
+                    "model whose configuration has tie_word_embeddings=False."
+                )

@@ -1,0 +1,90 @@
+"""peft's adapter_model.safetensors: tensors by the module that they belong to.
+
+A key is `base_model.model.` (`base_model.` for rows in front of a model) and the path of a module, then the name of
+what peft put there. Where peft adapts several parameters of one module, each wraps the module once more: `.base_layer`
+stands behind the path for every wrap around.
+Source: huggingface/peft 0.21, utils/save_and_load.py, tuners/lora/layer.py (ParamWrapper).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from peftgraph.errors import AdapterError
+from peftgraph.interop.documents import read_tensors
+from peftgraph.interop.peft_config import PROMPTS, TENSORS, PeftConfig
+
+PREFIX = "base_model.model."
+ROWS_PREFIX = "base_model."  # where a prompt or a prefix leaves the model itself alone
+LEAVES = {  # peft's name -> ours
+    "lora_A.weight": "lora_A",
+    "lora_B.weight": "lora_B",
+    "lora_embedding_A": "lora_A",
+    "lora_embedding_B": "lora_B",
+    "lora_magnitude_vector": "dora_m",
+    "lora_magnitude_vector.weight": "dora_m",
+    "ia3_l": "ia3_l",
+    "adaption_prompt": "prefix",
+    "adaption_gate": "gate",
+    "token_adapter.trainable_tokens_delta": "tokens",
+}
+KEY = re.compile(rf"(?P<path>.*?)(?P<wraps>(\.base_layer)*)\.(?P<leaf>{'|'.join(map(re.escape, LEAVES))})")
+ROWS = "prompt_embeddings"
+
+
+@dataclass(frozen=True)
+class PeftTensors:
+    """The tensors of one adapter.
+
+    Attributes:
+        modules: by the path of a module and how often it is wrapped further; then by our name of the parameter.
+        stored: tensors of the base that were trained or saved beside, by their names.
+        rows: those of a prompt or a prefix.
+    """
+
+    modules: Mapping[tuple[str, int], Mapping[str, Tensor]] = field(default_factory=dict)
+    stored: Mapping[str, Tensor] = field(default_factory=dict)
+    rows: Tensor | None = None
+
+    @classmethod
+    def read(cls, config: PeftConfig) -> PeftTensors:
+        """The tensors of a directory.
+
+        Raises:
+            AdapterError: the file is missing, a pickle, or damaged.
+        """
+        path = config.directory / TENSORS
+        if not path.exists() and path.with_suffix(".bin").exists():
+            raise AdapterError(
+                f"{path.with_suffix('.bin')} is a pickle, which is not read. Load it with peft and save_pretrained it "
+                f"again, which writes {TENSORS}."
+            )
+        prefix = ROWS_PREFIX if config.of("peft_type", str, "") in PROMPTS else PREFIX
+        modules: dict[tuple[str, int], dict[str, Tensor]] = {}
+        stored: dict[str, Tensor] = {}
+        rows = None
+        for key, value in sorted(read_tensors(path).items()):
+            name = key.removeprefix(prefix)
+            found = KEY.fullmatch(name)
+            if found is not None:
+                place = found["path"], found["wraps"].count("base_layer")
+                modules.setdefault(place, {})[LEAVES[found["leaf"]]] = value
+            elif name == ROWS:
+                rows = value
+            else:
+                stored[name.replace(".base_layer.", ".")] = value
+        return cls(modules, stored, rows)
+
+    def of(self, place: tuple[str, int], leaf: str, config: PeftConfig) -> Tensor:
+        """One tensor at a module.
+
+        Raises:
+            AdapterError: it is missing.
+        """
+        if leaf not in self.modules[place]:
+            raise AdapterError(f"{config.directory}: {place[0]} has no {leaf}, but {', '.join(self.modules[place])}.")
+        return self.modules[place][leaf]

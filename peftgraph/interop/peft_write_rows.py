@@ -1,0 +1,104 @@
+"""Prefixes, prompts and LLaMA-Adapters as peft spells them: the rows themselves, whatever made them in training."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+
+from peftgraph.errors import AdapterError
+from peftgraph.interop.peft_tensors import PREFIX, ROWS
+from peftgraph.interop.written import Places, Written
+from peftgraph.ir.program import ProgramData
+from peftgraph.sites import Site, Sites
+
+ADAPTED = ("Llama", "Mistral")  # the families that peft puts LLaMA-Adapter into as the paper does
+
+
+def write_prefix(program: ProgramData, sites: Sites, places: Places) -> Written:
+    """A prefix of every layer of one stack, (L, 2 N G F).
+
+    Raises:
+        AdapterError: peft's format has no such prefix.
+    """
+    method, cores = places[0][0], list(sites.select("attention.core"))
+    found = {site.id: tensors for _, site, tensors in places}
+    one_stack = [site.layer for site in cores] == list(range(len(cores)))
+    if len(places) != len(cores) or found.keys() != {site.id for site in cores} or not one_stack:
+        raise _refused(method, places[0][1], "its prefix stands once in every attention of one stack of layers")
+    rows = [found[site.id][name] for site in cores for name in ("prefix_k", "prefix_v")]
+    if len({row.shape for row in rows}) > 1:
+        raise _refused(method, places[0][1], "its keys and values have the same width in every layer")
+    warnings.warn(
+        f"peft counts the positions of tokens from the prefix's length on: its answers are those of this program with "
+        f"position_ids that start at {method.length}.",
+        stacklevel=5,
+    )
+    options = {
+        "peft_type": "PREFIX_TUNING",
+        "num_virtual_tokens": method.length,
+        "num_layers": len(cores),
+        "num_attention_heads": _heads(sites, "attention.k"),
+        "token_dim": rows[0].shape[1],
+        "num_transformer_submodules": 1,
+    }
+    return Written(options, {ROWS: torch.cat(rows, 1)})
+
+
+def write_prompt(program: ProgramData, sites: Sites, places: Places) -> Written:
+    """A prompt, (L, D).
+
+    Raises:
+        AdapterError: peft's format has no such prompt.
+    """
+    method, site, tensors = places[0]
+    if len(places) > 1 or (site.stack == "decoder" and len(sites.select("embedding")) > 1):
+        raise _refused(method, places[-1][1], "its prompt stands at one embedding, an encoder's where there is one")
+    if getattr(method, "place", "front") != "front" or getattr(method, "token", None) is not None:
+        raise _refused(method, site, "its rows stand in front of all tokens")
+    rows = tensors["prompt"]
+    options = {
+        "peft_type": "PROMPT_TUNING",
+        "num_virtual_tokens": method.length,
+        "num_layers": sites.layers,
+        "num_attention_heads": _heads(sites, "attention.q"),
+        "token_dim": rows.shape[1],
+        "num_transformer_submodules": 1,
+    }
+    return Written(options, {ROWS: rows})
+
+
+def write_adaption(program: ProgramData, sites: Sites, places: Places) -> Written:
+    """LLaMA-Adapter in the upper layers; a gate that is squashed is written as what it lets through.
+
+    Raises:
+        AdapterError: peft's format has no such rows.
+    """
+    method = places[0][0]
+    cores = list(sites.select("attention.core"))[-len(places) :]
+    if not program.model.startswith(ADAPTED) or method.gate != "layer":
+        raise _refused(method, places[0][1], f"it has one gate a layer, in {' and '.join(ADAPTED)} models")
+    if {site.id for site in cores} != {site.id for _, site, _ in places}:
+        raise _refused(method, places[0][1], "it stands once in each of the uppermost layers")
+    written = {}
+    for _, site, tensors in places:
+        gate = torch.tanh(tensors["gate"]) if method.tanh else tensors["gate"]
+        written[f"{PREFIX}{site.path}.adaption_prompt"] = tensors["prefix"].unsqueeze(0)
+        written[f"{PREFIX}{site.path}.adaption_gate"] = gate
+    options = {
+        "peft_type": "ADAPTION_PROMPT",
+        "adapter_len": method.length,
+        "adapter_layers": len(places),
+        "target_modules": places[0][1].path.rpartition(".")[2],
+    }
+    return Written(options, written)
+
+
+def _heads(sites: Sites, role: str) -> int:
+    """How many heads of queries or keys there are; rows of a prompt are not cut by it."""
+    return next((site.heads for site in sites.select(role) if site.heads), 1)
+
+
+def _refused(method: Any, site: Site, reason: str) -> AdapterError:
+    return AdapterError(f"{method} at {site} cannot be written for peft: {reason}.")

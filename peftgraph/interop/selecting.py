@@ -1,0 +1,76 @@
+"""Sites by the stored tensors they own, and a selector that means a given set of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import reduce
+from operator import or_
+from pathlib import Path
+
+from peftgraph.errors import AdapterError
+from peftgraph.ir.program import ProgramData
+from peftgraph.rewrite.views import weight_view
+from peftgraph.sites import Selector, Site, Sites
+from peftgraph.sites.select import WORDS, Role
+
+
+def owners(sites: Sites, parameter: str) -> list[Site]:
+    """The sites that multiply by a stored weight; several where it is fused, or used more than once."""
+    roles = [role for role in WORDS if role != "ffn.hidden"]
+    return [site for site in sites if site.weight and site.weight.parameter == parameter and site.role in roles]
+
+
+def covered(found: Sequence[Site], features: int) -> bool:
+    """Whether the sites of one weight own each of its output features, at every use."""
+    by_use: dict[str, list[int]] = {}
+    for site in found:
+        view = weight_view(site)
+        window = range(features) if view is None or view.window is None else view.window
+        by_use.setdefault(site.op, []).extend(window)
+    return bool(found) and all(sorted(columns) == list(range(features)) for columns in by_use.values())
+
+
+def adapted_sites(program: ProgramData, sites: Sites, parameter: str, directory: Path) -> list[Site]:
+    """The sites that own the features of a weight that an adapter's directory adapts as a whole.
+
+    Raises:
+        AdapterError: there are none, or they do not own all of them.
+    """
+    found = owners(sites, parameter)
+    if not found:
+        known = "is no weight of this model" if parameter not in program.table else "is no site"
+        raise AdapterError(
+            f"{directory} adapts {parameter.removesuffix('.weight')}, which {known}. program.sites lists the sites; "
+            "program.sites.unmatched says why a projection is none."
+        )
+    stored = program.table[parameter].tensor
+    view = weight_view(found[0])
+    assert view is not None
+    features = replace(view, window=None).shape(stored)[-2]
+    if not covered(found, features):
+        owned = ", ".join(f"{site.id} ({site.columns})" for site in found)
+        raise AdapterError(
+            f"{directory} adapts all {features} features of {parameter}, of which sites own only those of {owned}."
+        )
+    return found
+
+
+def selector_of(sites: Sites, chosen: Iterable[Site]) -> Selector:
+    """A selector that means `chosen` and nothing else: by their roles, narrowed by their paths where these say more."""
+    wanted = list(dict.fromkeys(chosen))
+    roles = [Role(role) for role in sorted({site.role for site in wanted}, key=WORDS.index)]
+    anywhere: Selector = reduce(or_, roles)
+    paths = list(dict.fromkeys(re.escape(site.path) for site in wanted))
+    by_layer = list(dict.fromkeys(re.sub(r"(?<![^.])\d+(?=\\\.|$)", r"\\d+", path) for path in paths))
+    candidates: list[Selector] = [anywhere, *(anywhere.where(path="|".join(some)) for some in (by_layer, paths))]
+    one_by_one = [
+        role.where(path="|".join(dict.fromkeys(re.escape(site.path) for site in wanted if site.role == role.name)))
+        for role in roles
+    ]
+    candidates.append(reduce(or_, one_by_one))
+    for one in candidates:
+        if set(sites.select(one)) == set(wanted):
+            return one
+    raise AssertionError(f"no selector means {[site.id for site in wanted]} alone")
