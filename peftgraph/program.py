@@ -16,7 +16,7 @@ from peftgraph.fold import fold as _fold
 from peftgraph.fold.proof import Proof
 from peftgraph.interop import adapter_files, write_back
 from peftgraph.interop.formats import load_directory
-from peftgraph.interop.peft_write import save_peft
+from peftgraph.interop.peft.write import save_peft
 from peftgraph.ir.program import ProgramData
 from peftgraph.ir.text import assign_labels, print_diff, print_program, size_names
 from peftgraph.ir.verify import verify

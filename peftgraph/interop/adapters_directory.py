@@ -19,8 +19,8 @@ from torch import Tensor
 from peftgraph.errors import AdapterError
 from peftgraph.interop.documents import read_json, read_tensors
 from peftgraph.interop.filling import Filled, Key, fill, renamed
-from peftgraph.interop.peft_config import CONFIG
-from peftgraph.interop.peft_scales import warn_of_places
+from peftgraph.interop.peft.config import CONFIG
+from peftgraph.interop.peft.scales import warn_of_places
 from peftgraph.interop.selecting import adapted_sites, selector_of
 from peftgraph.ir.program import ProgramData
 from peftgraph.rewrite.method import find_pass

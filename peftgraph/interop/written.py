@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from peftgraph.interop.peft_config import ends_with
+from peftgraph.interop.peft.config import ends_with
 from peftgraph.ir.program import ProgramData
 from peftgraph.sites import Site
 

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from peftgraph.errors import AdapterError
 from peftgraph.interop.filling import Filled, Key
-from peftgraph.interop.peft_config import CONFIG, PeftConfig
-from peftgraph.interop.peft_tensors import PeftTensors
+from peftgraph.interop.peft.config import CONFIG, PeftConfig
+from peftgraph.interop.peft.tensors import PeftTensors
 from peftgraph.interop.selecting import adapted_sites, selector_of
 from peftgraph.ir.program import ProgramData
 from peftgraph.rewrite.method import find_pass

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from peftgraph.errors import AdapterError
-from peftgraph.interop.peft_tensors import PREFIX
+from peftgraph.interop.peft.tensors import PREFIX
 from peftgraph.interop.selecting import owners
 from peftgraph.interop.written import Places, Written, modules_of, targets
 from peftgraph.ir.program import ProgramData

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from peftgraph.errors import AdapterError
 from peftgraph.interop.documents import read_tensors
-from peftgraph.interop.peft_config import PROMPTS, TENSORS, PeftConfig
+from peftgraph.interop.peft.config import PROMPTS, TENSORS, PeftConfig
 
 PREFIX = "base_model.model."
 ROWS_PREFIX = "base_model."  # where a prompt or a prefix leaves the model itself alone

@@ -9,12 +9,12 @@ from typing import TypeVar
 
 from peftgraph.errors import AdapterError
 from peftgraph.interop.filling import Filled, fill, renamed
-from peftgraph.interop.peft_config import PeftConfig
-from peftgraph.interop.peft_low_rank import low_rank_parts
-from peftgraph.interop.peft_rows import adaption_parts, prefix_parts, prompt_parts, ptuning_parts
-from peftgraph.interop.peft_scales import scale_parts
-from peftgraph.interop.peft_stored import stored_parts
-from peftgraph.interop.peft_tensors import PeftTensors
+from peftgraph.interop.peft.config import PeftConfig
+from peftgraph.interop.peft.low_rank import low_rank_parts
+from peftgraph.interop.peft.rows import adaption_parts, prefix_parts, prompt_parts, ptuning_parts
+from peftgraph.interop.peft.scales import scale_parts
+from peftgraph.interop.peft.stored import stored_parts
+from peftgraph.interop.peft.tensors import PeftTensors
 from peftgraph.ir.program import ProgramData
 from peftgraph.sites import Sites
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from peftgraph.errors import AdapterError
 from peftgraph.interop.filling import Filled
-from peftgraph.interop.peft_config import PeftConfig
-from peftgraph.interop.peft_tensors import PeftTensors
+from peftgraph.interop.peft.config import PeftConfig
+from peftgraph.interop.peft.tensors import PeftTensors
 from peftgraph.interop.selecting import adapted_sites, selector_of
 from peftgraph.ir.program import ProgramData
 from peftgraph.rewrite.method import Pass, find_pass

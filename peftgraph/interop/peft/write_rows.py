@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from peftgraph.errors import AdapterError
-from peftgraph.interop.peft_tensors import PREFIX, ROWS
+from peftgraph.interop.peft.tensors import PREFIX, ROWS
 from peftgraph.interop.written import Places, Written
 from peftgraph.ir.program import ProgramData
 from peftgraph.sites import Site, Sites

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from peftgraph.errors import AdapterError
 from peftgraph.interop.adapter_files import check_can_save
-from peftgraph.interop.peft_config import CONFIG, TENSORS
-from peftgraph.interop.peft_tensors import PREFIX, ROWS, ROWS_PREFIX
-from peftgraph.interop.peft_write_low_rank import write_low_rank
-from peftgraph.interop.peft_write_rows import write_adaption, write_prefix, write_prompt
-from peftgraph.interop.peft_write_scales import write_scales
-from peftgraph.interop.peft_write_stored import trained_values, write_stored
+from peftgraph.interop.peft.config import CONFIG, TENSORS
+from peftgraph.interop.peft.tensors import PREFIX, ROWS, ROWS_PREFIX
+from peftgraph.interop.peft.write_low_rank import write_low_rank
+from peftgraph.interop.peft.write_rows import write_adaption, write_prefix, write_prompt
+from peftgraph.interop.peft.write_scales import write_scales
+from peftgraph.interop.peft.write_stored import trained_values, write_stored
 from peftgraph.interop.written import Places, Written
 from peftgraph.ir.files import whole_folder
 from peftgraph.ir.program import ProgramData

@@ -1,0 +1,1 @@
+"""Directories of huggingface/peft, read and written."""
