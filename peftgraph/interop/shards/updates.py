@@ -47,8 +47,8 @@ def stored_key(checkpoint: Checkpoint, names: Sequence[str], prefix: str) -> str
     if key is None:
         raise PeftGraphError(
             f"{checkpoint.folder} stores no {names[0]}, which the adapter changes: the model makes it of other tensors "
-            "when it is loaded, or not all weights are there. Such a model is merged in memory: --whole with an adapter "
-            "of this library, merge_and_unload with one of peft."
+            "when it is loaded, or not all weights are there. Such a model is merged in memory: --whole for an "
+            "adapter of this library, merge_and_unload for one of peft."
         )
     return key
 
