@@ -24,7 +24,9 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_there_are_exactly_two_set_up_commands() -> None:
-    commands = [line for line in README.read_text(encoding="utf-8").splitlines() if "pip install" in line]
+    commands = [
+        line for line in README.read_text(encoding="utf-8").splitlines() if line.startswith("    python -m venv")
+    ]
     assert len(commands) == 2
     assert "quickstart" in commands[0]
     assert "pytest" in commands[1]

@@ -93,7 +93,7 @@ def _overview(rows: list[str]) -> str:
     published = "\n".join(map(_published, sorted(ROWS, key=lambda row: (type(row.method).__name__, row.model))))
     return f"""# Methods
 
-Every method is one file of [passes/](../passes), has a page here, and works on any model whose parts are found.
+Every method is one file of [passes](api/passes.md), has a page here, and works on any model whose parts are found.
 
 ## On {MODEL}
 
