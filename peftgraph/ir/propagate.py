@@ -92,7 +92,7 @@ class Inference:
     def value_of(self, node: fx.Node) -> Any:
         """What `node` gives when its operands' recorded values go in."""
         if not _is_repeatable(node):
-            return self._run(node)
+            return self._of_recorded_size(node, self._run(node))
         key = (node.target, self.describe(node.args), self.describe(node.kwargs))
         if key not in self._known:
             self._known[key] = self._run(node)
@@ -103,6 +103,17 @@ class Inference:
         with self.mode, quiet_symbols(self.mode), enable_python_dispatcher():  # its kernels take symbolic sizes
             rule: Any = RULES.get(node.target, node.target)  # pyright: ignore[reportArgumentType, reportCallIssue]
             return rule(*args, **kwargs)
+
+    def _of_recorded_size(self, node: fx.Node, value: Any) -> Any:
+        """`value` with the sizes recorded before where they count values: what the exporter knows of such a count, it
+        knows of the symbol that it made for it."""
+        if not _sizes_by_values(node):
+            return value
+        known = node.meta["val"]
+        if not isinstance(value, Tensor) or not isinstance(known, Tensor) or value.dim() != known.dim():
+            return value
+        with self.mode, quiet_symbols(self.mode):
+            return torch.empty_strided(known.shape, known.stride(), dtype=value.dtype, device=value.device)
 
     def describe(self, value: Any) -> Hashable:
         """An argument as what the result can depend on; a type stands beside a number, for 1 == 1.0 == True."""
@@ -161,7 +172,7 @@ def is_recastable(nodes: Iterable[fx.Node]) -> bool:
 
 def _sizes_by_values(node: fx.Node) -> bool:
     varying = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.dynamic_output_shape in node.target.tags
-    return varying and bool(free_unbacked_symbols(node.meta["val"]))
+    return varying and "val" in node.meta and bool(free_unbacked_symbols(node.meta["val"]))
 
 
 def recast(nodes: Iterable[fx.Node], mode: FakeTensorMode, old: torch.dtype, new: torch.dtype) -> None:

@@ -7,14 +7,12 @@ from literals that are meant.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from peftgraph.errors import TraceError
 from peftgraph.ir.builder import number
@@ -22,10 +20,11 @@ from peftgraph.ir.literals import mark, retarget
 from peftgraph.ir.program import ProgramData, Surrounding, calls, stored
 from peftgraph.ir.propagate import fake_like, fake_mode_of, is_recastable, propagate, recast
 from peftgraph.ir.run import run
-from peftgraph.ir.signature import Input, Signature
+from peftgraph.ir.signature import Signature
 from peftgraph.ir.table import Entry, Table
+from peftgraph.trace.calling import signature_of
 from peftgraph.trace.diagnose import explain, quiet
-from peftgraph.trace.example import Example, bind_call, bind_example
+from peftgraph.trace.example import Example, bind_call, bind_example, with_distinct_batch
 from peftgraph.trace.exporter import export_ghost, markers_of
 from peftgraph.trace.host import host_of
 from peftgraph.trace.inplace import out_of_place
@@ -54,8 +53,8 @@ def capture(
         TraceError: the model cannot be traced; the message names the line of its code and what to change.
     """
     table = _table_of(model)
-    bound = with_past(model, bind_example(model, example), table.dtype)
-    traced = _in_both_modes(model, bound, table, progress)
+    given = bind_example(model, example)
+    bound, traced = _with_best_batch(model, given, table, progress, lambda one: with_past(model, one, table.dtype))
     return replace(_program(type(model).__name__, traced, bound), host=host_of(model))
 
 
@@ -82,13 +81,36 @@ def capture_part(
     own = _table_of(part)
     if own.dtype != table.dtype:
         raise TraceError(f"{root} is {own.dtype} in a model that is {table.dtype}. Convert one of them first.")
-    bound = bind_call(part, seen[0].args, seen[0].kwargs)
-    traced = _in_both_modes(part, bound, own, progress)
+    given = bind_call(part, seen[0].args, seen[0].kwargs)
+    bound, traced = _with_best_batch(part, given, own, progress)
     serves(traced.signature, root, seen)
     constants = {name: entry for name, entry in traced.table.items() if entry.kind == "constant"}
     _prefix(traced.graph, root, constants)
     traced = replace(traced, table=table.with_(constants))
     return _program(type(model).__name__, traced, bound, Surrounding(around, root, outer.assumed))
+
+
+def _with_best_batch(
+    model: nn.Module,
+    given: Example,
+    table: Table,
+    progress: Progress,
+    completed: Callable[[Example], Example] = lambda one: one,
+) -> tuple[Example, _Traced]:
+    """The example to trace with, and what comes of it: a batch that looks like no other size, or the example's own
+    where the model's code fixes the batch, as it does where it loops over the pictures of one."""
+    bound = completed(with_distinct_batch(given))
+    traced = _in_both_modes(model, bound, table, progress)
+    if _takes(traced.signature, given):
+        return bound, traced
+    bound = completed(given)
+    return bound, _in_both_modes(model, bound, table, progress)
+
+
+def _takes(signature: Signature, given: Example) -> bool:
+    sizes = {leaf.key: leaf.value.shape for leaf in given.leaves if isinstance(leaf.value, Tensor)}
+    fixed = [(spec.dims[0], sizes[spec.key][0]) for spec in signature.inputs if spec.dims and spec.key in sizes]
+    return all(isinstance(size, str) or size == own for size, own in fixed)
 
 
 def _prefix(graph: fx.Graph, root: str, constants: Mapping[str, Entry]) -> None:
@@ -164,7 +186,7 @@ def _trace(
         raise explain(model, error) from error
     used = {str(node.target) for node in stored(graph)}
     table = Table((name, entry) for name, entry in table.items() if entry.kind != "constant" or name in used)
-    signature = _signature(graph, exported.program, bound)
+    signature = signature_of(graph, exported.program, bound)
     out_of_place(graph)
     return _Traced(graph, table, signature, marker, exported.patched)
 
@@ -252,48 +274,3 @@ def _restore_dtype(graph: fx.Graph, table: Table, bound: Example, marker: torch.
             recast(calls(graph), mode, torch.bfloat16, torch.float32)
         else:
             propagate(calls(graph), mode)
-
-
-def _signature(graph: fx.Graph, exported: ExportedProgram, bound: Example) -> Signature:
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    leaves = [leaf for leaf in bound.leaves if isinstance(leaf.value, Tensor)]
-    parameters = bound.forward.parameters
-    symbols = _symbol_names(placeholders)
-    inputs = []
-    for node, leaf in zip(placeholders, leaves, strict=True):
-        dims = tuple(size if isinstance(size, int) else symbols[str(size)] for size in node.meta["val"].shape)
-        parameter = parameters.get(leaf.argument)
-        optional = parameter is None or parameter.default is not parameter.empty
-        fill = bound.fills.get(leaf.argument)
-        inputs.append(Input(node.name, leaf.key, leaf.argument, leaf.value.dtype, dims, optional, fill))
-        node.meta |= {"label": leaf.key, "fill": fill}
-    ranges = {}
-    for symbol, span in exported.range_constraints.items():
-        if str(symbol) in symbols:
-            high = int(span.upper) if span.upper.is_Integer and int(span.upper) < 2**31 else None
-            # A lower bound of 2 is how the exporter says "not specialised to 1"; the graph runs at 1 too.
-            ranges[symbols[str(symbol)]] = (1 if int(span.lower) <= 2 else int(span.lower), high)
-    constants = {leaf.key: leaf.value for leaf in bound.leaves if not isinstance(leaf.value, Tensor)}
-    spec = exported.call_spec.out_spec
-    assert spec is not None
-    keys = _output_keys(spec)
-    return Signature(bound.forward, tuple(inputs), constants, ranges, spec, keys, bound.assumed, bound.past)
-
-
-def _symbol_names(placeholders: Sequence[fx.Node]) -> dict[str, str]:
-    """Readable names for the symbols of the input shapes: B, B2, ... for first dimensions, else S, T, U"""
-    names: dict[str, str] = {}
-    batches = iter(["B", *(f"B{i}" for i in range(2, 1000))])
-    lengths = iter(["S", "T", "U", "V", "W", *(f"N{i}" for i in range(1000))])
-    for node in placeholders:
-        for axis, size in enumerate(node.meta["val"].shape):
-            if not isinstance(size, int) and str(size) not in names:
-                names[str(size)] = next(lengths if axis else batches)
-    return names
-
-
-def _output_keys(spec: pytree.TreeSpec) -> tuple[str, ...]:
-    leaves = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
-    paths = pytree.tree_flatten_with_path(leaves)[0]
-    keys = [pytree.keystr(path) for path, _ in paths]
-    return tuple(key.replace("['", ".").replace("']", "").removeprefix(".") or "output" for key in keys)

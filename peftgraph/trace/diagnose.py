@@ -11,11 +11,12 @@ import re
 import sysconfig
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import CodeType
 
+import sympy
 import torch
 from torch import fx, nn
 
@@ -42,6 +43,11 @@ ADVICE = (
         "The code leaves torch for NumPy, which no graph records. Write that line with torch operations.",
     ),
     (
+        r"cannot be solved using",
+        "The code only runs for lengths that several roundings (of strided convolutions, say) leave whole, which the "
+        'exporter cannot solve for. Trace a part of the model after them: pg.trace(model, example, root="...").',
+    ),
+    (
         r"in output, which is not a known type",
         "Return tensors, tuples, lists, dicts or a transformers ModelOutput; or register the class with "
         "torch.export.register_dataclass.",
@@ -54,7 +60,11 @@ OTHERWISE = (
     "Make that line work on tensors of symbolic size, or trace a part of the model without it: "
     'pg.trace(model, example, root="...").'
 )
-NOT_THE_MODEL = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent), "<")
+NOT_THE_MODEL = (
+    *(str(Path(str(package.__file__)).parent) for package in (torch, sympy)),
+    str(Path(__file__).parent.parent),
+    "<",
+)
 STANDARD_LIBRARY = sysconfig.get_path("stdlib")
 
 
@@ -64,7 +74,7 @@ def explain(model: nn.Module, error: BaseException) -> TraceError:
     advice = next((advice for pattern, advice in ADVICE if re.search(pattern, f"{reason}\n{error}")), OTHERWISE)
     places = _places(model, error)
     where = "" if not places else describe_place(places[0][0].co_filename, places[0][1], places[0][0].co_name)
-    off = rates(model, places)
+    off = rates(model, places) if advice == ADVICE[0][1] else ""
     advice = f"{off}, so that nothing is done at random there. Otherwise: {advice}" if off else advice
     return TraceError(f"{type(model).__name__} cannot be traced.\n{where}  why: {reason}\n  what to do: {advice}")
 
@@ -75,9 +85,9 @@ def describe_place(file: str, line: int, function: str = "") -> str:
     return f"  at {file}:{line}{inside}\n      {linecache.getline(file, line).strip()}\n"
 
 
-def place_of(graph: fx.Graph) -> str:
-    """The line of the model's code at which an exported graph starts, as `describe_place` has it; "" if unknown."""
-    for node in graph.nodes:
+def place_of(nodes: Iterable[fx.Node]) -> str:
+    """The line of the model's code at which these exported nodes start, as `describe_place` has it; "" if unknown."""
+    for node in nodes:
         frames = FRAME.findall(node.meta.get("stack_trace") or "")
         model = [frame for frame in frames if is_model_code(frame[0])]
         if model:

@@ -1,4 +1,4 @@
-"""Example inputs: bound to the model's signature, cloned, with a batch that looks like no other size."""
+"""Example inputs: bound to the model's signature and cloned; a batch that looks like no other size."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def bind_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     bound = Example(forward, arguments, _leaves(arguments), assumed)
     if not bound.tensors:
         raise TraceError("The example holds no tensor. Pass a dict of keyword inputs or a tuple of positional ones.")
-    return _with_distinct_batch(bound)
+    return bound
 
 
 def _split(
@@ -137,7 +137,7 @@ def _leaves(arguments: Mapping[str, Any]) -> tuple[Leaf, ...]:
     )
 
 
-def _with_distinct_batch(example: Example) -> Example:
+def with_distinct_batch(example: Example) -> Example:
     """Repeats or cuts the batch to a size that no other dimension has.
 
     A batch of one would be specialised; a batch equal to the length would make two axes look alike. Only when

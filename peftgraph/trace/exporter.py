@@ -20,7 +20,7 @@ from peftgraph.trace.diagnose import explain, quiet
 from peftgraph.trace.example import Example
 from peftgraph.trace.functions import Call, functions_kept
 from peftgraph.trace.ghost import ghost_arguments, ghost_of
-from peftgraph.trace.patches import library_patches
+from peftgraph.trace.patches import library_patches, masks_broadcast
 from peftgraph.trace.progress import Progress, layers_told
 
 # bfloat16 shows which literals follow and promotes as low precision does; a model with an operation that has
@@ -85,7 +85,7 @@ def export_ghost(
                 with patches():
                     exported = _export(model, bound, own, training, marker, progress)
                 if marker in (own, None) or len(markers) == 1 or not _rounded(exported):
-                    return replace(exported, patched=patches is not nullcontext)
+                    return replace(exported, patched=exported.patched or patches is not nullcontext)
             except PeftGraphError:
                 raise
             except Exception as error:  # whatever an exporter or a model's code raises is explained to the user
@@ -109,9 +109,10 @@ def _export(
         return dict.fromkeys(range(value.dim()), Dim.AUTO) if isinstance(value, Tensor) else None
 
     shapes = {name: pytree.tree_map(dynamic, value) for name, value in arguments.items()}
-    with quiet(), functions_kept() as recording, layers_told(ghost, "exporting", progress):
-        program = torch.export.export(ghost, (), arguments, dynamic_shapes=shapes, strict=False)
-    return Exported(program, recording.calls, marker)
+    with quiet(), functions_kept() as recording, masks_broadcast() as broadcast:
+        with layers_told(ghost, "exporting", progress):
+            program = torch.export.export(ghost, (), arguments, dynamic_shapes=shapes, strict=False)
+        return Exported(program, recording.calls, marker, broadcast())
 
 
 def _rounded(exported: Exported) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import dropwhile
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ DROPPED = {
     aten.sym_constrain_range_for_size.default,
     aten.sym_constrain_range.default,
 }
+VMAP = "torch._functorch.predispatch"  # the module of the calls that enter and leave vmap
 # Operators that run a sub-graph: name -> how many arguments stand before it.
 WRAPPERS = {
     "wrap_with_set_grad_enabled": 1,
@@ -126,6 +128,12 @@ class _Normaliser:
         name = getattr(node.target, "__name__", "")
         if name in WRAPPERS:
             return self._inline_call(node, name, env)
+        if getattr(node.target, "__module__", "") == VMAP:
+            place = place_of(dropwhile(lambda one: one is not node, node.graph.nodes))
+            raise TraceError(
+                "The model runs a part of itself under torch.vmap, whose levels are no part of a graph.\n"
+                f"{place}  what to do: Write it with a batch dimension of its own."
+            )
         if node.target is torch.ops.higher_order.cond:
             raise TraceError("The model branches with torch.cond, which passes cannot rewrite yet.")
         if name == "getitem" and isinstance(node.args[0], fx.Node):
@@ -141,7 +149,7 @@ class _Normaliser:
         if name == "wrap_with_autocast" and options[2]:
             raise TraceError(
                 f"The model runs a part of itself under torch.autocast({options[0]!r}, {options[1]}), whose "
-                f"casts are no part of a graph.\n{place_of(body.graph)}"
+                f"casts are no part of a graph.\n{place_of(body.graph.nodes)}"
                 "  what to do: Write the casts out with .to(dtype), or trace that part without autocast."
             )
         inner = [inner for inner in body.graph.nodes if inner.op == "placeholder"]

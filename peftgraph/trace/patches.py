@@ -1,18 +1,23 @@
-"""A second try for transformers' own models: the patches under which the library exports them.
+"""Pieces of transformers that a graph cannot hold, and their forms that it can.
 
 Some of its models loop over the values of a tensor (packed images of several sizes); the library has forms of these
-pieces that can be exported. A model that is exported as it stands is never patched.
+pieces that can be exported, for a second try. Some masks are made by `torch.vmap`; they are made by broadcasting. A
+model that is exported as it stands is never patched, and one that is not is compared with its own code.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import _trace_wrapped_higher_order_op as indexing
 from torch.utils import _pytree as pytree
 
 from peftgraph.trace.example import Example
@@ -31,6 +36,30 @@ def library_patches(model: nn.Module) -> Patches | None:
     except ImportError:
         return None
     return partial(exporters.apply_patches, "dynamo")
+
+
+@contextmanager
+def masks_broadcast() -> Iterator[Callable[[], bool]]:
+    """Has the masks of custom functions made by broadcasting their indices, instead of under vmap, whose levels an
+    exported graph loses. Gives a function that tells whether a mask was."""
+    masking: Any = sys.modules.get("transformers.masking_utils")
+    made: list[Callable[..., Tensor]] = []
+
+    def expansion(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def mask(*indices: Tensor) -> Tensor:
+            made.append(function)
+            grid = torch.meshgrid(*indices, indexing="ij")
+            return function(*grid).expand(grid[0].shape)
+
+        return mask
+
+    if not hasattr(masking, "_vmap_expansion_sdpa"):
+        yield lambda: False
+        return
+    # Inside a mask's function, x[i] is a call that keeps itself out of graphs; it is the plain operator.
+    plain = patch.object(indexing, "mod_index", torch.ops.aten.index)
+    with plain, patch.object(masking, "_vmap_expansion_sdpa", expansion):
+        yield lambda: bool(made)
 
 
 def difference(model: nn.Module, example: Example, outputs: Sequence[Tensor]) -> str | None:

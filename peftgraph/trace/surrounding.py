@@ -12,7 +12,7 @@ from torch import nn
 
 from peftgraph.errors import CallError, TraceError
 from peftgraph.ir.signature import Signature
-from peftgraph.trace.example import Example, bind_example
+from peftgraph.trace.example import Example, bind_example, with_distinct_batch
 
 
 @dataclass(frozen=True)
@@ -103,5 +103,5 @@ def bound_calls(model: nn.Module, root: str, example: Any) -> tuple[nn.Module, E
     """A frozen copy of `model`, the example bound to its signature, and the calls that `root` gets from it."""
     part_of(model, root)
     around = frozen_copy(model)
-    bound = bind_example(around, example)
+    bound = with_distinct_batch(bind_example(around, example))
     return around, bound, calls_of(around, root, bound)
