@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from .entry import Expected, Part, Truth
 from .fused import fused, gated, latent, queries
@@ -55,7 +56,8 @@ NO_ATTENTION = re.compile(
 LEARNED_QUERIES = re.compile(r"head\.attention|MultiheadAttention$|AttentionPool|Perceiver|Resampler|Latent")
 TWICE = re.compile(r"DiffLlama|ProphetNetNgram|Lilt")  # two attentions in one module
 UNTOLD = re.compile(r"Zaya|DabDetr")  # projections that several modules hold, under names of their own
-NO_FEEDFORWARD = re.compile(r"norm")  # small networks that modulate a norm
+# Small networks that modulate a norm, and those that take one model's width to another's, outside of any block.
+NO_FEEDFORWARD = re.compile(r"norm|projector|aligner|connector")
 NO_LAYERS = re.compile(r"Funnel|MobileViT")  # one stack in several lists
 CROSS = re.compile(r"cross|encoder_attn|encdec|encoder_attention|enc_attn", re.IGNORECASE)
 
@@ -66,7 +68,7 @@ def truth(model: nn.Module, example: Mapping[str, Any]) -> Truth:
 
 
 def calls(model: nn.Module, example: Mapping[str, Any]) -> Counter[str]:
-    """How often one forward of `model` calls each of its modules, by path."""
+    """How often one forward of `model` calls each of its modules, by path; not those whose results it throws away."""
     counts: Counter[str] = Counter()
     modules = {module: name for name, module in model.named_modules()}
 
@@ -77,13 +79,31 @@ def calls(model: nn.Module, example: Mapping[str, Any]) -> Counter[str]:
     state = model.training
     model.eval()
     try:
-        with torch.no_grad():
-            model(**example)
+        leaves = [one for one in pytree.tree_leaves(model(**example)) if isinstance(one, torch.Tensor)]
     finally:
         model.train(state)
         for hook in hooks:
             hook.remove()
-    return counts
+    read = _read(model, [one for one in leaves if one.requires_grad])
+    return Counter({path: count for path, count in counts.items() if read is None or path in read})
+
+
+def _read(model: nn.Module, outputs: Sequence[torch.Tensor]) -> set[str] | None:
+    """The modules of which the outputs depend on a parameter; None where gradients cannot tell."""
+    named = [(name, one) for name, one in model.named_parameters(remove_duplicate=False) if one.requires_grad]
+    if not outputs or not named:
+        return None
+    total = sum((one.sum() for one in outputs if not one.is_complex()), torch.zeros(()))
+    if not total.requires_grad:
+        return None
+    slopes = torch.autograd.grad(total, [one for _, one in named], allow_unused=True)
+    dead = {name for (name, _), slope in zip(named, slopes, strict=True) if slope is None}
+    alive = {name for name, _ in named} - dead
+    return {path for path, _ in model.named_modules() if _any_in(alive, path) or not _any_in(dead, path)}
+
+
+def _any_in(names: set[str], path: str) -> bool:
+    return any(not path or name.startswith(f"{path}.") for name in names)
 
 
 class Reader:
@@ -135,7 +155,7 @@ class Reader:
 
     def feedforwards(self) -> Iterator[Expected]:
         for path in self.modules:
-            parts = [] if NO_FEEDFORWARD.search(path.rpartition(".")[0].rpartition(".")[2]) else self._feedforward(path)
+            parts = [] if any(map(NO_FEEDFORWARD.search, path.split(".")[-2:])) else self._feedforward(path)
             if parts and self._runs(path, parts[0].parameter) and not {part.parameter for part in parts} & self.taken:
                 self.taken |= {part.parameter for part in parts}
                 layer = self.layer(path)
