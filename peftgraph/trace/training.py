@@ -11,6 +11,7 @@ import random
 import sys
 import traceback
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -50,14 +51,37 @@ def modes_agree(model: nn.Module, example: Example) -> bool:
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     ghost = ghost_of(model, mode, torch.float32, torch.float32)
-    recorders = [_Recorder(), _Recorder()]
-    for recorder, training in zip(recorders, (True, False), strict=True):
+    found: list[list[Step]] = []
+    for training in (True, False):
+        recorder = _Recorder()
         complete = _runs(ghost.train(training), example, mode, recorder)
         if recorder.drawn:
-            raise _frozen(model, recorder.drawn)
+            extremes = _at_extremes(ghost, example, mode)
+            if extremes is None:
+                raise _frozen(model, recorder.drawn)
+            recorder, complete = extremes, True
         if not complete:
             return False
-    return recorders[0].steps == recorders[1].steps
+        found.append(recorder.steps)
+    return found[0] == found[1]
+
+
+def _at_extremes(ghost: nn.Module, example: Example, mode: FakeTensorMode) -> _Recorder | None:
+    """A call whose operations are the same whatever `random.random` and `random.uniform` draw, as they are where what
+    is drawn is compared with a rate of 0; None where they are not, or other numbers are drawn."""
+    recorders: list[_Recorder] = []
+    for part in (0.0, 1.0 - 2.0**-53):
+        recorder = _Recorder()
+        with (
+            patch.object(random, "random", lambda part=part: part),
+            patch.object(random, "uniform", lambda a, b, part=part: a + (b - a) * part),
+        ):
+            complete = _runs(ghost, example, mode, recorder)
+        if recorder.drawn or not complete:
+            return None
+        recorders.append(recorder)
+    low, high = recorders
+    return low if (low.steps, low.rates) == (high.steps, high.rates) else None
 
 
 def _runs(ghost: nn.Module, example: Example, mode: FakeTensorMode, recorder: _Recorder) -> bool:
@@ -81,6 +105,7 @@ class _Recorder(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.steps: list[Step] = []
+        self.rates: list[float] = []  # literals of operations that follow the mode
         self.drawn: list[Place] = []
         self._before = _state()
         self._numbers: dict[int, int] = {}
@@ -102,6 +127,8 @@ class _Recorder(TorchFunctionMode):
         if counted:
             self.record(name, (args, kwargs or {}))
         result = func(*args, **(kwargs or {}))
+        if name in FOLLOWED | SWITCHED:
+            self.rates += [one for one in pytree.tree_leaves((args, kwargs)) if isinstance(one, float)]
         if name in FOLLOWED:
             self._numbers[id(result)] = self._number(args[0])
             self._alive.append(result)

@@ -67,6 +67,15 @@ def test_a_batch_of_one_is_not_specialised() -> None:
     assert torch.equal(net(X), model.requires_grad_(False)(X))
 
 
+def test_a_batch_that_the_code_fixes_is_that_of_the_example() -> None:
+    class Loops(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:  # 3 x 3 x 6: another axis is as long as the batch
+            return torch.cat([torch.linalg.vector_norm(super(Loops, self).forward(one)).reshape(1) for one in input])
+
+    program = check(Loops(6, 5), torch.randn(3, 3, 6))
+    assert "[3, S, 6]" in program.signature.describe()
+
+
 def test_the_example_is_not_written() -> None:
     before = X.clone()
     check(nn.Sequential(nn.Linear(6, 5), nn.ReLU(inplace=True)), X)
@@ -303,6 +312,20 @@ def test_tensors_that_become_numbers_and_sizes() -> None:
 
     program = check(Values(), X)
     assert program.module()(X[:1]).shape[0] == int((X[:1, :, 0] > 0).sum())
+
+
+def test_what_is_known_of_a_count_of_values_stays_known() -> None:
+    class Chosen(nn.Linear):
+        def forward(self, input: Tensor, kept: Tensor) -> Tensor:
+            rows = super().forward(input)[kept]
+            torch._check(rows.shape[0] > 0)
+            return rows.transpose(1, 2).reshape(rows.shape[0], -1, 5, 7).mean(0)
+
+    kept = torch.tensor([True, False, True])
+    program = check(Chosen(6, 5), X, kept)
+    net, model = program.module(), Chosen(6, 5)
+    model.load_state_dict(net.state_dict())
+    assert torch.equal(net(X, ~kept), model(X, ~kept))
 
 
 def test_module_state_is_not_touched() -> None:

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+from transformers import masking_utils
 
 import peftgraph as pg
 from peftgraph.trace.example import bind_example
@@ -56,3 +58,23 @@ def test_a_patched_form_that_gives_other_values_is_told_from_the_model() -> None
 def test_only_the_librarys_own_models_are_patched() -> None:
     assert library_patches(nn.Linear(2, 2)) is None
     assert library_patches(packed_images()[0]) is not None
+
+
+class Masked(nn.Linear):
+    """Rows summed under a mask of pairs, which the library's own function makes under vmap."""
+
+    def forward(self, input: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
+        batch, length = padding.shape
+        function = masking_utils._vmap_expansion_sdpa(lambda b, h, q, k: (k <= q) & (padding[b, k] > 0))
+        with TransformGetItemToIndex():
+            mask = function(*(torch.arange(size) for size in (batch, 1, length, length)))
+        return mask[:, 0].to(input.dtype) @ super().forward(input)
+
+
+def test_a_mask_made_under_vmap_is_broadcast() -> None:
+    model = Masked(6, 5).requires_grad_(False)
+    program = pg.trace(model, {"input": torch.ones(3, 7, 6), "padding": torch.ones(3, 7, dtype=torch.long)})
+    assert not any("vmap" in str(node.target) or "batch_dim" in str(node.target) for node in program.graph.nodes)
+    padding = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]])
+    x = torch.randn(2, 4, 6)
+    assert torch.equal(program.module()(x, padding), model(x, padding))

@@ -72,6 +72,25 @@ class NumpyNoise(nn.Linear):
         return y * float(np.random.rand())  # here
 
 
+class PythonLayerDrop(nn.Linear):
+    rate = 0.1
+
+    def forward(self, input: Tensor) -> Tensor:
+        skipped = random.uniform(0, 1) < self.rate
+        y = super().forward(input)  # here
+        return torch.ones_like(y) if self.training and skipped else y
+
+
+class PythonRate(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.dropout(super().forward(input), random.random(), self.training)  # here
+
+
+class Mapped(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.vmap(lambda row: row / row.sum())(super().forward(input))  # here
+
+
 REFUSED = [
     (Branch, "data-dependent", "torch.where"),
     (Number, "data-dependent", "torch.where"),
@@ -81,6 +100,8 @@ REFUSED = [
     (LayerDrop, "data-dependent", "Set config.stack_layerdrop (0.1) to 0, so that nothing is done at random"),
     (PythonNoise, "draws random numbers with Python or NumPy", "draw them with torch"),
     (NumpyNoise, "draws random numbers with Python or NumPy", "draw them with torch"),
+    (PythonLayerDrop, "draws random numbers with Python or NumPy", "draw them with torch"),
+    (PythonRate, "draws random numbers with Python or NumPy", "draw them with torch"),
 ]
 
 
@@ -96,6 +117,23 @@ def test_the_line_the_reason_and_the_advice(cls: Any, why: str, advice: str) -> 
     assert lines[offset].strip() in message
     assert re.search(f"why: .*({why})", message)
     assert re.search(f"what to do: .*{re.escape(advice)}", message)
+
+
+def test_numbers_of_python_that_decide_nothing_are_no_reason() -> None:
+    layer = PythonLayerDrop(6, 5)
+    layer.rate = 0.0
+    program = pg.trace(layer, X)
+    layer.requires_grad_(False)
+    for training in (True, False):
+        assert torch.equal(program.module().train(training)(X), layer.train(training)(X))
+
+
+def test_a_part_under_vmap() -> None:
+    with pytest.raises(pg.TraceError) as caught:
+        pg.trace(Mapped(6, 5), X)
+    line = next(i for i, text in enumerate(inspect.getsourcelines(Mapped)[0]) if "# here" in text)
+    assert f"at {__file__}:{inspect.getsourcelines(Mapped)[1] + line}" in str(caught.value)
+    assert "under torch.vmap" in str(caught.value)
 
 
 def test_refusals_print_nothing(capfd: pytest.CaptureFixture[str]) -> None:
