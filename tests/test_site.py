@@ -16,6 +16,8 @@ FENCE = re.compile(r"^```.*?^```$", flags=re.DOTALL | re.MULTILINE)
 CODE = re.compile(r"`[^`\n]*`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ +(.*)$", flags=re.MULTILINE)
+# A public name that is a module's too, and where the reference finds what is meant.
+ELSEWHERE = {"peftgraph.facade.attention": "peftgraph.sites.select.attention"}
 PUBLIC = re.compile(r"^from \S+ import \w+ as (\w+)$", flags=re.MULTILINE)
 
 
@@ -77,7 +79,7 @@ def test_the_reference_has_every_public_name(source: str, page: str, prefix: str
     names = PUBLIC.findall((ROOT / source).read_text(encoding="utf-8"))
     assert names
     listed = re.findall(r"^::: (\S+)$", (DOCS / "api" / f"{page}.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
-    assert sorted(listed) == sorted(prefix + name for name in names)
+    assert sorted(listed) == sorted(ELSEWHERE.get(prefix + name, prefix + name) for name in names)
 
 
 def test_nothing_is_fetched_by_a_reader() -> None:
