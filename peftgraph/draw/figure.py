@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from peftgraph.sites.listing import ranges
+
 from .columns import GAP, NARROW, WIDTH, Column, Drawn, attention, drawn, feedforward, norms, other
-from .parts import Block, Group, Outline, Part, Stack, Sublayer, ranges, skeleton
+from .parts import Block, Group, Outline, Part, Stack, Sublayer, skeleton
 from .shapes import Box, Circle, Shape, Words, mirrored, moved, wire
 from .svg import svg
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal
+
+from peftgraph.sites.listing import ranges
 
 Slot = Literal["", "pre", "post", "sandwich", "latent", "inner", "q", "k", "v"]
 
@@ -208,22 +209,3 @@ def skeleton(block: Block) -> Block:
 def counted(number: int, noun: str) -> str:
     """Such as "1 layer" or "2 layers"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def ranges(numbers: Sequence[int], most: int = 4) -> str:
-    """Sorted numbers as ranges: "0-3, 6-9", "0, 2, ... 30" where they follow each other at one distance.
-
-    >>> ranges([0, 1, 2, 5]), ranges([1, 3, 5, 7, 9]), ranges([4])
-    ('0-2, 5', '1, 3, ... 9', '4')
-    """
-    steps = {b - a for a, b in itertools.pairwise(numbers)}
-    if len(numbers) > 3 and len(steps) == 1 and steps != {1}:
-        return f"{numbers[0]}, {numbers[1]}, ... {numbers[-1]}"
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    shown = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
-    return ", ".join(shown if len(shown) <= most else [*shown[: most - 2], "...", shown[-1]]).replace("..., ", "... ")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, overload
 
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from .unmatched import Unmatched
 
 Layout = Literal["pre", "post", "sandwich"]
-HEAD = ("role", "path", "layer", "stack", "kind", "columns", "shape")
 
 
 @dataclass(frozen=True)
@@ -289,22 +287,11 @@ class Sites(Sequence[Site]):
         return unmatched(self)
 
     def _repr_html_(self) -> str:
-        head, *rows = ("".join(f"<t{kind}>{escape(cell)}</t{kind}>" for cell in row)
-                       for kind, row in [("h", HEAD), *(("d", _row(site)) for site in self.items)])  # fmt: skip
-        body = "".join(f"<tr>{row}</tr>" for row in rows)
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        from .listing import as_html
+
+        return as_html(self.items)
 
     def __str__(self) -> str:
-        rows = [HEAD]
-        rows += [_row(site) for site in self.items]
-        widths = [max(len(row[i]) for row in rows) for i in range(7)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-        return "\n".join(line.rstrip() for line in lines)
+        from .listing import as_text
 
-
-def _row(site: Site) -> tuple[str, str, str, str, str, str, str]:
-    role = site.role if site.expert is None else f"{site.role}[expert {site.expert}]"
-    layer = "" if site.layer is None else str(site.layer)
-    shape = "" if site.shape is None else " x ".join(map(str, site.shape))
-    columns = "" if site.columns is None else str(site.columns)
-    return role, site.path, layer, site.stack or "", site.kind or "", columns, shape
+        return as_text(self.items)

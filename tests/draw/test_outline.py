@@ -10,7 +10,8 @@ from stacked import blocks, convolutions, outlined
 
 from peftgraph.draw import outline
 from peftgraph.draw import parts as parts_module
-from peftgraph.draw.parts import Part, Sublayer, ranges
+from peftgraph.draw.parts import Part, Sublayer
+from peftgraph.sites.listing import ranges
 
 
 def slots(one: Sublayer) -> list[str]:
