@@ -30,14 +30,14 @@ DROPOUTS = {
 # Where other operations carry training behaviour: operator -> (position, name, value under eval()).
 TRAINING_ARGUMENTS: dict[Callable[..., object], tuple[int, str, object]] = {
     aten.scaled_dot_product_attention.default: (4, "dropout_p", 0.0),
-    aten.batch_norm.default: (5, "training", False),
     aten.rrelu.default: (3, "training", False),
     aten.lstm.input: (6, "train", False),
     aten.gru.input: (6, "train", False),
     aten.rnn_tanh.input: (6, "train", False),
     aten.rnn_relu.input: (6, "train", False),
 }
-
+# Norms by the statistics of a batch: under eval() as well where they keep none (their fourth operand is None).
+BATCH_STATISTICS = {aten.batch_norm.default: "training", aten.instance_norm.default: "use_input_stats"}
 
 ROWS = 2  # the axis of keys and values of earlier calls along which there is one row a token
 
@@ -63,8 +63,8 @@ def evaluated(graph: fx.Graph) -> fx.Graph:
             assert isinstance(source, fx.Node)
             node.replace_all_uses_with(source)
             new.erase_node(node)
-        elif node.target is aten.instance_norm.default:
-            _set_argument(node, 5, "use_input_stats", node.args[3] is None)
+        elif node.target in BATCH_STATISTICS:
+            _set_argument(node, 5, BATCH_STATISTICS[node.target], node.args[3] is None)
         elif node.target in TRAINING_ARGUMENTS:
             _set_argument(node, *TRAINING_ARGUMENTS[node.target])
     drop_dead(new)

@@ -86,6 +86,12 @@ def bends(node: fx.Node) -> bool:
     return name(node) in NONLINEAR or not NONLINEAR.isdisjoint(node.meta.get("operators", ()))
 
 
+def is_softmax(node: fx.Node) -> bool:
+    """Is it a softmax, or an autograd function whose forward is made of one, and masks?"""
+    inside = node.meta.get("operators", frozenset[str]())
+    return name(node) in SOFTMAX or (not SOFTMAX.isdisjoint(inside) and CONTRACTION.isdisjoint(inside))
+
+
 def argument(node: fx.Node, position: int, keyword: str) -> object:
     """A call's argument, however it was passed; None where it was left out."""
     if len(node.args) > position:

@@ -29,7 +29,7 @@ def find_softmaxes(flow: Flow) -> Mapping[fx.Node, tuple[fx.Node, int | None]]:
     found = {
         node: (flow.operands(node)[0], _axis(node))
         for node in flow.nodes
-        if ops.name(node) in ops.SOFTMAX and flow.floating(node)
+        if ops.is_softmax(node) and flow.floating(node)
     }
     for match in Matcher(WRITTEN, flow, {}, {}).matches():
         reduction = match.nodes.get("total") or match.nodes["level"]
@@ -38,7 +38,8 @@ def find_softmaxes(flow: Flow) -> Mapping[fx.Node, tuple[fx.Node, int | None]]:
 
 
 def _axis(node: fx.Node) -> int | None:
-    axis = ops.argument(node, 1, "dim")
+    numbers = [one for one in node.args if isinstance(one, int) and not isinstance(one, bool)]
+    axis = numbers[0] if "operators" in node.meta and numbers else ops.argument(node, 1, "dim")
     if isinstance(axis, list | tuple) and len(axis) == 1:
         axis = axis[0]
     return axis if isinstance(axis, int) else None

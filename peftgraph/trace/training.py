@@ -10,6 +10,8 @@ import itertools
 import random
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -67,21 +69,34 @@ def modes_agree(model: nn.Module, example: Example) -> bool:
 
 
 def _at_extremes(ghost: nn.Module, example: Example, mode: FakeTensorMode) -> _Recorder | None:
-    """A call whose operations are the same whatever `random.random` and `random.uniform` draw, as they are where what
-    is drawn is compared with a rate of 0; None where they are not, or other numbers are drawn."""
+    """A call whose operations are the same whatever one number is drawn at a time, by Python or NumPy, as they are
+    where it is compared with a rate of 0; None where they are not, or numbers are drawn in another way."""
     recorders: list[_Recorder] = []
     for part in (0.0, 1.0 - 2.0**-53):
         recorder = _Recorder()
-        with (
-            patch.object(random, "random", lambda part=part: part),
-            patch.object(random, "uniform", lambda a, b, part=part: a + (b - a) * part),
-        ):
+        with _drawing(part):
             complete = _runs(ghost, example, mode, recorder)
         if recorder.drawn or not complete:
             return None
         recorders.append(recorder)
     low, high = recorders
     return low if (low.steps, low.rates) == (high.steps, high.rates) else None
+
+
+@contextmanager
+def _drawing(part: float) -> Iterator[None]:
+    """Has every single number between two ends drawn at the same place between them."""
+
+    def between(low: float = 0.0, high: float = 1.0) -> float:
+        return low + (high - low) * part
+
+    numpy: Any = sys.modules.get("numpy")
+    owners = [random] if numpy is None else [random, numpy.random]
+    with ExitStack() as stack:
+        for owner in owners:
+            stack.enter_context(patch.object(owner, "random", lambda: between()))
+            stack.enter_context(patch.object(owner, "uniform", between))
+        yield
 
 
 def _runs(ghost: nn.Module, example: Example, mode: FakeTensorMode, recorder: _Recorder) -> bool:

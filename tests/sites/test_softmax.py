@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import pytest
 import torch
@@ -50,11 +51,30 @@ def shared(z: Tensor) -> Tensor:
     return e / e.sum(-1, keepdim=True)
 
 
+class Masked(torch.autograd.Function):
+    """A softmax with a backward of its own, as DeBERTa's code once had it."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, mask: Tensor, axis: int) -> Tensor:
+        p = torch.softmax(z.masked_fill(mask, -1e9), axis).masked_fill(mask, 0)
+        ctx.save_for_backward(p)
+        return p
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
+        (p,) = ctx.saved_tensors
+        return p * (slope - (slope * p).sum(-1, keepdim=True)), None, None
+
+
+def kept(z: Tensor) -> Tensor:
+    return cast("Tensor", Masked.apply(z, z > 9, -1))
+
+
 def essence(sites: Sites) -> list[tuple[object, ...]]:
     return [(s.role, s.path, s.layer, s.kind, s.columns, s.weight) for s in sites if s.role != "bias"]
 
 
-@pytest.mark.parametrize("squash", [stable, clamped, logarithmic, shared])
+@pytest.mark.parametrize("squash", [stable, clamped, logarithmic, shared, kept])
 def test_written_out_or_not_the_sites_are_the_same(find: Find, squash: Callable[[Tensor], Tensor]) -> None:
     example = (torch.randn(3, 7, D),)
     found = essence(find(Block(squash), example))

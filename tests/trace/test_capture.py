@@ -372,6 +372,20 @@ def test_batch_norm_follows_the_mode() -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), build().buffers(), strict=True))
 
 
+def test_batch_norm_without_statistics_of_its_own_uses_the_batch_in_both_modes() -> None:
+    class Standardised(nn.Conv1d):
+        def forward(self, input: Tensor) -> Tensor:
+            weight = F.batch_norm(self.weight.reshape(1, 5, -1), None, None, training=True).reshape_as(self.weight)
+            return F.conv1d(input, weight, self.bias)
+
+    x = torch.randn(3, 6, 9)
+    plain = nn.Sequential(nn.Conv1d(6, 5, 1), nn.BatchNorm1d(5, track_running_stats=False))
+    for layer in (Standardised(6, 5, 1), plain):
+        net = pg.trace(layer.requires_grad_(False), x).module()
+        for training in (True, False):
+            assert torch.equal(net.train(training)(x), layer.train(training)(x))
+
+
 class Mixed(nn.Module):
     """A bfloat16 body with float32 norms."""
 

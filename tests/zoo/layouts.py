@@ -12,7 +12,7 @@ POST = re.compile(
     r"nezha|rembert|roformer|convbert|big_bird|bert-generation|xlm|flaubert|openai-gpt|bart|marian|fsmt|prophetnet|"
     r"blenderbot-small|wav2vec2|hubert|sew|unispeech|unispeech-sat|wavlm|data2vec-(text|audio)|ibert|squeezebert|luke|"
     r"minimax|speecht5|dpr|gte|jina_embeddings_v3|roc_bert|nomic_bert|mra|nystromformer|yoso|canine|tapas|splinter|xmod|markuplm|mobilebert|funnel|bros|detr|conditional_detr|"
-    r"(blip_2|instructblip|instructblipvideo)_qformer|table-transformer|plbart|mvp|led|longformer|fnet|visual_bert|lxmert|xlnet|layoutxlm|(align|altclip|blip|chinese_clip|clap)_text_model|trocr|xglm1|megatron0"
+    r"sew-d|(blip_2|instructblip|instructblipvideo)_qformer|table-transformer|plbart|mvp|led|longformer|fnet|visual_bert|lxmert|xlnet|layoutxlm|(align|altclip|blip|chinese_clip|clap)_text_model|trocr|xglm1|megatron0"
 )
 # Types that norm a branch before it is added.
 SANDWICH = re.compile(

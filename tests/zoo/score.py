@@ -15,7 +15,7 @@ from peftgraph.sites import Site, Sites
 from .entry import Expected, Part, Truth
 
 ATTENTION = ("attention.q", "attention.k", "attention.v", "attention.o")
-TALLIES = ("attention", "roles", "columns", "ffn", "layers", "kinds", "layout")
+TALLIES = ("outputs", "attention", "roles", "columns", "ffn", "layers", "kinds", "layout")
 FEEDFORWARD = ("ffn.up", "ffn.gate", "ffn.down")
 
 
@@ -45,6 +45,7 @@ class Row:
 
     Attributes:
         refusal: why it was not traced; "" when it was.
+        outputs: whether the program gives what the model gives, in evaluation.
         false: attentions found where there is none.
         seconds: time of the search for sites, after tracing.
         misses: what disagrees, one line each.
@@ -53,6 +54,7 @@ class Row:
     name: str
     group: str
     refusal: str = ""
+    outputs: Tally = field(default_factory=Tally)
     attention: Tally = field(default_factory=Tally)
     false: int = 0
     roles: Tally = field(default_factory=Tally)

@@ -35,7 +35,7 @@ def test_a_row_survives_the_way_to_another_process() -> None:
 def test_the_report_is_written(tmp_path: Path) -> None:
     write([GOOD, POOR], tmp_path / "zoo.md")
     text = (tmp_path / "zoo.md").read_text()
-    assert "| two | decoder | yes | 0/2 |" in text
+    assert "| two | decoder | yes |  | 0/2 |" in text
     assert "- two: no attention: h.0 (0 of 1)" in text
 
 

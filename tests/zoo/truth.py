@@ -57,7 +57,7 @@ LEARNED_QUERIES = re.compile(r"head\.attention|MultiheadAttention$|AttentionPool
 TWICE = re.compile(r"DiffLlama|ProphetNetNgram|Lilt")  # two attentions in one module
 UNTOLD = re.compile(r"Zaya|DabDetr")  # projections that several modules hold, under names of their own
 # Small networks that modulate a norm, and those that take one model's width to another's, outside of any block.
-NO_FEEDFORWARD = re.compile(r"norm|projector|aligner|connector")
+NO_FEEDFORWARD = re.compile(r"norm|projector|aligner|connector|mask_head")
 NO_LAYERS = re.compile(r"Funnel|MobileViT")  # one stack in several lists
 CROSS = re.compile(r"cross|encoder_attn|encdec|encoder_attention|enc_attn", re.IGNORECASE)
 
