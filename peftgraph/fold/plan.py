@@ -6,7 +6,7 @@ parameter is what those of the steps give that lead to it, on the stored values 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from peftgraph.errors import NoFold
 from peftgraph.fold.engine import Folding, stored_tensor
 from peftgraph.fold.proof import Proof, prove
-from peftgraph.fold.step import Settle, Step, Write
+from peftgraph.fold.step import Settle, Step, Write, cut
 from peftgraph.ir.program import ProgramData
 from peftgraph.ir.table import Entry, Table
 from peftgraph.ir.verify import verify
@@ -89,7 +89,8 @@ class Plan:
 
         Args:
             name: one of `changed`.
-            read: gives the stored values of the parameters that `changed` lists for it; each is read once.
+            read: gives the stored values of the parameters that `changed` lists for it, in memory that is taken over;
+                each is read once.
         """
         steps, needed = self._path(name)
         table = self.program.table
@@ -97,6 +98,8 @@ class Plan:
         table = table.with_({one: replace(table[one], tensor=read(one)) for one in stored})
         own = {full for step in steps if isinstance(step, Write) for full in step.parameters.values()}
         table = table.with_({one: self._trained(one) for one in own | needed.difference(stored)})
+        if _by_parts(steps, needed, table):
+            return _in_place(name, [step for step in steps if isinstance(step, Write)], needed, table)
         for step in steps:
             table, _ = step.run(table, None)
         return table[name].tensor.to(self.dtype(name))
@@ -119,6 +122,26 @@ class Plan:
         value = self.trained[self.program.table.tied(name)[0]]
         kind = None if entry.before is None else torch.empty(0, dtype=entry.before.dtype)
         return replace(entry, tensor=value, before=kind)
+
+
+def _by_parts(steps: Iterable[Step], needed: Collection[str], table: Table) -> bool:
+    """Whether steps fold one weight, part by part, and no other tensor but the bias beside it."""
+    writes = [step for step in steps if isinstance(step, Write)]
+    if len(writes) < len(list(steps)) or not all(step.parts(table) for step in writes):
+        return False
+    return all(set(needed) <= step.views.keys() for step in writes) and len({next(iter(s.views)) for s in writes}) == 1
+
+
+def _in_place(name: str, steps: Iterable[Write], needed: Collection[str], table: Table) -> Tensor:
+    """The new value of a tensor of `table`, computed in its memory: a part is wide at a time."""
+    params = [(step, step.params(table, None)) for step in steps]
+    views = {one: view for one, view in params[0][0].views.items() if one in needed}
+    for part in params[0][0].parts(table):
+        folded = cut(table, views, part)
+        for step, values in params:
+            folded, _ = step.take(folded, values, None, part)
+        part.of(table[name].tensor, views[name]).copy_(folded[name].tensor)
+    return table[name].tensor
 
 
 def _taken(program: ProgramData, steps: Iterable[Step]) -> Iterator[Taken]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,9 +72,9 @@ class Checkpoint:
         """The dtype, shape and place of a stored tensor."""
         return self.owners[tensor].slots[tensor]
 
-    def read(self, tensor: str) -> Tensor:
-        """One stored tensor, in memory of its own."""
-        return self.owners[tensor].read(tensor)
+    def read(self, tensor: str, lend: Callable[[int], Tensor] | None = None) -> Tensor:
+        """One stored tensor, in memory of its own or that `lend` gives."""
+        return self.owners[tensor].read(tensor, lend)
 
     def key(self, names: Iterable[str], prefix: str = "") -> str | None:
         """Under which name a parameter is stored; None where it is not.

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peftgraph.fold.parts import parts_of
 from peftgraph.rewrite.views import View, accumulation_dtype
 
 Load = Callable[[str], Tensor]
@@ -40,17 +41,27 @@ class Change:
     scale: float = 1.0
 
     def apply(self, stored: Tensor, load: Load) -> Tensor:
-        """The new value of the tensor, in its dtype.
+        """The new value of the tensor, in its dtype, computed in its memory: a part of it is wide at a time.
 
         Args:
             stored: its value, or what replaces it.
             load: gives a tensor of the adapter.
         """
-        wide = stored.to(accumulation_dtype(stored.dtype))
-        if self.parts:
-            own = {role: load(key).to(wide.dtype) for role, key in self.parts.items()}
-            wide = self.view.put(wide, self._changed(self.view.get(wide), own))
-        return wide.to(stored.dtype)
+        if not self.parts:
+            return stored
+        dtype = accumulation_dtype(stored.dtype)
+        own = {role: load(key).to(dtype) for role, key in self.parts.items()}
+        if self.view.vector:
+            return self._changed(stored.to(dtype), own).to(stored.dtype)
+        for part in parts_of(stored, self.view):
+            window = part.of(stored, self.view)
+            rows = {role: part.of_parameter(value, self._axis(role, value), None) for role, value in own.items()}
+            window.copy_(self.view.put(window, self._changed(self.view.get(window).to(dtype), rows), dtype))
+        return stored
+
+    def _axis(self, role: str, value: Tensor) -> int | None:
+        """A role's axis of output features."""
+        return {"B": -2, "m": -1, "d": -1, "l": -2 if value.shape[0] > 1 else None}.get(role)
 
     def _changed(self, window: Tensor, own: Mapping[str, Tensor]) -> Tensor:
         if "A" in own:
