@@ -65,15 +65,20 @@ class Write:
         kind = {"device": weight.device, "dtype": precision or accumulation_dtype(weight.dtype)}
         return {short: table[full].tensor.detach().to(**kind) for short, full in self.parameters.items()}
 
-    def parts(self, table: Table) -> list[Part]:
-        """The parts of the weight that fold on their own; none where it folds as a whole."""
+    def splits(self, table: Table) -> bool:
+        """Whether parts of the weight fold on their own."""
         weight, *rest = self.views.values()
+        if self.rule.rows is None or (
+            weight.transposed and weight.experts is None and table[weight.parameter].tensor.dim() > 2
+        ):
+            return False
+        return all(view.window == weight.window for view in rest)  # else features of one are not those of the other
+
+    def parts(self, table: Table) -> list[Part]:
+        """The parts of the weight that fold on their own; none where it folds as a whole, as on shapes alone."""
+        weight = next(iter(self.views.values()))
         full = table[weight.parameter].tensor
-        if self.rule.rows is None or full.device.type == "meta" or (weight.transposed and full.dim() > 2):
-            return []
-        if any(view.window != weight.window for view in rest):  # features of the one are not those of the other
-            return []
-        return parts_of(full, weight)
+        return parts_of(full, weight) if full.device.type != "meta" and self.splits(table) else []
 
     def take(
         self, table: Table, params: Mapping[str, Tensor], precision: torch.dtype | None, part: Part | None = None

@@ -95,6 +95,7 @@ def merge(folder: Path) -> dict[str, Any]:
     from peftgraph.cli.models import skeleton, trace
     from peftgraph.interop.shards.checkpoint import Checkpoint
     from peftgraph.interop.shards.folded import folded_updates
+    from peftgraph.interop.shards.layout import Layout
     from peftgraph.interop.shards.write import write_shards
 
     checkpoint = Checkpoint.open(folder / "base")
@@ -102,8 +103,8 @@ def merge(folder: Path) -> dict[str, Any]:
     mark("import and build")
     program = trace(model)
     mark("trace")
-    prefix = model.base_model_prefix
-    updates = folded_updates(program, program.sites, program.apply, folder / "adapter", checkpoint, prefix)
+    layout = Layout.of(model, checkpoint)
+    updates = folded_updates(program, program.sites, program.apply, folder / "adapter", layout)
     mark("decide")
     before, cpu = _peak(), time.process_time()
     write_shards(checkpoint, updates, folder / "merged", lambda count: None)

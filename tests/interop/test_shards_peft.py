@@ -17,9 +17,9 @@ from sharded import contents, differing, silent
 
 import peftgraph as pg
 from peftgraph.cli.models import skeleton
+from peftgraph.interop.peft.config import CONFIG, TENSORS
 from peftgraph.interop.shards.checkpoint import Checkpoint
-from peftgraph.interop.shards.peft_config import CONFIG
-from peftgraph.interop.shards.peft_updates import TENSORS, PeftUpdates, peft_updates
+from peftgraph.interop.shards.peft_updates import PeftUpdates, peft_updates
 from peftgraph.interop.shards.write import write_shards
 from peftgraph.passes import LoRA
 

@@ -2,6 +2,7 @@
 
     LoRA    W <- W + s B A              b <- b + s d        d the bias of B, with lora_bias
     DoRA    W <- g V                    V = W + s B A, g = m / ||V|| over the inputs of each output feature
+            A and B of a stack of E experts are (E R, I) and (O, R E), and each expert's W has its own of them
     (IA)3   W <- diag(l) W, b <- l b    for an output;  W <- W diag(l) for an input
 
 Shapes: I in, O out, R rank; A (R, I), B (O, R), m and d (O,); l (O, 1) or (1, I). An embedding is the matrix that maps
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from peftgraph.fold.parts import parts_of
+from peftgraph.interop.peft.tensors import by_expert
 from peftgraph.rewrite.views import View, accumulation_dtype
 
 Load = Callable[[str], Tensor]
@@ -40,12 +42,13 @@ class Change:
     parts: Mapping[str, str]
     scale: float = 1.0
 
-    def apply(self, stored: Tensor, load: Load) -> Tensor:
+    def apply(self, stored: Tensor, load: Load, expert: int | None = None) -> Tensor:
         """The new value of the tensor, in its dtype, computed in its memory: a part of it is wide at a time.
 
         Args:
             stored: its value, or what replaces it.
             load: gives a tensor of the adapter.
+            expert: change this one alone, of a stack; None for all.
         """
         if not self.parts:
             return stored
@@ -53,7 +56,11 @@ class Change:
         own = {role: load(key).to(dtype) for role, key in self.parts.items()}
         if self.view.vector:
             return self._changed(stored.to(dtype), own).to(stored.dtype)
+        if self.view.experts is not None:
+            own["A"], own["B"] = by_expert(own["A"], own["B"], self.view.experts)
         for part in parts_of(stored, self.view):
+            if expert not in (None, part.expert):
+                continue
             window = part.of(stored, self.view)
             rows = {role: part.of_parameter(value, self._axis(role, value), None) for role, value in own.items()}
             window.copy_(self.view.put(window, self._changed(self.view.get(window).to(dtype), rows), dtype))
