@@ -23,7 +23,7 @@ from peftgraph.interop.shards.checkpoint import INDEX, Checkpoint
 from peftgraph.interop.shards.peft_updates import peft_updates
 from peftgraph.interop.shards.write import write_shards
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 61, "hidden_size": 48, "intermediate_size": 80, "moe_intermediate_size": 32, "num_hidden_layers": 2,
     "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8, "num_experts_per_tok": 2,
     "max_position_embeddings": 64,
@@ -67,13 +67,12 @@ def test_experts_hold_the_bits_of_write_back(name: str, dtype: torch.dtype, tmp_
     assert len(experts) == 2 * 4 * 3  # layers, experts, matrices
     assert len({checkpoint.owners[key].path for key in experts}) > 2
     assert set(experts) <= updates.changed.keys()
-    assert (
-        max(len(sources) for key, sources in updates.changed.items() if key in experts) == 2
-    )  # the gate and its branch
+    assert max(len(updates.changed[key]) for key in experts) == 2  # the gate and the branch that it gates
     write_shards(checkpoint, updates, tmp_path / "out", silent)
     saved(pg.fold(tuned).write_back(model), tmp_path / "whole")
     assert differing(contents(tmp_path / "out"), contents(tmp_path / "whole")) == []
-    assert set(differing(contents(tmp_path / "out"), contents(folder))) == updates.changed.keys()
+    changed = differing(contents(tmp_path / "out"), contents(folder))
+    assert set(experts) <= set(changed) <= updates.changed.keys()  # a bias that is zero stays
 
 
 def test_what_trains_as_a_stack_goes_back_in_pieces(tmp_path: Path) -> None:
