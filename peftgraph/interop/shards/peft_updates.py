@@ -197,7 +197,7 @@ def _change(config: PeftConfig, file: TensorFile, base: _Base, parameter: str, r
     if view is None:
         kind = type(base.model.get_submodule(name.rpartition(".")[0])).__name__
         raise AdapterError(f"{where}: {module} is a {kind}, which is not merged by weights here. Merge it with peft.")
-    at = module if name.endswith((".weight", ".bias")) else name
+    at = parameter if config.selects_parameter(parameter) else module
     shapes = {role: file.slots[key].shape for role, key in parts.items()}
     wanted = _shapes(config, at, view.shape(full), shapes)
     if shapes != wanted:
