@@ -40,7 +40,7 @@ class IA3(pg.Pass):
 
     def rules(self) -> list[pg.Rule]:
         """One rule: multiply the value by a learned vector."""
-        return [pg.Rule(at=self.at, delta=self.delta, join=pg.Multiply(self.side), fold=self.fold)]
+        return [pg.Rule(at=self.at, delta=self.delta, join=pg.Multiply(self.side), fold=self.fold, rows=self.rows)]
 
     def delta(self, m: pg.Match, op: pg.Builder) -> fx.Node:
         """The vector l, shaped to broadcast over the value."""
@@ -60,7 +60,15 @@ class IA3(pg.Pass):
     def fold(self, m: pg.Match, p: pg.Params) -> Mapping[pg.Bound, Tensor]:
         """Rows of the weight and the bias for an output, columns of the weight for what it reads."""
         weight = m.weight
-        if self.side == "input" or m.site.role == "ffn.hidden":
+        if self.at_input(m):
             return {weight: weight.value * p.ia3_l.unsqueeze(-2)}
         scaled = {weight: weight.value * p.ia3_l.unsqueeze(-1)}
         return scaled if m.bias is None else scaled | {m.bias: m.bias.value * p.ia3_l}
+
+    def rows(self, m: pg.Match) -> Mapping[str, int]:
+        """l has the features of the output, unless it scales those of the input."""
+        return {} if self.at_input(m) else {"ia3_l": -1}
+
+    def at_input(self, m: pg.Match) -> bool:
+        """Whether what is scaled is what the site's weight reads."""
+        return self.side == "input" or m.site.role == "ffn.hidden"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import peftgraph as pg
+from peftgraph.fold.engine import Folding
 from peftgraph.passes import LoRA
 from peftgraph.sites import find_sites
 
@@ -76,13 +77,14 @@ WORK: dict[str, Callable[[pg.Program], object]] = {
     "text": lambda program: program.text(),
     "count": lambda program: program.count(),
     "remove": lambda program: program.remove(),
+    "fold": lambda program: Folding(program, program.sites).run().result(program),
 }
 
 
 @pytest.mark.parametrize("work", WORK)
 def test_ten_times_the_depth_is_at_most_ten_times_the_work(work: str) -> None:
     shallow, deep = tower(SHALLOW), tower(DEEP)
-    if work in ("count", "remove"):
+    if work in ("count", "remove", "fold"):
         shallow, deep = everywhere(shallow), everywhere(deep)
     few, many = (lines_of(lambda program=program: WORK[work](program)) for program in (shallow, deep))
     assert many <= RATIO * few

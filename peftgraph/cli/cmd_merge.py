@@ -40,8 +40,6 @@ def merge(
         if untie:
             raise typer.BadParameter("--untie changes how many tensors there are and needs --whole")
         merge_shards.merge(source, adapter, out, force)
-    elif merge_shards.is_peft(adapter):
-        raise typer.BadParameter("an adapter of peft is merged by shard; leave out --whole and --untie")
     else:
         _merge_whole(source, adapter, out, force, untie)
 

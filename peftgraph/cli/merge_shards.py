@@ -13,10 +13,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from peftgraph.cli.console import OUT, report, working
 from peftgraph.cli.files import check_target, copy_companions
 from peftgraph.cli.unfinished import unfinished_folder, work_folder
-from peftgraph.interop.adapter_files import INDEX as ADAPTER
 from peftgraph.interop.adapter_files import read_document
+from peftgraph.interop.formats import is_peft
 from peftgraph.interop.shards.checkpoint import INDEX, SINGLE, Checkpoint
-from peftgraph.interop.shards.peft_config import CONFIG
 from peftgraph.interop.shards.updates import Updates
 from peftgraph.interop.shards.write import check_space, identity, write_shards
 
@@ -43,11 +42,6 @@ def merge(source: Path, adapter: Path, out: Path, force: bool) -> None:
     report(out, copied)
 
 
-def is_peft(adapter: Path) -> bool:
-    """Whether a folder holds an adapter of huggingface/peft."""
-    return (adapter / CONFIG).is_file() and not (adapter / ADAPTER).is_file()
-
-
 def _peft(source: Path, adapter: Path, checkpoint: Checkpoint) -> tuple[Updates, list[str]]:
     """The updates of an adapter of peft, and how many they are."""
     from peftgraph.cli.models import skeleton
@@ -61,14 +55,13 @@ def _own(source: Path, adapter: Path, checkpoint: Checkpoint) -> tuple[Updates, 
     """The updates of an adapter of this library, and what was proved of them."""
     from peftgraph.cli.models import skeleton, trace
     from peftgraph.interop.shards.folded import folded_updates
+    from peftgraph.interop.shards.layout import Layout
 
     read_document(adapter)  # before the model is traced
     model = skeleton(source, checkpoint.dtype)
     program = trace(model)
     with working("folding, on shapes"):
-        updates = folded_updates(
-            program, program.sites, program.apply, adapter, checkpoint, getattr(model, "base_model_prefix", "")
-        )
+        updates = folded_updates(program, program.sites, program.apply, adapter, Layout.of(model, checkpoint))
     return updates, [str(updates.plan.proof)]
 
 

@@ -7,14 +7,14 @@ may free the next one.
 
 from __future__ import annotations
 
-from collections import ChainMap
+from collections import ChainMap, Counter
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor, fx
 
-from peftgraph.fold.sharing import sharing_reason
+from peftgraph.fold.sharing import Sharing
 from peftgraph.fold.step import Settle, Step, Write
 from peftgraph.ir.builder import erase, sort
 from peftgraph.ir.program import Applied, Edit, Edits, ProgramData, copy_graph
@@ -23,7 +23,7 @@ from peftgraph.rewrite.apply import undo
 from peftgraph.rewrite.count import rule_of, short_params
 from peftgraph.rewrite.match import Match
 from peftgraph.rewrite.views import View
-from peftgraph.sites import Site, Sites
+from peftgraph.sites import Site, Sites, Weight
 
 aten = torch.ops.aten
 P = TypeVar("P", bound=ProgramData)
@@ -68,6 +68,13 @@ class Folding:
         self.edits: Edits = Edits(self.program.edits)
         self._names: dict[str, fx.Node] = {node.name: node for node in self.graph.nodes}
         self._by_id: dict[str, Site] = {site.id: site for site in self.sites}
+        self._sharing = Sharing(self.program, self.graph, self.sites, self.untie)
+        self._multiplied: dict[Weight | None, set[str]] = {}
+        for site in self.sites:
+            if site.role != "ffn.hidden":
+                self._multiplied.setdefault(site.weight, set()).add(site.op)
+        self._uses = Counter(name for edit in self.edits for name in edit.parameters)
+        self._gone: set[str] = set()
         edits = self.program.edits
         self._makers: dict[str, Site | None] = {name: self._by_id[e.site] for e in edits for name in e.nodes}
 
@@ -99,25 +106,24 @@ class Folding:
         blocked = self._reader_reason(edit, site) if read else self._order_reason(edit, site)
         own = dict.fromkeys(edit.nodes)
         makers = ChainMap[str, Site | None](own, self._makers)
-        return blocked or sharing_reason(self.program, self.graph, self.sites, site, self.untie, makers)
+        return blocked or self._sharing.reason(site, makers)
 
     def _order_reason(self, edit: Edit, site: Site) -> str | None:
         """What stands between the edit and its projection, on the same columns."""
-        owners = {move: other for other in self.edits for move in other.moves}
-        for move, other in owners.items():
-            at_input = move.anchor.endswith(f"@{site.op}")
-            if at_input and any(self._names[self.edits.under(move)] in self._inputs(name) for name in edit.nodes):
+        for move, other in self.edits.into(site.op).items():
+            if any(self._names[self.edits.under(move)] in self._inputs(name) for name in edit.nodes):
                 return f"its projection reads what {self._word(other)} changed, which it does not read itself"
         for move in edit.moves:
             line = self.edits.chain(move.anchor)
             for below in line[: line.index(move)]:
-                if _share_columns(self._by_id[owners[below].site], site):
-                    return f"it stands on {self._word(owners[below])}, which is not folded"
+                other = self.edits.owner(below)
+                if _share_columns(self._by_id[other.site], site):
+                    return f"it stands on {self._word(other)}, which is not folded"
         return None
 
     def _reader_reason(self, edit: Edit, site: Site) -> str | None:
         """Who else reads the scaled value."""
-        own = {other.op for other in self.sites if other.role != "ffn.hidden" and other.weight == site.weight}
+        own = self._multiplied[site.weight]
         for reader in _readers(self._names[edit.moves[0].after]):
             if reader.name not in own:
                 return f"the scaled value is also read by %{reader.meta.get('label', reader.name)}, which is not folded"
@@ -133,8 +139,9 @@ class Folding:
         if edit.moves:
             undo(self.graph, self._names, self.edits, edit)
         self.edits.remove(edit)
-        read = {name for other in self.edits for name in other.parameters}  # shared with edits that are left
-        self.table = self.table.without(name for name in edit.parameters if self.table[name].added and name not in read)
+        self._uses.subtract(edit.parameters)
+        gone = [name for name in edit.parameters if self.table[name].added and not self._uses[name]]  # not shared
+        self._gone.update(gone)
 
     def _step(self, edit: Edit) -> Step:
         if not edit.moves:
@@ -153,7 +160,7 @@ class Folding:
 
     def result(self, program: P) -> P:
         """The folded program: changed weights rounded once to the stored dtype, unless a precision was asked for."""
-        table = self.table
+        table = self.table.without(self._gone)
         rounded: dict[int, Tensor] = {}
         for name in self.changed:
             tensor = self.table[name].tensor

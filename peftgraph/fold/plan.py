@@ -6,9 +6,10 @@ parameter is what those of the steps give that lead to it, on the stored values 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -16,10 +17,11 @@ from torch import Tensor
 from peftgraph.errors import NoFold
 from peftgraph.fold.engine import Folding, stored_tensor
 from peftgraph.fold.proof import Proof, prove
-from peftgraph.fold.step import Settle, Step, Write
+from peftgraph.fold.step import Settle, Step, Write, cut
 from peftgraph.ir.program import ProgramData
 from peftgraph.ir.table import Entry, Table
 from peftgraph.ir.verify import verify
+from peftgraph.rewrite.views import View
 from peftgraph.sites import Sites
 
 
@@ -84,12 +86,19 @@ class Plan:
         """The shape of a parameter."""
         return tuple(stored_tensor(self.program, name).shape)
 
-    def value(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
+    def by_expert(self, name: str) -> bool:
+        """Whether each expert of a stack folds on its own."""
+        steps, needed = self._path(name)
+        return _splits(steps, needed, self.program.table) and _weight(steps[0]).experts is not None
+
+    def value(self, name: str, read: Callable[[str], Tensor], expert: int | None = None) -> Tensor:
         """The new value of a parameter, rounded once to its stored dtype.
 
         Args:
             name: one of `changed`.
-            read: gives the stored values of the parameters that `changed` lists for it; each is read once.
+            expert: compute this one alone, of a stack that is folded `by_expert`; all others may have any values.
+            read: gives the stored values of the parameters that `changed` lists for it, in memory that is taken over;
+                each is read once.
         """
         steps, needed = self._path(name)
         table = self.program.table
@@ -97,6 +106,8 @@ class Plan:
         table = table.with_({one: replace(table[one], tensor=read(one)) for one in stored})
         own = {full for step in steps if isinstance(step, Write) for full in step.parameters.values()}
         table = table.with_({one: self._trained(one) for one in own | needed.difference(stored)})
+        if _splits(steps, needed, table):
+            return _in_place(name, steps, needed, table, expert)
         for step in steps:
             table, _ = step.run(table, None)
         return table[name].tensor.to(self.dtype(name))
@@ -119,6 +130,33 @@ class Plan:
         value = self.trained[self.program.table.tied(name)[0]]
         kind = None if entry.before is None else torch.empty(0, dtype=entry.before.dtype)
         return replace(entry, tensor=value, before=kind)
+
+
+def _splits(steps: Sequence[Step], needed: Collection[str], table: Table) -> TypeGuard[Sequence[Write]]:
+    """Whether steps fold one weight, part by part, and no other tensor but the bias beside it."""
+    for step in steps:
+        if not isinstance(step, Write) or not step.splits(table) or not set(needed) <= step.views.keys():
+            return False
+    return len({_weight(step).parameter for step in steps}) == 1
+
+
+def _weight(step: Step) -> View:
+    assert isinstance(step, Write)
+    return next(iter(step.views.values()))
+
+
+def _in_place(name: str, steps: Sequence[Write], needed: Collection[str], table: Table, expert: int | None) -> Tensor:
+    """The new value of a tensor of `table`, computed in its memory: a part is wide at a time."""
+    params = [(step, step.params(table, None)) for step in steps]
+    views = {one: view for one, view in steps[0].views.items() if one in needed}
+    for part in steps[0].parts(table):
+        if expert not in (None, part.expert):
+            continue
+        folded = cut(table, views, part)
+        for step, values in params:
+            folded, _ = step.take(folded, values, None, part)
+        part.of(table[name].tensor, views[name]).copy_(folded[name].tensor)
+    return table[name].tensor
 
 
 def _taken(program: ProgramData, steps: Iterable[Step]) -> Iterator[Taken]:

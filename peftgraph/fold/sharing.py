@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import fx
 
-from peftgraph.ir.program import ProgramData
+from peftgraph.ir.program import ProgramData, stored
 from peftgraph.rewrite.views import View, weight_view
 from peftgraph.sites import Site, Sites
 
@@ -32,62 +32,72 @@ LAYOUT = {
 }
 
 
-def sharing_reason(
-    program: ProgramData, graph: fx.Graph, sites: Sites, site: Site, untie: bool, makers: Mapping[str, Site | None]
-) -> str | None:
-    """Why the weight of `site` may not change; None when it may.
+class Sharing:
+    """Who reads the stored tensors of a graph that is being folded, found once and looked up for every edit.
 
     Args:
         program: the program that is being folded, with its ties.
-        graph: the graph as folding has left it so far.
+        graph: its graph, as folding leaves it.
         sites: the sites of the base.
-        site: whose weight would change.
-        untie: a tied tensor may be split: this name gets a tensor of its own.
-        makers: for the nodes of edits, the site of the edit; None for the edit that is folded.
+        untie: a tied tensor may be split: the name that changes gets a tensor of its own.
     """
-    view = weight_view(site)
-    if view is None:
-        return "it has no weight to fold into"
-    readers = list(weight_readers(graph, view.parameter))
-    foreign = [reader for reader in readers if not _is_disjoint(sites, reader, view, makers)]
-    if len(foreign) > 1:
-        names = ", ".join(f"%{reader.meta.get('label', reader.name)}" for reader in foreign[:3])
-        return (
-            f"{view.parameter} is read in {len(foreign)} places ({names}, ...), "
-            "and a change for one would leak into the others"
-        )
-    others = [name for name in program.table.tied(view.parameter) if name != view.parameter]
-    used = [name for name in others if any(True for _ in weight_readers(graph, name))]
-    if used and not untie:
-        return (
-            f"{view.parameter} is tied to {', '.join(used)}, and the change would leak into it; "
-            "pg.fold(program, untie=True) gives it a tensor of its own"
-        )
-    return None
 
+    def __init__(self, program: ProgramData, graph: fx.Graph, sites: Sites, untie: bool) -> None:
+        self._program, self._untie = program, untie
+        self._stored: dict[str, list[fx.Node]] = {}
+        self._sites: dict[str, list[Site]] = {}
+        for node in stored(graph):
+            self._stored.setdefault(str(node.target), []).append(node)
+        for site in sites:
+            self._sites.setdefault(site.op, []).append(site)
 
-def weight_readers(graph: fx.Graph, name: str) -> Iterator[fx.Node]:
-    """The computing nodes that read a stored tensor, looking through layout."""
-    pending = [node for node in graph.nodes if node.op == "get_attr" and node.target == name]
-    seen: set[fx.Node] = set()
-    while pending:
-        node = pending.pop()
-        for user in node.users:
-            if user in seen:
-                continue
-            seen.add(user)
-            if user.target in LAYOUT or getattr(user.target, "__name__", "") == "getitem":
-                pending.append(user)
-            elif user.op != "placeholder":
-                yield user
+    def reason(self, site: Site, makers: Mapping[str, Site | None]) -> str | None:
+        """Why the weight of `site` may not change; None when it may.
 
+        Args:
+            site: whose weight would change.
+            makers: for the nodes of edits, the site of the edit; None for the edit that is folded.
+        """
+        view = weight_view(site)
+        if view is None:
+            return "it has no weight to fold into"
+        foreign = [one for one in self._readers(view.parameter) if not self._is_disjoint(one, view, makers)]
+        if len(foreign) > 1:
+            names = ", ".join(f"%{reader.meta.get('label', reader.name)}" for reader in foreign[:3])
+            return (
+                f"{view.parameter} is read in {len(foreign)} places ({names}, ...), "
+                "and a change for one would leak into the others"
+            )
+        others = [name for name in self._program.table.tied(view.parameter) if name != view.parameter]
+        used = [name for name in others if any(True for _ in self._readers(name))]
+        if used and not self._untie:
+            return (
+                f"{view.parameter} is tied to {', '.join(used)}, and the change would leak into it; "
+                "pg.fold(program, untie=True) gives it a tensor of its own"
+            )
+        return None
 
-def _is_disjoint(sites: Sites, reader: fx.Node, view: View, makers: Mapping[str, Site | None]) -> bool:
-    """Whether `reader` is the projection, or an edit, of other sites only, none of which owns values of `view`."""
-    if reader.name in makers:
-        maker = makers[reader.name]
-        own = None if maker is None else weight_view(maker)
-        return own is None or not own.overlaps(view)
-    owners = [(other, weight_view(other)) for other in sites if other.op == reader.name]
-    windows = [window for _, window in owners if window is not None and window.parameter == view.parameter]
-    return bool(windows) and not any(window.overlaps(view) for window in windows)
+    def _readers(self, name: str) -> Iterator[fx.Node]:
+        """The computing nodes that read a stored tensor, looking through layout."""
+        pending = list(self._stored.get(name, ()))  # one that was erased since has no users
+        seen: set[fx.Node] = set()
+        while pending:
+            node = pending.pop()
+            for user in node.users:
+                if user in seen:
+                    continue
+                seen.add(user)
+                if user.target in LAYOUT or getattr(user.target, "__name__", "") == "getitem":
+                    pending.append(user)
+                elif user.op != "placeholder":
+                    yield user
+
+    def _is_disjoint(self, reader: fx.Node, view: View, makers: Mapping[str, Site | None]) -> bool:
+        """Whether `reader` is the projection, or an edit, of other sites only, none of which owns values of `view`."""
+        if reader.name in makers:
+            maker = makers[reader.name]
+            own = None if maker is None else weight_view(maker)
+            return own is None or not own.overlaps(view)
+        found = (weight_view(other) for other in self._sites.get(reader.name, ()))
+        windows = [window for window in found if window is not None and window.parameter == view.parameter]
+        return bool(windows) and not any(window.overlaps(view) for window in windows)

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from peftgraph.fold.parts import Part, parts_of
 from peftgraph.ir.table import Table
 from peftgraph.rewrite.match import Match
 from peftgraph.rewrite.rule import Params, Rule
-from peftgraph.rewrite.views import View, accumulation_dtype, weight_view
+from peftgraph.rewrite.views import View, accumulation_dtype, bias_view, weight_view
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,20 +33,91 @@ class Write:
     rule: Rule
     parameters: Mapping[str, str]
 
+    @cached_property
+    def views(self) -> dict[str, View]:
+        """The windows of what the fold may write, by parameter: the site's weight and its bias."""
+        found = (weight_view(self.match.site), bias_view(self.match.site))
+        return {view.parameter: view for view in found if view is not None}
+
     def run(self, table: Table, precision: torch.dtype | None) -> tuple[Table, list[View]]:
         """The table with the new values, in the dtype that folding accumulates in, and the windows they are in."""
-        assert not isinstance(self.rule.fold, str)
-        view = weight_view(self.match.site)
-        assert view is not None
-        weight = table[view.parameter].tensor
+        params, views = self.params(table, precision), self.views
+        new: dict[str, Tensor] = {}
+        written: dict[str, View] = {}
+        parts = self.parts(table)
+        for part in parts:
+            folded, found = self.take(cut(table, views, part), params, precision, part)
+            for name, view in found.items():
+                if name not in written:
+                    old, dtype = table[name].tensor.detach(), folded[name].tensor.dtype
+                    new[name] = old.to(dtype, copy=True, memory_format=torch.contiguous_format)
+                part.of(new[name], view).copy_(folded[name].tensor)
+            written |= found
+        if not parts:
+            table, written = self.take(table, params, precision)
+        for name, value in new.items():
+            table = table.with_tensor(name, value)
+        return table, list(written.values())
+
+    def params(self, table: Table, precision: torch.dtype | None) -> dict[str, Tensor]:
+        """The edit's parameters by short name, where the weight is, in the dtype that folding accumulates in."""
+        weight = table[next(iter(self.views))].tensor
         kind = {"device": weight.device, "dtype": precision or accumulation_dtype(weight.dtype)}
-        params = Params({short: table[full].tensor.detach().to(**kind) for short, full in self.parameters.items()})
-        written: list[View] = []
-        for bound, value in self.rule.fold(replace(self.match, table=table, precision=precision), params).items():
+        return {short: table[full].tensor.detach().to(**kind) for short, full in self.parameters.items()}
+
+    def splits(self, table: Table) -> bool:
+        """Whether parts of the weight fold on their own."""
+        weight, *rest = self.views.values()
+        if self.rule.rows is None or (
+            weight.transposed and weight.experts is None and table[weight.parameter].tensor.dim() > 2
+        ):
+            return False
+        return all(view.window == weight.window for view in rest)  # else features of one are not those of the other
+
+    def parts(self, table: Table) -> list[Part]:
+        """The parts of the weight that fold on their own; none where it folds as a whole, as on shapes alone."""
+        weight = next(iter(self.views.values()))
+        full = table[weight.parameter].tensor
+        return parts_of(full, weight) if full.device.type != "meta" and self.splits(table) else []
+
+    def take(
+        self, table: Table, params: Mapping[str, Tensor], precision: torch.dtype | None, part: Part | None = None
+    ) -> tuple[Table, dict[str, View]]:
+        """The table with the new values, and the windows they are in, by parameter.
+
+        Args:
+            table: with the weight and the bias; those of the part, where there is one.
+            params: of the edit, whole.
+            precision: what to compute in instead of what folding accumulates in.
+            part: what to fold; None for the whole.
+        """
+        assert not isinstance(self.rule.fold, str)
+        match = replace(self.match, table=table, precision=precision)
+        if part is not None:
+            site = part.site(match.site)
+            if site is None:
+                return table, {}
+            axes, window = self._rows(match), self.views[next(iter(self.views))].window
+            params = {short: part.of_parameter(value, axes.get(short), window) for short, value in params.items()}
+            match = replace(match, site=site)
+        written: dict[str, View] = {}
+        for bound, value in self.rule.fold(match, Params(params)).items():
             name = bound.view.parameter
-            table = table.with_tensor(name, bound.view.put(table[name].tensor.detach(), value, value.dtype))
-            written.append(bound.view)
+            full = table[name].tensor.detach()
+            stored = bound.view.stored(full, value) if part is not None else None  # copied from there in the end
+            table = table.with_tensor(name, bound.view.put(full, value, value.dtype) if stored is None else stored)
+            written[name] = bound.view if part is None else self.views[name]
         return table, written
+
+    def _rows(self, match: Match) -> Mapping[str, int]:
+        assert self.rule.rows is not None
+        return self.rule.rows(match)
+
+
+def cut(table: Table, views: Mapping[str, View], part: Part) -> Table:
+    """A table with a part of some stored tensors alone, in their memory."""
+    own = {name: (table[name], part.of(table[name].tensor.detach(), view)) for name, view in views.items()}
+    return Table({name: replace(entry, tensor=tensor) for name, (entry, tensor) in own.items()})
 
 
 @dataclass(frozen=True, eq=False)

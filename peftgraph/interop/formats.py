@@ -30,8 +30,14 @@ def load_directory(program: P, sites: Sites, apply: Callable[..., P], directory:
         AdapterError: the files are missing, damaged, fit another base, or say what no pass does.
         Conflict: an adapter of that name is there already.
     """
+    if is_peft(directory):
+        return load_peft(program, sites, apply, directory, name)
     if (directory / adapter_files.INDEX).exists() or not (directory / CONFIG).exists():
         return adapter_files.load(program, apply, directory, name)
-    if is_adapters(directory):
-        return load_adapters(program, sites, apply, directory, name)
-    return load_peft(program, sites, apply, directory, name)
+    return load_adapters(program, sites, apply, directory, name)
+
+
+def is_peft(directory: Path) -> bool:
+    """Whether an adapter's directory is peft's: our own have another index, and the `adapters` library another form."""
+    found = (directory / CONFIG).exists() and not (directory / adapter_files.INDEX).exists()
+    return found and not is_adapters(directory)

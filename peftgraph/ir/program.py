@@ -154,6 +154,8 @@ class Edits:
         self._edits: dict[int, Edit] = {}  # by identity: taking one out costs nothing
         self._moves: dict[str, list[Move]] = {}
         self._anchors: dict[str, str] = {}
+        self._owners: dict[Move, Edit] = {}
+        self._into: dict[str, dict[Move, Edit]] = {}
         for edit in edits:
             self.append(edit)
 
@@ -169,6 +171,8 @@ class Edits:
         for move in edit.moves:
             self._moves.setdefault(move.anchor, []).append(move)
             self._anchors[move.after] = move.anchor
+            self._owners[move] = edit
+            self._into.setdefault(move.anchor.partition("@")[2], {})[move] = edit
 
     def remove(self, edit: Edit) -> None:
         """Takes an edit out."""
@@ -176,6 +180,15 @@ class Edits:
         for move in edit.moves:
             self._moves[move.anchor].remove(move)
             self._anchors.pop(move.after, None)
+            del self._owners[move], self._into[move.anchor.partition("@")[2]][move]
+
+    def owner(self, move: Move) -> Edit:
+        """The edit that a move belongs to."""
+        return self._owners[move]
+
+    def into(self, reader: str) -> Mapping[Move, Edit]:
+        """The moves of what the node `reader` alone reads, each with its edit."""
+        return self._into.get(reader, {})
 
     def chain(self, anchor: str) -> list[Move]:
         """The moves at `anchor`, innermost first: by level, then in order of application."""

@@ -159,6 +159,9 @@ class Rule:
         lacking: what a site for which it does not hold lacks, for the message when none is left.
         optional: whether no site at all is fine, as long as another rule of the pass has one.
         reads: what the delta is computed from, for a gate to look at; the site's input by default.
+        rows: the parameters that have an axis of the site's output features, each with that axis, counted from the end,
+            at a match; given where the fold makes each row of the new weight, and entry of the new bias, from the old
+            one and that row of these alone. It is then folded a part at a time.
         level: how deep the edit is nested, when that is not the level of the site's role: it enters above edits of
             a lower level, whatever was applied first.
     """
@@ -173,6 +176,7 @@ class Rule:
     lacking: str = "has a bias. Choose others; bitfit{zero=true} adds biases"
     optional: bool = False
     reads: Callable[[Match, Builder], fx.Node] | None = None
+    rows: Callable[[Match], Mapping[str, int]] | None = None
     level: int | None = None
 
 

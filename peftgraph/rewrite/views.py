@@ -62,6 +62,11 @@ class View:
             target.index_copy_(self._axis, self.window.index().to(full.device), value)
         return new
 
+    def stored(self, full: Tensor, value: Tensor) -> Tensor | None:
+        """`value` in the layout of the stored tensor, in its own memory; None where the window is not all of that."""
+        laid = value.mT if self.transposed and not self.vector else value
+        return laid if self.window is None and laid.shape == full.shape else None
+
     def overlaps(self, other: View) -> bool:
         """Whether two views share stored values."""
         if self.parameter != other.parameter:

@@ -106,9 +106,6 @@ def test_everything_is_refused_before_anything_is_written(cli, base: Path, their
     assert "VERA" in result.stderr
     assert cli("merge", base, tmp_path, "--out", tmp_path / "merged").exit_code == 1
     assert "needs --whole" in cli("merge", base, theirs, "--out", tmp_path / "merged", "--untie", "--by-shard").stderr
-    whole = cli("merge", base, theirs, "--out", tmp_path / "merged", "--whole")
-    assert whole.exit_code == 2
-    assert "merged by shard" in whole.stderr
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious.txt").write_text("mine")
     result = cli("merge", base, theirs, "--out", tmp_path / "full")
@@ -118,6 +115,14 @@ def test_everything_is_refused_before_anything_is_written(cli, base: Path, their
     assert cli("merge", base, theirs, "--out", tmp_path / "full", "--force").exit_code == 0
     assert listed(tmp_path / "full") == listed(base)
     assert listed(tmp_path) == ["a", "full"]
+
+
+def test_an_adapter_of_peft_is_merged_in_memory_too(cli, base: Path, theirs: Path, tmp_path: Path) -> None:
+    result = cli("merge", base, theirs, "--out", tmp_path / "whole", "--whole")
+    assert result.exit_code == 0, result.stderr
+    assert "outputs" in result.stdout  # compared, which merging by shard cannot do
+    assert cli("merge", base, theirs, "--out", tmp_path / "sharded").exit_code == 0
+    assert differing(contents(tmp_path / "whole"), contents(tmp_path / "sharded")) == []
 
 
 def interrupted(target: Path, job: str, found: list[str]) -> None:

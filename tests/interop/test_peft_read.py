@@ -188,7 +188,7 @@ def test_files_that_are_missing_or_no_safetensors(directory: Path) -> None:
     path.with_suffix(".bin").touch()
     refused(directory, "is a pickle, which is not read. Load it with peft and save_pretrained it again")
     (directory / "adapter_config.json").write_text("[1]")
-    refused(directory, "is damaged: it holds no options")
+    refused(directory, "is damaged: it holds no JSON object")
     (directory / "adapter_config.json").unlink()
     refused(directory, "holds no adapter.json, so it is no adapter directory")
 

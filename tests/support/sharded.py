@@ -13,6 +13,7 @@ from torch import Tensor
 from peftgraph.cli.models import skeleton, trace
 from peftgraph.interop.shards.checkpoint import Checkpoint
 from peftgraph.interop.shards.folded import Folded, folded_updates
+from peftgraph.interop.shards.layout import Layout
 
 
 def saved(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
@@ -41,8 +42,8 @@ def own_updates(folder: Path, adapter: Path) -> tuple[Checkpoint, Folded]:
     checkpoint = Checkpoint.open(folder)
     model = skeleton(folder, checkpoint.dtype)
     program = trace(model)
-    prefix = model.base_model_prefix
-    return checkpoint, folded_updates(program, program.sites, program.apply, adapter, checkpoint, prefix)
+    layout = Layout.of(model, checkpoint)
+    return checkpoint, folded_updates(program, program.sites, program.apply, adapter, layout)
 
 
 def silent(count: int) -> None:

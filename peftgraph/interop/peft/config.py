@@ -7,13 +7,13 @@ Source: huggingface/peft 0.21, config.py, tuners/tuners_utils.py (check_target_m
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from peftgraph.errors import AdapterError
-from peftgraph.interop.documents import read_json
+from peftgraph.interop.documents import read_object
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -60,23 +60,28 @@ class PeftConfig:
     options: Mapping[str, Any]
 
     @classmethod
-    def read(cls, directory: Path) -> PeftConfig:
+    def read(
+        cls, directory: Path, known: Mapping[str, Collection[str]] = KNOWN, refused: str = "which no pass does."
+    ) -> PeftConfig:
         """The checked options of a directory.
 
+        Args:
+            directory: where the adapter lies.
+            known: by method, the options that are read or say nothing, besides those of every method.
+            refused: the end of the sentence that refuses another.
+
         Raises:
-            AdapterError: the file is damaged, or says what no pass does.
+            AdapterError: the file is damaged, or says what is not known.
         """
         path = directory / CONFIG
-        options = read_json(path, missing=f"{directory} holds no {CONFIG}.")
-        if not isinstance(options, dict):
-            raise AdapterError(f"{path} is damaged: it holds no options.")
+        options = read_object(path, missing=f"{directory} holds no {CONFIG}.")
         config = cls(directory, options)
         method = config.of("peft_type", str, "")
-        if method not in KNOWN:
-            raise AdapterError(f"{path} has peft_type={method!r}; those that are read are {', '.join(KNOWN)}.")
-        unknown = [key for key, value in options.items() if value and key not in (*COMMON, *KNOWN[method])]
+        if method not in known:
+            raise AdapterError(f"{path} has peft_type={method!r}; those that are read are {', '.join(known)}.")
+        unknown = [key for key, value in options.items() if value and key not in (*COMMON, *known[method])]
         if unknown:
-            raise AdapterError(f"{path} has {unknown[0]}={options[unknown[0]]!r}, which no pass does.")
+            raise AdapterError(f"{path} has {unknown[0]}={options[unknown[0]]!r}, {refused}")
         return config
 
     def of(self, key: str, kind: type[T] | tuple[type[T], ...], default: T) -> T:
@@ -124,6 +129,23 @@ class PeftConfig:
     def selects_parameter(self, name: str) -> bool:
         """Whether a parameter is a target by itself."""
         return ends_with(name, self.of("target_parameters", list, []))
+
+    def wrapped(self, names: Iterable[str], path: str) -> list[str]:
+        """The parameters of a module that are targets by themselves, the innermost wrap first.
+
+        Args:
+            names: of a model's parameters, in its order.
+            path: of the module.
+        """
+        return [name for name in names if name.rpartition(".")[0] == path and self.selects_parameter(name)]
+
+    def rank(self, key: str) -> int:
+        """The rank at a module, or at a parameter that is a target by itself."""
+        return int(self.patterned("r", "rank_pattern", key, 8))
+
+    def alpha(self, key: str) -> float:
+        """alpha there."""
+        return float(self.patterned("lora_alpha", "alpha_pattern", key, 8))
 
     def names(self, key: str, path: str) -> bool:
         """Whether an option, a regular expression or a list of names, says a path: the list by its ends."""

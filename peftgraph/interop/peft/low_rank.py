@@ -23,7 +23,7 @@ from torch import Tensor
 from peftgraph.errors import AdapterError
 from peftgraph.interop.filling import Filled, Key
 from peftgraph.interop.peft.config import CONFIG, PeftConfig
-from peftgraph.interop.peft.tensors import PeftTensors
+from peftgraph.interop.peft.tensors import PeftTensors, by_expert
 from peftgraph.interop.selecting import adapted_sites, selector_of
 from peftgraph.ir.program import ProgramData
 from peftgraph.rewrite.method import find_pass
@@ -95,34 +95,25 @@ def _adapted(program: ProgramData, config: PeftConfig, tensors: PeftTensors) -> 
     """Every adapted weight of the file, in the shapes of a plain projection."""
     for place in tensors.modules:
         path, wraps = place
-        parameters = _wrapped(program, config, path)
+        parameters = config.wrapped(program.table, path)
         parameter = parameters[-1 - wraps] if wraps < len(parameters) else f"{path}.weight"
         key = parameter if parameters else path
         if not parameters and not (
             config.options.get("target_modules") in (None, "all-linear") or config.selects(path)
         ):
             raise AdapterError(f"{config.directory}: {path} has tensors, but target_modules does not select it.")
-        rank = int(config.patterned("r", "rank_pattern", key, 8))
+        rank = config.rank(key)
         a_RI, b_OR = tensors.of(place, "lora_A", config), tensors.of(place, "lora_B", config)
         if a_RI.dim() > 2:  # a convolution of kernel 1
             a_RI, b_OR = a_RI.flatten(1), b_OR.flatten(1)
         if parameter in program.table and program.table[parameter].tensor.dim() == 3 and parameters:
-            experts = program.table[parameter].tensor.shape[0]
-            a_RI = a_RI.unflatten(0, (experts, -1))
-            b_OR = b_OR.unflatten(1, (-1, experts)).permute(2, 0, 1)
+            a_RI, b_OR = by_expert(a_RI, b_OR, program.table[parameter].tensor.shape[0])
         magnitude = tensors.of(place, "dora_m", config) if config.of("use_dora", bool, False) else None
         if a_RI.shape[-2] != rank or b_OR.shape[-1] != rank:
             raise AdapterError(
                 f"{config.directory}: the tensors of {path} have rank {a_RI.shape[-2]}, {CONFIG} says {rank}."
             )
-        alpha = config.patterned("lora_alpha", "alpha_pattern", key, 8)
-        yield Adapted(parameter, rank, float(alpha), a_RI, b_OR, magnitude)
-
-
-def _wrapped(program: ProgramData, config: PeftConfig, path: str) -> list[str]:
-    """The parameters of a module that are targets by themselves, the innermost wrap first."""
-    own = [name for name in program.table if name.rpartition(".")[0] == path]
-    return [name for name in own if config.selects_parameter(name)]
+        yield Adapted(parameter, rank, config.alpha(key), a_RI, b_OR, magnitude)
 
 
 def _moves(program: ProgramData, site: Site, one: Adapted) -> bool:

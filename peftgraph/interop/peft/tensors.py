@@ -36,6 +36,23 @@ KEY = re.compile(rf"(?P<path>.*?)(?P<wraps>(\.base_layer)*)\.(?P<leaf>{'|'.join(
 ROWS = "prompt_embeddings"
 
 
+def place_of(name: str) -> tuple[str, int, str] | str:
+    """Where a tensor belongs: a module's path, how often it is wrapped further and our name; or a tensor of the base.
+
+    Args:
+        name: of the tensor, without the prefix.
+    """
+    found = KEY.fullmatch(name)
+    if found is None:
+        return name.replace(".base_layer.", ".")
+    return found["path"], found["wraps"].count("base_layer"), LEAVES[found["leaf"]]
+
+
+def by_expert(a_RI: Tensor, b_OR: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """A (E, R, I) and B (E, O, R) of a stack of experts, which peft keeps as (E R, I) and (O, R E)."""
+    return a_RI.unflatten(0, (experts, -1)), b_OR.unflatten(1, (-1, experts)).permute(2, 0, 1)
+
+
 @dataclass(frozen=True)
 class PeftTensors:
     """The tensors of one adapter.
@@ -69,14 +86,13 @@ class PeftTensors:
         rows = None
         for key, value in sorted(read_tensors(path).items()):
             name = key.removeprefix(prefix)
-            found = KEY.fullmatch(name)
-            if found is not None:
-                place = found["path"], found["wraps"].count("base_layer")
-                modules.setdefault(place, {})[LEAVES[found["leaf"]]] = value
+            place = place_of(name)
+            if not isinstance(place, str):
+                modules.setdefault(place[:2], {})[place[2]] = value
             elif name == ROWS:
                 rows = value
             else:
-                stored[name.replace(".base_layer.", ".")] = value
+                stored[place] = value
         return cls(modules, stored, rows)
 
     def of(self, place: tuple[str, int], leaf: str, config: PeftConfig) -> Tensor:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from peftgraph.errors import PeftGraphError
+from peftgraph.interop.documents import read_object
 from peftgraph.interop.shards.tensor_file import FLOATS, Slot, TensorFile
 
 SINGLE = "model.safetensors"
@@ -72,9 +71,9 @@ class Checkpoint:
         """The dtype, shape and place of a stored tensor."""
         return self.owners[tensor].slots[tensor]
 
-    def read(self, tensor: str) -> Tensor:
-        """One stored tensor, in memory of its own."""
-        return self.owners[tensor].read(tensor)
+    def read(self, tensor: str, lend: Callable[[int], Tensor] | None = None) -> Tensor:
+        """One stored tensor, in memory of its own or that `lend` gives."""
+        return self.owners[tensor].read(tensor, lend)
 
     def key(self, names: Iterable[str], prefix: str = "") -> str | None:
         """Under which name a parameter is stored; None where it is not.
@@ -96,7 +95,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     path = folder / INDEX
     if not path.is_file():
         raise PeftGraphError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX}. Pickled weights are not read.")
-    places = read_json(path).get("weight_map")
+    places = read_object(path, f"{path} is missing.", PeftGraphError).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise PeftGraphError(f"{path} has no weight_map from tensors to files.")
     for name in places.values():
@@ -106,25 +105,11 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 
 def _refuse_quantised(folder: Path) -> None:
-    quantised = read_json(folder / "config.json").get("quantization_config")
+    path = folder / "config.json"
+    quantised = read_object(path, f"{path} is missing.", PeftGraphError).get("quantization_config")
     if quantised:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else None
         raise PeftGraphError(
             f"{folder} holds quantised weights ({method or 'quantization_config in its config.json'}): a merged weight "
             "would have to be rounded anew. Merge into the weights that were quantised."
         )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        PeftGraphError: there is none.
-    """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise PeftGraphError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(document, dict):
-        raise PeftGraphError(f"{path} holds no JSON object.")
-    return document

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import TypeVar
@@ -13,9 +14,9 @@ from torch import Tensor
 
 from peftgraph.fold.plan import Plan, plan
 from peftgraph.interop import adapter_files
-from peftgraph.interop.shards.checkpoint import Checkpoint
+from peftgraph.interop.shards.layout import Layout, Piece, Stored
 from peftgraph.interop.shards.tensor_file import FLOATS
-from peftgraph.interop.shards.updates import Read, check_stored, stored_key
+from peftgraph.interop.shards.updates import Read, stored_as
 from peftgraph.ir.program import ProgramData
 from peftgraph.ir.table import Entry, Table
 from peftgraph.sites import Sites
@@ -29,28 +30,38 @@ class Folded:
 
     Attributes:
         plan: the fold, by parameter.
-        parameters: the parameter of each stored tensor that changes.
-        keys: the stored tensor of each parameter that is read.
+        stored: how each parameter that is read or changes is stored.
     """
 
     plan: Plan
-    parameters: Mapping[str, str]
-    keys: Mapping[str, str]
+    stored: Mapping[str, Stored]
 
     @property
     def changed(self) -> dict[str, tuple[str, ...]]:
         """The stored tensors that change, each with those that its new value is computed from."""
-        changed = self.plan.changed
-        return {key: tuple(self.keys[one] for one in changed[name]) for key, name in self.parameters.items()}
+        reads = self.plan.changed
+        return {
+            key: tuple(chain.from_iterable(self.stored[one].names(self._expert(name, piece)) for one in reads[name]))
+            for key, (name, piece) in self._pieces.items()
+        }
 
     def value(self, key: str, read: Read) -> Tensor:
         """The new value of a stored tensor, in its shape and dtype."""
-        return self.plan.value(self.parameters[key], lambda name: read(self.keys[name]))
+        name, piece = self._pieces[key]
+        expert = self._expert(name, piece)
+        return piece.of(self.plan.value(name, lambda one: self.stored[one].read(read, expert), expert))
+
+    @cached_property
+    def _pieces(self) -> dict[str, tuple[str, Piece]]:
+        """The parameter of each stored tensor that changes, and which part of it that is."""
+        return {piece.key: (name, piece) for name in self.plan.changed for piece in self.stored[name].pieces}
+
+    def _expert(self, name: str, piece: Piece) -> int | None:
+        """The expert that is computed for a piece; None where it takes all of them."""
+        return piece.expert if self.plan.by_expert(name) else None
 
 
-def folded_updates(
-    program: P, sites: Sites, apply: Callable[..., P], directory: Path, checkpoint: Checkpoint, prefix: str
-) -> Folded:
+def folded_updates(program: P, sites: Sites, apply: Callable[..., P], directory: Path, layout: Layout) -> Folded:
     """What folding an adapter changes in a checkpoint.
 
     Args:
@@ -58,24 +69,21 @@ def folded_updates(
         sites: its sites.
         apply: its verb that applies passes.
         directory: what `save_adapter` wrote.
-        checkpoint: the model's weights.
-        prefix: of the model within a model with a head.
+        layout: of the model's weights.
 
     Raises:
         AdapterError: the adapter is damaged or fits another base.
         NoFold: something of it cannot be folded exactly.
-        PeftGraphError: the checkpoint does not store a parameter that changes under its own name, or not in its shape
-            or in floating numbers.
+        PeftGraphError: the checkpoint does not store a parameter that changes so that its place is known, or not in its
+            shape or in floating numbers.
     """
-    keys = {name: checkpoint.key(program.table.tied(name), prefix) for name in program.table}
-    stored = {name: key for name, key in keys.items() if key is not None}
+    stored = {name: layout.find(program.table.tied(name)) for name in program.table}
+    kinds = {name: FLOATS.get(layout.checkpoint.slot(one.pieces[0].key).dtype) for name, one in stored.items() if one}
     tuned, trained = adapter_files.read(program, apply, directory, None)
-    kinds = {name: FLOATS.get(checkpoint.slot(key).dtype) for name, key in stored.items()}
     decided = plan(tuned.evolve(table=_stored_as(tuned.table, kinds)), sites, trained)
-    for name in dict.fromkeys(chain.from_iterable((one, *read) for one, read in decided.changed.items())):
-        key = stored_key(checkpoint, program.table.tied(name), prefix)
-        check_stored(checkpoint, key, decided.shape(name))
-    return Folded(decided, {stored[name]: name for name in decided.changed}, stored)
+    used = dict.fromkeys(chain.from_iterable((one, *read) for one, read in decided.changed.items()))
+    found = {name: stored_as(layout, program.table.tied(name), decided.shape(name)) for name in used}
+    return Folded(decided, found)
 
 
 def _stored_as(table: Table, kinds: Mapping[str, torch.dtype | None]) -> Table:

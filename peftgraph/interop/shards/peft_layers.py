@@ -2,6 +2,7 @@
 
     LoRA    W <- W + s B A              b <- b + s d        d the bias of B, with lora_bias
     DoRA    W <- g V                    V = W + s B A, g = m / ||V|| over the inputs of each output feature
+            A and B of a stack of E experts are (E R, I) and (O, R E), and each expert's W has its own of them
     (IA)3   W <- diag(l) W, b <- l b    for an output;  W <- W diag(l) for an input
 
 Shapes: I in, O out, R rank; A (R, I), B (O, R), m and d (O,); l (O, 1) or (1, I). An embedding is the matrix that maps
@@ -18,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peftgraph.fold.parts import parts_of
+from peftgraph.interop.peft.tensors import by_expert
 from peftgraph.rewrite.views import View, accumulation_dtype
 
 Load = Callable[[str], Tensor]
@@ -39,18 +42,33 @@ class Change:
     parts: Mapping[str, str]
     scale: float = 1.0
 
-    def apply(self, stored: Tensor, load: Load) -> Tensor:
-        """The new value of the tensor, in its dtype.
+    def apply(self, stored: Tensor, load: Load, expert: int | None = None) -> Tensor:
+        """The new value of the tensor, in its dtype, computed in its memory: a part of it is wide at a time.
 
         Args:
             stored: its value, or what replaces it.
             load: gives a tensor of the adapter.
+            expert: change this one alone, of a stack; None for all.
         """
-        wide = stored.to(accumulation_dtype(stored.dtype))
-        if self.parts:
-            own = {role: load(key).to(wide.dtype) for role, key in self.parts.items()}
-            wide = self.view.put(wide, self._changed(self.view.get(wide), own))
-        return wide.to(stored.dtype)
+        if not self.parts:
+            return stored
+        dtype = accumulation_dtype(stored.dtype)
+        own = {role: load(key).to(dtype) for role, key in self.parts.items()}
+        if self.view.vector:
+            return self._changed(stored.to(dtype), own).to(stored.dtype)
+        if self.view.experts is not None:
+            own["A"], own["B"] = by_expert(own["A"], own["B"], self.view.experts)
+        for part in parts_of(stored, self.view):
+            if expert not in (None, part.expert):
+                continue
+            window = part.of(stored, self.view)
+            rows = {role: part.of_parameter(value, self._axis(role, value), None) for role, value in own.items()}
+            window.copy_(self.view.put(window, self._changed(self.view.get(window).to(dtype), rows), dtype))
+        return stored
+
+    def _axis(self, role: str, value: Tensor) -> int | None:
+        """A role's axis of output features."""
+        return {"B": -2, "m": -1, "d": -1, "l": -2 if value.shape[0] > 1 else None}.get(role)
 
     def _changed(self, window: Tensor, own: Mapping[str, Tensor]) -> Tensor:
         if "A" in own:

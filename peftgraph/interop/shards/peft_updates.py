@@ -8,33 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from peftgraph.errors import AdapterError
+from peftgraph.interop.peft.config import TENSORS, PeftConfig
+from peftgraph.interop.peft.tensors import PREFIX, place_of
 from peftgraph.interop.shards.checkpoint import Checkpoint
-from peftgraph.interop.shards.peft_config import PeftConfig
+from peftgraph.interop.shards.layout import Layout, Piece, Stored
+from peftgraph.interop.shards.peft_config import read_merge, scale_at
 from peftgraph.interop.shards.peft_layers import Change
 from peftgraph.interop.shards.tensor_file import FLOATS, TensorFile
-from peftgraph.interop.shards.updates import Read, check_stored, stored_key
+from peftgraph.interop.shards.updates import Read, stored_as
 from peftgraph.rewrite.views import View
 
-TENSORS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-ROLES = {  # the end of a key -> the module's own parameter that it changes, and the role in the change
-    "lora_A.weight": ("weight", "A"),
-    "lora_B.weight": ("weight", "B"),
-    "lora_B.bias": ("bias", "d"),
-    "lora_embedding_A": ("weight", "A"),
-    "lora_embedding_B": ("weight", "B"),
-    "lora_magnitude_vector": ("weight", "m"),
-    "lora_magnitude_vector.weight": ("weight", "m"),
-    "ia3_l": ("weight", "l"),
-    "base_layer.weight": ("weight", "replaced"),
-    "base_layer.bias": ("bias", "replaced"),
-}
+ROLES = {"lora_A": "A", "lora_B": "B", "dora_m": "m", "ia3_l": "l"}  # our names -> the role in the change
+BIAS_OF_B = ".lora_B.bias"
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,24 +35,38 @@ class PeftUpdates:
 
     Attributes:
         file: the adapter's tensors.
-        dtypes: what the tensors are stored in.
-        changes: what happens to each.
+        dtypes: what the parameters are stored in.
+        changes: what happens to each parameter.
+        stored: how each is stored.
     """
 
     file: TensorFile
     dtypes: Mapping[str, torch.dtype]
     changes: Mapping[str, Change]
+    stored: Mapping[str, Stored]
 
     @property
     def changed(self) -> dict[str, tuple[str, ...]]:
-        """The stored tensors that change, each with itself unless it is replaced."""
-        return {key: () if change.replaced else (key,) for key, change in self.changes.items()}
+        """The stored tensors that change, each with those that its new value is computed from."""
+        return {
+            key: () if self.changes[name].replaced else self.stored[name].names(piece.expert)
+            for key, (name, piece) in self._pieces.items()
+        }
 
     def value(self, key: str, read: Read) -> Tensor:
         """The new value of a stored tensor, in its shape and dtype."""
-        change = self.changes[key]
-        start = read(key) if change.replaced is None else self.file.read(change.replaced).to(self.dtypes[key])
-        return change.apply(start, self.file.read)
+        name, piece = self._pieces[key]
+        change = self.changes[name]
+        if change.replaced is None:
+            start = self.stored[name].read(read, piece.expert)
+        else:
+            start = self.file.read(change.replaced).to(self.dtypes[name])
+        return piece.of(change.apply(start, self.file.read, piece.expert))
+
+    @cached_property
+    def _pieces(self) -> dict[str, tuple[str, Piece]]:
+        """The parameter of each stored tensor that changes, and which part of it that is."""
+        return {piece.key: (name, piece) for name, stored in self.stored.items() for piece in stored.pieces}
 
 
 def peft_updates(model: nn.Module, directory: Path, checkpoint: Checkpoint) -> PeftUpdates:
@@ -74,23 +80,22 @@ def peft_updates(model: nn.Module, directory: Path, checkpoint: Checkpoint) -> P
     Raises:
         AdapterError: the adapter is damaged, fits another base, or would not be merged exactly: it is of another
             method, or changes a weight that is tied to another.
-        PeftGraphError: the checkpoint does not store a weight that changes under its own name, or not in its shape or
-            in floating numbers.
+        PeftGraphError: the checkpoint does not store a weight that changes so that its place is known, or not in its
+            shape or in floating numbers.
     """
-    config = PeftConfig.read(directory)
+    config = read_merge(directory)
     file = _tensors(directory)
-    base = _Base(model)
+    base, layout = _Base(model), Layout.of(model, checkpoint)
     changes: dict[str, Change] = {}
-    named: dict[str, str] = {}
-    for parameter, parts in _by_parameter(file, base).items():
+    stored: dict[str, Stored] = {}
+    for parameter, parts in _by_parameter(config, file, base).items():
         name = base.name(parameter, directory)
         changes[name] = _change(config, file, base, parameter, parts)
-        named[name] = stored_key(checkpoint, base.tied(name), base.prefix)
-        check_stored(checkpoint, named[name], base.tensors[name].shape)
+        stored[name] = stored_as(layout, base.tied(name), base.tensors[name].shape)
     for name in changes:
         _check_ties(file, base, name, changes)
-    dtypes = {key: FLOATS[checkpoint.slot(key).dtype] for key in named.values()}
-    return PeftUpdates(file, dtypes, {named[name]: change for name, change in changes.items()})
+    dtypes = {name: FLOATS[checkpoint.slot(one.pieces[0].key).dtype] for name, one in stored.items()}
+    return PeftUpdates(file, dtypes, changes, stored)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +121,12 @@ class _Base:
         names = (parameter, bare, f"{self.prefix}.{parameter}")
         return next((name for name in names if name in self.tensors), None)
 
+    def find_module(self, path: str) -> str | None:
+        """The path of an adapter's module here; None where none has parameters of its own."""
+        bare = path.removeprefix(f"{self.prefix}.") if self.prefix else path
+        owners = {name.rpartition(".")[0] for name in self.tensors}
+        return next((one for one in (path, bare, f"{self.prefix}.{path}") if one in owners), None)
+
     def name(self, parameter: str, directory: Path) -> str:
         """The same, where there must be one."""
         name = self.find(parameter)
@@ -133,6 +144,9 @@ class _Base:
         module = self.model.get_submodule(name.rpartition(".")[0])
         if self.tensors[name].dim() == 1:
             return View(name, vector=True)
+        if self.tensors[name].dim() == 3 and not isinstance(module, nn.modules.conv._ConvNd):
+            transposed = getattr(module, "is_transposed", False)
+            return View(name, transposed=transposed, experts=len(self.tensors[name]))
         if isinstance(module, nn.Linear):
             return View(name)
         transposed = isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D"
@@ -146,20 +160,23 @@ def _tensors(directory: Path) -> TensorFile:
     return TensorFile.open(path)
 
 
-def _by_parameter(file: TensorFile, base: _Base) -> dict[str, dict[str, str]]:
+def _by_parameter(config: PeftConfig, file: TensorFile, base: _Base) -> dict[str, dict[str, str]]:
     """The adapter's tensors by the parameter that they change, as the adapter calls it, and by role."""
     found: dict[str, dict[str, str]] = {}
     for key, slot in file.slots.items():
-        name = key.removeprefix(PREFIX)
-        suffix = next((suffix for suffix in ROLES if name.endswith(f".{suffix}")), None)
-        if suffix is None:
-            found.setdefault(name, {})["replaced"] = key
+        place = place_of(key.removeprefix(PREFIX))
+        if isinstance(place, str):
+            bias = place.endswith(BIAS_OF_B)
+            name, role = (f"{place.removesuffix(BIAS_OF_B)}.bias", "d") if bias else (place, "replaced")
+            found.setdefault(name, {})[role] = key
             continue
-        leaf, role = ROLES[suffix]
-        module = name.removesuffix(suffix)
-        found.setdefault(module + leaf, {})[role] = key
-        if role == "l" and slot.shape[-1] == 1 and base.find(f"{module}bias") is not None:
-            found.setdefault(f"{module}bias", {})["l"] = key
+        path, wraps, leaf = place
+        own = base.find_module(path)
+        targets = [] if own is None else config.wrapped(base.tensors, own)
+        target = targets[-1 - wraps].removeprefix(f"{own}.") if wraps < len(targets) else "weight"
+        found.setdefault(f"{path}.{target}", {})[ROLES[leaf]] = key
+        if leaf == "ia3_l" and slot.shape[-1] == 1 and base.find(f"{path}.bias") is not None:
+            found.setdefault(f"{path}.bias", {})["l"] = key
     return found
 
 
@@ -180,24 +197,26 @@ def _change(config: PeftConfig, file: TensorFile, base: _Base, parameter: str, r
     if view is None:
         kind = type(base.model.get_submodule(name.rpartition(".")[0])).__name__
         raise AdapterError(f"{where}: {module} is a {kind}, which is not merged by weights here. Merge it with peft.")
+    at = parameter if config.selects_parameter(parameter) else module
     shapes = {role: file.slots[key].shape for role, key in parts.items()}
-    wanted = _shapes(config, module, view.shape(full), shapes)
+    wanted = _shapes(config, at, view.shape(full), shapes)
     if shapes != wanted:
         raise AdapterError(f"{where}: the tensors of {parameter} have shapes {shapes}; {wanted} would fit the base.")
-    return Change(view, replaced, parts, 1.0 if "l" in parts else config.scale(module))
+    return Change(view, replaced, parts, 1.0 if "l" in parts else scale_at(config, at))
 
 
 def _shapes(
-    config: PeftConfig, module: str, sizes: tuple[int, ...], have: Mapping[str, tuple[int, ...]]
+    config: PeftConfig, at: str, sizes: tuple[int, ...], have: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
-    """The shapes that an adapter's tensors must have at a weight (O, I) or a bias (O,)."""
+    """The shapes that an adapter's tensors must have at a weight (O, I) or (E, O, I), or a bias (O,)."""
     if "l" in have:
         return {"l": (1, sizes[1]) if len(sizes) == 2 and have["l"][0] == 1 != sizes[0] else (sizes[0], 1)}
     if len(sizes) == 1:
         return {"d": sizes}
-    rank = config.rank(module)
-    low: dict[str, tuple[int, ...]] = {"A": (rank, sizes[1]), "B": (sizes[0], rank)}
-    return low | {"m": sizes[:1]} if config.options.get("use_dora") else low
+    experts, features, inner = (1, *sizes)[-3:]
+    rank = experts * config.rank(at)
+    low: dict[str, tuple[int, ...]] = {"A": (rank, inner), "B": (features, rank)}
+    return low | {"m": (features,)} if config.options.get("use_dora") else low
 
 
 def _check_ties(file: TensorFile, base: _Base, name: str, changes: Mapping[str, Change]) -> None:

@@ -12,8 +12,10 @@ and place; the data. Source: the safetensors README, "Format".
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,10 +24,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from peftgraph.errors import PeftGraphError
+from peftgraph.interop.shards.behind import Behind
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 New = Callable[[], Tensor]
 CHUNK = 8 << 20  # bytes copied at once
+AHEAD = 64 << 20  # bytes read ahead
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,12 @@ class TensorFile:
         ordered = dict(sorted(slots.items(), key=lambda item: (item[1].begin, item[1].end)))
         return cls(path, head, ordered, path.stat().st_size)
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, lend: Callable[[int], Tensor] | None = None) -> Tensor:
         """One tensor, in memory of its own.
+
+        Args:
+            name: of the tensor.
+            lend: gives the memory: so many bytes, (size,) uint8.
 
         Raises:
             PeftGraphError: it is of no floating dtype that weights are merged in, or the file has changed.
@@ -95,37 +103,32 @@ class TensorFile:
                 f"{self.path}: {name} is stored as {slot.dtype}. Only {', '.join(FLOATS)} weights are merged; "
                 "a quantised one would have to be rounded anew."
             )
-        data = bytearray(slot.end - slot.begin)
-        with self.path.open("rb") as file:
-            file.seek(slot.begin)
-            if file.readinto(data) != len(data):
-                raise PeftGraphError(f"{self.path} has changed: it ends within {name}.")
-        if not data:
-            return torch.empty(slot.shape, dtype=FLOATS[slot.dtype])
-        return torch.frombuffer(data, dtype=FLOATS[slot.dtype]).reshape(slot.shape)
+        size = slot.end - slot.begin
+        data = torch.empty(size, dtype=torch.uint8) if lend is None else lend(size)
+        with self.path.open("rb", buffering=0) as file:
+            _read_into(file, slot.begin, data, self.path)
+        return data.view(FLOATS[slot.dtype]).reshape(slot.shape)
 
-    def rewrite(
-        self, target: BinaryIO, values: Mapping[str, Callable[[], Tensor]], wrote: Callable[[int], None]
-    ) -> None:
+    def rewrite(self, target: BinaryIO, values: Mapping[str, Callable[[], Tensor]], behind: Behind) -> None:
         """Writes the file anew, in order, with other values for some tensors.
 
         Args:
-            target: what to write to.
+            target: what to write to, unbuffered.
             values: gives the new values, when their turn comes.
-            wrote: called with the number of bytes that were written since its last call.
+            behind: writes.
 
         Raises:
             PeftGraphError: a new value has another shape or dtype, or the file has changed.
         """
-        target.write(self.head)
-        wrote(len(self.head))
+        behind.write(target, self.head)
         with self.path.open("rb", buffering=0) as source:
             for name, slot in self.slots.items():
+                _ahead(source, slot)
                 if name in values:
-                    target.write(self._bytes(name, values[name]()))
-                    wrote(slot.end - slot.begin)
+                    behind.write(target, self._bytes(name, values[name]()))
                 else:
-                    self._copy(source, slot, target, wrote)
+                    self._copy(source, slot, target, behind)
+        behind.finish()
 
     def _bytes(self, name: str, value: Tensor) -> memoryview:
         slot = self.slots[name]
@@ -136,13 +139,25 @@ class TensorFile:
             )
         return value.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
-    def _copy(self, source: BinaryIO, slot: Slot, target: BinaryIO, wrote: Callable[[int], None]) -> None:
-        source.seek(slot.begin)
-        left = slot.end - slot.begin
-        while left:
-            chunk = source.read(min(left, CHUNK))
-            if not chunk:
-                raise PeftGraphError(f"{self.path} has changed: it is shorter than its header says.")
-            target.write(chunk)
-            wrote(len(chunk))
-            left -= len(chunk)
+    def _copy(self, source: FileIO, slot: Slot, target: BinaryIO, behind: Behind) -> None:
+        for start in range(slot.begin, slot.end, CHUNK):
+            data = behind.lend(min(CHUNK, slot.end - start))
+            _read_into(source, start, data, self.path)
+            behind.write(target, data.numpy().data)
+
+
+def _read_into(file: FileIO, start: int, data: Tensor, path: Path) -> None:
+    """Fills bytes from a place in a file on."""
+    left = data.numpy().data
+    file.seek(start)
+    while left:
+        count = file.readinto(left)
+        if not count:
+            raise PeftGraphError(f"{path} has changed: it is shorter than its header says.")
+        left = left[count:]
+
+
+def _ahead(file: FileIO, slot: Slot) -> None:
+    """Has the system read what follows a tensor while this one is computed, where it can be asked to."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), slot.end, AHEAD, os.POSIX_FADV_WILLNEED)

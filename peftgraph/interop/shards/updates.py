@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from peftgraph.errors import PeftGraphError
-from peftgraph.interop.shards.checkpoint import Checkpoint
+from peftgraph.interop.shards.layout import Layout, Stored
 from peftgraph.interop.shards.tensor_file import FLOATS
 
 Read = Callable[[str], Tensor]
@@ -27,43 +27,36 @@ class Updates(Protocol):
 
         Args:
             key: one of `changed`.
-            read: gives a stored tensor, among those that `changed` lists for it.
+            read: gives a stored tensor, among those that `changed` lists for it, in memory that is taken over.
         """
         ...
 
 
-def stored_key(checkpoint: Checkpoint, names: Sequence[str], prefix: str) -> str:
-    """Under which name a parameter that changes is stored.
+def stored_as(layout: Layout, names: Sequence[str], shape: Iterable[int]) -> Stored:
+    """How a parameter that changes is stored.
 
     Args:
-        checkpoint: the model's weights.
-        names: of the parameter, as `Checkpoint.key` takes them.
-        prefix: likewise.
+        layout: of the model's weights.
+        names: of the parameter, as `Layout.find` takes them.
+        shape: of the parameter in the model.
 
     Raises:
-        PeftGraphError: under none.
+        PeftGraphError: not at all, in another shape, or not as floating numbers.
     """
-    key = checkpoint.key(names, prefix)
-    if key is None:
+    stored, folder = layout.find(names), layout.checkpoint.folder
+    if stored is None:
         raise PeftGraphError(
-            f"{checkpoint.folder} stores no {names[0]}, which the adapter changes: the model makes it of other tensors "
-            "when it is loaded, or not all weights are there. Such a model is merged in memory: --whole with an "
-            "adapter of this library, merge_and_unload with one of peft."
+            f"{folder} stores no {names[0]}, which the adapter changes: the model makes it of other tensors when it is "
+            "loaded, and not by stacking them alone, or not all weights are there. Such a model is merged in memory: "
+            "--whole, or merge_and_unload with an adapter that only peft reads."
         )
-    return key
-
-
-def check_stored(checkpoint: Checkpoint, key: str, shape: Iterable[int]) -> None:
-    """Refuses a change of a tensor that is stored in another shape, or not as floating numbers.
-
-    Raises:
-        PeftGraphError: it is.
-    """
-    slot, wanted = checkpoint.slot(key), tuple(shape)
-    if slot.shape != wanted:
-        raise PeftGraphError(f"{key} has shape {slot.shape} in {checkpoint.folder}; the adapter fits {wanted}.")
+    key, wanted = stored.pieces[0].key, tuple(shape)
+    slot = layout.checkpoint.slot(key)
+    if stored.pieces[0].last is None and slot.shape != wanted:  # those of several pieces are known to fit
+        raise PeftGraphError(f"{key} has shape {slot.shape} in {folder}; the adapter fits {wanted}.")
     if slot.dtype not in FLOATS:
         raise PeftGraphError(
-            f"{key} is stored as {slot.dtype} in {checkpoint.folder}. Only {', '.join(FLOATS)} weights are merged; a "
+            f"{key} is stored as {slot.dtype} in {folder}. Only {', '.join(FLOATS)} weights are merged; a "
             "quantised one would have to be rounded anew. Merge into the weights that were quantised."
         )
+    return stored

@@ -9,23 +9,28 @@ from functools import partial
 from pathlib import Path
 
 from peftgraph.errors import PeftGraphError
+from peftgraph.interop.shards.behind import ROOM, Behind, one_thread
 from peftgraph.interop.shards.checkpoint import INDEX, Checkpoint
 from peftgraph.interop.shards.updates import Updates
 from peftgraph.ir.files import atomic
 
 
-def write_shards(checkpoint: Checkpoint, updates: Updates, target: Path, wrote: Callable[[int], None]) -> int:
+def write_shards(
+    checkpoint: Checkpoint, updates: Updates, target: Path, wrote: Callable[[int], None], room: int = ROOM
+) -> int:
     """Writes the merged shards of a checkpoint, and its index.
 
     A shard has its own name once it is whole and on the disk, and before that a temporary one. What has its own name
-    and size is kept, so the folder must be of this merge. At any time, what is in memory of the checkpoint is one
-    changed tensor with what its new value is computed from.
+    and size is kept, so the folder must be of this merge. One thread writes what is finished while the next tensor is
+    computed. At any time, what is in memory of the checkpoint is one changed tensor with what its new value is computed
+    from, and as much of what is not written yet as there is room for.
 
     Args:
         checkpoint: the base's.
         updates: what changes.
         target: the folder, which may hold finished shards.
         wrote: called with numbers of bytes, kept ones included.
+        room: how many bytes of the checkpoint may be in memory, unless one changed tensor alone needs more.
 
     Returns:
         The number of shards that were finished before.
@@ -35,15 +40,17 @@ def write_shards(checkpoint: Checkpoint, updates: Updates, target: Path, wrote: 
     """
     kept = 0
     changed = updates.changed
-    for file in checkpoint.files:
-        path = target / file.path.name
-        if path.is_file() and path.stat().st_size == file.size:
-            wrote(file.size)
-            kept += 1
-            continue
-        values = {key: partial(updates.value, key, checkpoint.read) for key in file.slots if key in changed}
-        with atomic(path) as temporary, temporary.open("wb") as handle:
-            file.rewrite(handle, values, wrote)
+    with one_thread(), Behind(wrote, room) as behind:
+        read = partial(checkpoint.read, lend=behind.lend)
+        for file in checkpoint.files:
+            path = target / file.path.name
+            if path.is_file() and path.stat().st_size == file.size:
+                wrote(file.size)
+                kept += 1
+                continue
+            values = {key: partial(updates.value, key, read) for key in file.slots if key in changed}
+            with atomic(path) as temporary, temporary.open("wb", buffering=0) as handle:
+                file.rewrite(handle, values, behind)
     if (checkpoint.folder / INDEX).is_file():
         with atomic(target / INDEX) as temporary:
             shutil.copyfile(checkpoint.folder / INDEX, temporary)

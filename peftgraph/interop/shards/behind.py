@@ -1,0 +1,121 @@
+"""Writing behind the computation: one thread writes what is finished while the next values are made."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import BinaryIO, Self
+
+import torch
+from torch import Tensor
+
+ROOM = 192 << 20  # bytes that may wait to be written, unless a single tensor is larger
+FLUSH = 32 << 20  # bytes after which the disk is made to take what it has: it is busy from the first second on
+KEPT = 31 << 20  # glibc gives no freed block back to the system that is smaller than the largest it freed, up to 32 MiB
+
+
+@dataclass(frozen=True, eq=False)
+class _Waiting:
+    """What is being written, and the memory that is free afterwards."""
+
+    done: Future[None]
+    size: int
+    memory: Sequence[Tensor]
+
+
+class Behind:
+    """Writes to a file in order, in a thread of its own.
+
+    Memory for what is read is lent and used again: fresh memory costs a page fault for every 4 KiB of it, as much
+    time as the computation. `with` waits for what is being written, and raises what went wrong with it.
+
+    Args:
+        wrote: called, in the thread of the caller, with the number of bytes that were written since its last call.
+        room: how many bytes may be lent or wait at a time, unless one tensor alone needs more.
+    """
+
+    def __init__(self, wrote: Callable[[int], None], room: int = ROOM) -> None:
+        self._wrote, self._room = wrote, room
+        self._thread = ThreadPoolExecutor(1, "write")
+        self._waiting: deque[_Waiting] = deque()
+        self._free: list[Tensor] = []
+        self._lent: list[Tensor] = []
+        self._unflushed = 0
+        torch.empty(KEPT, dtype=torch.uint8)  # given back at once
+
+    def lend(self, size: int) -> Tensor:
+        """Bytes, (size,) uint8, with any values; they are free again when what `write` is given next is written."""
+        while self._waiting and self._used + size > self._room:
+            self._finish()
+        fits = [one for one in self._free if one.numel() >= size]
+        memory = min(fits, key=Tensor.numel, default=None)
+        if memory is None:
+            self._free.clear()  # too small: what is kept free never adds to what is in use
+            memory = torch.empty(size, dtype=torch.uint8)
+        else:
+            self._free = [one for one in self._free if one is not memory]
+        self._lent.append(memory)
+        return memory[:size]
+
+    def write(self, target: BinaryIO, data: bytes | memoryview) -> None:
+        """Has `data` written behind what was given before; it must stay as it is until then."""
+        lent, self._lent = self._lent, []
+        self._waiting.append(_Waiting(self._thread.submit(self._write, target, data), len(data), lent))
+        while self._waiting and (self._waiting[0].done.done() or self._used > self._room):
+            self._finish()
+
+    def finish(self) -> None:
+        """Waits until everything is written.
+
+        Raises:
+            OSError: the disk refuses.
+        """
+        while self._waiting:
+            self._finish()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            self._thread.shutdown(cancel_futures=True)
+
+    @property
+    def _used(self) -> int:
+        return sum(max(one.size, sum(map(Tensor.numel, one.memory))) for one in self._waiting) + sum(
+            map(Tensor.numel, self._lent)
+        )
+
+    def _finish(self) -> None:
+        first = self._waiting.popleft()
+        first.done.result()
+        self._free += first.memory
+        self._wrote(first.size)
+
+    def _write(self, target: BinaryIO, data: bytes | memoryview) -> None:
+        left = memoryview(data)
+        while left:
+            left = left[target.write(left) :]
+        self._unflushed += len(data)
+        if self._unflushed >= FLUSH:
+            os.fdatasync(target.fileno())
+            self._unflushed = 0
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Computes without torch's own threads: parts are too small to share, and waiting for busy cores costs more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
