@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import fx
 
 from peftgraph.ir.program import ProgramData
 from peftgraph.rewrite.views import View, weight_view
-from peftgraph.sites import Site, Sites
+from peftgraph.sites import Sites
 
 aten = torch.ops.aten
 LAYOUT = {
@@ -33,29 +33,28 @@ LAYOUT = {
 
 
 def sharing_reason(
-    program: ProgramData, graph: fx.Graph, sites: Sites, site: Site, untie: bool, makers: Mapping[str, Site | None]
+    program: ProgramData,
+    graph: fx.Graph,
+    sites: Sites,
+    view: View | None,
+    untie: bool,
+    makers: Mapping[str, View | None],
 ) -> str | None:
-    """Why the weight of `site` may not change; None when it may.
+    """Why a window of a weight may not change for one site alone; None when it may.
 
     Args:
         program: the program that is being folded, with its ties.
         graph: the graph as folding has left it so far.
         sites: the sites of the base.
-        site: whose weight would change.
+        view: what would change; None where the site has no weight.
         untie: a tied tensor may be split: this name gets a tensor of its own.
-        makers: for the nodes of edits, the site of the edit; None for the edit that is folded.
+        makers: for the nodes of edits, the window that the edit changes; None for the edit that is folded.
     """
-    view = weight_view(site)
     if view is None:
         return "it has no weight to fold into"
-    readers = list(weight_readers(graph, view.parameter))
-    foreign = [reader for reader in readers if not _is_disjoint(sites, reader, view, makers)]
+    foreign = _foreign(graph, sites, view, makers, (view.parameter,))
     if len(foreign) > 1:
-        names = ", ".join(f"%{reader.meta.get('label', reader.name)}" for reader in foreign[:3])
-        return (
-            f"{view.parameter} is read in {len(foreign)} places ({names}, ...), "
-            "and a change for one would leak into the others"
-        )
+        return _leaks(view, foreign)
     others = [name for name in program.table.tied(view.parameter) if name != view.parameter]
     used = [name for name in others if any(True for _ in weight_readers(graph, name))]
     if used and not untie:
@@ -64,6 +63,45 @@ def sharing_reason(
             "pg.fold(program, untie=True) gives it a tensor of its own"
         )
     return None
+
+
+def joint_reason(
+    program: ProgramData,
+    graph: fx.Graph,
+    sites: Sites,
+    view: View,
+    together: Collection[str],
+    makers: Mapping[str, View | None],
+) -> str | None:
+    """Why a window of a weight may not change for some sites at once; None when nobody else reads it, by any name.
+
+    Args:
+        program: the program that is being folded, with its ties.
+        graph: the graph as folding has left it so far.
+        sites: the sites of the base.
+        view: what would change.
+        together: the operators of the sites it changes for.
+        makers: for the nodes of edits, the window that the edit changes; None for the edits that are folded.
+    """
+    foreign = _foreign(graph, sites, view, makers, program.table.tied(view.parameter))
+    others = [reader for reader in foreign if reader.name not in together]
+    return _leaks(view, foreign) if others else None
+
+
+def _foreign(
+    graph: fx.Graph, sites: Sites, view: View, makers: Mapping[str, View | None], names: Collection[str]
+) -> list[fx.Node]:
+    """Who reads values of a window, by any of some names."""
+    readers = [reader for name in names for reader in weight_readers(graph, name)]
+    return [reader for reader in readers if not _is_disjoint(sites, reader, view, makers)]
+
+
+def _leaks(view: View, readers: Sequence[fx.Node]) -> str:
+    names = ", ".join(f"%{reader.meta.get('label', reader.name)}" for reader in readers[:3])
+    return (
+        f"{view.parameter} is read in {len(readers)} places ({names}, ...), "
+        "and a change for one would leak into the others"
+    )
 
 
 def weight_readers(graph: fx.Graph, name: str) -> Iterator[fx.Node]:
@@ -82,11 +120,10 @@ def weight_readers(graph: fx.Graph, name: str) -> Iterator[fx.Node]:
                 yield user
 
 
-def _is_disjoint(sites: Sites, reader: fx.Node, view: View, makers: Mapping[str, Site | None]) -> bool:
+def _is_disjoint(sites: Sites, reader: fx.Node, view: View, makers: Mapping[str, View | None]) -> bool:
     """Whether `reader` is the projection, or an edit, of other sites only, none of which owns values of `view`."""
     if reader.name in makers:
-        maker = makers[reader.name]
-        own = None if maker is None else weight_view(maker)
+        own = makers[reader.name]
         return own is None or not own.overlaps(view)
     owners = [(other, weight_view(other)) for other in sites if other.op == reader.name]
     windows = [window for _, window in owners if window is not None and window.parameter == view.parameter]

@@ -42,8 +42,10 @@ class Write:
         written: list[View] = []
         for bound, value in self.rule.fold(replace(self.match, table=table, precision=precision), params).items():
             name = bound.view.parameter
-            table = table.with_tensor(name, bound.view.put(table[name].tensor.detach(), value, value.dtype))
-            written.append(bound.view)
+            names = (name,) if self.rule.rows is None else table.tied(name)
+            new = bound.view.put(table[name].tensor.detach(), value, value.dtype)
+            table = table.with_({one: replace(table[one], tensor=new) for one in names})
+            written += [replace(bound.view, parameter=one) for one in names]
         return table, written
 
 
