@@ -34,6 +34,7 @@ from peftgraph.passes import (
     Pfeiffer,
     Prefix,
     Prompt,
+    TrainableTokens,
     UniPELT,
     ZeroInitPrefix,
 )
@@ -49,6 +50,7 @@ METHODS: dict[str, pg.Pass] = {
     "ia3": IA3(),
     "bitfit": BitFit(zero=True),
     "freeze": Freeze(top=1),
+    "tokens": TrainableTokens(tokens=(3, 5)),
     "houlsby": Houlsby(width=16),
     "pfeiffer": Pfeiffer(width=16),
     "parallel": ParallelAdapter(width=16, learned=True),
