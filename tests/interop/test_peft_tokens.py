@@ -1,10 +1,9 @@
-"""Trained tokens in peft's format, both ways: tied and untied tables, beside a LoRA and alone, and a vocabulary that was
-resized."""
+"""Trained tokens in peft's format, both ways: tied and untied tables, beside a LoRA and alone, and a vocabulary that
+was resized."""
 
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -162,12 +161,31 @@ def test_what_the_format_cannot_say(case: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+class ByTable(nn.Module):
+    """A head that multiplies by the embedding's own weight."""
+
+    def __init__(self, table: nn.Embedding) -> None:
+        super().__init__()
+        object.__setattr__(self, "table", table)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.table.weight)
+
+
 def test_a_tie_that_peft_does_not_know_of(tmp_path: Path) -> None:
     model = zoo.Nano(layers=1).eval()
+    directory = pd.saved(pd.wrapped("nano", alone(target_modules=["tok"]), zoo.Nano(layers=1)), tmp_path / "theirs")
+    words = "one table's rows only in a model of transformers whose configuration"
     model.vocab.weight = model.tok.weight
-    tuned = pg.trace(model, zoo.example("nano")).apply(ROWS)
-    with pytest.raises(pg.AdapterError, match="one table's rows only in a model of transformers whose configuration"):
-        tuned.save_adapter(tmp_path / "adapter", format="peft")
+    with pytest.raises(pg.AdapterError, match=words):
+        pg.trace(model, zoo.example("nano")).apply(ROWS).save_adapter(tmp_path / "adapter", format="peft")
+    model.vocab = ByTable(model.tok)
+    program = pg.trace(model, zoo.example("nano"))
+    assert len(program.apply(ROWS).edits) == 2
+    with pytest.raises(pg.AdapterError, match=words):
+        program.apply(ROWS).save_adapter(tmp_path / "adapter", format="peft")
+    with pytest.raises(pg.AdapterError, match="has tokens of tok, whose weight head at tok reads too"):
+        program.load_adapter(directory)
 
 
 NOT_READ: dict[str, tuple[str, peft.PeftConfig, str]] = {
@@ -190,7 +208,7 @@ DAMAGED: dict[str, tuple[dict[str, Any], str]] = {
     "words": ({"token_indices": ["a"] * 17}, "is damaged: the tokens of .* cannot be"),
     "twice": ({"token_indices": [3] * 17}, "token 3 is named twice"),
     "kind": ({"token_indices": 3}, "is damaged: token_indices cannot be 3"),
-    "beyond": ({"token_indices": list(range(50, 67))}, "token 61 is outside of the table of embedding at model.embed_to"),
+    "beyond": ({"token_indices": list(range(50, 67))}, "token 61 is outside of the table of embedding at model"),
     "elsewhere": ({"target_modules": ["wte"]}, "embed_tokens has tensors, but target_modules does not select it"),
 }  # fmt: skip
 

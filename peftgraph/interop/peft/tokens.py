@@ -111,8 +111,8 @@ def _check_alike(config: PeftConfig, held: Mapping[str, Tensor], first: str, pat
         )
     if numbers != _numbers(config, first) or not torch.equal(held[path], held[first]):
         raise AdapterError(
-            f"{config.directory} has other tokens of {path} than of {first}, which are tied here, and peft cuts that tie. "
-            "Trace a model whose configuration has tie_word_embeddings=False."
+            f"{config.directory} has other tokens of {path} than of {first}, which are tied here, and peft cuts that "
+            "tie. Trace a model whose configuration has tie_word_embeddings=False."
         )
 
 
@@ -122,6 +122,13 @@ def _sites(program: ProgramData, sites: Sites, config: PeftConfig, path: str) ->
         config.check_selects(path)
     found = [site for name in program.table.tied(f"{path}.weight") for site in owners(sites, name)]
     chosen = [site for site in found if site.role == "embedding"] or found
+    names = [
+        {site.weight.parameter for site in found if site.weight and (site in chosen) is own} for own in (True, False)
+    ]
+    if not names[0].isdisjoint(names[1]):
+        raise AdapterError(
+            f"{config.directory} has tokens of {path}, whose weight {found[-1]} reads too, and peft gives it no rows."
+        )
     if not chosen:
         raise AdapterError(f"{config.directory} has tokens of {path}, which is no site. program.sites lists the sites.")
     return chosen

@@ -81,18 +81,18 @@ def token_tables(program: ProgramData, places: Places) -> Mapping[str, Rows]:
         AdapterError: peft would not give the rows to all who read the table.
     """
     found: dict[str, Rows] = {}
-    readers: dict[str, set[str]] = {}
+    readers: dict[str, str] = {}
     for method, site, tensors in places:
         assert site.weight is not None
         name = program.table.tied(site.weight.parameter)[0]
         path = name.removesuffix(".weight")
         rows = found.setdefault(path, Rows(method, site))
         rows.parts.setdefault(method, tensors[TOKENS])
-        readers.setdefault(path, set()).add(site.weight.parameter)
-        if path == name or (len(readers[path]) > 1 and not _ties(program)):
+        twice = readers.setdefault(site.weight.parameter, site.role) != site.role
+        if path == name or twice or (site.weight.parameter != name and not _ties(program)):
             raise AdapterError(
-                f"{method} at {site}: peft gives several modules one table's rows only in a model of transformers whose "
-                "configuration has tie_word_embeddings=True."
+                f"{method} at {site}: peft gives several modules one table's rows only in a model of transformers "
+                "whose configuration has tie_word_embeddings=True."
             )
     return found
 
