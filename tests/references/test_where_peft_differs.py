@@ -550,6 +550,7 @@ def test_fresh_tokens_take_the_bias_of_a_tied_head_away() -> None:
         torch.testing.assert_close(theirs(**inputs).logits, base - bias)
 
 
+@pytest.mark.filterwarnings(ADAPTED_TIE)
 def test_tokens_of_one_of_several_tied_modules(both: Any) -> None:
     config = peft.TrainableTokensConfig(token_indices=[3], target_modules=["encoder.embed_tokens"])
     theirs = peft.get_peft_model(both.build("t5", F32), config)

@@ -122,12 +122,11 @@ def _sites(program: ProgramData, sites: Sites, config: PeftConfig, path: str) ->
         config.check_selects(path)
     found = [site for name in program.table.tied(f"{path}.weight") for site in owners(sites, name)]
     chosen = [site for site in found if site.role == "embedding"] or found
-    names = [
-        {site.weight.parameter for site in found if site.weight and (site in chosen) is own} for own in (True, False)
-    ]
-    if not names[0].isdisjoint(names[1]):
+    own = {site.weight.parameter for site in chosen if site.weight}
+    others = [site for site in found if site not in chosen and site.weight and site.weight.parameter in own]
+    if others:
         raise AdapterError(
-            f"{config.directory} has tokens of {path}, whose weight {found[-1]} reads too, and peft gives it no rows."
+            f"{config.directory} has tokens of {path}, whose weight {others[0]} reads too, and peft gives it no rows."
         )
     if not chosen:
         raise AdapterError(f"{config.directory} has tokens of {path}, which is no site. program.sites lists the sites.")
