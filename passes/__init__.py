@@ -19,5 +19,6 @@ from .prefix import Prefix as Prefix
 from .prompt import Prompt as Prompt
 from .ptuning import PTuning as PTuning
 from .serial_adapter import SerialAdapter as SerialAdapter
+from .trainable_tokens import TrainableTokens as TrainableTokens
 from .unipelt import UniPELT as UniPELT
 from .zero_init_prefix import ZeroInitPrefix as ZeroInitPrefix

@@ -63,7 +63,7 @@ class DoRA(pg.Pass):
 
     def rules(self) -> list[pg.Rule]:
         """One rule: add what turns x W^T into x W'^T."""
-        return [pg.Rule(at=self.at, delta=self.delta, fold=self.fold, rows=self.rows)]
+        return [pg.Rule(at=self.at, delta=self.delta, fold=self.fold, by_row=self.by_row)]
 
     def delta(self, m: pg.Match, op: pg.Builder) -> fx.Node:
         """(g - 1) (y - b) + g s (drop(x) A^T) B^T."""
@@ -93,6 +93,6 @@ class DoRA(pg.Pass):
         v_OI = weight.value + self.scale * (p.lora_B @ p.lora_A)
         return {weight: (p.dora_m / torch.linalg.vector_norm(v_OI, 2, -1)).unsqueeze(-1) * v_OI}
 
-    def rows(self, m: pg.Match) -> Mapping[str, int]:
+    def by_row(self, m: pg.Match) -> Mapping[str, int]:
         """B and m have the features of the output; the norm is of one row."""
         return {"lora_B": -2, "dora_m": -1}

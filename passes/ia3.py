@@ -40,7 +40,7 @@ class IA3(pg.Pass):
 
     def rules(self) -> list[pg.Rule]:
         """One rule: multiply the value by a learned vector."""
-        return [pg.Rule(at=self.at, delta=self.delta, join=pg.Multiply(self.side), fold=self.fold, rows=self.rows)]
+        return [pg.Rule(at=self.at, delta=self.delta, join=pg.Multiply(self.side), fold=self.fold, by_row=self.by_row)]
 
     def delta(self, m: pg.Match, op: pg.Builder) -> fx.Node:
         """The vector l, shaped to broadcast over the value."""
@@ -65,7 +65,7 @@ class IA3(pg.Pass):
         scaled = {weight: weight.value * p.ia3_l.unsqueeze(-1)}
         return scaled if m.bias is None else scaled | {m.bias: m.bias.value * p.ia3_l}
 
-    def rows(self, m: pg.Match) -> Mapping[str, int]:
+    def by_row(self, m: pg.Match) -> Mapping[str, int]:
         """l has the features of the output, unless it scales those of the input."""
         return {} if self.at_input(m) else {"ia3_l": -1}
 

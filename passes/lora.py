@@ -85,7 +85,7 @@ class LoRA(pg.Pass):
     def rules(self) -> list[pg.Rule]:
         """Add the low-rank path to the projection's output; train biases."""
         rank = 2 * self.rank if self.init == "pissa" else self.rank
-        path = pg.Rule(at=self.at, delta=self.delta, fold=self.fold, rank=rank, rows=self.rows)
+        path = pg.Rule(at=self.at, delta=self.delta, fold=self.fold, rank=rank, by_row=self.by_row)
         biases = {"none": [], "all": [pg.Train(pg.bias)], "lora_only": [pg.Train(self.at, own="bias")]}
         return [path, *biases[self.bias]]
 
@@ -109,6 +109,6 @@ class LoRA(pg.Pass):
             change = change - p.lora_B0 @ p.lora_A0
         return {weight: weight.value + self.weight * self.scale * change}
 
-    def rows(self, m: pg.Match) -> Mapping[str, int]:
+    def by_row(self, m: pg.Match) -> Mapping[str, int]:
         """B has the features of the output."""
         return {"lora_B": -2, "lora_B0": -2}

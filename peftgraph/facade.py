@@ -26,6 +26,7 @@ from peftgraph.rewrite.lengthen import Lengthening as Lengthening
 from peftgraph.rewrite.lengthen import at_tokens as at_tokens
 from peftgraph.rewrite.lengthen import lengthened as lengthened
 from peftgraph.rewrite.low_rank import LowRank as LowRank
+from peftgraph.rewrite.match import INNERMOST as INNERMOST
 from peftgraph.rewrite.match import Match as Match
 from peftgraph.rewrite.method import Pass as Pass
 from peftgraph.rewrite.method import Pipeline as Pipeline
@@ -48,6 +49,7 @@ from peftgraph.rewrite.rule import Params as Params
 from peftgraph.rewrite.rule import Replace as Replace
 from peftgraph.rewrite.rule import Rule as Rule
 from peftgraph.rewrite.rule import Train as Train
+from peftgraph.rewrite.tokens import looks_up_tokens as looks_up_tokens
 from peftgraph.rewrite.views import Bound as Bound
 from peftgraph.sites import Pattern as Pattern
 from peftgraph.sites import Selector as Selector

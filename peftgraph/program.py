@@ -231,8 +231,9 @@ class Program(ProgramData):
         Args:
             directory: where.
             format: our own (the recipe and the base's fingerprint), or "peft" for `PeftModel.from_pretrained`. That
-                knows LoRA, DoRA, (IA)3, prefixes, prompts and LLaMA-Adapter, one method at a time, with biases and
-                whole modules that train beside it; a part of a fused weight is written with rows of zeros.
+                knows LoRA, DoRA, (IA)3, prefixes, prompts, trained tokens and LLaMA-Adapter, one method at a time,
+                with biases, tokens and whole modules that train beside it; a part of a fused weight is written with
+                rows of zeros.
 
         Raises:
             AdapterError: there is nothing to save, or the format cannot say it: the message names the pass and the

@@ -22,7 +22,7 @@ from peftgraph.ir.table import Table
 from peftgraph.rewrite.apply import undo
 from peftgraph.rewrite.count import rule_of, short_params
 from peftgraph.rewrite.match import Match
-from peftgraph.rewrite.views import View
+from peftgraph.rewrite.views import View, rows_view, weight_view
 from peftgraph.sites import Site, Sites, Weight
 
 aten = torch.ops.aten
@@ -76,7 +76,7 @@ class Folding:
         self._uses = Counter(name for edit in self.edits for name in edit.parameters)
         self._gone: set[str] = set()
         edits = self.program.edits
-        self._makers: dict[str, Site | None] = {name: self._by_id[e.site] for e in edits for name in e.nodes}
+        self._makers: dict[str, View | None] = {name: self._window(e) for e in edits for name in e.nodes}
 
     def run(self) -> Folding:
         """Folds until no edit can be folded any more."""
@@ -101,12 +101,34 @@ class Folding:
             return rule.fold
         if not edit.moves:
             return None
+        if rule.rows is not None:
+            return self._joint_reason(edit)
         site = self._by_id[edit.site]
         read = site.role == "ffn.hidden" or _at_input(edit)
         blocked = self._reader_reason(edit, site) if read else self._order_reason(edit, site)
-        own = dict.fromkeys(edit.nodes)
-        makers = ChainMap[str, Site | None](own, self._makers)
-        return blocked or self._sharing.reason(site, makers)
+        makers = ChainMap[str, View | None](dict.fromkeys(edit.nodes), self._makers)
+        view = weight_view(site)
+        return blocked or self._sharing.reason(view, makers)
+
+    def _joint_reason(self, edit: Edit) -> str | None:
+        """Why rows may not change for all sites of a pass that trains them; those of its edits that are left fold
+        together."""
+        every = [one for one in self.program.edits if one.application == edit.application]
+        for one in self.edits:
+            blocked = self._order_reason(one, self._by_id[one.site]) if one in every else None
+            if blocked is not None:
+                return blocked
+        view = self._window(edit)
+        assert view is not None
+        own = dict.fromkeys(name for one in every for name in one.nodes)
+        makers = ChainMap[str, View | None](own, self._makers)
+        together = [self._by_id[one.site].op for one in every]
+        return self._sharing.joint_reason(view, together, makers)
+
+    def _window(self, edit: Edit) -> View | None:
+        """What an edit's fold may change of its site's weight."""
+        site, rows = self._by_id[edit.site], rule_of(self.program, edit).rows
+        return weight_view(site) if rows is None else rows_view(site, rows)
 
     def _order_reason(self, edit: Edit, site: Site) -> str | None:
         """What stands between the edit and its projection, on the same columns."""

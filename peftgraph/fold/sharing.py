@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import fx
@@ -51,23 +51,18 @@ class Sharing:
         for site in sites:
             self._sites.setdefault(site.op, []).append(site)
 
-    def reason(self, site: Site, makers: Mapping[str, Site | None]) -> str | None:
-        """Why the weight of `site` may not change; None when it may.
+    def reason(self, view: View | None, makers: Mapping[str, View | None]) -> str | None:
+        """Why a window of a weight may not change for one site alone; None when it may.
 
         Args:
-            site: whose weight would change.
-            makers: for the nodes of edits, the site of the edit; None for the edit that is folded.
+            view: what would change; None where the site has no weight.
+            makers: for the nodes of edits, the window that the edit changes; None for the edit that is folded.
         """
-        view = weight_view(site)
         if view is None:
             return "it has no weight to fold into"
-        foreign = [one for one in self._readers(view.parameter) if not self._is_disjoint(one, view, makers)]
+        foreign = self._foreign(view, makers, (view.parameter,))
         if len(foreign) > 1:
-            names = ", ".join(f"%{reader.meta.get('label', reader.name)}" for reader in foreign[:3])
-            return (
-                f"{view.parameter} is read in {len(foreign)} places ({names}, ...), "
-                "and a change for one would leak into the others"
-            )
+            return _leaks(view, foreign)
         others = [name for name in self._program.table.tied(view.parameter) if name != view.parameter]
         used = [name for name in others if any(True for _ in self._readers(name))]
         if used and not self._untie:
@@ -76,6 +71,23 @@ class Sharing:
                 "pg.fold(program, untie=True) gives it a tensor of its own"
             )
         return None
+
+    def joint_reason(self, view: View, together: Collection[str], makers: Mapping[str, View | None]) -> str | None:
+        """Why a window of a weight may not change for some sites at once; None when nobody else reads it, by any name.
+
+        Args:
+            view: what would change.
+            together: the operators of the sites it changes for.
+            makers: for the nodes of edits, the window that the edit changes; None for the edits that are folded.
+        """
+        foreign = self._foreign(view, makers, self._program.table.tied(view.parameter))
+        others = [reader for reader in foreign if reader.name not in together]
+        return _leaks(view, foreign) if others else None
+
+    def _foreign(self, view: View, makers: Mapping[str, View | None], names: Collection[str]) -> list[fx.Node]:
+        """Who reads values of a window, by any of some names."""
+        readers = [reader for name in names for reader in self._readers(name)]
+        return [reader for reader in readers if not self._is_disjoint(reader, view, makers)]
 
     def _readers(self, name: str) -> Iterator[fx.Node]:
         """The computing nodes that read a stored tensor, looking through layout."""
@@ -92,12 +104,19 @@ class Sharing:
                 elif user.op != "placeholder":
                     yield user
 
-    def _is_disjoint(self, reader: fx.Node, view: View, makers: Mapping[str, Site | None]) -> bool:
+    def _is_disjoint(self, reader: fx.Node, view: View, makers: Mapping[str, View | None]) -> bool:
         """Whether `reader` is the projection, or an edit, of other sites only, none of which owns values of `view`."""
         if reader.name in makers:
-            maker = makers[reader.name]
-            own = None if maker is None else weight_view(maker)
+            own = makers[reader.name]
             return own is None or not own.overlaps(view)
         found = (weight_view(other) for other in self._sites.get(reader.name, ()))
         windows = [window for window in found if window is not None and window.parameter == view.parameter]
         return bool(windows) and not any(window.overlaps(view) for window in windows)
+
+
+def _leaks(view: View, readers: Sequence[fx.Node]) -> str:
+    names = ", ".join(f"%{reader.meta.get('label', reader.name)}" for reader in readers[:3])
+    return (
+        f"{view.parameter} is read in {len(readers)} places ({names}, ...), "
+        "and a change for one would leak into the others"
+    )

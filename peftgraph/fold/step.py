@@ -68,7 +68,7 @@ class Write:
     def splits(self, table: Table) -> bool:
         """Whether parts of the weight fold on their own."""
         weight, *rest = self.views.values()
-        if self.rule.rows is None or (
+        if self.rule.by_row is None or (
             weight.transposed and weight.experts is None and table[weight.parameter].tensor.dim() > 2
         ):
             return False
@@ -105,13 +105,16 @@ class Write:
             name = bound.view.parameter
             full = table[name].tensor.detach()
             stored = bound.view.stored(full, value) if part is not None else None  # copied from there in the end
-            table = table.with_tensor(name, bound.view.put(full, value, value.dtype) if stored is None else stored)
-            written[name] = bound.view if part is None else self.views[name]
+            new = bound.view.put(full, value, value.dtype) if stored is None else stored
+            names = (name,) if self.rule.rows is None else table.tied(name)  # what trains rows keeps ties
+            table = table.with_({one: replace(table[one], tensor=new) for one in names})
+            for one in names:
+                written[one] = replace(bound.view, parameter=one) if part is None else self.views[one]
         return table, written
 
     def _rows(self, match: Match) -> Mapping[str, int]:
-        assert self.rule.rows is not None
-        return self.rule.rows(match)
+        assert self.rule.by_row is not None
+        return self.rule.by_row(match)
 
 
 def cut(table: Table, views: Mapping[str, View], part: Part) -> Table:

@@ -65,15 +65,15 @@ def call_directly(graph: fx.Graph) -> None:
         if node.target in FUNCTIONS:
             node.target = FUNCTIONS[node.target]
         elif node.target in METHODS:
-            _call_method(node)
+            _call_method(node, METHODS[node.target])
         elif node.target is aten.slice.Tensor:
             _index(node)
 
 
-def _call_method(node: fx.Node) -> None:
+def _call_method(node: fx.Node, name: str) -> None:
     """Turns a call into one of a method; `to` takes its fifth argument by name alone."""
-    node.op, node.target = "call_method", METHODS[node.target]
-    if node.target == "to" and len(node.args) > 4:
+    node.op, node.target = "call_method", name
+    if name == "to" and len(node.args) > 4:
         node.args, node.kwargs = node.args[:4], {"memory_format": node.args[4]}
 
 

@@ -13,7 +13,7 @@ from peftgraph.ir.table import Entry, Table
 from peftgraph.rewrite.match import match_all
 from peftgraph.rewrite.rule import Params, Rule
 from peftgraph.rewrite.views import View
-from peftgraph.sites import Sites
+from peftgraph.sites import Columns, Sites
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ def changes_of(program: ProgramData, sites: Sites) -> tuple[Change, ...]:
     edited = {edit.site for edit in program.edits}
     matches = {match.site.id: match for match in match_all(fake, sites, (s for s in sites if s.id in edited))}
     found: list[Change] = []
+    tied: set[tuple[str, Columns | None]] = set()  # the rows that several sites read from one table
     for edit in program.edits:
         rule = rule_of(program, edit)
         if isinstance(rule.fold, str):
@@ -121,6 +122,10 @@ def changes_of(program: ProgramData, sites: Sites) -> tuple[Change, ...]:
         with mode:
             results = rule.fold(match, params)
         for bound, value in results.items():
+            rows = program.table.tied(bound.view.parameter)[0], bound.view.window
+            if rule.rows is not None and rows in tied:
+                continue
+            tied.add(rows)
             largest = None if bound.view.vector else min(value.shape[-2:])
             rank = largest if largest is None or rule.rank is None else min(largest, rule.rank)
             full = rank is not None and rule.rank is None

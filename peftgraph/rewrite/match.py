@@ -15,7 +15,7 @@ from peftgraph.ir.builder import Builder
 from peftgraph.ir.modes import DROPOUTS
 from peftgraph.ir.program import Applied, Edits, ProgramData
 from peftgraph.ir.table import Table
-from peftgraph.rewrite.views import Bound, View, bias_view, bind, weight_view
+from peftgraph.rewrite.views import Bound, View, bias_view, bind, rows_view, weight_view
 from peftgraph.sites import Columns, Site, Sites
 
 aten = torch.ops.aten
@@ -26,6 +26,9 @@ CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
 
 # How deep a role's value is nested: a projection's own output lies inside its sublayer's, that inside its block's.
 LEVELS = {"attention": 1, "ffn": 1, "block": 2}
+
+# The level of an edit that changes what a site itself computes: below the edits of all other passes.
+INNERMOST = -1
 
 # Ports whose value the site gives to all its users; at every other port the site reads a value that others may read
 # too.
@@ -165,6 +168,16 @@ class Match:
             )
         return view
 
+    def rows(self, numbers: Sequence[int]) -> Bound:
+        """Rows of the site's table, (N, D): of the tokens that an embedding looks up, or a projection's outputs."""
+        self._weight_view()
+        return bind(rows_view(self.site, numbers), self.table, self.precision)
+
+    def shares_weight(self, other: Match) -> bool:
+        """Whether the weight of another site is stored under the same name or one that is tied to it."""
+        mine, theirs = self.site.weight, other.site.weight
+        return mine is not None and theirs is not None and theirs.parameter in self.table.tied(mine.parameter)
+
     @property
     def bias(self) -> Bound | None:
         """The site's bias, (O,) or (E, O); None when it has none."""
@@ -276,15 +289,18 @@ class Match:
         numbers = op.call(aten.arange.default, rows, dtype=torch.int32, device=op.device)
         return op.call(aten.searchsorted.Tensor, self.names[self.site.ports["offsets"]], numbers, right=True)
 
-    def on_columns(self, op: Builder, value: fx.Node, change: Callable[[fx.Node], fx.Node]) -> fx.Node:
-        """`value` with `change` applied to the columns that the site owns; all others keep every bit."""
-        columns, axis = self.site.columns, self.site.feature_axis
+    def on_columns(
+        self, op: Builder, value: fx.Node, change: Callable[[fx.Node], fx.Node], columns: Columns | None = None
+    ) -> fx.Node:
+        """`value` with `change` applied to some columns, those that the site owns by default; all others keep every
+        bit."""
+        columns, axis = columns or self.site.columns, self.site.feature_axis
         if columns is None:
             return change(value)
+        part = change(_window(op, value, columns, axis, "columns"))
         if columns.contiguous:
             window = (axis, columns.starts_at, columns.starts_at + len(columns))
-            return op.call(aten.slice_scatter.default, value, change(self._own_part(op, value)), *window)
-        part = change(self._own_part(op, value))
+            return op.call(aten.slice_scatter.default, value, part, *window)
         return op.call(aten.index_copy.default, value, axis, op.constant("columns", columns.index()), part)
 
     def base_output(self, op: Builder) -> fx.Node:

@@ -8,7 +8,7 @@ shape.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -159,9 +159,11 @@ class Rule:
         lacking: what a site for which it does not hold lacks, for the message when none is left.
         optional: whether no site at all is fine, as long as another rule of the pass has one.
         reads: what the delta is computed from, for a gate to look at; the site's input by default.
-        rows: the parameters that have an axis of the site's output features, each with that axis, counted from the end,
-            at a match; given where the fold makes each row of the new weight, and entry of the new bias, from the old
-            one and that row of these alone. It is then folded a part at a time.
+        by_row: the parameters that have an axis of the site's output features, each with that axis, counted from the
+            end, at a match; given where the fold makes each row of the new weight, and entry of the new bias, from the
+            old one and that row of these alone. It is then folded a part at a time.
+        rows: for a rule that changes some rows alone of the table that its sites read: which. All who read the table,
+            by any name that is tied to it, are sites of the pass, so that they fold together and the tie stays.
         level: how deep the edit is nested, when that is not the level of the site's role: it enters above edits of
             a lower level, whatever was applied first.
     """
@@ -176,7 +178,8 @@ class Rule:
     lacking: str = "has a bias. Choose others; bitfit{zero=true} adds biases"
     optional: bool = False
     reads: Callable[[Match, Builder], fx.Node] | None = None
-    rows: Callable[[Match], Mapping[str, int]] | None = None
+    by_row: Callable[[Match], Mapping[str, int]] | None = None
+    rows: Sequence[int] | None = None
     level: int | None = None
 
 

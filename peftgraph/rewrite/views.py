@@ -3,7 +3,7 @@ projection, a tied embedding or a stack of experts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -103,6 +103,15 @@ def weight_view(site: Site) -> View | None:
         return None
     weight = site.weight
     return View(weight.parameter, weight.transposed, weight.window, experts=weight.experts)
+
+
+def rows_view(site: Site, numbers: Sequence[int]) -> View:
+    """The window on rows of the table that a site with a whole weight reads: (N, D), of what an embedding looks up or
+    of a projection's outputs."""
+    assert site.weight is not None
+    assert site.weight.window is None
+    transposed = site.weight.transposed != (site.role == "embedding")
+    return View(site.weight.parameter, transposed, Columns.of(numbers))
 
 
 def bias_view(site: Site) -> View | None:

@@ -39,6 +39,17 @@ class Columns:
         stops = (index[torch.cat([breaks, torch.tensor([len(index) - 1])])] + 1).tolist()
         return cls(tuple(zip(starts, stops, strict=True)))
 
+    @classmethod
+    def of(cls, numbers: Sequence[int]) -> Columns:
+        """The ranges of plain feature numbers; no tensor is looked at."""
+        runs: list[tuple[int, int]] = []
+        for number in numbers:
+            if runs and runs[-1][1] == number:
+                runs[-1] = runs[-1][0], number + 1
+            else:
+                runs.append((number, number + 1))
+        return cls(tuple(runs))
+
     def __len__(self) -> int:
         return sum(stop - start for start, stop in self.runs)
 

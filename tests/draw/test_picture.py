@@ -34,6 +34,7 @@ from peftgraph.passes import (
     Pfeiffer,
     Prefix,
     Prompt,
+    TrainableTokens,
     UniPELT,
     ZeroInitPrefix,
 )
@@ -49,6 +50,7 @@ METHODS: dict[str, pg.Pass] = {
     "ia3": IA3(),
     "bitfit": BitFit(zero=True),
     "freeze": Freeze(top=1),
+    "tokens": TrainableTokens(tokens=(3, 5)),
     "houlsby": Houlsby(width=16),
     "pfeiffer": Pfeiffer(width=16),
     "parallel": ParallelAdapter(width=16, learned=True),
@@ -156,7 +158,7 @@ def test_every_new_parameter_of_a_layer_is_in_the_picture(method: str) -> None:
     program = tuned("bert", method)
     text = program.picture(layer=1).svg
     made = {name for edit in program.edits if edit.site.startswith("1.") for name in edit.parameters}
-    assert made or method in ("embedding", "prompt")
+    assert made or method in ("embedding", "prompt", "tokens")
     for name in made:
         if program.table[name].added:
             assert name in text, name

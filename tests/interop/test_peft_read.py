@@ -204,11 +204,6 @@ def test_a_dora_of_an_embedding(tmp_path: Path) -> None:
     refused(pd.saved(pd.wrapped("llama", config), tmp_path), "a DoRA of an embedding, whose magnitudes peft keeps by")
 
 
-def test_rows_of_an_embedding_that_train_alone(tmp_path: Path) -> None:
-    config = peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3, 5], **LORA)
-    refused(pd.saved(pd.wrapped("llama", config), tmp_path), "rows of model.embed_tokens that train alone, which no")
-
-
 def test_a_scaled_input_of_a_fused_projection(tmp_path: Path) -> None:
     config = peft.IA3Config(target_modules=["c_attn"], feedforward_modules=["c_attn"])
     words = "scales the input of transformer.h.0.attn.c_attn, which is fused: 0.attention.q, 0.attention.k"

@@ -43,6 +43,9 @@ DRAWN: dict[type[pg.Pass], st.SearchStrategy[pg.Pass]] = {
     passes.IA3: st.builds(passes.IA3, at=selectors().map(lambda at: at | pg.ffn.hidden), name=NAMES),
     passes.BitFit: st.builds(passes.BitFit, at=BIASES),
     passes.Freeze: st.builds(passes.Freeze, at=selectors()),
+    passes.TrainableTokens: st.builds(
+        passes.TrainableTokens, tokens=st.lists(st.integers(0, 60), min_size=40, unique=True).map(tuple), name=NAMES
+    ),
     passes.SerialAdapter: st.builds(passes.SerialAdapter, **WIDE),
     passes.Houlsby: st.builds(passes.Houlsby, **WIDE, norms=st.booleans()),
     passes.Pfeiffer: st.builds(passes.Pfeiffer, width=SMALL, name=NAMES),

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftgraph as pg
-from peftgraph.passes import IA3, BitFit, LoRA
+from peftgraph.passes import IA3, BitFit, LoRA, TrainableTokens
 
 ADAPTED_TIE = "ignore:Model has `tie_word_embeddings=True` and a tied layer is part of:UserWarning"
 MERGED_TIE = "ignore:Model with `tie_word_embeddings=True` and the tied_target_modules:UserWarning"
@@ -528,3 +528,44 @@ def test_biases_that_trained_stay_when_the_adapter_is_disabled(both: Any) -> Non
     assert both.difference(both.answer(tuned.module().eval()(**inputs)), base) > 1e-2
     for left in (program, tuned.remove(1).remove(0)):
         assert torch.equal(both.answer(left.module().eval()(**inputs)), base)
+
+
+# trained tokens: rows of the table in the place of the base's, wherever it is read
+
+
+def test_fresh_tokens_take_the_bias_of_a_tied_head_away() -> None:
+    from transformers import BertConfig, BertForMaskedLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": zoo.VOCAB, "hidden_size": D, "intermediate_size": 80, "num_hidden_layers": 1}
+    model = BertForMaskedLM(BertConfig(**sizes, num_attention_heads=HEADS)).eval()
+    bias = model.cls.predictions.bias
+    nn.init.normal_(bias)
+    inputs = zoo.example("bert")
+    with torch.no_grad():
+        base = model(**inputs).logits
+        fresh = pg.trace(model, inputs).apply(TrainableTokens(tokens=(3, 9))).module().eval()
+        assert torch.equal(fresh(**inputs).logits, base)
+        theirs = peft.get_peft_model(model, peft.TrainableTokensConfig(token_indices=[3, 9])).eval()
+        torch.testing.assert_close(theirs(**inputs).logits, base - bias)
+
+
+@pytest.mark.filterwarnings(ADAPTED_TIE)
+def test_tokens_of_one_of_several_tied_modules(both: Any) -> None:
+    config = peft.TrainableTokensConfig(token_indices=[3], target_modules=["encoder.embed_tokens"])
+    theirs = peft.get_peft_model(both.build("t5", F32), config)
+    assert [n for n, _ in theirs.named_modules() if n.endswith("base_layer")] == [
+        "base_model.model.encoder.embed_tokens.base_layer"
+    ]
+    tuned = both.traced("t5", F32).apply(TrainableTokens(tokens=(3,), at='embedding&stack("encoder")'))
+    assert [edit.site for edit in tuned.edits] == ["encoder.embedding", "decoder.embedding", "head"]
+
+
+@pytest.mark.filterwarnings(ADAPTED_TIE)
+def test_a_lora_of_an_embedding_whose_tokens_train(both: Any) -> None:
+    config = peft.LoraConfig(target_modules=["embed_tokens"], trainable_token_indices=[3], r=3)
+    with pytest.raises(TypeError, match="cannot be applied to modules of type .*Embedding"):
+        peft.get_peft_model(both.build("llama", F32), config)
+    passes = (LoRA(at="embedding|head", rank=3), TrainableTokens(tokens=(3,)))
+    tuned = zoo.randomise(both.traced("llama", F32).apply(*passes))
+    assert pg.fold(tuned, untie=True).proof is not None

@@ -39,6 +39,7 @@ from peftgraph.passes import (
     Prompt,
     PTuning,
     SerialAdapter,
+    TrainableTokens,
     UniPELT,
     ZeroInitPrefix,
 )
@@ -93,6 +94,12 @@ def no_tokens(name: str) -> Refusal | None:
     return (pg.NoMatch, words[name]) if name in words else None
 
 
+def no_table(name: str) -> Refusal | None:
+    """Rows of tokens, where no token is embedded."""
+    refusal = no_tokens(name)
+    return None if name == "whisper" else refusal
+
+
 EVERYWHERE = "attention.*|ffn.*"
 GATED = (LoRA(rank=2, alpha=2.0), Prefix(length=2, hidden=5), Pfeiffer(width=3))
 LINES: dict[str, Line] = {
@@ -108,6 +115,10 @@ LINES: dict[str, Line] = {
     "bitfit": Line((BitFit(),), meaningless=no_biases),
     "bitfit_zero": Line((BitFit(at="attention.*|ffn.*|norm", zero=True, norms=True),)),
     "freeze": Line((Freeze(at="attention.*|ffn.*|norm"),)),
+    "tokens": Line((TrainableTokens(tokens=truth.TOKENS),), meaningless=no_table),
+    "lora+tokens": Line(
+        (LoRA(at=EVERYWHERE, rank=2), TrainableTokens(tokens=truth.TOKENS)), variant=True, meaningless=no_table
+    ),
     "serial": Line((SerialAdapter(width=3),), folds=False, variant=True),
     "lora+ia3": Line((LoRA(at=EVERYWHERE, rank=2), IA3()), variant=True),
     "ia3+lora": Line((IA3(), LoRA(at=EVERYWHERE, rank=2))),

@@ -50,6 +50,7 @@ PAGES = (
     Page("(IA)³", (passes.IA3(),)),
     Page("BitFit", (passes.BitFit(),)),
     Page("Freeze", (passes.Freeze(top=2), passes.Freeze(at=pg.norm))),
+    Page("TrainableTokens", (passes.TrainableTokens(tokens=(1, 2, 3, 4)),)),
     Page("SerialAdapter", (passes.SerialAdapter(),)),
     Page("Houlsby", (passes.Houlsby(),)),
     Page("Pfeiffer", (passes.Pfeiffer(),)),

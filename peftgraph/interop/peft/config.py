@@ -32,6 +32,7 @@ KNOWN: dict[str, tuple[str, ...]] = {
         "rank_pattern", "alpha_pattern", "use_dora", "target_parameters", "trainable_token_indices", "megatron_core",
         "qalora_group_size", "runtime_config", "loftq_config", "eva_config",
     ),
+    "TRAINABLE_TOKENS": ("target_modules", "exclude_modules", "token_indices", "init_weights"),
     "IA3": (*TARGETS, "feedforward_modules", "fan_in_fan_out", "init_ia3_weights"),
     "PREFIX_TUNING": (*ROWS, "init_weights", "encoder_hidden_size", "prefix_projection"),
     "PROMPT_TUNING": (
@@ -125,6 +126,10 @@ class PeftConfig:
         """
         if self.options.get("target_modules") not in (None, "all-linear") and not self.selects(path):
             raise AdapterError(f"{self.directory}: {path} has tensors, but target_modules does not select it.")
+
+    def saves(self, path: str) -> bool:
+        """Whether a module trains whole."""
+        return any(path.endswith(str(end)) for end in self.of("modules_to_save", list, []))
 
     def selects_parameter(self, name: str) -> bool:
         """Whether a parameter is a target by itself."""

@@ -15,6 +15,7 @@ from peftgraph.interop.peft.rows import adaption_parts, prefix_parts, prompt_par
 from peftgraph.interop.peft.scales import scale_parts
 from peftgraph.interop.peft.stored import stored_parts
 from peftgraph.interop.peft.tensors import PeftTensors
+from peftgraph.interop.peft.tokens import token_parts
 from peftgraph.ir.program import ProgramData
 from peftgraph.sites import Sites
 
@@ -23,6 +24,7 @@ Reader = Callable[[ProgramData, Sites, PeftConfig, PeftTensors], list[Filled]]
 
 READERS: dict[str, Reader] = {
     "LORA": low_rank_parts,
+    "TRAINABLE_TOKENS": token_parts,
     "IA3": scale_parts,
     "PREFIX_TUNING": prefix_parts,
     "PROMPT_TUNING": prompt_parts,
@@ -50,7 +52,9 @@ def load_peft(program: P, sites: Sites, apply: Callable[..., P], directory: Path
     config = PeftConfig.read(directory)
     tensors = PeftTensors.read(config)
     _check_complete(sites, config, tensors)
-    parts = READERS[config.of("peft_type", str, "")](program, sites, config, tensors)
+    kind = config.of("peft_type", str, "")
+    parts = READERS[kind](program, sites, config, tensors)
+    parts += token_parts(program, sites, config, tensors) if kind == "LORA" else []
     parts += stored_parts(program, sites, config, tensors)
     if not parts:
         raise AdapterError(f"{directory} holds no tensors.")

@@ -24,6 +24,7 @@ from peftgraph.errors import AdapterError
 from peftgraph.interop.filling import Filled, Key
 from peftgraph.interop.peft.config import CONFIG, PeftConfig
 from peftgraph.interop.peft.tensors import PeftTensors, by_expert
+from peftgraph.interop.peft.tokens import TOKENS
 from peftgraph.interop.selecting import adapted_sites, selector_of
 from peftgraph.ir.program import ProgramData
 from peftgraph.rewrite.method import find_pass
@@ -57,12 +58,6 @@ def low_rank_parts(program: ProgramData, sites: Sites, config: PeftConfig, tenso
             f"{config.directory / CONFIG} has init_lora_weights={config.options['init_lora_weights']!r}, whose start "
             "moves the base's own weights. Save it with peft's path_initial_model_for_weight_conversion."
         )
-    tokens = next((path for (path, _), held in tensors.modules.items() if "tokens" in held), None)
-    if tokens is not None:
-        raise AdapterError(
-            f"{config.directory} has trainable_token_indices: rows of {tokens} that train alone, which no pass does. "
-            "Train the embedding as a whole, by peft's modules_to_save, or adapt it."
-        )
     groups: dict[tuple[int, float], dict[Key, Tensor]] = {}
     places: dict[tuple[int, float], list[Site]] = {}
     for one in _adapted(program, config, tensors):
@@ -95,6 +90,8 @@ def _adapted(program: ProgramData, config: PeftConfig, tensors: PeftTensors) -> 
     """Every adapted weight of the file, in the shapes of a plain projection."""
     for place in tensors.modules:
         path, wraps = place
+        if TOKENS in tensors.modules[place]:
+            continue
         parameters = config.wrapped(program.table, path)
         parameter = parameters[-1 - wraps] if wraps < len(parameters) else f"{path}.weight"
         key = parameter if parameters else path

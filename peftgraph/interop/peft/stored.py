@@ -1,6 +1,7 @@
 """What a peft directory holds of the base itself: modules_to_save and trained biases, as parameters that train.
 
-peft saves an adapted embedding's own weight as well; where it is the base's, there is nothing to train.
+peft saves the weights of embedding and head as well where the embedding is adapted or the vocabulary was resized; where
+they are the base's, there is nothing to train.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def stored_parts(program: ProgramData, sites: Sites, config: PeftConfig, tensors
                 f"{config.directory}: {name} has shape {tuple(value.shape)}, this {program.model} has "
                 f"{tuple(own.shape)}. Where the vocabulary was resized, resize the model before it is traced."
             )
-        if not (name in adapted and _same(own, value)):
+        beside = name in adapted or (name.endswith(".weight") and not config.saves(name.removesuffix(".weight")))
+        if not (beside and _same(own, value)):
             wanted[name] = value
     chosen = _owners(sites, set(wanted))
     _check(program, config, wanted, chosen)

@@ -31,8 +31,10 @@ LEAVES = {  # peft's name -> ours
     "adaption_prompt": "prefix",
     "adaption_gate": "gate",
     "token_adapter.trainable_tokens_delta": "tokens",
+    "trainable_tokens_delta": "tokens",
 }
 KEY = re.compile(rf"(?P<path>.*?)(?P<wraps>(\.base_layer)*)\.(?P<leaf>{'|'.join(map(re.escape, LEAVES))})")
+WRAPPED = re.compile(r"(\.token_adapter)?\.base_layer\.")  # around a module's own tensors
 ROWS = "prompt_embeddings"
 
 
@@ -92,7 +94,7 @@ class PeftTensors:
             elif name == ROWS:
                 rows = value
             else:
-                stored[place] = value
+                stored[WRAPPED.sub(".", name)] = value
         return cls(modules, stored, rows)
 
     def of(self, place: tuple[str, int], leaf: str, config: PeftConfig) -> Tensor:

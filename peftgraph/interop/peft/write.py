@@ -19,6 +19,7 @@ from peftgraph.interop.peft.write_low_rank import write_low_rank
 from peftgraph.interop.peft.write_rows import write_adaption, write_prefix, write_prompt
 from peftgraph.interop.peft.write_scales import write_scales
 from peftgraph.interop.peft.write_stored import trained_values, write_stored
+from peftgraph.interop.peft.write_tokens import token_tables, write_tokens, write_tokens_beside
 from peftgraph.interop.written import Places, Written
 from peftgraph.ir.files import whole_folder
 from peftgraph.ir.program import ProgramData
@@ -31,11 +32,13 @@ WRITERS: dict[str, Writer] = {
     "lora": write_low_rank,
     "dora": write_low_rank,
     "ia3": write_scales,
+    "trainable_tokens": write_tokens,
     "prefix": write_prefix,
     "prompt": write_prompt,
     "ptuning": write_prompt,
     "zero_init_prefix": write_adaption,
 }
+LOW_RANK = {"lora", "dora"}  # what peft puts biases and tokens beside
 README = "README.md"
 TASKS = {  # the end of a class's name -> how peft calls it
     "ForCausalLM": "CAUSAL_LM",
@@ -67,6 +70,7 @@ def _written(program: ProgramData, sites: Sites) -> Written:
     """Options and tensors by peft's names."""
     by_word = _places(program, sites)
     shifted = by_word.pop("bitfit", [])
+    beside = by_word.pop("trainable_tokens", []) if by_word.keys() & LOW_RANK else []
     if len(by_word) > 1:
         raise AdapterError(f"peft has one method in a directory, and these are {' and '.join(by_word)}.")
     values = trained_values(program, shifted)
@@ -77,15 +81,17 @@ def _written(program: ProgramData, sites: Sites) -> Written:
         )
     ((word, places),) = by_word.items()
     main = WRITERS[word](program, sites, places)
+    tokens = write_tokens_beside(program, sites, beside)
     rows = ROWS in main.tensors
-    if values and word == "zero_init_prefix":
+    if values and word in ("zero_init_prefix", "trainable_tokens"):
         raise AdapterError(
             f"{places[0][0]}: peft saves no other parameters beside it, and {next(iter(values))} trains."
         )
-    biases = word in ("lora", "dora")
     adapted = set() if rows else {str(s.weight.parameter).removesuffix(".weight") for _, s, _ in places if s.weight}
-    stored = write_stored(program, values, adapted, ROWS_PREFIX if rows else PREFIX, biases)
-    return Written(main.config | stored.config | _task(program, rows), main.tensors | stored.tensors)
+    adapted |= set(token_tables(program, beside))
+    stored = write_stored(program, values, adapted, ROWS_PREFIX if rows else PREFIX, word in LOW_RANK)
+    config = main.config | tokens.config | stored.config | _task(program, rows)
+    return Written(config, main.tensors | tokens.tensors | stored.tensors)
 
 
 def _places(program: ProgramData, sites: Sites) -> dict[str, Places]:

@@ -64,7 +64,7 @@ def write_stored(
                 f"{both} trains and is adapted, and peft does one of them: its modules_to_save are whole."
             )
         names = {name for name in base if any(name.startswith(f"{one}.") for one in modules)}
-        config = {"modules_to_save": _names(modules, modules_of(program))} if modules else {}
+        config = {"modules_to_save": saved_names(modules, modules_of(program))} if modules else {}
     tensors: dict[str, Tensor] = {}
     for name in sorted(names):
         path, _, leaf = name.rpartition(".")
@@ -73,7 +73,7 @@ def write_stored(
     return Written(config, tensors)
 
 
-def _names(modules: set[str], known: set[str]) -> list[str]:
+def saved_names(modules: set[str], known: set[str]) -> list[str]:
     """peft saves every module whose path ends with a name, letter by letter."""
     names = targets(modules, known)
     listed = sorted(modules) if isinstance(names, str) else names
