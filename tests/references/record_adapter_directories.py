@@ -18,6 +18,7 @@ from pathlib import Path
 
 import adapters
 import torch
+from adapters import composition
 from record_adapters import FOLDER, build, inputs, record_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ METHODS: dict[str, adapters.AdapterConfig] = {
     "parallel": adapters.ParBnConfig(reduction_factor=4),
     "parallel_learned": adapters.ParBnConfig(reduction_factor=4, scaling="learned"),
     "lora": adapters.LoRAConfig(r=2, alpha=6, intermediate_lora=True),
+    "lora_qv": adapters.LoRAConfig(r=2, alpha=6),
     "ia3": adapters.IA3Config(),
     "compacter": adapters.CompacterConfig(reduction_factor=4, phm_dim=2),
     "compacter_pp": adapters.CompacterPlusPlusConfig(reduction_factor=4, phm_dim=2),
@@ -125,6 +127,46 @@ def record(name: str, method: str) -> None:
     save_file({"output": output.contiguous()}, folder / "expected.safetensors")
 
 
+COMPOSED: dict[str, tuple[list[str], list[int]]] = {  # directories that are stacked, layers that are skipped
+    "stack": (["houlsby", "compacter_unshared"], []),
+    "skip": (["houlsby"], [0]),
+    "two_loras": (["lora_qv", "lora_qv"], []),
+    "two_parallels": (["parallel", "parallel_learned"], []),
+    "two_prefixes": (["prefix", "prefix"], []),
+}
+
+
+def compositions() -> None:
+    """Writes what BERT answers with several of the directories, with skipped layers, and with merged weights."""
+    outputs: dict[str, Tensor] = {}
+    for key, (methods, skipped) in COMPOSED.items():
+        base = restored(methods)
+        base.set_active_adapters(composition.Stack(*map(str, range(len(methods)))), skip_layers=skipped)
+        outputs[key] = answered(base)
+    for method in ("lora", "ia3"):
+        base = restored([method])
+        base.merge_adapter("0")
+        outputs[f"merged_{method}"] = answered(base)
+    save_file(outputs, FOLDER / "bert.compositions.safetensors")
+
+
+def restored(methods: list[str]) -> nn.Module:
+    """BERT with some directories, as adapters 0, 1, ..."""
+    base = build("bert")
+    adapters.init(base)
+    torch.set_default_dtype(torch.float64)
+    for number, method in enumerate(methods):
+        folder = Path(__file__).parent / "adapter_directories" / f"bert.{method}"
+        base.load_adapter(str(folder), load_as=str(number), use_safetensors=True, set_active=True)
+    torch.set_default_dtype(torch.float32)
+    return base.eval()
+
+
+def answered(base: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return base(**inputs("bert")).last_hidden_state.contiguous()
+
+
 if __name__ == "__main__":
     record_model("bart")
     for model_name, methods in CHOSEN.items():
@@ -132,3 +174,5 @@ if __name__ == "__main__":
             if not sys.argv[1:] or f"{model_name}.{method_name}" in sys.argv[1:]:
                 record(model_name, method_name)
                 print(model_name, method_name)
+    if not sys.argv[1:]:
+        compositions()

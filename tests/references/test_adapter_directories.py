@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from recorded_models import TOLERANCE, answer, build, distance, part, recorded, traced
 from safetensors.torch import load_file, save_file
@@ -27,6 +28,7 @@ CASES = {
     "bert.parallel": 'parallel_adapter{at=ffn width=4 scale=4.0 learned=false input="residual"',
     "bert.parallel_learned": "learned=true",
     "bert.lora": "lora{at=attention.q|attention.v|ffn.up rank=2 alpha=6.0",
+    "bert.lora_qv": "lora{at=attention.q|attention.v rank=2 alpha=6.0",
     "bert.ia3": "ia3{at=attention.k|attention.v|ffn.up}",
     "bert.compacter": f'compacter{{at=attention|ffn {COMPACT} place="after_dropout" norms=false}}',
     "bert.compacter_pp": f'compacter_pp{{at=ffn {COMPACT} place="residual_sum" norms=false}}',
@@ -218,6 +220,27 @@ def test_pickles_and_empty_files(tmp_path: Path) -> None:
     (directory / "adapter.safetensors").rename(directory / "pytorch_adapter.bin")
     with pytest.raises(pg.AdapterError, match="is a pickle, which is not read. .* with use_safetensors=True; or"):
         load("bert.lora", directory)
+
+
+@pytest.mark.parametrize("case", ["bert.loreft", "bert.prefix", "bart.prefix_mlp", "gpt2.unipelt", "bert.compacter"])
+@pytest.mark.parametrize("spoilt", ["absent", "flat", "scalar"])
+@pytest.mark.filterwarnings("ignore:.*holds a prediction head")
+def test_damaged_tensors(case: str, spoilt: str, tmp_path: Path) -> None:
+    tensors = load_file(DIRECTORIES / case / "adapter.safetensors")
+    directory = changed(case, tmp_path, {})
+    for key in list(tensors)[:: max(1, len(tensors) // 5)]:
+        worse = {"flat": {key: torch.zeros(5)}, "scalar": {key: torch.zeros(())}}.get(spoilt)
+        others = {other: value for other, value in tensors.items() if other != key}
+        save_file(others | (worse or {}), directory / "adapter.safetensors")
+        with pytest.raises(pg.AdapterError, match="adapter"):
+            traced(case.partition(".")[0]).load_adapter(directory)
+
+
+@pytest.mark.parametrize(("option", "value"), [("dropout", "x"), ("configs", [1]), ("configs", None)])
+def test_damaged_options(option: str, value: object, tmp_path: Path) -> None:
+    case = "bert.unipelt" if option == "configs" else "bert.prefix"
+    with pytest.raises(pg.AdapterError, match=rf"is damaged: {option} cannot be"):
+        load(case, changed(case, tmp_path, {option: value}))
 
 
 def test_a_layer_that_the_model_does_not_have(tmp_path: Path) -> None:

@@ -68,9 +68,9 @@ def _compacter(sites: Sites, saved: Saved) -> Filled:
     saved.check({"is_parallel": False, "phm_bias": True, "scaling": 1.0, "shared_W_phm": False, "use_gating": False})
     places = {site: _multiplied(tensors) for site, tensors in _places(sites, saved, COMPACT).items()}
     options = _common(sites, saved, places)
-    shared, serial = bool(saved.options["shared_phm_rule"]), not saved.options["original_ln_before"]
-    options |= {"n": int(saved.options["phm_dim"]), "shared": shared, "norms": False, "init": "xavier_normal"}
-    options["rank"] = int(saved.options["phm_rank"]) if saved.options["factorized_phm_W"] else None
+    shared, serial = saved.option("shared_phm_rule", bool), not saved.options.get("original_ln_before")
+    options |= {"n": saved.option("phm_dim", int), "shared": shared, "norms": False, "init": "xavier_normal"}
+    options["rank"] = saved.option("phm_rank", int) if saved.option("factorized_phm_W", bool) else None
     options["place"] = "after_dropout" if serial else "residual_sum"
     common: dict[Key, Tensor] = {(COMMON, "phm_rule"): _rule(saved)} if shared else {}
     return Filled(_made("compacter" if serial else "compacter_pp", options), _values(places) | common)
@@ -116,17 +116,17 @@ def _common(sites: Sites, saved: Saved, places: Mapping[Site, Mapping[str, Tenso
     widths = {len(tensors["down_bias"]) for tensors in places.values() if "down_bias" in tensors}
     if len(widths) != 1:
         raise saved.refuse(f"bottlenecks of the widths {sorted(widths)}")
-    dropout = float(saved.options.get("dropout", 0.0))
+    dropout = float(saved.option("dropout", float, int))
     options: dict[str, Any] = {"at": selector_of(sites, places), "width": widths.pop(), "dropout": dropout}
     return options | {"activation": saved.activation()}
 
 
 def _scale(saved: Saved) -> dict[str, Any]:
-    scale = saved.options.get("scaling", 1.0)
-    if scale == "channel":
+    if saved.options.get("scaling") == "learned":
+        return {"scale": 1.0, "learned": True}
+    if saved.options.get("scaling") == "channel":
         raise saved.refuse("scaling='channel'")
-    learned = scale == "learned"
-    return {"scale": 1.0 if learned else float(scale), "learned": learned}
+    return {"scale": float(saved.option("scaling", float, int)), "learned": False}
 
 
 def _made(word: str, options: Mapping[str, Any]) -> Pass:

@@ -45,7 +45,10 @@ def load_adapters(program: P, sites: Sites, apply: Callable[..., P], directory: 
         AdapterError: the files are damaged, fit another base, or say what no pass does.
     """
     saved = Saved.read(directory)
-    parts = _parts(program, sites, saved)
+    try:
+        parts = _parts(program, sites, saved)
+    except (RuntimeError, IndexError, TypeError, ZeroDivisionError) as error:
+        raise AdapterError(f"{directory} is damaged: its tensors do not fit one another: {error}") from None
     for words in filter(None, (saved.remark(), *(part.remark for part in parts))):
         warnings.warn(words, stacklevel=4)
     methods = renamed([part.method for part in parts], name, directory)
@@ -55,8 +58,7 @@ def load_adapters(program: P, sites: Sites, apply: Callable[..., P], directory: 
 
 def _parts(program: ProgramData, sites: Sites, saved: Saved) -> list[Filled]:
     """The passes of a directory."""
-    union = saved.options.get("architecture") == "union"
-    members = [saved.of(options) for options in saved.options["configs"]] if union else [saved]
+    members = saved.members()
     parts = [_part(program, sites, member) for member in members]
     gated = [part for part, member in zip(parts, members, strict=True) if member.options.get("use_gating")]
     if not gated:

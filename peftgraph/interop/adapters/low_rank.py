@@ -44,12 +44,12 @@ def low_rank(program: ProgramData, sites: Sites, saved: Saved) -> Filled:
             named = saved.named(path, tensors, NAMES)
             values.update({(site.id, leaf): value.chunk(len(chosen))[i] for leaf, value in named.items()})
         places += chosen
-    rank, gated = int(saved.options["r"]), bool(saved.options.get("use_gating"))
+    rank, gated = saved.option("r", int), bool(saved.options.get("use_gating"))
     method = cast(Any, find_pass("lora"))(
         at=selector_of(sites, places),
         rank=rank,
-        alpha=float(rank if gated else saved.options["alpha"]),
-        dropout=float(saved.options.get("dropout", 0.0)),
+        alpha=float(rank if gated else saved.option("alpha", float, int)),
+        dropout=float(saved.option("dropout", float, int)),
     )
     return Filled(method, values)
 

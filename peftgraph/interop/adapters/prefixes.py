@@ -44,7 +44,7 @@ def prefixes(sites: Sites, saved: Saved) -> Filled:
             f"{saved.directory} is a prefix of a {saved.family} model: there the library counts the prefix among the "
             "positions, so that tokens get other biases than the model was trained with; no pass does."
         )
-    flat = bool(saved.options["flat"])
+    flat = saved.option("flat", bool)
     if not flat:
         saved.check({"non_linearity": "tanh"})
     tensors = next(iter(saved.at("prefix_tunings").values()))
@@ -58,9 +58,9 @@ def prefixes(sites: Sites, saved: Saved) -> Filled:
     values |= _gates(sites, saved)
     method = cast(Any, find_pass("prefix"))(
         at=selector_of(sites, places),
-        length=int(saved.options["prefix_length"]),
-        hidden=None if flat else int(saved.options["bottleneck_size"]),
-        dropout=float(saved.options.get("dropout", 0.0)),
+        length=saved.option("prefix_length", int),
+        hidden=None if flat else saved.option("bottleneck_size", int),
+        dropout=float(saved.option("dropout", float, int)),
     )
     return Filled(method, values)
 
@@ -86,7 +86,7 @@ def _rows(saved: Saved, cores: list[Site], own: Mapping[str, Tensor]) -> dict[Ke
     """P_K and P_V of each attention."""
     if own.keys() != {FLAT}:
         raise AdapterError(f"{saved.directory / TENSORS} has {', '.join(own)}, and not {FLAT} alone.")
-    length = int(saved.options["prefix_length"])
+    length = saved.option("prefix_length", int)
     rows = _cut(saved, own[FLAT].flatten(), (length, 2 * len(cores)))
     sides = [(i, site, side, letter) for i, site in enumerate(cores) for side, letter in enumerate("kv")]
     return {(site.id, f"prefix_{letter}"): rows[:, 2 * i + side] for i, site, side, letter in sides}

@@ -30,14 +30,14 @@ def edits(sites: Sites, saved: Saved) -> Filled:
     Raises:
         AdapterError: a module is no block of this model, or last tokens are edited in an encoder and a decoder.
     """
-    last = int(saved.options["suffix_positions"])
+    last = saved.option("suffix_positions", int)
     if last and len({site.stack for site in sites.select("block")}) > 1:
         raise AdapterError(
             f"{saved.directory} edits the last {last} tokens of a model with an encoder and a decoder: the library "
             "looks for those of the decoder where the encoder's are, which no pass does."
         )
-    ends = [""] if saved.options["tied_weights"] else ["prefix_", "suffix_"]
-    orthogonal = bool(saved.options["orthogonality"])
+    ends = [""] if saved.option("tied_weights", bool) else ["prefix_", "suffix_"]
+    orthogonal = saved.option("orthogonality", bool)
     values: dict[Key, Tensor] = {}
     places: list[Site] = []
     for path, tensors in saved.at("refts").items():
@@ -61,7 +61,7 @@ def edits(sites: Sites, saved: Saved) -> Filled:
 
 def _pass(saved: Saved, sites: Sites, places: list[Site], values: dict[Key, Tensor], last: int) -> Any:
     """LoReFT with the options of the library; one end alone has no other to be tied to."""
-    first, tied = int(saved.options["prefix_positions"]), bool(saved.options["tied_weights"])
+    first, tied = saved.option("prefix_positions", int), saved.option("tied_weights", bool)
     if not tied and not (first and last):  # the other end has parameters that nothing reads
         used = "prefix_" if first else "suffix_"
         kept = {key: value for key, value in values.items() if key[1].startswith(used)}
@@ -70,13 +70,13 @@ def _pass(saved: Saved, sites: Sites, places: list[Site], values: dict[Key, Tens
         tied = True
     return cast(Any, find_pass("loreft"))(
         at=selector_of(sites, places),
-        rank=int(saved.options["r"]),
+        rank=saved.option("r", int),
         prefix=first,
         suffix=last,
         tied=tied,
-        orthogonal=bool(saved.options["orthogonality"]),
+        orthogonal=saved.option("orthogonality", bool),
         activation=saved.activation() if saved.options.get("non_linearity") else None,
-        dropout=float(saved.options.get("dropout", 0.0)),
+        dropout=float(saved.option("dropout", float, int)),
     )
 
 

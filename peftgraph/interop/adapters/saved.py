@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -29,6 +29,7 @@ KEY = re.compile(
 )
 RENAMED = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "swish": "silu"}
 ACTIVATIONS = {**RENAMED, **{word: word for word in ("relu", "gelu", "silu", "tanh", "sigmoid")}}
+T = TypeVar("T")
 Tensors = Mapping[str, Mapping[str, Tensor]]
 
 
@@ -85,9 +86,18 @@ class Saved:
             "the heads of the model that was traced. Copy its weights into that model where they are wanted."
         )
 
-    def of(self, options: Mapping[str, Any]) -> Saved:
-        """The same directory with the options of one configuration of its union."""
-        return replace(self, options=options)
+    def members(self) -> list[Saved]:
+        """One for each configuration of a union, or the directory itself.
+
+        Raises:
+            AdapterError: a configuration is none.
+        """
+        if self.options.get("architecture") != "union":
+            return [self]
+        configs = self.option("configs", list)
+        if not all(isinstance(one, dict) for one in configs):
+            raise AdapterError(f"{self.directory / CONFIG} is damaged: configs cannot be {configs!r}.")
+        return [replace(self, options=one) for one in configs]
 
     def at(self, kind: str) -> Tensors:
         """The tensors of one kind, by path.
@@ -103,6 +113,17 @@ class Saved:
         """The error for what no pass does."""
         return AdapterError(f"{self.directory / CONFIG} has {what}, which is not read.")
 
+    def option(self, key: str, *kinds: type[T]) -> T:
+        """An option of one of the kinds.
+
+        Raises:
+            AdapterError: it is missing, or of another kind.
+        """
+        value = self.options.get(key)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise AdapterError(f"{self.directory / CONFIG} is damaged: {key} cannot be {value!r}.")
+        return value
+
     def check(self, needed: Mapping[str, object]) -> None:
         """Refuses options that make another method of it."""
         for key, value in needed.items():
@@ -115,7 +136,7 @@ class Saved:
         Raises:
             AdapterError: we have none.
         """
-        word = self.options["non_linearity"]
+        word = self.option("non_linearity", str)
         if word not in ACTIVATIONS:
             raise self.refuse(f"non_linearity={word!r}")
         return ACTIVATIONS[word]
@@ -167,5 +188,5 @@ def _as_the_library_reads(document: Mapping[str, Any]) -> Mapping[str, Any]:
     release = re.match(r"adapters\.(\d+)\.(\d+)", str(document.get("version", "")))
     early = release is not None and (int(release[1]), int(release[2])) < (1, 1)
     if early and options.get("architecture") == "lora":
-        return {**options, "alpha": options["r"]}
+        return {**options, "alpha": options.get("r")}
     return options
