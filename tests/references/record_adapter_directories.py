@@ -39,6 +39,7 @@ METHODS: dict[str, adapters.AdapterConfig] = {
         reduction_factor=4, phm_dim=2, shared_phm_rule=False, factorized_phm_rule=True, factorized_phm_W=False
     ),
     "loreft": adapters.LoReftConfig(r=2, prefix_positions=2, suffix_positions=1),
+    "loreft_decayed": adapters.LoReftConfig(r=2, prefix_positions=2, suffix_positions=1),
     "loreft_first": adapters.LoReftConfig(r=2, prefix_positions=2, tied_weights=True, layers=[1, 2]),
     "noreft": adapters.NoReftConfig(r=2, prefix_positions=1, suffix_positions=2, tied_weights=True),
     "direft": adapters.DiReftConfig(r=2, prefix_positions=2, suffix_positions=1, non_linearity="gelu"),
@@ -112,6 +113,10 @@ def record(name: str, method: str) -> None:
     with torch.no_grad():
         for _, parameter in {id(p): (key, p) for key, p in own}.values():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+        for parameter in (one for key, one in own if key.endswith("original")):
+            parameter.diagonal().sign_()  # no gradient reaches these signs of R's rows
+            if method == "loreft_decayed":
+                parameter[0, 0] = 0.999  # as weight decay leaves one, of which the library takes the whole part
         output = base(**inputs(name)).last_hidden_state
     plain = load_file(FOLDER / f"{name}.safetensors")["output"]
     assert output.shape != plain.shape or not torch.allclose(output, plain, atol=1e-2), "the adapter does nothing"

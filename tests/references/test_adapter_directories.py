@@ -34,6 +34,7 @@ CASES = {
     "bert.compacter_pp": f'compacter_pp{{at=ffn {COMPACT} place="residual_sum" norms=false}}',
     "bert.compacter_unshared": "n=2 rank=none shared=false",
     "bert.loreft": "loreft{at=block rank=2 prefix=2 suffix=1 tied=false orthogonal=true subtract=true dropout=0.05",
+    "bert.loreft_decayed": "loreft{at=block rank=2 prefix=2 suffix=1 tied=false orthogonal=false subtract=true",
     "bert.loreft_first": 'loreft{at=block.where(path="encoder\\.layer\\.1") rank=2 prefix=2 suffix=0 tied=true',
     "bert.noreft": "loreft{at=block rank=2 prefix=1 suffix=2 tied=true orthogonal=false subtract=true",
     "bert.direft": 'tied=false orthogonal=false subtract=true activation="gelu"',
@@ -85,6 +86,7 @@ CASES = {
 WARNED = {  # of the methods that are read with a word
     "ia3": r"scales the output of ffn.(up|down), no ffn.hidden",
     "compacter": r"holds a prediction head beside the adapter \(head_config.json\), which is not read",
+    "loreft_decayed": "is a LoReFT whose R has lost its orthonormal rows",
     "noreft": "is read as NoReFT, as the library itself reads it",
 }
 WARNED |= {"compacter_pp": WARNED["compacter"], "direft": WARNED["noreft"]}
@@ -167,6 +169,10 @@ def test_a_union_with_a_gate_less_member(tmp_path: Path) -> None:
     save_file({k: v for k, v in tensors.items() if "adapters.one.gate" not in k}, directory / "adapter.safetensors")
     loaded = load("bert.unipelt", directory)
     assert [applied.method.word for applied in loaded.history] == ["unipelt", "pfeiffer"]
+    document["config"]["configs"].append(document["config"]["configs"][1])
+    (directory / "adapter_config.json").write_text(json.dumps(document))
+    with pytest.raises(pg.AdapterError, match="a union of prefix_tuning, bottleneck, lora, bottleneck, two of them"):
+        load("bert.unipelt", directory)
 
 
 def changed(case: str, tmp_path: Path, options: dict[str, object]) -> Path:

@@ -93,4 +93,4 @@ def _weight(program: ProgramData, path: str) -> str:
     inner = own.partition(".")[2]
     ending = [name for name in program.table if name.endswith(f".{own}")]
     candidates = [name for name in (own, inner) if name in program.table]
-    return (candidates or ending or [own])[0]
+    return candidates[0] if candidates else ending[0] if len(ending) == 1 else own

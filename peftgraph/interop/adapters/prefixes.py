@@ -74,7 +74,7 @@ def _attentions(sites: Sites, saved: Saved, word: str) -> list[Site]:
     below = {site.layer for site in sites.select("block") if site.stack == "encoder"} if stack == "decoder" else ()
     layers = {site.layer + len(below): site for site in found if site.layer is not None}
     kept = [layers[layer] for layer in sorted(layers) if layer not in saved.options.get("leave_out", ())]
-    if len(layers) != len(found) or not kept:
+    if len(layers) != len(found) or len({site.path for site in found}) != len(found) or not kept:
         raise AdapterError(
             f"{saved.directory} has a prefix for {word}, one in each of {len(kept)} layers; this model has "
             f"{len(found)} such attentions: {', '.join(site.id for site in found) or 'none'}."

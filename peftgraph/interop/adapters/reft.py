@@ -46,20 +46,38 @@ def edits(sites: Sites, saved: Saved) -> Filled:
         for i, end in enumerate(ends):
             unit = {key.removeprefix(f"units.{i}."): value for key, value in tensors.items() if f"units.{i}." in key}
             if orthogonal:
-                values[site.id, f"{end}directions"] = _rows(unit, saved, path)
+                r_RD = _rows(unit, saved, path)
                 unit = {key: value for key, value in unit.items() if key not in (FREE, BASE)}
+                unit["projection.weight"] = r_RD
             named = saved.named(path, unit, NAMES)
             values.update({(site.id, f"{end}{leaf}"): value for leaf, value in named.items()})
-    remark = (
-        ""
-        if orthogonal
-        else f"{saved.directory} is read as NoReFT, as the library itself reads it: the files do not say whether the "
+    whole = orthogonal and all(_orthonormal(value) for key, value in values.items() if key[1].endswith("projection"))
+    if whole:
+        values = {(key[0], key[1].replace("projection", "directions")): value for key, value in values.items()}
+    return Filled(_pass(saved, sites, places, values, last, whole), values, _remark(saved, orthogonal, whole))
+
+
+def _remark(saved: Saved, orthogonal: bool, whole: bool) -> str:
+    """What to say of an R that is not orthonormal."""
+    if whole:
+        return ""
+    if orthogonal:
+        return (
+            f"{saved.directory} is a LoReFT whose R has lost its orthonormal rows (torch's parametrisation gives rows "
+            "of zeros once weight decay has moved its signs). It is read as it answers, with a free R."
+        )
+    return (
+        f"{saved.directory} is read as NoReFT, as the library itself reads it: the files do not say whether the "
         "projection is taken off, and those of a DiReFT look the same."
     )
-    return Filled(_pass(saved, sites, places, values, last), values, remark)
 
 
-def _pass(saved: Saved, sites: Sites, places: list[Site], values: dict[Key, Tensor], last: int) -> Any:
+def _orthonormal(r_RD: Tensor) -> bool:
+    wide = r_RD.double()
+    return torch.allclose(wide @ wide.T, torch.eye(len(wide), dtype=wide.dtype), atol=1e-3)
+
+
+def _pass(saved: Saved, sites: Sites, places: list[Site], values: dict[Key, Tensor], last: int, whole: bool) -> Any:
     """LoReFT with the options of the library; one end alone has no other to be tied to."""
     first, tied = saved.option("prefix_positions", int), saved.option("tied_weights", bool)
     if not tied and not (first and last):  # the other end has parameters that nothing reads
@@ -74,7 +92,7 @@ def _pass(saved: Saved, sites: Sites, places: list[Site], values: dict[Key, Tens
         prefix=first,
         suffix=last,
         tied=tied,
-        orthogonal=saved.option("orthogonality", bool),
+        orthogonal=whole,
         activation=saved.activation() if saved.options.get("non_linearity") else None,
         dropout=float(saved.option("dropout", float, int)),
     )

@@ -97,6 +97,9 @@ class Saved:
         configs = self.option("configs", list)
         if not all(isinstance(one, dict) for one in configs):
             raise AdapterError(f"{self.directory / CONFIG} is damaged: configs cannot be {configs!r}.")
+        kinds = [one.get("architecture") or "bottleneck" for one in configs]
+        if len(set(kinds)) != len(kinds):
+            raise self.refuse(f"a union of {', '.join(map(str, kinds))}, two of them of one kind")
         return [replace(self, options=one) for one in configs]
 
     def at(self, kind: str) -> Tensors:
@@ -158,11 +161,21 @@ class Saved:
         Raises:
             AdapterError: there is none, or more than one.
         """
+        found = self._inside(sites, path, roles) or self._by_words(sites, path, roles)
+        same = [site.id for site in sites.select(found.role) if (site.path, site.kind) == (found.path, found.kind)]
+        if len(same) > 1:
+            raise AdapterError(
+                f"{self.directory} has an adapter at {path}, which this model runs at {', '.join(same)}: one adapter "
+                "in several layers is no pass."
+            )
+        return found
+
+    def _inside(self, sites: Sites, path: str, roles: tuple[str, ...]) -> Site | None:
         for inner in (path, path.partition(".")[2]):
             found = [site for site in sites if site.role in roles and inner and f".{inner}." in f".{site.path}."]
             if len(found) == 1:
                 return found[0]
-        return self._by_words(sites, path, roles)
+        return None
 
     def _by_words(self, sites: Sites, path: str, roles: tuple[str, ...]) -> Site:
         number = re.search(r"(?<![^.])\d+(?![^.])", path)
