@@ -151,7 +151,7 @@ REFUSED: dict[str, tuple[str, tuple[pg.Pass, ...], str]] = {
     "decoder-prompt": ("t5", (Prompt(at="embedding", length=2),), "its prompt stands at one embedding"),
     "prompt-inside": ("bert", (Prompt(length=2, place="after_first"),), "its rows stand in front of all tokens"),
     "some-layers": ("llama", (Prefix(at="attention.core&layers(1)", hidden=None),), "once in every attention of one"),
-    "two-stacks": ("t5", (Prefix(hidden=None),), "once in every attention of one stack"),
+    "two-stacks": ("t5", (Prefix(hidden=None),), "once in every self-attention of the decoder"),
     "gate-a-head": ("llama", (ZeroInitPrefix(length=2),), "it has one gate a layer, in Llama and Mistral models"),
     "gate-elsewhere": ("mixtral", (ZeroInitPrefix(length=2, gate="layer"),), "in Llama and Mistral models"),
     "lower-layers": ("llama", (ZeroInitPrefix(at="attention.core&layers(0)", length=2, gate="layer"),), "uppermost"),
