@@ -123,7 +123,7 @@ def test_a_prefix(hidden: int | None, tmp_path: Path) -> None:
     inputs = zoo.example("llama")
     program, positions = pd.positioned("llama", 4)
     tuned = zoo.randomise(program.apply(Prefix(length=4, hidden=hidden)), 0.2)
-    with pytest.warns(UserWarning, match="with position_ids that start at 4") as caught:
+    with pytest.warns(UserWarning, match="position_ids that start at 4 for the answers that peft gives") as caught:
         directory = tuned.save_adapter(tmp_path / "adapter", format="peft")
     assert caught[0].filename == __file__
     ours = pd.asked(tuned.module(), inputs | positions)
