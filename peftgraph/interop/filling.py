@@ -16,6 +16,7 @@ from peftgraph.rewrite.method import Pass
 
 P = TypeVar("P", bound=ProgramData)
 Key = tuple[str, str] | str
+COMMON = ""  # in the place of a site's id: what all sites of a pass share
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,14 @@ class Filled:
 
     Attributes:
         method: the pass.
-        values: by (id of a site, last part of the name) for what the pass makes there, and by the whole name for a
-            parameter of the base that it trains.
+        values: by (id of a site, last part of the name) for what the pass makes there, by (COMMON, last part) for
+            what its sites share, and by the whole name for a parameter of the base that it trains.
+        remark: what the user should know of it, or nothing.
     """
 
     method: Pass
     values: Mapping[Key, Tensor] = field(repr=False)
+    remark: str = ""
 
 
 def applied(apply: Callable[..., P], methods: Sequence[Pass], directory: Path) -> P:
@@ -90,12 +93,15 @@ def fill(program: P, apply: Callable[..., P], parts: Sequence[Filled], directory
         if edit.application < len(program.history):
             continue
         for name in edit.parameters:
-            key: Key = (edit.site, name.rpartition(".")[2]) if tuned.table[name].added else name
-            if key in values:
-                tensors[name] = values.pop(key)
+            leaf = name.rpartition(".")[2]
+            keys: list[Key] = [(edit.site, leaf), (COMMON, leaf)] if tuned.table[name].added else [name]
+            found = next((key for key in keys if key in values), None)
+            if found is not None:
+                tensors[name] = values.pop(found)
     unused = next(iter(values), None)
     if unused is not None:
-        raise AdapterError(f"{directory}: {unused if isinstance(unused, str) else ' of '.join(unused[::-1])} is no "
+        words = unused if isinstance(unused, str) else " of ".join(part for part in unused[::-1] if part)
+        raise AdapterError(f"{directory}: {words} is no "
                            "parameter of the passes that were made for it.")  # fmt: skip
     wanted = {name: tuned.table[name].tensor for name in _trained(tuned, len(program.history))}
     check_fit(tensors, wanted, directory)

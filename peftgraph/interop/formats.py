@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from peftgraph.interop import adapter_files
-from peftgraph.interop.adapters_directory import is_adapters, load_adapters
+from peftgraph.interop.adapters.directory import is_adapters, load_adapters
 from peftgraph.interop.peft.config import CONFIG
 from peftgraph.interop.peft.directory import load_peft
 from peftgraph.ir.program import ProgramData

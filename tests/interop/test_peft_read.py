@@ -210,11 +210,6 @@ def test_a_scaled_input_of_a_fused_projection(tmp_path: Path) -> None:
     refused(pd.saved(pd.wrapped("gpt2", config), tmp_path), words, "gpt2")
 
 
-def test_a_prefix_of_a_decoder_beside_an_encoder(tmp_path: Path) -> None:
-    theirs = pd.wrapped("t5", peft.PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=4))
-    refused(pd.saved(theirs, tmp_path), "peft gives both attentions of a layer one prefix", "t5")
-
-
 def test_llama_adapters_in_gpt2(tmp_path: Path) -> None:
     config = peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=4, adapter_layers=2)
     refused(pd.saved(pd.wrapped("gpt2", config), tmp_path), "peft adds it behind the output projection", "gpt2")

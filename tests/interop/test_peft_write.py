@@ -123,7 +123,7 @@ def test_a_prefix(hidden: int | None, tmp_path: Path) -> None:
     inputs = zoo.example("llama")
     program, positions = pd.positioned("llama", 4)
     tuned = zoo.randomise(program.apply(Prefix(length=4, hidden=hidden)), 0.2)
-    with pytest.warns(UserWarning, match="with position_ids that start at 4") as caught:
+    with pytest.warns(UserWarning, match="position_ids that start at 4 for the answers that peft gives") as caught:
         directory = tuned.save_adapter(tmp_path / "adapter", format="peft")
     assert caught[0].filename == __file__
     ours = pd.asked(tuned.module(), inputs | positions)
@@ -151,7 +151,7 @@ REFUSED: dict[str, tuple[str, tuple[pg.Pass, ...], str]] = {
     "decoder-prompt": ("t5", (Prompt(at="embedding", length=2),), "its prompt stands at one embedding"),
     "prompt-inside": ("bert", (Prompt(length=2, place="after_first"),), "its rows stand in front of all tokens"),
     "some-layers": ("llama", (Prefix(at="attention.core&layers(1)", hidden=None),), "once in every attention of one"),
-    "two-stacks": ("t5", (Prefix(hidden=None),), "once in every attention of one stack"),
+    "two-stacks": ("t5", (Prefix(hidden=None),), "once in every self-attention of the decoder"),
     "gate-a-head": ("llama", (ZeroInitPrefix(length=2),), "it has one gate a layer, in Llama and Mistral models"),
     "gate-elsewhere": ("mixtral", (ZeroInitPrefix(length=2, gate="layer"),), "in Llama and Mistral models"),
     "lower-layers": ("llama", (ZeroInitPrefix(at="attention.core&layers(0)", length=2, gate="layer"),), "uppermost"),

@@ -1,58 +1,183 @@
 """Records directories that the `adapters` library saves: tiny models, adapters with random weights, and their outputs.
 
 They lie in `adapter_directories/MODEL.METHOD/`, each with `expected.safetensors`: what the library answers. The models
-and the environment are those of `record_adapters.py`. Prefixes are left out: the library cannot write them but as
-pickles, since their tensors are shared.
+and the environment are those of `record_adapters.py`; BART, which is recorded here alone, has its weights in
+`adapters/bart.safetensors`.
 
-    recorder/bin/python tests/references/record_adapter_directories.py
+    recorder/bin/python tests/references/record_adapter_directories.py [MODEL.METHOD ...]
+
+Prefixes have tensors that several modules hold, which the library writes only as a pickle: such a file is converted as
+the message of `load_adapter` says. The rule that all Compacters share is saved only out of a model with a head
+(`HEADED`), from which its name begins with the base's.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import adapters
 import torch
-from record_adapters import FOLDER, build, inputs
+from adapters import composition
+from record_adapters import FOLDER, build, inputs, record_model
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
-METHODS = {
+METHODS: dict[str, adapters.AdapterConfig] = {
+    "houlsby_cross": adapters.DoubleSeqBnConfig(reduction_factor=4, cross_adapter=True),
     "houlsby": adapters.DoubleSeqBnConfig(reduction_factor=4),
     "pfeiffer": adapters.SeqBnConfig(reduction_factor=4, leave_out=[0]),
     "parallel": adapters.ParBnConfig(reduction_factor=4),
     "parallel_learned": adapters.ParBnConfig(reduction_factor=4, scaling="learned"),
     "lora": adapters.LoRAConfig(r=2, alpha=6, intermediate_lora=True),
+    "lora_qv": adapters.LoRAConfig(r=2, alpha=6),
     "ia3": adapters.IA3Config(),
     "compacter": adapters.CompacterConfig(reduction_factor=4, phm_dim=2),
+    "compacter_pp": adapters.CompacterPlusPlusConfig(reduction_factor=4, phm_dim=2),
+    "compacter_bare": adapters.CompacterConfig(reduction_factor=4, phm_dim=2),
+    "compacter_unshared": adapters.CompacterConfig(
+        reduction_factor=4, phm_dim=2, shared_phm_rule=False, factorized_phm_rule=True, factorized_phm_W=False
+    ),
+    "loreft": adapters.LoReftConfig(r=2, prefix_positions=2, suffix_positions=1),
+    "loreft_decayed": adapters.LoReftConfig(r=2, prefix_positions=2, suffix_positions=1),
+    "loreft_first": adapters.LoReftConfig(r=2, prefix_positions=2, tied_weights=True, layers=[1, 2]),
+    "noreft": adapters.NoReftConfig(r=2, prefix_positions=1, suffix_positions=2, tied_weights=True),
+    "direft": adapters.DiReftConfig(r=2, prefix_positions=2, suffix_positions=1, non_linearity="gelu"),
+    "prefix": adapters.PrefixTuningConfig(flat=True, prefix_length=3),
+    "prefix_mlp": adapters.PrefixTuningConfig(prefix_length=3, bottleneck_size=6, leave_out=[0]),
+    "mam": adapters.MAMConfig(
+        adapters.PrefixTuningConfig(prefix_length=3, bottleneck_size=6), adapters.ParBnConfig(reduction_factor=4)
+    ),
+    "unipelt": adapters.UniPELTConfig(
+        adapters.PrefixTuningConfig(prefix_length=3, bottleneck_size=6),
+        adapters.SeqBnConfig(reduction_factor=4),
+        adapters.LoRAConfig(r=2, alpha=6),
+    ),
     "prompt": adapters.PromptTuningConfig(prompt_length=3),
 }
-ALONE = {"parallel_learned", "compacter", "prompt"}  # recorded on BERT alone
+BERT = METHODS.keys() - {"houlsby_cross"}
+DECODERS = {
+    "houlsby", "pfeiffer", "parallel", "lora", "ia3", "compacter", "compacter_pp", "loreft", "prefix", "prefix_mlp",
+    "mam", "unipelt",
+}  # fmt: skip
+CHOSEN = {
+    "bert": BERT,
+    "gpt2": DECODERS | {"compacter_unshared"},
+    "llama": DECODERS,
+    "t5": {"houlsby_cross", "pfeiffer", "parallel", "lora", "ia3", "compacter", "loreft_first", "prefix"},
+    "bart": {"houlsby_cross", "lora", "compacter_pp", "loreft_first", "prefix", "prefix_mlp", "mam", "unipelt"},
+}
+HEADED = {"compacter", "compacter_pp"}
+LOST = {"compacter_bare", "direft"}  # the rule, and that R h is not taken off; recorded is what the library reads
+
+
+def wrapped(name: str, method: str) -> tuple[nn.Module, nn.Module]:
+    """The model that is saved, and its base that answers: one and the same, or a model with a head around the base."""
+    base = build(name)
+    if method not in HEADED:
+        adapters.init(base)
+        return base, base
+    model = adapters.AutoAdapterModel.from_config(base.config).double()
+    model.base_model.load_state_dict(base.state_dict(), strict=False)
+    model.add_classification_head("one", num_labels=2)
+    return model.eval(), model.base_model
+
+
+def readable(folder: Path) -> None:
+    """The tensors of a pickle as safetensors, each once."""
+    pickle = folder / "pytorch_adapter.bin"
+    tensors = torch.load(pickle, weights_only=True)
+    save_file({key: value for key, value in tensors.items() if ".pool." not in key}, folder / "adapter.safetensors")
+    pickle.unlink()
+
+
+def reloaded(name: str, method: str, folder: Path) -> Tensor:
+    """What the library answers once it has read the directory into a model of its own."""
+    model, base = wrapped(name, method)
+    torch.set_default_dtype(torch.float64)  # what it makes for the adapter would round the values otherwise
+    model.set_active_adapters(model.load_adapter(str(folder), use_safetensors=True))
+    torch.set_default_dtype(torch.float32)
+    model.eval()
+    with torch.no_grad():
+        return base(**inputs(name)).last_hidden_state
 
 
 def record(name: str, method: str) -> None:
     """Writes one directory."""
-    model = build(name)
-    adapters.init(model)
+    model, base = wrapped(name, method)
     model.add_adapter("one", config=METHODS[method])
     model.set_active_adapters("one")
     generator = torch.Generator().manual_seed(3)
-    new = [p for key, p in model.named_parameters() if ".one." in key or "shared_parameters" in key]
+    own = [(key, p) for key, p in base.named_parameters() if ".one." in key or "shared_parameters" in key]
     model.double().eval()
     with torch.no_grad():
-        for parameter in {id(p): p for p in new}.values():
+        for _, parameter in {id(p): (key, p) for key, p in own}.values():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-        output = model(**inputs(name)).last_hidden_state
-    base = load_file(FOLDER / f"{name}.safetensors")["output"]
-    assert output.shape != base.shape or not torch.allclose(output, base, atol=1e-2), "the adapter does nothing"
+        for parameter in (one for key, one in own if key.endswith("original")):
+            parameter.diagonal().sign_()  # no gradient reaches these signs of R's rows
+            if method == "loreft_decayed":
+                parameter[0, 0] = 0.999  # as weight decay leaves one, of which the library takes the whole part
+        output = base(**inputs(name)).last_hidden_state
+    plain = load_file(FOLDER / f"{name}.safetensors")["output"]
+    assert output.shape != plain.shape or not torch.allclose(output, plain, atol=1e-2), "the adapter does nothing"
     folder = Path(__file__).parent / "adapter_directories" / f"{name}.{method}"
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_adapter(str(folder), "one", use_safetensors=True)
+    shares = any("prefix_tunings" in key for key, _ in own)
+    model.save_adapter(str(folder), "one", use_safetensors=not shares)
+    if shares:
+        readable(folder)
+    again = reloaded(name, method, folder)
+    assert torch.allclose(again, output, rtol=0, atol=1e-6) != (method in LOST), "the files lost something"
+    output = again if method in LOST else output
     save_file({"output": output.contiguous()}, folder / "expected.safetensors")
 
 
+COMPOSED: dict[str, tuple[list[str], list[int]]] = {  # directories that are stacked, layers that are skipped
+    "stack": (["houlsby", "compacter_unshared"], []),
+    "skip": (["houlsby"], [0]),
+    "two_loras": (["lora_qv", "lora_qv"], []),
+    "two_parallels": (["parallel", "parallel_learned"], []),
+    "two_prefixes": (["prefix", "prefix"], []),
+}
+
+
+def compositions() -> None:
+    """Writes what BERT answers with several of the directories, with skipped layers, and with merged weights."""
+    outputs: dict[str, Tensor] = {}
+    for key, (methods, skipped) in COMPOSED.items():
+        base = restored(methods)
+        base.set_active_adapters(composition.Stack(*map(str, range(len(methods)))), skip_layers=skipped)
+        outputs[key] = answered(base)
+    for method in ("lora", "ia3"):
+        base = restored([method])
+        base.merge_adapter("0")
+        outputs[f"merged_{method}"] = answered(base)
+    save_file(outputs, FOLDER / "bert.compositions.safetensors")
+
+
+def restored(methods: list[str]) -> nn.Module:
+    """BERT with some directories, as adapters 0, 1, ..."""
+    base = build("bert")
+    adapters.init(base)
+    torch.set_default_dtype(torch.float64)
+    for number, method in enumerate(methods):
+        folder = Path(__file__).parent / "adapter_directories" / f"bert.{method}"
+        base.load_adapter(str(folder), load_as=str(number), use_safetensors=True, set_active=True)
+    torch.set_default_dtype(torch.float32)
+    return base.eval()
+
+
+def answered(base: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return base(**inputs("bert")).last_hidden_state.contiguous()
+
+
 if __name__ == "__main__":
-    for model_name in ("bert", "gpt2", "llama"):
-        for method_name in METHODS:
-            if model_name == "bert" or method_name not in ALONE:
+    record_model("bart")
+    for model_name, methods in CHOSEN.items():
+        for method_name in sorted(methods):
+            if not sys.argv[1:] or f"{model_name}.{method_name}" in sys.argv[1:]:
                 record(model_name, method_name)
                 print(model_name, method_name)
+    if not sys.argv[1:]:
+        compositions()

@@ -35,7 +35,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-from recorded import FOLDER, MODELS, VOCAB
+from recorded import FOLDER, MODELS, OTHERS, VOCAB
 
 SITES = {"mh_adapter": "attention", "output_adapter": "ffn", "cross_adapter": "cross"}
 FAMILIES = {  # of prefixes: the kinds of attention in an encoder-decoder
@@ -65,7 +65,7 @@ Named = dict[str, nn.Parameter | Part]
 
 def build(name: str) -> nn.Module:
     """A model with random weights; no bias is zero and no norm weight is one."""
-    family, config, sizes = MODELS[name]
+    family, config, sizes = (MODELS | OTHERS)[name]
     torch.manual_seed(0)
     settings = getattr(transformers, config)(**sizes)
     settings._attn_implementation = "eager"
@@ -84,7 +84,7 @@ def inputs(name: str) -> dict[str, Tensor]:
     mask = torch.ones(2, 5, dtype=torch.long)
     mask[1, -2:] = 0
     call = {"input_ids": torch.randint(3, VOCAB, (2, 5)), "attention_mask": mask}
-    return call | ({"decoder_input_ids": torch.randint(3, VOCAB, (2, 4))} if name == "t5" else {})
+    return call | ({"decoder_input_ids": torch.randint(3, VOCAB, (2, 4))} if name in ("t5", "bart") else {})
 
 
 # methods: each adds its adapter to the model, activates it, and names its parameters

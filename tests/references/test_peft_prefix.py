@@ -36,7 +36,7 @@ def pair(both: Any, name: str, hidden: int | None, positions: bool = True) -> tu
     theirs = both.wrap(name, config, F64).to(F64)
     inputs = both.example(name, F64)
     more = {"position_ids": torch.arange(LENGTH, LENGTH + 7).expand(3, -1)} if positions else {}
-    at = pg.parse_selector('attention.core & stack("decoder")') if name == "t5" else pg.attention.core
+    at = pg.parse_selector('attention.core & stack("decoder") & kind("self")') if name == "t5" else pg.attention.core
     program = pg.trace(zoo.build(name, dtype=F64), inputs | more).apply(Prefix(at=at, length=LENGTH, hidden=hidden))
     torch.manual_seed(3)
     with torch.no_grad():
@@ -102,9 +102,12 @@ def test_peft_counts_positions_from_the_prefix_on(both: Any, name: str) -> None:
     assert both.difference(both.answer(program.module().eval()(**inputs)), both.answer(theirs(**inputs))) > 1e-3
 
 
-def test_peft_puts_no_prefix_into_t5_s_encoder_and_one_into_both_attentions_of_its_decoder(both: Any) -> None:
+def test_peft_puts_no_prefix_into_t5_s_encoder_nor_its_cross_attention(both: Any) -> None:
+    """It has rows for one attention a layer, hands them to two, and empties the cache of the second."""
     theirs, program, _ = pair(both, "t5", None, positions=False)
     per_attention = 2 * LENGTH * zoo.WIDTH
     assert sum(p.numel() for p in encoder(theirs).parameters()) == 2 * per_attention
-    assert program.count().trainable == 4 * per_attention
+    assert program.count().trainable == 2 * per_attention
+    cache = theirs.get_prompt(1)
+    assert (cache.self_attention_cache.get_seq_length(), cache.cross_attention_cache.get_seq_length()) == (LENGTH, 0)
     assert zoo.traced("t5").apply(Prefix(length=LENGTH, hidden=None)).count().trainable == 6 * per_attention

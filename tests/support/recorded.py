@@ -30,3 +30,10 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "vit": ("ViTModel", "ViTConfig", {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
                                       "intermediate_size": INNER, "image_size": 8, "patch_size": 4}),
 }  # fmt: skip
+# what directories alone are recorded on
+OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "bart": ("BartModel", "BartConfig", {"vocab_size": VOCAB, "d_model": WIDTH, "encoder_layers": LAYERS,
+                                         "decoder_layers": LAYERS, "encoder_attention_heads": HEADS,
+                                         "decoder_attention_heads": HEADS, "encoder_ffn_dim": INNER,
+                                         "decoder_ffn_dim": INNER, "max_position_embeddings": 16, "pad_token_id": 0}),
+}  # fmt: skip

@@ -7,13 +7,13 @@ import warnings
 from functools import cache
 
 import transformers
-from recorded import FOLDER, MODELS
+from recorded import FOLDER, MODELS, OTHERS
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import peftgraph as pg
 
-TOLERANCE = {"bert": 1e-12, "gpt2": 1e-12, "vit": 2e-6, "llama": 2e-6, "t5": 2e-6}
+TOLERANCE = {"bert": 1e-12, "gpt2": 1e-12, "bart": 1e-12, "vit": 2e-6, "llama": 2e-6, "t5": 2e-6}
 RENAMED = {  # parts of a ViT's names, in the library's release of transformers and in this one
     r"^encoder\.layer\.": "layers.",
     r"attention\.attention\.(query|key|value)\.": lambda match: f"attention.{match[1][0]}_proj.",
@@ -33,7 +33,7 @@ def part(stem: str, kind: str) -> dict[str, Tensor]:
 
 
 def build(name: str) -> nn.Module:
-    family, config, sizes = MODELS[name]
+    family, config, sizes = (MODELS | OTHERS)[name]
     settings = getattr(transformers, config)(**sizes, attn_implementation="eager")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,7 +1,9 @@
 """peft's prefixes and prompts as passes. peft saves the rows themselves, whatever made them in training.
 
-A prefix is (L, 2 N G F): layer by layer its keys, then its values. A prompt is (L, D); an encoder with a decoder
-has 2 L rows, of which peft reads the first L, for the encoder.
+A prefix is (L, 2 N G F): layer by layer its keys, then its values. In a decoder beside an encoder peft hands each
+layer the rows of two, for self- and cross-attention, and empties the latter: layer i has the rows of layer 2 i modulo N
+in its self-attention, and the encoder has none. A prompt is (L, D); an encoder with a decoder has 2 L rows, of which
+peft reads the first L, for the encoder.
 Shapes: L length, N layers, G heads of keys and values, F features of one, D features of the embedding.
 Source: huggingface/peft 0.21, peft_model.py (get_prompt, forward), tuners/adaption_prompt/layer.py.
 """
@@ -30,27 +32,57 @@ def prefix_parts(program: ProgramData, sites: Sites, config: PeftConfig, tensors
         AdapterError: the model has other layers, or a decoder beside an encoder.
     """
     rows = _rows(config, tensors)
-    cores = sites.select("attention.core")
+    beside = config.number("num_transformer_submodules", 1) == 2
+    cores = decoder_cores(sites) if beside else list(sites.select("attention.core"))
     layers = int(config.number("num_layers", len(cores)))
-    if [site.layer for site in cores] != list(range(layers)) or config.number("num_transformer_submodules", 1) != 1:
+    if [site.layer for site in cores] != list(range(layers)) or not cores:
         raise AdapterError(
-            f"{config.directory} is a prefix of {layers} layers of one stack; this {program.model} has "
-            f"{len(cores)} attentions: {', '.join(site.id for site in cores)}. In a decoder beside an encoder peft "
-            "gives both attentions of a layer one prefix, and position biases reach it; no pass does."
+            f"{config.directory} is a prefix of {layers} layers of one stack{' beside an encoder' * beside}; this "
+            f"{program.model} has {len(cores)} such attentions: {', '.join(site.id for site in cores) or 'none'}."
         )
     if rows.shape[1] % (2 * layers):
         raise AdapterError(f"{config.directory}: rows of {rows.shape[1]} are no keys and values of {layers} layers.")
     by_layer = rows.unflatten(1, (2 * layers, -1))
     values: dict[Key, Tensor] = {}
     for number, site in enumerate(cores):
-        values[site.id, "prefix_k"], values[site.id, "prefix_v"] = by_layer[:, 2 * number], by_layer[:, 2 * number + 1]
+        own = served(number, layers) if beside else number
+        values[site.id, "prefix_k"], values[site.id, "prefix_v"] = by_layer[:, 2 * own], by_layer[:, 2 * own + 1]
     length = len(rows)
     warnings.warn(
-        f"{config.directory}: peft counts the positions of tokens from the prefix's length on. Give the model "
-        f"position_ids that start at {length} for the same outputs; without them tokens keep their own positions.",
+        f"{config.directory}: peft counts the positions of tokens from the prefix's length on. "
+        f"{same_positions(program, length, beside, config.directory)} for the same outputs; without that tokens keep "
+        "their own positions.",
         stacklevel=5,
     )
     return [Filled(find_pass("prefix")(at=selector_of(sites, cores), length=length, hidden=None), values)]  # pyright: ignore[reportCallIssue]
+
+
+def decoder_cores(sites: Sites) -> list[Site]:
+    """The self-attentions of a decoder beside an encoder."""
+    return [site for site in sites.select("attention.core") if site.stack == "decoder" and site.kind == "self"]
+
+
+def served(layer: int, layers: int) -> int:
+    """Whose rows a decoder's layer has: peft cuts what it has for two attentions a layer out of those for one."""
+    return 2 * layer % layers
+
+
+def same_positions(program: ProgramData, length: int, beside: bool, what: object) -> str:
+    """How a model is told the positions that peft gives it.
+
+    Raises:
+        AdapterError: it has none that could be told, as T5, where a bias of the distance reaches the prefix.
+    """
+    if not beside:
+        return f"Give the model position_ids that start at {length}"
+    tables = [name for name in program.table if name.endswith("decoder.embed_positions.weight")]
+    if len(tables) != 1:
+        raise AdapterError(
+            f"{what} is a prefix in a decoder beside an encoder, where peft counts the positions of tokens from the "
+            f"prefix's length on. This {program.model} has no table of the decoder's positions: biases of the distance "
+            "reach peft's prefix, or positions are worked out on the way, and no pass does either."
+        )
+    return f"Trace a model whose {tables[0]} starts {length} rows later"
 
 
 def prompt_parts(program: ProgramData, sites: Sites, config: PeftConfig, tensors: PeftTensors) -> list[Filled]:

@@ -53,7 +53,9 @@ def scale_parts(program: ProgramData, sites: Sites, config: PeftConfig, tensors:
             )
         else:
             inputs.update((site, scale.flatten()) for site in found)
-    warn_of_places(sites, config.directory, outputs, inputs)
+    words = departures(sites, config.directory, outputs, inputs)
+    if words:
+        warnings.warn(words, stacklevel=5)
     return [
         Filled(_pass(sites, places, side), {(site.id, "ia3_l"): scale for site, scale in places.items()})
         for side, places in (("output", outputs), ("input", inputs))
@@ -70,8 +72,8 @@ def _own_rows(site: Site, scale: Tensor) -> Tensor:
     return scale if view is None or view.window is None else scale[view.window.index()]
 
 
-def warn_of_places(sites: Sites, directory: Path, outputs: Collection[Site], inputs: Collection[Site]) -> None:
-    """Says where an adapter departs from the paper: keys, values, and the hidden value of the feed-forward.
+def departures(sites: Sites, directory: Path, outputs: Collection[Site], inputs: Collection[Site]) -> str:
+    """What to say where an adapter departs from the paper: keys, values, and the hidden value of the feed-forward.
 
     The linear branch of a gated unit may be scaled for its product: act(g) (l u) = l (act(g) u).
     """
@@ -81,9 +83,9 @@ def warn_of_places(sites: Sites, directory: Path, outputs: Collection[Site], inp
     departs = [f"the output of {role}" for role in scaled if role not in PAPER]
     departs += [f"the input of {site.role}" for site in inputs]
     departs += [f"no {role}" for role in PAPER if role not in scaled]
-    if departs:
-        warnings.warn(
-            f"{directory} scales {', '.join(dict.fromkeys(departs))}: it is loaded as it was trained, but the "
-            f"paper's (IA)3 scales {', '.join(PAPER)} (arXiv 2205.05638, section 3.3).",
-            stacklevel=6,
-        )
+    if not departs:
+        return ""
+    return (
+        f"{directory} scales {', '.join(dict.fromkeys(departs))}: it is loaded as it was trained, but the paper's "
+        f"(IA)3 scales {', '.join(PAPER)} (arXiv 2205.05638, section 3.3)."
+    )

@@ -6,8 +6,10 @@ import warnings
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from peftgraph.errors import AdapterError
+from peftgraph.interop.peft.rows import decoder_cores, same_positions, served
 from peftgraph.interop.peft.tensors import PREFIX, ROWS
 from peftgraph.interop.written import Places, Written
 from peftgraph.ir.program import ProgramData
@@ -22,17 +24,22 @@ def write_prefix(program: ProgramData, sites: Sites, places: Places) -> Written:
     Raises:
         AdapterError: peft's format has no such prefix.
     """
-    method, cores = places[0][0], list(sites.select("attention.core"))
+    method, beside = places[0][0], any(site.stack == "decoder" for _, site, _ in places)
+    cores = decoder_cores(sites) if beside else list(sites.select("attention.core"))
     found = {site.id: tensors for _, site, tensors in places}
     one_stack = [site.layer for site in cores] == list(range(len(cores)))
     if len(places) != len(cores) or found.keys() != {site.id for site in cores} or not one_stack:
-        raise _refused(method, places[0][1], "its prefix stands once in every attention of one stack of layers")
-    rows = [found[site.id][name] for site in cores for name in ("prefix_k", "prefix_v")]
+        where = "self-attention of the decoder" if beside else "attention of one stack of layers"
+        raise _refused(method, places[0][1], f"its prefix stands once in every {where}")
+    positions = same_positions(program, method.length, beside, method)
+    by_layer = [[found[site.id][name] for name in ("prefix_k", "prefix_v")] for site in cores]
+    by_layer = _for_two(method, cores, by_layer) if beside else by_layer
+    rows = [row for layer in by_layer for row in layer]
     if len({row.shape for row in rows}) > 1:
         raise _refused(method, places[0][1], "its keys and values have the same width in every layer")
     warnings.warn(
-        f"peft counts the positions of tokens from the prefix's length on: its answers are those of this program with "
-        f"position_ids that start at {method.length}.",
+        "peft counts the positions of tokens from the prefix's length on. "
+        f"{positions} for the answers that peft gives.",
         stacklevel=5,
     )
     options = {
@@ -41,9 +48,27 @@ def write_prefix(program: ProgramData, sites: Sites, places: Places) -> Written:
         "num_layers": len(cores),
         "num_attention_heads": _heads(sites, "attention.k"),
         "token_dim": rows[0].shape[1],
-        "num_transformer_submodules": 1,
+        "num_transformer_submodules": 2 if beside else 1,
     }
     return Written(options, {ROWS: torch.cat(rows, 1)})
+
+
+def _for_two(method: Any, cores: list[Site], by_layer: list[list[Tensor]]) -> list[list[Tensor]]:
+    """The rows in the places where peft looks for those of a decoder's layers; where it never looks, zeros.
+
+    Raises:
+        AdapterError: two layers have rows of their own, and peft looks for them in one place.
+    """
+    placed = [[torch.zeros_like(row) for row in layer] for layer in by_layer]
+    owners: dict[int, int] = {}
+    for layer, rows in enumerate(by_layer):
+        first = owners.setdefault(served(layer, len(by_layer)), layer)
+        if any(not torch.equal(mine, other) for mine, other in zip(rows, by_layer[first], strict=True)):
+            raise _refused(
+                method, cores[layer], f"it gives layers {first} and {layer} of the decoder one prefix, and these differ"
+            )
+        placed[served(layer, len(by_layer))] = rows
+    return placed
 
 
 def write_prompt(program: ProgramData, sites: Sites, places: Places) -> Written:

@@ -1,0 +1,1 @@
+"""Directories that the `adapters` library saved, read."""

@@ -1,0 +1,133 @@
+"""Bottlenecks of the `adapters` library as passes: serial, parallel, and those of Compacter.
+
+After a sublayer they are Houlsby's, on the residual sum Pfeiffer's; a Compacter stands at the same two places. The
+rule A of all its Kronecker products is either the adapter's own, or each projection's; where the library keeps it as a
+product of two thin matrices it is multiplied out: A_i = L_i R_i.
+Source: adapter-hub/adapters 1.3, methods/bottleneck.py, methods/modeling.py (Adapter, PHMLayer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from peftgraph.errors import AdapterError
+from peftgraph.interop.adapters.saved import TENSORS, Saved
+from peftgraph.interop.filling import COMMON, Filled, Key
+from peftgraph.interop.selecting import selector_of
+from peftgraph.rewrite.method import Pass, find_pass
+from peftgraph.sites import Site, Sites
+
+NAMES = {
+    "adapter_down.0.weight": "down_weight",
+    "adapter_down.0.bias": "down_bias",
+    "adapter_up.weight": "up_weight",
+    "adapter_up.bias": "up_bias",
+    "scaling": "scale",
+    "gate.weight": "pfeiffer_gate_weight",
+    "gate.bias": "pfeiffer_gate_bias",
+}
+PARTS = {"W_left": "left", "W_right": "right", "W": "weight", "b": "bias", "phm_rule": "rule",
+         "phm_rule_left": "rule_left", "phm_rule_right": "rule_right"}  # fmt: skip
+COMPACT = {f"adapter_{side}.{leaf}": f"{side.partition('.')[0]}_{ours}" for side in ("down.0", "up")
+           for leaf, ours in PARTS.items()}  # fmt: skip
+# options whose other values are other methods
+FORM = {
+    "adapter_residual_before_ln": False, "inv_adapter": None, "ln_after": False, "ln_before": False,
+    "original_ln_after": True, "residual_before_ln": True, "stochastic_depth": 0.0,
+}  # fmt: skip
+
+
+def bottlenecks(sites: Sites, saved: Saved) -> Filled:
+    """The pass of a bottleneck configuration.
+
+    Raises:
+        AdapterError: an option makes another method of it, or a place is no sublayer of this model.
+    """
+    saved.check(FORM)
+    if saved.options.get("phm_layer"):
+        return _compacter(sites, saved)
+    places = _places(sites, saved, NAMES)
+    options = _common(sites, saved, places)
+    if saved.options.get("is_parallel"):
+        saved.check({"use_gating": False})
+        options |= _scale(saved) | {"input": "residual"}
+        return Filled(_made("parallel_adapter", options), _values(places))
+    saved.check({"scaling": 1.0})
+    if saved.options.get("original_ln_before"):
+        return Filled(_made("pfeiffer", options), _values(places))
+    saved.check({"use_gating": False})
+    return Filled(_made("houlsby", options | {"norms": False}), _values(places))
+
+
+def _compacter(sites: Sites, saved: Saved) -> Filled:
+    """A Compacter, with one rule or with one for each projection."""
+    saved.check({"is_parallel": False, "phm_bias": True, "scaling": 1.0, "shared_W_phm": False, "use_gating": False})
+    places = {site: _multiplied(tensors) for site, tensors in _places(sites, saved, COMPACT).items()}
+    options = _common(sites, saved, places)
+    shared, serial = saved.option("shared_phm_rule", bool), not saved.options.get("original_ln_before")
+    options |= {"n": saved.option("phm_dim", int), "shared": shared, "norms": False, "init": "xavier_normal"}
+    options["rank"] = saved.option("phm_rank", int) if saved.option("factorized_phm_W", bool) else None
+    options["place"] = "after_dropout" if serial else "residual_sum"
+    common: dict[Key, Tensor] = {(COMMON, "phm_rule"): _rule(saved)} if shared else {}
+    return Filled(_made("compacter" if serial else "compacter_pp", options), _values(places) | common)
+
+
+def _rule(saved: Saved) -> Tensor:
+    """The rule that all projections share."""
+    found = next(iter(saved.tensors.get("shared_parameters", {}).values()), {})
+    if "phm_rule" in found:
+        return found["phm_rule"]
+    if {"phm_rule_left", "phm_rule_right"} <= found.keys():
+        return torch.bmm(found["phm_rule_left"], found["phm_rule_right"])
+    raise AdapterError(
+        f"{saved.directory / TENSORS} lacks the rule that its Compacters share: out of a model without a head the "
+        "library does not save it. Save the adapter out of one with a head, such as an AutoAdapterModel."
+    )
+
+
+def _multiplied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of one adapter, with each rule in the place of its two factors."""
+    whole = dict(tensors)
+    for side in ("down", "up"):
+        factors = [whole.pop(f"{side}_rule_{end}", None) for end in ("left", "right")]
+        if factors[0] is not None and factors[1] is not None:
+            whole[f"{side}_rule"] = torch.bmm(factors[0], factors[1])
+    return whole
+
+
+def _places(sites: Sites, saved: Saved, names: Mapping[str, str]) -> dict[Site, dict[str, Tensor]]:
+    """The adapters by site, with our names."""
+    return {
+        saved.site(sites, path, "attention", "ffn"): saved.named(path, tensors, names)
+        for path, tensors in saved.at("adapters").items()
+    }
+
+
+def _values(places: Mapping[Site, Mapping[str, Tensor]]) -> dict[Key, Tensor]:
+    return {(site.id, leaf): value for site, tensors in places.items() for leaf, value in tensors.items()}
+
+
+def _common(sites: Sites, saved: Saved, places: Mapping[Site, Mapping[str, Tensor]]) -> dict[str, Any]:
+    """The options that all bottlenecks have."""
+    widths = {len(tensors["down_bias"]) for tensors in places.values() if "down_bias" in tensors}
+    if len(widths) != 1:
+        raise saved.refuse(f"bottlenecks of the widths {sorted(widths)}")
+    dropout = float(saved.option("dropout", float, int))
+    options: dict[str, Any] = {"at": selector_of(sites, places), "width": widths.pop(), "dropout": dropout}
+    return options | {"activation": saved.activation()}
+
+
+def _scale(saved: Saved) -> dict[str, Any]:
+    if saved.options.get("scaling") == "learned":
+        return {"scale": 1.0, "learned": True}
+    if saved.options.get("scaling") == "channel":
+        raise saved.refuse("scaling='channel'")
+    return {"scale": float(saved.option("scaling", float, int)), "learned": False}
+
+
+def _made(word: str, options: Mapping[str, Any]) -> Pass:
+    return cast(Any, find_pass(word))(**options)

@@ -1,0 +1,91 @@
+"""Directories that the `adapters` library saved, as passes with their trained parameters.
+
+Read are bottlenecks (after a sublayer, on the residual sum, beside a sublayer), Compacter, LoRA, (IA)3, LoReFT and
+NoReFT, prefixes, and unions of these; where all members of a union have gates it is UniPELT. A prompt is refused: the
+library puts it behind the norm of the embeddings.
+Source: adapter-hub/adapters 1.3, configuration/adapter_config.py, model_mixin.py (EmbeddingAdaptersWrapperMixin).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from torch import Tensor
+
+from peftgraph.errors import AdapterError
+from peftgraph.interop.adapters.bottlenecks import bottlenecks
+from peftgraph.interop.adapters.low_rank import low_rank, scales
+from peftgraph.interop.adapters.prefixes import prefixes
+from peftgraph.interop.adapters.reft import edits
+from peftgraph.interop.adapters.saved import Saved
+from peftgraph.interop.documents import read_json
+from peftgraph.interop.filling import Filled, Key, fill, renamed
+from peftgraph.interop.peft.config import CONFIG
+from peftgraph.ir.program import ProgramData
+from peftgraph.rewrite.method import find_pass
+from peftgraph.sites import Sites
+
+P = TypeVar("P", bound=ProgramData)
+
+
+def is_adapters(directory: Path) -> bool:
+    """Whether a directory holds the library's files: its configuration has the model's class beside the options."""
+    found = read_json(directory / CONFIG, missing=f"{directory} holds no {CONFIG}.")
+    return isinstance(found, dict) and "model_class" in found and isinstance(found.get("config"), dict)
+
+
+def load_adapters(program: P, sites: Sites, apply: Callable[..., P], directory: Path, name: str | None) -> P:
+    """The program after the pass that a directory of the library stands for, with its parameters.
+
+    Raises:
+        AdapterError: the files are damaged, fit another base, or say what no pass does.
+    """
+    saved = Saved.read(directory)
+    try:
+        parts = _parts(program, sites, saved)
+    except (RuntimeError, IndexError, TypeError, ZeroDivisionError) as error:
+        raise AdapterError(f"{directory} is damaged: its tensors do not fit one another: {error}") from None
+    for words in filter(None, (saved.remark(), *(part.remark for part in parts))):
+        warnings.warn(words, stacklevel=4)
+    methods = renamed([part.method for part in parts], name, directory)
+    named = [replace(part, method=method) for part, method in zip(parts, methods, strict=True)]
+    return fill(program, apply, named, directory)
+
+
+def _parts(program: ProgramData, sites: Sites, saved: Saved) -> list[Filled]:
+    """The passes of a directory."""
+    members = saved.members()
+    parts = [_part(program, sites, member) for member in members]
+    gated = [part for part, member in zip(parts, members, strict=True) if member.options.get("use_gating")]
+    if not gated:
+        return parts
+    values: dict[Key, Tensor] = {key: value for part in gated for key, value in part.values.items()}
+    method = cast(Any, find_pass("unipelt"))(methods=tuple(part.method for part in gated), gates="site")
+    return [Filled(method, values), *(part for part in parts if part not in gated)]
+
+
+def _part(program: ProgramData, sites: Sites, saved: Saved) -> Filled:
+    """The pass of one configuration."""
+    match saved.options.get("architecture"):
+        case None:
+            return bottlenecks(sites, saved)
+        case "lora" if saved.options.get("composition_mode") == "add":
+            return low_rank(program, sites, saved)
+        case "lora":
+            return scales(program, sites, saved)
+        case "reft":
+            return edits(sites, saved)
+        case "prefix_tuning":
+            return prefixes(sites, saved)
+        case "prompt_tuning":
+            raise AdapterError(
+                f"{saved.directory} is a prompt that stands behind the norm of the embeddings, where its rows get no "
+                "position, no type and no norm, and the tokens keep the positions they have without it. Prompt puts "
+                "rows among the embedded tokens, as the paper does, so no values of it give the library's answers."
+            )
+        case other:
+            raise saved.refuse(f"architecture={other!r}")
