@@ -159,10 +159,6 @@ def _mel(inputs: Inputs) -> Form:
     return ({"input_ids": inputs.ids(LENGTH)} if "input_ids" in inputs.takes else {}) | found
 
 
-def _encoded(inputs: Inputs) -> Form:
-    return {"hidden_states": inputs.noise(BATCH, FRAMES, inputs.config.input_dim)}
-
-
 def _patches(inputs: Inputs) -> Form:
     config = inputs.config
     return {"pixel_values": inputs.noise(BATCH, config.num_position_embeddings, 3 * config.patch_size**2)}
@@ -205,10 +201,6 @@ def _pictures_of_text(inputs: Inputs) -> Form:
     }
 
 
-def _any(inputs: Inputs) -> Form:
-    return {"inputs": inputs.noise(BATCH, LENGTH, inputs.config.d_model)}
-
-
 def _sung(inputs: Inputs) -> Form:
     """Words, and the codes of several books one under the other."""
     ids, books = inputs.ids(LENGTH), inputs.config.decoder.num_codebooks
@@ -236,13 +228,13 @@ WHOLE: tuple[tuple[str, Callable[[Inputs], Form]], ...] = (
     (r"SuperGlue.*|LightGlue.*|EfficientLoFTR.*", _pairs),
     (r"Dia.*", _codebooks),
     (r"Clap.*", _mel),
-    (r"GraniteSpeech.*Encoder.*", _encoded),
+    (r"GraniteSpeech.*Encoder", lambda inputs: {"hidden_states": inputs.noise(BATCH, FRAMES, inputs.config.input_dim)}),
     (r"Molmo2VisionModel", _patches),
     (r"XCLIP.*", _films),
     (r"ClvpModelForConditionalGeneration", _spoken),
     (r"SegGpt.*", _in_context),
     (r"Chameleon.*", _words),  # pictures become tokens by the nearest entry of a book
-    (r"PerceiverModel", _any),
+    (r"PerceiverModel", lambda inputs: {"inputs": inputs.noise(BATCH, LENGTH, inputs.config.d_model)}),
     (r"Musicgen.*", _sung),
     (r"Idefics(Model|ForVisionText2Text)", _pictures_of_text),
 )

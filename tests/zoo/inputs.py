@@ -200,7 +200,8 @@ class Inputs:
                 key for key, kept in SIGNALS.items() if kept == modality
             }
             out = get(value, **{key: found[key] for key in takes & found.keys()})
-        out = getattr(out, "pooler_output", out)
+        pooled = getattr(out, "pooler_output", out)
+        out = out.last_hidden_state if pooled is None else pooled
         parts = list(out) if isinstance(out, list | tuple) else [out]
         return sum(math.prod(part.shape[:-1]) for part in parts) // BATCH
 

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import vision_utils
 
 GRID = (1, 4, 12)  # frames, rows and columns of patches; three rows of words hold an equal part of the tokens
-PICTURES = 1  # every picture is an attention of its own in each layer, of a size that only its grid tells
+PICTURES = 2  # each is an attention of its own in each layer, of a size that only its grid tells
 # The functions of the library that read grids, and the names under which a model takes what they return.
 DERIVED: dict[str, tuple[str, ...]] = {
     "get_vision_cu_seqlens": ("cu_seqlens",),

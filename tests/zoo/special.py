@@ -64,7 +64,8 @@ TABLE: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"perceiver", {"num_cross_attention_heads": 4}),
     (r"clap_audio_model", {"spec_size": 64, "num_mel_bins": 16, "window_size": 4, "depths": (2, 2),
                            "num_attention_heads": (2, 4), "patch_embeds_hidden_size": 24, "hidden_size": 48}),
-    (r"sam(_hq)?_vision_model", {"output_channels": 48, "global_attn_indexes": (1,), "num_pos_feats": 24}),
+    (r"sam|sam_hq", {"vision_config.output_channels": 48, "vision_config.global_attn_indexes": (1,),
+                     "vision_config.num_pos_feats": 24}),
     (r"sam_hq_mask_decoder", {"vit_dim": 40}),
     (r"tvp", {"max_img_size": 64, "num_frames": 4, "visual_prompt_size": 8}),
     (r"pix2struct_text_model", {"initializer_range": 0.02}),
@@ -94,5 +95,5 @@ TABLE: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"xclip", {"prompt_num_attention_heads": 5}),
     (r"clvp_decoder", {"decoder_fixing_codes": [3, 4, 4, 5]}),
     (r"lw_detr", {"projector_scale_factors": (1.0,)}),
-    (r"rt_detr.*|d_fine|deimv2|pp_doclayout.*", {"num_queries": 9, "num_denoising": 0}),
+    (r"rt_detr|rt_detr_v2|d_fine|deimv2|pp_doclayout.*", {"num_queries": 9, "num_denoising": 0}),
 )  # fmt: skip
