@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-BATCH, LENGTH, TARGET, FRAMES, SOUND = 3, 7, 5, 31, 1600
-Form = dict[str, torch.Tensor]
+from .calls import BATCH, FRAMES, LENGTH, SOUND, TARGET, Form, more, whole
+from .packed import GRID, PICTURES, derived, patches
 
 
 def accepted(model: nn.Module) -> dict[str, Any]:
@@ -51,20 +51,31 @@ class Inputs:
 
     def forms(self) -> Iterator[Any]:
         """Functions that make the inputs."""
-        shapes = {name: list(self.shapes(name)) for name in SIGNALS if name in self.takes}
+        special = whole(self)
+        if special is not None:
+            yield lambda: special
+            return
         text = "input_ids" in self.takes
-        if shapes:
-            for choice in product(*shapes.values()):
-                chosen = dict(zip(shapes, choice, strict=True))
-                if text:
-                    yield lambda chosen=chosen: self.call(chosen, True)
-                yield lambda chosen=chosen: self.call(chosen, False)
+        if self.takes.keys() & {"grid_thw", "image_grid_thw"}:
+            yield from self.packed(text)
+        shapes = {name: list(self.shapes(name)) for name in SIGNALS if name in self.takes}
+        yield from self.signals(shapes, text)
         if text:
             yield lambda: self.call({}, True)
+        for name in shapes if len(shapes) > 1 else ():
+            yield from self.signals({name: shapes[name]}, text)
         if "hidden_states" in self.takes:
             yield lambda: {"hidden_states": self.noise(BATCH, LENGTH, self.width())}
         if "inputs_embeds" in self.takes:
             yield lambda: self.more({"inputs_embeds": self.noise(BATCH, LENGTH, self.width())})
+
+    def signals(self, shapes: Mapping[str, list[tuple[int, ...]]], text: bool) -> Iterator[Any]:
+        """Calls with one signal of each name, in every combination of their shapes."""
+        for choice in product(*shapes.values()) if shapes else ():
+            chosen = dict(zip(shapes, choice, strict=True))
+            if text:
+                yield lambda chosen=chosen: self.call(chosen, True)
+            yield lambda chosen=chosen: self.call(chosen, False)
 
     def call(self, shapes: Mapping[str, tuple[int, ...]], text: bool) -> Form:
         """One call with signals of these shapes, with or without tokens."""
@@ -74,13 +85,42 @@ class Inputs:
                 required = mask in self.takes and self.takes[mask].default is inspect.Parameter.empty
                 if required and "input_ids" not in self.takes:
                     found[mask] = torch.ones(value.shape[0], max(value.shape[1:]), dtype=torch.long)
+        found |= more(self, found)
         if text:
             found |= self.text(found)
         return self.more(found)
 
+    def packed(self, text: bool) -> Iterator[Any]:
+        """Calls with the patches of all pictures in one row."""
+        prefix = "image_" if "image_grid_thw" in self.takes else ""
+        pixels = "pixel_values" if "pixel_values" in self.takes else "hidden_states"
+        for shape in patches(getattr(self.config, "vision_config", self.config), PICTURES):
+            for axes in ((3,), (), None) if text else (None,):
+                for given in (True, False):
+                    yield lambda shape=shape, axes=axes, given=given: self.grids(prefix, pixels, shape, axes, given)
+
+    def grids(
+        self, prefix: str, pixels: str, shape: tuple[int, ...], axes: tuple[int, ...] | None, given: bool
+    ) -> Form:
+        """One such call. `axes`: of the positions that stand before those of the batch; None: no positions.
+        `given`: with what the model would work out from the grids."""
+        grid = torch.tensor([GRID] * PICTURES)
+        found = {pixels: self.noise(*shape), f"{prefix}grid_thw": grid}
+        if "input_ids" in self.takes:
+            found |= self.text(found)
+            kinds = found["input_ids"] == self._token("image")
+            if axes is not None:
+                length = found["input_ids"].shape[1]
+                found["position_ids"] = torch.arange(length).expand(*axes, BATCH, length).contiguous()
+            elif "mm_token_type_ids" in self.takes:
+                found["mm_token_type_ids"] = kinds.long()
+        if given:
+            found |= derived(self.model, found, prefix)
+        return found
+
     def more(self, found: Form) -> Form:
         """What else a model wants."""
-        if "decoder_input_ids" in self.takes:
+        if "decoder_input_ids" in self.takes and "decoder_input_ids" not in found:
             found["decoder_input_ids"] = self.ids(TARGET)
         if "bbox" in self.takes and "input_ids" in found:
             corner = torch.randint(0, 20, (*found["input_ids"].shape, 2), generator=self.random)
@@ -138,7 +178,7 @@ class Inputs:
             modality = SIGNALS.get(key)
             token = None if modality is None else self._token(modality)
             if token is not None and modality is not None:
-                count = self._features(modality, value)
+                count = self._features(modality, value, found)
                 ids = torch.cat([ids[:, :2], torch.full((BATCH, count), token), ids[:, 2:]], dim=1)
         given = {"input_ids": ids}
         if "attention_mask" in self.takes:
@@ -151,13 +191,17 @@ class Inputs:
                 return getattr(self.config, name)
         return None
 
-    def _features(self, modality: str, value: torch.Tensor) -> int:
+    def _features(self, modality: str, value: torch.Tensor, found: Mapping[str, torch.Tensor]) -> int:
         """How many placeholders one input of the batch takes."""
         get = getattr(self.model, f"get_{modality}_features", None)
         get = get or getattr(self.model.base_model, f"get_{modality}_features")
         with torch.no_grad():
-            out = get(value)
-        out = getattr(out, "pooler_output", out)
+            takes = inspect.signature(get).parameters.keys() - {
+                key for key, kept in SIGNALS.items() if kept == modality
+            }
+            out = get(value, **{key: found[key] for key in takes & found.keys()})
+        pooled = getattr(out, "pooler_output", out)
+        out = out.last_hidden_state if pooled is None else pooled
         parts = list(out) if isinstance(out, list | tuple) else [out]
         return sum(math.prod(part.shape[:-1]) for part in parts) // BATCH
 

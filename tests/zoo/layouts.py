@@ -11,6 +11,7 @@ POST = re.compile(
     r"(xlm-)?(roberta|camembert)(-xl)?(?<!xl)|bert|albert|electra|distilbert|mpnet|deberta(-v2)?|layoutlm(v[23])?|lilt|esm1|ernie|"
     r"nezha|rembert|roformer|convbert|big_bird|bert-generation|xlm|flaubert|openai-gpt|bart|marian|fsmt|prophetnet|"
     r"blenderbot-small|wav2vec2|hubert|sew|unispeech|unispeech-sat|wavlm|data2vec-(text|audio)|ibert|squeezebert|luke|"
+    r"blip_2_qformer|informer|autoformer|time_series_transformer|"
     r"minimax|speecht5|dpr|gte|jina_embeddings_v3|roc_bert|nomic_bert|mra|nystromformer|yoso|canine|tapas|splinter|xmod|markuplm|mobilebert|funnel|bros|detr|conditional_detr|"
     r"sew-d|(blip_2|instructblip|instructblipvideo)_qformer|table-transformer|plbart|mvp|led|longformer|fnet|visual_bert|lxmert|xlnet|layoutxlm|(align|altclip|blip|chinese_clip|clap)_text_model|trocr|xglm1|megatron0"
 )

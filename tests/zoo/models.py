@@ -18,7 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from .entry import Entry, Group
 from .inputs import accepted
 from .known import CHOSEN, UNBUILT
-from .overrides import CLASSES
+from .overrides import CLASSES, PARTS
 from .shrink import small_config
 from .truth import truth
 
@@ -98,6 +98,7 @@ def build(model_type: str, name: str) -> nn.Module:
     """The tiny random model of a type, in training mode."""
     torch.manual_seed(0)
     config = small_config(model_type)
+    config = getattr(config, PARTS[model_type]) if model_type in PARTS else config
     return getattr(transformers, name)(config)
 
 

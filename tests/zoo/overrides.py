@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from . import special
+
 # Pattern of model types -> values of fields; "text_config.x" is a field of the configuration inside.
 SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
 HALF_SECTIONS = SECTIONS | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
@@ -115,7 +117,7 @@ TABLE: tuple[tuple[str, dict[str, Any]], ...] = (
         {
             "d_model": 48,
             "n_heads": 6,
-            "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+            "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
             "ffn_config": {"ffn_hidden_size": 80, "moe_num_experts": 4},
         },
     ),
@@ -124,13 +126,21 @@ TABLE: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 # Classes that no mapping of the library names, or better ones than the first that it names.
-CLASSES: dict[str, str] = {}
+CLASSES: dict[str, str] = {
+    "musicgen": "MusicgenForConditionalGeneration",
+    "musicgen_melody": "MusicgenMelodyForConditionalGeneration",
+    "timesfm": "TimesFmModel",
+    "timesfm2_5": "TimesFm2_5Model",
+    "bark": "BarkSemanticModel",
+}
+# Types of which a part is built, since the whole has no forward of its own: the field that holds its configuration.
+PARTS: dict[str, str] = {"bark": "semantic_config"}
 
 
-def overrides(model_type: str) -> dict[str, Any]:
-    """The values of fields that a type needs."""
+def overrides(model_type: str, inner: bool = False) -> dict[str, Any]:
+    """The values of fields that a type needs. `inner`: as a part of another one."""
     found: dict[str, Any] = {}
-    for pattern, values in TABLE:
+    for pattern, values in (*(() if inner else TABLE), *special.TABLE):
         if re.fullmatch(pattern, model_type):
             found |= values
     return found

@@ -61,14 +61,16 @@ RULES: tuple[tuple[str, object], ...] = (
     (r"shared_expert_intermediate_size|moe_shared_expert_intermediate_size|shared_intermediate_size", 28),
     (r"(.*_)?(intermediate_size|intermediate_dim|ffn_dim|d_ff|ffn_hidden_size|n_inner|mlp_dim|mlp_hidden_size)", "ffn"),
     (r"d_inner|inner_dim|feedforward_dim|encoder_feedforward_dim|dim_feedforward", "ffn"),
+    (r"out_hidden_size|text_hidden_size", TEXT.width),  # of the text's model, in a configuration of pictures
     (r"(.*_)?(hidden_size|d_model|n_embd|embed_dim|hidden_dim|n_embed|dim_model|emb_dim|model_dim)", "width"),
-    (r"dim|width|attn_hidden_size|out_hidden_size|language_dim", "width"),
+    (r"dim|width|attn_hidden_size|language_dim", "width"),
     (r"embedding_size|word_embed_proj_dim|embedding_dim", 24),
     (r"projection_dim|pooler_output_size|shared_embed_dim", 40),
     (r"(.*_)?(num|n)_(hidden_|transformer_|encoder_|decoder_|text_|vision_)?layers?", "layers"),
     (r"(.*_)?(encoder|decoder)_layers|layers|depth|(.*_)?num_blocks|resampler_depth|.*_depth", "layers"),
     (r"num_hidden_groups", 1),
     (r"depths", 2),
+    (r"upsample_groups|decoder_in_channels", "width"),
     (r"(num_)?(convolution_)?groups|norm_num_groups|num_groups", 2),
     (r"(max_|n_|num_)?(position_embeddings|positions|position)|max_.*positions?|max_position_embeddings", 64),
     (r"max_seq_len|max_sequence_length|max_seq_length|block_size_max", 64),
@@ -174,5 +176,6 @@ def _nested(kind: type[PreTrainedConfig], special: Mapping[str, Any]) -> dict[st
         own = {key.removeprefix(prefix): value for key, value in special.items() if key.startswith(prefix)}
         tower = VISION if re.search("vision|image|video|vq|vit", name) else TEXT
         tower = AUDIO if re.search("audio|speech|codec|sound", name) else tower
+        own = overrides(inner.model_type, inner=True) | own
         found[name] = _small(inner, tower, getattr(spec, "init_kwargs", None) or {}, own)
     return found
