@@ -192,13 +192,20 @@ def _trace(
 
 
 def _cast_numbers(graph: fx.Graph, constants: Mapping[str, Entry], marker: torch.dtype) -> None:
-    """Casts the tensor literals that the model's code made in its own dtype, so that they follow it."""
+    """Casts the tensor literals that the model's code made in its own dtype, so that they follow it. One that is a
+    limit of that dtype is filled in, for a cast would take it beyond the limits of another."""
+    info = torch.finfo(marker)
     for node in list(stored(graph)):
         entry = constants.get(str(node.target))
         if entry is None or entry.tensor.dtype != marker:
             continue
+        limit = entry.tensor.item() if entry.tensor.dim() == 0 else None
         with graph.inserting_after(node):
-            cast = graph.call_function(torch.ops.aten.to.dtype, (node, marker))
+            if limit in (info.min, info.max, info.tiny, info.eps):
+                kind = {"dtype": marker, "device": entry.tensor.device}
+                cast = graph.call_function(torch.ops.aten.full.default, ([], limit), kind)
+            else:
+                cast = graph.call_function(torch.ops.aten.to.dtype, (node, marker))
         cast.meta = dict(node.meta)
         node.replace_all_uses_with(cast, delete_user_cb=lambda user, cast=cast: user is not cast)
 

@@ -426,6 +426,18 @@ def test_tied_weights_stay_tied() -> None:
     assert len(list(net.parameters())) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_a_limit_of_the_dtype_that_is_written_into_a_value_follows_it(dtype: torch.dtype) -> None:
+    class Suppresses(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            y = super().forward(input)
+            y[:, :, [0, 2]] = torch.finfo(y.dtype).min
+            return y
+
+    program = check(Suppresses(6, 5).to(dtype), X.to(dtype))
+    assert program.module()(X.to(dtype)).isfinite().all()
+
+
 def test_an_attribute_that_cannot_be_copied() -> None:
     class Locked(Two):
         def __init__(self) -> None:
