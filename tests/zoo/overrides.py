@@ -100,6 +100,7 @@ TABLE: tuple[tuple[str, dict[str, Any]], ...] = (
         },
     ),
     (r"(timesformer|vivit|videomae|vjepa2|xclip)", {"num_frames": 4}),
+    (r"videoprism.*", {"tubelet_size": [1, 8, 8]}),
     (r"wav2vec2-bert", {"feature_projection_input_dim": 10}),
     (
         r"perceiver",

@@ -19,10 +19,10 @@ from .fused import fused, gated, latent, queries
 from .layouts import layout
 
 NAMES = {  # a projection's own name, by role
-    "q": "q_proj experts.input_linear query q q_lin query_proj project_q Wq q_head linear_q to_q",
-    "k": "k_proj key k k_lin key_proj project_k Wk k_head linear_k to_k",
-    "v": "v_proj value v v_lin value_proj project_v Wv v_head linear_v to_v",
-    "qkv": "c_attn qkv qkv_proj Wqkv query_key_value in_proj in_proj_weight",
+    "q": "q_proj projection_query experts.input_linear query q q_lin query_proj project_q Wq q_head linear_q to_q",
+    "k": "k_proj projection_key key k k_lin key_proj project_k Wk k_head linear_k to_k",
+    "v": "v_proj projection_value value v v_lin value_proj project_v Wv v_head linear_v to_v",
+    "qkv": "c_attn att_proj qkv qkv_proj Wqkv query_key_value in_proj in_proj_weight",
     "kv": "to_kv kv_proj",
     "o": "o_proj o_b_proj out_proj o out_lin output_proj attention_out dense proj projection projection_layer "
     "Wo linear_out to_out c_proj post_proj output experts.output_linear",
@@ -32,6 +32,7 @@ FEEDFORWARDS = (  # up, down, gate: of one module
     ("up_proj", "down_proj", "gate_proj"),
     ("gate_up_proj", "down_proj", None),
     ("fc1", "fc2", None),
+    ("linear_fc1", "linear_fc2", None),
     ("lin1", "lin2", None),
     ("c_fc", "c_proj", None),
     ("dense_h_to_4h", "dense_4h_to_h", None),
@@ -57,8 +58,8 @@ LEARNED_QUERIES = re.compile(r"head\.attention|MultiheadAttention$|AttentionPool
 TWICE = re.compile(r"DiffLlama|ProphetNetNgram|Lilt")  # two attentions in one module
 UNTOLD = re.compile(r"Zaya|DabDetr")  # projections that several modules hold, under names of their own
 # Small networks that modulate a norm, and those that take one model's width to another's, outside of any block.
-NO_FEEDFORWARD = re.compile(r"norm|projector|aligner|connector|mask_head")
-NO_LAYERS = re.compile(r"Funnel|MobileViT")  # one stack in several lists
+NO_FEEDFORWARD = re.compile(r"norm|projector|aligner|connector|merger|mask_head|(text|audio)_projection")
+NO_LAYERS = re.compile(r"Funnel|MobileViT|Cvt")  # one stack in several lists
 CROSS = re.compile(r"cross|encoder_attn|encdec|encoder_attention|enc_attn", re.IGNORECASE)
 
 
@@ -79,31 +80,43 @@ def calls(model: nn.Module, example: Mapping[str, Any]) -> Counter[str]:
     state = model.training
     model.eval()
     try:
-        leaves = [one for one in pytree.tree_leaves(model(**example)) if isinstance(one, torch.Tensor)]
-    finally:
-        model.train(state)
+        answer = _answer(model, example)
         for hook in hooks:
             hook.remove()
-    read = _read(model, [one for one in leaves if one.requires_grad])
-    return Counter({path: count for path, count in counts.items() if read is None or path in read})
+        dead = _unread(model, example, answer)
+    finally:
+        model.train(state)
+    paths = {path for path in counts if _all_in(dead, model, path)}
+    return Counter({path: count for path, count in counts.items() if path not in paths})
 
 
-def _read(model: nn.Module, outputs: Sequence[torch.Tensor]) -> set[str] | None:
-    """The modules of which the outputs depend on a parameter; None where gradients cannot tell."""
+def _answer(model: nn.Module, example: Mapping[str, Any]) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [one for one in pytree.tree_leaves(model(**example)) if isinstance(one, torch.Tensor)]
+
+
+def _unread(model: nn.Module, example: Mapping[str, Any], answer: Sequence[torch.Tensor]) -> set[str]:
+    """The parameters that no output depends on: those without a gradient, if the outputs stay when they change."""
     named = [(name, one) for name, one in model.named_parameters(remove_duplicate=False) if one.requires_grad]
-    if not outputs or not named:
-        return None
-    total = sum((one.sum() for one in outputs if not one.is_complex()), torch.zeros(()))
-    if not total.requires_grad:
-        return None
+    total = sum((one.abs().sum() for one in answer if one.requires_grad), torch.zeros(()))
+    if not named or not total.requires_grad:
+        return set()
     slopes = torch.autograd.grad(total, [one for _, one in named], allow_unused=True)
-    dead = {name for (name, _), slope in zip(named, slopes, strict=True) if slope is None}
-    alive = {name for name, _ in named} - dead
-    return {path for path, _ in model.named_modules() if _any_in(alive, path) or not _any_in(dead, path)}
+    dead = {name: one for (name, one), slope in zip(named, slopes, strict=True) if slope is None}
+    before = {name: one.detach().clone() for name, one in dead.items()}
+    with torch.no_grad():
+        for one in dead.values():
+            one.mul_(1.5).add_(0.25)
+        changed = [not torch.equal(a, b) for a, b in zip(answer, _answer(model, example), strict=True)]
+        for name, one in dead.items():
+            one.copy_(before[name])
+    return set() if any(changed) else set(dead)
 
 
-def _any_in(names: set[str], path: str) -> bool:
-    return any(not path or name.startswith(f"{path}.") for name in names)
+def _all_in(names: set[str], model: nn.Module, path: str) -> bool:
+    """Whether a module has parameters, and none but these."""
+    own = [f"{path}.{name}" if path else name for name, _ in model.get_submodule(path).named_parameters()]
+    return bool(own) and names.issuperset(own)
 
 
 class Reader:
