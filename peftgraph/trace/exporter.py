@@ -89,7 +89,7 @@ def export_ghost(
             except PeftGraphError:
                 raise
             except Exception as error:  # whatever an exporter or a model's code raises is explained to the user
-                failure = failure or error
+                failure = error if patches is nullcontext or failure is None else failure  # of the model's own dtype
     assert failure is not None
     raise explain(model, failure) from failure
 

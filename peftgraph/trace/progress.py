@@ -36,7 +36,7 @@ def layers_told(model: nn.Module, phase: str, progress: Progress) -> Iterator[No
 
 def _repeated(module: nn.Module) -> list[nn.Module]:
     """The members of the outermost lists of modules; what they hold in lists of their own is part of them."""
-    found: list[nn.Module] = []
+    found: list[nn.Module | None] = []
     for child in module.children():
         found += list(child) if isinstance(child, nn.ModuleList) and len(child) > 1 else _repeated(child)
-    return found
+    return [one for one in found if one is not None]  # a list may hold places for what is left out

@@ -60,6 +60,18 @@ def test_one_layer_is_no_repetition_but_may_hold_one() -> None:
     assert [step[1:] for step in steps_of(Tower(1)) if step[0] == "exporting"] == [(0, 2), (1, 2), (2, 2)]
 
 
+def test_places_that_are_left_empty_are_no_layers() -> None:
+    class Sparse(Tower):
+        def __init__(self) -> None:
+            super().__init__(2)
+            self.between = nn.ModuleList([None, nn.Linear(4, 4), None])  # pyright: ignore[reportArgumentType]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.between[1](super().forward(x))
+
+    assert [step[1:] for step in steps_of(Sparse()) if step[0] == "exporting"] == [(0, 3), (1, 3), (2, 3), (3, 3)]
+
+
 def test_without_repetition_the_total_is_unknown() -> None:
     assert [step[1:] for step in steps_of(nn.Linear(4, 4)) if step[0] == "exporting"] == [(0, 0)]
 

@@ -25,7 +25,7 @@ TABLE: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"hunyuan_vl_text", {"head_dim": 8, "rope_parameters": THIRDS, "num_key_value_heads": 2}),
     (r"glm5_next_text", {"qk_rope_head_dim": 0}),
     (r"deepseek_ocr2_text", {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2}),
-    (r"diffusion_gemma_text", {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 20}),
+    (r"diffusion_gemma_text", {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24}),
     (r"dots1", {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1}),
     (r"qwen4_exp_text", {"hc_lowrank": 12, "ngram_vocab_size_base": 64, "split_ngram_parts": 2}),
     (r"step3p5", {"sliding_window": 4, "num_sliding_attention_heads": 6}),

@@ -25,7 +25,7 @@ NAMES = {  # a projection's own name, by role
     "qkv": "c_attn att_proj qkv qkv_proj Wqkv query_key_value in_proj in_proj_weight",
     "kv": "to_kv kv_proj",
     "o": "o_proj o_b_proj out_proj o out_lin output_proj attention_out dense proj projection projection_layer "
-    "Wo linear_out to_out c_proj post_proj output experts.output_linear",
+    "Wo linear_out to_out c_proj post_proj post output experts.output_linear",
 }
 OUTER = ("output.dense", "output")  # an output projection that stands beside the attention's module
 FEEDFORWARDS = (  # up, down, gate: of one module
@@ -205,6 +205,8 @@ class Reader:
             parts = fused(self.model, module, whole)
         elif separate["k"] and separate["v"] and re.search("Pool", type(module).__name__):
             parts = [Part("attention.k", separate["k"]), Part("attention.v", separate["v"])]  # queries are parameters
+        elif separate["q"] and getattr(module, "is_kv_shared_layer", False):  # keys and values are another layer's
+            parts = [Part("attention.q", separate["q"])]
         elif whole or not (separate["q"] and pair):
             return []
         else:
