@@ -196,16 +196,27 @@ def recast(nodes: Iterable[fx.Node], mode: FakeTensorMode, old: torch.dtype, new
         node.meta["val"] = value_of(node.meta["val"])
 
 
-def same_meta(a: Any, b: Any) -> bool:
-    """Whether two recorded values have the same structure, shapes, dtypes and devices."""
+def same_meta(a: Any, b: Any, broadcast: bool = False) -> bool:
+    """Whether two recorded values have the same structure, shapes, dtypes and devices.
+
+    Sizes are one where their expressions are. With `broadcast` also where they are equal at the example's sizes, which
+    are like no other: of two that were broadcast to each other either may be recorded.
+    """
     if a is b:
         return True
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.dtype == b.dtype and a.device == b.device and _same_shape(a.shape, b.shape)
+        return a.dtype == b.dtype and a.device == b.device and _same_shape(a.shape, b.shape, broadcast)
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(same_meta(x, y) for x, y in zip(a, b, strict=True))
+        return len(a) == len(b) and all(same_meta(x, y, broadcast) for x, y in zip(a, b, strict=True))
     return not isinstance(a, Tensor) and not isinstance(b, Tensor)
 
 
-def _same_shape(a: torch.Size, b: torch.Size) -> bool:
-    return len(a) == len(b) and all(_expression(x) == _expression(y) for x, y in zip(a, b, strict=True))
+def _same_shape(a: torch.Size, b: torch.Size, broadcast: bool) -> bool:
+    def same(x: int | torch.SymInt, y: int | torch.SymInt) -> bool:
+        return _expression(x) == _expression(y) or (broadcast and _hint(x) is not None and _hint(x) == _hint(y))
+
+    return len(a) == len(b) and all(map(same, a, b))
+
+
+def _hint(size: int | torch.SymInt) -> int | None:
+    return size if isinstance(size, int) else size.node.hint

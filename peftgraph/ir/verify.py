@@ -125,7 +125,7 @@ def values_rederive(program: ProgramData, previous: ProgramData | None, inferenc
         except Exception as error:  # whatever an operator says of its operands is the breach
             yield f"%{node.meta.get('label', node.name)} cannot be computed: {error}"
             return
-        if not same_meta(value, node.meta["val"]):
+        if not same_meta(value, node.meta["val"], broadcast=True):
             yield f"%{node.meta.get('label', node.name)} gives {value}, recorded is {node.meta['val']}"
 
 

@@ -10,7 +10,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from peftgraph.ir.propagate import Inference
+from peftgraph.ir.propagate import Inference, same_meta
 
 aten = torch.ops.aten
 
@@ -123,3 +123,13 @@ def test_an_einsum_of_sizes_that_differ_is_refused() -> None:
         node.meta["val"] = mode.from_tensor(torch.empty(shape))
     with pytest.raises(RuntimeError):
         Inference(mode).value_of(graph.call_function(aten.einsum.default, ("bc,cd->bd", operands)))
+
+
+def test_sizes_that_were_broadcast_to_each_other_are_one() -> None:
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    whole, half = (mode.from_tensor(torch.empty(size, 3), static_shapes=False) for size in (14, 7))
+    with mode:
+        same, other = torch.empty(half.shape[0] * 2, 3), torch.empty(half.shape[0] * 4, 3)
+    assert not same_meta(whole, same)
+    assert same_meta(whole, same, broadcast=True)
+    assert not same_meta(whole, other, broadcast=True)
