@@ -143,7 +143,7 @@ def _in_both_modes(model: nn.Module, bound: Example, table: Table, progress: Pro
     traced = _trace(model, bound, table, progress, training=True, markers=markers_of(model, table.dtype))
     if not agree:
         evaluation = _trace(model, bound, table, progress, training=False, markers=[traced.marker])
-        traced = _with_evaluation(traced, evaluation)
+        traced = _with_evaluation(model, traced, evaluation)
     if traced.patched:
         progress("comparing the patched model with its own code", 0, 0)
         reason = difference(model, bound, run(_program(type(model).__name__, traced, bound), bound.tensors))
@@ -210,7 +210,7 @@ def _cast_numbers(graph: fx.Graph, constants: Mapping[str, Entry], marker: torch
         node.replace_all_uses_with(cast, delete_user_cb=lambda user, cast=cast: user is not cast)
 
 
-def _with_evaluation(training: _Traced, evaluation: _Traced) -> _Traced:
+def _with_evaluation(model: nn.Module, training: _Traced, evaluation: _Traced) -> _Traced:
     """One graph for both modes.
 
     Raises:
@@ -234,8 +234,11 @@ def _with_evaluation(training: _Traced, evaluation: _Traced) -> _Traced:
             names[name] = f"evaluation_{name}"
             added[names[name]] = entry
     graph = merge(training.graph, evaluation.graph, names)
-    with quiet():
-        propagate(calls(graph), fake_mode_of(graph))
+    try:
+        with quiet():
+            propagate(calls(graph), fake_mode_of(graph))
+    except Exception as error:  # whatever an operator says of sizes that each mode knows in symbols of its own
+        raise explain(model, error) from error
     patched = training.patched or evaluation.patched
     return replace(training, graph=graph, table=training.table.with_(added), patched=patched)
 

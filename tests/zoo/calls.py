@@ -235,7 +235,7 @@ WHOLE: tuple[tuple[str, Callable[[Inputs], Form]], ...] = (
     (r"SegGpt.*", _in_context),
     (r"Chameleon.*", _words),  # pictures become tokens by the nearest entry of a book
     (r"PerceiverModel", lambda inputs: {"inputs": inputs.noise(BATCH, LENGTH, inputs.config.d_model)}),
-    (r"Musicgen.*", _sung),
+    (r"Musicgen(Melody)?ForConditionalGeneration", _sung),
     (r"Idefics(Model|ForVisionText2Text)", _pictures_of_text),
 )
 NAMED: dict[str, Callable[[Inputs], torch.Tensor]] = {

@@ -56,7 +56,7 @@ NO_ATTENTION = re.compile(
 )
 LEARNED_QUERIES = re.compile(r"head\.attention|MultiheadAttention$|AttentionPool|Perceiver|Resampler|Latent")
 TWICE = re.compile(r"DiffLlama|ProphetNetNgram|Lilt")  # two attentions in one module
-UNTOLD = re.compile(r"Zaya|DabDetr")  # projections that several modules hold, under names of their own
+UNTOLD = re.compile(r"Zaya|DabDetr|Levit")  # projections that several modules hold, under names of their own
 # Small networks that modulate a norm, and those that take one model's width to another's, outside of any block.
 NO_FEEDFORWARD = re.compile(r"norm|projector|aligner|connector|merger|mask_head|(text|audio)_projection")
 NO_LAYERS = re.compile(r"Funnel|MobileViT|Cvt")  # one stack in several lists
