@@ -100,7 +100,8 @@ TABLE: tuple[tuple[str, dict[str, Any]], ...] = (
         },
     ),
     (r"(timesformer|vivit|videomae|vjepa2|xclip)", {"num_frames": 4}),
-    (r"videoprism.*", {"tubelet_size": [1, 8, 8]}),
+    (r"lxmert", {"l_layers": 2, "x_layers": 2, "r_layers": 2}),
+    (r"videoprism.*", {"tubelet_size": [1, 8, 8], "num_spatial_layers": 2, "num_temporal_layers": 2}),
     (r"wav2vec2-bert", {"feature_projection_input_dim": 10}),
     (
         r"perceiver",
