@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -18,11 +18,13 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch._dynamo import _trace_wrapped_higher_order_op as indexing
+from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from peftgraph.trace.example import Example
 from peftgraph.trace.surrounding import frozen_copy
 
+PACKED = "_reshaped_vision_attention_forward"  # the library's exportable attention within packed pictures
 Patches = Callable[[], AbstractContextManager[None]]
 
 
@@ -31,11 +33,42 @@ def library_patches(model: nn.Module) -> Patches | None:
     if not any(type(module).__module__.startswith("transformers.") for module in model.modules()):
         return None
     try:
-        importlib.import_module("transformers.exporters.exporter_dynamo")  # registers what apply_patches applies
+        forms = importlib.import_module(
+            "transformers.exporters.exporter_dynamo"
+        )  # registers what apply_patches applies
         exporters = importlib.import_module("transformers.exporters.utils")
     except ImportError:
         return None
-    return partial(exporters.apply_patches, "dynamo")
+    return partial(_patched, forms, exporters)
+
+
+@contextmanager
+def _patched(forms: Any, exporters: Any) -> Iterator[None]:
+    """The library's patches, with packed pictures of any lengths: its own form takes lengths that are all equal."""
+    packed = getattr(forms, PACKED, None)
+    with exporters.apply_patches("dynamo"), ExitStack() as stack:
+        if packed is not None:
+            stack.enter_context(patch.object(forms, PACKED, partial(_attend_within, packed)))
+        yield
+
+
+def _attend_within(
+    packed: Callable[..., Any], module: nn.Module, hidden_states: Tensor, cu_seqlens: Tensor, **options: Any
+) -> Any:
+    """Attention of rows (N, D) or (1, N, D) to those of the same picture: that of one picture, under a mask.
+
+    Args:
+        packed: the library's form, for pictures of equal length.
+        module: the attention.
+        hidden_states: the rows of all pictures.
+        cu_seqlens: where pictures start and end, from 0 to N.
+        options: of `packed`.
+    """
+    rows = torch.arange(hidden_states.shape[-2], device=hidden_states.device)
+    number = (rows[:, None] >= cu_seqlens[None, 1:]).sum(-1)
+    masked = partial(functional.scaled_dot_product_attention, attn_mask=number[:, None] == number[None, :])
+    with patch.object(functional, "scaled_dot_product_attention", masked):
+        return packed(module, hidden_states, torch.cat([cu_seqlens[:1], cu_seqlens[-1:]]), **options)
 
 
 @contextmanager

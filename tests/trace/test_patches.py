@@ -41,7 +41,18 @@ def test_a_tower_of_packed_images_is_traced_by_the_patched_form() -> None:
     program = pg.trace(tower, inputs)
     assert len(program.sites.select("attention.core")) == 2
     ours, theirs = first(program.module().eval()(**inputs)), first(tower.requires_grad_(False)(**inputs))
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+def test_packed_images_of_other_sizes_than_the_examples() -> None:
+    from transformers.exporters.utils import precompute_export_inputs
+
+    tower, inputs = packed_images()
+    net = pg.trace(tower, inputs).module().eval()
+    other = {"hidden_states": torch.randn(56, 96), "grid_thw": torch.tensor([[1, 4, 4], [1, 2, 8], [1, 6, 4]])}
+    precompute_export_inputs(tower, other)
+    ours, theirs = first(net(**other)), first(tower.requires_grad_(False)(**other))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
 def test_a_patched_form_that_gives_other_values_is_told_from_the_model() -> None:

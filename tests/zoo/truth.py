@@ -58,10 +58,12 @@ LEARNED_QUERIES = re.compile(r"head\.attention|MultiheadAttention$|AttentionPool
 TWICE = re.compile(r"DiffLlama|ProphetNetNgram|Lilt")  # two attentions in one module
 UNTOLD = re.compile(r"Zaya|DabDetr|Levit")  # projections that several modules hold, under names of their own
 # Small networks that modulate a norm, and those that take one model's width to another's, outside of any block.
-NO_FEEDFORWARD = re.compile(r"norm|projector|aligner|connector|merger|mask_head|vision_adapter|(text|audio)_projection")
+NO_FEEDFORWARD = re.compile(
+    r"norm|projector|aligner|connector|merger|mask_head|vision_adapter|patch_mixer|(text|audio)_projection"
+)
 NO_LAYERS = re.compile(r"Funnel|MobileViT|Cvt")  # one stack in several lists
 CROSS = re.compile(
-    r"cross|encoder_attn|encdec|encoder_attention|enc_attn|x_attn|visual_attention|token_to_image|image_to_token",
+    r"cross|encoder_attn|encdec|encoder_decoder|encoder_attention|enc_attn|x_attn|visual_attention|token_to_image|image_to_token",
     re.IGNORECASE,
 )
 
