@@ -45,7 +45,7 @@ def find_joins(flow: Flow, heavy: int, norm_at: Mapping[fx.Node, Norm], attended
         if ops.name(node) not in ADDS:
             continue
         sides = [one for one in flow.operands(node) if flow.floating(one)]  # learned latents may start a stream
-        if len(sides) != 2 or flow.shape(sides[0]) != flow.shape(sides[1]):
+        if len(sides) != 2 or not _alike(flow, *sides):
             continue
         for skip, branch in (sides, sides[::-1]):
             source = _source(flow, skip, branch, heavy, joins, attended)
@@ -97,7 +97,7 @@ def near_join(
     if ops.name(node) not in ADDS or len(sides) != 2 or node in joins:
         return None
     names = f"%{sides[0].name} and %{sides[1].name}"
-    if flow.shape(sides[0]) != flow.shape(sides[1]):
+    if not _alike(flow, *sides):
         return NearMiss.at("block", node, CONDITIONS, 1, f"{names} of different shapes", *sides)
     starts = [
         (here, branch)
@@ -155,3 +155,12 @@ def behind(
         if source is None:
             return None, node, tuple(passed)
         node = source
+
+
+def _alike(flow: Flow, a: fx.Node, b: fx.Node) -> bool:
+    """Whether two values have one shape, a batch of one before it or not, as rows of packed pictures may."""
+    shapes = [flow.shape(a), flow.shape(b)]
+    least = min(map(len, shapes))
+    return len({shape[len(shape) - least :] for shape in shapes}) == 1 and all(
+        size == 1 for shape in shapes for size in shape[: len(shape) - least]
+    )
