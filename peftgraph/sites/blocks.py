@@ -6,7 +6,9 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import islice, pairwise
+from operator import or_
 
 from torch import fx
 
@@ -375,12 +377,12 @@ def _groups(anatomy: Anatomy, streams: Sequence[Stream], sublayers: dict[Join, l
     inputs = sum(flow.bit(node) for node in flow.nodes if node.op == "placeholder")
     groups: list[int] = []
     cores = [set(_cores(stream.joins, sublayers)) for stream in streams]
+    read = [reduce(or_, (flow.before(join.node) for join in stream.joins)) | ~inputs for stream in streams]
     for i, stream in enumerate(streams):
         root = stream.joins[0].root
         group = len(set(groups))
         for j in range(i - 1, -1, -1):
-            last = streams[j].joins[-1].node
-            goes_on = flow.descends(root, last) and not flow.before(root) & inputs & ~flow.before(last)
+            goes_on = flow.descends(root, streams[j].joins[-1].node) and not flow.before(root) & ~read[j]
             if goes_on or cores[i] & cores[j]:
                 group = groups[j]
                 break
