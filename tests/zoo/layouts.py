@@ -17,7 +17,7 @@ POST = re.compile(
 )
 # Types that norm a branch before it is added.
 SANDWICH = re.compile(
-    r"afmoe|beam|embedding_gemma2_text|glm4v_text|kolibri1|lfm3|muse_spark_text|glm_image_text|glm_ocr_text|muse_glimmer_text|hyperclovax|gemma2|gemma3(_text)?|gemma3n(_text)?|gemma4(_text|_unified_text|_vision|_audio)?|glm4|olmo2|olmo3|exaone4|swinv2|hrm_text|flex_olmo"
+    r"afmoe|timesfm2_5|beam|embedding_gemma2_text|glm4v_text|kolibri1|lfm3|muse_spark_text|glm_image_text|glm_ocr_text|muse_glimmer_text|hyperclovax|gemma2|gemma3(_text)?|gemma3n(_text)?|gemma4(_text|_unified_text|_vision|_audio)?|glm4|olmo2|olmo3|exaone4|swinv2|hrm_text|flex_olmo"
 )
 UNKNOWN = re.compile(r".*(_note|zamba|rwkv|mamba|xlstm|timesformer|deepseek_v4|hy_v4|zaya|axk1).*")
 
