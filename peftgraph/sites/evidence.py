@@ -13,8 +13,9 @@ from torch import fx
 
 from . import ops
 from .attending import attention_steps
-from .blocks import Stream, mixers_alike
+from .blocks import Stream
 from .feedforward import FeedForward
+from .periods import mixers_alike
 from .projections import Projection
 from .routers import routes
 from .site import Site

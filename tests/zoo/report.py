@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def reasons(rows: Iterable[Row]) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     for row in rows:
         if row.refusal:
-            found.append((row.name, " ".join(row.refusal.split())))
+            found.append((row.name, re.sub(r"\S*site-packages/", "", " ".join(row.refusal.split()))))
         found += [(row.name, miss) for miss in row.misses]
     return found
 
