@@ -26,7 +26,8 @@ from peftgraph.interop.shards.write import check_space, identity, write_shards
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 CASES = {
     "bert": ("lora{rank=2}; ia3{}; bitfit{}", F32),
-    "llama": ("lora{rank=2 at=attention.*|ffn.*}; ia3{}", BF16),  # its head is tied and stored once
+    # Its head is tied and stored once.
+    "llama": ("lora{rank=2 at=attention.*|ffn.*}; ia3{}; trainable_tokens{tokens=[5, 7]}", BF16),
     "gpt2": ("dora{rank=2 at=attention.*|ffn.*}; bitfit{at=attention.q}", BF16),  # fused and transposed
     "roberta": ('freeze{at=embedding|layers(1)}; lora{rank=2 init="pissa"}', F16),
 }
