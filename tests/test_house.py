@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -111,3 +112,10 @@ def test_every_public_name_is_documented() -> None:
         item = getattr(peftgraph, name)
         if not name.startswith("_") and callable(item):
             assert item.__doc__, name
+
+
+def test_every_package_is_installed() -> None:
+    root = Path(__file__).parent.parent
+    listed = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = {".".join(one.parent.relative_to(root).parts) for one in (root / "peftgraph").rglob("__init__.py")}
+    assert found | {"peftgraph.passes"} == set(listed)
