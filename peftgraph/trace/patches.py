@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -33,22 +33,19 @@ def library_patches(model: nn.Module) -> Patches | None:
     if not any(type(module).__module__.startswith("transformers.") for module in model.modules()):
         return None
     try:
-        forms = importlib.import_module(
-            "transformers.exporters.exporter_dynamo"
-        )  # registers what apply_patches applies
+        # Importing it registers what is applied.
+        forms = importlib.import_module("transformers.exporters.exporter_dynamo")
         exporters = importlib.import_module("transformers.exporters.utils")
     except ImportError:
         return None
-    return partial(_patched, forms, exporters)
+    return partial(_patched, forms, exporters) if hasattr(forms, PACKED) else None
 
 
 @contextmanager
 def _patched(forms: Any, exporters: Any) -> Iterator[None]:
     """The library's patches, with packed pictures of any lengths: its own form takes lengths that are all equal."""
-    packed = getattr(forms, PACKED, None)
-    with exporters.apply_patches("dynamo"), ExitStack() as stack:
-        if packed is not None:
-            stack.enter_context(patch.object(forms, PACKED, partial(_attend_within, packed)))
+    packed = partial(_attend_within, getattr(forms, PACKED))
+    with exporters.apply_patches("dynamo"), patch.object(forms, PACKED, packed):
         yield
 
 

@@ -85,9 +85,11 @@ def calls(model: nn.Module, example: Mapping[str, Any]) -> Counter[str]:
     state = model.training
     model.eval()
     try:
-        answer = _answer(model, example)
-        for hook in hooks:
-            hook.remove()
+        try:
+            answer = _answer(model, example)
+        finally:
+            for hook in hooks:
+                hook.remove()
         dead = _unread(model, example, answer)
     finally:
         model.train(state)
