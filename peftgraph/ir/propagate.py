@@ -92,7 +92,7 @@ class Inference:
     def value_of(self, node: fx.Node) -> Any:
         """What `node` gives when its operands' recorded values go in."""
         if not _is_repeatable(node):
-            return self._of_recorded_size(node, self._run(node))
+            return self._of_recorded_size(node)
         key = (node.target, self.describe(node.args), self.describe(node.kwargs))
         if key not in self._known:
             self._known[key] = self._run(node)
@@ -104,12 +104,15 @@ class Inference:
             rule: Any = RULES.get(node.target, node.target)  # pyright: ignore[reportArgumentType, reportCallIssue]
             return rule(*args, **kwargs)
 
-    def _of_recorded_size(self, node: fx.Node, value: Any) -> Any:
-        """`value` with the sizes recorded before where they count values: what the exporter knows of such a count, it
-        knows of the symbol that it made for it."""
+    def _of_recorded_size(self, node: fx.Node) -> Any:
+        """What `node` gives, with the sizes recorded before where they are or count values: what the exporter knows of
+        such a size, it knows of the symbol that it made for it."""
+        known = node.meta.get("val")
+        if isinstance(known, torch.SymInt) and free_unbacked_symbols(known):
+            return known
+        value = self._run(node)
         if not _sizes_by_values(node):
             return value
-        known = node.meta["val"]
         if not isinstance(value, Tensor) or not isinstance(known, Tensor) or value.dim() != known.dim():
             return value
         with self.mode, quiet_symbols(self.mode):

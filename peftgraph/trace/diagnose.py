@@ -8,6 +8,7 @@ import io
 import linecache
 import logging
 import re
+import sys
 import sysconfig
 import traceback
 import warnings
@@ -73,10 +74,19 @@ def explain(model: nn.Module, error: BaseException) -> TraceError:
     reason = _reason(error)
     advice = next((advice for pattern, advice in ADVICE if re.search(pattern, f"{reason}\n{error}")), OTHERWISE)
     places = _places(model, error)
-    where = "" if not places else describe_place(places[0][0].co_filename, places[0][1], places[0][0].co_name)
+    where = _where(model, places)
     off = rates(model, places) if advice == ADVICE[0][1] else ""
     advice = f"{off}, so that nothing is done at random there. Otherwise: {advice}" if off else advice
     return TraceError(f"{type(model).__name__} cannot be traced.\n{where}  why: {reason}\n  what to do: {advice}")
+
+
+def _where(model: nn.Module, places: Sequence[Place]) -> str:
+    """The line of the model's own code, and the one of its library that it got to from there."""
+    names = {type(module).__module__ for module in model.modules()}
+    files = {getattr(sys.modules.get(name), "__file__", None) for name in names}
+    own = next((place for place in places if place[0].co_filename in files), None)
+    shown = places[:1] if own is None else list(dict.fromkeys((own, places[0])))
+    return "".join(describe_place(code.co_filename, line, code.co_name) for code, line in shown)
 
 
 def describe_place(file: str, line: int, function: str = "") -> str:

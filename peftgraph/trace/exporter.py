@@ -89,7 +89,7 @@ def export_ghost(
             except PeftGraphError:
                 raise
             except Exception as error:  # whatever an exporter or a model's code raises is explained to the user
-                failure = error if patches is nullcontext or failure is None else failure  # of the model's own dtype
+                failure = error  # in the model's own dtype, and of what came furthest
     assert failure is not None
     raise explain(model, failure) from failure
 

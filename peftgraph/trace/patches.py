@@ -7,24 +7,27 @@ model that is exported as it stands is never patched, and one that is not is com
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo import _trace_wrapped_higher_order_op as indexing
-from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from peftgraph.trace.example import Example
 from peftgraph.trace.surrounding import frozen_copy
 
-PACKED = "_reshaped_vision_attention_forward"  # the library's exportable attention within packed pictures
+# What the library's attention over packed pictures calls, and is given here, in a graph.
+BRANCH, INTERFACES, LONGEST = "is_flash_attention_requested", "ALL_ATTENTION_FUNCTIONS", "get_max_seqlen"
 Patches = Callable[[], AbstractContextManager[None]]
 
 
@@ -33,39 +36,65 @@ def library_patches(model: nn.Module) -> Patches | None:
     if not any(type(module).__module__.startswith("transformers.") for module in model.modules()):
         return None
     try:
-        # Importing it registers what is applied.
-        forms = importlib.import_module("transformers.exporters.exporter_dynamo")
+        importlib.import_module("transformers.exporters.exporter_dynamo")  # registers what is applied
         exporters = importlib.import_module("transformers.exporters.utils")
     except ImportError:
         return None
-    return partial(_patched, forms, exporters) if hasattr(forms, PACKED) else None
+    return partial(_patched, model, exporters)
 
 
 @contextmanager
-def _patched(forms: Any, exporters: Any) -> Iterator[None]:
-    """The library's patches, with packed pictures of any lengths: its own form takes lengths that are all equal."""
-    packed = partial(_attend_within, getattr(forms, PACKED))
-    with exporters.apply_patches("dynamo"), patch.object(forms, PACKED, packed):
+def _patched(model: nn.Module, exporters: Any) -> Iterator[None]:
+    """The library's patches, but for attention over packed pictures: its form takes pictures of one size."""
+    forwards = {kind: kind.forward for kind in {type(module) for module in model.modules()} if _is_packed(kind)}
+    with ExitStack() as stack:
+        stack.enter_context(exporters.apply_patches("dynamo"))
+        for kind, forward in forwards.items():
+            stack.enter_context(patch.object(kind, "forward", _whole(forward)))
         yield
 
 
+def _is_packed(kind: type[nn.Module]) -> bool:
+    """Is this attention over packed pictures, which it cuts apart for all kernels but those that take their lengths?"""
+    names = getattr(kind.forward, "__globals__", {})
+    takes = "cu_seqlens" in inspect.signature(kind.forward).parameters
+    return takes and BRANCH in names and INTERFACES in names
+
+
+def _whole(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` on the branch of kernels that take lengths, with attention under a mask for the kernel."""
+    names = forward.__globals__
+    kernel = SimpleNamespace(get_interface=lambda *_: _attend_within)
+    given = {BRANCH: lambda *_: True, INTERFACES: kernel, LONGEST: lambda *_, **__: None}
+
+    @functools.wraps(forward)
+    def whole(*args: Any, **kwargs: Any) -> Any:
+        with patch.dict(names, {name: value for name, value in given.items() if name in names}):
+            return forward(*args, **kwargs)
+
+    return whole
+
+
 def _attend_within(
-    packed: Callable[..., Any], module: nn.Module, hidden_states: Tensor, cu_seqlens: Tensor, **options: Any
-) -> Any:
-    """Attention of rows (N, D) or (1, N, D) to those of the same picture: that of one picture, under a mask.
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, cu_seq_lens_q: Tensor, **options: Any
+) -> tuple[Tensor, None]:
+    """Attention of rows to those of the same picture, in the library's interface.
 
     Args:
-        packed: the library's form, for pictures of equal length.
         module: the attention.
-        hidden_states: the rows of all pictures.
-        cu_seqlens: where pictures start and end, from 0 to N.
-        options: of `packed`.
+        query, key, value: (1, heads, N, E), the rows of all pictures one after another.
+        cu_seq_lens_q: where pictures start and end, from 0 to N.
+        options: scale and dropout among them.
+
+    Returns:
+        (1, N, heads, E), and no weights.
     """
-    rows = torch.arange(hidden_states.shape[-2], device=hidden_states.device)
-    number = (rows[:, None] >= cu_seqlens[None, 1:]).sum(-1)
-    masked = partial(functional.scaled_dot_product_attention, attn_mask=number[:, None] == number[None, :])
-    with patch.object(functional, "scaled_dot_product_attention", masked):
-        return packed(module, hidden_states, torch.cat([cu_seqlens[:1], cu_seqlens[-1:]]), **options)
+    attend = importlib.import_module("transformers.integrations.sdpa_attention").sdpa_attention_forward
+    rows = torch.arange(query.shape[-2], device=query.device)
+    number = (rows[:, None] >= cu_seq_lens_q[None, 1:]).sum(-1)
+    kept = {name: options[name] for name in ("scaling", "dropout") if name in options}
+    mask = (number[:, None] == number[None, :])[None, None]
+    return attend(module, query, key, value, attention_mask=mask, is_causal=False, **kept)
 
 
 @contextmanager

@@ -461,3 +461,22 @@ def test_numbers_of_the_code_in_the_dtype_of_the_model_follow_it() -> None:
     net = check(model, X).module().eval()
     for dtype in (torch.bfloat16, torch.float64):
         assert torch.equal(net.to(dtype)(X.to(dtype)), model.to(dtype)(X.to(dtype)))
+
+
+class Resized(nn.Module):
+    """A table of positions at the size that an input's values give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(1, 3, 4, 4))
+
+    def forward(self, grid: Tensor) -> Tensor:
+        height, width = grid.tolist()
+        return nn.functional.interpolate(self.table, size=(height, width), mode="bilinear").flatten(2)
+
+
+def test_sizes_by_values_are_those_of_each_call() -> None:
+    model = Resized().requires_grad_(False)
+    net = pg.trace(model, {"grid": torch.tensor([3, 5])}).module()
+    for sizes in ([3, 5], [6, 2]):
+        assert torch.equal(net(torch.tensor(sizes)), model(torch.tensor(sizes)))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from transformers import masking_utils
+from transformers.activations import NewGELUActivation
 
 import peftgraph as pg
 from peftgraph.trace.example import bind_example
@@ -53,6 +54,50 @@ def test_packed_images_of_other_sizes_than_the_examples() -> None:
     precompute_export_inputs(tower, other)
     ours, theirs = first(net(**other)), first(tower.requires_grad_(False)(**other))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+def is_flash_attention_requested(_: object) -> bool:
+    return False
+
+
+class Kernels:
+    """The library's table of attention functions, as its models use it."""
+
+    def get_interface(self, *_: object) -> Any:
+        return lambda module, q, k, v, **_: (nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2), None)
+
+
+ALL_ATTENTION_FUNCTIONS = Kernels()
+
+
+class NormedAttention(nn.Module):
+    """Attention within packed pictures, in the library's form, with normed queries and keys of fewer heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(12, width) for width in (12, 12, 12, 12))
+        self.norm, self.act = nn.LayerNorm(6), NewGELUActivation()
+
+    def forward(self, hidden_states: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        length = hidden_states.shape[0]
+        q, k, v = (one(hidden_states).view(length, 2, 6).transpose(0, 1)[None] for one in (self.q, self.k, self.v))
+        q, k, attend = self.norm(q), self.norm(k), ALL_ATTENTION_FUNCTIONS.get_interface(None, None)
+        if is_flash_attention_requested(None):
+            y, _ = attend(self, q, k, v, attention_mask=None, cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens)
+        else:
+            lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
+            parts = [torch.split(one, lengths, dim=2) for one in (q, k, v)]
+            y = torch.cat([attend(self, *one)[0] for one in zip(*parts, strict=True)], dim=1)
+        return self.o(self.act(y.reshape(length, -1)))
+
+
+def test_packed_attention_runs_the_models_own_code() -> None:
+    torch.manual_seed(0)
+    model = NormedAttention().requires_grad_(False)
+    net = pg.trace(model, {"hidden_states": torch.randn(8, 12), "cu_seqlens": torch.tensor([0, 3, 8])}).module()
+    inputs = {"hidden_states": torch.randn(11, 12), "cu_seqlens": torch.tensor([0, 2, 6, 11])}
+    torch.testing.assert_close(net.eval()(**inputs), model(**inputs), rtol=0, atol=1e-6)
+    assert not is_flash_attention_requested(None), "what is patched while tracing is put back"
 
 
 def test_a_patched_form_that_gives_other_values_is_told_from_the_model() -> None:

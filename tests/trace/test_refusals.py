@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import random
 import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -217,3 +218,19 @@ def test_sizes_that_differ_in_the_modes() -> None:
         pg.TraceError, match=r"takes input: f32\[B, S, 6\] in training and input: f32\[3, S, 6\] in eval"
     ):
         pg.trace(Fixes(6, 5), X)
+
+
+def test_the_models_line_stands_before_the_one_of_its_library(tmp_path: Path) -> None:
+    file = tmp_path / "library.py"
+    file.write_text("def positive(x):\n    return x.sum() > 0 or x  # there\n")
+    names: dict[str, Any] = {"__name__": f"{__name__.partition('.')[0]}.library"}
+    exec(compile(file.read_text(), str(file), "exec"), names)
+
+    class ByLibrary(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return names["positive"](super().forward(input))  # here
+
+    with pytest.raises(pg.TraceError) as caught:
+        pg.trace(ByLibrary(6, 5), X)
+    message = str(caught.value)
+    assert 0 < message.index("# here") < message.index(f"{file}:2, in positive") < message.index("# there")
