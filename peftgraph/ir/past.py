@@ -6,6 +6,7 @@ and values that cross-attention reads are no part of them: they come from the en
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,27 @@ import torch
 from torch import Tensor
 
 from peftgraph.errors import CallError
+
+
+@functools.cache
+def _ahead() -> type[Any]:
+    """The class of cache layers in which rows that are no tokens stand in front of all that is cached."""
+    from transformers.cache_utils import DynamicLayer
+
+    class Ahead(DynamicLayer):
+        rows = 0
+
+        def get_seq_length(self) -> int:
+            return max(super().get_seq_length() - self.rows, 0)
+
+        def crop(self, *args: int, **kwargs: int) -> None:
+            (count,) = (*args, *kwargs.values())  # how many tokens to remove, as a negative number, or to keep
+            keys, values = self.keys, self.values
+            if keys is not None and values is not None and count:
+                kept = max(count + (self.rows if count > 0 else keys.shape[-2]), 0)
+                self.keys, self.values = keys[..., :kept, :], values[..., :kept, :]
+
+    return Ahead
 
 
 @dataclass(frozen=True)
@@ -29,6 +51,11 @@ class Past:
     argument: str
     layers: tuple[int, ...]
     paired: bool = False
+
+    @property
+    def tokens(self) -> str:
+        """The parameter of `forward` whose tokens are cached."""
+        return "decoder_input_ids" if self.paired else "input_ids"
 
     def cache(self, tensors: Sequence[Tensor] = ()) -> Any:
         """A transformers cache with these keys and values, in turn for each layer; an empty one without any."""
@@ -51,11 +78,13 @@ class Past:
         Raises:
             CallError: it keeps them in a form that the graph does not take.
         """
+        from transformers.cache_utils import DynamicLayer
+
         layers = self._own(cache).layers
         held = [layers[i] for i in self.layers if i < len(layers) and layers[i].is_initialized]
         if not held:
             return []
-        whole = len(held) == len(self.layers) and all(type(layer).__name__ == "DynamicLayer" for layer in held)
+        whole = len(held) == len(self.layers) and all(type(layer) in (DynamicLayer, _ahead()) for layer in held)
         if not whole:
             raise CallError(
                 f"{self.argument} holds {len(held)} layers of {type(held[0]).__name__}; this program reads and "
@@ -63,15 +92,27 @@ class Past:
             )
         return [tensor for layer in held for tensor in (layer.keys, layer.values)]
 
-    def write(self, cache: Any, tensors: Sequence[Tensor]) -> None:
-        """Puts keys and values into a cache, in place; a layer that would drop old ones becomes one that keeps them."""
+    def rows(self, cache: Any) -> int:
+        """How many rows that are no tokens stand in front of what is cached."""
+        return max((getattr(layer, "rows", 0) for layer in self._own(cache).layers), default=0)
+
+    def write(self, cache: Any, tensors: Sequence[Tensor], rows: int = 0) -> None:
+        """Puts keys and values into a cache, in place; a layer that would drop old ones becomes one that keeps them.
+
+        Args:
+            cache: a transformers cache.
+            tensors: keys and values, in turn for each layer.
+            rows: how many of each are those of no token: what the cache says of its length leaves them out.
+        """
         from transformers.cache_utils import DynamicLayer
 
-        layers = self._own(cache).layers
+        layers, kind = self._own(cache).layers, _ahead() if rows else DynamicLayer
         for i, keys, values in zip(self.layers, tensors[::2], tensors[1::2], strict=True):
             layers += [DynamicLayer() for _ in range(i + 1 - len(layers))]
-            if type(layers[i]) is not DynamicLayer:
-                layers[i] = DynamicLayer()
+            if type(layers[i]) is not kind:
+                layers[i] = kind()
+            if rows:
+                layers[i].rows = rows
             layers[i].keys, layers[i].values, layers[i].is_initialized = keys, values, True
             layers[i].dtype, layers[i].device = keys.dtype, keys.device
 

@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 from torch import fx, nn
 
+from peftgraph.ir.propagate import constant_term
 from peftgraph.ir.signature import Signature
 from peftgraph.ir.table import Table
 
@@ -132,13 +133,14 @@ class ProgramData:
         return dict(zip((spec.name for spec in self.signature.inputs), self.example, strict=True))
 
     def grown(self) -> dict[str, int]:
-        """By how much passes make sizes of the inputs larger on their way into the model, by the sizes' names."""
+        """By how much passes make sizes of the inputs larger on their way into the model, by the sizes' names; in a
+        first call, where a graph continues earlier ones."""
         edits, more = Edits(self.edits), dict[str, int]()
         for spec in self.signature.inputs:
             line = edits.chain(spec.name)
             if line:
                 given, now = (self.node(name).meta["val"].shape for name in (spec.name, line[-1].after))
-                differences = {dim: int(b - a) for dim, a, b in zip(spec.dims, given, now, strict=True)}
+                differences = {dim: constant_term(b - a) for dim, a, b in zip(spec.dims, given, now, strict=True)}
                 more |= {dim: n for dim, n in differences.items() if n and isinstance(dim, str)}
         return more
 

@@ -216,10 +216,17 @@ def same_meta(a: Any, b: Any, broadcast: bool = False) -> bool:
 
 def _same_shape(a: torch.Size, b: torch.Size, broadcast: bool) -> bool:
     def same(x: int | torch.SymInt, y: int | torch.SymInt) -> bool:
-        return _expression(x) == _expression(y) or (broadcast and _hint(x) is not None and _hint(x) == _hint(y))
+        known = size_in_example(x) if broadcast else None
+        return _expression(x) == _expression(y) or (known is not None and known == size_in_example(y))
 
     return len(a) == len(b) and all(map(same, a, b))
 
 
-def _hint(size: int | torch.SymInt) -> int | None:
+def size_in_example(size: int | torch.SymInt) -> int | None:
+    """A size as the example has it; None where it counts values."""
     return size if isinstance(size, int) else size.node.hint
+
+
+def constant_term(size: int | torch.SymInt) -> int:
+    """What is left of a size where every symbol in it is 0."""
+    return size if isinstance(size, int) else int(size.node.expr.subs(dict.fromkeys(size.node.expr.free_symbols, 0)))

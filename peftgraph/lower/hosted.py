@@ -120,19 +120,22 @@ class Hosted(GraphModule):
         cache = arguments.pop(past.argument, None)
         wanted = arguments.pop("use_cache", self.config.use_cache)
         earlier = [] if cache is None else past.read(cache)
+        ahead = past.rows(cache) if earlier else 0
         encoded = arguments.pop("encoder_outputs", None)
         tensors = self._signature.tensors_of(arguments)
         rows, names = iter(earlier), self._signature.past_inputs
         specs = self._signature.inputs
         tensors = [next(rows, None) if s.name in names else t for s, t in zip(specs, tensors, strict=True)]
-        self._fill(tensors, int(earlier[0].shape[-2]) if earlier else 0)
+        self._fill(tensors, int(earlier[0].shape[-2]) - ahead if earlier else 0)
         output = self.run(tensors) if encoded is None else self._two_steps().decode(self, encoded, tensors)
         present = output[past.argument]
+        if not earlier:
+            ahead = int(present[0].shape[-2]) - arguments[past.tokens].shape[1]
         if cache is None and wanted:
             cache = past.cache()
         if cache is None:
             return type(output)(**{name: value for name, value in output.items() if name != past.argument})
-        past.write(cache, present)
+        past.write(cache, present, ahead)
         output[past.argument] = cache
         return output
 

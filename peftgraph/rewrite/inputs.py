@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from peftgraph.ir.builder import Builder
+from peftgraph.ir.propagate import size_in_example
 from peftgraph.ir.run import evaluate
 from peftgraph.rewrite.match import INPUT, Match
 from peftgraph.sites import ops
@@ -50,6 +51,7 @@ class Inputs:
         labels: those that a loss over the length compares with, and the value that the loss ignores.
         mask: the one that hides padding from the attention.
         tables: those that look up a table, and the number of its rows.
+        whole: those that run along the tokens of earlier calls as well, where the graph continues any.
     """
 
     along: tuple[str, ...]
@@ -57,14 +59,16 @@ class Inputs:
     labels: tuple[tuple[str, int], ...]
     mask: Mask | None
     tables: tuple[tuple[str, int], ...]
+    whole: tuple[str, ...] = ()
 
 
-def inputs_along(m: Match, length: Any) -> Inputs:
+def inputs_along(m: Match, length: Any, total: Any = None) -> Inputs:
     """The inputs of the graph that `m` stands in whose second axis has the size `length`.
 
     Args:
         m: any match.
         length: the symbolic size, as it is now.
+        total: with the tokens of earlier calls, where the graph continues any.
     """
     found = [node for node in m.inputs if _runs_along(m.now(node), length)]
     tables = {node.name: rows for node in found if (rows := _rows_looked_up(m.now(node))) is not None}
@@ -74,13 +78,16 @@ def inputs_along(m: Match, length: Any) -> Inputs:
     positions = [node.name for node in along if _turns(m.now(node)) or _counts(m, node, tables.get(node.name))]
     if tables and tables.keys() <= set(positions):  # what looks up the only table are tokens, whatever they count
         positions.remove(next(iter(tables)))
-    masks = [mask for node in along if node.name not in {*positions, *tables} and (mask := _mask(m, node)) is not None]
+    whole = [] if total is None else [node for node in m.inputs if _runs_along_all(m.now(node), total)]
+    hiding = [node for node in (*along, *whole) if node.name not in {*positions, *tables}]
+    masks = [mask for node in hiding if (mask := _mask(m, node)) is not None]
     return Inputs(
         tuple(node.name for node in along),
         frozenset(positions),
         tuple((node.name, ignored) for node, ignored in labels),
         masks[0] if masks else None,
         tuple(tables.items()),
+        tuple(node.name for node in whole),
     )
 
 
@@ -103,6 +110,13 @@ def same_size(a: Any, b: Any) -> bool:
 def _runs_along(value: fx.Node, length: Any) -> bool:
     shape = value.meta["val"].shape
     return len(shape) > 1 and any(same_size(size, length) for size in shape[1:])
+
+
+def _runs_along_all(value: fx.Node, total: Any) -> bool:
+    """Whether a value runs along the tokens of all calls: by the example's sizes, of which each is like no other, for
+    a mask that positions index has a length of its own."""
+    shape = value.meta["val"].shape
+    return len(shape) > 1 and any(size_in_example(size) == size_in_example(total) for size in shape[1:])
 
 
 def _ways(start: fx.Node, through: Collection[str]) -> Iterator[tuple[fx.Node, fx.Node]]:

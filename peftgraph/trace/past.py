@@ -43,7 +43,7 @@ def with_past(model: nn.Module, example: Example, own: torch.dtype) -> Example:
     if example.arguments.get("use_cache") is not True or argument is None or argument in example.arguments:
         return example
     paired = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-    tokens = example.arguments.get("decoder_input_ids" if paired else "input_ids")
+    tokens = example.arguments.get(Past(argument, (), paired).tokens)
     if not isinstance(tokens, Tensor) or tokens.dim() != 2:
         raise TraceError("An example that asks for a cache needs input_ids (decoder_input_ids): batch x length.")
     marker = markers_of(model, own)[0] or own

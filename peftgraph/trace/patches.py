@@ -82,7 +82,9 @@ def _attend_within(
 
     Args:
         module: the attention.
-        query, key, value: (1, heads, N, E), the rows of all pictures one after another.
+        query: (1, heads, N, E), the rows of all pictures one after another.
+        key: as `query`.
+        value: as `query`.
         cu_seq_lens_q: where pictures start and end, from 0 to N.
         options: scale and dropout among them.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
 import peftgraph as pg
-from peftgraph.passes import IA3, LoRA, ParallelAdapter, Prefix, Prompt
+from peftgraph.passes import IA3, LoRA, ParallelAdapter, Prefix, Prompt, PTuning
 
 F64 = torch.float64
 MODES: dict[str, dict[str, Any]] = {
@@ -208,6 +208,79 @@ def test_rows_in_front_of_the_tokens_are_read_at_every_step(name: str) -> None:
     assert beams.shape == (6, 16)
 
 
-def test_rows_in_front_of_every_call_are_refused() -> None:
-    with pytest.raises(pg.PeftGraphError, match="continues earlier calls, and rows would stand in front of each"):
-        zoo.cached("llama").apply(Prompt(length=2))
+def with_rows(name: str, dtype: torch.dtype, *passes: pg.Pass) -> tuple[pg.Program, pg.Program]:
+    """Programs without and with a cache, of the same weights."""
+    given = prompt()
+    counted = {"position_ids": torch.arange(7).expand(3, -1).clone()}
+    example = given | ({"decoder_input_ids": given["input_ids"][:, :5]} if name == "t5" else counted)
+    whole = zoo.randomise(pg.trace(zoo.build(name, dtype=dtype), example).apply(*passes), 0.5)
+    cached = zoo.cached(name, dtype).apply(*passes)
+    for key, parameter in whole.table.trainable.items():
+        cached.table.trainable[key].data.copy_(parameter)
+    return whole, cached
+
+
+# Of rows fewer, and more, than the earlier tokens of the example that was traced.
+ROWS: dict[str, tuple[pg.Pass, ...]] = {
+    "llama": (Prompt(length=4, init="normal"), LoRA(rank=2)),
+    "gpt2": (Prompt(length=9, init="normal"),),
+    "falcon": (PTuning(length=6, hidden=8),),
+    "gemma2": (Prompt(length=3, init="normal"),),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_in_front_of_the_tokens_are_read_once_with_a_cache(name: str, mode: str) -> None:
+    whole, cached = with_rows(name, torch.float32 if name == "gemma2" else F64, *ROWS[name])
+    for given in (prompt(), prompt(padded=False)):
+        steps = tokens(whole.module(), given, **MODES[mode])
+        assert torch.equal(tokens(cached.module(), given, **MODES[mode]), steps)
+
+
+def test_rows_in_front_of_both_halves_with_a_cache() -> None:
+    whole, cached = with_rows("t5", F64, Prompt(at=pg.embedding, length=6, init="normal"))
+    given, net = prompt(), whole.module().eval()
+    steps = torch.zeros(3, 1, dtype=torch.long)
+    for _ in range(9):
+        scores = net(**given, decoder_input_ids=steps).logits[:, -1]
+        scores[:, 1] = -torch.inf  # no end before nine tokens
+        steps = torch.cat([steps, scores.argmax(-1, keepdim=True)], 1)
+    assert torch.equal(tokens(cached.module(), given), steps)
+
+
+def test_rows_behind_the_first_token_with_a_cache() -> None:
+    whole, cached = with_rows("llama", F64, Prompt(length=8, init="normal", place="after_first"))
+    assert torch.equal(tokens(cached.module(), prompt()), tokens(whole.module(), prompt()))
+
+
+def test_a_cache_counts_tokens_not_rows() -> None:
+    """A conversation goes on where it was; what was cached of it is not read again."""
+    whole, cached = with_rows("llama", F64, Prompt(length=4, init="normal"))
+    net, given = cached.module(), prompt(padded=False)
+    first = net.eval().generate(
+        **given, max_new_tokens=3, min_new_tokens=3, return_dict_in_generate=True, pad_token_id=0
+    )
+    cache = first.cache if hasattr(first, "cache") else first.past_key_values
+    assert cache.get_seq_length() == 9
+    assert cache.layers[0].keys.shape[-2] == 13
+    said = torch.cat([first.sequences, given["input_ids"][:, :2]], 1)
+    more = {"input_ids": said, "attention_mask": torch.ones_like(said)}
+    assert torch.equal(tokens(net, more | {CACHE: cache}), tokens(whole.module(), more))
+    cache.crop(-6)
+    assert cache.get_seq_length() == said.shape[1] + 8 - 6
+    one = net(given["input_ids"][:, :1], **{CACHE: cache}).logits  # neither a mask nor positions
+    text = torch.cat([tokens(whole.module(), more)[:, : said.shape[1] + 2], given["input_ids"][:, :1]], 1)
+    ones = torch.ones_like(text)
+    expected = whole.module().eval()(text, attention_mask=ones, position_ids=ones.cumsum(1) - 1).logits
+    torch.testing.assert_close(one[:, -1], expected[:, -1])
+
+
+def test_training_with_rows_and_a_cache_is_training_without() -> None:
+    nets = [one.module().train() for one in with_rows("llama", F64, Prompt(length=4, init="normal"))]
+    given = prompt(padded=False) | {"position_ids": torch.arange(7).expand(3, -1).clone()}
+    for net in nets:
+        torch.manual_seed(3)
+        net(**given, use_cache=False).logits.square().mean().backward()
+    ours, theirs = (dict(net.named_parameters())["model.embed_tokens.prompt"].grad for net in nets)
+    assert torch.equal(ours, theirs)

@@ -28,12 +28,12 @@ def measure(entry: Entry) -> Row:
         warnings.simplefilter("ignore")  # models of every age
         model = entry.build()
         example = entry.example(model)
-        truth = entry.truth(model, example)
         try:
             program = pg.trace(model, example)
         except PeftGraphError as error:
             row.refusal = str(error)
             return row
+        truth = entry.truth(model, example)
         start = time.perf_counter()
         sites = find_sites(program.graph, program.table.tensors())
         row.seconds = time.perf_counter() - start
