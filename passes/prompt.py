@@ -6,7 +6,9 @@
 Masks, types, positions and labels grow with the sequence: of the rows is said what is said of the first token,
 positions count on, and no loss falls on them. In a batch that is padded on the left the rows stand behind the padding.
 What the model gives for the rows is cut out of its results (returns="all" keeps it). The paper's T5 has rows in its
-encoder alone, so that a decoder beside an encoder is left out by default; T-Few has them in both: at="embedding".
+encoder alone, so that a decoder beside an encoder is left out by default; T-Few has them in both: at="embedding". In
+adapters the rows stand behind the finished embeddings, in front of all else, and the tokens keep their positions:
+onto="embeddings".
 Shapes: L length, D features of the embedding, P (L, D).
 P starts uniform in [-0.5, 0.5] (the authors' code draws from [0, 0.5): init="code"; peft takes a standard normal one,
 init="normal"), as the embeddings of tokens drawn from the most frequent ones, which stand first in the authors'
@@ -49,6 +51,7 @@ class Prompt(pg.Pass):
         vocabulary: how many tokens, from the first, may be drawn.
         classes: the tokens of each answer, for init="classes".
         place: "front", or "after_first" token, for a model that reads its answer at the first one.
+        onto: "tokens", among which the rows are embedded, or "embeddings" that have positions and norm already.
         returns: results for the "tokens", or for "all" that went through the model.
     """
 
@@ -59,6 +62,7 @@ class Prompt(pg.Pass):
     vocabulary: int = pg.quiet(5000)
     classes: tuple[tuple[int, ...], ...] = pg.quiet(())
     place: Literal["front", "after_first"] = pg.quiet("front")
+    onto: Literal["tokens", "embeddings"] = pg.quiet("tokens")
     returns: Literal["tokens", "all"] = pg.quiet("tokens")
 
     def check(self) -> None:
@@ -66,6 +70,7 @@ class Prompt(pg.Pass):
         self.require(self.length >= 1, f"length must be at least 1, got {self.length}.")
         self.require_one_of("init", (*STARTS, "vocabulary", "classes"))
         self.require_one_of("place", PLACES)
+        self.require_one_of("onto", ("tokens", "embeddings"))
         self.require_one_of("returns", ("tokens", "all"))
         self.require(self.vocabulary >= 1, f"vocabulary must be at least 1, got {self.vocabulary}.")
         fits = all(self.classes) and 0 < len(self.classes) <= self.length
@@ -78,7 +83,7 @@ class Prompt(pg.Pass):
     @property
     def rows(self) -> pg.Lengthening:
         """L more places in front of the tokens."""
-        return pg.Lengthening(rows=self.length, after=PLACES[self.place])
+        return pg.Lengthening(rows=self.length, after=PLACES[self.place], behind=self.onto == "embeddings")
 
     def rules(self) -> list[pg.Rule]:
         """Make the inputs longer; put the rows in front of the embedded tokens, and cut them out of the results."""

@@ -65,6 +65,7 @@ class Builder:
         order: the `meta["order"]` that those of new nodes begin with.
         cursor: new nodes go after it.
         common: what all edits of the pass share.
+        held: nodes that go on reading what they read, whatever the edit puts in its place.
     """
 
     graph: fx.Graph
@@ -80,6 +81,7 @@ class Builder:
     common: Common
     nodes: list[fx.Node] = field(default_factory=list)
     entries: dict[str, Entry] = field(default_factory=dict)
+    held: set[fx.Node] = field(default_factory=set)
 
     @property
     def label(self) -> str:
@@ -226,6 +228,17 @@ class Builder:
             if not waiting:
                 order[todo.pop()] = None
         return list(order)
+
+    @staticmethod
+    def above(value: fx.Node) -> set[fx.Node]:
+        """The inputs of the model that a value depends on, and what lies between them and it."""
+        order, todo = dict[fx.Node, None](), [value]
+        while todo:
+            new = [one for one in todo.pop().all_input_nodes if one not in order]
+            order |= dict.fromkeys(new)
+            todo += new
+        found = {node for node in order if node.op == "placeholder"}
+        return found | {node for start in found for node in Builder.between(start, value)} - {value}
 
     def mul(self, x: fx.Node, y: fx.Node | float) -> fx.Node:
         """x * y; a factor of exactly 1 adds nothing."""

@@ -251,7 +251,7 @@ class _Work:
         if not is_given(port):
             self.names[match.reader(port)].replace_input_with(old, new)
             return Move(anchor, match.level, new.name, 1)
-        uses = builder.redirect(old, new, keep=set(builder.nodes))
+        uses = builder.redirect(old, new, keep=builder.held.union(builder.nodes))
         return Move(anchor, match.level, new.name, uses)
 
     @cached_property

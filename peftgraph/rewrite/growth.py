@@ -24,11 +24,11 @@ END = 2**63 - 1
 
 
 def inputs_of(m: Match) -> Inputs:
-    length, past = m.output.meta["val"].shape[1], _past(m)
+    length, past = m.output.meta["val"].shape[1], earlier_keys(m)
     return inputs_along(m, length, None if past is None else length + past.meta["val"].shape[ROWS])
 
 
-def _past(m: Match) -> fx.Node | None:
+def earlier_keys(m: Match) -> fx.Node | None:
     """The input that holds keys of earlier calls, where the attention over the embedded tokens continues any.
 
     Raises:
@@ -56,7 +56,7 @@ class Growth:
 
     def __init__(self, m: Match, op: Builder, rows: int, after: int) -> None:
         self.rows, self.after = rows, after
-        self.m, self.op, self.inputs, self._earlier = m, op, inputs_of(m), _past(m)
+        self.m, self.op, self.inputs, self._earlier = m, op, inputs_of(m), earlier_keys(m)
 
     def along(self) -> dict[str, fx.Node]:
         """The inputs of the call's tokens, longer, by their ports."""

@@ -15,6 +15,7 @@ from torch import fx
 
 from peftgraph.errors import PeftGraphError
 from peftgraph.ir.builder import Builder
+from peftgraph.rewrite.behind import Behind
 from peftgraph.rewrite.growth import Growth, inputs_of
 from peftgraph.rewrite.inputs import inputs_along, same_size
 from peftgraph.rewrite.match import INPUT, RESULT, Match
@@ -35,10 +36,13 @@ class Lengthening:
     Attributes:
         rows: L.
         after: how many tokens stay in front of the rows: 0, or 1 for a model that reads its answer at the first one.
+        behind: whether the rows stand behind the finished embeddings, without positions, types or a norm of theirs;
+            the tokens then keep their positions, and the rows are in front of padding as well.
     """
 
     rows: int
     after: int = 0
+    behind: bool = False
 
     def inputs(self, m: Match, op: Builder) -> dict[str, fx.Node]:
         """Every input that runs along the tokens, longer by the rows, by its port.
@@ -137,12 +141,21 @@ def lengthened(
             raise PeftGraphError(f"{' and '.join(twins)} embed one sequence of tokens; choose one of them with at=.")
         return place.inputs(m, op)
 
+    def behind(m: Match, op: Builder) -> Mapping[str, fx.Node]:
+        return Behind(m, op, place.rows, place.after).inserted(rows(m, op))
+
+    def results_behind(m: Match, op: Builder) -> Mapping[str, fx.Node]:
+        return Behind(m, op, place.rows, place.after).results()
+
     def embedded(m: Match, op: Builder) -> Mapping[str, fx.Node]:
         values = place.embedded(m, op, rows(m, op))
         return values | place.results(m, op) if cut else values
 
     lacking = "embeds tokens that are an input of the model"
     more = {"at": at, "fold": reason, "where": embeds_tokens, "lacking": lacking, "level": 1}
+    if place.behind:
+        found = [Rule(delta=behind, join=Replace("input"), **more)]
+        return [*found, Rule(delta=results_behind, join=Replace(anew=False), **more)] if cut else found
     return [
         Rule(delta=inputs, join=Replace("input"), **more),
         Rule(delta=embedded, join=Replace(anew=False), **more),

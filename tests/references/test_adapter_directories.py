@@ -41,6 +41,7 @@ CASES = {
     "bert.prefix": "prefix{at=attention.core length=3 hidden=none",
     "bert.prefix_mlp": 'prefix{at=attention.core.where(path="encoder\\.layer\\.1\\.attention") length=3 hidden=6',
     "bert.mam": f"{MLP}\nparallel_adapter{{at=ffn width=4 scale=4.0",
+    "bert.prompt": 'prompt{at=embedding length=3 init="uniform"',
     "bert.unipelt": f"unipelt{{methods=[{GATED}",
     "gpt2.houlsby": "houlsby{at=attention|ffn",
     "gpt2.pfeiffer": "pfeiffer{",
@@ -111,12 +112,12 @@ def test_outputs_are_the_librarys(case: str) -> None:
     # R was drawn in float32, so that its rows, which are made orthonormal here, are so to that precision
     tolerance = max(TOLERANCE[name], 1e-6) if "loreft" in case else TOLERANCE[name]
     assert distance(answer(loaded, name), theirs) < tolerance
-    assert distance(theirs, recorded(name)["output"]) > 1e-2
+    plain = recorded(name)["output"]
+    assert theirs.shape != plain.shape or distance(theirs, plain) > 1e-2
     assert CASES[case] in str(loaded.recipe)
 
 
 REFUSED = {
-    "bert.prompt": "is a prompt that stands behind the norm of the embeddings",
     "bert.compacter_bare": "lacks the rule that its Compacters share: out of a model without a head",
     "t5.prefix": "is a prefix of a t5 model: there the library counts the prefix among the positions",
 }

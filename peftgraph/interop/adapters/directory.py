@@ -1,8 +1,7 @@
 """Directories that the `adapters` library saved, as passes with their trained parameters.
 
 Read are bottlenecks (after a sublayer, on the residual sum, beside a sublayer), Compacter, LoRA, (IA)3, LoReFT and
-NoReFT, prefixes, and unions of these; where all members of a union have gates it is UniPELT. A prompt is refused: the
-library puts it behind the norm of the embeddings.
+NoReFT, prefixes, prompts, and unions of these; where all members of a union have gates it is UniPELT.
 Source: adapter-hub/adapters 1.3, configuration/adapter_config.py, model_mixin.py (EmbeddingAdaptersWrapperMixin).
 """
 
@@ -20,6 +19,7 @@ from peftgraph.errors import AdapterError
 from peftgraph.interop.adapters.bottlenecks import bottlenecks
 from peftgraph.interop.adapters.low_rank import low_rank, scales
 from peftgraph.interop.adapters.prefixes import prefixes
+from peftgraph.interop.adapters.prompts import prompt
 from peftgraph.interop.adapters.reft import edits
 from peftgraph.interop.adapters.saved import Saved
 from peftgraph.interop.documents import read_json
@@ -82,10 +82,6 @@ def _part(program: ProgramData, sites: Sites, saved: Saved) -> Filled:
         case "prefix_tuning":
             return prefixes(sites, saved)
         case "prompt_tuning":
-            raise AdapterError(
-                f"{saved.directory} is a prompt that stands behind the norm of the embeddings, where its rows get no "
-                "position, no type and no norm, and the tokens keep the positions they have without it. Prompt puts "
-                "rows among the embedded tokens, as the paper does, so no values of it give the library's answers."
-            )
+            return prompt(program, sites, saved)
         case other:
             raise saved.refuse(f"architecture={other!r}")

@@ -1,0 +1,43 @@
+"""Prompts of the `adapters` library as passes: rows behind the finished embeddings, which its models give out as well.
+
+Source: adapter-hub/adapters 1.3, methods/prompt_tuning.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from peftgraph.errors import AdapterError
+from peftgraph.interop.adapters.saved import TENSORS, Saved
+from peftgraph.interop.filling import Filled
+from peftgraph.interop.selecting import selector_of
+from peftgraph.ir.program import ProgramData
+from peftgraph.rewrite.method import find_pass
+from peftgraph.sites import Sites
+
+PLACES = {"prefix": "front", "prefix_after_bos": "after_first"}
+
+
+def prompt(program: ProgramData, sites: Sites, saved: Saved) -> Filled:
+    """The pass of a prompt.
+
+    Raises:
+        AdapterError: the rows are of another width than the embedded tokens, or stand where no pass puts them.
+    """
+    (tensors,) = saved.at("prompt_tunings").values()
+    named = saved.named("prompt_tuning", tensors, {"prompt_embedding.weight": "prompt"})
+    if "prompt" not in named:
+        raise AdapterError(f"{saved.directory / TENSORS} lacks prompt_embedding.weight.")
+    length, width = named["prompt"].shape
+    place = saved.option("combine", str)
+    if place not in PLACES:
+        raise saved.refuse(f"combine={place!r}")
+    weights = program.table.tensors()
+    tables = {site: site.weight.shape(weights) for site in sites.select("embedding") if site.weight is not None}
+    found = max(tables, key=lambda site: tables[site][1], default=None)  # tokens, of which there are most
+    if found is None or tables[found][0] != width:
+        raise AdapterError(f"{saved.directory} is a prompt of width {width}, which no embedding of tokens here has.")
+    method = cast(Any, find_pass("prompt"))(
+        at=selector_of(sites, [found]), length=length, onto="embeddings", place=PLACES[place], returns="all"
+    )
+    return Filled(method, {(found.id, "prompt"): named["prompt"]})
