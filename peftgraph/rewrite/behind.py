@@ -40,13 +40,22 @@ class Behind:
         grown = {self.m.value(INPUT + name): self._longer(inputs, name) for name in inputs.along}
         grown |= {self.m.value(INPUT + name): self._ignored(name, ignored) for name, ignored in inputs.labels}
         ports = {self._port(given): node for given, node in grown.items()}
-        for node in sorted(before, key=lambda one: one.meta["order"]):
-            if node.op == "placeholder" or not grown.keys() & set(node.all_input_nodes):
-                continue
-            grown[node] = self.op.copy(node, grown)
-            if any(user not in before for user in node.users):
-                ports[self._port(node)] = grown[node]
+        outside = [
+            node
+            for node in before
+            if node.op != "placeholder" and not (before | {self.embedded}).issuperset(node.users)
+        ]
+        ports |= {self._port(node): self._again(node, grown, before) for node in outside}
         return ports | {self._port(self.embedded): self._joined(rows_LD, self.embedded)}
+
+    def _again(self, node: fx.Node, grown: dict[fx.Node, fx.Node], before: set[fx.Node]) -> fx.Node:
+        """`node`, which lies before the embeddings, of the longer inputs."""
+        if node not in grown:
+            for operand in node.all_input_nodes:
+                if operand in before:
+                    self._again(operand, grown, before)
+            grown[node] = node if node.op == "placeholder" else self.op.copy(node, grown)
+        return grown[node]
 
     def results(self) -> dict[str, fx.Node]:
         """What the model returns for each token, without what it gives for the rows, by port."""
