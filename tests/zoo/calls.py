@@ -130,9 +130,13 @@ def _masked_pictures(inputs: Inputs) -> Form:
     ids = inputs.ids(LENGTH + config.latent_query_num)
     mask = torch.zeros_like(ids)
     mask[:, 2 : 2 + config.latent_query_num] = 1
-    size = config.vision_config.image_size
+    pixels = (
+        {"flattened_patches": _flattened(inputs)["flattened_patches"]}
+        if "flattened_patches" in inputs.takes
+        else {"pixel_values": inputs.noise(BATCH, 3, *[config.vision_config.image_size] * 2)}
+    )
     return {
-        "pixel_values": inputs.noise(BATCH, 3, size, size),
+        **pixels,
         "input_ids": ids,
         "image_embeds_position_mask": mask,
         "attention_mask": torch.ones_like(ids),
