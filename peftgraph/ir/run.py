@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_arg
 
 from peftgraph.ir.literals import retarget, widen
 from peftgraph.ir.modes import evaluated, mutated_buffers
 from peftgraph.ir.program import ProgramData, calls
-from peftgraph.ir.table import Entry
+from peftgraph.ir.table import Entry, Table
 
 aten = torch.ops.aten
 CONTRACTIONS = {
@@ -70,6 +71,17 @@ def evaluate(wanted: fx.Node, known: Mapping[fx.Node, Any], table: Mapping[str, 
                 values[node] = node.target(*map_arg(node.args, values.get), **map_arg(node.kwargs, values.get))
             todo.pop()
     return values[wanted]
+
+
+def fake_table(table: Table, mode: FakeTensorMode) -> Table:
+    """The stored tensors as shapes and dtypes alone."""
+
+    def fake(entry: Entry) -> Entry:
+        with mode:
+            tensor = torch.empty(entry.tensor.shape, dtype=entry.tensor.dtype)
+        return Entry(tensor, entry.kind)
+
+    return Table((name, fake(entry)) for name, entry in table.items())
 
 
 def contractions(graph: fx.Graph) -> int:

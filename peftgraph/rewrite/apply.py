@@ -18,6 +18,7 @@ from peftgraph.ir.program import Applied, Edit, Edits, Move, ProgramData, copy_g
 from peftgraph.ir.propagate import Inference, fake_mode_of, quiet_symbols, same_meta
 from peftgraph.ir.table import Entry
 from peftgraph.ir.verify import verify
+from peftgraph.rewrite.limits import within_limits
 from peftgraph.rewrite.match import Match, is_given, match_all
 from peftgraph.rewrite.method import Pass
 from peftgraph.rewrite.rule import Replace, Rule
@@ -62,7 +63,7 @@ def remove(program: P, sites: Sites, which: int) -> P:
     history = program.history[:which] + program.history[which + 1 :]
     used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     table = table.without(name for name, entry in table.items() if entry.added and name not in used)
-    result = _within_limits(program.evolve(graph=sort(graph), table=table, edits=kept, history=history))
+    result = within_limits(program.evolve(graph=sort(graph), table=table, edits=kept, history=history))
     verify(result, program, inference)
     return result
 
@@ -75,18 +76,6 @@ def undo(graph: fx.Graph, names: dict[str, fx.Node], edits: Edits, edit: Edit) -
         for user in users:
             user.replace_input_with(names[move.after], names[below])
     erase(graph, [names.pop(name) for name in edit.nodes])
-
-
-def _within_limits(program: P) -> P:
-    """The program with the sizes that its inputs may have: rows that a pass puts in front of them take their room."""
-    base, grown = program.base or program, program.grown()
-    ranges = {
-        dim: (max(1, low - grown.get(dim, 0)), None if high is None else high - grown.get(dim, 0))
-        for dim, (low, high) in base.signature.ranges.items()
-    }
-    if ranges == program.signature.ranges:
-        return program
-    return program.evolve(signature=replace(program.signature, ranges=ranges))
 
 
 def _before(entry: Entry) -> Entry:
@@ -284,7 +273,7 @@ class _Work:
             edits=tuple(self.edits),
             history=(*program.history, Applied(self.method, self.method.name)),
         )
-        return _within_limits(changed)
+        return within_limits(changed)
 
 
 def owner_path(site: Site, method: Pass) -> str:

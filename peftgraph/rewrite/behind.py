@@ -11,8 +11,8 @@ from torch import fx
 
 from peftgraph.errors import PeftGraphError
 from peftgraph.ir.builder import Builder
-from peftgraph.rewrite.growth import END, earlier_keys, inputs_of
-from peftgraph.rewrite.inputs import Inputs, same_size
+from peftgraph.rewrite.growth import END, checked_inputs, earlier_keys
+from peftgraph.rewrite.inputs import Inputs, reached, same_size
 from peftgraph.rewrite.match import INPUT, RESULT, Match
 from peftgraph.sites import block
 
@@ -33,20 +33,20 @@ class Behind:
         """The embeddings with the rows, and all else that follows from the inputs and is read behind them, by port.
 
         Raises:
-            PeftGraphError: the model has no first block, continues earlier calls, or fixes the length.
+            PeftGraphError: the model has no first block, continues earlier calls, fixes the length, has inputs that
+                rows do not fit in, or reads unfinished embeddings elsewhere.
         """
         inputs, before = self._checked(), self.op.above(self.embedded)
         self.op.held |= before | {self.embedded}
         grown = {self.m.value(INPUT + name): self._longer(inputs, name) for name in inputs.along}
         grown |= {self.m.value(INPUT + name): self._ignored(name, ignored) for name, ignored in inputs.labels}
         ports = {self._port(given): node for given, node in grown.items()}
-        outside = [
-            node
-            for node in before
-            if node.op != "placeholder" and not (before | {self.embedded}).issuperset(node.users)
-        ]
+        outside = [node for node in before if node.op != "placeholder" and self._read_outside(node, before)]
         ports |= {self._port(node): self._again(node, grown, before) for node in outside}
         return ports | {self._port(self.embedded): self._joined(rows_LD, self.embedded)}
+
+    def _read_outside(self, node: fx.Node, before: set[fx.Node]) -> bool:
+        return not (before | {self.embedded}).issuperset(node.users)
 
     def _again(self, node: fx.Node, grown: dict[fx.Node, fx.Node], before: set[fx.Node]) -> fx.Node:
         """`node`, which lies before the embeddings, of the longer inputs."""
@@ -75,21 +75,39 @@ class Behind:
         return shorter
 
     def _checked(self) -> Inputs:
-        shape = self.embedded.meta["val"].shape
-        if isinstance(shape[1], int) or earlier_keys(self.m) is not None:
+        inputs, site = checked_inputs(self.m), self.m.site.id
+        if earlier_keys(self.m) is not None:
             raise PeftGraphError(
-                f"Rows behind the embeddings of {self.m.site.id} need a length that is free, and no calls before this "
-                f"one: there are {' x '.join(map(str, shape))}. Trace the model without a cache."
+                f"Rows behind the embeddings of {site} need a model without calls before this one. Trace it without a "
+                "cache."
             )
-        return inputs_of(self.m)
+        follow = reached([self.m.output]).keys()
+        unfinished = self.op.above(self.embedded) & follow
+        elsewhere = follow - unfinished - {self.embedded}
+        read = next((node for node in unfinished if not elsewhere.isdisjoint(node.users)), None)
+        if read is not None:
+            raise PeftGraphError(
+                f"What {site} embeds is read before it is finished, as {read.name}, where no rows are. Put them among "
+                'the tokens: onto="tokens".'
+            )
+        return inputs
 
     def _longer(self, inputs: Inputs, name: str) -> fx.Node:
-        """An input (B, T) with the entry of its first token for every row; a mask hides no row."""
+        """An input (B, T) with the entry of its first token for every row; a mask hides no row, and positions that are
+        read behind the embeddings count on."""
         x = self.m.value(INPUT + name)
         first = self._slice(x, 1, 0, 1)
         if inputs.mask is not None and name == inputs.mask.name:
             first = self.op.call(aten.full_like.default, first, 0 if inputs.mask.hides else 1)
-        return self._with(x, self.op.call(aten.expand.default, first, [-1, self.rows]))
+        longer = self._with(x, self.op.call(aten.expand.default, first, [-1, self.rows]))
+        return self.op.call(aten.add.Tensor, longer, self._shift(longer)) if name in inputs.positions else longer
+
+    def _shift(self, longer: fx.Node) -> fx.Node:
+        """How many rows stand before each place, (1, L + T)."""
+        length = self.op.call(aten.sym_size.int, longer, 1)
+        places = self.op.call(aten.arange.default, length, device=longer.meta["val"].device)
+        before = self.op.call(aten.sub.Scalar, places, self.after) if self.after else places
+        return self.op.call(aten.unsqueeze.default, self.op.call(aten.clamp.default, before, 0, self.rows), 0)
 
     def _ignored(self, name: str, value: int) -> fx.Node:
         x = self.m.value(INPUT + name)
@@ -124,7 +142,7 @@ def _finished(m: Match) -> fx.Node:
     if not reading:
         raise PeftGraphError(f"No block reads what {m.site.id} embeds; choose the embedding of the tokens with at=.")
     value = min(reading, key=lambda x: x.meta["order"])
-    width = m.output.meta["val"].shape[-1]
+    width, way = m.output.meta["val"].shape[-1], {m.output, *Builder.between(m.output, value)}
     while value.meta["val"].shape[-1] != width:
-        value = next(one for one in value.all_input_nodes if one.op != "get_attr")
+        value = next(one for one in value.all_input_nodes if one in way)
     return value

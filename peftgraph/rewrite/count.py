@@ -9,6 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peftgraph.ir.program import Edit, ProgramData
+from peftgraph.ir.run import fake_table
 from peftgraph.ir.table import Entry, Table
 from peftgraph.rewrite.match import match_all
 from peftgraph.rewrite.rule import Params, Rule
@@ -94,7 +95,7 @@ def short_params(edit: Edit) -> dict[str, str]:
 def changes_of(program: ProgramData, sites: Sites) -> tuple[Change, ...]:
     """What folding everything foldable would change, found by running each fold on shapes alone."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fake = program.evolve(table=_fake_table(program.table, mode))
+    fake = program.evolve(table=fake_table(program.table, mode))
     edited = {edit.site for edit in program.edits}
     matches = {match.site.id: match for match in match_all(fake, sites, (s for s in sites if s.id in edited))}
     found: list[Change] = []
@@ -135,15 +136,6 @@ def changes_of(program: ProgramData, sites: Sites) -> tuple[Change, ...]:
 
 def _full_rank(tensor: torch.Tensor) -> int | None:
     return None if tensor.dim() < 2 else min(tensor.shape[-2:])
-
-
-def _fake_table(table: Table, mode: FakeTensorMode) -> Table:
-    def fake(entry: Entry) -> Entry:
-        with mode:
-            tensor = torch.empty(entry.tensor.shape, dtype=entry.tensor.dtype)
-        return Entry(tensor, entry.kind)
-
-    return Table((name, fake(entry)) for name, entry in table.items())
 
 
 def _unique(table: Table, keep: Callable[[Entry], bool]) -> list[torch.Tensor]:

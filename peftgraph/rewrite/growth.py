@@ -23,6 +23,32 @@ aten = torch.ops.aten
 END = 2**63 - 1
 
 
+def checked_inputs(m: Match) -> Inputs:
+    """The inputs that run along the tokens that a table lookup embeds.
+
+    Raises:
+        PeftGraphError: it embeds no tokens, the length is fixed, or an input runs along it in a form that rows do not
+            fit in.
+    """
+    shape = m.output.meta["val"].shape if m.has("output") else ()
+    sizes = " x ".join(map(str, shape))
+    if m.site.role != "embedding" or len(shape) != 3:
+        raise PeftGraphError(
+            f"{m.site.id} is no embedding of tokens (batch, tokens) but gives {sizes}; choose the one with at=."
+        )
+    if isinstance(shape[1], int):
+        raise PeftGraphError(f"{m.site.id} gives {sizes}: the model's own code fixes how many tokens there are.")
+    inputs = inputs_of(m)
+    for name in (*inputs.along, *inputs.whole):
+        given = m.value(INPUT + name).meta["val"].shape
+        if len(given) != 2:
+            raise PeftGraphError(
+                f"The input {name} of {' x '.join(map(str, given))} runs along the tokens; only inputs (batch, "
+                "tokens) can be made longer. Trace the model with a mask of two dimensions, or without this input."
+            )
+    return inputs
+
+
 def inputs_of(m: Match) -> Inputs:
     length, past = m.output.meta["val"].shape[1], earlier_keys(m)
     return inputs_along(m, length, None if past is None else length + past.meta["val"].shape[ROWS])

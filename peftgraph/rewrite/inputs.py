@@ -199,12 +199,12 @@ def _mask(m: Match, node: fx.Node) -> Mask | None:
 def _meetings(m: Match, start: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
     """Where what is made of an input alone meets what is made of weights: the value, and the operation on both."""
     fixed = {name for name, entry in m.table.items() if entry.kind != "parameter"}
-    weighted = _reached(node for node in m.graph.find_nodes(op="get_attr") if node.target not in fixed)
-    for node in _reached([start], avoiding=weighted):
+    weighted = reached(node for node in m.graph.find_nodes(op="get_attr") if node.target not in fixed)
+    for node in reached([start], avoiding=weighted):
         yield from ((node, user) for user in node.users if user in weighted and ops.name(user) != "embedding")
 
 
-def _reached(starts: Iterable[fx.Node], avoiding: Collection[fx.Node] = ()) -> dict[fx.Node, None]:
+def reached(starts: Iterable[fx.Node], avoiding: Collection[fx.Node] = ()) -> dict[fx.Node, None]:
     """What depends on `starts` by more than their sizes, themselves included, nearest first."""
     found = dict.fromkeys(starts)
     todo = deque(found)

@@ -16,9 +16,9 @@ from torch import fx
 from peftgraph.errors import PeftGraphError
 from peftgraph.ir.builder import Builder
 from peftgraph.rewrite.behind import Behind
-from peftgraph.rewrite.growth import Growth, inputs_of
+from peftgraph.rewrite.growth import Growth, checked_inputs
 from peftgraph.rewrite.inputs import inputs_along, same_size
-from peftgraph.rewrite.match import INPUT, RESULT, Match
+from peftgraph.rewrite.match import RESULT, Match
 from peftgraph.rewrite.rule import Replace, Rule
 from peftgraph.sites import ops
 from peftgraph.sites.select import Selector
@@ -57,7 +57,7 @@ class Lengthening:
         Raises:
             PeftGraphError: the length is fixed, or an input runs along it in a form that rows do not fit in.
         """
-        _check(m)
+        checked_inputs(m)
         growth = Growth(m, op, self.rows, self.after)
         return growth.whole() | growth.along() | growth.labels()
 
@@ -83,25 +83,6 @@ class Lengthening:
             if axes:
                 shorter[RESULT + base.name] = value
         return shorter
-
-
-def _check(m: Match) -> None:
-    shape = m.output.meta["val"].shape if m.has("output") else ()
-    sizes = " x ".join(map(str, shape))
-    if m.site.role != "embedding" or len(shape) != 3:
-        raise PeftGraphError(
-            f"{m.site.id} is no embedding of tokens (batch, tokens) but gives {sizes}; choose the one with at=."
-        )
-    if isinstance(shape[1], int):
-        raise PeftGraphError(f"{m.site.id} gives {sizes}: the model's own code fixes how many tokens there are.")
-    inputs = inputs_of(m)
-    for name in (*inputs.along, *inputs.whole):
-        given = m.value(INPUT + name).meta["val"].shape
-        if len(given) != 2:
-            raise PeftGraphError(
-                f"The input {name} of {' x '.join(map(str, given))} runs along the tokens; only inputs (batch, "
-                "tokens) can be made longer. Trace the model with a mask of two dimensions, or without this input."
-            )
 
 
 def embeds_tokens(m: Match) -> bool:
@@ -132,16 +113,11 @@ def lengthened(
     """
 
     def inputs(m: Match, op: Builder) -> Mapping[str, fx.Node]:
-        twins = [
-            one.site.id
-            for one in m.related(at)
-            if embeds_tokens(one) and same_size(one.output.meta["val"].shape[1], m.output.meta["val"].shape[1])
-        ]
-        if len(twins) > 1:
-            raise PeftGraphError(f"{' and '.join(twins)} embed one sequence of tokens; choose one of them with at=.")
+        _check_alone(m, at)
         return place.inputs(m, op)
 
     def behind(m: Match, op: Builder) -> Mapping[str, fx.Node]:
+        _check_alone(m, at)
         return Behind(m, op, place.rows, place.after).inserted(rows(m, op))
 
     def results_behind(m: Match, op: Builder) -> Mapping[str, fx.Node]:
@@ -160,6 +136,16 @@ def lengthened(
         Rule(delta=inputs, join=Replace("input"), **more),
         Rule(delta=embedded, join=Replace(anew=False), **more),
     ]
+
+
+def _check_alone(m: Match, at: Selector) -> None:
+    twins = [
+        one.site.id
+        for one in m.related(at)
+        if embeds_tokens(one) and same_size(one.output.meta["val"].shape[1], m.output.meta["val"].shape[1])
+    ]
+    if len(twins) > 1:
+        raise PeftGraphError(f"{' and '.join(twins)} embed one sequence of tokens; choose one of them with at=.")
 
 
 def at_tokens(at: Selector, token: int, rows: Callable[[Match, Builder], fx.Node], reason: str) -> Rule:

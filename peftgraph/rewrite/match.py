@@ -107,7 +107,13 @@ class Match:
         if is_given(port):
             return self._latest(node, self.level)
         inside = self.edits.chain(self.anchor(port))
-        return self.names[inside[-1].after] if inside else self._latest(node, max(LEVELS.values()))
+        return self.names[inside[-1].after] if inside else self._read(node, self.names[self.reader(port)])
+
+    def _read(self, node: str, reader: fx.Node) -> fx.Node:
+        """What `reader` reads in the place of a value of the base: the latest, or what an edit held it to."""
+        afters = [self.names[move.after] for move in self.edits.chain(node)]
+        read = next((after for after in reversed(afters) if after in reader.all_input_nodes), self.names[node])
+        return read if read in reader.all_input_nodes else self._latest(node, max(LEVELS.values()))
 
     def _latest(self, node: str, level: int) -> fx.Node:
         moves = [move for move in self.edits.chain(node) if move.level <= level]

@@ -228,7 +228,9 @@ def test_counts_of_the_papers() -> None:
 
 
 def test_specs_round_trip() -> None:
-    method = Prompt(length=3, init="classes", classes=((1, 2), (3,)), place="after_first", returns="all")
+    method = Prompt(
+        length=3, init="classes", classes=((1, 2), (3,)), place="after_first", onto="embeddings", returns="all"
+    )
     assert pg.parse_pass(str(method)) == method
 
 
@@ -238,6 +240,7 @@ def test_specs_round_trip() -> None:
         ({"length": 0}, "length must be at least 1"),
         ({"init": "zero"}, "init must be"),
         ({"place": "end"}, "place must be"),
+        ({"onto": "words"}, "onto must be"),
         ({"returns": "none"}, "returns must be"),
         ({"vocabulary": 0}, "vocabulary must"),
         ({"init": "classes"}, "takes the tokens of 1 to length=100 classes"),

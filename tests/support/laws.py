@@ -139,6 +139,14 @@ LINES: dict[str, Line] = {
     ),
     "loreft": Line((LoReFT(rank=2, prefix=2, suffix=1, start="identity"),), folds=False, reference=False),
     "prompt": Line((Prompt(length=2),), folds=False, away=True, reference=False, meaningless=no_tokens),
+    "prompt_behind": Line(
+        (Prompt(length=2, onto="embeddings"),),
+        folds=False,
+        away=True,
+        reference=False,
+        variant=True,
+        meaningless=no_tokens,
+    ),
     "ptuning": Line(
         (PTuning(length=2, hidden=4),), folds=False, away=True, reference=False, variant=True, meaningless=no_tokens
     ),
