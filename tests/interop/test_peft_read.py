@@ -51,7 +51,14 @@ CASES = {
     "parameter": lora("llama", [], "lora{at=attention.o", target_parameters=["self_attn.o_proj.weight"]),
     "bias-all": lora("bert", ["query"], "freeze{at=bias", bias="all"),
     "bias-its-own": lora("gpt2", ["c_attn"], "freeze{at=bias.where(path=", bias="lora_only"),
+    "bias-of-b": lora("bert", ["query", "output.dense"], "freeze{at=", lora_bias=True, alpha_pattern={"query": 7}),
+    "bias-of-b-fused": lora("gpt2", ["c_attn"], "freeze{at=bias.where(path=", lora_bias=True, bias="lora_only"),
+    "bias-of-b-alone": lora(
+        "llama", ["q_proj", "v_proj"], "bitfit{at=attention.q|attention.v zero=true", lora_bias=True
+    ),
+    "bias-of-b-stabilised": lora("gpt_neox", ["query_key_value"], "freeze{", lora_bias=True, use_rslora=True),
     "dora": lora("bert", BERT, "dora{at=", use_dora=True),
+    "dora-embedding": lora("llama", ["embed_tokens", "v_proj"], "dora{at=attention.v|embedding", use_dora=True),
     "dora-fused": lora("gpt2", ["c_attn", "c_fc"], "dora{at=", use_dora=True),
     "dora-bias": lora("gpt_neox", ["query_key_value"], "freeze{", use_dora=True, bias="all"),
     "head": lora("vit", ["q_proj"], "freeze{at=head", modules_to_save=["classifier"]),
@@ -130,7 +137,6 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "regex": ({"target_modules": "(q_proj"}, r"is damaged: .*unterminated"),
     "rank": ({"r": 4}, "have rank 3, adapter_config.json says 4"),
     "olora": ({"init_lora_weights": "olora"}, "whose start moves the base's own weights"),
-    "lora-bias": ({"lora_bias": True}, "has lora_bias=True, which no pass does"),
     "unheard-of": ({"use_magic": {"a": 1}}, "has use_magic={'a': 1}, which no pass does"),
     "fewer-targets": ({"target_modules": ["q_proj"]}, r"v_proj has tensors, but target_modules does not select it"),
     "more-targets": ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, "target_modules selects model.layers.0.self_"
@@ -197,11 +203,6 @@ def test_files_that_are_missing_or_no_safetensors(directory: Path) -> None:
 def test_a_tie_that_peft_cuts(name: str, tmp_path: Path) -> None:
     config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=[name], **LORA)
     refused(pd.saved(pd.wrapped("llama", config), tmp_path), f"{name}.weight, which is tied to .* peft cuts that tie")
-
-
-def test_a_dora_of_an_embedding(tmp_path: Path) -> None:
-    config = peft.LoraConfig(target_modules=["embed_tokens"], use_dora=True, **LORA)
-    refused(pd.saved(pd.wrapped("llama", config), tmp_path), "a DoRA of an embedding, whose magnitudes peft keeps by")
 
 
 def test_a_scaled_input_of_a_fused_projection(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Source: huggingface/peft 0.21, config.py, tuners/tuners_utils.py (check_target_m
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -29,8 +30,8 @@ ROWS = ("num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_at
 KNOWN: dict[str, tuple[str, ...]] = {
     "LORA": (
         *TARGETS, "r", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora", "init_lora_weights",
-        "rank_pattern", "alpha_pattern", "use_dora", "target_parameters", "trainable_token_indices", "megatron_core",
-        "qalora_group_size", "runtime_config", "loftq_config", "eva_config",
+        "rank_pattern", "alpha_pattern", "use_dora", "lora_bias", "target_parameters", "trainable_token_indices",
+        "megatron_core", "qalora_group_size", "runtime_config", "loftq_config", "eva_config",
     ),
     "TRAINABLE_TOKENS": ("target_modules", "exclude_modules", "token_indices", "init_weights"),
     "IA3": (*TARGETS, "feedforward_modules", "fan_in_fan_out", "init_ia3_weights"),
@@ -109,6 +110,11 @@ class PeftConfig:
         if found is None:
             return self.number(key, default)
         return PeftConfig(self.directory, entries).number(found, default)
+
+    def scale(self, key: str) -> float:
+        """alpha / rank, or alpha / sqrt(rank), at a module or at a parameter that is a target by itself."""
+        rank = self.rank(key)
+        return self.alpha(key) / (math.sqrt(rank) if self.of("use_rslora", bool, False) else rank)
 
     def selects(self, path: str) -> bool:
         """Whether a module is a target."""

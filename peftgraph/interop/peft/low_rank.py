@@ -23,6 +23,7 @@ from torch import Tensor
 from peftgraph.errors import AdapterError
 from peftgraph.interop.filling import Filled, Key
 from peftgraph.interop.peft.config import CONFIG, PeftConfig
+from peftgraph.interop.peft.stored import biases_of_b
 from peftgraph.interop.peft.tensors import PeftTensors, by_expert
 from peftgraph.interop.peft.tokens import TOKENS
 from peftgraph.interop.selecting import adapted_sites, selector_of
@@ -67,7 +68,22 @@ def low_rank_parts(program: ProgramData, sites: Sites, config: PeftConfig, tenso
             rank, alpha, values = _at(site, one, config)
             groups.setdefault((rank, alpha), {}).update({(site.id, leaf): value for leaf, value in values.items()})
             places.setdefault((rank, alpha), []).append(site)
-    return [_filled(sites, config, key, places[key], values) for key, values in groups.items()]
+    parts = [_filled(sites, config, key, places[key], values) for key, values in groups.items()]
+    return parts + _added_biases(program, sites, config, tensors)
+
+
+def _added_biases(program: ProgramData, sites: Sites, config: PeftConfig, tensors: PeftTensors) -> list[Filled]:
+    """The biases of B where the projection has none of its own."""
+    values: dict[Key, Tensor] = {}
+    chosen: list[Site] = []
+    for name, d_O in biases_of_b(config, tensors).items():
+        if name not in program.table:
+            found = adapted_sites(program, sites, f"{name.removesuffix('.bias')}.weight", config.directory)
+            chosen += found
+            values |= {(site.id, "bitfit_d"): d_O[rows_of(site)] for site in found}
+    if not chosen:
+        return []
+    return [Filled(find_pass("bitfit")(at=selector_of(sites, chosen), zero=True), values)]  # pyright: ignore[reportCallIssue]
 
 
 def _filled(
@@ -113,11 +129,16 @@ def _adapted(program: ProgramData, config: PeftConfig, tensors: PeftTensors) -> 
         yield Adapted(parameter, rank, config.alpha(key), a_RI, b_OR, magnitude)
 
 
+def rows_of(site: Site) -> Any:
+    """An index: the output features of a stored weight that a site owns."""
+    view = weight_view(site)
+    return slice(None) if view is None or view.window is None else view.window.index()
+
+
 def _moves(program: ProgramData, site: Site, one: Adapted) -> bool:
     """Whether an adapter changes the rows that a site owns."""
-    view = weight_view(site)
+    view, rows = weight_view(site), rows_of(site)
     assert view is not None
-    rows = slice(None) if view.window is None else view.window.index()
     still = not bool(one.b_OR[..., rows, :].any())
     if still and one.magnitude_O is not None:
         norm_O = torch.linalg.vector_norm(view.get(program.table[view.parameter].tensor.detach()), 2, -1)
@@ -129,13 +150,12 @@ def _at(site: Site, one: Adapted, config: PeftConfig) -> tuple[int, float, dict[
     """Rank, alpha and values at one site: the rows it owns, in a rank that its own matrix has room for."""
     view = weight_view(site)
     window = None if view is None else view.window
-    rows = slice(None) if window is None else window.index()
     if window is not None and config.options.get("init_lora_weights") == "pissa":
         raise AdapterError(
             f"{config.directory} starts from the singular vectors of all of {one.parameter}, of which {site.id} is a "
             "part. Save it with peft's path_initial_model_for_weight_conversion."
         )
-    a_RI, b_OR, alpha = one.a_RI, one.b_OR[..., rows, :], one.alpha
+    a_RI, b_OR, alpha = one.a_RI, one.b_OR[..., rows_of(site), :], one.alpha
     if b_OR.dim() == 2 and window is not None and bool(b_OR.any()):
         used = b_OR.any(0)
         a_RI, b_OR = a_RI[used], b_OR[:, used]
@@ -148,10 +168,5 @@ def _at(site: Site, one: Adapted, config: PeftConfig) -> tuple[int, float, dict[
     alpha *= math.sqrt(ratio) if config.of("use_rslora", bool, False) else ratio
     values = {"lora_A": a_RI, "lora_B": b_OR}
     if one.magnitude_O is not None:
-        if site.role == "embedding":
-            raise AdapterError(
-                f"{config.directory} has a DoRA of an embedding, whose magnitudes peft keeps by token; dora's are by "
-                "feature."
-            )
-        values["dora_m"] = one.magnitude_O[rows]
+        values["dora_m"] = one.magnitude_O[rows_of(site)]
     return rank, alpha, values

@@ -1,7 +1,9 @@
 """What a peft directory holds of the base itself: modules_to_save and trained biases, as parameters that train.
 
 peft saves the weights of embedding and head as well where the embedding is adapted or the vocabulary was resized; where
-they are the base's, there is nothing to train.
+they are the base's, there is nothing to train. A bias of B is a change of the projection's own:
+
+    W x + b + s (B A x + d)  =  W x + s B A x + (b + s d)
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ def stored_parts(program: ProgramData, sites: Sites, config: PeftConfig, tensors
         AdapterError: a tensor is no site's, or is tied to one that the file does not hold.
     """
     adapted = {f"{path}.weight" for path, _ in tensors.modules}
+    moved = {name: d for name, d in biases_of_b(config, tensors).items() if name in program.table}
     wanted: dict[str, torch.Tensor] = {}
     for name, value in tensors.stored.items():
         if name not in program.table:
@@ -39,6 +42,9 @@ def stored_parts(program: ProgramData, sites: Sites, config: PeftConfig, tensors
         beside = name in adapted or (name.endswith(".weight") and not config.saves(name.removesuffix(".weight")))
         if not (beside and _same(own, value)):
             wanted[name] = value
+    for name, d in moved.items():
+        start = wanted.get(name, program.table[name].tensor.detach())
+        wanted[name] = start.to(torch.promote_types(start.dtype, d.dtype)) + d.to(start.device)
     chosen = _owners(sites, set(wanted))
     _check(program, config, wanted, chosen)
     if not chosen:
@@ -46,6 +52,15 @@ def stored_parts(program: ProgramData, sites: Sites, config: PeftConfig, tensors
     held = {name for site in chosen for name in _parameters(site)}
     values: dict[Key, torch.Tensor] = {name: value for name, value in wanted.items() if name in held}
     return [Filled(find_pass("freeze")(at=selector_of(sites, chosen)), values)]  # pyright: ignore[reportCallIssue]
+
+
+def biases_of_b(config: PeftConfig, tensors: PeftTensors) -> dict[str, torch.Tensor]:
+    """What the biases of B (lora_bias) add to the bias of each projection, s d, by that bias's name."""
+    return {
+        f"{path}.bias": config.scale(path) * values["lora_bias"]
+        for (path, _), values in tensors.modules.items()
+        if "lora_bias" in values
+    }
 
 
 def _same(own: torch.Tensor, value: torch.Tensor) -> bool:

@@ -23,6 +23,7 @@ ROWS_PREFIX = "base_model."  # where a prompt or a prefix leaves the model itsel
 LEAVES = {  # peft's name -> ours
     "lora_A.weight": "lora_A",
     "lora_B.weight": "lora_B",
+    "lora_B.bias": "lora_bias",
     "lora_embedding_A": "lora_A",
     "lora_embedding_B": "lora_B",
     "lora_magnitude_vector": "dora_m",

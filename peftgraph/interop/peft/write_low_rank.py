@@ -85,8 +85,8 @@ def _paths(method: Any, site: Site, tensors: dict[str, Tensor]) -> list[Path]:
     found = [Path(site, scale, tensors["lora_A"], tensors["lora_B"], tensors.get("dora_m"))]
     if "lora_A0" in tensors:
         found.append(Path(site, -scale, tensors["lora_A0"], tensors["lora_B0"]))
-    if method.word == "dora" and (site.role == "embedding" or found[0].a_RI.dim() > 2):
-        raise AdapterError(f"{method} at {site}: peft's DoRA is of whole projections, not of embeddings or experts.")
+    if method.word == "dora" and found[0].a_RI.dim() > 2:
+        raise AdapterError(f"{method} at {site}: peft has no DoRA of experts.")
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 from peftgraph.errors import AdapterError
@@ -34,9 +33,3 @@ def read_merge(directory: Path) -> PeftConfig:
             "peft with path_initial_model_for_weight_conversion first."
         )
     return config
-
-
-def scale_at(config: PeftConfig, key: str) -> float:
-    """alpha / rank, or alpha / sqrt(rank), at a module or at a parameter that is a target by itself."""
-    rank = config.rank(key)
-    return config.alpha(key) / (math.sqrt(rank) if config.of("use_rslora", bool, False) else rank)

@@ -19,14 +19,13 @@ from peftgraph.interop.peft.config import TENSORS, PeftConfig
 from peftgraph.interop.peft.tensors import PREFIX, place_of
 from peftgraph.interop.shards.checkpoint import Checkpoint
 from peftgraph.interop.shards.layout import Layout, Piece, Stored
-from peftgraph.interop.shards.peft_config import read_merge, scale_at
+from peftgraph.interop.shards.peft_config import read_merge
 from peftgraph.interop.shards.peft_layers import Change
 from peftgraph.interop.shards.tensor_file import FLOATS, TensorFile
 from peftgraph.interop.shards.updates import Read, stored_as
 from peftgraph.rewrite.views import View
 
 ROLES = {"lora_A": "A", "lora_B": "B", "dora_m": "m", "ia3_l": "l"}  # our names -> the role in the change
-BIAS_OF_B = ".lora_B.bias"
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,11 +165,12 @@ def _by_parameter(config: PeftConfig, file: TensorFile, base: _Base) -> dict[str
     for key, slot in file.slots.items():
         place = place_of(key.removeprefix(PREFIX))
         if isinstance(place, str):
-            bias = place.endswith(BIAS_OF_B)
-            name, role = (f"{place.removesuffix(BIAS_OF_B)}.bias", "d") if bias else (place, "replaced")
-            found.setdefault(name, {})[role] = key
+            found.setdefault(place, {})["replaced"] = key
             continue
         path, wraps, leaf = place
+        if leaf == "lora_bias":
+            found.setdefault(f"{path}.bias", {})["d"] = key
+            continue
         own = base.find_module(path)
         targets = [] if own is None else config.wrapped(base.tensors, own)
         target = targets[-1 - wraps].removeprefix(f"{own}.") if wraps < len(targets) else "weight"
@@ -202,7 +202,7 @@ def _change(config: PeftConfig, file: TensorFile, base: _Base, parameter: str, r
     wanted = _shapes(config, at, view.shape(full), shapes)
     if shapes != wanted:
         raise AdapterError(f"{where}: the tensors of {parameter} have shapes {shapes}; {wanted} would fit the base.")
-    return Change(view, replaced, parts, 1.0 if "l" in parts else scale_at(config, at))
+    return Change(view, replaced, parts, 1.0 if "l" in parts else config.scale(at))
 
 
 def _shapes(
