@@ -8,7 +8,8 @@ While it trains, the prefix comes out of an MLP: [P_K, P_V] = W_up tanh(W_down P
 first layer shared by all attentions of one kind: encoder, decoder and cross-attention have one each. `finalize()` puts
 the MLP's results in its place. hidden=none trains P_K and P_V themselves: P-tuning v2 (and what peft does by default).
 The prefix has no position: queries and keys keep theirs, and no rotation or position bias reaches it. peft passes it
-as a cache of earlier tokens and so counts positions from L on: give the model position_ids from L on for that.
+as a cache of earlier tokens and so counts positions from L on: give the model position_ids from L on for that. Where
+the model adds biases of the distance, as T5 does, they fall on peft's prefix as on L tokens more: placed=true.
 Shapes: L length, D the width of the model, M hidden, G heads of keys and values, F features of one, P' (L, D), W_down
 (M, D), W_up (2 G F, M): the sites' W_up are the rows of the paper's one matrix. P_K and P_V (L, G F).
 P', and P_K and P_V without the MLP, start standard normal, as torch.nn.Embedding does, and the layers as
@@ -40,6 +41,7 @@ class Prefix(pg.Pass):
         length: L, how many rows (10 in the authors' code, 5 in its examples).
         hidden: M of the MLP (512 for table-to-text, 800 for summarisation); none trains the rows themselves.
         dropout: on the rows, in training (P-tuning v2's code uses the model's own; prefix tuning none).
+        placed: whether the model's masks and biases of the distance reach the rows as they would L tokens in front.
     """
 
     word = "prefix"
@@ -47,6 +49,7 @@ class Prefix(pg.Pass):
     length: int = 10
     hidden: int | None = 512
     dropout: float = 0.0
+    placed: bool = pg.quiet(False)
 
     def check(self) -> None:
         """Refuses sizes below 1, and a dropout outside [0, 1)."""
@@ -57,7 +60,8 @@ class Prefix(pg.Pass):
     def rules(self) -> list[pg.Rule]:
         """One rule: put the rows in front of the keys and values."""
         reason = "the prefix is attended to, and no weight holds rows of keys or values"
-        return [pg.Rule(at=self.at, delta=self.delta, join=pg.Rows(), fold=reason, reads=self.attended)]
+        join = pg.Rows(placed=self.placed)
+        return [pg.Rule(at=self.at, delta=self.delta, join=join, fold=reason, reads=self.attended)]
 
     def finalized(self) -> Self:
         """The same prefix without the MLP."""

@@ -82,7 +82,7 @@ def _index(node: fx.Node) -> None:
     source, axis, start, end, step = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
     if not isinstance(source, fx.Node) or not isinstance(axis, int):
         return
-    whole = axis if axis >= 0 else source.meta["val"].dim() + axis
     end = None if isinstance(end, int) and end >= END else end
+    before: list[Any] = [slice(None)] * axis if axis >= 0 else [...]
     node.target = operator.getitem
-    node.args = (source, (*[slice(None)] * whole, slice(start, end, step)))
+    node.args = (source, (*before, slice(start, end, step), *[slice(None)] * (-axis - 1)))

@@ -216,7 +216,7 @@ class _Work:
         for port, new in values.items():
             old = match.value(port)
             moves.append(self._redirect(match, port, old, new, builder))
-            if not same_meta(old.meta["val"], new.meta["val"]):
+            if not same_meta(old.meta["val"], new.meta["val"]) or _are_other_sizes(old.meta["val"], new.meta["val"]):
                 resized.append(new)
         self._refresh(match, resized)
         nodes = tuple(node.name for node in builder.nodes)
@@ -274,6 +274,10 @@ class _Work:
             history=(*program.history, Applied(self.method, self.method.name)),
         )
         return within_limits(changed)
+
+
+def _are_other_sizes(a: object, b: object) -> bool:
+    return isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt) and str(a) != str(b)
 
 
 def owner_path(site: Site, method: Pass) -> str:

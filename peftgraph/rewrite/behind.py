@@ -11,8 +11,9 @@ from torch import fx
 
 from peftgraph.errors import PeftGraphError
 from peftgraph.ir.builder import Builder
-from peftgraph.rewrite.growth import END, checked_inputs, earlier_keys
+from peftgraph.rewrite.growth import checked_inputs, earlier_keys
 from peftgraph.rewrite.inputs import Inputs, reached, same_size
+from peftgraph.rewrite.longer import Longer, slice_of
 from peftgraph.rewrite.match import INPUT, RESULT, Match
 from peftgraph.sites import block
 
@@ -38,24 +39,13 @@ class Behind:
         """
         inputs, before = self._checked(), self.op.above(self.embedded)
         self.op.held |= before | {self.embedded}
-        grown = {self.m.value(INPUT + name): self._longer(inputs, name) for name in inputs.along}
-        grown |= {self.m.value(INPUT + name): self._ignored(name, ignored) for name, ignored in inputs.labels}
-        ports = {self._port(given): node for given, node in grown.items()}
-        outside = [node for node in before if node.op != "placeholder" and self._read_outside(node, before)]
-        ports |= {self._port(node): self._again(node, grown, before) for node in outside}
-        return ports | {self._port(self.embedded): self._joined(rows_LD, self.embedded)}
-
-    def _read_outside(self, node: fx.Node, before: set[fx.Node]) -> bool:
-        return not (before | {self.embedded}).issuperset(node.users)
-
-    def _again(self, node: fx.Node, grown: dict[fx.Node, fx.Node], before: set[fx.Node]) -> fx.Node:
-        """`node`, which lies before the embeddings, of the longer inputs."""
-        if node not in grown:
-            for operand in node.all_input_nodes:
-                if operand in before:
-                    self._again(operand, grown, before)
-            grown[node] = node if node.op == "placeholder" else self.op.copy(node, grown)
-        return grown[node]
+        longer = Longer(self.m, self.op, inputs, self.embedded.meta["val"].shape[1], self.rows, self.after)
+        ports = {INPUT + name: longer.again(self.m.value(INPUT + name)) for name in inputs.along}
+        ports |= {INPUT + name: longer.labels(name, ignored) for name, ignored in inputs.labels}
+        inner = before | {self.embedded}
+        outside = [node for node in before if node.op != "placeholder" and not inner.issuperset(node.users)]
+        again = {self._port(node): longer.again(node) for node in outside if longer.again(node) is not node}
+        return ports | again | {self._port(self.embedded): longer.with_rows(self.embedded, self._of_batch(rows_LD))}
 
     def results(self) -> dict[str, fx.Node]:
         """What the model returns for each token, without what it gives for the rows, by port."""
@@ -68,7 +58,8 @@ class Behind:
             sizes = value.meta["val"].shape if isinstance(value.meta["val"], torch.Tensor) else ()
             axes = [axis for axis, size in enumerate(sizes) if same_size(size, length)]
             for axis in axes:
-                ends = [self._slice(value, axis, 0, self.after), self._slice(value, axis, self.after + self.rows)]
+                behind = slice_of(self.op, value, axis, self.after + self.rows)
+                ends = [slice_of(self.op, value, axis, 0, self.after), behind]
                 value = self.op.call(aten.cat.default, ends, axis) if self.after else ends[1]
             if axes:
                 shorter[RESULT + name] = value
@@ -92,40 +83,10 @@ class Behind:
             )
         return inputs
 
-    def _longer(self, inputs: Inputs, name: str) -> fx.Node:
-        """An input (B, T) with the entry of its first token for every row; a mask hides no row, and positions that are
-        read behind the embeddings count on."""
-        x = self.m.value(INPUT + name)
-        first = self._slice(x, 1, 0, 1)
-        if inputs.mask is not None and name == inputs.mask.name:
-            first = self.op.call(aten.full_like.default, first, 0 if inputs.mask.hides else 1)
-        longer = self._with(x, self.op.call(aten.expand.default, first, [-1, self.rows]))
-        return self.op.call(aten.add.Tensor, longer, self._shift(longer)) if name in inputs.positions else longer
-
-    def _shift(self, longer: fx.Node) -> fx.Node:
-        """How many rows stand before each place, (1, L + T)."""
-        length = self.op.call(aten.sym_size.int, longer, 1)
-        places = self.op.call(aten.arange.default, length, device=longer.meta["val"].device)
-        before = self.op.call(aten.sub.Scalar, places, self.after) if self.after else places
-        return self.op.call(aten.unsqueeze.default, self.op.call(aten.clamp.default, before, 0, self.rows), 0)
-
-    def _ignored(self, name: str, value: int) -> fx.Node:
-        x = self.m.value(INPUT + name)
-        blank = self.op.call(aten.full_like.default, self._slice(x, 1, 0, 1), value)
-        return self._with(x, self.op.call(aten.expand.default, blank, [-1, self.rows]))
-
-    def _joined(self, rows_LD: fx.Node, x_BTD: fx.Node) -> fx.Node:
-        batch = self.op.call(aten.sym_size.int, x_BTD, 0)
+    def _of_batch(self, rows_LD: fx.Node) -> fx.Node:
+        batch = self.op.call(aten.sym_size.int, self.embedded, 0)
         rows_1LD = self.op.call(aten.unsqueeze.default, rows_LD, 0)
-        return self._with(x_BTD, self.op.call(aten.expand.default, rows_1LD, [batch, -1, -1]))
-
-    def _with(self, x: fx.Node, rows: fx.Node) -> fx.Node:
-        """The rows in front of x on its second axis, behind what stands before them."""
-        ends = [self._slice(x, 1, 0, self.after)] if self.after else []
-        return self.op.call(aten.cat.default, [*ends, rows, self._slice(x, 1, self.after) if ends else x], 1)
-
-    def _slice(self, x: fx.Node, axis: int, start: int, stop: int = END) -> fx.Node:
-        return self.op.call(aten.slice.Tensor, x, axis, start, stop)
+        return self.op.call(aten.expand.default, rows_1LD, [batch, -1, -1])
 
     def _port(self, node: fx.Node) -> str:
         return INPUT + self.m.edits.below(node.name)

@@ -16,11 +16,11 @@ from peftgraph.errors import PeftGraphError
 from peftgraph.ir.builder import Builder
 from peftgraph.ir.modes import ROWS
 from peftgraph.rewrite.inputs import Inputs, Mask, beside, inputs_along, same_size, tokens
+from peftgraph.rewrite.longer import END
 from peftgraph.rewrite.match import INPUT, Match
 from peftgraph.sites import attention, kind
 
 aten = torch.ops.aten
-END = 2**63 - 1
 
 
 def checked_inputs(m: Match) -> Inputs:

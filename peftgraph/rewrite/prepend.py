@@ -11,6 +11,8 @@ from torch import fx
 
 from peftgraph.errors import Conflict, PeftGraphError
 from peftgraph.ir.builder import Builder
+from peftgraph.rewrite.inputs import inputs_along, same_size
+from peftgraph.rewrite.longer import Longer, slice_of
 from peftgraph.rewrite.match import Match
 
 aten = torch.ops.aten
@@ -40,6 +42,7 @@ SCALES = {
 }
 PRODUCTS = {aten.matmul.default, aten.bmm.default}
 WEIGHTS = {aten.to.dtype, aten.dropout.default, aten.contiguous.default, *PRODUCTS}
+Bias = Callable[[fx.Node], fx.Node | None]  # of a mask or bias: what of it falls on the rows, or nothing
 VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 
 
@@ -75,14 +78,19 @@ class Rows:
     """Keys and values in front of an attention's own: the delta gives both, `{"keys": ..., "values": ...}`.
 
     Both are (1, G, L, D), or (B, G, L, D) for rows that differ by example, as `key_heads` and `value_heads` give G, D.
+
+    Attributes:
+        port: the attention's output.
+        placed: whether the rows have places, in front of all tokens; see `prepend`.
     """
 
     port: str = "output"
+    placed: bool = False
 
     def entered(self, m: Match, op: Builder, delta: fx.Node | Mapping[str, fx.Node]) -> dict[str, fx.Node]:
         """The attention's output over the longer keys and values."""
         assert isinstance(delta, Mapping), "rows are keys and values"
-        return {self.port: prepend(m, op, delta["keys"], delta["values"])}
+        return {self.port: prepend(m, op, delta["keys"], delta["values"], self.placed)}
 
     def gated(self, m: Match, op: Builder, delta: fx.Node | Mapping[str, fx.Node], gate: fx.Node) -> dict[str, fx.Node]:
         """Both times the gate."""
@@ -90,7 +98,7 @@ class Rows:
         return {name: op.mul(rows, gate) for name, rows in delta.items()}
 
 
-def prepend(m: Match, op: Builder, keys_1GLD: fx.Node, values_1GLD: fx.Node) -> fx.Node:
+def prepend(m: Match, op: Builder, keys_1GLD: fx.Node, values_1GLD: fx.Node, placed: bool = False) -> fx.Node:
     """The attention's output when every query also attends to L rows in front of the model's own keys and values.
 
         softmax(q [P_K; K]^T + [0, mask]) [P_V; V]
@@ -102,9 +110,12 @@ def prepend(m: Match, op: Builder, keys_1GLD: fx.Node, values_1GLD: fx.Node) -> 
         op: the builder of the edit.
         keys_1GLD: (1, G, L, D), G and D as `key_heads` gives them.
         values_1GLD: (1, G, L, D), as `value_heads` gives them.
+        placed: whether the rows have places all the same, in front of all tokens: then the model's masks and biases
+            fall on them as on so many tokens more. Cross-attention knows no places.
 
     Raises:
-        PeftGraphError: the attention is written in a form that rows cannot be added to.
+        PeftGraphError: the attention is written in a form that rows cannot be added to, or its biases depend on more
+            than places.
         Conflict: another pass replaced this attention.
     """
     other = m.changed_by("output")
@@ -113,7 +124,8 @@ def prepend(m: Match, op: Builder, keys_1GLD: fx.Node, values_1GLD: fx.Node) -> 
             f"{op.maker} and {other} both replace the output of {m.site.id}, and one would undo the other. "
             "Apply one of them."
         )
-    return _computed(m, op, keys_1GLD, values_1GLD, alone=False)
+    bias = _bias_of_places(m, op, int(keys_1GLD.meta["val"].shape[2])) if placed and m.site.kind == "self" else _open
+    return _computed(m, op, keys_1GLD, values_1GLD, bias)
 
 
 def attend(m: Match, op: Builder, keys_1GLD: fx.Node, values_1GLD: fx.Node) -> fx.Node:
@@ -129,7 +141,7 @@ def attend(m: Match, op: Builder, keys_1GLD: fx.Node, values_1GLD: fx.Node) -> f
     Raises:
         PeftGraphError: the attention is written in a form that rows cannot be led into.
     """
-    return _computed(m, op, keys_1GLD, values_1GLD, alone=True)
+    return _computed(m, op, keys_1GLD, values_1GLD, None)
 
 
 def each_head(m: Match, op: Builder, value: fx.Node, change: Callable[[fx.Node], fx.Node]) -> fx.Node:
@@ -138,14 +150,34 @@ def each_head(m: Match, op: Builder, value: fx.Node, change: Callable[[fx.Node],
     return _like(op, value, change(_by_head(m, op, value)))
 
 
-def _computed(m: Match, op: Builder, keys: fx.Node, values: fx.Node, alone: bool) -> fx.Node:
+def _open(mask: fx.Node) -> fx.Node | None:
+    """Nothing hides the rows, and no bias falls on them."""
+    return None
+
+
+def _bias_of_places(m: Match, op: Builder, rows: int) -> Bias:
+    """What a mask or bias gives to rows in front of all tokens: its first columns for so many tokens more."""
+    (queries, keys) = (m.value(port).meta["val"].shape[-2] for port in ("q", "v"))
+    longer = Longer(m, op, inputs_along(m, queries, None if same_size(queries, keys) else keys), queries, rows)
+
+    def bias(mask: fx.Node) -> fx.Node | None:
+        again = longer.again(mask)
+        if again is mask:
+            return None
+        queried = again if same_size(again.meta["val"].shape[-2], 1) else slice_of(op, again, -2, rows)
+        return slice_of(op, queried, -1, 0, rows)
+
+    return bias
+
+
+def _computed(m: Match, op: Builder, keys: fx.Node, values: fx.Node, bias: Bias | None) -> fx.Node:
     for heads in (key_heads, value_heads):
         heads(m)
     core = m.names[m.site.op]
     if core.target is FUSED:
-        return _fused_alone(m, op, core, keys, values) if alone else _fused(m, op, core, keys, values)
+        return _fused(m, op, core, keys, values, bias) if bias else _fused_alone(m, op, core, keys, values)
     if core.target in (aten.softmax.int, aten._softmax.default):
-        return _written(m, op, core, keys, values, alone)
+        return _written(m, op, core, keys, values, bias)
     raise _refusal(m, core)
 
 
@@ -190,12 +222,12 @@ def _instead(op: Builder, rows_1GLD: fx.Node, value_BHTD: fx.Node) -> fx.Node:
 # fused attention
 
 
-def _fused(m: Match, op: Builder, core: fx.Node, keys: fx.Node, values: fx.Node) -> fx.Node:
+def _fused(m: Match, op: Builder, core: fx.Node, keys: fx.Node, values: fx.Node, bias: Bias) -> fx.Node:
     length = int(keys.meta["val"].shape[2])
     q, k, v = (m.value(port) for port in "qkv")
     inputs = [q, _in_front(m, op, keys, k), _in_front(m, op, values, v), None]
     if m.has("mask"):
-        inputs[3] = _opened(op, m.value("mask"), k, length)
+        inputs[3] = _longer(op, m.value("mask"), k, length, bias)
     causal = bool(core.args[5]) if len(core.args) > 5 else bool(core.kwargs.get("is_causal", False))
     if causal:
         # The kernel's causal mask is aligned with the first query and the first key: as many empty queries in front
@@ -214,20 +246,23 @@ def _fused_alone(m: Match, op: Builder, core: fx.Node, keys: fx.Node, values: fx
     return op.call(FUSED, q, *rows, None, *core.args[4:5], **named)
 
 
-def _opened(op: Builder, mask: fx.Node, k: fx.Node, length: int) -> fx.Node:
-    """A mask with open columns in front, of any number of leading axes."""
+def _longer(op: Builder, mask: fx.Node, k: fx.Node, length: int, bias: Bias) -> fx.Node:
+    """A mask with columns for the rows in front, of any number of leading axes."""
     value = mask.meta["val"]
     sizes = [n if isinstance(n, int) else op.call(aten.sym_size.int, mask, i) for i, n in enumerate(value.shape)]
     if sizes[-1] == 1:
         mask = op.call(aten.expand.default, mask, [*sizes[:-1], op.call(aten.sym_size.int, k, -2)])
-    fill = True if value.dtype == torch.bool else 0.0
-    return op.call(aten.cat.default, [op.call(aten.new_full.default, mask, [*sizes[:-1], length], fill), mask], -1)
+    front = bias(mask)
+    if front is None:
+        fill = True if value.dtype == torch.bool else 0.0
+        front = op.call(aten.new_full.default, mask, [*sizes[:-1], length], fill)
+    return op.call(aten.cat.default, [front, mask], -1)
 
 
 # attention written out
 
 
-def _written(m: Match, op: Builder, core: fx.Node, keys: fx.Node, values: fx.Node, alone: bool) -> fx.Node:
+def _written(m: Match, op: Builder, core: fx.Node, keys: fx.Node, values: fx.Node, bias: Bias | None) -> fx.Node:
     product, scores, output = m.names[m.site.ports["product"]], core.args[0], m.names[m.port("output")]
     assert isinstance(scores, fx.Node)
     q, v = m.value("q"), m.value("v")
@@ -237,8 +272,8 @@ def _written(m: Match, op: Builder, core: fx.Node, keys: fx.Node, values: fx.Nod
         raise _refusal(m, product)
     if q.meta["val"].dim() == 3 and m.site.heads is None:
         raise _refusal(m, q)
-    own = _scaled(m, op, product, scores, _own_scores(m, op, product, q, keys))
-    if alone:
+    own = _scaled(m, op, product, scores, _own_scores(m, op, product, q, keys), bias or _open)
+    if bias is None:
         copies = {scores: own, v: _like(op, v, _instead(op, values, _by_head(m, op, v)))}
     else:
         copies = {scores: op.call(aten.cat.default, [own, scores], -1), v: _in_front(m, op, values, v)}
@@ -265,15 +300,17 @@ def _own_scores(m: Match, op: Builder, product: fx.Node, q: fx.Node, keys_1GLD: 
     return own
 
 
-def _scaled(m: Match, op: Builder, product: fx.Node, scores: fx.Node, own: fx.Node) -> fx.Node:
-    """What the model does to its scores, without the masks and biases that it adds to them."""
+def _scaled(m: Match, op: Builder, product: fx.Node, scores: fx.Node, own: fx.Node, bias: Bias) -> fx.Node:
+    """What the model does to its scores, with what `bias` gives of the masks and biases that it adds to them."""
     inside = {product, *_tensors(op.between(product, scores))}
     copies = {product: own}
     for node in _tensors(op.between(product, scores)):
         signal = next(one for one in node.all_input_nodes if one in inside)
         others = _tensors(one for one in node.all_input_nodes if one is not signal)
         if node.target in MASKS and others:
-            copies[node] = copies[signal]
+            found = {one: bias(one) for one in others}
+            front = {one: value for one, value in found.items() if value is not None}
+            copies[node] = op.copy(node, front | {signal: copies[signal]}) if front else copies[signal]
         elif node.target in SCALES and all(_is_one_for_all_keys(one) for one in others):
             copies[node] = op.copy(node, copies)
         else:

@@ -96,12 +96,22 @@ def test_the_position_table_makes_the_difference(tmp_path: Path) -> None:
     assert pd.difference(pd.asked(loaded.module(), inputs()), pd.asked(theirs, inputs())) > 1e-3
 
 
-def test_t5_gives_the_prefix_biases(tmp_path: Path) -> None:
+@pytest.mark.parametrize("attn", zoo.ATTENTIONS)
+def test_t5_gives_the_prefix_biases(attn: str, tmp_path: Path) -> None:
     theirs = pd.wrapped("t5", peft.PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=LENGTH))
-    with pytest.raises(pg.AdapterError, match="biases of the distance reach peft's prefix"):
-        zoo.traced("t5").load_adapter(pd.saved(theirs, tmp_path))
+    loaded = zoo.traced("t5", attn).load_adapter(pd.saved(theirs, tmp_path))
+    example = zoo.example("t5", 2, 9)
+    wanted = pd.asked(theirs, example)
+    assert "placed=true" in str(loaded.recipe)
+    assert pd.difference(pd.asked(loaded.module(), example), wanted) < 1e-6
+    assert pd.difference(pd.asked(zoo.build("t5"), example), wanted) > 1e-2
+    again = pd.read_by_peft("t5", loaded.save_adapter(tmp_path / "again", format="peft"))
+    assert pd.difference(pd.asked(again, example), wanted) < 1e-6
+
+
+def test_a_prefix_without_them_is_not_pefts(tmp_path: Path) -> None:
     tuned = zoo.traced("t5").apply(Prefix(at=AT, length=LENGTH, hidden=None))
-    with pytest.raises(pg.AdapterError, match=r"prefix\{.* is a prefix in a decoder beside an encoder"):
+    with pytest.raises(pg.AdapterError, match="biases of the distance fall on its prefix, as with placed=true"):
         tuned.save_adapter(tmp_path / "adapter", format="peft")
 
 

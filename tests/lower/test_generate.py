@@ -137,6 +137,15 @@ def test_methods_decode_as_they_read(name: str, method: str) -> None:
     assert torch.equal(found[:, 7:], greedy(net, inputs, 9))
 
 
+@pytest.mark.parametrize("name", ["t5", "gemma2"])
+def test_rows_with_places_keep_them_in_later_calls(name: str) -> None:
+    """Biases and windows of a step are those of the whole text."""
+    place = 'attention.core & stack("decoder") & kind("self")' if name == "t5" else "attention.core"
+    method = Prefix(at=place, length=3, hidden=None, placed=True)
+    net = zoo.randomise(zoo.cached(name).apply(method), 0.5).module().eval()
+    assert torch.equal(tokens(net, prompt()), tokens(net, prompt(), use_cache=False))
+
+
 def greedy(net: nn.Module, inputs: dict[str, Tensor], count: int) -> Tensor:
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     for _ in range(count):

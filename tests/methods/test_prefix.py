@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import attended
@@ -10,6 +11,7 @@ import torch
 import truth
 import zoo
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 import peftgraph as pg
 from peftgraph.passes import LoRA, Prefix
@@ -87,6 +89,37 @@ def test_padding_changes_no_answer(name: str, side: str, attn: str) -> None:
     program = zoo.randomise(zoo.positioned(name, attn).apply(Prefix(length=3, hidden=None)), 0.5)
     batch, single = zoo.unpadded(program.module().eval(), name, side)
     assert float((batch - single).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("attn", zoo.ATTENTIONS)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_placed_rows_are_seen_as_earlier_tokens(name: str, attn: str) -> None:
+    """The model itself with the rows in its cache, through windows that are shorter than the text (Gemma 2)."""
+    inputs, model = zoo.example(name, 2, 9, F64), zoo.build(name, attn, F64)
+    inputs["attention_mask"][:] = 1
+    inputs["position_ids"] = torch.arange(9).expand(2, -1).clone()
+    method = Prefix(length=3, hidden=None, placed=True)
+    program = zoo.randomise(pg.trace(model, inputs).apply(method), 0.5)
+    cache = DynamicCache()
+    for layer, pair in enumerate(rows(program)):
+        heads = [row.detach().unflatten(-1, (-1, 8)).transpose(0, 1).expand(2, -1, -1, -1) for row in pair]
+        cache.update(*heads, layer)
+    longer = inputs | {"attention_mask": torch.ones(2, 12, dtype=torch.long)}
+    word = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    theirs = answer(model, longer | {word: cache})
+    ours = answer(program.module().eval(), inputs)
+    assert float((ours - theirs).detach().abs().max()) < 1e-6 * float(theirs.detach().abs().max())
+    open_to_all = program.remove(0).apply(Prefix(length=3, hidden=None))
+    with torch.no_grad():
+        for key, value in open_to_all.table.trainable.items():
+            value.copy_(program.table[key].tensor)
+    far = float((answer(open_to_all.module().eval(), inputs) - ours).detach().abs().max())
+    assert (far > 1e-3) == (name == "gemma2")
+
+
+def test_biases_that_depend_on_more_than_places_are_refused() -> None:
+    with pytest.raises(pg.PeftGraphError, match="depends on .*, a product of the model's own"):
+        zoo.traced("deberta").apply(Prefix(length=3, placed=True))
 
 
 @pytest.mark.parametrize("name", zoo.NAMES)

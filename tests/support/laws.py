@@ -153,6 +153,9 @@ LINES: dict[str, Line] = {
     "zero_init_prefix": Line((ZeroInitPrefix(length=2),), folds=False, reference=False),
     "unipelt": Line((UniPELT(methods=GATED),), folds=False, away=True, reference=False),
     "mam": Line((MAM(length=2, hidden=5, width=3),), folds=False, away=True, reference=False, variant=True),
+    "prefix_placed": Line(
+        (Prefix(length=2, hidden=None, placed=True),), folds=False, away=True, reference=False, variant=True
+    ),
     "prefix+lora": Line((Prefix(length=3, hidden=5), LoRA(rank=2)), folds=False, away=True, reference=False),
 }
 

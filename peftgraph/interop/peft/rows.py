@@ -11,6 +11,7 @@ Source: huggingface/peft 0.21, peft_model.py (get_prompt, forward), tuners/adapt
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any, cast
 
 from torch import Tensor
@@ -47,14 +48,16 @@ def prefix_parts(program: ProgramData, sites: Sites, config: PeftConfig, tensors
     for number, site in enumerate(cores):
         own = served(number, layers) if beside else number
         values[site.id, "prefix_k"], values[site.id, "prefix_v"] = by_layer[:, 2 * own], by_layer[:, 2 * own + 1]
-    length = len(rows)
-    warnings.warn(
-        f"{config.directory}: peft counts the positions of tokens from the prefix's length on. "
-        f"{same_positions(program, length, beside, config.directory)} for the same outputs; without that tokens keep "
-        "their own positions.",
-        stacklevel=5,
-    )
-    return [Filled(find_pass("prefix")(at=selector_of(sites, cores), length=length, hidden=None), values)]  # pyright: ignore[reportCallIssue]
+    length, placed = len(rows), have_biases(program, cores)
+    positions = None if placed else same_positions(program, length, beside, config.directory)
+    if positions is not None:
+        warnings.warn(
+            f"{config.directory}: peft counts the positions of tokens from the prefix's length on. {positions} for the "
+            "same outputs; without that tokens keep their own positions.",
+            stacklevel=5,
+        )
+    method = cast(Any, find_pass("prefix"))(at=selector_of(sites, cores), length=length, hidden=None, placed=placed)
+    return [Filled(method, values)]
 
 
 def decoder_cores(sites: Sites) -> list[Site]:
@@ -67,11 +70,26 @@ def served(layer: int, layers: int) -> int:
     return 2 * layer % layers
 
 
+def have_biases(program: ProgramData, cores: Sequence[Site]) -> bool:
+    """Whether trained biases of the distance are added in attentions, as in T5; they reach peft's prefix."""
+    products = {name for site in cores for port, name in site.ports.items() if port in "qkv" or "product" in port}
+    todo = [program.node(site.op) for site in cores]
+    seen = {*todo, *map(program.node, products)}
+    while todo:
+        node = todo.pop()
+        if node.op == "get_attr" and program.table[str(node.target)].kind == "parameter":
+            return True
+        new = [one for one in node.all_input_nodes if one not in seen]
+        seen.update(new)
+        todo += new
+    return False
+
+
 def same_positions(program: ProgramData, length: int, beside: bool, what: object) -> str:
     """How a model is told the positions that peft gives it.
 
     Raises:
-        AdapterError: it has none that could be told, as T5, where a bias of the distance reaches the prefix.
+        AdapterError: it has none that could be told.
     """
     if not beside:
         return f"Give the model position_ids that start at {length}"
@@ -79,8 +97,8 @@ def same_positions(program: ProgramData, length: int, beside: bool, what: object
     if len(tables) != 1:
         raise AdapterError(
             f"{what} is a prefix in a decoder beside an encoder, where peft counts the positions of tokens from the "
-            f"prefix's length on. This {program.model} has no table of the decoder's positions: biases of the distance "
-            "reach peft's prefix, or positions are worked out on the way, and no pass does either."
+            f"prefix's length on. This {program.model} has no table of the decoder's positions: they are worked out on "
+            "the way, and no pass moves those."
         )
     return f"Trace a model whose {tables[0]} starts {length} rows later"
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peftgraph.errors import AdapterError
-from peftgraph.interop.peft.rows import decoder_cores, same_positions, served
+from peftgraph.interop.peft.rows import decoder_cores, have_biases, same_positions, served
 from peftgraph.interop.peft.tensors import PREFIX, ROWS
 from peftgraph.interop.written import Places, Written
 from peftgraph.ir.program import ProgramData
@@ -31,17 +31,21 @@ def write_prefix(program: ProgramData, sites: Sites, places: Places) -> Written:
     if len(places) != len(cores) or found.keys() != {site.id for site in cores} or not one_stack:
         where = "self-attention of the decoder" if beside else "attention of one stack of layers"
         raise _refused(method, places[0][1], f"its prefix stands once in every {where}")
-    positions = same_positions(program, method.length, beside, method)
+    biased = have_biases(program, cores)
+    if biased and not method.placed:
+        raise _refused(method, places[0][1], "biases of the distance fall on its prefix, as with placed=true")
+    positions = None if biased else same_positions(program, method.length, beside, method)
     by_layer = [[found[site.id][name] for name in ("prefix_k", "prefix_v")] for site in cores]
     by_layer = _for_two(method, cores, by_layer) if beside else by_layer
     rows = [row for layer in by_layer for row in layer]
     if len({row.shape for row in rows}) > 1:
         raise _refused(method, places[0][1], "its keys and values have the same width in every layer")
-    warnings.warn(
-        "peft counts the positions of tokens from the prefix's length on. "
-        f"{positions} for the answers that peft gives.",
-        stacklevel=5,
-    )
+    if positions is not None:
+        warnings.warn(
+            "peft counts the positions of tokens from the prefix's length on. "
+            f"{positions} for the answers that peft gives.",
+            stacklevel=5,
+        )
     options = {
         "peft_type": "PREFIX_TUNING",
         "num_virtual_tokens": method.length,
