@@ -6,7 +6,8 @@
 W_k and W_v are the model's own, frozen; the softmax over the rows is apart from the one over the tokens, and the rows
 carry no position. g starts at zero, so a fresh pass is the identity. The paper has a gate for each head; its code
 squashes it (tanh=true), and peft has one for each layer (gate="layer"). The paper puts prefixes into the upper layers,
-30 of 32: at="attention.core & layers(2,32)".
+30 of 32: at="attention.core & layers(2,32)". What peft calls LLaMA-Adapter in GPT-2 adds the second term behind W_o and
+not under it; that is at="attention".
 Shapes: L length, D features that W_k and W_v read, P (L, D), G heads of keys, F features of one, H heads of queries,
 g (H,) or (1,). P starts standard normal.
 Source: arXiv 2303.16199, section 3.2, equations 5 to 8; ZrrSkywalker/LLaMA-Adapter, llama/model.py.
@@ -30,7 +31,7 @@ class ZeroInitPrefix(pg.Pass):
     """Rows that each attention projects itself, behind a gate.
 
     Attributes:
-        at: attention cores; of self-attention by default.
+        at: attention cores; of self-attention by default. Whole attentions get the term behind their output projection.
         length: L, how many rows.
         gate: one for each "head", or for each "layer".
         tanh: whether the gate is squashed.
@@ -53,8 +54,20 @@ class ZeroInitPrefix(pg.Pass):
         return [pg.Rule(at=self.at, delta=self.delta, fold=reason)]
 
     def delta(self, m: pg.Match, op: pg.Builder) -> fx.Node:
-        """g softmax(q P_K^T) P_V."""
-        keys, values = self.projection(m, pg.attention.k), self.projection(m, pg.attention.v)
+        """g softmax(q P_K^T) P_V, as the core gives its heads; side by side behind a whole attention."""
+        if m.site.role != "attention":
+            return self.attended(m, op)
+        heads = self.attended(self.one_of(m, pg.attention.core), op)
+        sizes = tuple(heads.meta["val"].shape)
+        self.require(
+            len(sizes) == 4 and sizes[1] * sizes[3] == m.features,
+            f"{m.site.id} gives {m.features} features, and its core {' x '.join(map(str, sizes))}.",
+        )
+        return op.call(aten.flatten.using_ints, op.call(aten.transpose.int, heads, 1, 2), 2)
+
+    def attended(self, m: pg.Match, op: pg.Builder) -> fx.Node:
+        """g softmax(q P_K^T) P_V at a core."""
+        keys, values = self.one_of(m, pg.attention.k), self.one_of(m, pg.attention.v)
         self.require(
             keys.shape[1] == values.shape[1],
             f"the keys of {m.site.id} are made of {keys.shape[1]} features and its values of {values.shape[1]}.",
@@ -74,12 +87,10 @@ class ZeroInitPrefix(pg.Pass):
         gate = op.param("gate", (count,), pg.init.zeros)
         return op.call(aten.view.default, op.activation("tanh", gate) if self.tanh else gate, [count, 1, 1])
 
-    def projection(self, m: pg.Match, role: pg.Selector) -> pg.Match:
-        """The one projection that gives the keys, or the values, of an attention."""
+    def one_of(self, m: pg.Match, role: pg.Selector) -> pg.Match:
+        """The one projection that gives the keys, or the values, of an attention; or its core."""
         found = [one for one in m.related(role, same_layer=True) if one.site.kind == m.site.kind]
-        self.require(
-            len(found) == 1, f"{m.site.id} has {len(found)} projections at {role}, and the rows go through one."
-        )
+        self.require(len(found) == 1, f"{m.site.id} has {len(found)} sites at {role}, and the rows go through one.")
         return found[0]
 
     def projected(self, op: pg.Builder, one: pg.Match, rows_LD: fx.Node, sizes: tuple[int, int]) -> fx.Node:

@@ -211,11 +211,6 @@ def test_a_scaled_input_of_a_fused_projection(tmp_path: Path) -> None:
     refused(pd.saved(pd.wrapped("gpt2", config), tmp_path), words, "gpt2")
 
 
-def test_llama_adapters_in_gpt2(tmp_path: Path) -> None:
-    config = peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=4, adapter_layers=2)
-    refused(pd.saved(pd.wrapped("gpt2", config), tmp_path), "peft adds it behind the output projection", "gpt2")
-
-
 def test_names(directory: Path) -> None:
     loaded = zoo.traced("llama").load_adapter(directory)
     with pytest.raises(pg.Conflict, match="exists already"):
@@ -286,4 +281,19 @@ def test_llama_adapters(layers: int, tmp_path: Path) -> None:
     loaded = zoo.traced("llama").load_adapter(pd.saved(theirs, tmp_path))
     inputs = zoo.example("llama")
     assert pd.difference(pd.asked(loaded.module(), inputs), pd.asked(theirs, inputs)) < 1e-6
+    assert len(loaded.edits) == layers
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_what_peft_calls_so_in_gpt2(layers: int, tmp_path: Path) -> None:
+    config = peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=LENGTH, adapter_layers=layers)
+    theirs = pd.wrapped("gpt2", config)
+    with pytest.warns(UserWarning, match="as peft does in GPT-2: it is loaded as it was trained") as caught:
+        loaded = zoo.traced("gpt2").load_adapter(pd.saved(theirs, tmp_path))
+    assert caught[0].filename == __file__
+    inputs = zoo.example("gpt2")
+    wanted = pd.asked(theirs, inputs)
+    assert pd.difference(pd.asked(loaded.module(), inputs), wanted) < 1e-6
+    assert pd.difference(pd.asked(zoo.build("gpt2"), inputs), wanted) > 1e-3
+    assert "zero_init_prefix{at=attention" in str(loaded.recipe)
     assert len(loaded.edits) == layers

@@ -59,6 +59,7 @@ CASES: dict[str, tuple[str, tuple[pg.Pass, ...]]] = {
     "ia3-of-a-slice": ("gpt2", (IA3(),)),
     "ia3-and-head": ("vit", (IA3(), Freeze(at="head"))),
     "ia3-inputs": ("bert", (IA3(at="attention.o|ffn.up", side="input"),)),
+    "llama-adapter-in-gpt2": ("gpt2", (ZeroInitPrefix(at="attention&layers(1)", length=4, gate="layer"),)),
     "llama-adapter": ("llama", (ZeroInitPrefix(at="attention.core&layers(1)", length=4, gate="layer", tanh=True),)),
 }  # fmt: skip
 
@@ -153,8 +154,9 @@ REFUSED: dict[str, tuple[str, tuple[pg.Pass, ...], str]] = {
     "prompt-inside": ("bert", (Prompt(length=2, place="after_first"),), "its rows stand in front of all tokens"),
     "some-layers": ("llama", (Prefix(at="attention.core&layers(1)", hidden=None),), "once in every attention of one"),
     "two-stacks": ("t5", (Prefix(hidden=None),), "once in every self-attention of the decoder"),
-    "gate-a-head": ("llama", (ZeroInitPrefix(length=2),), "it has one gate a layer, in Llama and Mistral models"),
-    "gate-elsewhere": ("mixtral", (ZeroInitPrefix(length=2, gate="layer"),), "in Llama and Mistral models"),
+    "gate-a-head": ("llama", (ZeroInitPrefix(length=2),), "it has one gate a layer, in Llama, Mistral, GPT2"),
+    "gate-elsewhere": ("mixtral", (ZeroInitPrefix(length=2, gate="layer"),), "in Llama, Mistral, GPT2 models"),
+    "gate-under-the-output": ("gpt2", (ZeroInitPrefix(length=2, gate="layer"),), "peft's stands at attention"),
     "lower-layers": ("llama", (ZeroInitPrefix(at="attention.core&layers(0)", length=2, gate="layer"),), "uppermost"),
 }  # fmt: skip
 

@@ -125,24 +125,27 @@ def adaption_parts(program: ProgramData, sites: Sites, config: PeftConfig, tenso
     """The pass of an ADAPTION_PROMPT directory: LLaMA-Adapter with one gate a layer.
 
     Raises:
-        AdapterError: a target is no attention, or has a fused projection, behind whose output peft adds.
+        AdapterError: a target is no attention.
     """
-    cores = {site.path: site for site in sites.select("attention.core")}
-    fused = [site for site in sites.select("attention.k|attention.v") if site.columns is not None]
+    fused = any(site.columns is not None for site in sites.select("attention.k|attention.v"))
+    known = {site.path: site for site in sites.select("attention" if fused else "attention.core")}
     values: dict[Key, Tensor] = {}
     places: list[Site] = []
     for place in tensors.modules:
-        site = cores.get(place[0])
-        if site is None or fused:
-            raise AdapterError(
-                f"{config.directory} has a prompt at {place[0]}, which is no attention with projections of its own "
-                "for keys and values. In GPT-2 peft adds it behind the output projection, which no pass does."
-            )
+        site = known.get(place[0])
+        if site is None:
+            raise AdapterError(f"{config.directory} has a prompt at {place[0]}, which is no attention.")
         rows = tensors.of(place, "prefix", config)
         values[site.id, "prefix"] = rows.flatten(0, -2)
         values[site.id, "gate"] = tensors.of(place, "gate", config)
         places.append(site)
     length = int(config.number("adapter_len", 10))
+    if fused:
+        warnings.warn(
+            f"{config.directory} adds what the queries get from the rows behind the output projection, as peft does in "
+            "GPT-2: it is loaded as it was trained, but the paper's LLaMA-Adapter adds it to the heads.",
+            stacklevel=5,
+        )
     method = find_pass("zero_init_prefix")(at=selector_of(sites, places), length=length, gate="layer")  # pyright: ignore[reportCallIssue]
     return [Filled(method, values)]
 

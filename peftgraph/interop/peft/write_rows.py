@@ -15,7 +15,8 @@ from peftgraph.interop.written import Places, Written
 from peftgraph.ir.program import ProgramData
 from peftgraph.sites import Site, Sites
 
-ADAPTED = ("Llama", "Mistral")  # the families that peft puts LLaMA-Adapter into as the paper does
+# The families that peft puts LLaMA-Adapter into, and the role it stands at: that of the paper, or behind the output.
+ADAPTED = {"Llama": "attention.core", "Mistral": "attention.core", "GPT2": "attention"}
 
 
 def write_prefix(program: ProgramData, sites: Sites, places: Places) -> Written:
@@ -105,10 +106,12 @@ def write_adaption(program: ProgramData, sites: Sites, places: Places) -> Writte
         AdapterError: peft's format has no such rows.
     """
     method = places[0][0]
-    cores = list(sites.select("attention.core"))[-len(places) :]
-    if not program.model.startswith(ADAPTED) or method.gate != "layer":
-        raise _refused(method, places[0][1], f"it has one gate a layer, in {' and '.join(ADAPTED)} models")
-    if {site.id for site in cores} != {site.id for _, site, _ in places}:
+    role = next((role for family, role in ADAPTED.items() if program.model.startswith(family)), None)
+    if role is None or method.gate != "layer":
+        raise _refused(method, places[0][1], f"it has one gate a layer, in {', '.join(ADAPTED)} models")
+    if any(site.role != role for _, site, _ in places):
+        raise _refused(method, places[0][1], f"in {program.model} peft's stands at {role}")
+    if {site.id for site in list(sites.select(role))[-len(places) :]} != {site.id for _, site, _ in places}:
         raise _refused(method, places[0][1], "it stands once in each of the uppermost layers")
     written = {}
     for _, site, tensors in places:
