@@ -151,6 +151,12 @@ LINES: dict[str, Line] = {
         (PTuning(length=2, hidden=4),), folds=False, away=True, reference=False, variant=True, meaningless=no_tokens
     ),
     "zero_init_prefix": Line((ZeroInitPrefix(length=2),), folds=False, reference=False),
+    "zero_init_behind": Line(
+        (ZeroInitPrefix(at='attention & kind("self")', length=2, tanh=True),),
+        folds=False,
+        reference=False,
+        variant=True,
+    ),
     "unipelt": Line((UniPELT(methods=GATED),), folds=False, away=True, reference=False),
     "mam": Line((MAM(length=2, hidden=5, width=3),), folds=False, away=True, reference=False, variant=True),
     "prefix_placed": Line(
