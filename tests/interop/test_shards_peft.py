@@ -43,6 +43,10 @@ CASES: dict[str, tuple[str, peft.PeftConfig, torch.dtype]] = {
                         torch.float32),
     "parameters by themselves": ("llama", lora(target_parameters=["self_attn.o_proj.weight"], alpha_pattern={
         "self_attn.o_proj.weight": 9}), torch.float32),
+    "tokens of a tied table": ("llama", lora("q_proj", trainable_token_indices=[5, 2]), torch.bfloat16),
+    "tokens alone": ("bert", peft.TrainableTokensConfig(token_indices=[60, 3]), torch.float32),
+    "tokens of two tables": ("mixtral", lora("q_proj", trainable_token_indices={
+        "embed_tokens": [5], "lm_head": [7, 2]}), torch.float32),
     "untied embedding and head": ("mixtral", lora("embed_tokens", modules_to_save=["lm_head"]), torch.float32),
 }  # fmt: skip
 
@@ -110,7 +114,7 @@ def test_the_same_lora_gives_the_same_bits_in_both_formats(tmp_path: Path) -> No
     [
         ("llama", lora("embed_tokens"), "tied to lm_head.weight"),
         ("llama", lora("q_proj", modules_to_save=["lm_head"]), "tied to model.embed_tokens.weight"),
-        ("llama", lora("q_proj", trainable_token_indices=[1, 2]), "has trainable_token_indices"),
+        ("llama", lora("q_proj", trainable_token_indices={"lm_head": [1, 2]}), "tied to model.embed_tokens.weight"),
         ("llama", lora("q_proj", init_lora_weights="pissa"), "changes the base's weights too"),
         ("bert", peft.PromptTuningConfig(num_virtual_tokens=2, task_type="FEATURE_EXTRACTION"), "PROMPT_TUNING"),
     ],

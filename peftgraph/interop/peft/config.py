@@ -116,6 +116,24 @@ class PeftConfig:
         rank = self.rank(key)
         return self.alpha(key) / (math.sqrt(rank) if self.of("use_rslora", bool, False) else rank)
 
+    @property
+    def given_tokens(self) -> Any:
+        """The tokens of the model's embedding whose rows train, or those of modules by the ends of their paths."""
+        return self.of("trainable_token_indices", (list, dict), []) or self.of("token_indices", list, [])
+
+    def tokens(self, path: str) -> tuple[int, ...]:
+        """The tokens of a module whose rows train.
+
+        Raises:
+            AdapterError: they are no numbers.
+        """
+        given = self.given_tokens
+        if isinstance(given, dict):
+            given = next((value for end, value in given.items() if path.endswith(end)), [])
+        if not isinstance(given, list) or not all(isinstance(one, int) and not isinstance(one, bool) for one in given):
+            raise AdapterError(f"{self.directory / CONFIG} is damaged: the tokens of {path} cannot be {given!r}.")
+        return tuple(given)
+
     def selects(self, path: str) -> bool:
         """Whether a module is a target."""
         return self.names("target_modules", path) and not (

@@ -37,7 +37,7 @@ def token_parts(program: ProgramData, sites: Sites, config: PeftConfig, tensors:
     parts: list[Filled] = []
     for path, chosen in sorted(tables.items(), key=lambda item: item[1][0].role != "embedding"):
         name = f"table{len(parts) + 1}" if parts else ""
-        options: dict[str, Any] = {"tokens": _numbers(config, path), "at": selector_of(sites, chosen), "name": name}
+        options: dict[str, Any] = {"tokens": config.tokens(path), "at": selector_of(sites, chosen), "name": name}
         parts.append(Filled(find_pass("trainable_tokens")(**options), {(chosen[0].id, TOKENS): held[path]}))
     warn_of_biases(program, sites, tables)
     return parts
@@ -58,7 +58,7 @@ def warn_of_biases(program: ProgramData, sites: Sites, paths: Iterable[str]) -> 
 def _check_complete(program: ProgramData, config: PeftConfig, held: Mapping[str, Tensor]) -> None:
     """Refuses a file without the rows that its options speak of: peft would start them anew. It may have those of tied
     modules once."""
-    given = _given(config)
+    given = config.given_tokens
     ends: Sequence[str] = list(given) if isinstance(given, dict) else [""][: len(given)]
     names = {f"{path}.weight" for path in held}
     tied = {name for one in names & program.table.keys() for name in program.table.tied(one)}
@@ -67,21 +67,6 @@ def _check_complete(program: ProgramData, config: PeftConfig, held: Mapping[str,
     if lacking is not None:
         where = lacking or "the embedding"
         raise AdapterError(f"{config.directory}: tokens of {where} train, of which the file has no tensors.")
-
-
-def _given(config: PeftConfig) -> Any:
-    """The tokens of the model's embedding, or those of modules by the ends of their paths."""
-    return config.of("trainable_token_indices", (list, dict), []) or config.of("token_indices", list, [])
-
-
-def _numbers(config: PeftConfig, path: str) -> tuple[int, ...]:
-    """The tokens of a module."""
-    given = _given(config)
-    if isinstance(given, dict):
-        given = next((value for end, value in given.items() if path.endswith(end)), [])
-    if not isinstance(given, list) or not all(isinstance(one, int) and not isinstance(one, bool) for one in given):
-        raise AdapterError(f"{config.directory / CONFIG} is damaged: the tokens of {path} cannot be {given!r}.")
-    return tuple(given)
 
 
 def _tables(program: ProgramData, config: PeftConfig, held: Mapping[str, Tensor]) -> Iterable[str]:
@@ -104,12 +89,12 @@ def _tables(program: ProgramData, config: PeftConfig, held: Mapping[str, Tensor]
 
 
 def _check_alike(config: PeftConfig, held: Mapping[str, Tensor], first: str, path: str) -> None:
-    numbers = _numbers(config, path)
+    numbers = config.tokens(path)
     if len(numbers) != len(held[path]):
         raise AdapterError(
             f"{config.directory}: {path} has {len(held[path])} rows, {CONFIG} says {len(numbers)} tokens."
         )
-    if numbers != _numbers(config, first) or not torch.equal(held[path], held[first]):
+    if numbers != config.tokens(first) or not torch.equal(held[path], held[first]):
         raise AdapterError(
             f"{config.directory} has other tokens of {path} than of {first}, which are tied here, and peft cuts that "
             "tie. Trace a model whose configuration has tie_word_embeddings=False."

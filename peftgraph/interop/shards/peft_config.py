@@ -13,8 +13,12 @@ PLACES = ("bias", "exclude_modules", "fan_in_fan_out", "feedforward_modules", "l
 STARTS = ("corda_config", "ensure_weight_tying", "eva_config", "init_ia3_weights", "loftq_config", "lora_dropout",
           "lora_ga_config", "megatron_core", "qalora_group_size", "runtime_config")  # fmt: skip
 READ = ("init_lora_weights", "alpha_pattern", "lora_alpha", "lora_bias", "r", "rank_pattern", "target_parameters",
-        "use_dora", "use_rslora")  # fmt: skip
-MERGED = {"LORA": (*PLACES, *STARTS, *READ), "IA3": (*PLACES, *STARTS)}
+        "trainable_token_indices", "use_dora", "use_rslora")  # fmt: skip
+MERGED = {
+    "LORA": (*PLACES, *STARTS, *READ),
+    "IA3": (*PLACES, *STARTS),
+    "TRAINABLE_TOKENS": (*PLACES, "init_weights", "token_indices"),
+}
 PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # the others change the base's weights
 
 
@@ -22,7 +26,8 @@ def read_merge(directory: Path) -> PeftConfig:
     """The checked options of an adapter that is to be merged weight by weight.
 
     Raises:
-        AdapterError: it is no LoRA or (IA)3, or has an option that a sum with the base's weights does not express.
+        AdapterError: it is no LoRA, (IA)3 or rows of tokens, or has an option that a change of the base's weights does
+            not express.
     """
     refused = "and no merge by weights that is known to be exact. Merge it with peft's own merge_and_unload."
     config = PeftConfig.read(directory, MERGED, refused)

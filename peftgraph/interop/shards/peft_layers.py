@@ -4,6 +4,7 @@
     DoRA    W <- g V                    V = W + s B A, g = m / ||V|| over the inputs of each output feature
             A and B of a stack of E experts are (E R, I) and (O, R E), and each expert's W has its own of them
     (IA)3   W <- diag(l) W, b <- l b    for an output;  W <- W diag(l) for an input
+    tokens  W[t] <- the trained row of every token t, in the stored table (V, D)
 
 Shapes: I in, O out, R rank; A (R, I), B (O, R), m and d (O,); l (O, 1) or (1, I). An embedding is the matrix that maps
 its V numbers to D features: I = V, O = D, stored (in, out) as a Conv1D is. What is computed in is what folding
@@ -33,14 +34,16 @@ class Change:
     Attributes:
         view: the tensor as a matrix (O, I), or a bias (O,).
         replaced: the adapter's tensor that takes its place first; None where the stored one stays.
-        parts: the adapter's tensors of the change, by role: "A" and "B", "m", "d", "l".
+        parts: the adapter's tensors of the change, by role: "A" and "B", "m", "d", "l", "rows".
         scale: s.
+        tokens: of the rows.
     """
 
     view: View
     replaced: str | None
     parts: Mapping[str, str]
     scale: float = 1.0
+    tokens: tuple[int, ...] = ()
 
     def apply(self, stored: Tensor, load: Load, expert: int | None = None) -> Tensor:
         """The new value of the tensor, in its dtype, computed in its memory: a part of it is wide at a time.
@@ -52,6 +55,8 @@ class Change:
         """
         if not self.parts:
             return stored
+        if self.tokens:
+            return stored.index_copy_(0, torch.tensor(self.tokens), load(self.parts["rows"]).to(stored.dtype))
         dtype = accumulation_dtype(stored.dtype)
         own = {role: load(key).to(dtype) for role, key in self.parts.items()}
         if self.view.vector:

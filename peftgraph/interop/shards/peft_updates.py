@@ -1,4 +1,4 @@
-"""An adapter of huggingface/peft (LoRA, DoRA, (IA)3) as updates of a checkpoint, without tracing the model.
+"""An adapter of huggingface/peft (LoRA, DoRA, (IA)3, rows of tokens) as updates of a checkpoint; nothing is traced.
 
 The model on the meta device says of every module what it is, so that a transposed weight is known by its class and not
 by its shape, and which weights are tied.
@@ -25,7 +25,8 @@ from peftgraph.interop.shards.tensor_file import FLOATS, TensorFile
 from peftgraph.interop.shards.updates import Read, stored_as
 from peftgraph.rewrite.views import View
 
-ROLES = {"lora_A": "A", "lora_B": "B", "dora_m": "m", "ia3_l": "l"}  # our names -> the role in the change
+# Our names of an adapter's tensors, and the role of each in the change.
+ROLES = {"lora_A": "A", "lora_B": "B", "dora_m": "m", "ia3_l": "l", "tokens": "rows"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,10 +200,13 @@ def _change(config: PeftConfig, file: TensorFile, base: _Base, parameter: str, r
         raise AdapterError(f"{where}: {module} is a {kind}, which is not merged by weights here. Merge it with peft.")
     at = parameter if config.selects_parameter(parameter) else module
     shapes = {role: file.slots[key].shape for role, key in parts.items()}
-    wanted = _shapes(config, at, view.shape(full), shapes)
+    tokens = config.tokens(module) if "rows" in parts else ()
+    wanted = {"rows": (len(tokens), *full.shape[1:])} if tokens else _shapes(config, at, view.shape(full), shapes)
     if shapes != wanted:
         raise AdapterError(f"{where}: the tensors of {parameter} have shapes {shapes}; {wanted} would fit the base.")
-    return Change(view, replaced, parts, 1.0 if "l" in parts else config.scale(at))
+    if tokens and not 0 <= min(tokens) <= max(tokens) < len(full):
+        raise AdapterError(f"{where}: a token of {module} is not in 0 to {len(full) - 1}.")
+    return Change(view, replaced, parts, config.scale(at) if parts.keys() & {"A", "d"} else 1.0, tokens)
 
 
 def _shapes(
@@ -220,11 +224,25 @@ def _shapes(
 
 
 def _check_ties(file: TensorFile, base: _Base, name: str, changes: Mapping[str, Change]) -> None:
-    """Refuses a change of a tied weight, unless the adapter gives all its names the same new value."""
+    """Refuses a change of a tied weight, unless the adapter gives all its names the same new value, as it does with
+    the rows of the first one, the embedding's."""
     for other in base.tied(name)[1:]:
+        if _are_the_first_ones_rows(file, base, name, changes):
+            continue
         pair = [changes[one] for one in (name, other) if one in changes]
         values = [file.read(change.replaced) for change in pair if change.replaced and not change.parts]
         if len(values) < 2 or not torch.equal(*values):
             raise AdapterError(
                 f"{name} is tied to {other}, and the change would leak into it. Untie them before the merge."
             )
+
+
+def _are_the_first_ones_rows(file: TensorFile, base: _Base, name: str, changes: Mapping[str, Change]) -> bool:
+    """Whether all that changes a tied table are the rows of its first name."""
+    tied = set(base.tied(name))
+    first = changes.get(next(one for one in base.tensors if one in tied))
+    if first is None or not first.tokens:
+        return False
+    found = [changes[one] for one in tied if one in changes]
+    rows = file.read(first.parts["rows"])
+    return all(one.tokens == first.tokens and torch.equal(file.read(one.parts["rows"]), rows) for one in found)
