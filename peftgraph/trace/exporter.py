@@ -97,10 +97,7 @@ def export_ghost(
 def _export(
     model: nn.Module, bound: Example, own: torch.dtype, training: bool, marker: torch.dtype | None, progress: Progress
 ) -> Exported:
-    with torch._dynamo.config.patch(
-        fake_tensor_cache_enabled=False
-    ):  # on symbolic sizes a hit costs more than the rule
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
     ghost = ghost_of(model, mode, own, marker or own).train(training)
     arguments = ghost_arguments(dict(bound.arguments), mode, own, marker or own)
     _take_keywords(ghost, bound)
@@ -109,7 +106,9 @@ def _export(
         return dict.fromkeys(range(value.dim()), Dim.AUTO) if isinstance(value, Tensor) else None
 
     shapes = {name: pytree.tree_map(dynamic, value) for name, value in arguments.items()}
-    with quiet(), functions_kept() as recording, masks_broadcast() as broadcast:
+    # torch's memory of calls under fake tensors is off: on symbolic sizes a hit costs more than the rule
+    forgetful = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
+    with forgetful, quiet(), functions_kept() as recording, masks_broadcast() as broadcast:
         with layers_told(ghost, "exporting", progress):
             program = torch.export.export(ghost, (), arguments, dynamic_shapes=shapes, strict=False)
         return Exported(program, recording.calls, marker, broadcast())
