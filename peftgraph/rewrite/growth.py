@@ -15,7 +15,7 @@ from torch import fx
 from peftgraph.errors import PeftGraphError
 from peftgraph.ir.builder import Builder
 from peftgraph.ir.modes import ROWS
-from peftgraph.rewrite.inputs import Inputs, Mask, beside, inputs_along, same_size, tokens
+from peftgraph.rewrite.inputs import Inputs, Mask, beside, inputs_along, of_tokens, same_size, tokens
 from peftgraph.rewrite.longer import END
 from peftgraph.rewrite.match import INPUT, Match
 from peftgraph.sites import attention, kind
@@ -40,12 +40,7 @@ def checked_inputs(m: Match) -> Inputs:
         raise PeftGraphError(f"{m.site.id} gives {sizes}: the model's own code fixes how many tokens there are.")
     inputs = inputs_of(m)
     for name in (*inputs.along, *inputs.whole):
-        given = m.value(INPUT + name).meta["val"].shape
-        if len(given) != 2:
-            raise PeftGraphError(
-                f"The input {name} of {' x '.join(map(str, given))} runs along the tokens; only inputs (batch, "
-                "tokens) can be made longer. Trace the model with a mask of two dimensions, or without this input."
-            )
+        of_tokens(m, name)
     return inputs
 
 

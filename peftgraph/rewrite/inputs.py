@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from peftgraph.errors import PeftGraphError
 from peftgraph.ir.builder import Builder
 from peftgraph.ir.propagate import size_in_example
 from peftgraph.ir.run import evaluate
@@ -89,6 +90,22 @@ def inputs_along(m: Match, length: Any, total: Any = None) -> Inputs:
         tuple(tables.items()),
         tuple(node.name for node in whole),
     )
+
+
+def of_tokens(m: Match, name: str) -> fx.Node:
+    """The current value of an input that runs along the tokens, (B, T).
+
+    Raises:
+        PeftGraphError: it has more axes.
+    """
+    value = m.value(INPUT + name)
+    shape = value.meta["val"].shape
+    if len(shape) != 2:
+        raise PeftGraphError(
+            f"The input {name} of {' x '.join(map(str, shape))} runs along the tokens; only inputs (batch, tokens) can "
+            "be made longer. Trace the model with a mask of two dimensions, or without this input."
+        )
+    return value
 
 
 def tokens(m: Match, op: Builder, mask: Mask) -> fx.Node:

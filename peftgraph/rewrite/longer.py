@@ -12,7 +12,7 @@ from torch import fx
 
 from peftgraph.errors import PeftGraphError
 from peftgraph.ir.builder import Builder
-from peftgraph.rewrite.inputs import Inputs, same_size
+from peftgraph.rewrite.inputs import Inputs, of_tokens, same_size
 from peftgraph.rewrite.match import INPUT, Match
 from peftgraph.sites import ops
 
@@ -31,8 +31,12 @@ class Longer:
         self._given = {m.value(INPUT + name): name for name in (*inputs.along, *inputs.whole)}
 
     def input(self, name: str) -> fx.Node:
-        """An input of the tokens, (B, T) -> (B, L + T)."""
-        x = self.m.value(INPUT + name)
+        """An input of the tokens, (B, T) -> (B, L + T).
+
+        Raises:
+            PeftGraphError: it has more axes.
+        """
+        x = of_tokens(self.m, name)
         first = slice_of(self.op, x, 1, 0, 1)
         mask = self.inputs.mask
         if mask is not None and name == mask.name:

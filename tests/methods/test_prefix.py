@@ -117,6 +117,15 @@ def test_placed_rows_are_seen_as_earlier_tokens(name: str, attn: str) -> None:
     assert (far > 1e-3) == (name == "gemma2")
 
 
+def test_masks_with_more_axes_take_no_rows_with_places() -> None:
+    model, inputs = zoo.build("gpt2", dtype=F64), zoo.example("gpt2", 2, 9, F64)
+    inputs["attention_mask"] = torch.zeros(2, 1, 9, 9, dtype=F64)
+    program = pg.trace(model, inputs)
+    with pytest.raises(pg.PeftGraphError, match=r"only inputs \(batch, tokens\) can be made longer"):
+        program.apply(Prefix(length=3, placed=True))
+    assert len(program.apply(Prefix(length=3)).edits) == 2
+
+
 def test_biases_that_depend_on_more_than_places_are_refused() -> None:
     with pytest.raises(pg.PeftGraphError, match="depends on .*, a product of the model's own"):
         zoo.traced("deberta").apply(Prefix(length=3, placed=True))
