@@ -1,6 +1,6 @@
 """Merging a LoRA into a synthetic model of 14 shards and 6 GB: seconds, bytes a second, and peak memory.
 
-    python tests/benchmarks/bench_merge.py FOLDER [--layers 28] [--runs 3] [--keep]
+    python tests/benchmarks/bench_merge.py FOLDER [--layers 28] [--runs 3] [--recipe SPEC] [--keep]
 
 FOLDER is made for the model, its copy and its merge, 18 GB in all, and deleted afterwards; what `--keep` left is used
 again. Making, copying and merging have processes of their own, so that peak memory (the process's, imports included) is
@@ -27,7 +27,7 @@ SIZES = {"hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 
 RECIPE = "lora{rank=8 at=attention.*|ffn.*}"
 
 
-def make(folder: Path, layers: int) -> dict[str, Any]:
+def make(folder: Path, layers: int, recipe: str) -> dict[str, Any]:
     """Writes a random Llama in bfloat16, two layers a shard, and a LoRA of it with every parameter moved."""
     import torch
     from safetensors.torch import save_file
@@ -50,7 +50,7 @@ def make(folder: Path, layers: int) -> dict[str, Any]:
         save_file({name: _random(shapes[name]) for name in own}, base / file)
         places |= dict.fromkeys(own, file)
     (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    tuned = trace(load(base)).apply(pg.load_recipe(RECIPE))
+    tuned = trace(load(base)).apply(pg.load_recipe(recipe))
     with torch.no_grad():
         for parameter in tuned.table.trainable.values():
             parameter.normal_(std=0.02)
@@ -123,12 +123,16 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where 18 GB are free")
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--runs", type=int, default=3, help="of each")
+    parser.add_argument("--recipe", default=RECIPE, help="what is merged")
     parser.add_argument("--keep", action="store_true", help="delete nothing")
     parser.add_argument("--here", choices=("make", "copy", "merge"), help="one step in this process, print JSON")
     options = parser.parse_args()
     if options.here:
-        steps = {"make": lambda: make(options.folder, options.layers), "copy": lambda: copy(options.folder),
-                 "merge": lambda: merge(options.folder)}  # fmt: skip
+        steps = {
+            "make": lambda: make(options.folder, options.layers, options.recipe),
+            "copy": lambda: copy(options.folder),
+            "merge": lambda: merge(options.folder),
+        }
         print(json.dumps(steps[options.here]() | {"peak_gb": _peak()}))
         return
     made = options.folder.exists()
@@ -136,7 +140,8 @@ def main() -> None:
     try:
         for step in (() if made else ("make",)) + ("copy", "merge") * options.runs:
             shutil.rmtree(options.folder / {"copy": "copy", "merge": "merged"}.get(step, "none"), ignore_errors=True)
-            command = [sys.executable, __file__, str(options.folder), "--layers", str(options.layers), "--here", step]
+            options_here = ["--layers", str(options.layers), "--recipe", options.recipe, "--here", step]
+            command = [sys.executable, __file__, str(options.folder), *options_here]
             run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             found.setdefault(step, []).append(json.loads(run.stdout.splitlines()[-1]))
             print(f"{step}: {json.dumps(found[step][-1])}", flush=True)

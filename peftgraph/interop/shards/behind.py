@@ -1,4 +1,5 @@
-"""Writing behind the computation: one thread writes what is finished while the next values are made."""
+"""Writing behind the computation: one thread writes what is finished while the next values are made, and one has the
+disk take it."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ class _Waiting:
 
 
 class Behind:
-    """Writes to a file in order, in a thread of its own.
+    """Writes to a file in order, in a thread of its own; another has the disk take what is written.
 
     Memory for what is read is lent and used again: fresh memory costs a page fault for every 4 KiB of it, as much
     time as the computation. `with` waits for what is being written, and raises what went wrong with it.
@@ -41,7 +42,8 @@ class Behind:
 
     def __init__(self, wrote: Callable[[int], None], room: int = ROOM) -> None:
         self._wrote, self._room = wrote, room
-        self._thread = ThreadPoolExecutor(1, "write")
+        self._thread, self._disk = ThreadPoolExecutor(1, "write"), ThreadPoolExecutor(1, "flush")
+        self._flushing: Future[None] | None = None
         self._waiting: deque[_Waiting] = deque()
         self._free: list[Tensor] = []
         self._lent: list[Tensor] = []
@@ -77,6 +79,7 @@ class Behind:
         """
         while self._waiting:
             self._finish()
+        self._flushed()
 
     def __enter__(self) -> Self:
         return self
@@ -87,6 +90,7 @@ class Behind:
                 self.finish()
         finally:
             self._thread.shutdown(cancel_futures=True)
+            self._disk.shutdown(cancel_futures=True)
 
     @property
     def _used(self) -> int:
@@ -105,9 +109,15 @@ class Behind:
         while left:
             left = left[target.write(left) :]
         self._unflushed += len(data)
-        if self._unflushed >= FLUSH:
-            os.fdatasync(target.fileno())
+        if self._unflushed >= FLUSH and (self._flushing is None or self._flushing.done()):
+            self._flushed()
+            self._flushing = self._disk.submit(os.fdatasync, target.fileno())
             self._unflushed = 0
+
+    def _flushed(self) -> None:
+        flushing, self._flushing = self._flushing, None
+        if flushing is not None:
+            flushing.result()
 
 
 @contextmanager
