@@ -140,8 +140,8 @@ def main() -> None:
     try:
         for step in (() if made else ("make",)) + ("copy", "merge") * options.runs:
             shutil.rmtree(options.folder / {"copy": "copy", "merge": "merged"}.get(step, "none"), ignore_errors=True)
-            options_here = ["--layers", str(options.layers), "--recipe", options.recipe, "--here", step]
-            command = [sys.executable, __file__, str(options.folder), *options_here]
+            own = ["--layers", str(options.layers), "--recipe", options.recipe, "--here", step]
+            command = [sys.executable, __file__, str(options.folder), *own]
             run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             found.setdefault(step, []).append(json.loads(run.stdout.splitlines()[-1]))
             print(f"{step}: {json.dumps(found[step][-1])}", flush=True)

@@ -145,10 +145,11 @@ def test_one_sequence_takes_one_prompt() -> None:
 @pytest.mark.parametrize(
     "others", [(LoRA(at="embedding|attention.q", rank=2), IA3()), (Prefix(length=2, hidden=None),)]
 )
-def test_other_passes_come_before_or_after(others: tuple[pg.Pass, ...]) -> None:
+@pytest.mark.parametrize("onto", ["tokens", "embeddings"])
+def test_other_passes_come_before_or_after(others: tuple[pg.Pass, ...], onto: Any) -> None:
     base, inputs = zoo.traced("bert", "sdpa", F64), zoo.example("bert", 2, 9, F64)
-    results = []
-    for recipe in ((Prompt(length=3), *others), (*others, Prompt(length=3))):
+    results, prompt = [], Prompt(length=3, onto=onto)
+    for recipe in ((prompt, *others), (*others, prompt)):
         program = base.apply(*recipe)
         with torch.no_grad():
             for key, value in sorted(program.table.trainable.items()):

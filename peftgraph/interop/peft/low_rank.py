@@ -83,7 +83,8 @@ def _added_biases(program: ProgramData, sites: Sites, config: PeftConfig, tensor
             values |= {(site.id, "bitfit_d"): d_O[rows_of(site)] for site in found}
     if not chosen:
         return []
-    return [Filled(find_pass("bitfit")(at=selector_of(sites, chosen), zero=True), values)]  # pyright: ignore[reportCallIssue]
+    options: dict[str, Any] = {"at": selector_of(sites, chosen), "zero": True}
+    return [Filled(find_pass("bitfit")(**options), values)]
 
 
 def _filled(

@@ -226,9 +226,10 @@ def _shapes(
 def _check_ties(file: TensorFile, base: _Base, name: str, changes: Mapping[str, Change]) -> None:
     """Refuses a change of a tied weight, unless the adapter gives all its names the same new value, as it does with
     the rows of the first one, the embedding's."""
-    for other in base.tied(name)[1:]:
-        if _are_the_first_ones_rows(file, base, name, changes):
-            continue
+    others = base.tied(name)[1:]
+    if others and _are_the_first_ones_rows(file, base, name, changes):
+        return
+    for other in others:
         pair = [changes[one] for one in (name, other) if one in changes]
         values = [file.read(change.replaced) for change in pair if change.replaced and not change.parts]
         if len(values) < 2 or not torch.equal(*values):
