@@ -108,7 +108,8 @@ def test_placed_rows_are_seen_as_earlier_tokens(name: str, attn: str) -> None:
     word = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     theirs = answer(model, longer | {word: cache})
     ours = answer(program.module().eval(), inputs)
-    assert float((ours - theirs).detach().abs().max()) < 1e-6 * float(theirs.detach().abs().max())
+    tolerance = 1e-12 if name == "gpt2" else 1e-6  # the others turn, or take their softmax, in float32
+    assert float((ours - theirs).detach().abs().max()) < tolerance * float(theirs.detach().abs().max())
     open_to_all = program.remove(0).apply(Prefix(length=3, hidden=None))
     with torch.no_grad():
         for key, value in open_to_all.table.trainable.items():
