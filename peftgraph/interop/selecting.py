@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import reduce
 from operator import or_
 from pathlib import Path
+from typing import Any
 
 from peftgraph.errors import AdapterError
 from peftgraph.ir.program import ProgramData
@@ -55,6 +56,12 @@ def adapted_sites(program: ProgramData, sites: Sites, parameter: str, directory:
             f"{directory} adapts all {features} features of {parameter}, of which sites own only those of {owned}."
         )
     return found
+
+
+def rows_of(site: Site) -> Any:
+    """An index: the output features of a stored weight that a site owns."""
+    view = weight_view(site)
+    return slice(None) if view is None or view.window is None else view.window.index()
 
 
 def selector_of(sites: Sites, chosen: Iterable[Site]) -> Selector:

@@ -157,7 +157,7 @@ def _open(mask: fx.Node) -> fx.Node | None:
 
 def _bias_of_places(m: Match, op: Builder, rows: int) -> Bias:
     """What a mask or bias gives to rows in front of all tokens: its first columns for so many tokens more."""
-    (queries, keys) = (m.value(port).meta["val"].shape[-2] for port in ("q", "v"))
+    queries, keys = (m.value(port).meta["val"].shape[-2] for port in ("q", "v"))
     longer = Longer(m, op, inputs_along(m, queries, None if same_size(queries, keys) else keys), queries, rows)
 
     def bias(mask: fx.Node) -> fx.Node | None:

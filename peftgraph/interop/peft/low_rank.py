@@ -26,7 +26,7 @@ from peftgraph.interop.peft.config import CONFIG, PeftConfig
 from peftgraph.interop.peft.stored import biases_of_b
 from peftgraph.interop.peft.tensors import PeftTensors, by_expert
 from peftgraph.interop.peft.tokens import TOKENS
-from peftgraph.interop.selecting import adapted_sites, selector_of
+from peftgraph.interop.selecting import adapted_sites, rows_of, selector_of
 from peftgraph.ir.program import ProgramData
 from peftgraph.rewrite.method import find_pass
 from peftgraph.rewrite.views import weight_view
@@ -128,12 +128,6 @@ def _adapted(program: ProgramData, config: PeftConfig, tensors: PeftTensors) -> 
                 f"{config.directory}: the tensors of {path} have rank {a_RI.shape[-2]}, {CONFIG} says {rank}."
             )
         yield Adapted(parameter, rank, config.alpha(key), a_RI, b_OR, magnitude)
-
-
-def rows_of(site: Site) -> Any:
-    """An index: the output features of a stored weight that a site owns."""
-    view = weight_view(site)
-    return slice(None) if view is None or view.window is None else view.window.index()
 
 
 def _moves(program: ProgramData, site: Site, one: Adapted) -> bool:

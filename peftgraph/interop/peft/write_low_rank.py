@@ -20,7 +20,7 @@ from torch import Tensor
 
 from peftgraph.errors import AdapterError
 from peftgraph.interop.peft.tensors import PREFIX
-from peftgraph.interop.selecting import owners
+from peftgraph.interop.selecting import owners, rows_of
 from peftgraph.interop.written import Places, Written, modules_of, targets
 from peftgraph.ir.program import ProgramData
 from peftgraph.rewrite.views import weight_view
@@ -114,16 +114,11 @@ def _added_up(program: ProgramData, parameter: str, paths: Sequence[Path]) -> Wh
         if same is None:
             same = path.b_OR.new_zeros(*path.b_OR.shape[:-2], matrix_OI.shape[-2], path.b_OR.shape[-1])
             alike.append((path.a_RI, path.scale, same))
-        same[..., _rows(path.site), :] += path.b_OR
+        same[..., rows_of(path.site), :] += path.b_OR
     magnitude = _magnitudes(matrix_OI, paths)
     scale = alike[0][1] if len({s for _, s, _ in alike}) == 1 else 1.0
     a_RI, b_OR = torch.cat([a for a, _, _ in alike], -2), torch.cat([b * (s / scale) for _, s, b in alike], -1)
     return Whole(parameter, site, a_RI, b_OR, scale, magnitude)
-
-
-def _rows(site: Site) -> Any:
-    view = weight_view(site)
-    return slice(None) if view is None or view.window is None else view.window.index()
 
 
 def _magnitudes(matrix_OI: Tensor, paths: Sequence[Path]) -> Tensor | None:
@@ -134,10 +129,10 @@ def _magnitudes(matrix_OI: Tensor, paths: Sequence[Path]) -> Tensor | None:
     seen = torch.zeros_like(magnitude_O, dtype=torch.bool)
     for path in paths:
         assert path.magnitude_O is not None
-        if bool(seen[_rows(path.site)].any()):
+        if bool(seen[rows_of(path.site)].any()):
             raise AdapterError(f"{path.site}: two DoRAs stand on the same features, and peft has one.")
-        seen[_rows(path.site)] = True
-        magnitude_O[_rows(path.site)] = path.magnitude_O
+        seen[rows_of(path.site)] = True
+        magnitude_O[rows_of(path.site)] = path.magnitude_O
     return magnitude_O
 
 
