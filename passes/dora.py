@@ -7,9 +7,12 @@ W is not written anew in the graph: y gains (g - 1) (y - b) + g s (drop(x) A^T) 
 each output feature, as in the authors' code. By the paper's section 4.3 it is a constant to the gradient;
 norm_gradient=true differentiates it. M starts at ||W||, A uniform in +-1/sqrt(I) and B at zero, so a fresh pass is the
 identity. Dropout stands on the low-rank path alone; the authors' code drops the input of (g - 1) x W^T as well.
+form="adapters" is what that library computes: g = M / ||W + B A||, without s, and g multiplies the bias as well, so
+that b <- g b. (What it merges has neither s nor the bias in it, and answers otherwise than what it trained.)
 Shapes: I in, O out, R rank; E experts in front. A (R, I), B (O, R), M and g (O,). Each slice of a fused projection has
 its own. What other passes do at the site is added up beside: g scales what the base computes.
-Source: arXiv 2402.09353, equations 5 and 11; NVlabs/DoRA, commonsense_reasoning/peft/tuners/dora.py.
+Source: arXiv 2402.09353, equations 5 and 11; NVlabs/DoRA, commonsense_reasoning/peft/tuners/dora.py;
+adapter-hub/adapters 1.3, methods/lora.py (LoRALinear.forward, dora_merge).
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, fx
@@ -37,6 +41,7 @@ class DoRA(pg.Pass):
         dropout: on the input of the low-rank path only, in training.
         rank_stabilised: the scale is alpha / sqrt(rank) instead.
         norm_gradient: whether the gradient passes through ||V||.
+        form: "paper", or "adapters", which differs where alpha is not the rank or a projection has a bias.
     """
 
     word = "dora"
@@ -46,10 +51,12 @@ class DoRA(pg.Pass):
     dropout: float = 0.0
     rank_stabilised: bool = pg.quiet(False)
     norm_gradient: bool = pg.quiet(False)
+    form: Literal["paper", "adapters"] = pg.quiet("paper")
 
     def check(self) -> None:
-        """Refuses a rank below 1 and a dropout outside [0, 1)."""
+        """Refuses a rank below 1, a dropout outside [0, 1) and an unknown form."""
         self.path.check(self)
+        self.require_one_of("form", ("paper", "adapters"))
 
     @property
     def path(self) -> pg.LowRank:
@@ -61,6 +68,11 @@ class DoRA(pg.Pass):
         """s = alpha / rank, or alpha / sqrt(rank)."""
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
 
+    @property
+    def weighs(self) -> float:
+        """What B A is multiplied by in ||V||."""
+        return self.scale if self.form == "paper" else 1.0
+
     def rules(self) -> list[pg.Rule]:
         """One rule: add what turns x W^T into x W'^T."""
         return [pg.Rule(at=self.at, delta=self.delta, fold=self.fold, by_row=self.by_row)]
@@ -70,7 +82,7 @@ class DoRA(pg.Pass):
         self.path.fits(self, m)
         a_RI, b_OR = self.path.factors(m, op)
         w_OI = m.read(op, m.weight)
-        change_OI = op.mul(op.call(aten.matmul.default, b_OR, a_RI), self.scale)
+        change_OI = op.mul(op.call(aten.matmul.default, b_OR, a_RI), self.weighs)
         if not self.norm_gradient:
             change_OI = op.call(aten.detach.default, change_OI)
         v_OI = op.call(aten.contiguous.default, op.add(w_OI, change_OI))
@@ -78,7 +90,7 @@ class DoRA(pg.Pass):
         m_O = op.param("dora_m", (*m.experts, m.shape[0]), lambda tensor: self.start(m, tensor))
         g = m.along_features(op, op.call(aten.div.Tensor, m_O, norm_O))
         y = m.base_output(op)
-        if m.bias is not None:
+        if m.bias is not None and self.form == "paper":
             y = op.call(aten.sub.Tensor, y, m.along_features(op, m.read(op, m.bias)))
         low = op.mul(self.path.build(m, op, a_RI, b_OR), self.scale)
         return op.add(op.mul(op.call(aten.sub.Tensor, g, 1), y), op.mul(low, g))
@@ -88,10 +100,11 @@ class DoRA(pg.Pass):
         tensor.copy_(torch.linalg.vector_norm(m.weight.value.to(tensor.dtype).contiguous(), 2, -1))
 
     def fold(self, m: pg.Match, p: pg.Params) -> Mapping[pg.Bound, Tensor]:
-        """g V."""
-        weight = m.weight
-        v_OI = weight.value + self.scale * (p.lora_B @ p.lora_A)
-        return {weight: (p.dora_m / torch.linalg.vector_norm(v_OI, 2, -1)).unsqueeze(-1) * v_OI}
+        """g (W + s B A), and g b where the form has it."""
+        weight, change_OI = m.weight, p.lora_B @ p.lora_A
+        g_O = p.dora_m / torch.linalg.vector_norm(weight.value + self.weighs * change_OI, 2, -1)
+        folded = {weight: g_O.unsqueeze(-1) * (weight.value + self.scale * change_OI)}
+        return folded if m.bias is None or self.form == "paper" else folded | {m.bias: g_O * m.bias.value}
 
     def by_row(self, m: pg.Match) -> Mapping[str, int]:
         """B and m have the features of the output; the norm is of one row."""

@@ -20,41 +20,49 @@ F64 = torch.float64
 
 
 class Decomposed(nn.Module):
-    """y = x (M V / ||V||)^T + b, V = W + s B A, the norm a constant unless `through`."""
+    """y = x (M V / ||V||)^T + b, V = W + s B A, the norm a constant unless `through`; or what the adapters library has:
+    the norm of W + B A, and b multiplied as the output is."""
 
-    def __init__(self, base: nn.Linear, rows: slice, rank: int, scale: float, through: bool = False) -> None:
+    def __init__(
+        self, base: nn.Linear, rows: slice, rank: int, scale: float, through: bool = False, theirs: bool = False
+    ) -> None:
         super().__init__()
-        self.base, self.rows, self.scale, self.through = base, rows, scale, through
+        self.base, self.rows, self.scale, self.through, self.theirs = base, rows, scale, through, theirs
         out, inner = base.weight[rows].shape
         self.a_RI = nn.Parameter(torch.zeros(rank, inner, dtype=F64))
         self.b_OR = nn.Parameter(torch.zeros(out, rank, dtype=F64))
         self.m_O = nn.Parameter(torch.ones(out, dtype=F64))
 
     def forward(self, x: Tensor) -> Tensor:
-        v_OI = self.base.weight[self.rows] + self.scale * self.b_OR @ self.a_RI
-        norm_O = v_OI.square().sum(-1).sqrt()
+        change_OI = self.b_OR @ self.a_RI
+        v_OI = self.base.weight[self.rows] + self.scale * change_OI
+        norm_O = (self.base.weight[self.rows] + change_OI if self.theirs else v_OI).square().sum(-1).sqrt()
         g_O = self.m_O / (norm_O if self.through else norm_O.detach())
-        weight = self.base.weight.clone()
+        weight, bias = self.base.weight.clone(), self.base.bias.clone()
         weight[self.rows] = g_O[:, None] * v_OI
-        return linear(x, weight, self.base.bias)
+        if self.theirs:
+            bias[self.rows] = g_O * self.base.bias[self.rows]
+        return linear(x, weight, bias)
 
 
 def same(path: str, module: Decomposed) -> dict[str, Tensor]:
     return {f"{path}.lora_A": module.a_RI, f"{path}.lora_B": module.b_OR, f"{path}.dora_m": module.m_O}
 
 
+@pytest.mark.parametrize("form", ["paper", "adapters"])
 @pytest.mark.parametrize("through", [False, True], ids=["constant", "differentiated"])
 @pytest.mark.parametrize("at", ["attention.v", "ffn.down"])
-def test_equation(bench: Any, at: str, through: bool) -> None:
-    method = DoRA(at=pg.parse_selector(at), rank=3, alpha=5.0, norm_gradient=through)
+def test_equation(bench: Any, at: str, through: bool, form: str) -> None:
+    theirs = form == "adapters"
+    method = DoRA(at=pg.parse_selector(at), rank=3, alpha=5.0, norm_gradient=through, form=form)  # pyright: ignore[reportArgumentType]
     tuned = zoo.randomise(bench.program.apply(method), 0.2)
     reference = bench.plain()
     block = reference.stack[0]
     if at == "ffn.down":
-        block.proj = Decomposed(block.proj, slice(None), 3, 5 / 3, through)
+        block.proj = Decomposed(block.proj, slice(None), 3, 5 / 3, through, theirs)
         bench.agree(tuned, reference, same("stack.0.proj", block.proj))
     else:
-        block.mix = Decomposed(block.mix, slice(2 * D, None), 3, 5 / 3, through)
+        block.mix = Decomposed(block.mix, slice(2 * D, None), 3, 5 / 3, through, theirs)
         bench.agree(tuned, reference, same("stack.0.mix.v", block.mix))
 
 
@@ -126,6 +134,8 @@ def test_options_that_make_no_sense() -> None:
         DoRA(rank=0)
     with pytest.raises(pg.RecipeError, match=r"dora: dropout must lie in \[0, 1\), got 1"):
         DoRA(dropout=1)
+    with pytest.raises(pg.RecipeError, match='dora: form must be "paper" or "adapters"'):
+        DoRA(form="peft")  # pyright: ignore[reportArgumentType]
 
 
 @settings(max_examples=20)
@@ -136,6 +146,7 @@ def test_options_that_make_no_sense() -> None:
     dropout=st.floats(0, 1, exclude_max=True),
     rank_stabilised=st.booleans(),
     norm_gradient=st.booleans(),
+    form=st.sampled_from(["paper", "adapters"]),
 )
 def test_spec_round_trip(**options: Any) -> None:
     method = DoRA(**options)

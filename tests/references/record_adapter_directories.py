@@ -7,8 +7,8 @@ and the environment are those of `record_adapters.py`; BART, which is recorded h
     recorder/bin/python tests/references/record_adapter_directories.py [MODEL.METHOD ...]
 
 Prefixes have tensors that several modules hold, which the library writes only as a pickle: such a file is converted as
-the message of `load_adapter` says. The rule that all Compacters share is saved only out of a model with a head
-(`HEADED`), from which its name begins with the base's.
+the message of `load_adapter` says. The rule that all Compacters share, and the two matrices that all modules of a VeRA
+share, are saved only out of a model with a head (`HEADED`), from which its name begins with the base's.
 """
 
 from __future__ import annotations
@@ -32,6 +32,11 @@ METHODS: dict[str, adapters.AdapterConfig] = {
     "lora": adapters.LoRAConfig(r=2, alpha=6, intermediate_lora=True),
     "lora_qv": adapters.LoRAConfig(r=2, alpha=6),
     "ia3": adapters.IA3Config(),
+    "dora": adapters.DoRAConfig(r=2, alpha=6, intermediate_lora=True),
+    "vera": adapters.VeraConfig(r=2, alpha=6),
+    "vera_bare": adapters.VeraConfig(r=2, alpha=6),
+    "dvora": adapters.DvoRAConfig(r=2, alpha=6),
+    "mtl_lora": adapters.MTLLoRAConfig(r=2, alpha=6, n_up_projection=3),
     "compacter": adapters.CompacterConfig(reduction_factor=4, phm_dim=2),
     "compacter_pp": adapters.CompacterPlusPlusConfig(reduction_factor=4, phm_dim=2),
     "compacter_bare": adapters.CompacterConfig(reduction_factor=4, phm_dim=2),
@@ -63,12 +68,16 @@ DECODERS = {
 CHOSEN = {
     "bert": BERT,
     "gpt2": DECODERS | {"compacter_unshared"},
-    "llama": DECODERS,
+    "llama": DECODERS | {"dora", "mtl_lora"},
     "t5": {"houlsby_cross", "pfeiffer", "parallel", "lora", "ia3", "compacter", "loreft_first", "prefix"},
     "bart": {"houlsby_cross", "lora", "compacter_pp", "loreft_first", "prefix", "prefix_mlp", "mam", "unipelt"},
 }
-HEADED = {"compacter", "compacter_pp"}
-LOST = {"compacter_bare", "direft"}  # the rule, and that R h is not taken off; recorded is what the library reads
+HEADED = {"compacter", "compacter_pp", "vera", "dvora"}
+LOST = {
+    "compacter_bare",
+    "direft",
+    "vera_bare",
+}  # the rule, and that R h is not taken off; recorded is what the library reads
 
 
 def wrapped(name: str, method: str) -> tuple[nn.Module, nn.Module]:

@@ -30,6 +30,10 @@ CASES = {
     "bert.lora": "lora{at=attention.q|attention.v|ffn.up rank=2 alpha=6.0",
     "bert.lora_qv": "lora{at=attention.q|attention.v rank=2 alpha=6.0",
     "bert.ia3": "ia3{at=attention.k|attention.v|ffn.up}",
+    "bert.dora": "dora{at=attention.q|attention.v|ffn.up rank=2 alpha=6.0 dropout=0.0 norm_gradient=true form=",
+    "bert.vera": "lora{at=attention.q|attention.v rank=2 alpha=6.0",
+    "bert.dvora": 'norm_gradient=true form="adapters"',
+    "bert.mtl_lora": "lora{at=attention.q|attention.v rank=2 alpha=6.0",
     "bert.compacter": f'compacter{{at=attention|ffn {COMPACT} place="after_dropout" norms=false}}',
     "bert.compacter_pp": f'compacter_pp{{at=ffn {COMPACT} place="residual_sum" norms=false}}',
     "bert.compacter_unshared": "n=2 rank=none shared=false",
@@ -60,6 +64,8 @@ CASES = {
     "llama.pfeiffer": "pfeiffer{",
     "llama.parallel": "parallel_adapter{",
     "llama.lora": "lora{at=attention.q|attention.v|ffn.down",
+    "llama.dora": "norm_gradient=true form",
+    "llama.mtl_lora": "lora{at=attention.q|attention.v rank=2 alpha=6.0",
     "llama.ia3": "ia3{at=attention.k|attention.v|ffn.down}",
     "llama.compacter": "compacter{at=attention|ffn",
     "llama.compacter_pp": "compacter_pp{at=ffn",
@@ -88,6 +94,9 @@ WARNED = {  # of the methods that are read with a word
     "ia3": r"scales the output of ffn.(up|down), no ffn.hidden",
     "compacter": r"holds a prediction head beside the adapter \(head_config.json\), which is not read",
     "loreft_decayed": "is a LoReFT whose R has lost its orthonormal rows",
+    "mtl_lora": "is an MTL-LoRA, whose factors are multiplied out: .* trains on as a LoRA",
+    "vera": "holds a prediction head beside the adapter|is a VeRA, .* trains on as a LoRA",
+    "dvora": "holds a prediction head beside the adapter|is a VeRA, .* trains on as a DoRA",
     "noreft": "is read as NoReFT, as the library itself reads it",
 }
 WARNED |= {"compacter_pp": WARNED["compacter"], "direft": WARNED["noreft"]}
@@ -118,6 +127,7 @@ def test_outputs_are_the_librarys(case: str) -> None:
 
 
 REFUSED = {
+    "bert.vera_bare": "lacks A and B, which all modules of a VeRA share: out of a model without a head",
     "bert.compacter_bare": "lacks the rule that its Compacters share: out of a model without a head",
     "t5.prefix": "is a prefix of a t5 model: there the library counts the prefix among the positions",
 }
@@ -198,7 +208,8 @@ OPTIONS: dict[str, tuple[str, dict[str, object], str]] = {
     "norm": ("bert.houlsby", {"ln_before": True}, "has ln_before=True, which is not read"),
     "activation": ("bert.houlsby", {"non_linearity": "leakyrelu"}, "has non_linearity='leakyrelu'"),
     "scale": ("bert.pfeiffer", {"scaling": 2.0}, "has scaling=2.0"),
-    "dora": ("bert.lora", {"use_dora": True}, "has use_dora=True"),
+    "dora": ("bert.lora", {"use_dora": True}, "dora_m is not in the file"),
+    "dora-gate": ("bert.dora", {"use_gating": True}, "has use_dora and use_gating"),
     "architecture": ("bert.lora", {"architecture": "vera"}, "has architecture='vera'"),
     "rank": ("bert.lora", {"r": 3}, r"lora_A has shape \(2, 16\), the recipe makes \(3, 16\)"),
     "gate": ("bert.houlsby", {"use_gating": True}, "has use_gating=True"),

@@ -109,7 +109,7 @@ LINES: dict[str, Line] = {
         (LoRA(at="attention.k|ffn.down", rank=4, alpha=5.0, rank_stabilised=True, weight=-0.5),), variant=True
     ),
     "pissa": Line((LoRA(at=EVERYWHERE, rank=2, alpha=5.0, init="pissa"),)),
-    "dora": Line((DoRA(rank=3, alpha=5.0),), variant=True),
+    "dora_of_adapters": Line((DoRA(rank=3, alpha=5.0, form="adapters"),), reference=False, variant=True),
     "dora_all+ia3": Line((DoRA(at=EVERYWHERE, rank=2), IA3())),
     "ia3": Line((IA3(),)),
     "bitfit": Line((BitFit(),), meaningless=no_biases),

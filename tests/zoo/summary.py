@@ -13,7 +13,9 @@ from .report import shortfalls, show, write
 from .score import Row
 
 PROPERTY = "zoo row"
-WHOLE = 600  # rows of --zoo-all, from which on totals are judged: the chosen types are the odd ones more than their share
+WHOLE = (
+    600  # rows of --zoo-all, from which on totals are judged: the chosen types are the odd ones more than their share
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

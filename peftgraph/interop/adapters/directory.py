@@ -1,7 +1,7 @@
 """Directories that the `adapters` library saved, as passes with their trained parameters.
 
-Read are bottlenecks (after a sublayer, on the residual sum, beside a sublayer), Compacter, LoRA, (IA)3, LoReFT and
-NoReFT, prefixes, prompts, and unions of these; where all members of a union have gates it is UniPELT.
+Read are bottlenecks (after a sublayer, on the residual sum, beside a sublayer), Compacter, LoRA, DoRA, VeRA, MTL-LoRA,
+(IA)3, LoReFT and NoReFT, prefixes, prompts, and unions of these; where all members of a union have gates it is UniPELT.
 Source: adapter-hub/adapters 1.3, configuration/adapter_config.py, model_mixin.py (EmbeddingAdaptersWrapperMixin).
 """
 
@@ -73,7 +73,7 @@ def _part(program: ProgramData, sites: Sites, saved: Saved) -> Filled:
     match saved.options.get("architecture"):
         case None:
             return bottlenecks(sites, saved)
-        case "lora" if saved.options.get("composition_mode") == "add":
+        case "lora" | "mtl_lora" if saved.options.get("composition_mode") == "add":
             return low_rank(program, sites, saved)
         case "lora":
             return scales(program, sites, saved)

@@ -1,18 +1,23 @@
-"""LoRA and (IA)3 of the `adapters` library as passes.
+"""LoRA, its kin and (IA)3 of the `adapters` library as passes.
 
-In its fused projections of GPT-2, A and B of the chosen of q, k and v lie one below the other, and so do the rows of
-their gates; its (IA)3 scales what a projection gives, in the feed-forward the first, before the nonlinearity.
+Its DoRA is a form of its own, which `DoRA` has. What it calls VeRA trains whole matrices D and B' where the paper has
+diagonals, between an A and a B that all modules share; MTL-LoRA has a diagonal between A and several B, whose mean it
+weighs. Both are products of two factors: a LoRA, once they are multiplied out. In its fused projections of GPT-2, A and
+B of the chosen of q, k and v lie one below the other, and so do the rows of their gates; its (IA)3 scales what a
+projection gives, in the feed-forward the first, before the nonlinearity.
 Source: adapter-hub/adapters 1.3, methods/lora.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from peftgraph.errors import AdapterError
-from peftgraph.interop.adapters.saved import Saved
+from peftgraph.interop.adapters.saved import TENSORS, Saved
 from peftgraph.interop.filling import Filled, Key
 from peftgraph.interop.peft.scales import departures
 from peftgraph.interop.selecting import adapted_sites, selector_of
@@ -23,35 +28,79 @@ from peftgraph.sites import Site, Sites
 NAMES = {
     "lora_A": "lora_A",
     "lora_B": "lora_B",
+    "m.weight": "dora_m",
     "gate.weight": "lora_gate_weight",
     "gate.bias": "lora_gate_bias",
 }
-FORM = {"use_dora": False, "vera_b": None, "vera_d": None}
+SHARED = "lora_A", "lora_B"  # of VeRA, for the whole model
 
 
 def low_rank(program: ProgramData, sites: Sites, saved: Saved) -> Filled:
-    """The pass of a LoRA; a gate stands in the place of alpha / r.
+    """The pass of a LoRA or a DoRA; a gate stands in the place of alpha / r.
 
     Raises:
         AdapterError: an option makes another method of it, or a module is no projection of this model.
     """
-    saved.check(FORM)
     values: dict[Key, Tensor] = {}
     places: list[Site] = []
     for path, tensors in saved.at("loras").items():
-        chosen = _chosen(program, sites, path, saved)
+        chosen, named = _chosen(program, sites, path, saved), saved.named(path, _two_factors(saved, tensors), NAMES)
+        if "dora_m" in named:
+            named["dora_m"] = named["dora_m"].flatten()
         for i, site in enumerate(chosen):
-            named = saved.named(path, tensors, NAMES)
             values.update({(site.id, leaf): value.chunk(len(chosen))[i] for leaf, value in named.items()})
         places += chosen
-    rank, gated = saved.option("r", int), bool(saved.options.get("use_gating"))
-    method = cast(Any, find_pass("lora"))(
+    rank, gated, dora = saved.option("r", int), bool(saved.options.get("use_gating")), saved.options.get("use_dora")
+    if gated and dora:
+        raise saved.refuse("use_dora and use_gating")
+    options: dict[str, Any] = {"form": "adapters", "norm_gradient": True} if dora else {}
+    method = cast(Any, find_pass("dora" if dora else "lora"))(
         at=selector_of(sites, places),
         rank=rank,
         alpha=float(rank if gated else saved.option("alpha", float, int)),
         dropout=float(saved.option("dropout", float, int)),
+        **options,
     )
-    return Filled(method, values)
+    return Filled(method, values, _remark(saved))
+
+
+def _two_factors(saved: Saved, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of one module, with more than two factors multiplied out to A and B.
+
+    VeRA: D A and B' B, with the A and B of all modules. MTL-LoRA: diag(l) A and the weighted mean of several B.
+    """
+    found = dict(tensors)
+    if "vera_D" in found and "vera_B" in found:
+        a_RI, b_OR = _shared(saved)
+        found |= {"lora_A": found.pop("vera_D") @ a_RI, "lora_B": found.pop("vera_B") @ b_OR}
+    if {"task_specific.values", "weights", *SHARED} <= found.keys():
+        share_N = (found.pop("weights") / saved.option("weights_sharpness", float)).softmax(0)
+        found["lora_A"] = found.pop("task_specific.values").unsqueeze(-1) * found["lora_A"]
+        found["lora_B"] = torch.einsum("n,nor->or", share_N, found["lora_B"])
+    return found
+
+
+def _shared(saved: Saved) -> list[Tensor]:
+    """A and B of all modules of a VeRA."""
+    found = next(iter(saved.tensors.get("shared_parameters", {}).values()), {})
+    if not found.keys() >= set(SHARED):
+        raise AdapterError(
+            f"{saved.directory / TENSORS} lacks A and B, which all modules of a VeRA share: out of a model without a "
+            "head the library does not save them, and draws others when it reads the files. Save the adapter out of "
+            "one with a head, such as an AutoAdapterModel."
+        )
+    return [found[leaf] for leaf in SHARED]
+
+
+def _remark(saved: Saved) -> str:
+    """What to say of an adapter that has more factors than two."""
+    word = "an MTL-LoRA" if saved.options.get("architecture") == "mtl_lora" else "a VeRA"
+    if word == "a VeRA" and saved.options.get("vera_d") is None and saved.options.get("vera_b") is None:
+        return ""
+    return (
+        f"{saved.directory} is {word}, whose factors are multiplied out: it answers as it did, and trains on as a "
+        f"{'DoRA' if saved.options.get('use_dora') else 'LoRA'}."
+    )
 
 
 def scales(program: ProgramData, sites: Sites, saved: Saved) -> Filled:
@@ -60,7 +109,7 @@ def scales(program: ProgramData, sites: Sites, saved: Saved) -> Filled:
     Raises:
         AdapterError: as `low_rank`.
     """
-    saved.check(FORM | {"alpha": 1, "r": 1, "use_gating": False})
+    saved.check({"alpha": 1, "r": 1, "use_gating": False})
     found: dict[Site, Tensor] = {}
     for path, tensors in saved.at("loras").items():
         chosen = _chosen(program, sites, path, saved)

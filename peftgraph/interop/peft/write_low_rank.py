@@ -87,6 +87,8 @@ def _paths(method: Any, site: Site, tensors: dict[str, Tensor]) -> list[Path]:
         found.append(Path(site, -scale, tensors["lora_A0"], tensors["lora_B0"]))
     if method.word == "dora" and found[0].a_RI.dim() > 2:
         raise AdapterError(f"{method} at {site}: peft has no DoRA of experts.")
+    if method.word == "dora" and method.form != "paper":
+        raise AdapterError(f"{method} at {site}: peft's DoRA is the paper's, which answers otherwise.")
     return found
 
 
