@@ -2,6 +2,7 @@
 
 from .adapter_drop import AdapterDrop as AdapterDrop
 from .adapter_fusion import AdapterFusion as AdapterFusion
+from .adapter_plus import AdapterPlus as AdapterPlus
 from .bitfit import BitFit as BitFit
 from .ciat import CIAT as CIAT
 from .compacter import Compacter as Compacter

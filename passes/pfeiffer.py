@@ -71,8 +71,5 @@ class Pfeiffer(pg.Pass):
     def delta(self, m: pg.Match, op: pg.Builder) -> fx.Node:
         """The bottleneck of N(s)."""
         self.require_sublayer(m)
-        twins = [one.site.id for one in m.related(self.at, same_layer=True) if one.anchor("join") == m.anchor("join")]
-        self.require(
-            len(twins) == 1, f"{' and '.join(twins)} end in one residual sum; choose one of them for the adapter."
-        )
+        self.require_own_join(m, self.at)
         return self.bottleneck.build(op, self.normed(m, op), m.features)

@@ -92,6 +92,13 @@ class Pass:
         """Raises RecipeError unless `m` is an attention or a feed-forward with its residual add."""
         self.require(m.has("join"), f"{m.site.id} is no sublayer with a residual add; choose attention, ffn or both.")
 
+    def require_own_join(self, m: Match, at: Selector) -> None:
+        """Raises RecipeError where another of the sublayers at `at` ends in the same residual sum as `m`."""
+        twins = [one.site.id for one in m.related(at, same_layer=True) if one.anchor("join") == m.anchor("join")]
+        self.require(
+            len(twins) == 1, f"{' and '.join(twins)} end in one residual sum; choose one of them for the adapter."
+        )
+
     def require(self, condition: bool, message: str) -> None:
         """Raises RecipeError with `message` unless `condition` holds."""
         if not condition:

@@ -49,6 +49,7 @@ DRAWN: dict[type[pg.Pass], st.SearchStrategy[pg.Pass]] = {
     passes.SerialAdapter: st.builds(passes.SerialAdapter, **WIDE),
     passes.Houlsby: st.builds(passes.Houlsby, **WIDE, norms=st.booleans()),
     passes.Pfeiffer: st.builds(passes.Pfeiffer, width=SMALL, name=NAMES),
+    passes.AdapterPlus: st.builds(passes.AdapterPlus, width=SMALL, drop_path=st.floats(0, 0.9), name=NAMES),
     passes.ParallelAdapter: st.builds(passes.ParallelAdapter, **WIDE, learned=st.booleans()),
     passes.Compacter: st.builds(passes.Compacter, width=st.just(4), n=st.just(2), norms=st.booleans(), name=NAMES),
     passes.CompacterPP: st.builds(passes.CompacterPP, width=st.just(2), n=st.just(2), norms=st.just(False)),

@@ -29,6 +29,11 @@ METHODS: dict[str, adapters.AdapterConfig] = {
     "pfeiffer": adapters.SeqBnConfig(reduction_factor=4, leave_out=[0]),
     "parallel": adapters.ParBnConfig(reduction_factor=4),
     "parallel_learned": adapters.ParBnConfig(reduction_factor=4, scaling="learned"),
+    "parallel_channel": adapters.ParBnConfig(reduction_factor=4, scaling="channel"),
+    "pfeiffer_learned": adapters.SeqBnConfig(reduction_factor=4, scaling="learned"),
+    "houlsby_scaled": adapters.DoubleSeqBnConfig(reduction_factor=4, scaling=3.0),
+    "plus": adapters.AdapterPlusConfig(reduction_factor=4, stochastic_depth=0.0),  # which needs torchvision
+    "plus_learned": adapters.AdapterPlusConfig(reduction_factor=4, stochastic_depth=0.0, scaling="learned"),
     "lora": adapters.LoRAConfig(r=2, alpha=6, intermediate_lora=True),
     "lora_qv": adapters.LoRAConfig(r=2, alpha=6),
     "ia3": adapters.IA3Config(),
@@ -67,8 +72,9 @@ DECODERS = {
 }  # fmt: skip
 CHOSEN = {
     "bert": BERT,
-    "gpt2": DECODERS | {"compacter_unshared"},
-    "llama": DECODERS | {"dora", "mtl_lora"},
+    "gpt2": DECODERS | {"compacter_unshared", "plus"},
+    "llama": DECODERS | {"dora", "mtl_lora", "plus"},
+    "vit": {"plus"},
     "t5": {"houlsby_cross", "pfeiffer", "parallel", "lora", "ia3", "compacter", "loreft_first", "prefix"},
     "bart": {"houlsby_cross", "lora", "compacter_pp", "loreft_first", "prefix", "prefix_mlp", "mam", "unipelt"},
 }

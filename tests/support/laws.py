@@ -25,6 +25,7 @@ from peftgraph.passes import (
     MAM,
     AdapterDrop,
     AdapterFusion,
+    AdapterPlus,
     BitFit,
     Compacter,
     CompacterPP,
@@ -131,8 +132,12 @@ LINES: dict[str, Line] = {
     "fusion": Line(
         (AdapterFusion(adapters=("a", "b"), width=3),), folds=False, near=("up_weight",), reference=False, variant=True
     ),
-    "drop+ciat": Line(
-        (AdapterDrop(adapter=Pfeiffer(width=3), random=True), CIAT(width=3, init="identity")),
+    "drop+ciat+plus": Line(
+        (
+            AdapterDrop(adapter=Pfeiffer(width=3), random=True),
+            CIAT(width=3, init="identity"),
+            AdapterPlus(width=3, drop_path=0.3),
+        ),
         folds=False,
         near=("up_weight",),
         reference=False,

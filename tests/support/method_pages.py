@@ -54,6 +54,7 @@ PAGES = (
     Page("SerialAdapter", (passes.SerialAdapter(),)),
     Page("Houlsby", (passes.Houlsby(),)),
     Page("Pfeiffer", (passes.Pfeiffer(),)),
+    Page("AdapterPlus", (passes.AdapterPlus(),)),
     Page("ParallelAdapter", (passes.ParallelAdapter(),)),
     Page("Compacter", (passes.Compacter(), passes.CompacterPP())),
     Page("AdapterDrop", (passes.AdapterDrop(adapter=passes.Houlsby(), layers=5),)),

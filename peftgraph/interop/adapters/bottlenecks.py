@@ -1,6 +1,7 @@
-"""Bottlenecks of the `adapters` library as passes: serial, parallel, and those of Compacter.
+"""Bottlenecks of the `adapters` library as passes: serial, parallel, behind the residual sum, and those of Compacter.
 
-After a sublayer they are Houlsby's, on the residual sum Pfeiffer's; a Compacter stands at the same two places. The
+After a sublayer they are Houlsby's, on the residual sum Pfeiffer's, behind it (and its norm) Adapter+; a Compacter
+stands at the first two places. A scale that the pass does not have is multiplied into the up projection. The
 rule A of all its Kronecker products is either the adapter's own, or each projection's; where the library keeps it as a
 product of two thin matrices it is multiplied out: A_i = L_i R_i.
 Source: adapter-hub/adapters 1.3, methods/bottleneck.py, methods/modeling.py (Adapter, PHMLayer).
@@ -17,6 +18,7 @@ from torch import Tensor
 from peftgraph.errors import AdapterError
 from peftgraph.interop.adapters.saved import TENSORS, Saved
 from peftgraph.interop.filling import COMMON, Filled, Key
+from peftgraph.interop.peft.config import CONFIG
 from peftgraph.interop.selecting import selector_of
 from peftgraph.rewrite.method import Pass, find_pass
 from peftgraph.sites import Site, Sites
@@ -37,8 +39,9 @@ COMPACT = {f"adapter_{side}.{leaf}": f"{side.partition('.')[0]}_{ours}" for side
 # options whose other values are other methods
 FORM = {
     "adapter_residual_before_ln": False, "inv_adapter": None, "ln_after": False, "ln_before": False,
-    "original_ln_after": True, "residual_before_ln": True, "stochastic_depth": 0.0,
 }  # fmt: skip
+AROUND = {"original_ln_after": True, "residual_before_ln": True, "stochastic_depth": 0.0}
+BEHIND = {"original_ln_before": True, "residual_before_ln": False, "use_gating": False}
 
 
 def bottlenecks(sites: Sites, saved: Saved) -> Filled:
@@ -48,19 +51,67 @@ def bottlenecks(sites: Sites, saved: Saved) -> Filled:
         AdapterError: an option makes another method of it, or a place is no sublayer of this model.
     """
     saved.check(FORM)
+    if saved.options.get("original_ln_after") is False and not saved.options.get("is_parallel"):
+        return _behind(sites, saved)
+    saved.check(AROUND)
     if saved.options.get("phm_layer"):
         return _compacter(sites, saved)
     places = _places(sites, saved, NAMES)
     options = _common(sites, saved, places)
     if saved.options.get("is_parallel"):
         saved.check({"use_gating": False})
+        if saved.options.get("scaling") == "channel":
+            return _scaled(saved, "parallel_adapter", options | {"input": "residual", "scale": 1.0}, places)
         options |= _scale(saved) | {"input": "residual"}
         return Filled(_made("parallel_adapter", options), _values(places))
-    saved.check({"scaling": 1.0})
     if saved.options.get("original_ln_before"):
-        return Filled(_made("pfeiffer", options), _values(places))
+        return _scaled(saved, "pfeiffer", options, places)
     saved.check({"use_gating": False})
-    return Filled(_made("houlsby", options | {"norms": False}), _values(places))
+    return _scaled(saved, "houlsby", options | {"norms": False}, places)
+
+
+def _behind(sites: Sites, saved: Saved) -> Filled:
+    """An Adapter+; one scale for all features is as many equal ones."""
+    saved.check(BEHIND | {"phm_layer": False})
+    places = _places(sites, saved, NAMES)
+    drop_path = float(saved.option("stochastic_depth", float, int))
+    method = _made("adapter_plus", _common(sites, saved, places) | {"drop_path": drop_path})
+    alike = {site: {**tensors, "scale": _factor(saved, tensors).expand(len(tensors["up_bias"]))}
+             for site, tensors in places.items()}  # fmt: skip
+    remark = "" if saved.options.get("scaling") == "channel" else _remark(saved, "trains on as one for each feature")
+    return Filled(method, _values(alike), remark)
+
+
+def _scaled(saved: Saved, word: str, options: Mapping[str, Any], places: Mapping[Site, Mapping[str, Tensor]]) -> Filled:
+    """A pass without a scale, whose up projection has it in it."""
+    if saved.options.get("scaling") == 1.0:
+        return Filled(_made(word, options), _values(places))
+    inside: dict[Site, dict[str, Tensor]] = {}
+    for site, tensors in places.items():
+        factor = _factor(saved, tensors)
+        inside[site] = {leaf: value for leaf, value in tensors.items() if leaf != "scale"}
+        inside[site] |= {"up_weight": factor.unsqueeze(-1) * tensors["up_weight"]}
+        inside[site] |= {"up_bias": factor * tensors["up_bias"]}
+    return Filled(_made(word, options), _values(inside), _remark(saved, "is multiplied into the up projection"))
+
+
+def _factor(saved: Saved, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The scale of one adapter, (1,) or (D,).
+
+    Raises:
+        AdapterError: tensors are missing.
+    """
+    if not tensors.keys() >= {"up_weight", "up_bias"}:
+        raise AdapterError(f"{saved.directory / TENSORS} lacks up projections.")
+    if saved.options.get("scaling") not in ("learned", "channel"):
+        return tensors["up_bias"].new_full((1,), float(saved.option("scaling", float, int)))
+    if "scale" not in tensors:
+        raise AdapterError(f"{saved.directory / TENSORS} lacks the scale that {CONFIG} speaks of.")
+    return tensors["scale"]
+
+
+def _remark(saved: Saved, what: str) -> str:
+    return f"{saved.directory} has scaling={saved.options.get('scaling')!r}, which {what}: it answers as it did."
 
 
 def _compacter(sites: Sites, saved: Saved) -> Filled:
@@ -124,8 +175,6 @@ def _common(sites: Sites, saved: Saved, places: Mapping[Site, Mapping[str, Tenso
 def _scale(saved: Saved) -> dict[str, Any]:
     if saved.options.get("scaling") == "learned":
         return {"scale": 1.0, "learned": True}
-    if saved.options.get("scaling") == "channel":
-        raise saved.refuse("scaling='channel'")
     return {"scale": float(saved.option("scaling", float, int)), "learned": False}
 
 

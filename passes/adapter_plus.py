@@ -1,0 +1,84 @@
+"""Adapter+ (Steitz and Roth, 2024): a bottleneck behind the residual sum of a sublayer, each feature of it scaled.
+
+    s = x + drop(F(x))   ->   s + c * (W_up drop(act(W_down s + b_down)) + b_up)
+    no fold: a nonlinearity stands between the adapter and every weight around it
+
+One adapter a block, after the feed-forward. In a post-norm block, which the paper has none of, it stands behind the
+norm, y = N(s) -> y + c * A(y), as in the adapters library. c trains and starts at one. In training the adapter of a
+whole example is left out with the probability drop_path, and is divided by 1 - drop_path where it stays.
+Shapes: D features of s, M width, c (D,). Both weights are normal with std 1e-2, truncated at two of them, and biases
+zero: Houlsby's start by the paper of the same name; init="identity" starts W_up at zero.
+Source: arXiv 2406.06820, section 3 (Post-Adapter, channel-wise scaling); visinf/adapter_plus, vit_adapter.py;
+adapter-hub/adapters 1.3, AdapterPlusConfig.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import fx
+
+import peftgraph as pg
+
+aten = torch.ops.aten
+
+UP = {"houlsby": pg.init.truncated_normal(1e-2), "identity": pg.init.zeros}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterPlus(pg.Pass):
+    """A scaled bottleneck behind the residual sum.
+
+    Attributes:
+        at: sublayers; the feed-forward by default.
+        width: M, the size of the bottleneck; the paper's are 1 to 32.
+        activation: a word of `pg.ACTIVATIONS`.
+        drop_path: how often an example goes without the adapter, in training.
+        dropout: on the bottleneck, in training.
+        init: how W_up starts: "houlsby" or "identity" (zero).
+    """
+
+    word = "adapter_plus"
+    at: pg.Selector = pg.ffn
+    width: int = 8
+    activation: str = "gelu"
+    drop_path: float = 0.1
+    dropout: float = 0.0
+    init: Literal["houlsby", "identity"] = "houlsby"
+
+    def check(self) -> None:
+        """Refuses an unknown initialisation, a drop_path outside [0, 1), and what a bottleneck refuses."""
+        self.require_one_of("init", UP)
+        self.require(0 <= self.drop_path < 1, f"drop_path must lie in [0, 1), got {self.drop_path}.")
+        self.bottleneck.check(self)
+
+    @property
+    def bottleneck(self) -> pg.Bottleneck:
+        """W_up drop(act(W_down s + b_down)) + b_up."""
+        down, up = pg.init.truncated_normal(1e-2), UP[self.init]
+        return pg.Bottleneck(width=self.width, activation=self.activation, dropout=self.dropout, down=down, up=up)
+
+    def rules(self) -> list[pg.Rule]:
+        """One rule: add the scaled bottleneck to the residual sum, or to the norm that follows it."""
+        return [pg.Rule(at=self.at, delta=self.delta, fold="its nonlinearity stands between it and every weight")]
+
+    def delta(self, m: pg.Match, op: pg.Builder) -> Mapping[str, fx.Node]:
+        """c times the bottleneck of s, by the port where it enters."""
+        self.require_sublayer(m)
+        self.require_own_join(m, self.at)
+        port = "normed" if m.has("normed") else "join"
+        s = m.value(port)
+        scale_D = op.param("scale", (m.features,), pg.init.ones)
+        return {port: self.sometimes(op, op.mul(self.bottleneck.build(op, s, m.features), scale_D))}
+
+    def sometimes(self, op: pg.Builder, delta: fx.Node) -> fx.Node:
+        """delta, left out for some examples in training."""
+        if not self.drop_path:
+            return delta
+        value = delta.meta["val"]
+        batch = op.call(aten.sym_size.int, delta, 0)
+        ones = op.call(aten.new_ones.default, delta, [batch, *[1] * (value.dim() - 1)])
+        return op.mul(delta, op.dropout(ones, self.drop_path))
