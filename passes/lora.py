@@ -11,17 +11,19 @@ residual W - W_R is reached without touching W: frozen copies A0, B0 are taken o
 
     y + s (drop(x) A^T) B^T - s (x A0^T) B0^T,   fold: W <- W + s (B A - B0 A0).
 
+init="olora" does the same with the first columns of Q and rows of U of the decomposition W = Q U, Q with orthonormal
+columns and U upper triangular: B = Q_R, A = U_R, whatever s is.
 rank_stabilised=true: s = alpha / sqrt(rank). w is 1; `Program.mix` weighs several named LoRAs. Ranks that differ by
 site are one LoRA each, in a pipeline. bias="lora_only" trains the whole bias of each projection the pass is put on,
 bias="all" every bias, as the authors' code offers; both fold.
 Source: arXiv 2106.09685, section 4.1; microsoft/LoRA, loralib; arXiv 2312.03732, eq. 11 (rank-stabilised);
-arXiv 2404.02948, section 3 (PiSSA).
+arXiv 2404.02948, section 3 (PiSSA); arXiv 2406.01775, algorithm 1 (OLoRA).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
@@ -32,7 +34,9 @@ import peftgraph as pg
 
 aten = torch.ops.aten
 
-INITS = ("kaiming", "gaussian", "pissa")
+Start = Callable[[Tensor], None]
+
+INITS = ("kaiming", "gaussian", "pissa", "olora")
 BIASES = ("none", "all", "lora_only")
 
 
@@ -45,7 +49,7 @@ class LoRA(pg.Pass):
         rank: R, at least 1 and at most the smaller side of every matrix it is put on.
         alpha: the scale is alpha / rank.
         dropout: on the input of the low-rank path only, in training.
-        init: how A starts: "kaiming" (the authors' code) or "gaussian" (the paper); or how both do: "pissa".
+        init: how A starts: "kaiming" (the authors' code) or "gaussian" (the paper); or how both do: "pissa", "olora".
         rank_stabilised: the scale is alpha / sqrt(rank) instead.
         bias: which biases train beside: "none", "all" or "lora_only".
         weight: w, of either sign; with -1 the pass takes off what it learned.
@@ -56,7 +60,7 @@ class LoRA(pg.Pass):
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
-    init: Literal["kaiming", "gaussian", "pissa"] = "kaiming"
+    init: Literal["kaiming", "gaussian", "pissa", "olora"] = "kaiming"
     rank_stabilised: bool = pg.quiet(False)
     bias: Literal["none", "all", "lora_only"] = pg.quiet("none")
     weight: float = pg.quiet(1.0)
@@ -78,34 +82,45 @@ class LoRA(pg.Pass):
         """s = alpha / rank, or alpha / sqrt(rank)."""
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
 
+    @property
+    def moved(self) -> bool:
+        """Whether both factors start away from zero, so that their start is taken off."""
+        return self.init in ("pissa", "olora")
+
     def weighted(self, weight: float) -> Self:
         """The same pass with another w."""
         return replace(self, weight=weight)
 
     def rules(self) -> list[pg.Rule]:
         """Add the low-rank path to the projection's output; train biases."""
-        rank = 2 * self.rank if self.init == "pissa" else self.rank
+        rank = 2 * self.rank if self.moved else self.rank
         path = pg.Rule(at=self.at, delta=self.delta, fold=self.fold, rank=rank, by_row=self.by_row)
         biases = {"none": [], "all": [pg.Train(pg.bias)], "lora_only": [pg.Train(self.at, own="bias")]}
         return [path, *biases[self.bias]]
 
     def delta(self, m: pg.Match, op: pg.Builder) -> fx.Node:
-        """w s (drop(x) A^T) B^T, less its start for PiSSA."""
+        """w s (drop(x) A^T) B^T, less its start where that is not zero."""
         self.path.fits(self, m)
-        if self.init != "pissa":
+        if not self.moved:
             start = pg.init.kaiming if self.init == "kaiming" else pg.init.normal(1 / self.rank)
             y = self.path.build(m, op, *self.path.factors(m, op, down=start))
         else:
-            down, up = pg.init.principal(m.weight.value, self.rank, self.scale)
+            down, up = self.start(m)
             y = self.path.build(m, op, *self.path.factors(m, op, down=down, up=up))
             frozen = self.path.factors(m, op, "0", down=down, up=up, trainable=False)
             y = op.call(aten.sub.Tensor, y, replace(self.path, dropout=0.0).build(m, op, *frozen))
         return op.mul(y, self.weight * self.scale)
 
-    def fold(self, m: pg.Match, p: pg.Params) -> Mapping[pg.Bound, Tensor]:
-        """W + w s B A, less its start for PiSSA."""
-        weight, change = m.weight, p.lora_B @ p.lora_A
+    def start(self, m: pg.Match) -> tuple[Start, Start]:
+        """How A and B start from the weight."""
         if self.init == "pissa":
+            return pg.init.principal(m.weight.value, self.rank, self.scale)
+        return pg.init.orthonormal_columns(m.weight.value, self.rank)
+
+    def fold(self, m: pg.Match, p: pg.Params) -> Mapping[pg.Bound, Tensor]:
+        """W + w s B A, less its start where that is not zero."""
+        weight, change = m.weight, p.lora_B @ p.lora_A
+        if self.moved:
             change = change - p.lora_B0 @ p.lora_A0
         return {weight: weight.value + self.weight * self.scale * change}
 

@@ -97,16 +97,36 @@ def principal(
     Source: arXiv 2404.02948, equations 2 and 3.
     """
 
-    @cache
     def factors() -> tuple[Tensor, Tensor]:
         u_OK, s_K, v_KI = torch.linalg.svd(weight, full_matrices=False)
         root_R = (s_K[..., :rank] / scale).sqrt()
         return root_R.unsqueeze(-1) * v_KI[..., :rank, :], u_OK[..., :rank] * root_R.unsqueeze(-2)
 
+    return _pair(factors)
+
+
+def orthonormal_columns(weight: Tensor, rank: int) -> tuple[Callable[[Tensor], None], Callable[[Tensor], None]]:
+    """How A (R, I) and B (O, R) start as the first rows of U and columns of Q, where Q U = `weight` (O, I).
+
+    Q has orthonormal columns and U is upper triangular; leading dimensions are batches. Nothing is drawn.
+    Source: arXiv 2406.01775, algorithm 1.
+    """
+
+    def factors() -> tuple[Tensor, Tensor]:
+        q_OK, u_KI = torch.linalg.qr(weight)
+        return u_KI[..., :rank, :], q_OK[..., :rank]
+
+    return _pair(factors)
+
+
+def _pair(factors: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Callable[[Tensor], None], Callable[[Tensor], None]]:
+    """What fills A and B with two factors, which are computed once."""
+    known = cache(factors)
+
     def down(tensor: Tensor) -> None:
-        tensor.copy_(factors()[0])
+        tensor.copy_(known()[0])
 
     def up(tensor: Tensor) -> None:
-        tensor.copy_(factors()[1])
+        tensor.copy_(known()[1])
 
     return down, up

@@ -66,6 +66,7 @@ CASES = {
         "vit", ["q_proj"], "freeze{at=(norm|head).where(path=", modules_to_save=["classifier", "layernorm"]
     ),
     "pissa": lora("llama", ["q_proj"], 'init="pissa"', init_lora_weights="pissa"),
+    "olora": lora("llama", ["q_proj"], 'init="olora"', init_lora_weights="olora"),
 }
 
 
@@ -136,7 +137,9 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "pattern": ({"rank_pattern": {"q_proj": "x"}}, "is damaged: q_proj cannot be 'x'"),
     "regex": ({"target_modules": "(q_proj"}, r"is damaged: .*unterminated"),
     "rank": ({"r": 4}, "have rank 3, adapter_config.json says 4"),
-    "olora": ({"init_lora_weights": "olora"}, "whose start moves the base's own weights"),
+    "corda": ({"init_lora_weights": "corda"}, "whose start moves the base's own weights"),
+    "pissa-dora": ({"init_lora_weights": "pissa", "use_dora": True}, "start moves the weights that its DoRA norms"),
+    "olora-conv1d": ({"init_lora_weights": "olora", "fan_in_fan_out": True}, "takes off the transpose of what it adds"),
     "unheard-of": ({"use_magic": {"a": 1}}, "has use_magic={'a': 1}, which no pass does"),
     "fewer-targets": ({"target_modules": ["q_proj"]}, r"v_proj has tensors, but target_modules does not select it"),
     "more-targets": ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, "target_modules selects model.layers.0.self_"

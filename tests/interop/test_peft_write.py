@@ -37,6 +37,7 @@ CASES: dict[str, tuple[str, tuple[pg.Pass, ...]]] = {
     "ranks": ("llama", (LoRA(at="attention.q", rank=3), LoRA(at="attention.v&layers(0)", rank=2, alpha=7.0))),
     "stabilised": ("llama", (LoRA(rank=3, rank_stabilised=True, weight=-0.5),)),
     "pissa": ("llama", (LoRA(rank=3, init="pissa"),)),
+    "olora": ("gpt2", (LoRA(at="attention.o", rank=3, init="olora"),)),
     "named": ("llama", (LoRA(rank=2, name="dog"), LoRA(at="attention.q", rank=3, alpha=5.0, name="toy"))),
     "query-of-three": ("gpt2", (LoRA(at="attention.q", rank=3),)),
     "query-and-value-of-three": ("gpt_neox", (LoRA(rank=3),)),

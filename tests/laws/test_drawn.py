@@ -38,7 +38,7 @@ BIASES = st.sampled_from([pg.bias, pg.bias & pg.layers(0)])
 GATED = (passes.LoRA(rank=1, alpha=1.0), passes.Prefix(length=2, hidden=3), passes.SerialAdapter(width=2))
 AWAY = passes.Prefix | passes.Prompt | passes.PTuning | passes.UniPELT
 DRAWN: dict[type[pg.Pass], st.SearchStrategy[pg.Pass]] = {
-    passes.LoRA: st.builds(passes.LoRA, **RANKS, init=st.sampled_from(["kaiming", "pissa"])),
+    passes.LoRA: st.builds(passes.LoRA, **RANKS, init=st.sampled_from(["kaiming", "pissa", "olora"])),
     passes.DoRA: st.builds(passes.DoRA, **RANKS),
     passes.IA3: st.builds(passes.IA3, at=selectors().map(lambda at: at | pg.ffn.hidden), name=NAMES),
     passes.BitFit: st.builds(passes.BitFit, at=BIASES),

@@ -168,7 +168,7 @@ def test_the_three_counts_of_bert_base(real: Any) -> None:
         ({"rank": -3}, "lora: rank must be at least 1, got -3."),
         ({"dropout": 1.0}, "lora: dropout must lie in [0, 1), got 1.0."),
         ({"dropout": -0.1}, "lora: dropout must lie in [0, 1), got -0.1."),
-        ({"init": "xavier"}, 'lora: init must be "kaiming" or "gaussian" or "pissa", got \'xavier\'.'),
+        ({"init": "xavier"}, 'lora: init must be "kaiming" or "gaussian" or "pissa" or "olora", got \'xavier\'.'),
     ],
 )
 def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:
@@ -196,6 +196,25 @@ def test_pissa_starts_from_the_largest_singular_values(bench: Any) -> None:
     assert tuned.count().changes[0].rank == 6
     zoo.randomise(tuned, 0.2)
     change = 2 * (p["stack.0.out.lora_B"].tensor @ p["stack.0.out.lora_A"].tensor) - best
+    torch.testing.assert_close(pg.fold(tuned).table["stack.0.out.weight"].tensor, w + change)
+
+
+def test_olora_starts_from_orthonormal_columns(bench: Any) -> None:
+    """Gram and Schmidt by hand: the columns are those of W made orthonormal, and W itself is their combination."""
+    tuned = bench.program.apply(LoRA(at="attention.o", rank=3, alpha=6.0, init="olora"))
+    w, p = bench.program.table["stack.0.out.weight"].tensor.detach(), tuned.table
+    a_RI, b_OR = (p[f"stack.0.out.lora_{one}"].tensor.detach().clone() for one in "AB")
+    columns: list[torch.Tensor] = []
+    for i in range(3):
+        rest = w[:, i] - sum((column * (column @ w[:, i]) for column in columns), torch.zeros(len(w), dtype=w.dtype))
+        columns.append(rest / rest.norm())
+        assert (columns[i] @ b_OR[:, i]).abs().item() == pytest.approx(1, abs=1e-12)
+    torch.testing.assert_close(b_OR.T @ w, a_RI)
+    torch.testing.assert_close(a_RI.tril(-1), torch.zeros_like(a_RI), rtol=0, atol=1e-12)
+    before, after = (program.module().eval()(**bench.inputs)["logits"] for program in (bench.program, tuned))
+    torch.testing.assert_close(before, after, rtol=0, atol=1e-12)
+    zoo.randomise(tuned, 0.2)
+    change = 2 * (p["stack.0.out.lora_B"].tensor @ p["stack.0.out.lora_A"].tensor - b_OR @ a_RI)
     torch.testing.assert_close(pg.fold(tuned).table["stack.0.out.weight"].tensor, w + change)
 
 
@@ -237,7 +256,7 @@ def test_a_negative_weight_takes_off_what_was_learned(bench: Any) -> None:
     rank=st.integers(1, 4096),
     alpha=st.floats(allow_nan=False, allow_infinity=False),
     dropout=st.floats(0, 1, exclude_max=True),
-    init=st.sampled_from(["kaiming", "gaussian", "pissa"]),
+    init=st.sampled_from(["kaiming", "gaussian", "pissa", "olora"]),
     rank_stabilised=st.booleans(),
     bias=st.sampled_from(["none", "all", "lora_only"]),
     weight=st.floats(allow_nan=False, allow_infinity=False),

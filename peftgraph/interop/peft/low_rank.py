@@ -32,8 +32,9 @@ from peftgraph.rewrite.method import find_pass
 from peftgraph.rewrite.views import weight_view
 from peftgraph.sites import Site, Sites
 
-# How a fresh adapter starts, where that leaves the base alone; PiSSA's start is computed anew by the pass.
-STARTS = ("gaussian", "eva", "orthogonal", "pissa", True, False)
+# How a fresh adapter starts, where that leaves the base alone, or where the pass computes the start anew.
+ANEW = {"pissa": "singular vectors", "olora": "orthonormal columns"}
+STARTS = ("gaussian", "eva", "orthogonal", *ANEW, True, False)
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,11 @@ def low_rank_parts(program: ProgramData, sites: Sites, config: PeftConfig, tenso
         AdapterError: a target is no site, or the file says what no pass does.
     """
     if config.options.get("init_lora_weights", True) not in STARTS:
-        raise AdapterError(
-            f"{config.directory / CONFIG} has init_lora_weights={config.options['init_lora_weights']!r}, whose start "
-            "moves the base's own weights. Save it with peft's path_initial_model_for_weight_conversion."
-        )
+        raise _moving(config, "whose start moves the base's own weights")
+    if config.options.get("init_lora_weights") in ANEW and config.of("use_dora", bool, False):
+        raise _moving(config, "whose start moves the weights that its DoRA norms")
+    if config.options.get("init_lora_weights") == "olora" and config.of("fan_in_fan_out", bool, False):
+        raise _moving(config, "which peft takes off the transpose of what it adds to, where fan_in_fan_out=True")
     groups: dict[tuple[int, float], dict[Key, Tensor]] = {}
     places: dict[tuple[int, float], list[Site]] = {}
     for one in _adapted(program, config, tensors):
@@ -98,9 +100,16 @@ def _filled(
         "dropout": float(config.number("lora_dropout", 0.0)),
         "rank_stabilised": config.of("use_rslora", bool, False),
     }
-    if config.options.get("init_lora_weights") in ("gaussian", "pissa") and not dora:
+    if config.options.get("init_lora_weights") in ("gaussian", *ANEW) and not dora:
         options["init"] = config.options["init_lora_weights"]
     return Filled(find_pass("dora" if dora else "lora")(**options), values)
+
+
+def _moving(config: PeftConfig, what: str) -> AdapterError:
+    return AdapterError(
+        f"{config.directory / CONFIG} has init_lora_weights={config.options['init_lora_weights']!r}, {what}. Save it "
+        "with peft's path_initial_model_for_weight_conversion."
+    )
 
 
 def _adapted(program: ProgramData, config: PeftConfig, tensors: PeftTensors) -> Iterator[Adapted]:
@@ -145,9 +154,10 @@ def _at(site: Site, one: Adapted, config: PeftConfig) -> tuple[int, float, dict[
     """Rank, alpha and values at one site: the rows it owns, in a rank that its own matrix has room for."""
     view = weight_view(site)
     window = None if view is None else view.window
-    if window is not None and config.options.get("init_lora_weights") == "pissa":
+    start = config.options.get("init_lora_weights")
+    if window is not None and start in ANEW:
         raise AdapterError(
-            f"{config.directory} starts from the singular vectors of all of {one.parameter}, of which {site.id} is a "
+            f"{config.directory} starts from the {ANEW[start]} of all of {one.parameter}, of which {site.id} is a "
             "part. Save it with peft's path_initial_model_for_weight_conversion."
         )
     a_RI, b_OR, alpha = one.a_RI, one.b_OR[..., rows_of(site), :], one.alpha
