@@ -10,6 +10,9 @@ the MLP's results in its place. hidden=none trains P_K and P_V themselves: P-tun
 The prefix has no position: queries and keys keep theirs, and no rotation or position bias reaches it. peft passes it
 as a cache of earlier tokens and so counts positions from L on: give the model position_ids from L on for that. Where
 the model adds biases of the distance, as T5 does, they fall on peft's prefix as on L tokens more: placed=true.
+In T5 of the library adapters the distances of keys grow by L, and those of queries do not: key j of [P_K; K] has the
+bias b(j - i) for query i, on rows and tokens alike, biases="shifted". In layers above one without a prefix, whose
+biases they would share, it adds none: biases="dropped".
 Shapes: L length, D the width of the model, M hidden, G heads of keys and values, F features of one, P' (L, D), W_down
 (M, D), W_up (2 G F, M): the sites' W_up are the rows of the paper's one matrix. P_K and P_V (L, G F).
 P', and P_K and P_V without the MLP, start standard normal, as torch.nn.Embedding does, and the layers as
@@ -22,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import fx
@@ -42,6 +45,7 @@ class Prefix(pg.Pass):
         hidden: M of the MLP (512 for table-to-text, 800 for summarisation); none trains the rows themselves.
         dropout: on the rows, in training (P-tuning v2's code uses the model's own; prefix tuning none).
         placed: whether the model's masks and biases of the distance reach the rows as they would L tokens in front.
+        biases: trained ones of the distance: the tokens' own are "kept", keys are "shifted" by L, or all are "dropped".
     """
 
     word = "prefix"
@@ -50,17 +54,20 @@ class Prefix(pg.Pass):
     hidden: int | None = 512
     dropout: float = 0.0
     placed: bool = pg.quiet(False)
+    biases: Literal["kept", "shifted", "dropped"] = pg.quiet("kept")
 
     def check(self) -> None:
-        """Refuses sizes below 1, and a dropout outside [0, 1)."""
+        """Refuses sizes below 1, a dropout outside [0, 1), and two ways to place the rows at once."""
         self.require(self.length >= 1, f"length must be at least 1, got {self.length}.")
         self.require(self.hidden is None or self.hidden >= 1, f"hidden must be at least 1 or none, got {self.hidden}.")
         self.require(0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}.")
+        self.require_one_of("biases", ("kept", "shifted", "dropped"))
+        self.require(not self.placed or self.biases == "kept", "placed=true says already where biases fall.")
 
     def rules(self) -> list[pg.Rule]:
         """One rule: put the rows in front of the keys and values."""
         reason = "the prefix is attended to, and no weight holds rows of keys or values"
-        join = pg.Rows(placed=self.placed)
+        join = pg.Rows(placed=self.placed, biases=self.biases)
         return [pg.Rule(at=self.at, delta=self.delta, join=join, fold=reason, reads=self.attended)]
 
     def finalized(self) -> Self:

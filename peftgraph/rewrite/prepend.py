@@ -11,24 +11,12 @@ from torch import fx
 
 from peftgraph.errors import Conflict, PeftGraphError
 from peftgraph.ir.builder import Builder
-from peftgraph.rewrite.inputs import inputs_along, same_size
-from peftgraph.rewrite.longer import Longer, slice_of
+from peftgraph.rewrite.biases import MASKS, Biases, Shares, shares_of
 from peftgraph.rewrite.match import Match
 
 aten = torch.ops.aten
 
 FUSED = aten.scaled_dot_product_attention.default
-MASKS = {
-    aten.add.Tensor,
-    aten.add_.Tensor,
-    aten.sub.Tensor,
-    aten.masked_fill.Scalar,
-    aten.masked_fill_.Scalar,
-    aten.masked_fill.Tensor,
-    aten.masked_fill_.Tensor,
-    aten.where.self,
-    aten.where.ScalarOther,
-}
 SCALES = {
     aten.mul.Tensor,
     aten.mul.Scalar,
@@ -42,7 +30,7 @@ SCALES = {
 }
 PRODUCTS = {aten.matmul.default, aten.bmm.default}
 WEIGHTS = {aten.to.dtype, aten.dropout.default, aten.contiguous.default, *PRODUCTS}
-Bias = Callable[[fx.Node], fx.Node | None]  # of a mask or bias: what of it falls on the rows, or nothing
+Bias = Callable[[fx.Node], fx.Node | None]  # of a mask or bias: what of it falls on some keys, or nothing
 VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 
 
@@ -82,15 +70,17 @@ class Rows:
     Attributes:
         port: the attention's output.
         placed: whether the rows have places, in front of all tokens; see `prepend`.
+        biases: what becomes of the model's biases of the distance; see `prepend`.
     """
 
     port: str = "output"
     placed: bool = False
+    biases: Biases = "kept"
 
     def entered(self, m: Match, op: Builder, delta: fx.Node | Mapping[str, fx.Node]) -> dict[str, fx.Node]:
         """The attention's output over the longer keys and values."""
         assert isinstance(delta, Mapping), "rows are keys and values"
-        return {self.port: prepend(m, op, delta["keys"], delta["values"], self.placed)}
+        return {self.port: prepend(m, op, delta["keys"], delta["values"], self.placed, self.biases)}
 
     def gated(self, m: Match, op: Builder, delta: fx.Node | Mapping[str, fx.Node], gate: fx.Node) -> dict[str, fx.Node]:
         """Both times the gate."""
@@ -98,7 +88,9 @@ class Rows:
         return {name: op.mul(rows, gate) for name, rows in delta.items()}
 
 
-def prepend(m: Match, op: Builder, keys_1GLD: fx.Node, values_1GLD: fx.Node, placed: bool = False) -> fx.Node:
+def prepend(
+    m: Match, op: Builder, keys_1GLD: fx.Node, values_1GLD: fx.Node, placed: bool = False, biases: Biases = "kept"
+) -> fx.Node:
     """The attention's output when every query also attends to L rows in front of the model's own keys and values.
 
         softmax(q [P_K; K]^T + [0, mask]) [P_V; V]
@@ -112,10 +104,13 @@ def prepend(m: Match, op: Builder, keys_1GLD: fx.Node, values_1GLD: fx.Node, pla
         values_1GLD: (1, G, L, D), as `value_heads` gives them.
         placed: whether the rows have places all the same, in front of all tokens: then the model's masks and biases
             fall on them as on so many tokens more. Cross-attention knows no places.
+        biases: of the distance, where the model looks them up in parameters and the rows have no places: "kept" leaves
+            the tokens theirs, b(j - i) for key j and query i; "shifted" counts the keys from the first row on, and
+            the queries from the first token, b(L + j - i) on tokens and b(p - i) on row p; "dropped" adds none.
 
     Raises:
         PeftGraphError: the attention is written in a form that rows cannot be added to, or its biases depend on more
-            than places.
+            than places, or cannot be told from its mask.
         Conflict: another pass replaced this attention.
     """
     other = m.changed_by("output")
@@ -124,8 +119,8 @@ def prepend(m: Match, op: Builder, keys_1GLD: fx.Node, values_1GLD: fx.Node, pla
             f"{op.maker} and {other} both replace the output of {m.site.id}, and one would undo the other. "
             "Apply one of them."
         )
-    bias = _bias_of_places(m, op, int(keys_1GLD.meta["val"].shape[2])) if placed and m.site.kind == "self" else _open
-    return _computed(m, op, keys_1GLD, values_1GLD, bias)
+    shares = shares_of(m, op, int(keys_1GLD.meta["val"].shape[2]), placed, biases)
+    return _computed(m, op, keys_1GLD, values_1GLD, shares)
 
 
 def attend(m: Match, op: Builder, keys_1GLD: fx.Node, values_1GLD: fx.Node) -> fx.Node:
@@ -150,34 +145,14 @@ def each_head(m: Match, op: Builder, value: fx.Node, change: Callable[[fx.Node],
     return _like(op, value, change(_by_head(m, op, value)))
 
 
-def _open(mask: fx.Node) -> fx.Node | None:
-    """Nothing hides the rows, and no bias falls on them."""
-    return None
-
-
-def _bias_of_places(m: Match, op: Builder, rows: int) -> Bias:
-    """What a mask or bias gives to rows in front of all tokens: its first columns for so many tokens more."""
-    queries, keys = (m.value(port).meta["val"].shape[-2] for port in ("q", "v"))
-    longer = Longer(m, op, inputs_along(m, queries, None if same_size(queries, keys) else keys), queries, rows)
-
-    def bias(mask: fx.Node) -> fx.Node | None:
-        again = longer.again(mask)
-        if again is mask:
-            return None
-        queried = again if same_size(again.meta["val"].shape[-2], 1) else slice_of(op, again, -2, rows)
-        return slice_of(op, queried, -1, 0, rows)
-
-    return bias
-
-
-def _computed(m: Match, op: Builder, keys: fx.Node, values: fx.Node, bias: Bias | None) -> fx.Node:
+def _computed(m: Match, op: Builder, keys: fx.Node, values: fx.Node, shares: Shares | None) -> fx.Node:
     for heads in (key_heads, value_heads):
         heads(m)
     core = m.names[m.site.op]
     if core.target is FUSED:
-        return _fused(m, op, core, keys, values, bias) if bias else _fused_alone(m, op, core, keys, values)
+        return _fused(m, op, core, keys, values, shares) if shares else _fused_alone(m, op, core, keys, values)
     if core.target in (aten.softmax.int, aten._softmax.default):
-        return _written(m, op, core, keys, values, bias)
+        return _written(m, op, core, keys, values, shares)
     raise _refusal(m, core)
 
 
@@ -222,12 +197,12 @@ def _instead(op: Builder, rows_1GLD: fx.Node, value_BHTD: fx.Node) -> fx.Node:
 # fused attention
 
 
-def _fused(m: Match, op: Builder, core: fx.Node, keys: fx.Node, values: fx.Node, bias: Bias) -> fx.Node:
+def _fused(m: Match, op: Builder, core: fx.Node, keys: fx.Node, values: fx.Node, shares: Shares) -> fx.Node:
     length = int(keys.meta["val"].shape[2])
     q, k, v = (m.value(port) for port in "qkv")
     inputs = [q, _in_front(m, op, keys, k), _in_front(m, op, values, v), None]
     if m.has("mask"):
-        inputs[3] = _longer(op, m.value("mask"), k, length, bias)
+        inputs[3] = _longer(op, m.value("mask"), k, length, shares)
     causal = bool(core.args[5]) if len(core.args) > 5 else bool(core.kwargs.get("is_causal", False))
     if causal:
         # The kernel's causal mask is aligned with the first query and the first key: as many empty queries in front
@@ -246,23 +221,25 @@ def _fused_alone(m: Match, op: Builder, core: fx.Node, keys: fx.Node, values: fx
     return op.call(FUSED, q, *rows, None, *core.args[4:5], **named)
 
 
-def _longer(op: Builder, mask: fx.Node, k: fx.Node, length: int, bias: Bias) -> fx.Node:
+def _longer(op: Builder, mask: fx.Node, k: fx.Node, length: int, shares: Shares) -> fx.Node:
     """A mask with columns for the rows in front, of any number of leading axes."""
     value = mask.meta["val"]
     sizes = [n if isinstance(n, int) else op.call(aten.sym_size.int, mask, i) for i, n in enumerate(value.shape)]
     if sizes[-1] == 1:
         mask = op.call(aten.expand.default, mask, [*sizes[:-1], op.call(aten.sym_size.int, k, -2)])
-    front = bias(mask)
+    front = shares.front(mask)
     if front is None:
         fill = True if value.dtype == torch.bool else 0.0
         front = op.call(aten.new_full.default, mask, [*sizes[:-1], length], fill)
-    return op.call(aten.cat.default, [front, mask], -1)
+    elif [str(n) for n in front.meta["val"].shape[:-1]] != [str(n) for n in value.shape[:-1]]:
+        front = op.call(aten.expand.default, front, [*sizes[:-1], length])
+    return op.call(aten.cat.default, [front, shares.own(mask)], -1)
 
 
 # attention written out
 
 
-def _written(m: Match, op: Builder, core: fx.Node, keys: fx.Node, values: fx.Node, bias: Bias | None) -> fx.Node:
+def _written(m: Match, op: Builder, core: fx.Node, keys: fx.Node, values: fx.Node, shares: Shares | None) -> fx.Node:
     product, scores, output = m.names[m.site.ports["product"]], core.args[0], m.names[m.port("output")]
     assert isinstance(scores, fx.Node)
     q, v = m.value("q"), m.value("v")
@@ -272,11 +249,12 @@ def _written(m: Match, op: Builder, core: fx.Node, keys: fx.Node, values: fx.Nod
         raise _refusal(m, product)
     if q.meta["val"].dim() == 3 and m.site.heads is None:
         raise _refusal(m, q)
-    own = _scaled(m, op, product, scores, _own_scores(m, op, product, q, keys), bias or _open)
-    if bias is None:
-        copies = {scores: own, v: _like(op, v, _instead(op, values, _by_head(m, op, v)))}
+    front = _scaled(m, op, product, scores, _own_scores(m, op, product, q, keys), (shares or Shares()).front)
+    if shares is None:
+        copies = {scores: front, v: _like(op, v, _instead(op, values, _by_head(m, op, v)))}
     else:
-        copies = {scores: op.call(aten.cat.default, [own, scores], -1), v: _in_front(m, op, values, v)}
+        own = _scaled(m, op, product, scores, product, shares.own)
+        copies = {scores: op.call(aten.cat.default, [front, own], -1), v: _in_front(m, op, values, v)}
     for node in _tensors(op.between(scores, output)):
         if node is core or node.target in WEIGHTS:
             copies[node] = op.copy(node, copies)
@@ -300,22 +278,29 @@ def _own_scores(m: Match, op: Builder, product: fx.Node, q: fx.Node, keys_1GLD: 
     return own
 
 
-def _scaled(m: Match, op: Builder, product: fx.Node, scores: fx.Node, own: fx.Node, bias: Bias) -> fx.Node:
-    """What the model does to its scores, with what `bias` gives of the masks and biases that it adds to them."""
+def _scaled(m: Match, op: Builder, product: fx.Node, scores: fx.Node, raw: fx.Node, bias: Bias) -> fx.Node:
+    """What the model does to its scores done to `raw`, with what `bias` gives of the masks and biases it adds."""
     inside = {product, *_tensors(op.between(product, scores))}
-    copies = {product: own}
+    copies = {product: raw}
     for node in _tensors(op.between(product, scores)):
         signal = next(one for one in node.all_input_nodes if one in inside)
         others = _tensors(one for one in node.all_input_nodes if one is not signal)
         if node.target in MASKS and others:
             found = {one: bias(one) for one in others}
-            front = {one: value for one, value in found.items() if value is not None}
-            copies[node] = op.copy(node, front | {signal: copies[signal]}) if front else copies[signal]
+            new = {one: value for one, value in found.items() if value is not None}
+            copies[node] = _again(op, node, new | {signal: copies[signal]}) if new else copies[signal]
+        elif copies[signal] is signal:
+            copies[node] = node
         elif node.target in SCALES and all(_is_one_for_all_keys(one) for one in others):
             copies[node] = op.copy(node, copies)
         else:
             copies[node] = _viewed(m, op, node, copies)
     return copies[scores]
+
+
+def _again(op: Builder, node: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """The call of `node` with other operands, or `node` itself where they are the same."""
+    return node if all(old is new for old, new in copies.items()) else op.copy(node, copies)
 
 
 def _viewed(m: Match, op: Builder, node: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> fx.Node:

@@ -55,6 +55,7 @@ METHODS: dict[str, adapters.AdapterConfig] = {
     "direft": adapters.DiReftConfig(r=2, prefix_positions=2, suffix_positions=1, non_linearity="gelu"),
     "prefix": adapters.PrefixTuningConfig(flat=True, prefix_length=3),
     "prefix_mlp": adapters.PrefixTuningConfig(prefix_length=3, bottleneck_size=6, leave_out=[0]),
+    "prefix_upper": adapters.PrefixTuningConfig(flat=True, prefix_length=3, leave_out=[0, 2]),
     "mam": adapters.MAMConfig(
         adapters.PrefixTuningConfig(prefix_length=3, bottleneck_size=6), adapters.ParBnConfig(reduction_factor=4)
     ),
@@ -63,9 +64,14 @@ METHODS: dict[str, adapters.AdapterConfig] = {
         adapters.SeqBnConfig(reduction_factor=4),
         adapters.LoRAConfig(r=2, alpha=6),
     ),
+    "unipelt_upper": adapters.UniPELTConfig(
+        adapters.PrefixTuningConfig(prefix_length=3, bottleneck_size=6, leave_out=[2]),
+        adapters.SeqBnConfig(reduction_factor=4),
+        adapters.LoRAConfig(r=2, alpha=6),
+    ),
     "prompt": adapters.PromptTuningConfig(prompt_length=3),
 }
-BERT = METHODS.keys() - {"houlsby_cross"}
+BERT = METHODS.keys() - {"houlsby_cross", "prefix_upper", "unipelt_upper"}
 DECODERS = {
     "houlsby", "pfeiffer", "parallel", "lora", "ia3", "compacter", "compacter_pp", "loreft", "prefix", "prefix_mlp",
     "mam", "unipelt",
@@ -75,15 +81,14 @@ CHOSEN = {
     "gpt2": DECODERS | {"compacter_unshared", "plus"},
     "llama": DECODERS | {"dora", "mtl_lora", "plus"},
     "vit": {"plus"},
-    "t5": {"houlsby_cross", "pfeiffer", "parallel", "lora", "ia3", "compacter", "loreft_first", "prefix"},
+    "t5": {
+        "houlsby_cross", "pfeiffer", "parallel", "lora", "ia3", "compacter", "loreft_first", "prefix", "prefix_mlp",
+        "prefix_upper", "mam", "unipelt", "unipelt_upper",
+    },
     "bart": {"houlsby_cross", "lora", "compacter_pp", "loreft_first", "prefix", "prefix_mlp", "mam", "unipelt"},
-}
+}  # fmt: skip
 HEADED = {"compacter", "compacter_pp", "vera", "dvora"}
-LOST = {
-    "compacter_bare",
-    "direft",
-    "vera_bare",
-}  # the rule, and that R h is not taken off; recorded is what the library reads
+LOST = {"compacter_bare", "vera_bare", "direft"}  # what is shared, and that R h stays; recorded is what the library reads
 
 
 def wrapped(name: str, method: str) -> tuple[nn.Module, nn.Module]:

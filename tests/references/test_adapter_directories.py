@@ -21,6 +21,7 @@ import peftgraph as pg
 DIRECTORIES = Path(__file__).parent / "adapter_directories"
 COMPACT = 'width=4 n=2 rank=1 shared=true activation="gelu" dropout=0.0 init="xavier_normal"'
 MLP = "prefix{at=attention.core length=3 hidden=6 dropout=0.0}"
+SHIFTED = f'{MLP[:-1]} biases="shifted"}}'
 GATED = f'{MLP}, pfeiffer{{at=ffn width=4 activation="relu" dropout=0.0 init="bert"}}, lora{{at=attention.q|attention.v'
 CASES = {
     "bert.houlsby": 'houlsby{at=attention|ffn width=4 activation="silu" dropout=0.0',
@@ -89,6 +90,12 @@ CASES = {
     "t5.ia3": "ia3{at=attention.k|attention.v|ffn.up}",
     "t5.compacter": "compacter{at=(attention|ffn).where(",
     "t5.loreft_first": "loreft{at=block.where(",
+    "t5.prefix": 'prefix{at=attention.core length=3 hidden=none dropout=0.0 biases="shifted"}',
+    "t5.prefix_mlp": 'SelfAttention") length=3 hidden=6 dropout=0.0 biases="dropped" name="dropped"}',
+    "t5.prefix_upper": 'SelfAttention") length=3 hidden=none dropout=0.0 biases="dropped"}',
+    "t5.mam": f"{SHIFTED}\nparallel_adapter{{at=ffn",
+    "t5.unipelt": f"unipelt{{methods=[{SHIFTED}, pfeiffer{{at=ffn",
+    "t5.unipelt_upper": 'length=3 hidden=6 dropout=0.0 biases="shifted" name="shifted"}, pfeiffer{at=ffn',
     "bart.houlsby_cross": "houlsby{at=attention|ffn",
     "bart.lora": "lora{at=attention.q|attention.v|ffn.up",
     "bart.compacter_pp": "compacter_pp{at=ffn",
@@ -141,7 +148,6 @@ def test_outputs_are_the_librarys(case: str) -> None:
 REFUSED = {
     "bert.vera_bare": "lacks A and B, which all modules of a VeRA share: out of a model without a head",
     "bert.compacter_bare": "lacks the rule that its Compacters share: out of a model without a head",
-    "t5.prefix": "is a prefix of a t5 model: there the library counts the prefix among the positions",
 }
 
 
@@ -231,6 +237,7 @@ OPTIONS: dict[str, tuple[str, dict[str, object], str]] = {
     "shared-factors": ("bert.compacter_unshared", {"shared_W_phm": True}, "has shared_W_phm=True"),
     "mlp": ("bert.prefix_mlp", {"non_linearity": "relu"}, "has non_linearity='relu'"),
     "layers": ("bert.prefix", {"leave_out": [0, 1]}, "one in each of 0 layers; this model has 2 such attentions"),
+    "layers-of-t5": ("t5.prefix", {"leave_out": [3]}, "leaves layer 1 of the decoder without a prefix, above one that"),
     "length": ("bert.prefix", {"prefix_length": 5}, "a prefix of 192 rows, which are no keys and values of 2 layers"),
     "last-of-two": ("bart.loreft_first", {"suffix_positions": 1}, "edits the last 1 tokens of a model with an encoder"),
     "none-of-three": ("gpt2.lora", {"attn_matrices": ["o"]}, "adapts parts of h.0.attn.c_attn"),

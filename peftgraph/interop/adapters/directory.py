@@ -58,9 +58,9 @@ def load_adapters(program: P, sites: Sites, apply: Callable[..., P], directory: 
 
 def _parts(program: ProgramData, sites: Sites, saved: Saved) -> list[Filled]:
     """The passes of a directory."""
-    members = saved.members()
-    parts = [_part(program, sites, member) for member in members]
-    gated = [part for part, member in zip(parts, members, strict=True) if member.options.get("use_gating")]
+    found = [(part, member) for member in saved.members() for part in _of(program, sites, member)]
+    parts = [part for part, _ in found]
+    gated = [part for part, member in found if member.options.get("use_gating")]
     if not gated:
         return parts
     values: dict[Key, Tensor] = {key: value for part in gated for key, value in part.values.items()}
@@ -68,20 +68,20 @@ def _parts(program: ProgramData, sites: Sites, saved: Saved) -> list[Filled]:
     return [Filled(method, values), *(part for part in parts if part not in gated)]
 
 
-def _part(program: ProgramData, sites: Sites, saved: Saved) -> Filled:
-    """The pass of one configuration."""
+def _of(program: ProgramData, sites: Sites, saved: Saved) -> list[Filled]:
+    """The pass of one configuration, or the passes."""
     match saved.options.get("architecture"):
         case None:
-            return bottlenecks(sites, saved)
+            return [bottlenecks(sites, saved)]
         case "lora" | "mtl_lora" if saved.options.get("composition_mode") == "add":
-            return low_rank(program, sites, saved)
+            return [low_rank(program, sites, saved)]
         case "lora":
-            return scales(program, sites, saved)
+            return [scales(program, sites, saved)]
         case "reft":
-            return edits(sites, saved)
+            return [edits(sites, saved)]
         case "prefix_tuning":
             return prefixes(sites, saved)
         case "prompt_tuning":
-            return prompt(program, sites, saved)
+            return [prompt(program, sites, saved)]
         case other:
             raise saved.refuse(f"architecture={other!r}")
