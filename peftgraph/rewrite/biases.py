@@ -33,7 +33,9 @@ MASKS = {
     aten.masked_fill_.Tensor,
     aten.where.self,
     aten.where.ScalarOther,
+    aten.where.ScalarSelf,
 }
+LOOKUPS = ops.words("embedding index gather index_select take_along_dim")
 SAME = ops.CAST | {"contiguous", "clone"}
 
 
@@ -134,21 +136,40 @@ class _Apart(Shares, ABC):
         return False
 
     def _inner(self, mask: fx.Node) -> fx.Node | None:
-        """Where a mask and a bias met, the bias; or what a value is a copy of."""
+        """Where a mask and a bias met, the bias; or what a value is a copy of. Nothing at a bias alone."""
         if ops.name(mask) in SAME:
             return mask.all_input_nodes[0]
-        if mask.target not in MASKS:
-            return None
-        tensors = [one for one in mask.all_input_nodes if isinstance(one.meta["val"], torch.Tensor)]
-        biased = [one for one in tensors if self._is_biased(one)]
-        if len(biased) == len(tensors):
+        biased, others = self._operands(mask)
+        if mask.target not in MASKS or not others:
+            self._refuse_mixed(mask)
             return None
         if len(biased) > 1 or mask.target is aten.sub.Tensor or mask.kwargs.get("alpha", 1) != 1:
-            raise PeftGraphError(
-                f"{self.m.site.id} mixes its biases with a mask at %{mask.name} ({mask.target}), where they cannot be "
-                'told apart. Leave biases="kept".'
-            )
+            raise self._mixed(mask)
         return biased[0]
+
+    def _operands(self, node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
+        """What a value is made of: the biases, and other tensors."""
+        tensors = [one for one in node.all_input_nodes if isinstance(one.meta["val"], torch.Tensor)]
+        biased = [one for one in tensors if self._is_biased(one)]
+        return biased, [one for one in tensors if one not in biased]
+
+    def _refuse_mixed(self, bias: fx.Node) -> None:
+        """Refuses a bias that other tensors than its places had a part in, which may be a mask."""
+        todo = [bias]
+        while todo:
+            node = todo.pop()
+            if node.op == "get_attr" or ops.name(node) in LOOKUPS:
+                continue
+            biased, others = self._operands(node)
+            if others:
+                raise self._mixed(node)
+            todo += biased
+
+    def _mixed(self, node: fx.Node) -> PeftGraphError:
+        return PeftGraphError(
+            f"{self.m.site.id} mixes its biases with a mask at %{node.name} ({node.target}), where they cannot be told "
+            'apart. Leave biases="kept".'
+        )
 
 
 class _Shifted(_Apart):

@@ -146,6 +146,18 @@ def test_rows_with_places_keep_them_in_later_calls(name: str) -> None:
     assert torch.equal(tokens(net, prompt()), tokens(net, prompt(), use_cache=False))
 
 
+@pytest.mark.parametrize("options", [{"biases": "shifted"}, {"biases": "dropped"}, {"placed": True}])
+def test_biases_beside_rows_are_those_of_the_whole_text_in_later_calls(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    place = 'attention.core & stack("decoder") & kind("self")' if "placed" in options else "attention.core"
+    method = Prefix(at=place, length=3, hidden=None, **options)
+    net, text = zoo.randomise(zoo.cached("t5").apply(method), 0.5).module().eval(), prompt()
+    found = tokens(net, text, do_sample=True, output_logits=True, return_dict_in_generate=True)
+    read = net(**text, decoder_input_ids=found.sequences[:, :-1]).logits.detach()
+    assert len(found.sequences.unique()) > 3
+    assert float((torch.stack(found.logits, 1) - read).abs().max()) < 1e-6 * float(read.abs().max())
+
+
 def greedy(net: nn.Module, inputs: dict[str, Tensor], count: int) -> Tensor:
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     for _ in range(count):

@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+import attended
+import distances
 import pytest
 import torch
 from recorded import FOLDER, LAYERS, MODELS, WIDTH
@@ -51,18 +53,33 @@ METHODS: dict[str, pg.Pass] = {
         methods=(LoRA(rank=2, alpha=2.0), Prefix(length=3, hidden=None), Pfeiffer(width=4)), gates="site"
     ),
 }
-PREFIXED = ("prefix", "prefix_mlp", "mam", "unipelt")  # which T5 of the library has otherwise: see below
+PREFIXED = ("prefix", "prefix_mlp", "mam", "unipelt")
 RECORDED = [
-    (method, name)
-    for method in METHODS
-    for name in MODELS
-    if (FOLDER / f"{name}.{method}.safetensors").exists() and not (name == "t5" and method in PREFIXED)
+    (method, name) for method in METHODS for name in MODELS if (FOLDER / f"{name}.{method}.safetensors").exists()
 ]
 
 
 def configured(method: str, name: str) -> pg.Pass:
-    """Our pass; the library cannot find the last tokens of T5's decoder, so that the first ones alone are edited."""
-    return LoReFT(rank=2, prefix=2, suffix=0).finalized() if (method, name) == ("loreft", "t5") else METHODS[method]
+    """Our pass; of T5, with the biases that the library has beside a prefix, and edits of the first tokens alone, for
+    it cannot find the last ones of the decoder."""
+    if name != "t5":
+        return METHODS[method]
+    if method == "loreft":
+        return LoReFT(rank=2, prefix=2, suffix=0).finalized()
+    return shifted(METHODS[method])
+
+
+def shifted(method: pg.Pass) -> pg.Pass:
+    """A pass whose prefixes have biases="shifted"."""
+    match method:
+        case Prefix():
+            return replace(method, biases="shifted")
+        case UniPELT():
+            return replace(method, methods=tuple(map(shifted, method.methods)))
+        case MAM():
+            return pg.Pipeline(map(shifted, method.passes()))
+        case _:
+            return method
 
 
 def short_names(program: pg.Program) -> dict[str, str]:
@@ -166,10 +183,24 @@ def test_orthonormal_rows_stay_as_they_are(name: str) -> None:
 
 @pytest.mark.parametrize("method", PREFIXED)
 def test_its_t5_counts_the_prefix_among_the_positions(method: str) -> None:
-    """Relative positions of keys begin behind the prefix, so that its T5 has other biases than it was trained with."""
+    """Keys are counted from the prefix on and queries are not, so that tokens have other biases than it was trained
+    with."""
     stem = f"t5.{method}"
     tuned, _ = with_values("t5", METHODS[method], part(stem, "adapter/"))
     assert distance(answer(tuned, "t5"), recorded(stem)["output"]) > 1e-2
+
+
+def test_the_biases_of_its_t5_beside_a_prefix_written_out() -> None:
+    """b(j - i) for query i and key j of [P_K; K], in the original model; none in cross-attention."""
+    model, inputs, values = build("t5"), part("t5", "input/"), part("t5.prefix", "adapter/")
+    model.set_attn_implementation("sdpa")
+    places = {name.removesuffix("prefix_k") for name in values if name.endswith("prefix_k")}
+    order = sorted(places, key=lambda place: (int(place.partition(".")[0]), "cross" in place))
+    rows = [(values[f"{place}prefix_k"], values[f"{place}prefix_v"]) for place in order]
+    assert len(rows) == 3 * LAYERS
+    with attended.attending(distances.with_counted, distances.counted(model, rows, inputs)):
+        written = model(**inputs)["last_hidden_state"]
+    assert distance(written, recorded("t5.prefix")["output"]) < TOLERANCE["t5"]
 
 
 def test_its_prompts_stand_behind_the_norm_of_the_embeddings() -> None:

@@ -167,6 +167,9 @@ LINES: dict[str, Line] = {
     "prefix_placed": Line(
         (Prefix(length=2, hidden=None, placed=True),), folds=False, away=True, reference=False, variant=True
     ),
+    "prefix_shifted": Line(
+        (Prefix(length=2, hidden=None, biases="shifted"),), folds=False, away=True, reference=False, variant=True
+    ),
     "prefix+lora": Line((Prefix(length=3, hidden=5), LoRA(rank=2)), folds=False, away=True, reference=False),
 }
 
