@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from peftgraph.errors import Conflict
 from peftgraph.ir.literals import FORMS
+from peftgraph.ir.program import copy_graph
 from peftgraph.ir.propagate import Inference, fake_like, same_meta
 from peftgraph.ir.table import Entry
 
@@ -290,12 +291,7 @@ def sort(graph: fx.Graph) -> fx.Graph:
     Base nodes carry their position in the traced graph and new ones the position they were inserted after, so the order
     does not depend on the way there: taking a pass out restores the base's own order.
     """
-    new = fx.Graph()
-    mapped: dict[fx.Node, fx.Node] = {}
-    for node in _in_order(graph):
-        mapped[node] = new.node_copy(node, lambda operand: mapped[operand])
-        mapped[node].meta = dict(node.meta)
-    return new
+    return copy_graph(graph, _in_order(graph))
 
 
 def _in_order(graph: fx.Graph) -> Iterator[fx.Node]:

@@ -76,17 +76,21 @@ RULES: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 
 
+MEMORY = "peftgraph_calls"  # of a fake mode: what calls gave
+
+
 class Inference:
     """What calls give under fake tensors. Of calls that are alike, in isomorphic blocks, one is run.
 
     Two calls are alike when their targets and literals are equal and their operands have equal sizes (the same
-    expressions of the same symbols), strides, dtypes, devices and `requires_grad`.
+    expressions of the same symbols), strides, dtypes, devices and `requires_grad`. The memory is the mode's, and so one
+    for all programs that come from one trace.
     """
 
     def __init__(self, mode: FakeTensorMode) -> None:
         self.mode = mode
         mode.cache_enabled = False  # torch's own memory of calls doubles their time here
-        self._known: dict[Hashable, Any] = {}
+        self._known: dict[Hashable, Any] = vars(mode).setdefault(MEMORY, {})  # it holds the mode, and goes with it
         self._descriptions: dict[int, tuple[Any, Hashable]] = {}  # by identity; the value is held so that it keeps it
 
     def value_of(self, node: fx.Node) -> Any:

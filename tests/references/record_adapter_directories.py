@@ -88,7 +88,8 @@ CHOSEN = {
     "bart": {"houlsby_cross", "lora", "compacter_pp", "loreft_first", "prefix", "prefix_mlp", "mam", "unipelt"},
 }  # fmt: skip
 HEADED = {"compacter", "compacter_pp", "vera", "dvora"}
-LOST = {"compacter_bare", "vera_bare", "direft"}  # what is shared, and that R h stays; recorded is what the library reads
+# Lost is what is shared, and that R h stays; recorded is what the library reads.
+LOST = {"compacter_bare", "vera_bare", "direft"}
 
 
 def wrapped(name: str, method: str) -> tuple[nn.Module, nn.Module]:
