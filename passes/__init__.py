@@ -11,6 +11,7 @@ from .dora import DoRA as DoRA
 from .freeze import Freeze as Freeze
 from .houlsby import Houlsby as Houlsby
 from .ia3 import IA3 as IA3
+from .invertible import Invertible as Invertible
 from .lora import LoRA as LoRA
 from .loreft import LoReFT as LoReFT
 from .mam import MAM as MAM

@@ -18,6 +18,7 @@ from peftgraph.ir.builder import Builder as Builder
 from peftgraph.program import Program as Program
 from peftgraph.program import fold as fold
 from peftgraph.program import trace as trace
+from peftgraph.rewrite.behind import finished as finished
 from peftgraph.rewrite.bottleneck import Bottleneck as Bottleneck
 from peftgraph.rewrite.gate import Gate as Gate
 from peftgraph.rewrite.gate import gated as gated
@@ -27,6 +28,7 @@ from peftgraph.rewrite.lengthen import at_tokens as at_tokens
 from peftgraph.rewrite.lengthen import lengthened as lengthened
 from peftgraph.rewrite.low_rank import LowRank as LowRank
 from peftgraph.rewrite.match import INNERMOST as INNERMOST
+from peftgraph.rewrite.match import OUTERMOST as OUTERMOST
 from peftgraph.rewrite.match import Match as Match
 from peftgraph.rewrite.method import Pass as Pass
 from peftgraph.rewrite.method import Pipeline as Pipeline

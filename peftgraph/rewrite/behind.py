@@ -92,6 +92,18 @@ class Behind:
         return INPUT + self.m.edits.below(node.name)
 
 
+def finished(m: Match) -> str:
+    """The port of the finished embeddings: of what the first block reads of the embedded tokens, in their own width.
+
+    Args:
+        m: the embedding of the tokens.
+
+    Raises:
+        PeftGraphError: no block reads them.
+    """
+    return INPUT + m.edits.below(_finished(m).name)
+
+
 def _finished(m: Match) -> fx.Node:
     """What the first block reads of the embedded tokens, before it is taken to another width.
 

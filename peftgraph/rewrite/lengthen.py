@@ -18,7 +18,7 @@ from peftgraph.ir.builder import Builder
 from peftgraph.rewrite.behind import Behind
 from peftgraph.rewrite.growth import Growth, checked_inputs
 from peftgraph.rewrite.inputs import inputs_along, same_size
-from peftgraph.rewrite.match import RESULT, Match
+from peftgraph.rewrite.match import OUTERMOST, RESULT, Match
 from peftgraph.rewrite.rule import Replace, Rule
 from peftgraph.sites import ops
 from peftgraph.sites.select import Selector
@@ -128,7 +128,8 @@ def lengthened(
         return values | place.results(m, op) if cut else values
 
     lacking = "embeds tokens that are an input of the model"
-    more = {"at": at, "fold": reason, "where": embeds_tokens, "lacking": lacking, "level": 1}
+    level = OUTERMOST if place.behind else 1
+    more = {"at": at, "fold": reason, "where": embeds_tokens, "lacking": lacking, "level": level}
     if place.behind:
         found = [Rule(delta=behind, join=Replace("input"), **more)]
         return [*found, Rule(delta=results_behind, join=Replace(anew=False), **more)] if cut else found

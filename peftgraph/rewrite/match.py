@@ -30,6 +30,9 @@ LEVELS = {"attention": 1, "ffn": 1, "block": 2}
 # The level of an edit that changes what a site itself computes: below the edits of all other passes.
 INNERMOST = -1
 
+# The level of an edit that changes what all that stands within a site's own computation gives.
+OUTERMOST = max(LEVELS.values())
+
 # Ports whose value the site gives to all its users; at every other port the site reads a value that others may read
 # too.
 GIVEN = {"output", "undropped", "embedded", "join", "normed"}
@@ -113,7 +116,7 @@ class Match:
         """What `reader` reads in the place of a value of the base: the latest, or what an edit held it to."""
         afters = [self.names[move.after] for move in self.edits.chain(node)]
         read = next((after for after in reversed(afters) if after in reader.all_input_nodes), self.names[node])
-        return read if read in reader.all_input_nodes else self._latest(node, max(LEVELS.values()))
+        return read if read in reader.all_input_nodes else self._latest(node, OUTERMOST)
 
     def _latest(self, node: str, level: int) -> fx.Node:
         moves = [move for move in self.edits.chain(node) if move.level <= level]
@@ -126,7 +129,7 @@ class Match:
 
     def now(self, node: fx.Node) -> fx.Node:
         """What stands in the place of a value of the base after every edit so far."""
-        return self._latest(node.name, max(LEVELS.values()))
+        return self._latest(node.name, OUTERMOST)
 
     @property
     def input(self) -> fx.Node:

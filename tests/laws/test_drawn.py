@@ -58,6 +58,9 @@ DRAWN: dict[type[pg.Pass], st.SearchStrategy[pg.Pass]] = {
     ),
     passes.AdapterFusion: st.builds(passes.AdapterFusion, adapters=st.just(("a", "b")), width=SMALL, name=NAMES),
     passes.CIAT: st.builds(passes.CIAT, width=SMALL, embedding_width=SMALL, init=st.just("identity"), name=NAMES),
+    passes.Invertible: st.builds(
+        passes.Invertible, reduction=st.floats(0.4, 1.0), init=st.just("identity"), name=NAMES
+    ),
     passes.LoReFT: st.builds(
         passes.LoReFT, rank=st.just(1), prefix=st.integers(0, 3), suffix=SMALL, start=st.just("identity"), name=NAMES
     ),

@@ -14,10 +14,12 @@ share, are saved only out of a model with a head (`HEADED`), from which its name
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import adapters
 import torch
+import transformers
 from adapters import composition
 from record_adapters import FOLDER, build, inputs, record_model
 from safetensors.torch import load_file, save_file
@@ -70,38 +72,64 @@ METHODS: dict[str, adapters.AdapterConfig] = {
         adapters.LoRAConfig(r=2, alpha=6),
     ),
     "prompt": adapters.PromptTuningConfig(prompt_length=3),
+    "pfeiffer_inv": adapters.SeqBnInvConfig(reduction_factor=4),
+    "pfeiffer_inv_lm": adapters.SeqBnInvConfig(reduction_factor=4, inv_adapter_reduction_factor=4),
+    "pfeiffer_inv_own": adapters.SeqBnInvConfig(reduction_factor=4),
+    "houlsby_inv": adapters.DoubleSeqBnInvConfig(reduction_factor=4),
+    "prompt_inv": adapters.ConfigUnion(
+        adapters.PromptTuningConfig(prompt_length=3), adapters.SeqBnInvConfig(reduction_factor=4)
+    ),
 }
-BERT = METHODS.keys() - {"houlsby_cross", "prefix_upper", "unipelt_upper"}
+BERT = METHODS.keys() - {"houlsby_cross", "prefix_upper", "unipelt_upper", "pfeiffer_inv_own"}
 DECODERS = {
     "houlsby", "pfeiffer", "parallel", "lora", "ia3", "compacter", "compacter_pp", "loreft", "prefix", "prefix_mlp",
-    "mam", "unipelt",
+    "mam", "unipelt", "pfeiffer_inv", "pfeiffer_inv_lm",
 }  # fmt: skip
 CHOSEN = {
     "bert": BERT,
-    "gpt2": DECODERS | {"compacter_unshared", "plus"},
+    "gpt2": DECODERS | {"compacter_unshared", "plus", "pfeiffer_inv_own"},
     "llama": DECODERS | {"dora", "mtl_lora", "plus"},
     "vit": {"plus"},
     "t5": {
         "houlsby_cross", "pfeiffer", "parallel", "lora", "ia3", "compacter", "loreft_first", "prefix", "prefix_mlp",
-        "prefix_upper", "mam", "unipelt", "unipelt_upper",
+        "prefix_upper", "mam", "unipelt", "unipelt_upper", "pfeiffer_inv", "pfeiffer_inv_lm",
     },
-    "bart": {"houlsby_cross", "lora", "compacter_pp", "loreft_first", "prefix", "prefix_mlp", "mam", "unipelt"},
+    "bart": {
+        "houlsby_cross", "lora", "compacter_pp", "loreft_first", "prefix", "prefix_mlp", "mam", "unipelt",
+        "pfeiffer_inv",
+    },
 }  # fmt: skip
-HEADED = {"compacter", "compacter_pp", "vera", "dvora"}
+HEADED = {"compacter", "compacter_pp", "vera", "dvora", "pfeiffer_inv_lm"}
+OWN = {"pfeiffer_inv_own"}  # out of transformers' own model with a head
 # Lost is what is shared, and that R h stays; recorded is what the library reads.
 LOST = {"compacter_bare", "vera_bare", "direft"}
 
 
 def wrapped(name: str, method: str) -> tuple[nn.Module, nn.Module]:
-    """The model that is saved, and its base that answers: one and the same, or a model with a head around the base."""
+    """The model that is saved, and the one that answers: one and the same, or a model with a head around its base."""
     base = build(name)
+    if method in OWN:
+        model = transformers.AutoModelForCausalLM.from_config(base.config).double()
+        model.base_model.load_state_dict(base.state_dict())
+        adapters.init(model)
+        return model.eval(), model
     if method not in HEADED:
         adapters.init(base)
         return base, base
     model = adapters.AutoAdapterModel.from_config(base.config).double()
     model.base_model.load_state_dict(base.state_dict(), strict=False)
+    if method.endswith("_lm"):
+        others = partial(model.add_causal_lm_head, layers=1) if name != "t5" else model.add_seq2seq_lm_head
+        (model.add_masked_lm_head if name == "bert" else others)("one")
+        return model.double().eval(), model
     model.add_classification_head("one", num_labels=2)
     return model.eval(), model.base_model
+
+
+def answer(model: nn.Module, name: str) -> Tensor:
+    """The scores of a model of language, or the last hidden state."""
+    answers = model(**inputs(name))
+    return answers["logits"] if "logits" in answers else answers["last_hidden_state"]
 
 
 def readable(folder: Path) -> None:
@@ -120,7 +148,7 @@ def reloaded(name: str, method: str, folder: Path) -> Tensor:
     torch.set_default_dtype(torch.float32)
     model.eval()
     with torch.no_grad():
-        return base(**inputs(name)).last_hidden_state
+        return answer(base, name)
 
 
 def record(name: str, method: str) -> None:
@@ -129,7 +157,8 @@ def record(name: str, method: str) -> None:
     model.add_adapter("one", config=METHODS[method])
     model.set_active_adapters("one")
     generator = torch.Generator().manual_seed(3)
-    own = [(key, p) for key, p in base.named_parameters() if ".one." in key or "shared_parameters" in key]
+    parameters = [(key, p) for key, p in base.named_parameters() if not key.startswith("heads.")]
+    own = [(key, p) for key, p in parameters if ".one." in key or "shared_parameters" in key]
     model.double().eval()
     with torch.no_grad():
         for _, parameter in {id(p): (key, p) for key, p in own}.values():
@@ -138,7 +167,7 @@ def record(name: str, method: str) -> None:
             parameter.diagonal().sign_()  # no gradient reaches these signs of R's rows
             if method == "loreft_decayed":
                 parameter[0, 0] = 0.999  # as weight decay leaves one, of which the library takes the whole part
-        output = base(**inputs(name)).last_hidden_state
+        output = answer(base, name)
     plain = load_file(FOLDER / f"{name}.safetensors")["output"]
     assert output.shape != plain.shape or not torch.allclose(output, plain, atol=1e-2), "the adapter does nothing"
     folder = Path(__file__).parent / "adapter_directories" / f"{name}.{method}"

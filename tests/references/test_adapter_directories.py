@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -17,12 +18,14 @@ from recorded_models import TOLERANCE, answer, build, distance, part, recorded, 
 from safetensors.torch import load_file, save_file
 
 import peftgraph as pg
+from peftgraph.passes import Invertible
 
 DIRECTORIES = Path(__file__).parent / "adapter_directories"
 COMPACT = 'width=4 n=2 rank=1 shared=true activation="gelu" dropout=0.0 init="xavier_normal"'
 MLP = "prefix{at=attention.core length=3 hidden=6 dropout=0.0}"
 SHIFTED = f'{MLP[:-1]} biases="shifted"}}'
 GATED = f'{MLP}, pfeiffer{{at=ffn width=4 activation="relu" dropout=0.0 init="bert"}}, lora{{at=attention.q|attention.v'
+COUPLED = 'invertible{at=embedding&~stack("decoder")'
 CASES = {
     "bert.houlsby": 'houlsby{at=attention|ffn width=4 activation="silu" dropout=0.0',
     "bert.pfeiffer": 'pfeiffer{at=ffn.where(path="encoder\\.layer\\.1") width=4 activation="relu"',
@@ -53,6 +56,9 @@ CASES = {
     "bert.mam": f"{MLP}\nparallel_adapter{{at=ffn width=4 scale=4.0",
     "bert.prompt": 'prompt{at=embedding length=3 init="uniform"',
     "bert.unipelt": f"unipelt{{methods=[{GATED}",
+    "bert.pfeiffer_inv": f"{COUPLED}}}\npfeiffer{{at=ffn width=4",
+    "bert.houlsby_inv": f'{COUPLED} activation="silu"}}\nhoulsby{{at=attention|ffn width=4',
+    "bert.prompt_inv": f"{COUPLED}}}\nprompt{{at=embedding length=3",
     "gpt2.houlsby": "houlsby{at=attention|ffn",
     "gpt2.pfeiffer": "pfeiffer{",
     "gpt2.parallel": "parallel_adapter{",
@@ -67,6 +73,7 @@ CASES = {
     "gpt2.prefix_mlp": 'prefix{at=attention.core.where(path="h\\.1\\.attn") length=3 hidden=6',
     "gpt2.mam": f"{MLP}\nparallel_adapter{{at=ffn",
     "gpt2.unipelt": f"unipelt{{methods=[{GATED}",
+    "gpt2.pfeiffer_inv": f"{COUPLED}}}\npfeiffer{{at=ffn width=4",
     "llama.houlsby": "houlsby{at=attention|ffn",
     "llama.pfeiffer": "pfeiffer{",
     "llama.parallel": "parallel_adapter{",
@@ -83,6 +90,7 @@ CASES = {
     "llama.mam": f"{MLP}\nparallel_adapter{{at=ffn",
     "llama.unipelt": f"unipelt{{methods=[{GATED}",
     "vit.plus": "adapter_plus{at=ffn width=4",
+    "llama.pfeiffer_inv": f"{COUPLED}}}\npfeiffer{{at=ffn width=4",
     "t5.houlsby_cross": "houlsby{at=attention|ffn",
     "t5.pfeiffer": "pfeiffer{at=ffn.where(",
     "t5.parallel": "parallel_adapter{at=ffn",
@@ -96,6 +104,7 @@ CASES = {
     "t5.mam": f"{SHIFTED}\nparallel_adapter{{at=ffn",
     "t5.unipelt": f"unipelt{{methods=[{SHIFTED}, pfeiffer{{at=ffn",
     "t5.unipelt_upper": 'length=3 hidden=6 dropout=0.0 biases="shifted" name="shifted"}, pfeiffer{at=ffn',
+    "t5.pfeiffer_inv": f"{COUPLED}}}\npfeiffer{{at=ffn width=4",
     "bart.houlsby_cross": "houlsby{at=attention|ffn",
     "bart.lora": "lora{at=attention.q|attention.v|ffn.up",
     "bart.compacter_pp": "compacter_pp{at=ffn",
@@ -104,6 +113,7 @@ CASES = {
     "bart.prefix_mlp": "prefix{at=attention.core.where(",
     "bart.mam": f"{MLP}\nparallel_adapter{{at=ffn",
     "bart.unipelt": f"unipelt{{methods=[{GATED}",
+    "bart.pfeiffer_inv": f"{COUPLED}}}\npfeiffer{{at=ffn width=4",
 }
 WARNED = {  # of the methods that are read with a word
     "ia3": r"scales the output of ffn.(up|down), no ffn.hidden",
@@ -152,13 +162,61 @@ REFUSED = {
 
 
 def test_every_directory_is_read_or_refused() -> None:
-    assert {path.name for path in DIRECTORIES.iterdir()} == {*CASES, *REFUSED}
+    assert {path.name for path in DIRECTORIES.iterdir()} == {*CASES, *REFUSED, *SPEAKING}
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_no_pass_does(case: str) -> None:
     with pytest.raises(pg.AdapterError, match=REFUSED[case]):
         load(case)
+
+
+SPEAKING = {  # directories out of models of language: the same models here, and their modules by those of the heads
+    "bert.pfeiffer_inv_lm": ("BertForMaskedLM", {"heads.one.0": "cls.predictions.transform.dense",
+                                                 "heads.one.2": "cls.predictions.transform.LayerNorm",
+                                                 "heads.one.3": "cls.predictions.decoder"}),
+    "gpt2.pfeiffer_inv_lm": ("GPT2LMHeadModel", {"heads.one.0": "lm_head"}),
+    "gpt2.pfeiffer_inv_own": ("GPT2LMHeadModel", {"lm_head": "lm_head"}),
+    "llama.pfeiffer_inv_lm": ("LlamaForCausalLM", {"heads.one.0": "lm_head"}),
+    "t5.pfeiffer_inv_lm": ("T5ForConditionalGeneration", {"heads.one.0": "lm_head"}),
+}  # fmt: skip
+
+
+@cache
+def speaking(case: str) -> pg.Program:
+    """The recorded model of a case with its head."""
+    base, (family, modules) = build(case.partition(".")[0]), SPEAKING[case]
+    model = getattr(transformers, family)(base.config).double().eval()
+    model.base_model.load_state_dict(base.state_dict(), strict=False)
+    own = model.state_dict()
+    for key, value in load_file(DIRECTORIES / case / "model_head.safetensors").items():
+        module, _, leaf = key.rpartition(".")
+        ours = f"{modules[module]}.{leaf}"
+        if ours in own:
+            own[ours].copy_(value)
+        else:
+            assert not value.any(), f"{family} has no {ours}"
+    return pg.trace(model, part(case.partition(".")[0], "input/"))
+
+
+@pytest.mark.parametrize("case", SPEAKING)
+def test_scores_behind_an_invertible_adapter_are_the_librarys(case: str) -> None:
+    """The heads of the library's own classes read the inverse, and those of transformers' classes do not."""
+    name, own = case.partition(".")[0], case.endswith("own")
+    with pytest.warns(UserWarning, match=r"holds a prediction head|does not read the inverse") as caught:
+        loaded = speaking(case).load_adapter(DIRECTORIES / case)
+    words = ["holds a prediction head", "out of a GPT2LMHeadModel, whose head does not read the inverse"]
+    assert [word in str(one.message) for word, one in zip(words, caught, strict=False)] == [True] * (1 + own)
+    assert len(caught) == 1 + own
+    assert ("head" in [edit.site for edit in loaded.edits]) != own
+    theirs = load_file(DIRECTORIES / case / "expected.safetensors")["output"]
+    assert distance(loaded.module().eval()(**part(name, "input/"))["logits"], theirs) < TOLERANCE[name]
+    other = speaking(case).apply(*(replace(one, inverse=own) if isinstance(one, Invertible) else one
+                                   for one in loaded.recipe.passes()))  # fmt: skip
+    with torch.no_grad():
+        for key, value in other.table.trainable.items():
+            value.copy_(loaded.table[key].tensor)
+    assert distance(other.module().eval()(**part(name, "input/"))["logits"], theirs) > 1e-2
 
 
 @cache
@@ -240,6 +298,16 @@ OPTIONS: dict[str, tuple[str, dict[str, object], str]] = {
     "layers-of-t5": ("t5.prefix", {"leave_out": [3]}, "leaves layer 1 of the decoder without a prefix, above one that"),
     "length": ("bert.prefix", {"prefix_length": 5}, "a prefix of 192 rows, which are no keys and values of 2 layers"),
     "last-of-two": ("bart.loreft_first", {"suffix_positions": 1}, "edits the last 1 tokens of a model with an encoder"),
+    "glow": ("bert.pfeiffer_inv", {"inv_adapter": "glow"}, "which adapters itself cannot run: .* cuts the sequence"),
+    "coupling": ("bert.pfeiffer_inv", {"inv_adapter": "real"}, "has inv_adapter='real', which is not read"),
+    "unspoken": ("bert.pfeiffer_inv", {"inv_adapter": None}, "of which its configuration does not speak"),
+    "missing": ("bert.pfeiffer", {"inv_adapter": "nice"}, "holds no invertible_adapters, which adapter_config.json"),
+    "narrower": (
+        "bert.pfeiffer_inv",
+        {"inv_adapter_reduction_factor": 4},
+        r"f_down_weight has shape \(4, 8\), .* \(2, 8\)",
+    ),
+    "factor": ("bert.pfeiffer_inv", {"inv_adapter_reduction_factor": None}, "reduction_factor cannot be None"),
     "none-of-three": ("gpt2.lora", {"attn_matrices": ["o"]}, "adapts parts of h.0.attn.c_attn"),
 }
 
@@ -261,7 +329,9 @@ def test_pickles_and_empty_files(tmp_path: Path) -> None:
         load("bert.lora", directory)
 
 
-@pytest.mark.parametrize("case", ["bert.loreft", "bert.prefix", "bart.prefix_mlp", "gpt2.unipelt", "bert.compacter"])
+@pytest.mark.parametrize("case", [
+    "bert.loreft", "bert.prefix", "bart.prefix_mlp", "gpt2.unipelt", "bert.compacter", "bert.pfeiffer_inv",
+])  # fmt: skip
 @pytest.mark.parametrize("spoilt", ["absent", "flat", "scalar"])
 @pytest.mark.filterwarnings("ignore:.*holds a prediction head")
 def test_damaged_tensors(case: str, spoilt: str, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from peftgraph.passes import (
     DoRA,
     Freeze,
     Houlsby,
+    Invertible,
     LoRA,
     LoReFT,
     ParallelAdapter,
@@ -142,6 +143,7 @@ LINES: dict[str, Line] = {
         near=("up_weight",),
         reference=False,
     ),
+    "invertible": Line((Invertible(init="identity"),), folds=False, reference=False, meaningless=no_tokens),
     "loreft": Line((LoReFT(rank=2, prefix=2, suffix=1, start="identity"),), folds=False, reference=False),
     "prompt": Line((Prompt(length=2),), folds=False, away=True, reference=False, meaningless=no_tokens),
     "prompt_behind": Line(

@@ -60,6 +60,7 @@ PAGES = (
     Page("AdapterDrop", (passes.AdapterDrop(adapter=passes.Houlsby(), layers=5),)),
     Page("AdapterFusion", (passes.AdapterFusion(adapters=("one", "two")),)),
     Page("CIAT", (passes.CIAT(),)),
+    Page("Invertible", (passes.Invertible(),)),
     Page("Prefix", (passes.Prefix(), passes.Prefix(hidden=None))),
     Page("Prompt", (passes.Prompt(),)),
     Page("PTuning", (passes.PTuning(),)),

@@ -38,7 +38,7 @@ COMPACT = {f"adapter_{side}.{leaf}": f"{side.partition('.')[0]}_{ours}" for side
            for leaf, ours in PARTS.items()}  # fmt: skip
 # options whose other values are other methods
 FORM = {
-    "adapter_residual_before_ln": False, "inv_adapter": None, "ln_after": False, "ln_before": False,
+    "adapter_residual_before_ln": False, "ln_after": False, "ln_before": False,
 }  # fmt: skip
 AROUND = {"original_ln_after": True, "residual_before_ln": True, "stochastic_depth": 0.0}
 BEHIND = {"original_ln_before": True, "residual_before_ln": False, "use_gating": False}

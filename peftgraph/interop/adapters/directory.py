@@ -1,7 +1,8 @@
 """Directories that the `adapters` library saved, as passes with their trained parameters.
 
-Read are bottlenecks (after a sublayer, on the residual sum, beside a sublayer), Compacter, LoRA, DoRA, VeRA, MTL-LoRA,
-(IA)3, LoReFT and NoReFT, prefixes, prompts, and unions of these; where all members of a union have gates it is UniPELT.
+Read are bottlenecks (after a sublayer, on the residual sum, beside a sublayer) with an invertible adapter or without,
+Compacter, LoRA, DoRA, VeRA, MTL-LoRA, (IA)3, LoReFT and NoReFT, prefixes, prompts, and unions of these; where all
+members of a union have gates it is UniPELT.
 Source: adapter-hub/adapters 1.3, configuration/adapter_config.py, model_mixin.py (EmbeddingAdaptersWrapperMixin).
 """
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from peftgraph.errors import AdapterError
 from peftgraph.interop.adapters.bottlenecks import bottlenecks
+from peftgraph.interop.adapters.couplings import couplings
 from peftgraph.interop.adapters.low_rank import low_rank, scales
 from peftgraph.interop.adapters.prefixes import prefixes
 from peftgraph.interop.adapters.prompts import prompt
@@ -57,15 +59,16 @@ def load_adapters(program: P, sites: Sites, apply: Callable[..., P], directory: 
 
 
 def _parts(program: ProgramData, sites: Sites, saved: Saved) -> list[Filled]:
-    """The passes of a directory."""
+    """The passes of a directory; what changes the embeddings comes first."""
+    first = couplings(saved)
     found = [(part, member) for member in saved.members() for part in _of(program, sites, member)]
     parts = [part for part, _ in found]
     gated = [part for part, member in found if member.options.get("use_gating")]
     if not gated:
-        return parts
+        return [*first, *parts]
     values: dict[Key, Tensor] = {key: value for part in gated for key, value in part.values.items()}
     method = cast(Any, find_pass("unipelt"))(methods=tuple(part.method for part in gated), gates="site")
-    return [Filled(method, values), *(part for part in parts if part not in gated)]
+    return [*first, Filled(method, values), *(part for part in parts if part not in gated)]
 
 
 def _of(program: ProgramData, sites: Sites, saved: Saved) -> list[Filled]:

@@ -24,8 +24,8 @@ TENSORS = "adapter.safetensors"
 PICKLE = "pytorch_adapter.bin"
 HEAD = "head_config.json"
 KEY = re.compile(
-    r"(?:(?P<path>.+)\.)?(?P<kind>adapters|loras|refts|prefix_tunings|prefix_gates|prompt_tunings|shared_parameters)"
-    r"\.(?P<name>[^.]+)\.(?P<leaf>.+)"
+    r"(?:(?P<path>.+)\.)?(?P<kind>adapters|invertible_adapters|loras|refts|prefix_tunings|prefix_gates|prompt_tunings|"
+    r"shared_parameters)\.(?P<name>[^.]+)\.(?P<leaf>.+)"
 )
 RENAMED = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "swish": "silu"}
 ACTIVATIONS = {**RENAMED, **{word: word for word in ("relu", "gelu", "silu", "tanh", "sigmoid")}}
@@ -41,12 +41,14 @@ class Saved:
         directory: where it lies, for messages.
         options: those of the library's configuration.
         family: the library's word for the model, such as "bert".
+        model: the model's class.
         tensors: by kind ("adapters", "loras", ...), path of a module, and the library's name.
     """
 
     directory: Path
     options: Mapping[str, Any]
     family: str
+    model: str
     tensors: Mapping[str, Tensors]
 
     @classmethod
@@ -75,7 +77,7 @@ class Saved:
         if not tensors:
             raise AdapterError(f"{directory / TENSORS} holds no tensors.")
         options = _as_the_library_reads(document)
-        return cls(directory, options, str(document.get("model_type")), tensors)
+        return cls(directory, options, str(document.get("model_type")), str(document.get("model_class")), tensors)
 
     def remark(self) -> str:
         """What to say of a head beside the adapter, or nothing."""

@@ -1,0 +1,134 @@
+"""Invertible adapters (MAD-X, Pfeiffer et al., 2020): embeddings of a new language, taken back before the head.
+
+    e = [e1; e2]   ->   o = [e1 + F(e2); e2 + G(o1)]        what the first block reads of the embedded tokens
+    o = [o1; o2]   ->   e = [o1 - F(e2); e2],  e2 = o2 - G(o1)          what the output embedding reads
+    no fold: nonlinearities stand between F, G and every weight
+
+F(x) = W_up act(W_down x + b_down) + b_up, and G likewise; both directions share them. The output embedding is the head
+that is tied to the table of tokens, or has a row of that width for each token; before other heads nothing is inverted,
+nor where there is none. The embeddings are finished: in BERT they have positions, types, norm and dropout, in Llama
+they are the lookup alone. Where blocks are wider than the embeddings, both ends stand in the embeddings' width. A
+decoder beside an encoder reads its tokens as before, as in the adapters library; at="embedding" changes them as well.
+In MAD-X a Pfeiffer adapter of half the width is the language's other part, and another one is the task's.
+Shapes: E width of the embeddings, e1 (..., E // 2), e2 the rest; F and G are narrow by `reduction`.
+Weights are normal with std 0.02 and biases zero, as in the authors' library, so a fresh pass is not the identity;
+init="identity" starts W_up at zero.
+Source: arXiv 2005.00052, invertible adapters; adapter-hub/adapters, methods/modeling.py, NICECouplingBlock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import fx
+
+import peftgraph as pg
+
+aten = torch.ops.aten
+
+UP = {"bert": pg.init.normal(0.02), "identity": pg.init.zeros}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Invertible(pg.Pass):
+    """A coupling of the two halves of every embedded token, and its inverse.
+
+    Attributes:
+        at: embeddings of tokens.
+        reduction: how many times narrower F and G are than what they read.
+        activation: a word of `pg.ACTIVATIONS`.
+        init: how W_up starts: "bert" (normal, std 0.02) or "identity" (zero).
+        inverse: whether the output embedding reads the inverse.
+    """
+
+    word = "invertible"
+    at: pg.Selector = pg.embedding & ~pg.stack("decoder")
+    reduction: float = pg.quiet(2.0)
+    activation: str = pg.quiet("relu")
+    init: Literal["bert", "identity"] = pg.quiet("bert")
+    inverse: bool = pg.quiet(True)
+
+    def check(self) -> None:
+        """Refuses a reduction that is no factor, and unknown words."""
+        self.require(self.reduction > 0, f"reduction must be above 0, got {self.reduction}.")
+        self.require_one_of("activation", pg.ACTIVATIONS)
+        self.require_one_of("init", UP)
+
+    def rules(self) -> list[pg.Rule]:
+        """Couple the finished embeddings; take that back before the output embedding, where there is one."""
+        reason = "its nonlinearities stand between it and every weight"
+        lacking = "embeds the tokens of a sequence"
+        there = pg.Rule(
+            at=self.at,
+            delta=self.coupled,
+            join=pg.Replace(anew=False),
+            fold=reason,
+            where=pg.looks_up_tokens,
+            lacking=lacking,
+            level=pg.OUTERMOST,
+        )
+        back = pg.Rule(
+            at=pg.head | pg.projection,
+            delta=self.uncoupled,
+            join=pg.Replace("input", anew=False),
+            fold=reason,
+            where=self.gives_tokens,
+            optional=True,
+        )
+        return [there, back] if self.inverse else [there]
+
+    def tables(self, m: pg.Match) -> list[pg.Match]:
+        """The tables of tokens whose embeddings are coupled."""
+        return [one for one in m.related(self.at) if pg.looks_up_tokens(one)]
+
+    def gives_tokens(self, m: pg.Match) -> bool:
+        """Whether a projection is the output embedding."""
+        tables = self.tables(m) if m.site.columns is None else []
+        return any(m.shares_weight(one) or m.shape == one.shape[::-1] for one in tables)
+
+    def coupled(self, m: pg.Match, op: pg.Builder) -> Mapping[str, fx.Node]:
+        """[e1 + F(e2); e2 + G(o1)]."""
+        port, tables = pg.finished(m), self.tables(m)
+        widths = {one.shape[0] for one in tables}
+        self.require(len(widths) == 1, f"F and G have one width, and the embeddings have {sorted(widths)}. Choose one.")
+        twins = [one.site.id for one in tables if pg.finished(one) == port]
+        self.require(len(twins) == 1, f"{' and '.join(twins)} embed one sequence of tokens; choose one with at=.")
+        e1, e2 = self.halves(op, m.value(port))
+        o1 = op.add(e1, self.shift(op, "f", e2, e1))
+        return {port: op.call(aten.cat.default, [o1, op.add(e2, self.shift(op, "g", o1, e2))], -1)}
+
+    def uncoupled(self, m: pg.Match, op: pg.Builder) -> fx.Node:
+        """[o1 - F(e2); o2 - G(o1)]."""
+        for edit in m.edits:
+            other, here = m.history[edit.application].method, edit.site == m.site.id
+            if here and isinstance(other, Invertible):
+                raise pg.Conflict(
+                    f"{m.site.id} would take back {other} and {self} in a wrong order. Apply one of them."
+                )
+            if here and any(m.names[name] in m.input.users for name in edit.nodes):
+                raise pg.Conflict(
+                    f"{other} reads what {m.site.id} reads, so that {self} cannot change it any more. Apply "
+                    f"{self.word} first."
+                )
+        o1, o2 = self.halves(op, m.input)
+        e2 = op.call(aten.sub.Tensor, o2, self.shift(op, "g", o1, o2))
+        return op.call(aten.cat.default, [op.call(aten.sub.Tensor, o1, self.shift(op, "f", e2, o1)), e2], -1)
+
+    def halves(self, op: pg.Builder, x: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """The two parts of the features; of an odd number of them the second has one more."""
+        width = int(x.meta["val"].shape[-1])
+        return op.call(aten.slice.Tensor, x, -1, 0, width // 2), op.call(aten.slice.Tensor, x, -1, width // 2, width)
+
+    def shift(self, op: pg.Builder, name: str, x: fx.Node, like: fx.Node) -> fx.Node:
+        """F or G of one part of the features, as wide as the other."""
+        inner, out = (int(one.meta["val"].shape[-1]) for one in (x, like))
+        width = int(inner // self.reduction)
+        self.require(width >= 1, f"reduction={self.reduction} leaves nothing of {inner} features.")
+        down_MI = op.shared(f"{name}_down_weight", (width, inner), pg.init.normal(0.02))
+        down_M = op.shared(f"{name}_down_bias", (width,), pg.init.zeros)
+        up_OM = op.shared(f"{name}_up_weight", (out, width), UP[self.init])
+        up_O = op.shared(f"{name}_up_bias", (out,), pg.init.zeros)
+        return op.linear(op.activation(self.activation, op.linear(x, down_MI, down_M)), up_OM, up_O)
