@@ -162,7 +162,7 @@ def test_every_new_parameter_of_a_layer_is_in_the_picture(method: str) -> None:
     program = tuned("bert", method)
     text = program.picture(layer=1).svg
     made = {name for edit in program.edits if edit.site.startswith("1.") for name in edit.parameters}
-    assert made or method in ("embedding", "prompt", "tokens")
+    assert made or method in ("embedding", "invertible", "prompt", "tokens")
     for name in made:
         if program.table[name].added:
             assert name in text, name
