@@ -327,6 +327,20 @@ def test_rows_of_a_prompt(family: str, onto: Any, first: bool, whole: bool) -> N
     assert ("f64[B, S, 12]" in cut) != whole, cut
 
 
+@pytest.mark.parametrize(("name", "finished"), [("gpt2", "transformer.drop"), ("llama", "model.embed_tokens")])
+def test_tokens_that_are_generated_with_a_cache(name: str, finished: str) -> None:
+    model, method, inputs = zoo.build(name, dtype=F64), Invertible(), zoo.example(name, 2, 6, masked=False)
+    tuned = zoo.randomise(zoo.cached(name).apply(method), 0.3)
+    options: dict[str, Any] = {"min_new_tokens": 5, "max_new_tokens": 5, "pad_token_id": 0, "do_sample": False}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    ours = tuned.module().eval().generate(**inputs, **options)
+    with coupled(model.get_submodule(finished), model.get_submodule("lm_head"), as_coupling(tuned, zoo.WIDTH, method)):
+        theirs = model.generate(**inputs, **options)
+    assert torch.equal(ours.sequences, theirs.sequences)
+    for a, b in zip(ours.logits, theirs.logits, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)  # generate gives its scores in float32
+
+
 REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "reduction": (lambda: Invertible(reduction=0), "reduction must be above 0, got 0"),
     "activation": (lambda: Invertible(activation="celu"), "activation must be .*got 'celu'"),
