@@ -42,16 +42,16 @@ T0_11B, ROBERTA_BASE = 11_135_332_352, 125_000_000
 # name -> class, configuration, is there a decoder beside the encoder, what differs from the configuration's defaults
 MODELS: dict[str, tuple[str, str, bool, dict[str, Any]]] = {
     "bert-base": ("BertModel", "BertConfig", False, {}),
+    "t5-base": ("T5ForConditionalGeneration", "T5Config", True, {"d_model": 768, "d_ff": 3072, "num_heads": 12,
+                                                                 "num_layers": 12}),
+    "gpt2-medium": ("GPT2LMHeadModel", "GPT2Config", False, {"n_embd": 1024, "n_head": 16, "n_layer": 24}),
+    # counted by what each layer adds to a model of one: see `trainable`
     "deberta-v3-base": ("DebertaV2Model", "DebertaV2Config", False, {
         "vocab_size": 128100, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
         "intermediate_size": 3072, "relative_attention": True, "position_buckets": 256, "share_att_key": True,
         "norm_rel_ebd": "layer_norm", "pos_att_type": ["p2c", "c2p"], "max_relative_positions": -1,
         "position_biased_input": False, "type_vocab_size": 0}),
-    "bart-large": ("BartModel", "BartConfig", True, {}),
-    "t5-base": ("T5ForConditionalGeneration", "T5Config", True, {"d_model": 768, "d_ff": 3072, "num_heads": 12,
-                                                                 "num_layers": 12}),
-    "gpt2-medium": ("GPT2LMHeadModel", "GPT2Config", False, {"n_embd": 1024, "n_head": 16, "n_layer": 24}),
-    # counted by what each layer adds to a model of one: see `trainable`
+    "bart-large": ("BartModel", "BartConfig", True, {"encoder_layers": 12, "decoder_layers": 12}),
     "roberta-large": ("RobertaModel", "RobertaConfig", False, {"hidden_size": 1024, "intermediate_size": 4096,
                                                                "num_attention_heads": 16, "num_hidden_layers": 24}),
     "t0-3b": ("T5ForConditionalGeneration", "T5Config", True, {
@@ -69,9 +69,11 @@ MODELS: dict[str, tuple[str, str, bool, dict[str, Any]]] = {
     "t0-11b": ("T5ForConditionalGeneration", "T5Config", True, {
         "d_model": 4096, "d_ff": 10240, "num_heads": 64, "num_layers": 24, "feed_forward_proj": "gated-gelu"}),
 }  # fmt: skip
-SHALLOW = {"roberta-large": "num_hidden_layers", "t0-3b": "num_layers", "roberta-base": "num_hidden_layers",
-           "deberta-xxl": "num_hidden_layers", "gpt-3": "n_layer", "llama-33b": "num_hidden_layers",
-           "t0-11b": "num_layers"}  # fmt: skip
+SHALLOW: dict[str, tuple[str, ...]] = {
+    "roberta-large": ("num_hidden_layers",), "t0-3b": ("num_layers",), "roberta-base": ("num_hidden_layers",),
+    "deberta-v3-base": ("num_hidden_layers",), "deberta-xxl": ("num_hidden_layers",), "gpt-3": ("n_layer",),
+    "llama-33b": ("num_hidden_layers",), "t0-11b": ("num_layers",), "bart-large": ("encoder_layers", "decoder_layers"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -234,7 +236,7 @@ def traced(name: str, layers: int | None = None) -> pg.Program:
         layers: how many layers it has instead of its own number; of an encoder and a decoder each.
     """
     family, config, decoder, sizes = MODELS[name]
-    depth = {} if layers is None else {SHALLOW[name]: layers}
+    depth = {} if layers is None else dict.fromkeys(SHALLOW[name], layers)
     ids = torch.zeros(2, 8, dtype=torch.long, device="meta")
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -247,7 +249,7 @@ def trainable(row: Row) -> int:
     if row.model not in SHALLOW:
         return _counted(row, traced(row.model))
     one, two = (_counted(row, traced(row.model, layers)) for layers in (1, 2))
-    depth = MODELS[row.model][3][SHALLOW[row.model]]
+    depth = MODELS[row.model][3][SHALLOW[row.model][0]]
     return one + (depth - 1) * (two - one)
 
 
