@@ -56,8 +56,15 @@ def tuned_of(model: PreTrainedModel, recipe: str) -> pg.Program:
     return zoo.randomise(traced.apply(pg.load_recipe(recipe)))
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("mixtral", torch.float32),
+        ("mixtral", torch.bfloat16),
+        ("qwen2_moe", torch.bfloat16),
+        ("qwen3_moe", torch.float32),
+    ],
+)
 def test_experts_hold_the_bits_of_write_back(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = built(name, dtype)
     folder = saved(model, tmp_path / "model")
