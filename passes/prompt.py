@@ -9,13 +9,18 @@ What the model gives for the rows is cut out of its results (returns="all" keeps
 encoder alone, so that a decoder beside an encoder is left out by default; T-Few has them in both: at="embedding". In
 adapters the rows stand behind the finished embeddings, in front of all else, and the tokens keep their positions:
 onto="embeddings".
+A model of pictures or sounds embeds no tokens. There the rows stand in front of what the first block reads, as in
+visual prompt tuning, "shallow" (VPT): at="block" onto="embeddings", with place="after_first" behind the class token as
+in VPT. What reads the first place, such as a pooler, reads the first row with place="front", and the class token with
+"after_first". Masks over places and the sizes in views grow with the sequence; position biases, windows, and what lays
+the places out as a picture again are refused.
 Shapes: L length, D features of the embedding, P (L, D).
 P starts uniform in [-0.5, 0.5] (the authors' code draws from [0, 0.5): init="code"; peft takes a standard normal one,
 init="normal"), as the embeddings of tokens drawn from the most frequent ones, which stand first in the authors'
 vocabulary ("vocabulary"), or as those of the answers' words, the mean over a word's tokens, and drawn tokens for the
 rest ("classes"). From the prompt of another task, as SPoT does: `pg.prompts.start`.
 Source: arXiv 2104.08691, sections 2.1 and 3.2; google-research/prompt-tuning, train/prompts.py. arXiv 2110.07904
-(SPoT).
+(SPoT). arXiv 2203.12119, section 3.2 (VPT).
 """
 
 from __future__ import annotations
@@ -45,7 +50,7 @@ class Prompt(pg.Pass):
     """Rows in front of the tokens.
 
     Attributes:
-        at: embeddings of tokens.
+        at: embeddings of tokens; or blocks, of which the first of a stack that no embedding feeds gets rows.
         length: L.
         init: "uniform", "code", "normal", "vocabulary" or "classes".
         vocabulary: how many tokens, from the first, may be drawn.
@@ -97,6 +102,10 @@ class Prompt(pg.Pass):
     def from_table(self, m: pg.Match) -> Callable[[Tensor], None]:
         """P from rows of the embedding."""
         tokens = [token for word in self.classes for token in word]
+        self.require(
+            m.site.weight is not None,
+            f'{m.site.id} has no table to take init="{self.init}" from; choose "uniform", "code" or "normal".',
+        )
         size = m.shape[1]
         self.require(all(0 <= token < size for token in tokens), f"a token of classes is not in 0 to {size - 1}.")
 

@@ -5,7 +5,7 @@ It sets the value metadata and the origin of every node it makes and counts what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from peftgraph.errors import Conflict
 from peftgraph.ir.literals import FORMS
-from peftgraph.ir.program import copy_graph
+from peftgraph.ir.program import Stretch, copy_graph
 from peftgraph.ir.propagate import Inference, fake_like, same_meta
 from peftgraph.ir.table import Entry
 
@@ -67,6 +67,7 @@ class Builder:
         cursor: new nodes go after it.
         common: what all edits of the pass share.
         held: nodes that go on reading what they read, whatever the edit puts in its place.
+        stretched: the numbers in calls of others that the edit made larger.
     """
 
     graph: fx.Graph
@@ -83,6 +84,7 @@ class Builder:
     nodes: list[fx.Node] = field(default_factory=list)
     entries: dict[str, Entry] = field(default_factory=dict)
     held: set[fx.Node] = field(default_factory=set)
+    stretched: list[Stretch] = field(default_factory=list)
 
     @property
     def label(self) -> str:
@@ -253,6 +255,11 @@ class Builder:
 
     # structure
 
+    def stretch(self, node: fx.Node, argument: int, index: int | None, by: int) -> None:
+        """Makes a size that is written as a number in a call larger, in place."""
+        self.stretched.append(Stretch(node.name, argument, index, by))
+        stretch(node, self.stretched[-1])
+
     def redirect(self, old: fx.Node, new: fx.Node, keep: set[fx.Node]) -> int:
         """Moves the uses of `old` to `new`, except in `keep`; returns how many moved."""
         users = [user for user in old.users if user not in keep]
@@ -279,6 +286,15 @@ class Builder:
         return base if count == 1 else f"{base}#{count}"
 
 
+def stretch(node: fx.Node, one: Stretch, sign: int = 1) -> None:
+    """Adds to a number in a call, in place, what an edit adds there; with sign -1 takes it off."""
+    value: Any = node.args[one.argument]
+    if one.index is None:
+        node.update_arg(one.argument, value + sign * one.by)
+    else:
+        node.update_arg(one.argument, [n + sign * one.by if i == one.index else n for i, n in enumerate(value)])
+
+
 def erase(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
     """Erases nodes that nothing outside `nodes` uses."""
     for node in sorted(nodes, reverse=True):  # by position in the graph
@@ -291,10 +307,11 @@ def sort(graph: fx.Graph) -> fx.Graph:
     Base nodes carry their position in the traced graph and new ones the position they were inserted after, so the order
     does not depend on the way there: taking a pass out restores the base's own order.
     """
-    return copy_graph(graph, _in_order(graph))
+    return copy_graph(graph, in_order(graph))
 
 
-def _in_order(graph: fx.Graph) -> Iterator[fx.Node]:
+def in_order(graph: fx.Graph) -> Iterator[fx.Node]:
+    """The nodes of a graph in canonical order."""
     import networkx as nx  # here and not above: importing peftgraph stays light
 
     uses = nx.DiGraph()
@@ -303,16 +320,19 @@ def _in_order(graph: fx.Graph) -> Iterator[fx.Node]:
     return nx.lexicographical_topological_sort(uses, key=lambda node: node.meta["order"])
 
 
-def refresh(graph: fx.Graph, resized: Iterable[fx.Node], inference: Inference) -> None:
+def refresh(
+    graph: fx.Graph, resized: Iterable[fx.Node], inference: Inference, stretched: Container[fx.Node] = ()
+) -> None:
     """Infers, in place, the values that follow from nodes that give another shape than before.
 
-    The nodes need not be in order.
+    The nodes need not be in order. `stretched` are calls whose own arguments changed.
     """
     changed = set(resized)
-    if not changed:
+    if not changed and not stretched:
         return
-    for node in _in_order(graph):
-        if node.op == "call_function" and not changed.isdisjoint(node.all_input_nodes):
+    for node in in_order(graph):
+        concerned = node in stretched or not changed.isdisjoint(node.all_input_nodes)
+        if node.op == "call_function" and concerned:
             value = inference.value_of(node)
             if not same_meta(value, node.meta["val"]) or not isinstance(value, Tensor):
                 node.meta["val"] = value

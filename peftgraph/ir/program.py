@@ -6,7 +6,7 @@ A `ProgramData` is a value: nothing in it changes once it is made. Rooms that re
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -37,6 +37,23 @@ class Move:
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """A size that is written as a number in a call, and that an edit made larger.
+
+    Attributes:
+        node: the call.
+        argument: the position of the argument.
+        index: the position in it, where it is a list; else None.
+        by: how much was added.
+    """
+
+    node: str
+    argument: int
+    index: int | None
+    by: int
+
+
+@dataclass(frozen=True)
 class Edit:
     """One rewrite at one site.
 
@@ -47,6 +64,7 @@ class Edit:
         moves: the values it replaced; none when it only makes parameters of the base trainable.
         nodes: every node it made.
         parameters: the names of the parameters it made or made trainable.
+        stretched: the numbers it made larger.
     """
 
     application: int
@@ -55,6 +73,18 @@ class Edit:
     moves: tuple[Move, ...]
     nodes: tuple[str, ...]
     parameters: tuple[str, ...]
+    stretched: tuple[Stretch, ...] = ()
+
+    def within(self, names: Container[str]) -> Edit:
+        """The edit without what it made of nodes that exist no longer, those of an edit that was taken out."""
+        return replace(
+            self,
+            moves=tuple(
+                one for one in self.moves if all(name in names for name in (*one.anchor.split("@"), one.after))
+            ),
+            nodes=tuple(name for name in self.nodes if name in names),
+            stretched=tuple(one for one in self.stretched if one.node in names),
+        )
 
 
 @dataclass(frozen=True)
@@ -202,6 +232,12 @@ class Edits:
         line = self.chain(move.anchor)
         position = line.index(move)
         return line[position - 1].after if position else move.anchor.partition("@")[0]
+
+    def left(self, move: Move) -> str:
+        """The value that is there once the edit of a move is taken out, whatever was edited after it."""
+        value = self.under(move)
+        line = self.chain(value) if "@" in move.anchor else []
+        return line[-1].after if line else value
 
     def below(self, name: str) -> str:
         """The base's value in whose place the value called `name` stands: itself, if no edit put it there."""

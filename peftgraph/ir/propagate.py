@@ -102,10 +102,25 @@ class Inference:
             self._known[key] = self._run(node)
         return self._known[key]
 
+    def value_with(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+        """What `node` would give if some operands had other values than the recorded ones."""
+        args, kwargs = map_arg(
+            (node.args, node.kwargs), lambda operand: values[operand] if operand in values else operand.meta["val"]
+        )
+        if not _is_repeatable(node):
+            return self._call(node.target, args, kwargs)
+        key = (node.target, self.describe(args), self.describe(kwargs))
+        if key not in self._known:
+            self._known[key] = self._call(node.target, args, kwargs)
+        return self._known[key]
+
     def _run(self, node: fx.Node) -> Any:
         args, kwargs = map_arg((node.args, node.kwargs), lambda operand: operand.meta["val"])
+        return self._call(node.target, args, kwargs)
+
+    def _call(self, target: Any, args: Any, kwargs: Any) -> Any:
         with self.mode, quiet_symbols(self.mode), enable_python_dispatcher():  # its kernels take symbolic sizes
-            rule: Any = RULES.get(node.target, node.target)  # pyright: ignore[reportArgumentType, reportCallIssue]
+            rule: Any = RULES.get(target, target)
             return rule(*args, **kwargs)
 
     def _of_recorded_size(self, node: fx.Node) -> Any:

@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from peftgraph.errors import Conflict, NoMatch, PeftGraphError, RecipeError
-from peftgraph.ir.builder import Builder, Common, erase, refresh, sort
+from peftgraph.ir.builder import Builder, Common, erase, refresh, sort, stretch
 from peftgraph.ir.program import Applied, Edit, Edits, Move, ProgramData, copy_graph
 from peftgraph.ir.propagate import Inference, fake_mode_of, quiet_symbols, same_meta
 from peftgraph.ir.table import Entry
@@ -51,15 +51,15 @@ def remove(program: P, sites: Sites, which: int) -> P:
     edits = Edits(program.edits)
     names = {node.name: node for node in graph.nodes}
     for edit in reversed(gone):
-        moved = [(names[move.after].meta["val"], edits.under(move)) for move in edit.moves]
+        moved = [(names[move.after].meta["val"], edits.left(move)) for move in edit.moves]
         undo(graph, names, edits, edit)
         edits.remove(edit)
         resized = [names[below] for value, below in moved if not same_meta(value, names[below].meta["val"])]
-        refresh(graph, resized, inference)
+        refresh(graph, resized, inference, {names[one.node] for one in edit.stretched})
     made = {name for edit in gone for name in edit.parameters}
     table = table.with_({name: _before(table[name]) for name in made if not table[name].added})
     table = table.without(name for name in made if table[name].added)
-    kept = tuple(replace(e, application=e.application - (e.application > which)) for e in edits)
+    kept = tuple(replace(e, application=e.application - (e.application > which)).within(names) for e in edits)
     history = program.history[:which] + program.history[which + 1 :]
     used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     table = table.without(name for name, entry in table.items() if entry.added and name not in used)
@@ -69,13 +69,27 @@ def remove(program: P, sites: Sites, which: int) -> P:
 
 
 def undo(graph: fx.Graph, names: dict[str, fx.Node], edits: Edits, edit: Edit) -> None:
-    """Takes one edit out of `graph` and its `names`, in place: its users get back the value below it."""
+    """Takes one edit out of `graph` and its `names`, in place: its users get back the value below it.
+
+    What another edit made of its nodes for their users goes with them.
+    """
     for move in edit.moves:
-        below = edits.under(move)
+        below = edits.left(move)
         users = [user for user in names[move.after].users if user.name not in edit.nodes]
         for user in users:
             user.replace_input_with(names[move.after], names[below])
-    erase(graph, [names.pop(name) for name in edit.nodes])
+    for one in edit.stretched:
+        stretch(names[one.node], one, -1)
+    gone = dict.fromkeys(names[name] for name in edit.nodes)
+    todo = list(gone)
+    while todo:
+        fresh = [user for user in todo.pop().users if user not in gone]
+        gone |= dict.fromkeys(fresh)
+        todo += fresh
+    assert all("origin" in node.meta for node in gone), f"the edit at {edit.site} is still read by the model"
+    for node in gone:
+        del names[node.name]
+    erase(graph, gone)
 
 
 def _before(entry: Entry) -> Entry:
@@ -218,17 +232,18 @@ class _Work:
             moves.append(self._redirect(match, port, old, new, builder))
             if not same_meta(old.meta["val"], new.meta["val"]) or _are_other_sizes(old.meta["val"], new.meta["val"]):
                 resized.append(new)
-        self._refresh(match, resized)
+        stretched = tuple(builder.stretched)
+        self._refresh(match, resized, {self.names[one.node] for one in stretched})
         nodes = tuple(node.name for node in builder.nodes)
         self.names.update({node.name: node for node in builder.nodes})
         self.entries.update(builder.entries)
         parameters = tuple(name for name, entry in builder.entries.items() if entry.kind == "parameter")
-        return Edit(self.application, number, match.site.id, tuple(moves), nodes, parameters)
+        return Edit(self.application, number, match.site.id, tuple(moves), nodes, parameters, stretched)
 
-    def _refresh(self, match: Match, resized: list[fx.Node]) -> None:
+    def _refresh(self, match: Match, resized: list[fx.Node], stretched: set[fx.Node]) -> None:
         """Infers what follows from values that changed their shapes."""
         try:
-            refresh(self.graph, resized, self.common.inference)
+            refresh(self.graph, resized, self.common.inference, stretched)
         except RuntimeError as error:  # what torch says of sizes that do not fit
             raise PeftGraphError(
                 f"{self.method} at {match.site.id} makes sizes that the model does not take, with the example that it "

@@ -1,5 +1,7 @@
 """Rows in front of the tokens: the sequence grows where it is embedded, and what runs along it grows with it.
 
+Where nothing embeds tokens, in a model of pictures, rows go in front of what the first block reads.
+
 In a batch that is padded on the left, the rows of each example stand right in front of its first token, behind the
 padding: distances between tokens and rows are those of the example alone. What the model gives for the rows is cut out
 of its results, so that a call looks as it did before.
@@ -17,6 +19,7 @@ from peftgraph.errors import PeftGraphError
 from peftgraph.ir.builder import Builder
 from peftgraph.rewrite.behind import Behind
 from peftgraph.rewrite.growth import Growth, checked_inputs
+from peftgraph.rewrite.in_front import InFront, starts_a_stack
 from peftgraph.rewrite.inputs import inputs_along, same_size
 from peftgraph.rewrite.match import OUTERMOST, RESULT, Match
 from peftgraph.rewrite.rule import Replace, Rule
@@ -88,7 +91,7 @@ class Lengthening:
 def embeds_tokens(m: Match) -> bool:
     """Whether a table lookup embeds the tokens of a sequence: not their positions, nor types of which there are few."""
     shape = m.output.meta["val"].shape
-    if len(shape) != 3 or isinstance(shape[1], int):
+    if m.site.role != "embedding" or len(shape) != 3 or isinstance(shape[1], int):
         return False
     inputs = inputs_along(m, shape[1])
     source = m.value("input")
@@ -105,7 +108,7 @@ def lengthened(
     """The rules that put rows in front of the tokens that the sites at `at` embed.
 
     Args:
-        at: embeddings.
+        at: embeddings, or the first blocks of stacks that none feeds.
         place: where, and how many.
         rows: builds the rows, (L, D).
         reason: why they do not fold.
@@ -117,6 +120,8 @@ def lengthened(
         return place.inputs(m, op)
 
     def behind(m: Match, op: Builder) -> Mapping[str, fx.Node]:
+        if m.site.role == "block":
+            return InFront(m, op, place.rows, place.after).inserted(rows(m, op), cut)
         _check_alone(m, at)
         return Behind(m, op, place.rows, place.after).inserted(rows(m, op))
 
@@ -131,8 +136,11 @@ def lengthened(
     level = OUTERMOST if place.behind else 1
     more = {"at": at, "fold": reason, "where": embeds_tokens, "lacking": lacking, "level": level}
     if place.behind:
-        found = [Rule(delta=behind, join=Replace("input"), **more)]
-        return [*found, Rule(delta=results_behind, join=Replace(anew=False), **more)] if cut else found
+        lacking += ", or is the first block of a stack that no embedding feeds"
+        either = {"where": lambda m: embeds_tokens(m) or starts_a_stack(m), "lacking": lacking}
+        found = [Rule(delta=behind, join=Replace("input"), **more | either)]
+        cutting = Rule(delta=results_behind, join=Replace(anew=False), **more | {"optional": True})
+        return [*found, cutting] if cut else found
     return [
         Rule(delta=inputs, join=Replace("input"), **more),
         Rule(delta=embedded, join=Replace(anew=False), **more),

@@ -224,7 +224,11 @@ def _fused_alone(m: Match, op: Builder, core: fx.Node, keys: fx.Node, values: fx
 def _longer(op: Builder, mask: fx.Node, k: fx.Node, length: int, shares: Shares) -> fx.Node:
     """A mask with columns for the rows in front, of any number of leading axes."""
     value = mask.meta["val"]
-    sizes = [n if isinstance(n, int) else op.call(aten.sym_size.int, mask, i) for i, n in enumerate(value.shape)]
+    queries = value.dim() - 2  # as many as the mask has then, should the sequence become longer
+    sizes = [
+        n if isinstance(n, int) and (i != queries or n == 1) else op.call(aten.sym_size.int, mask, i)
+        for i, n in enumerate(value.shape)
+    ]
     if sizes[-1] == 1:
         mask = op.call(aten.expand.default, mask, [*sizes[:-1], op.call(aten.sym_size.int, k, -2)])
     front = shares.front(mask)

@@ -1,8 +1,8 @@
 """Records directories that the `adapters` library saves: tiny models, adapters with random weights, and their outputs.
 
 They lie in `adapter_directories/MODEL.METHOD/`, each with `expected.safetensors`: what the library answers. The models
-and the environment are those of `record_adapters.py`; BART, which is recorded here alone, has its weights in
-`adapters/bart.safetensors`.
+and the environment are those of `record_adapters.py`; BART and BEiT, which are recorded here alone, have their weights
+in `adapters/bart.safetensors` and `adapters/beit.safetensors`.
 
     recorder/bin/python tests/references/record_adapter_directories.py [MODEL.METHOD ...]
 
@@ -72,6 +72,7 @@ METHODS: dict[str, adapters.AdapterConfig] = {
         adapters.LoRAConfig(r=2, alpha=6),
     ),
     "prompt": adapters.PromptTuningConfig(prompt_length=3),
+    "prompt_after_first": adapters.PromptTuningConfig(prompt_length=3, combine="prefix_after_bos"),
     "pfeiffer_inv": adapters.SeqBnInvConfig(reduction_factor=4),
     "pfeiffer_inv_lm": adapters.SeqBnInvConfig(reduction_factor=4, inv_adapter_reduction_factor=4),
     "pfeiffer_inv_own": adapters.SeqBnInvConfig(reduction_factor=4),
@@ -80,7 +81,9 @@ METHODS: dict[str, adapters.AdapterConfig] = {
         adapters.PromptTuningConfig(prompt_length=3), adapters.SeqBnInvConfig(reduction_factor=4)
     ),
 }
-BERT = METHODS.keys() - {"houlsby_cross", "prefix_upper", "unipelt_upper", "pfeiffer_inv_own"}
+BERT = METHODS.keys() - {
+    "houlsby_cross", "prefix_upper", "unipelt_upper", "pfeiffer_inv_own", "prompt_after_first"
+}  # fmt: skip
 DECODERS = {
     "houlsby", "pfeiffer", "parallel", "lora", "ia3", "compacter", "compacter_pp", "loreft", "prefix", "prefix_mlp",
     "mam", "unipelt", "pfeiffer_inv", "pfeiffer_inv_lm",
@@ -89,7 +92,8 @@ CHOSEN = {
     "bert": BERT,
     "gpt2": DECODERS | {"compacter_unshared", "plus", "pfeiffer_inv_own"},
     "llama": DECODERS | {"dora", "mtl_lora", "plus"},
-    "vit": {"plus"},
+    "vit": {"plus", "prompt", "prompt_after_first"},
+    "beit": {"prompt"},
     "t5": {
         "houlsby_cross", "pfeiffer", "parallel", "lora", "ia3", "compacter", "loreft_first", "prefix", "prefix_mlp",
         "prefix_upper", "mam", "unipelt", "unipelt_upper", "pfeiffer_inv", "pfeiffer_inv_lm",
@@ -223,7 +227,8 @@ def answered(base: nn.Module) -> Tensor:
 
 
 if __name__ == "__main__":
-    record_model("bart")
+    for model_name in ("bart", "beit"):
+        record_model(model_name)
     for model_name, methods in CHOSEN.items():
         for method_name in sorted(methods):
             if not sys.argv[1:] or f"{model_name}.{method_name}" in sys.argv[1:]:

@@ -79,7 +79,7 @@ def build(name: str) -> nn.Module:
 def inputs(name: str) -> dict[str, Tensor]:
     """One call of a model; where it takes a mask, the second row ends in padding."""
     torch.manual_seed(1)
-    if name == "vit":
+    if name in ("vit", "beit"):
         return {"pixel_values": torch.randn(2, 3, 8, 8, dtype=torch.float64)}
     mask = torch.ones(2, 5, dtype=torch.long)
     mask[1, -2:] = 0

@@ -36,4 +36,8 @@ OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
                                          "decoder_layers": LAYERS, "encoder_attention_heads": HEADS,
                                          "decoder_attention_heads": HEADS, "encoder_ffn_dim": INNER,
                                          "decoder_ffn_dim": INNER, "max_position_embeddings": 16, "pad_token_id": 0}),
+    "beit": ("BeitModel", "BeitConfig", {"hidden_size": WIDTH, "num_hidden_layers": LAYERS,
+                                         "num_attention_heads": HEADS, "intermediate_size": INNER, "image_size": 8,
+                                         "patch_size": 4, "vocab_size": VOCAB,
+                                         "use_absolute_position_embeddings": True}),
 }  # fmt: skip

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import peftgraph as pg
 
-TOLERANCE = {"bert": 1e-12, "gpt2": 1e-12, "bart": 1e-12, "vit": 2e-6, "llama": 2e-6, "t5": 2e-6}
-RENAMED = {  # parts of a ViT's names, in the library's release of transformers and in this one
+TOLERANCE = {"bert": 1e-12, "gpt2": 1e-12, "bart": 1e-12, "vit": 2e-6, "beit": 2e-6, "llama": 2e-6, "t5": 2e-6}
+RENAMED = {  # parts of the names of a ViT and a BEiT, in the library's release of transformers and in this one
     r"^encoder\.layer\.": "layers.",
     r"attention\.attention\.(query|key|value)\.": lambda match: f"attention.{match[1][0]}_proj.",
     r"attention\.output\.dense\.": "attention.o_proj.",
@@ -39,7 +39,7 @@ def build(name: str) -> nn.Module:
         warnings.simplefilter("ignore")
         model = getattr(transformers, family)(settings).double().eval()
     base = part(name, "base/")
-    if name == "vit" and "layers.0.attention.q_proj.weight" in model.state_dict():
+    if name in ("vit", "beit") and "layers.0.attention.q_proj.weight" in model.state_dict():
         for pattern, new in RENAMED.items():
             base = {re.sub(pattern, new, key): value for key, value in base.items()}
     model.load_state_dict(base)

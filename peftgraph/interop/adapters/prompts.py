@@ -12,10 +12,13 @@ from peftgraph.interop.adapters.saved import TENSORS, Saved
 from peftgraph.interop.filling import Filled
 from peftgraph.interop.selecting import selector_of
 from peftgraph.ir.program import ProgramData
+from peftgraph.rewrite.in_front import starts_a_stack
+from peftgraph.rewrite.match import match_all
 from peftgraph.rewrite.method import find_pass
-from peftgraph.sites import Sites
+from peftgraph.sites import Site, Sites
 
 PLACES = {"prefix": "front", "prefix_after_bos": "after_first"}
+PICTURES = ("vit", "beit")
 
 
 def prompt(program: ProgramData, sites: Sites, saved: Saved) -> Filled:
@@ -32,12 +35,25 @@ def prompt(program: ProgramData, sites: Sites, saved: Saved) -> Filled:
     place = saved.option("combine", str)
     if place not in PLACES:
         raise saved.refuse(f"combine={place!r}")
-    weights = program.table.tensors()
-    tables = {site: site.weight.shape(weights) for site in sites.select("embedding") if site.weight is not None}
-    found = max(tables, key=lambda site: tables[site][1], default=None)  # tokens, of which there are most
-    if found is None or tables[found][0] != width:
-        raise AdapterError(f"{saved.directory} is a prompt of width {width}, which no embedding of tokens here has.")
+    found = _pictures(program, sites, width) if saved.family in PICTURES else _tokens(program, sites, width)
+    if found is None:
+        what = "block of pictures" if saved.family in PICTURES else "embedding of tokens"
+        raise AdapterError(f"{saved.directory} is a prompt of width {width}, which no {what} here has.")
     method = cast(Any, find_pass("prompt"))(
         at=selector_of(sites, [found]), length=length, onto="embeddings", place=PLACES[place], returns="all"
     )
     return Filled(method, {(found.id, "prompt"): named["prompt"]})
+
+
+def _tokens(program: ProgramData, sites: Sites, width: int) -> Site | None:
+    """The embedding of tokens, of which there are most."""
+    weights = program.table.tensors()
+    tables = {site: site.weight.shape(weights) for site in sites.select("embedding") if site.weight is not None}
+    found = max(tables, key=lambda site: tables[site][1], default=None)
+    return None if found is None or tables[found][0] != width else found
+
+
+def _pictures(program: ProgramData, sites: Sites, width: int) -> Site | None:
+    """The block that reads the embedded patches first."""
+    starts = (one for one in match_all(program, sites, sites.select("block")) if starts_a_stack(one))
+    return next((one.site for one in starts if one.features == width), None)
