@@ -236,7 +236,8 @@ class Edits:
     def left(self, move: Move) -> str:
         """The value that is there once the edit of a move is taken out, whatever was edited after it."""
         value = self.under(move)
-        line = self.chain(value) if "@" in move.anchor else []
+        own = self.owner(move)
+        line = [one for one in self.chain(value) if self.owner(one) is not own] if "@" in move.anchor else []
         return line[-1].after if line else value
 
     def below(self, name: str) -> str:

@@ -9,20 +9,25 @@ Shapes: T places, L rows.
 
 from __future__ import annotations
 
+import operator
 from collections import ChainMap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 
 from peftgraph.ir.builder import Builder, in_order
+from peftgraph.ir.propagate import size_in_example
 from peftgraph.rewrite.inputs import same_size
 from peftgraph.rewrite.longer import END
 from peftgraph.rewrite.match import Match
 from peftgraph.rewrite.places import COPIES, PIECEWISE, Axes, Places, along, refusal, tensors
-from peftgraph.rewrite.shapes import grown, partners, told
+from peftgraph.rewrite.shapes import Size, groups, grown, told
 from peftgraph.sites import ops
+
+aten = torch.ops.aten
 
 VIEWS = ops.words("view reshape _unsafe_view")
 PARTS = {"split": 2, "split_with_sizes": 2, "chunk": 2, "tensor_split": 2, "unbind": 1, "unflatten": 1}
@@ -39,7 +44,24 @@ PASSED = (
     | ops.words("linear einsum transpose permute t numpy_T mT movedim swapaxes unsqueeze squeeze flatten getitem stack")
     | ops.words("adaptive_avg_pool1d cumsum diagonal zeros ones full arange")
 )
+# What does the same to every entry of an axis.
+WHOLE = COPIES | PIECEWISE | ops.DROPOUT | ops.NORM | {"linear"}
 Instead = dict[fx.Node, fx.Node]
+
+
+@dataclass(frozen=True)
+class Joined:
+    """An axis that a view made of several, the rows' among them, as batch and places are joined for a projection.
+
+    Attributes:
+        axis: the joined one.
+        sizes: those that it was made of, in their order.
+        place: which of them has the rows.
+    """
+
+    axis: int
+    sizes: tuple[Size, ...]
+    place: int
 
 
 class Following:
@@ -48,7 +70,7 @@ class Following:
     Attributes:
         now: what is longer, with its shape.
         moves: masks and sizes that are read in a longer form from here on, and that form.
-        results: what the model returns with the rows, and the axes that they are on.
+        results: what the model returns with the rows, and the axes that they are on; None where these are joined.
     """
 
     def __init__(self, m: Match, op: Builder, start: fx.Node, longer: fx.Node, rows: int) -> None:
@@ -57,13 +79,16 @@ class Following:
         self.now: dict[fx.Node, Any] = {start: longer.meta["val"]}
         self.moves: Instead = {}
         self._inside = _after(start) - set(op.nodes)
+        self._start = start
         self._readers: dict[fx.Node, set[fx.Node]] = {}
+        self._joined: dict[fx.Node, Joined] = {}
         self._places = Places(m, op, self.length, rows, self._inside)
         for node in list(in_order(m.graph)):
             if node in self._inside and node.op == "call_function":
                 self._visit(node)
         self._hold()
-        self.results = {leaf: self.axes(leaf) for leaf in m.graph.output_node().all_input_nodes if leaf in self.now}
+        leaves = [leaf for leaf in m.graph.output_node().all_input_nodes if leaf in self.now]
+        self.results = {leaf: None if leaf in self._joined else self.axes(leaf) for leaf in leaves}
         for node, value in self.now.items():
             if node is not start:
                 node.meta["val"] = value
@@ -73,7 +98,7 @@ class Following:
         return self._axes(node, node.meta["val"], self.now.get(node, node.meta["val"]))
 
     def _axes(self, node: fx.Node, before: Any, after: Any) -> Axes:
-        if not isinstance(before, Tensor):
+        if not isinstance(before, Tensor) or node in self._joined:
             return frozenset()
         found = grown(before.shape, after.shape, self.rows)
         if found is None:
@@ -92,11 +117,11 @@ class Following:
             after = self.op.common.inference.value_with(node, values)
         except RuntimeError as error:  # what torch says of sizes that do not fit
             raise refusal(self.m, node, f"does not take {self.rows} places more: {error}") from None
+        if isinstance(before, Tensor):
+            self._pass_on(node, before.shape, after.shape)
         pairs = zip(before, after, strict=True) if isinstance(before, list | tuple) else [(before, after)]
-        changed = [
-            self._axes(node, *pair) or not isinstance(pair[0], Tensor) and not same_size(*pair) for pair in pairs
-        ]
-        if any(changed):
+        changed = [self._axes(node, *pair) if isinstance(pair[0], Tensor) else not same_size(*pair) for pair in pairs]
+        if any(changed) or node in self._joined:
             self.now[node] = after
         for old, new in instead.items():
             self.moves[old] = new
@@ -114,6 +139,10 @@ class Following:
         if name == "expand":
             return self._expanded(node)
         self._check_sizes(node)
+        if name not in WHOLE and not self._joined.keys().isdisjoint(node.all_input_nodes):
+            raise refusal(self.m, node, "takes places apart that are joined to other axes")
+        if name == "sum":
+            self._check_sum(node)
         if name in PARTS:
             return self._parted(node, PARTS[name])
         match name:
@@ -122,7 +151,7 @@ class Following:
             case "cat":
                 axis = cast("int", ops.argument(node, 1, "dim") or 0) % node.meta["val"].dim()
                 grown_on = frozenset[int]().union(*map(self.axes, tensors(node))) - {axis}
-                return self._agreed({one: grown_on for one in tensors(node)})
+                return self._agreed(dict.fromkeys(tensors(node), grown_on))
             case _ if name in PIECEWISE:
                 return self._broadcast(node)
             case _ if name in PRODUCTS:
@@ -139,15 +168,28 @@ class Following:
     # sizes
 
     def _viewed(self, node: fx.Node) -> Instead:
-        """A view: an axis of the rows must stay an axis of its own."""
+        """A view: the axis of the rows stays one of its own, is joined to others, or comes out of a joined one."""
         source = cast("fx.Node", node.args[0])
         before, after = (one.meta["val"].shape for one in (source, node))
-        kept = partners(before, after)
-        axes = self.axes(source)
-        if any(axis not in kept for axis in axes):
+        axes, joined = self.axes(source), self._joined.get(source)
+        wanted, left = set[int](), set(axes) | ({joined.axis} if joined else set())
+        for ins, outs in groups(before, after):
+            here = [axis for axis in ins if axis in left]
+            left -= set(here)
+            if len(here) == 1 and len(outs) == 1 and (len(ins) > 1 or joined):
+                parts = Joined(outs[0], tuple(before[axis] for axis in ins), ins.index(here[0]))
+                self._joined[node] = replace(joined, axis=outs[0]) if joined and len(ins) == 1 else parts
+                left |= {-1} if joined and len(ins) > 1 else set()
+            elif here and joined and len(ins) == 1 and _are_same([after[axis] for axis in outs], joined.sizes):
+                wanted.add(outs[joined.place])
+            elif here and len(ins) == len(outs) == 1:
+                wanted.add(outs[0])
+            elif here:
+                left.add(here[0])
+        if left:
             words = f"lays its {told(self.length)} places out as {told(*after)}, where rows have no place"
             raise refusal(self.m, node, words)
-        return self._resized(node, frozenset(kept[axis] for axis in axes))
+        return self._resized(node, frozenset(wanted))
 
     def _expanded(self, node: fx.Node) -> Instead:
         """An expansion: where a size follows the rows by itself, what is expanded has them too, or has one place."""
@@ -161,20 +203,41 @@ class Following:
         """Makes the sizes on some axes larger, where they do not follow by themselves."""
         instead: Instead = {}
         kept: set[fx.Node] = set()
+        joined, length = self._joined.get(node), size_in_example(self.length) or 1
         for axis, size in enumerate(cast("Iterable[Any]", node.args[1])):
-            if not isinstance(size, fx.Node):
-                if axis in axes and size != -1:
-                    self.op.stretch(node, 1, axis, self.rows)
-            elif size in self.now:
-                kept |= set() if axis in axes else {size}
-            elif axis in axes:
-                instead[size] = self._places.size(size)
-            else:
-                kept.add(size)
+            times = joined is not None and axis == joined.axis
+            if axis not in axes and not times:
+                kept |= {size} if isinstance(size, fx.Node) else set()
+            elif isinstance(size, fx.Node) and size not in self.now:
+                instead[size] = self._joined_size(size) if times else self._places.size(size)
+            elif not isinstance(size, fx.Node) and size != -1:
+                self.op.stretch(node, 1, axis, self.rows * (size // length if times else 1))
         wrong = next((size for size in kept if size in instead or size in self.now), None)
         if wrong is not None:
             raise refusal(self.m, node, "takes the number of places for another size as well")
         return instead
+
+    def _joined_size(self, size: fx.Node) -> fx.Node:
+        """A size that is a multiple of T, as so many times L more."""
+
+        def build() -> fx.Node:
+            length = self.op.call(aten.sym_size.int, self._start, 1)
+            times = self.op.call(operator.floordiv, size, length)
+            return self.op.call(operator.add, size, self.op.call(operator.mul, times, self.rows))
+
+        return self.op.once(f"{size.name} and {self.rows} more in each", build)
+
+    def _pass_on(self, node: fx.Node, before: Sequence[Size], after: Sequence[Size]) -> None:
+        """Finds a joined axis in what a call gives that reads one."""
+        if node in self._joined or len(before) != len(after):
+            return
+        changed = [axis for axis, pair in enumerate(zip(before, after, strict=True)) if not same_size(*pair)]
+        for source in tensors(node) if len(changed) == 1 else []:
+            joined = self._joined.get(source)
+            if joined is not None:
+                sizes = [one.shape[joined.axis] for one in (source.meta["val"], self.now[source])]
+                if _are_same(sizes, [before[changed[0]], after[changed[0]]]):
+                    self._joined[node] = replace(joined, axis=changed[0])
 
     def _check_sizes(self, node: fx.Node) -> None:
         """Refuses a call that computes with the number of places."""
@@ -182,18 +245,18 @@ class Following:
             value = one.meta["val"]
             if not isinstance(value, Tensor | list | tuple) and one not in self.now and same_size(value, self.length):
                 raise refusal(self.m, node, "computes with the number of places")
-        source = node.args[0] if node.args else None
-        factor = node.args[1] if len(node.args) > 1 else None
-        while isinstance(source, fx.Node) and ops.name(source) in COPIES:
-            source = source.args[0]
-        if isinstance(source, fx.Node) and isinstance(factor, int | float) and ops.name(node) in ops.SCALE:
-            summed = ops.name(source) == "sum" and any(self.axes(one) for one in tensors(source))
-            if (
-                summed
-                and isinstance(self.length, int)
-                and any(abs(factor - n) < 1e-9 * n for n in _powers(self.length))
-            ):
-                raise refusal(self.m, node, "computes with the number of places")
+
+    def _check_sum(self, node: fx.Node) -> None:
+        """Refuses a mean that is written as a sum and a division: the number of places stands in it."""
+        length = size_in_example(self.length) or 1
+        for user in node.users:
+            if ops.name(user) in COPIES:
+                self._check_sum(user)
+            elif ops.name(user) in ops.SCALE and len(user.args) > 1:
+                factor = user.args[1]
+                written = isinstance(factor, int | float) and any(abs(factor - n) < 1e-9 * n for n in _powers(length))
+                if written or (isinstance(factor, fx.Node) and same_size(factor.meta["val"], self.length)):
+                    raise refusal(self.m, user, "computes with the number of places")
 
     # axes
 
@@ -282,9 +345,14 @@ def _after(start: fx.Node) -> set[fx.Node]:
     return found
 
 
-def _is_less(number: int, size: Any) -> bool:
-    """Whether a number is less than a size, as far as is known: all of a size that varies is larger than it is."""
-    return not isinstance(size, int) or number < size
+def _are_same(sizes: Sequence[Size], others: Sequence[Size]) -> bool:
+    return len(sizes) == len(others) and all(map(same_size, sizes, others))
+
+
+def _is_less(number: int, size: Size) -> bool:
+    """Whether a number is less than a size, as the traced example has it; a fixed length may stand as a number."""
+    known = size_in_example(size)
+    return known is not None and number < known
 
 
 def _powers(length: int) -> tuple[float, ...]:

@@ -13,6 +13,7 @@ from peftgraph.ir.builder import Builder
 from peftgraph.rewrite.following import Following
 from peftgraph.rewrite.longer import slice_of
 from peftgraph.rewrite.match import INPUT, RESULT, Match
+from peftgraph.rewrite.places import refusal
 from peftgraph.rewrite.shapes import told
 from peftgraph.sites import embedding
 
@@ -66,6 +67,9 @@ class InFront:
         for leaf in self.m.graph.output_node().all_input_nodes:
             value = longer if leaf is self.read else leaf
             axes = {1} if leaf is self.read else following.results.get(leaf, frozenset())
+            if axes is None:
+                words = 'is a result that has its places and other axes on one; choose returns="all"'
+                raise refusal(self.m, leaf, words)
             for axis in sorted(axes):
                 behind = slice_of(self.op, value, axis, self.after + self.rows)
                 ends = [slice_of(self.op, value, axis, 0, self.after), behind]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -134,12 +135,13 @@ def lengthened(
 
     lacking = "embeds tokens that are an input of the model"
     level = OUTERMOST if place.behind else 1
-    more = {"at": at, "fold": reason, "where": embeds_tokens, "lacking": lacking, "level": level}
+    more: dict[str, Any] = {"at": at, "fold": reason, "where": embeds_tokens, "lacking": lacking, "level": level}
     if place.behind:
         lacking += ", or is the first block of a stack that no embedding feeds"
-        either = {"where": lambda m: embeds_tokens(m) or starts_a_stack(m), "lacking": lacking}
-        found = [Rule(delta=behind, join=Replace("input"), **more | either)]
-        cutting = Rule(delta=results_behind, join=Replace(anew=False), **more | {"optional": True})
+        more |= {"where": lambda m: embeds_tokens(m) or starts_a_stack(m), "lacking": lacking}
+        found = [Rule(delta=behind, join=Replace("input"), **more)]
+        more |= {"where": embeds_tokens, "optional": True}
+        cutting = Rule(delta=results_behind, join=Replace(anew=False), **more)
         return [*found, cutting] if cut else found
     return [
         Rule(delta=inputs, join=Replace("input"), **more),

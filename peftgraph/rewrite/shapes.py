@@ -21,22 +21,23 @@ def grown(before: Sequence[Size], after: Sequence[Size], rows: int) -> frozenset
     return frozenset(axis for axis, one in enumerate(differences) if one == rows)
 
 
-def partners(before: Sequence[Size], after: Sequence[Size]) -> dict[int, int]:
-    """The axes that a view leaves as they are, each with its place in the result; those of size 1 are not told."""
+def groups(before: Sequence[Size], after: Sequence[Size]) -> list[tuple[list[int], list[int]]]:
+    """The axes of a view that belong together, in the operand and in the result; those of size 1 belong to none."""
     old, new = (
         [(axis, size_in_example(size) or 0) for axis, size in enumerate(sizes) if size_in_example(size) != 1]
         for sizes in (before, after)
     )
-    found: dict[int, int] = {}
+    found: list[tuple[list[int], list[int]]] = []
     while old and new:
         (i, left), (j, right) = old.pop(0), new.pop(0)
-        if left == right:
-            found[i] = j
+        ins, outs = [i], [j]
         while left != right and (old if left < right else new):
+            axis, size = old.pop(0) if left < right else new.pop(0)
             if left < right:
-                left *= old.pop(0)[1]
+                ins, left = [*ins, axis], left * size
             else:
-                right *= new.pop(0)[1]
+                outs, right = [*outs, axis], right * size
+        found.append((ins, outs))
     return found
 
 
@@ -52,5 +53,6 @@ def _difference(before: Size, after: Size) -> int | None:
     if isinstance(before, int) and isinstance(after, int):
         return after - before
     old, new = (size if isinstance(size, int) else size.node.expr for size in (before, after))
-    difference = (new - old).expand()
+    difference: Any = new - old
+    difference = difference.expand()
     return int(difference) if difference.is_Integer else None

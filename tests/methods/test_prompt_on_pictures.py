@@ -141,7 +141,7 @@ def test_a_plain_model_from_the_definition() -> None:
 
         def forward(self, pixels: Tensor, rows: Tensor | None = None) -> Tensor:
             x = self.patch(pixels).flatten(2).transpose(1, 2)
-            x = torch.cat([self.first.expand(len(x), -1, -1), x], 1) + self.places
+            x = torch.cat([self.first.expand(x.shape[0], -1, -1), x], 1) + self.places
             if rows is not None:
                 x = torch.cat([x[:, :1], rows.expand(len(x), -1, -1), x[:, 1:]], 1)
             for block in self.blocks:
@@ -267,23 +267,26 @@ def test_one_stack_takes_one_prompt() -> None:
 class Picture(nn.Module):
     """One block on patches, and something of a model's own done to its T = 4 places."""
 
-    def __init__(self, own: Callable[[Tensor], Tensor], before: bool = False) -> None:
+    def __init__(self, own: Callable[[Any, Tensor], Tensor]) -> None:
         super().__init__()
-        self.own, self.before = own, before
+        self.own = own
         self.patch = nn.Conv2d(3, 12, 4, 4)
         self.layer = nn.TransformerEncoderLayer(12, 3, 20, batch_first=True, norm_first=True)
         self.mix, self.conv = nn.Linear(4, 4), nn.Conv1d(12, 12, 3, padding=1)
-        self.bias = nn.Parameter(torch.randn(4, 1))
+        self.bias, self.places = nn.Parameter(torch.randn(4, 1)), nn.Parameter(torch.zeros(4, 12))
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        x = self.patch(pixel_values).flatten(2).transpose(1, 2)
-        return self.own(self, self.layer(x))  # pyright: ignore[reportCallIssue]
+        x = self.patch(pixel_values).flatten(2).transpose(1, 2) + self.places
+        return self.own(self, self.layer(x))
 
 
 OWN: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
-    "laid out": (lambda m, x: x.view(len(x), 2, 2, 12), r"\(view\) lays its 4 places out as \d x 2 x 2 x 12"),
+    "laid out": (lambda m, x: x.view(x.shape[0], 2, 2, 12), r"\(view\) lays its 4 places out as \d x 2 x 2 x 12"),
     "convolution": (lambda m, x: m.conv(x.mT), r"\(conv1d\) is a convolution over the places"),
-    "mixed": (lambda m, x: m.mix(x.mT), r"\(linear\) does not take 3 places more: linear of 7 features by a weight"),
+    "mixed": (
+        lambda m, x: m.mix(x.mT),
+        r"\(linear\) does not take 3 places more: linear of .* features by a weight for 4",
+    ),
     "stored": (lambda m, x: x + m.bias, r"@bias, 4 x 1, holds a value for each of 4 places, and none for rows"),
     "numbered": (
         lambda m, x: x + torch.arange(4, dtype=x.dtype)[:, None],
@@ -295,8 +298,8 @@ OWN: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "parted": (lambda m, x: x.split([1, 3], 1)[1], r"parts the 4 places, and it is not known which part has the rows"),
     "joined": (lambda m, x: x.flatten(1), r"would give \d x 84 instead of \d x 48, where the rows have no axis"),
     "turned": (lambda m, x: x.roll(1, 1), r"\(roll\) is not known to go through with more places"),
-    "given": (
-        lambda m, x: x + (x.new_zeros(1) + torch.zeros(4, 1, dtype=x.dtype)).expand(4, 1).flip(0),
+    "reversed": (
+        lambda m, x: x.masked_fill(torch.arange(4).flip(0)[:, None] < 1, 0.5),
         r"\(flip\) is known for 4 places alone",
     ),
 }
@@ -318,7 +321,7 @@ ALIKE: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "last": lambda m, x: x[:, -1],
     "behind": lambda m, x: x[:, 1:] * 2,
     "seen": lambda m, x: x.masked_fill(torch.arange(4)[:, None] < 1, 0.5),
-    "heads": lambda m, x: x.view(len(x), 4, 3, 4).transpose(1, 2).reshape(len(x), 3, 4, 4).mean(1),
+    "heads": lambda m, x: x.view(x.shape[0], 4, 3, 4).transpose(1, 2).reshape(x.shape[0], 3, 4, 4).mean(1),
 }
 
 
@@ -338,6 +341,15 @@ def test_what_they_can_be_followed_through(own: str) -> None:
     else:
         theirs = ALIKE[own](model, x)
     close([program.module().eval()(pixel_values=pixels)], [theirs])
+
+
+def test_places_that_are_returned_with_the_batch_are_not_cut() -> None:
+    torch.manual_seed(0)
+    program = pg.trace(Picture(lambda m, x: x.reshape(-1, 12)).to(F64).eval(), pictures(3))
+    whole, _ = tuned(program, returns="all")
+    assert whole.module().eval()(**pictures()).shape == (2 * (4 + LENGTH), 12)
+    with pytest.raises(pg.PeftGraphError, match='places and other axes on one; choose returns="all"'):
+        program.apply(visual())
 
 
 def test_position_biases_and_windows_are_refused() -> None:

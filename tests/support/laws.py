@@ -96,6 +96,12 @@ def no_tokens(name: str) -> Refusal | None:
     return (pg.NoMatch, words[name]) if name in words else None
 
 
+def no_pictures(name: str) -> Refusal | None:
+    """Rows in front of what a first block reads, where an embedding feeds it."""
+    words = r"none of the \d+ sites at block .* is the first block of a stack that no embedding feeds"
+    return None if name in ("vit", "clip_vision") else (pg.NoMatch, words)
+
+
 def no_table(name: str) -> Refusal | None:
     """Rows of tokens, where no token is embedded."""
     refusal = no_tokens(name)
@@ -153,6 +159,14 @@ LINES: dict[str, Line] = {
         reference=False,
         variant=True,
         meaningless=no_tokens,
+    ),
+    "prompt_pictures": Line(
+        (Prompt(at="block", length=2, onto="embeddings", place="after_first"),),
+        folds=False,
+        away=True,
+        reference=False,
+        variant=True,
+        meaningless=no_pictures,
     ),
     "ptuning": Line(
         (PTuning(length=2, hidden=4),), folds=False, away=True, reference=False, variant=True, meaningless=no_tokens
