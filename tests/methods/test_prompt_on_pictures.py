@@ -1,4 +1,4 @@
-"""Visual prompt tuning: as the model's own code where its embeddings give the rows as well, and refused elsewhere."""
+"""Prompts on pictures and sounds: as the model's own code with the rows among its embeddings, or refused."""
 
 from __future__ import annotations
 
@@ -214,6 +214,23 @@ def test_the_tower_of_pictures_beside_one_of_words() -> None:
         theirs = model(**inputs)
     ours = program.module().eval()(**inputs)
     close([ours.logits_per_image, ours.image_embeds], [theirs.logits_per_image, theirs.image_embeds])
+
+
+def test_sounds_in_front_of_a_decoder() -> None:
+    """Whisper's decoder attends to the rows of its encoder as to sounds, and has none of its own."""
+    model, inputs = zoo.build("whisper", dtype=F64).requires_grad_(False), zoo.example("whisper", 2, 7, F64)
+    program, rows = tuned(zoo.traced("whisper", "sdpa", F64), returns="all")
+    assert [edit.site for edit in program.edits] == ["encoder.0.block"]
+
+    def front(_: nn.Module, arguments: Any, keywords: Any) -> Any:
+        return (torch.cat([rows.expand(2, -1, -1), arguments[0]], 1), *arguments[1:]), keywords
+
+    handle = model.encoder.layers[0].register_forward_pre_hook(front, with_kwargs=True)
+    theirs = model(**inputs)
+    handle.remove()
+    ours = program.module().eval()(**inputs)
+    for key in ("last_hidden_state", "encoder_last_hidden_state"):
+        close([ours[key]], [theirs[key]])
 
 
 @pytest.mark.parametrize("place", ["front", "after_first"])

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from recorded import MODELS, OTHERS
 from recorded_models import TOLERANCE, answer, build, distance, part, recorded, traced
 from safetensors.torch import load_file, save_file
 
@@ -220,6 +221,21 @@ def test_scores_behind_an_invertible_adapter_are_the_librarys(case: str) -> None
         for key, value in other.table.trainable.items():
             value.copy_(loaded.table[key].tensor)
     assert distance(other.module().eval()(**part(name, "input/"))["logits"], theirs) > 1e-2
+
+
+def test_a_prompt_needs_what_it_was_made_for() -> None:
+    with pytest.raises(pg.AdapterError, match="a prompt of width 16, which no block of pictures here has"):
+        load("beit.prompt", program=traced("bert"))
+    with pytest.raises(pg.AdapterError, match="a prompt of width 16, which no embedding of tokens here has"):
+        load("bert.prompt", program=traced("vit"))
+
+
+def test_a_prompt_beside_position_biases() -> None:
+    """The library itself adds biases for 5 places to the scores of 8 there, and fails."""
+    config = transformers.BeitConfig(**(MODELS | OTHERS)["beit"][2], use_relative_position_bias=True)
+    program = pg.trace(transformers.BeitModel(config).double().eval(), part("beit", "input/"))
+    with pytest.raises(pg.PeftGraphError, match="relative_position_bias_table holds values, and none for rows"):
+        load("beit.prompt", program=program)
 
 
 @cache
