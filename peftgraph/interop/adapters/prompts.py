@@ -1,5 +1,7 @@
 """Prompts of the `adapters` library as passes: rows behind the finished embeddings, which its models give out as well.
 
+In ViT and BEiT the embeddings are those of patches, and no site: the block that reads them first stands for them.
+
 Source: adapter-hub/adapters 1.3, methods/prompt_tuning.py.
 """
 
