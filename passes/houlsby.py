@@ -63,10 +63,14 @@ class Houlsby(pg.Pass):
     def rules(self) -> list[pg.Rule]:
         """Add the bottleneck of the sublayer's output to it; train the norms."""
         reason = "its nonlinearity stands between it and every weight"
-        adapter = pg.Rule(at=self.at, delta=self.delta, join=pg.Add(PORTS[self.place]), fold=reason)
+        adapter = pg.Rule(at=self.at, delta=self.delta, join=pg.Add(PORTS[self.place]), fold=reason, reads=self.read)
         return [adapter, pg.Train(pg.norm)] if self.norms else [adapter]
+
+    def read(self, m: pg.Match, op: pg.Builder) -> fx.Node:
+        """h."""
+        return m.value(PORTS[self.place])
 
     def delta(self, m: pg.Match, op: pg.Builder) -> fx.Node:
         """The bottleneck of h."""
         self.require_sublayer(m)
-        return self.bottleneck.build(op, m.value(PORTS[self.place]), m.features)
+        return self.bottleneck.build(op, self.read(m, op), m.features)

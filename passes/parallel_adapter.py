@@ -71,14 +71,20 @@ class ParallelAdapter(pg.Pass):
 
     def rules(self) -> list[pg.Rule]:
         """One rule: add the scaled bottleneck of the sublayer's input to its output, or to the heads."""
-        return [pg.Rule(at=self.at, delta=self.delta, fold="its nonlinearity stands between it and every weight")]
+        reason = "its nonlinearity stands between it and every weight"
+        return [pg.Rule(at=self.at, delta=self.delta, fold=reason, reads=self.read)]
+
+    def read(self, m: pg.Match, op: pg.Builder) -> fx.Node:
+        """x."""
+        sublayer = self.sublayer(m) if m.site.role == "attention.o" else m
+        return sublayer.value(INPUTS[self.input])
 
     def delta(self, m: pg.Match, op: pg.Builder) -> Mapping[str, fx.Node]:
         """s times the bottleneck of x, by the port where it enters."""
         heads = m.site.role == "attention.o"
         sublayer = self.sublayer(m) if heads else m
         self.require_sublayer(sublayer)
-        x = sublayer.value(INPUTS[self.input])
+        x = self.read(m, op)
         features = m.shape[1] if heads else m.features
         if self.layer_norm:
             width = int(x.meta["val"].shape[-1])

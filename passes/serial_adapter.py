@@ -51,8 +51,13 @@ class SerialAdapter(pg.Pass):
 
     def rules(self) -> list[pg.Rule]:
         """One rule: add the bottleneck of the output to the output."""
-        return [pg.Rule(at=self.at, delta=self.delta, fold="its nonlinearity stands between it and every weight")]
+        reason = "its nonlinearity stands between it and every weight"
+        return [pg.Rule(at=self.at, delta=self.delta, fold=reason, reads=self.read)]
+
+    def read(self, m: pg.Match, op: pg.Builder) -> fx.Node:
+        """h."""
+        return m.output
 
     def delta(self, m: pg.Match, op: pg.Builder) -> fx.Node:
         """The bottleneck of h."""
-        return self.bottleneck.build(op, m.output, m.features)
+        return self.bottleneck.build(op, self.read(m, op), m.features)

@@ -34,6 +34,8 @@ METHODS: dict[str, adapters.AdapterConfig] = {
     "parallel_channel": adapters.ParBnConfig(reduction_factor=4, scaling="channel"),
     "pfeiffer_learned": adapters.SeqBnConfig(reduction_factor=4, scaling="learned"),
     "houlsby_scaled": adapters.DoubleSeqBnConfig(reduction_factor=4, scaling=3.0),
+    "houlsby_gated": adapters.DoubleSeqBnConfig(reduction_factor=4, use_gating=True),
+    "parallel_gated": adapters.ParBnConfig(reduction_factor=4, use_gating=True),
     "plus": adapters.AdapterPlusConfig(reduction_factor=4, stochastic_depth=0.0),  # which needs torchvision
     "plus_learned": adapters.AdapterPlusConfig(reduction_factor=4, stochastic_depth=0.0, scaling="learned"),
     "lora": adapters.LoRAConfig(r=2, alpha=6, intermediate_lora=True),
@@ -90,7 +92,7 @@ DECODERS = {
 }  # fmt: skip
 CHOSEN = {
     "bert": BERT,
-    "gpt2": DECODERS | {"compacter_unshared", "plus", "pfeiffer_inv_own"},
+    "gpt2": DECODERS | {"compacter_unshared", "parallel_gated", "plus", "pfeiffer_inv_own"},
     "llama": DECODERS | {"dora", "mtl_lora", "plus"},
     "vit": {"plus", "prompt", "prompt_after_first"},
     "beit": {"prompt"},

@@ -29,8 +29,8 @@ NAMES = {
     "adapter_up.weight": "up_weight",
     "adapter_up.bias": "up_bias",
     "scaling": "scale",
-    "gate.weight": "pfeiffer_gate_weight",
-    "gate.bias": "pfeiffer_gate_bias",
+    "gate.weight": "gate_weight",
+    "gate.bias": "gate_bias",
 }
 PARTS = {"W_left": "left", "W_right": "right", "W": "weight", "b": "bias", "phm_rule": "rule",
          "phm_rule_left": "rule_left", "phm_rule_right": "rule_right"}  # fmt: skip
@@ -59,14 +59,12 @@ def bottlenecks(sites: Sites, saved: Saved) -> Filled:
     places = _places(sites, saved, NAMES)
     options = _common(sites, saved, places)
     if saved.options.get("is_parallel"):
-        saved.check({"use_gating": False})
         if saved.options.get("scaling") == "channel":
             return _scaled(saved, "parallel_adapter", options | {"input": "residual", "scale": 1.0}, places)
         options |= _scale(saved) | {"input": "residual"}
-        return Filled(_made("parallel_adapter", options), _values(places))
+        return Filled(_made("parallel_adapter", options), _values(places, "parallel_adapter"))
     if saved.options.get("original_ln_before"):
         return _scaled(saved, "pfeiffer", options, places)
-    saved.check({"use_gating": False})
     return _scaled(saved, "houlsby", options | {"norms": False}, places)
 
 
@@ -85,14 +83,14 @@ def _behind(sites: Sites, saved: Saved) -> Filled:
 def _scaled(saved: Saved, word: str, options: Mapping[str, Any], places: Mapping[Site, Mapping[str, Tensor]]) -> Filled:
     """A pass without a scale, whose up projection has it in it."""
     if saved.options.get("scaling") == 1.0:
-        return Filled(_made(word, options), _values(places))
+        return Filled(_made(word, options), _values(places, word))
     inside: dict[Site, dict[str, Tensor]] = {}
     for site, tensors in places.items():
         factor = _factor(saved, tensors)
         inside[site] = {leaf: value for leaf, value in tensors.items() if leaf != "scale"}
         inside[site] |= {"up_weight": factor.unsqueeze(-1) * tensors["up_weight"]}
         inside[site] |= {"up_bias": factor * tensors["up_bias"]}
-    return Filled(_made(word, options), _values(inside), _remark(saved, "is multiplied into the up projection"))
+    return Filled(_made(word, options), _values(inside, word), _remark(saved, "is multiplied into the up projection"))
 
 
 def _factor(saved: Saved, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -158,8 +156,10 @@ def _places(sites: Sites, saved: Saved, names: Mapping[str, str]) -> dict[Site, 
     }
 
 
-def _values(places: Mapping[Site, Mapping[str, Tensor]]) -> dict[Key, Tensor]:
-    return {(site.id, leaf): value for site, tensors in places.items() for leaf, value in tensors.items()}
+def _values(places: Mapping[Site, Mapping[str, Tensor]], word: str = "") -> dict[Key, Tensor]:
+    """The values by site; those of gates have the word of what they let in before their names."""
+    named = {leaf: f"{word}_{leaf}" if leaf.startswith("gate_") else leaf for one in places.values() for leaf in one}
+    return {(site.id, named[leaf]): value for site, tensors in places.items() for leaf, value in tensors.items()}
 
 
 def _common(sites: Sites, saved: Saved, places: Mapping[Site, Mapping[str, Tensor]]) -> dict[str, Any]:
