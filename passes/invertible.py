@@ -1,10 +1,11 @@
 """Invertible adapters (MAD-X, Pfeiffer et al., 2020): embeddings of a new language, taken back before the head.
 
-    e = [e1; e2]   ->   o = [e1 + F(e2); e2 + G(o1)]        what the first block reads of the embedded tokens
-    o = [o1; o2]   ->   e = [o1 - F(e2); e2],  e2 = o2 - G(o1)          what the output embedding reads
+    e = [e1; e2]   ->   o = [e1 + F(e2); e2 + G(o1)]               in front of the blocks
+    o = [o1; o2]   ->   e = [o1 - F(e2); e2],  e2 = o2 - G(o1)     in front of the head
     no fold: nonlinearities stand between F, G and every weight
 
-F(x) = W_up act(W_down x + b_down) + b_up, and G likewise; both directions share them. The output embedding is the head
+e is what the first block reads of the embedded tokens, and o below what the output embedding reads. F(x) = W_up
+act(W_down x + b_down) + b_up, and G likewise; both directions share them. The output embedding is the head
 that is tied to the table of tokens, or has a row of that width for each token; before other heads nothing is inverted,
 nor where there is none. The embeddings are finished: in BERT they have positions, types, norm and dropout, in Llama
 they are the lookup alone. Where blocks are wider than the embeddings, both ends stand in the embeddings' width. A

@@ -48,7 +48,9 @@ class Placement:
                     self.owners.setdefault(value, []).append((line, station))
         self.last = max((self.order[value] for value in stream.values if value), default=len(self.nodes))
         for value, there in also.items():
-            self.owners.setdefault(value, [there])
+            places = self.owners.setdefault(value, [there])
+            if there[0] is stream and there not in places:
+                places.insert(0, there)
 
     def insert(self, found: Sequence[Insertion]) -> None:
         """Puts insertions at the stations where they enter, inner ones first."""

@@ -71,7 +71,9 @@ class Builder:
         plan.ends(stem)
         if stem and layer:
             plan.stream.add(GapItem(f"{layer} block{'s' if layer > 1 else ''}"), plan.enters(layer))
-        elif not stem:
+        elif stem:
+            plan.also[plan.enters(layer)] = (plan.stream, len(stem))
+        else:
             plan.stream.values[0] = plan.enters(layer)
         plan.block(block)
         left = stack.depth - 1 - layer

@@ -212,6 +212,12 @@ def test_what_enters_before_the_first_block_enters_the_stream_there() -> None:
     prompt = Drawing.of(zoo.traced("bert").apply(Prompt(length=5)))
     assert prompt.labels("inserted") == {"prompt L × D": 1, "where": 1}
     assert prompt.labels("base")["embeddingD × 61"] == 1
+    for method in (Invertible(), Prompt(length=5, onto="embeddings")):
+        drawing = Drawing.of(zoo.traced("bert").apply(method))
+        embedding, q, *_ = sorted(span[1] for kind, span in drawing.boxes() if kind == "base")
+        made = [span for kind, span in drawing.boxes() if kind.startswith("inserted p0") and span[2] - span[0] > 20]
+        assert made
+        assert all(embedding < span[1] and span[3] < q for span in made)
 
 
 def test_frozen_adapters_are_dashed_and_the_norm_that_is_used_twice_is_the_base_s() -> None:
