@@ -13,6 +13,7 @@ share, are saved only out of a model with a head (`HEADED`), from which its name
 
 from __future__ import annotations
 
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,7 @@ METHODS: dict[str, adapters.AdapterConfig] = {
     "plus": adapters.AdapterPlusConfig(reduction_factor=4, stochastic_depth=0.0),  # which needs torchvision
     "plus_learned": adapters.AdapterPlusConfig(reduction_factor=4, stochastic_depth=0.0, scaling="learned"),
     "lora": adapters.LoRAConfig(r=2, alpha=6, intermediate_lora=True),
+    "lora_classes": adapters.LoRAConfig(r=2, alpha=6),
     "lora_qv": adapters.LoRAConfig(r=2, alpha=6),
     "ia3": adapters.IA3Config(),
     "dora": adapters.DoRAConfig(r=2, alpha=6, intermediate_lora=True),
@@ -106,6 +108,7 @@ CHOSEN = {
     },
 }  # fmt: skip
 HEADED = {"compacter", "compacter_pp", "vera", "dvora", "pfeiffer_inv_lm"}
+CLASSES = {"lora_classes"}  # likewise, and the head is trained
 OWN = {"pfeiffer_inv_own"}  # out of transformers' own model with a head
 # Lost is what is shared, and that R h stays; recorded is what the library reads.
 LOST = {"compacter_bare", "vera_bare", "direft"}
@@ -116,6 +119,11 @@ def wrapped(name: str, method: str) -> tuple[nn.Module, nn.Module]:
     base = build(name)
     if method in OWN:
         model = transformers.AutoModelForCausalLM.from_config(base.config).double()
+        model.base_model.load_state_dict(base.state_dict())
+        adapters.init(model)
+        return model.eval(), model
+    if method in CLASSES:
+        model = transformers.AutoModelForSequenceClassification.from_config(base.config).double()
         model.base_model.load_state_dict(base.state_dict())
         adapters.init(model)
         return model.eval(), model
@@ -164,7 +172,7 @@ def record(name: str, method: str) -> None:
     model.set_active_adapters("one")
     generator = torch.Generator().manual_seed(3)
     parameters = [(key, p) for key, p in base.named_parameters() if not key.startswith("heads.")]
-    own = [(key, p) for key, p in parameters if ".one." in key or "shared_parameters" in key]
+    own = [(key, p) for key, p in parameters if ".one." in key or re.search(r"shared_parameters|^classifier\.", key)]
     model.double().eval()
     with torch.no_grad():
         for _, parameter in {id(p): (key, p) for key, p in own}.values():

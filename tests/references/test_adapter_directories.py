@@ -169,7 +169,7 @@ REFUSED = {
 
 
 def test_every_directory_is_read_or_refused() -> None:
-    assert {path.name for path in DIRECTORIES.iterdir()} == {*CASES, *REFUSED, *SPEAKING}
+    assert {path.name for path in DIRECTORIES.iterdir()} == {*CASES, *REFUSED, *SPEAKING, "bert.lora_classes"}
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -212,9 +212,8 @@ def test_scores_behind_an_invertible_adapter_are_the_librarys(case: str) -> None
     name, own = case.partition(".")[0], case.endswith("own")
     with pytest.warns(UserWarning, match=r"holds a prediction head|does not read the inverse") as caught:
         loaded = speaking(case).load_adapter(DIRECTORIES / case)
-    words = ["holds a prediction head", "out of a GPT2LMHeadModel, whose head does not read the inverse"]
-    assert [word in str(one.message) for word, one in zip(words, caught, strict=False)] == [True] * (1 + own)
-    assert len(caught) == 1 + own
+    words = "out of a GPT2LMHeadModel, whose head does not read the inverse" if own else "holds a prediction head"
+    assert [words in str(one.message) for one in caught] == [True]
     assert ("head" in [edit.site for edit in loaded.edits]) != own
     theirs = load_file(DIRECTORIES / case / "expected.safetensors")["output"]
     assert distance(loaded.module().eval()(**part(name, "input/"))["logits"], theirs) < TOLERANCE[name]
@@ -257,6 +256,34 @@ def test_a_model_with_a_head_has_its_base_under_another_name(case: str) -> None:
     theirs = load_file(DIRECTORIES / case / "expected.safetensors")["output"]
     answers = load(case, program=headed()).module().eval()(**part("bert", "input/"), output_hidden_states=True)
     assert distance(answers["hidden_states"][-1], theirs) < 1e-6
+
+
+def test_a_head_of_transformers_own_is_read(tmp_path: Path) -> None:
+    """It trains on; where the model has another one, or none, a word says that it is not read."""
+    case = "bert.lora_classes"
+    loaded = headed().load_adapter(DIRECTORIES / case)
+    assert [applied.method.word for applied in loaded.history] == ["lora", "freeze"]
+    assert {name for name in loaded.table.trainable if "lora" not in name} == {"classifier.weight", "classifier.bias"}
+    theirs = load_file(DIRECTORIES / case / "expected.safetensors")["output"]
+    assert distance(loaded.module().eval()(**part("bert", "input/"))["logits"], theirs) < TOLERANCE["bert"]
+    assert distance(headed().module().eval()(**part("bert", "input/"))["logits"], theirs) > 1e-2
+    again = headed().load_adapter(loaded.save_adapter(tmp_path / "ours"))
+    assert torch.equal(again.table["classifier.weight"].tensor, loaded.table["classifier.weight"].tensor)
+    with pytest.warns(
+        UserWarning, match=r"\(head_config.json\), which is not read: a program has the heads of the model"
+    ):
+        assert len(traced("bert").load_adapter(DIRECTORIES / case).history) == 1
+
+
+def test_a_head_that_is_tied_is_not_read(tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(DIRECTORIES / "gpt2.pfeiffer_inv_own", tmp_path / "adapter"))
+    tensors = load_file(directory / "model_head.safetensors")
+    save_file({name: value + 1 for name, value in tensors.items()}, directory / "model_head.safetensors")
+    with pytest.warns(
+        UserWarning, match="it is tied to transformer.wte.weight here|does not read the inverse"
+    ) as caught:
+        assert not speaking("gpt2.pfeiffer_inv_own").load_adapter(directory).table["lm_head.weight"].trainable
+    assert len(caught) == 2
 
 
 def test_training_goes_on_from_the_mlp_of_a_prefix() -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from peftgraph.errors import AdapterError
 from peftgraph.interop.adapters.bottlenecks import bottlenecks
 from peftgraph.interop.adapters.couplings import couplings
+from peftgraph.interop.adapters.heads import head
 from peftgraph.interop.adapters.low_rank import low_rank, scales
 from peftgraph.interop.adapters.prefixes import prefixes
 from peftgraph.interop.adapters.prompts import prompt
@@ -49,10 +50,12 @@ def load_adapters(program: P, sites: Sites, apply: Callable[..., P], directory: 
     saved = Saved.read(directory)
     try:
         parts = _parts(program, sites, saved)
+        trained, remark = head(program, sites, saved)
     except (RuntimeError, IndexError, TypeError, ZeroDivisionError) as error:
         raise AdapterError(f"{directory} is damaged: its tensors do not fit one another: {error}") from None
-    for words in filter(None, (saved.remark(), *(part.remark for part in parts))):
+    for words in filter(None, (remark, *(part.remark for part in parts))):
         warnings.warn(words, stacklevel=4)
+    parts += trained
     methods = renamed([part.method for part in parts], name, directory)
     named = [replace(part, method=method) for part, method in zip(parts, methods, strict=True)]
     return fill(program, apply, named, directory)

@@ -22,7 +22,6 @@ from peftgraph.sites import Site, Sites
 
 TENSORS = "adapter.safetensors"
 PICKLE = "pytorch_adapter.bin"
-HEAD = "head_config.json"
 KEY = re.compile(
     r"(?:(?P<path>.+)\.)?(?P<kind>adapters|invertible_adapters|loras|refts|prefix_tunings|prefix_gates|prompt_tunings|"
     r"shared_parameters)\.(?P<name>[^.]+)\.(?P<leaf>.+)"
@@ -78,15 +77,6 @@ class Saved:
             raise AdapterError(f"{directory / TENSORS} holds no tensors.")
         options = _as_the_library_reads(document)
         return cls(directory, options, str(document.get("model_type")), str(document.get("model_class")), tensors)
-
-    def remark(self) -> str:
-        """What to say of a head beside the adapter, or nothing."""
-        if not (self.directory / HEAD).exists():
-            return ""
-        return (
-            f"{self.directory} holds a prediction head beside the adapter ({HEAD}), which is not read: a program has "
-            "the heads of the model that was traced. Copy its weights into that model where they are wanted."
-        )
 
     def members(self) -> list[Saved]:
         """One for each configuration of a union, or the directory itself.

@@ -15,10 +15,10 @@ from peftgraph.interop.filling import Filled, Key
 from peftgraph.interop.peft.config import PeftConfig
 from peftgraph.interop.peft.tensors import PeftTensors
 from peftgraph.interop.selecting import selector_of
+from peftgraph.interop.stored import holders, parameters_of, same
 from peftgraph.ir.program import ProgramData
 from peftgraph.rewrite.method import find_pass
 from peftgraph.sites import Site, Sites
-from peftgraph.sites.select import WORDS
 
 
 def stored_parts(program: ProgramData, sites: Sites, config: PeftConfig, tensors: PeftTensors) -> list[Filled]:
@@ -40,16 +40,16 @@ def stored_parts(program: ProgramData, sites: Sites, config: PeftConfig, tensors
                 f"{tuple(own.shape)}. Where the vocabulary was resized, resize the model before it is traced."
             )
         beside = name in adapted or (name.endswith(".weight") and not config.saves(name.removesuffix(".weight")))
-        if not (beside and _same(own, value)):
+        if not (beside and same(own, value)):
             wanted[name] = value
     for name, d in moved.items():
         start = wanted.get(name, program.table[name].tensor.detach())
         wanted[name] = start.to(torch.promote_types(start.dtype, d.dtype)) + d.to(start.device)
-    chosen = _owners(sites, set(wanted))
+    chosen = holders(sites, set(wanted))
     _check(program, config, wanted, chosen)
     if not chosen:
         return []
-    held = {name for site in chosen for name in _parameters(site)}
+    held = {name for site in chosen for name in parameters_of(site)}
     values: dict[Key, torch.Tensor] = {name: value for name, value in wanted.items() if name in held}
     return [Filled(find_pass("freeze")(at=selector_of(sites, chosen)), values)]  # pyright: ignore[reportCallIssue]
 
@@ -63,29 +63,10 @@ def biases_of_b(config: PeftConfig, tensors: PeftTensors) -> dict[str, torch.Ten
     }
 
 
-def _same(own: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether the base holds a value already; without values of its own it may."""
-    return own.device.type == "meta" or torch.equal(own.detach().cpu(), value.to(own.dtype))
-
-
-def _parameters(site: Site) -> list[str]:
-    """The stored tensors of a site itself."""
-    own = [site.weight and site.weight.parameter, site.scale, site.bias and site.bias.parameter]
-    return [name for name in (own[2:] if site.role == "bias" else own) if name]
-
-
-def _owners(sites: Sites, names: set[str]) -> list[Site]:
-    """Sites that own nothing but `names`: whole ones first, then the biases that are left."""
-    whole = [site for site in sites if site.role in WORDS and site.role not in ("bias", "block", "ffn.hidden")]
-    chosen = [site for site in whole if _parameters(site) and names.issuperset(_parameters(site))]
-    left = names - {name for site in chosen for name in _parameters(site)}
-    return chosen + [site for site in sites if site.role == "bias" and left.issuperset(_parameters(site))]
-
-
 def _check(program: ProgramData, config: PeftConfig, wanted: dict[str, torch.Tensor], chosen: list[Site]) -> None:
-    held = {name for site in chosen for name in _parameters(site)}
+    held = {name for site in chosen for name in parameters_of(site)}
     for name, value in wanted.items():
-        if name not in held and not _same(program.table[name].tensor, value):
+        if name not in held and not same(program.table[name].tensor, value):
             raise AdapterError(
                 f"{config.directory} holds other values of {name}, which is no site's own, so that no pass trains it."
             )
