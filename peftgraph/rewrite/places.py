@@ -29,7 +29,7 @@ PIECEWISE = ops.SCALE | ops.MASKING | ops.NONLINEAR | COMPARISONS | LOGIC | ops.
 COPIES = ops.CAST | ops.words("contiguous clone detach alias lift_fresh_copy")
 FULL = ops.words("zeros ones full new_zeros new_ones new_full")
 LIKE = ops.words("zeros_like ones_like full_like")
-ENDS = {aten.arange.default: 0, aten.arange.start: 1}
+ENDS: dict[Any, int] = {aten.arange.default: 0, aten.arange.start: 1}
 
 
 def refusal(m: Match, node: fx.Node, why: str) -> PeftGraphError:
@@ -109,7 +109,7 @@ class Places:
         if node.target in ENDS:
             if not compared:
                 raise refusal(self.m, node, "numbers the places, and rows have no number")
-            return self._copy(node, {}, ENDS[node.target], None)  # pyright: ignore[reportArgumentType]
+            return self._copy(node, {}, ENDS[node.target], None)
         if name in FULL:
             return self._copy(node, {}, int(name.startswith("new_")), axes)
         if name == "expand":

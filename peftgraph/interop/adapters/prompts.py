@@ -1,6 +1,7 @@
 """Prompts of the `adapters` library as passes: rows behind the finished embeddings, which its models give out as well.
 
-In ViT and BEiT the embeddings are those of patches, and no site: the block that reads them first stands for them.
+Where no table embeds tokens, in ViT and BEiT, the embeddings are those of patches, and no site: the block that reads
+them first stands for them.
 
 Source: adapter-hub/adapters 1.3, methods/prompt_tuning.py.
 """
@@ -20,7 +21,6 @@ from peftgraph.rewrite.method import find_pass
 from peftgraph.sites import Site, Sites
 
 PLACES = {"prefix": "front", "prefix_after_bos": "after_first"}
-PICTURES = ("vit", "beit")
 
 
 def prompt(program: ProgramData, sites: Sites, saved: Saved) -> Filled:
@@ -37,9 +37,10 @@ def prompt(program: ProgramData, sites: Sites, saved: Saved) -> Filled:
     place = saved.option("combine", str)
     if place not in PLACES:
         raise saved.refuse(f"combine={place!r}")
-    found = _pictures(program, sites, width) if saved.family in PICTURES else _tokens(program, sites, width)
+    of_tokens = bool(sites.select("embedding"))
+    found = _tokens(program, sites, width) if of_tokens else _pictures(program, sites, width)
     if found is None:
-        what = "block of pictures" if saved.family in PICTURES else "embedding of tokens"
+        what = "embedding of tokens" if of_tokens else "first block"
         raise AdapterError(f"{saved.directory} is a prompt of width {width}, which no {what} here has.")
     method = cast(Any, find_pass("prompt"))(
         at=selector_of(sites, [found]), length=length, onto="embeddings", place=PLACES[place], returns="all"
