@@ -206,12 +206,11 @@ def recast(nodes: Iterable[fx.Node], mode: FakeTensorMode, old: torch.dtype, new
     def value_of(value: Any) -> Any:
         if isinstance(value, list | tuple):
             return type(value)(value_of(item) for item in value)
-        if not isinstance(value, Tensor) or value.dtype != old:
+        if not isinstance(value, Tensor) or (value.dtype != old and not any(map(_became_number, value.shape))):
             return value
         alike = inference.describe(value)
         if alike not in cast:
-            with mode, quiet_symbols(mode):
-                cast[alike] = torch.empty_strided(value.shape, value.stride(), dtype=new, device=value.device)
+            cast[alike] = settled(mode, value, new if value.dtype == old else value.dtype)
         return cast[alike]
 
     for node in nodes:
@@ -239,6 +238,30 @@ def _same_shape(a: torch.Size, b: torch.Size, broadcast: bool) -> bool:
         return _expression(x) == _expression(y) or (known is not None and known == size_in_example(y))
 
     return len(a) == len(b) and all(map(same, a, b))
+
+
+def number_of(size: int | torch.SymInt) -> int | None:
+    """The number that a size is, be it a symbolic one that became a number; None where it is free."""
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression) if expression.is_Integer else None
+
+
+def settled(mode: FakeTensorMode, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A recorded value of another dtype, with plain numbers for symbolic sizes that became numbers."""
+    sizes, strides = ([_plain(one) for one in many] for many in (value.shape, value.stride()))
+    with mode, quiet_symbols(mode):
+        return torch.empty_strided(sizes, strides, dtype=dtype, device=value.device)
+
+
+def _became_number(size: int | torch.SymInt) -> bool:
+    return not isinstance(size, int) and number_of(size) is not None
+
+
+def _plain(size: int | torch.SymInt) -> int | torch.SymInt:
+    number = number_of(size)
+    return size if number is None else number
 
 
 def size_in_example(size: int | torch.SymInt) -> int | None:

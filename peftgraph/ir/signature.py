@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,6 +15,35 @@ from torch.utils import _pytree as pytree
 
 from peftgraph.errors import CallError
 from peftgraph.ir.past import Past
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What holds of the sizes of every call, because the model's code chose a branch by it.
+
+    Attributes:
+        code: an expression of Python over names of sizes.
+        sizes: the names in it.
+        place: the line of the model's code.
+        more: by how much passes make the sizes larger on their way to that line.
+    """
+
+    code: str
+    sizes: tuple[str, ...]
+    place: str
+    more: tuple[int, ...] = ()
+
+    def holds(self, sizes: Mapping[str, int]) -> bool:
+        """Whether it holds of `sizes`, or speaks of one that is not among them."""
+        if any(name not in sizes for name in self.sizes):
+            return True
+        more = self.more or (0,) * len(self.sizes)
+        return _holds(self.code, tuple((name, sizes[name] + n) for name, n in zip(self.sizes, more, strict=True)))
+
+
+@lru_cache(maxsize=4096)
+def _holds(code: str, sizes: tuple[tuple[str, int], ...]) -> bool:
+    return bool(eval(code, {"__builtins__": {}, "math": math, "max": max, "min": min, "abs": abs}, dict(sizes)))
 
 
 @dataclass(frozen=True)
@@ -27,6 +58,7 @@ class Input:
         dims: one entry a dimension: an int that the model's own code fixed, or a symbol's name.
         optional: whether `forward` has a default for it.
         fill: what stands for it in a call that leaves it out, by the name that `past.fill` knows; None: nothing.
+        fixed: what fixed the dimensions that are numbers: by dimension, a line of the model's code or a word on it.
     """
 
     name: str
@@ -36,6 +68,7 @@ class Input:
     dims: tuple[int | str, ...]
     optional: bool
     fill: str | None = None
+    fixed: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -51,6 +84,7 @@ class Signature:
         output_keys: one readable name for each leaf of the outputs, such as `logits`.
         assumed: constants that hold though the caller did not give them.
         past: how keys and values of earlier calls are taken and given, by a program that was traced with them.
+        conditions: what holds of the sizes of every call beside that.
     """
 
     forward: inspect.Signature
@@ -61,6 +95,7 @@ class Signature:
     output_keys: tuple[str, ...]
     assumed: frozenset[str] = frozenset()
     past: Past | None = None
+    conditions: tuple[Condition, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Signature:
         return self  # a value: copies of a module share it
@@ -142,12 +177,21 @@ class Signature:
                 )
             for axis, (size, dim) in enumerate(zip(value.shape, spec.dims, strict=True)):
                 self._check_size(spec, axis, size, dim, sizes)
+        known = {name: size for name, (size, _) in sizes.items()}
+        for one in self.conditions:
+            if not one.holds(known):
+                given = ", ".join(f"{name} = {known[name]}" for name in one.sizes)
+                raise CallError(
+                    f"The model's code takes another branch at {given} than the one that was traced, where {one.code}"
+                    f"{_at(one.place)}. Trace the model again with inputs of these sizes."
+                )
 
     def _check_size(self, spec: Input, axis: int, size: int, dim: int | str, sizes: dict[str, tuple[int, str]]) -> None:
         if isinstance(dim, int):
             if size != dim:
                 raise CallError(
-                    f"{spec.key} has size {size} in dimension {axis}; the model's own code fixes it to {dim}."
+                    f"{spec.key} has size {size} in dimension {axis}; the model's own code fixes it to {dim}"
+                    f"{_at(spec.fixed.get(axis, ''))}."
                 )
             return
         seen, where = sizes.setdefault(dim, (size, spec.key))
@@ -212,6 +256,10 @@ SHORT = {
 def short_dtype(dtype: torch.dtype) -> str:
     """A dtype in the printer's spelling: f32, bf16, i64, bool."""
     return SHORT.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def _at(place: str) -> str:
+    return f", at {place}" if place else ""
 
 
 def _shape_text(spec: Input) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TypeVar, cast
 
@@ -11,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from peftgraph.ir.program import Edits, ProgramData
 from peftgraph.ir.propagate import size_in_example
 from peftgraph.ir.run import fake_table, run
+from peftgraph.ir.signature import Condition
 
 P = TypeVar("P", bound=ProgramData)
 
@@ -19,9 +21,19 @@ def within_limits(program: P) -> P:
     """The program with the sizes that its inputs may have: rows that a pass puts in front of them take their room."""
     base, grown = program.base or program, program.grown()
     ranges = {dim: _room(program, dim, span, grown.get(dim, 0)) for dim, span in base.signature.ranges.items()}
-    if ranges == program.signature.ranges:
+    conditions = tuple(moved for one in base.signature.conditions for moved in _moved(program, one, grown))
+    if (ranges, conditions) == (program.signature.ranges, program.signature.conditions):
         return program
-    return program.evolve(signature=replace(program.signature, ranges=ranges))
+    return program.evolve(signature=replace(program.signature, ranges=ranges, conditions=conditions))
+
+
+def _moved(program: ProgramData, one: Condition, grown: Mapping[str, int]) -> list[Condition]:
+    """A condition on sizes as they arrive at the model's line, and as they are where the model reads both."""
+    more = tuple(grown.get(dim, 0) for dim in one.sizes)
+    if not any(more):
+        return [one]
+    as_it_is = any(n > 0 and _is_read_as_it_is(program, dim) for dim, n in zip(one.sizes, more, strict=True))
+    return [replace(one, more=more), *([one] if as_it_is else [])]
 
 
 def _room(program: ProgramData, dim: str, span: tuple[int, int | None], more: int) -> tuple[int, int | None]:

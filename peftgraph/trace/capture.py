@@ -18,11 +18,11 @@ from peftgraph.errors import TraceError
 from peftgraph.ir.builder import number
 from peftgraph.ir.literals import mark, retarget
 from peftgraph.ir.program import ProgramData, Surrounding, calls, stored
-from peftgraph.ir.propagate import fake_like, fake_mode_of, is_recastable, propagate, recast
+from peftgraph.ir.propagate import fake_like, fake_mode_of, is_recastable, propagate, recast, settled
 from peftgraph.ir.run import run
 from peftgraph.ir.signature import Signature
 from peftgraph.ir.table import Entry, Table
-from peftgraph.trace.calling import signature_of
+from peftgraph.trace.calling import signature_of, symbols_of
 from peftgraph.trace.diagnose import explain, quiet
 from peftgraph.trace.example import Example, bind_call, bind_example, with_distinct_batch
 from peftgraph.trace.exporter import export_ghost, markers_of
@@ -180,13 +180,14 @@ def _trace(
     if marker is not None:
         _cast_numbers(graph, exported.constants, marker)
         mark(graph, marker)
+    symbols = symbols_of(graph)
     try:
         _restore_dtype(graph, table, bound, marker)
     except Exception as error:
         raise explain(model, error) from error
     used = {str(node.target) for node in stored(graph)}
     table = Table((name, entry) for name, entry in table.items() if entry.kind != "constant" or name in used)
-    signature = signature_of(graph, exported.program, bound)
+    signature = signature_of(graph, exported.program, bound, symbols, exported.decisions)
     out_of_place(graph)
     return _Traced(graph, table, signature, marker, exported.patched)
 
@@ -275,7 +276,7 @@ def _restore_dtype(graph: fx.Graph, table: Table, bound: Example, marker: torch.
     for node in graph.nodes:
         if node.op == "placeholder":
             value = node.meta["val"]
-            node.meta["val"] = value.to(next(tensors).dtype) if isinstance(value, Tensor) else value
+            node.meta["val"] = settled(mode, value, next(tensors).dtype) if isinstance(value, Tensor) else value
         elif node.op == "get_attr":
             node.meta["val"] = fake_like(mode, table[str(node.target)].tensor)
     with quiet():

@@ -95,6 +95,12 @@ def describe_place(file: str, line: int, function: str = "") -> str:
     return f"  at {file}:{line}{inside}\n      {linecache.getline(file, line).strip()}\n"
 
 
+def line_of(file: str, line: int, function: str) -> str:
+    """A line of code with its place, for the middle of a sentence."""
+    source = linecache.getline(file, line).strip()
+    return f"{file}:{line}, in {function}" + (f": {source}" if source else "")
+
+
 def place_of(nodes: Iterable[fx.Node]) -> str:
     """The line of the model's code at which these exported nodes start, as `describe_place` has it; "" if unknown."""
     for node in nodes:

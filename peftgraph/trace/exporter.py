@@ -22,6 +22,7 @@ from peftgraph.trace.functions import Call, functions_kept
 from peftgraph.trace.ghost import ghost_arguments, ghost_of
 from peftgraph.trace.patches import library_patches, masks_broadcast
 from peftgraph.trace.progress import Progress, layers_told
+from peftgraph.trace.sizes import Decisions, decisions_watched
 
 # bfloat16 shows which literals follow and promotes as low precision does; a model with an operation that has
 # no bfloat16 form is traced in float64.
@@ -36,12 +37,14 @@ class Exported:
         program: what torch.export gave.
         functions: the calls of custom autograd functions, by number.
         marker: the dtype in the place of the model's own; None: the model's own, and no literal follows.
+        decisions: what the model's code decided by sizes.
         patched: whether pieces of the model were replaced by its library's exportable forms.
     """
 
     program: ExportedProgram
     functions: Sequence[Call]
     marker: torch.dtype | None
+    decisions: Decisions
     patched: bool = False
 
     @property
@@ -109,9 +112,9 @@ def _export(
     # torch's memory of calls under fake tensors is off: on symbolic sizes a hit costs more than the rule
     forgetful = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
     with forgetful, quiet(), functions_kept() as recording, masks_broadcast() as broadcast:
-        with layers_told(ghost, "exporting", progress):
+        with layers_told(ghost, "exporting", progress), decisions_watched() as decisions:
             program = torch.export.export(ghost, (), arguments, dynamic_shapes=shapes, strict=False)
-        return Exported(program, recording.calls, marker, broadcast())
+        return Exported(program, recording.calls, marker, decisions, broadcast())
 
 
 def _rounded(exported: Exported) -> bool:
