@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from peftgraph.draw import Diff, Picture, fragment, outline, page, picture
-from peftgraph.errors import AdapterError, Conflict, PeftGraphError
+from peftgraph.errors import AdapterError, Conflict, PeftGraphError, TraceError
 from peftgraph.fold import fold as _fold
 from peftgraph.fold.proof import Proof
 from peftgraph.interop import adapter_files, write_back
@@ -19,7 +19,7 @@ from peftgraph.interop.formats import load_directory
 from peftgraph.interop.peft.write import save_peft
 from peftgraph.ir.program import ProgramData
 from peftgraph.ir.text import assign_labels, print_diff, print_program, size_names
-from peftgraph.ir.verify import verify
+from peftgraph.ir.verify import verify as check_rules
 from peftgraph.lower.export import export
 from peftgraph.lower.hosted import hosted
 from peftgraph.lower.module import GraphModule
@@ -32,7 +32,7 @@ from peftgraph.rewrite.method import Pass, Pipeline
 from peftgraph.rewrite.mix import mix
 from peftgraph.sites import Pattern, Selector, Sites, as_selector, find_sites
 from peftgraph.sites.naming import sections, titles
-from peftgraph.trace import capture, capture_part
+from peftgraph.trace import Options, capture, capture_part
 from peftgraph.trace.progress import Progress, silent
 
 
@@ -270,6 +270,8 @@ def trace(
     example: Mapping[str, Any] | tuple[Any, ...] | Tensor,
     *,
     root: str = "",
+    fixed: Mapping[str, Sequence[int]] | None = None,
+    verify: Literal["off", "example", "sizes"] = "sizes",
     progress: Progress = silent,
 ) -> Program:
     """Traces a model into a Program.
@@ -281,13 +283,22 @@ def trace(
             other code branches on data. `module()` then is the whole model, with this part rewritten and the rest as it
             was written; paths, parameter names, `write_back` and adapters are the whole model's. `export` writes the
             graph of the submodule.
+        fixed: axes whose sizes stay the example's: `{"pixel_values": (2, 3)}`. The others are free, and where the
+            model's code computes much with them (windows, strides), fixing them makes a trace quick. With `root`, of
+            the submodule's inputs.
+        verify: the program is compared with the model, in evaluation and in training under one seed: on the example
+            and at other sizes of every axis that is free ("sizes"), on the example alone ("example"), or not at all
+            ("off"). Without weights, on the meta device, the sizes of the outputs are compared. `checked` says what was.
         progress: called with a phase, how many of its steps (layers) have begun, and how many there are, 0 where
             that is unknown: `progress("exporting", 3, 96)`.
 
     Raises:
         TraceError: the model cannot be traced; the message names the line of its code and what to change.
     """
-    data = capture_part(model, example, root, progress) if root else capture(model, example, progress)
+    if verify not in ("off", "example", "sizes"):
+        raise TraceError(f'verify must be "off", "example" or "sizes", got {verify!r}.')
+    options = Options(fixed or {}, verify, progress)
+    data = capture_part(model, example, root, options) if root else capture(model, example, options)
     progress("finding sites", 0, 0)
     sites = find_sites(data.graph, data.table.tensors(), size_names(data))
     progress("verifying", 0, 0)
@@ -295,7 +306,7 @@ def trace(
     fields = {name: getattr(data, name) for name in data.__dataclass_fields__}
     program = Program(**fields, sites=sites)
     object.__setattr__(program, "base", program)
-    verify(program)
+    check_rules(program)
     return program
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
 
+from peftgraph.ir.checked import Checked
 from peftgraph.ir.propagate import constant_term
 from peftgraph.ir.signature import Signature
 from peftgraph.ir.table import Table
@@ -139,6 +140,8 @@ class ProgramData:
         base: the traced program that all edits started from; None for that program itself.
         proof: the evidence of folding, on a folded program.
         surrounding: the model around, when a submodule was traced; the table holds the tensors of the whole model.
+        host: the library's class that the model is an instance of.
+        checked: what was compared with the model; None: nothing.
     """
 
     model: str
@@ -153,6 +156,7 @@ class ProgramData:
     proof: Any = None
     surrounding: Surrounding | None = None
     host: Host | None = None
+    checked: Checked | None = None
 
     def evolve(self, **changes: Any) -> Self:
         """A program with some fields replaced."""

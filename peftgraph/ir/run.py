@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
 
 from peftgraph.ir.literals import retarget, widen
-from peftgraph.ir.modes import evaluated, mutated_buffers
+from peftgraph.ir.modes import evaluated, mutated_buffers, trained
 from peftgraph.ir.program import ProgramData, calls
 from peftgraph.ir.table import Entry, Table
 
@@ -31,23 +32,45 @@ CONTRACTIONS = {
 }
 
 
+Watcher = Callable[[fx.Node, Any], None]  # told of every value as it is computed
+
+
 def run(program: ProgramData, inputs: Sequence[Tensor]) -> list[Tensor]:
     """The tensor outputs of a program under eval(), for inputs in placeholder order."""
-    graph = evaluated(program.graph)
+    return [leaf for leaf in run_in_mode(program, inputs, training=False) if isinstance(leaf, Tensor)]
+
+
+def run_in_mode(
+    program: ProgramData, inputs: Sequence[Tensor], *, training: bool, watcher: Watcher | None = None
+) -> list[Any]:
+    """The leaves of a program's outputs in one mode, for inputs in placeholder order.
+
+    Args:
+        program: what to run; it is not changed, nor are its buffers.
+        inputs: the tensors of a call.
+        training: whether dropout and what else training does is part of it.
+        watcher: told of every value, of stored tensors too: of one that the graph writes, the copy that is written.
+    """
+    graph = trained(program.graph) if training else evaluated(program.graph)
     dtype, device = program.table.dtype, program.table.device
     if program.marked:
         retarget(graph, dtype, device)
-    tensors = {name: _beside(entry, dtype).to(device) for name, entry in program.table.items()}
-    return _interpret(graph, tensors, [value.to(device) for value in inputs])
+    moved = {id(entry.tensor): _beside(entry, dtype).to(device) for entry in program.table.values()}
+    tensors = {name: moved[id(entry.tensor)] for name, entry in program.table.items()}
+    return _interpret(graph, tensors, [value.to(device) for value in inputs], watcher)
 
 
 def run_wide(program: ProgramData, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The outputs in float64 throughout: weights, inputs, and the upcasts of the model's own code."""
+    """The outputs in float64 throughout: weights, inputs, the upcasts of the model's own code, and what torch makes of
+    integers, which is float32 wherever a weight had no part in it."""
     graph = evaluated(program.graph)
     widen(graph)
     device = program.table.device
-    tensors = {name: _double(entry.tensor).to(device) for name, entry in program.table.items()}
-    return _interpret(graph, tensors, [_double(value).to(device) for value in inputs])
+    doubled = {id(entry.tensor): _double(entry.tensor).to(device) for entry in program.table.values()}
+    tensors = {name: doubled[id(entry.tensor)] for name, entry in program.table.items()}
+    given = [_double(value).to(device) for value in inputs]
+    leaves = _interpret(graph, tensors, given, wide=True)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def evaluate(wanted: fx.Node, known: Mapping[fx.Node, Any], table: Mapping[str, Entry]) -> Any:
@@ -102,24 +125,33 @@ def _double(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
-def _interpret(graph: fx.Graph, tensors: dict[str, Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+def _interpret(
+    graph: fx.Graph,
+    tensors: Mapping[str, Tensor],
+    inputs: Sequence[Tensor],
+    watcher: Watcher | None = None,
+    wide: bool = False,
+) -> list[Any]:
     values: dict[fx.Node, Any] = {}
     last_use = {operand: node for node in graph.nodes for operand in node.all_input_nodes}
     arguments = iter(inputs)
-    written = mutated_buffers(graph)
+    # Names that share a tensor share the copy that is written.
+    copies = {id(tensors[name]): tensors[name].detach().clone() for name in mutated_buffers(graph)}
     with torch.no_grad():
         for node in graph.nodes:
             if node.op == "output":
-                leaves = map_arg(node.args[0], values.__getitem__)
-                return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+                return list(map_arg(node.args[0], values.__getitem__))
             if node.op == "placeholder":
                 values[node] = next(arguments)
             elif node.op == "get_attr":
-                tensor = tensors[str(node.target)].detach()
-                values[node] = tensor.clone() if node.target in written else tensor
+                tensor = tensors[str(node.target)]
+                values[node] = copies[id(tensor)] if id(tensor) in copies else tensor.detach()
             else:
                 args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
-                values[node] = node.target(*args, **kwargs)
+                result = node.target(*args, **kwargs)
+                values[node] = pytree.tree_map_only(Tensor, _double, result) if wide else result
+            if watcher is not None:
+                watcher(node, values[node])
             for operand in node.all_input_nodes:
                 if last_use[operand] is node:
                     values.pop(operand, None)

@@ -17,6 +17,9 @@ from peftgraph.errors import CallError
 from peftgraph.ir.past import Past
 
 
+BY_CALLER = "fixed="  # in the place of a line: who called for the trace fixed the size
+
+
 @dataclass(frozen=True)
 class Condition:
     """What holds of the sizes of every call, because the model's code chose a branch by it.
@@ -58,7 +61,7 @@ class Input:
         dims: one entry a dimension: an int that the model's own code fixed, or a symbol's name.
         optional: whether `forward` has a default for it.
         fill: what stands for it in a call that leaves it out, by the name that `past.fill` knows; None: nothing.
-        fixed: what fixed the dimensions that are numbers: by dimension, a line of the model's code or a word on it.
+        fixed: what fixed the dimensions that are numbers: by dimension, a line of the model's code or BY_CALLER.
     """
 
     name: str
@@ -128,7 +131,7 @@ class Signature:
             if isinstance(value, Tensor):
                 given[name] = value
             else:
-                given |= {argument_key(name, path): leaf for path, leaf in pytree.tree_flatten_with_path(value)[0]}
+                given |= dict(keyed_leaves(name, value))
         tensors = [given.pop(spec.key, None) for spec in self.inputs]
         self._check_constants(given)
         self._check_tensors(tensors)
@@ -189,10 +192,11 @@ class Signature:
     def _check_size(self, spec: Input, axis: int, size: int, dim: int | str, sizes: dict[str, tuple[int, str]]) -> None:
         if isinstance(dim, int):
             if size != dim:
-                raise CallError(
-                    f"{spec.key} has size {size} in dimension {axis}; the model's own code fixes it to {dim}"
-                    f"{_at(spec.fixed.get(axis, ''))}."
-                )
+                place = spec.fixed.get(axis, "")
+                by = f"the model's own code fixes it to {dim}{_at(place)}"
+                if place == BY_CALLER:
+                    by = f"it was traced with fixed={{{spec.key!r}: ...}}, which keeps it at {dim}"
+                raise CallError(f"{spec.key} has size {size} in dimension {axis}; {by}.")
             return
         seen, where = sizes.setdefault(dim, (size, spec.key))
         if size != seen:
@@ -223,9 +227,23 @@ def arguments_of(forward: inspect.Signature, args: tuple[Any, ...], kwargs: Mapp
     return arguments
 
 
-def argument_key(name: str, path: tuple[Any, ...]) -> str:
-    """The readable key of a leaf: the parameter's name and, when nested, the path inside it."""
-    return name + pytree.keystr(path)
+def keyed_leaves(name: str, value: Any) -> list[tuple[str, Any]]:
+    """The leaves of a nested value with readable keys, in pytree's order: `past[0]`, `out.sample`, `batch['x']`.
+
+    Classes are registered with pytree with or without keys of their children; without, what the class keeps beside its
+    children is their names where it is one string for each, as in a dict, and otherwise they are counted.
+    """
+    if pytree.tree_is_leaf(value):
+        return [(name, value)]
+    node = pytree.SUPPORTED_NODES[pytree._get_node_type(value)]
+    if node.flatten_with_keys_fn is not None:
+        children = [(name + str(key), child) for key, child in node.flatten_with_keys_fn(value)[0]]
+    else:
+        plain, context = node.flatten_fn(value)
+        named = isinstance(context, list | tuple) and len(context) == len(plain)
+        keys = [f"[{key!r}]" for key in context] if named else [f"[{i}]" for i in range(len(plain))]
+        children = [(name + key, child) for key, child in zip(keys, plain, strict=True)]
+    return [leaf for key, child in children for leaf in keyed_leaves(key, child)]
 
 
 def dtype_kind(dtype: torch.dtype) -> str:

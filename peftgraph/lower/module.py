@@ -128,8 +128,9 @@ class GraphModule(nn.Module):
         return compile_graph(graph, self._model, self._sources)
 
     def _register(self, table: Mapping[str, Entry]) -> None:
-        written = mutated_buffers(self._graph)
+        written = {id(table[name].tensor) for name in mutated_buffers(self._graph)}
         made: dict[int, nn.Parameter] = {}  # tied entries become one parameter
+        copies: dict[int, Tensor] = {}  # and one buffer
         blocks = {block.path for block in self._blocks}
         for name, entry in table.items():
             path, _, leaf = name.rpartition(".")
@@ -139,7 +140,9 @@ class GraphModule(nn.Module):
                 parameter = nn.Parameter(entry.tensor, requires_grad=False) if shared is None else shared
                 owner.register_parameter(leaf, made.setdefault(id(entry.tensor), parameter))
             else:
-                tensor = entry.tensor.clone() if name in written else entry.tensor
+                tensor = entry.tensor
+                if id(tensor) in written:
+                    tensor = copies.setdefault(id(tensor), tensor.clone())
                 owner.register_buffer(leaf, tensor, persistent=entry.persistent)
             if entry.kind == "constant":
                 self._constants.append(name)

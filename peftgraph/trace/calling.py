@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from peftgraph.ir.propagate import number_of
-from peftgraph.ir.signature import Condition, Input, Signature
+from peftgraph.ir.signature import BY_CALLER, Condition, Input, Signature, keyed_leaves
 from peftgraph.trace.example import Example
 from peftgraph.trace.sizes import Decisions, condition
 
@@ -43,7 +43,7 @@ def signature_of(
         parameter = parameters.get(leaf.argument)
         optional = parameter is None or parameter.default is not parameter.empty
         fill = bound.fills.get(leaf.argument)
-        fixed = sizes.fixed(node, decisions)
+        fixed = sizes.fixed(node, decisions) | dict.fromkeys(bound.fixed.get(leaf.key, ()), BY_CALLER)
         inputs.append(Input(node.name, leaf.key, leaf.argument, leaf.value.dtype, dims, optional, fill, fixed))
         node.meta |= {"label": leaf.key, "fill": fill}
     ranges = {}
@@ -119,6 +119,5 @@ class _Sizes:
 
 def _output_keys(spec: pytree.TreeSpec) -> tuple[str, ...]:
     leaves = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
-    paths = pytree.tree_flatten_with_path(leaves)[0]
-    keys = [pytree.keystr(path) for path, _ in paths]
+    keys = [key for key, _ in keyed_leaves("", leaves)]
     return tuple(key.replace("['", ".").replace("']", "").removeprefix(".") or "output" for key in keys)

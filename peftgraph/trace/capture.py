@@ -8,7 +8,8 @@ from literals that are meant.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ from peftgraph.ir.propagate import fake_like, fake_mode_of, is_recastable, propa
 from peftgraph.ir.run import run
 from peftgraph.ir.signature import Signature
 from peftgraph.ir.table import Entry, Table
+from peftgraph.trace.alone import alone
 from peftgraph.trace.calling import signature_of, symbols_of
+from peftgraph.trace.compare import Differs, Level, compared
 from peftgraph.trace.diagnose import explain, quiet
 from peftgraph.trace.example import Example, bind_call, bind_example, with_distinct_batch
 from peftgraph.trace.exporter import export_ghost, markers_of
@@ -34,11 +37,26 @@ from peftgraph.trace.past import with_past
 from peftgraph.trace.patches import difference
 from peftgraph.trace.progress import Progress, silent
 from peftgraph.trace.surrounding import bound_calls, serves
-from peftgraph.trace.training import modes_agree
+from peftgraph.trace.training import agrees_under, modes_agree
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to trace.
+
+    Attributes:
+        fixed: axes whose sizes stay the example's, by the name of an input.
+        verify: how far the program is compared with the model: "off", "example" or "sizes".
+        progress: told how far the trace is.
+    """
+
+    fixed: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    verify: Level = "sizes"
+    progress: Progress = silent
 
 
 def capture(
-    model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] | Tensor, progress: Progress = silent
+    model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] | Tensor, options: Options = Options()
 ) -> ProgramData:
     """Traces `model` into a program.
 
@@ -47,22 +65,23 @@ def capture(
             shared, not copied.
         example: a dict of keyword inputs or a tuple of positional ones. Sizes of the batch and of sequences
             become symbols.
-        progress: told how far it is.
+        options: how.
 
     Raises:
         TraceError: the model cannot be traced; the message names the line of its code and what to change.
     """
-    table = _table_of(model)
-    given = bind_example(model, example)
-    bound, traced = _with_best_batch(model, given, table, progress, lambda one: with_past(model, one, table.dtype))
-    return replace(_program(type(model).__name__, traced, bound), host=host_of(model))
+    with alone(model):
+        table = _table_of(model)
+        given = bind_example(model, example).with_fixed(options.fixed)
+        _, program = _with_best_batch(model, given, table, options, lambda one: with_past(model, one, table.dtype))
+        return replace(program, host=host_of(model))
 
 
 def capture_part(
     model: nn.Module,
     example: Mapping[str, Any] | tuple[Any, ...] | Tensor,
     root: str,
-    progress: Progress = silent,
+    options: Options = Options(),
 ) -> ProgramData:
     """Traces the submodule `root` of `model` into a program; names and tensors are those of the whole model.
 
@@ -70,41 +89,68 @@ def capture_part(
         model: any module; it is not modified. A copy of it that shares its parameters is run on `example`.
         example: a call of the whole model.
         root: the dotted name of a submodule. It is traced as it is called first.
-        progress: told how far it is.
+        options: how; inputs are those of the submodule.
 
     Raises:
         TraceError: there is no such submodule, it is not called or in several ways, or it cannot be traced.
     """
-    progress(f"running the model, to see how {root} is called", 0, 0)
-    around, outer, seen = bound_calls(model, root, example)
-    part, table = model.get_submodule(root), _table_of(model)
-    own = _table_of(part)
-    if own.dtype != table.dtype:
-        raise TraceError(f"{root} is {own.dtype} in a model that is {table.dtype}. Convert one of them first.")
-    given = bind_call(part, seen[0].args, seen[0].kwargs)
-    bound, traced = _with_best_batch(part, given, own, progress)
-    serves(traced.signature, root, seen)
-    constants = {name: entry for name, entry in traced.table.items() if entry.kind == "constant"}
-    _prefix(traced.graph, root, constants)
-    traced = replace(traced, table=table.with_(constants))
-    return _program(type(model).__name__, traced, bound, Surrounding(around, root, outer.assumed))
+    with alone(model):
+        options.progress(f"running the model, to see how {root} is called", 0, 0)
+        around, outer, seen = bound_calls(model, root, example)
+        part, table = model.get_submodule(root), _table_of(model)
+        own = _table_of(part)
+        if own.dtype != table.dtype:
+            raise TraceError(f"{root} is {own.dtype} in a model that is {table.dtype}. Convert one of them first.")
+        given = bind_call(part, seen[0].args, seen[0].kwargs).with_fixed(options.fixed)
+        _, program = _with_best_batch(part, given, own, options)
+        serves(program.signature, root, seen)
+        constants = {name: entry for name, entry in program.table.items() if entry.kind == "constant"}
+        _prefix(program.graph, root, constants)
+        whole = Surrounding(around, root, outer.assumed)
+        return replace(program, model=type(model).__name__, table=table.with_(constants), surrounding=whole)
 
 
 def _with_best_batch(
     model: nn.Module,
     given: Example,
     table: Table,
-    progress: Progress,
+    options: Options,
     completed: Callable[[Example], Example] = lambda one: one,
-) -> tuple[Example, _Traced]:
+) -> tuple[Example, ProgramData]:
     """The example to trace with, and what comes of it: a batch that looks like no other size, or the example's own
     where the model's code fixes the batch, as it does where it loops over the pictures of one."""
     bound = completed(with_distinct_batch(given))
-    traced = _in_both_modes(model, bound, table, progress)
-    if _takes(traced.signature, given):
-        return bound, traced
-    bound = completed(given)
-    return bound, _in_both_modes(model, bound, table, progress)
+    program = _compared(model, bound, table, options, lambda signature: _takes(signature, given))
+    if program is None:
+        bound = completed(given)
+        program = _compared(model, bound, table, options)
+    assert program is not None
+    return bound, program
+
+
+def _compared(
+    model: nn.Module,
+    bound: Example,
+    table: Table,
+    options: Options,
+    serves: Callable[[Signature], bool] = lambda signature: True,
+) -> ProgramData | None:
+    """The program of a call, compared with the model; None, and no comparison, where its signature does not serve.
+
+    Where it differs from the model under another dtype than the model's own, that dtype is the first suspect.
+    """
+    markers = markers_of(model, table.dtype)
+    program = _in_both_modes(model, bound, table, markers, options.progress)
+    if not serves(program.signature):
+        return None
+    options.progress("comparing the program with the model", 0, 0)
+    try:
+        return compared(model, program, bound, options.verify)
+    except Differs:
+        if not program.marked or markers[0] == table.dtype:
+            raise
+        program = _in_both_modes(model, bound, table, [None], options.progress)
+        return compared(model, program, bound, options.verify)
 
 
 def _takes(signature: Signature, given: Example) -> bool:
@@ -124,7 +170,7 @@ def _prefix(graph: fx.Graph, root: str, constants: Mapping[str, Entry]) -> None:
             node.meta["nn_module_stack"] = paths
 
 
-def _program(model: str, traced: _Traced, bound: Example, surrounding: Surrounding | None = None) -> ProgramData:
+def _program(model: str, traced: _Traced, bound: Example) -> ProgramData:
     number(traced.graph)
     return ProgramData(
         model=model,
@@ -133,14 +179,21 @@ def _program(model: str, traced: _Traced, bound: Example, surrounding: Surroundi
         signature=traced.signature,
         example=bound.tensors,
         marked=traced.marker is not None,
-        surrounding=surrounding,
     )
 
 
-def _in_both_modes(model: nn.Module, bound: Example, table: Table, progress: Progress) -> _Traced:
+def _in_both_modes(
+    model: nn.Module, bound: Example, table: Table, markers: Sequence[torch.dtype | None], progress: Progress
+) -> ProgramData:
     progress("comparing training with evaluation", 0, 0)
     agree = modes_agree(model, bound)
-    traced = _trace(model, bound, table, progress, training=True, markers=markers_of(model, table.dtype))
+    modes = (True,) if agree else (True, False)
+
+    @cache
+    def faithful(marker: torch.dtype) -> bool:
+        return agrees_under(model, bound, table.dtype, marker, modes)
+
+    traced = _trace(model, bound, table, progress, training=True, markers=markers, faithful=faithful)
     if not agree:
         evaluation = _trace(model, bound, table, progress, training=False, markers=[traced.marker])
         traced = _with_evaluation(model, traced, evaluation)
@@ -149,7 +202,7 @@ def _in_both_modes(model: nn.Module, bound: Example, table: Table, progress: Pro
         reason = difference(model, bound, run(_program(type(model).__name__, traced, bound), bound.tensors))
         if reason is not None:
             raise TraceError(f"{type(model).__name__} cannot be traced as it stands, and {reason}.")
-    return traced
+    return _program(type(model).__name__, traced, bound)
 
 
 @dataclass(frozen=True)
@@ -171,8 +224,9 @@ def _trace(
     *,
     training: bool,
     markers: Sequence[torch.dtype | None],
+    faithful: Callable[[torch.dtype], bool] = lambda marker: True,
 ) -> _Traced:
-    exported = export_ghost(model, bound, table.dtype, training, markers, progress)
+    exported = export_ghost(model, bound, table.dtype, training, markers, progress, faithful)
     progress("normalising", 0, 0)
     table = table.with_(exported.constants)
     marker = exported.marker
@@ -250,7 +304,7 @@ def _table_of(model: nn.Module) -> Table:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         tensor = frozen.setdefault(id(parameter), parameter.detach())
         entries[name] = Entry(tensor, "parameter")
-    for prefix, module in model.named_modules():
+    for prefix, module in model.named_modules(remove_duplicate=False):  # a module of several names is one of each
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 full = f"{prefix}.{name}" if prefix else name

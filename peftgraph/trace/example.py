@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from peftgraph.errors import TraceError
 from peftgraph.ir.past import Past
-from peftgraph.ir.signature import argument_key, arguments_of
+from peftgraph.ir.signature import arguments_of, keyed_leaves
 
 CACHES = ("use_cache", "use_mems")
 PRIMES = (3, 5, 7, 11, 13, 17, 19, 23)
@@ -39,6 +39,7 @@ class Example:
         assumed: arguments that the caller did not give.
         past: how the model takes keys and values of earlier calls; the argument is a tuple of tensors here.
         fills: what stands for an argument that a call leaves out, by its name (see `Input.fill`).
+        fixed: the axes whose sizes stay the example's, by the key of a leaf.
     """
 
     forward: inspect.Signature
@@ -47,6 +48,7 @@ class Example:
     assumed: frozenset[str] = frozenset()
     past: Past | None = None
     fills: Mapping[str, str] = field(default_factory=dict)
+    fixed: Mapping[str, frozenset[int]] = field(default_factory=dict)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -74,6 +76,26 @@ class Example:
         if self.past is not None:
             output[self.past.argument] = tuple(self.past.read(output[self.past.argument]))
         return output
+
+    def with_fixed(self, fixed: Mapping[str, Sequence[int]]) -> Example:
+        """The example with axes whose sizes are part of the program, by the key of an input or its argument's name.
+
+        Raises:
+            TraceError: there is no such input or axis.
+        """
+        axes: dict[str, frozenset[int]] = {}
+        for name, given in fixed.items():
+            leaves = [one for one in self.leaves if name in (one.key, one.argument) and isinstance(one.value, Tensor)]
+            if not leaves:
+                known = ", ".join(one.key for one in self.leaves if isinstance(one.value, Tensor))
+                raise TraceError(f"fixed names {name!r}, which is no tensor of the example. Its tensors: {known}.")
+            for leaf in leaves:
+                rank = leaf.value.dim()
+                wrong = [axis for axis in given if not isinstance(axis, int) or not -rank <= axis < rank]
+                if wrong:
+                    raise TraceError(f"fixed[{name!r}] has the axis {wrong[0]!r}; {leaf.key} has {rank} dimensions.")
+                axes[leaf.key] = axes.get(leaf.key, frozenset()) | {axis % rank for axis in given}
+        return replace(self, fixed=axes)
 
     def with_arguments(self, arguments: Mapping[str, Any]) -> Example:
         """The example with other arguments."""
@@ -130,11 +152,7 @@ def _clone(value: Any) -> Any:
 
 
 def _leaves(arguments: Mapping[str, Any]) -> tuple[Leaf, ...]:
-    return tuple(
-        Leaf(argument_key(name, path), name, leaf)
-        for name, value in arguments.items()
-        for path, leaf in pytree.tree_flatten_with_path(value)[0]
-    )
+    return tuple(Leaf(key, name, leaf) for name, value in arguments.items() for key, leaf in keyed_leaves(name, value))
 
 
 def with_distinct_batch(example: Example) -> Example:
@@ -146,7 +164,7 @@ def with_distinct_batch(example: Example) -> Example:
     tensors = example.tensors
     firsts = {tensor.shape[0] for tensor in tensors if tensor.dim() > 0}
     others = {size for tensor in tensors for size in tensor.shape[1:]}
-    if len(firsts) != 1 or firsts == {0}:
+    if len(firsts) != 1 or firsts == {0} or any(0 in axes for axes in example.fixed.values()):
         return example
     (batch,) = firsts
     if batch > 1 and batch not in others:

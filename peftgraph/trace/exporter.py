@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +15,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from peftgraph.errors import PeftGraphError
+from peftgraph.ir.signature import keyed_leaves
 from peftgraph.ir.table import Entry
 from peftgraph.trace.diagnose import explain, quiet
 from peftgraph.trace.example import Example
@@ -74,8 +75,18 @@ def export_ghost(
     training: bool,
     markers: Sequence[torch.dtype | None],
     progress: Progress,
+    faithful: Callable[[torch.dtype], bool] = lambda marker: True,
 ) -> Exported:
     """The exported ghost of `model` under the first of `markers` that it takes: as it stands, else patched.
+
+    Args:
+        model: the model.
+        bound: the call to trace.
+        own: the dtype of its weights.
+        training: the mode.
+        markers: the markers to try, best first.
+        progress: told of layers.
+        faithful: whether the model's code runs the same under another marker than its own dtype.
 
     Raises:
         TraceError: it takes none.
@@ -84,6 +95,8 @@ def export_ghost(
     tries = [patches for patches in (nullcontext, library_patches(model)) if patches is not None]
     for patches in tries:
         for marker in markers:
+            if marker not in (own, None) and len(markers) > 1 and not faithful(marker):
+                continue
             try:
                 with patches():
                     exported = _export(model, bound, own, training, marker, progress)
@@ -105,16 +118,27 @@ def _export(
     arguments = ghost_arguments(dict(bound.arguments), mode, own, marker or own)
     _take_keywords(ghost, bound)
 
-    def dynamic(value: Any) -> Any:
-        return dict.fromkeys(range(value.dim()), Dim.AUTO) if isinstance(value, Tensor) else None
-
-    shapes = {name: pytree.tree_map(dynamic, value) for name, value in arguments.items()}
+    shapes = {name: _free_axes(name, value, bound.fixed) for name, value in arguments.items()}
     # torch's memory of calls under fake tensors is off: on symbolic sizes a hit costs more than the rule
     forgetful = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
     with forgetful, quiet(), functions_kept() as recording, masks_broadcast() as broadcast:
         with layers_told(ghost, "exporting", progress), decisions_watched() as decisions:
             program = torch.export.export(ghost, (), arguments, dynamic_shapes=shapes, strict=False)
         return Exported(program, recording.calls, marker, decisions, broadcast())
+
+
+def _free_axes(name: str, value: Any, fixed: Mapping[str, frozenset[int]]) -> Any:
+    """For every tensor of an argument, how the exporter is to take the sizes of its axes."""
+
+    keys = iter([key for key, _ in keyed_leaves(name, value)])
+
+    def axes(leaf: Any) -> Any:
+        own = fixed.get(next(keys), ())
+        if not isinstance(leaf, Tensor):
+            return None
+        return {axis: Dim.STATIC if axis in own else Dim.AUTO for axis in range(leaf.dim())}
+
+    return pytree.tree_map(axes, value)
 
 
 def _rounded(exported: Exported) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peftgraph.errors import CallError, TraceError
 from peftgraph.ir.signature import Signature
@@ -25,8 +25,11 @@ class Call:
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
-    """A deep copy under eval() whose parameters share storage with `model` and require no grad; buffers are copies."""
+    """A deep copy under eval() whose parameters share storage with `model` and require no grad; buffers are copies, and
+    so are tensors that modules hold as plain attributes."""
     memo: dict[int, Any] = {}
+    for module in model.modules():
+        memo |= {id(one): one.detach().clone() for one in vars(module).values() if isinstance(one, Tensor)}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
     for buffer in model.buffers():

@@ -10,7 +10,7 @@ import itertools
 import random
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from peftgraph.errors import TraceError
+from peftgraph.ir.literals import FORMS
 from peftgraph.trace.diagnose import Place, describe_place, is_model_code, quiet, rates
 from peftgraph.trace.example import Example
 from peftgraph.trace.ghost import ghost_arguments, ghost_of
@@ -37,6 +38,8 @@ FOLLOWED = {
     "feature_dropout",
     "contiguous",  # no operation where the kernel of a mode gives this layout already
 }
+# Whether and to what code casts depends on the dtypes at hand, and a graph that is traced under a marker holds every cast.
+CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "detach", "numel", "is_floating_point"}
 # One of their literals follows the mode: dropout_p, training, use_input_stats.
 SWITCHED = {"scaled_dot_product_attention", "batch_norm", "instance_norm", "rrelu"}
 LITERALS = (bool, int, float, str, torch.dtype)
@@ -66,6 +69,44 @@ def modes_agree(model: nn.Module, example: Example) -> bool:
             return False
         found.append(recorder.steps)
     return found[0] == found[1]
+
+
+def agrees_under(
+    model: nn.Module, example: Example, own: torch.dtype, marker: torch.dtype, modes: Sequence[bool]
+) -> bool:
+    """Whether the model's code runs the same operations where `marker` is in the place of its `own` dtype: not where it
+    branches on the dtype, nor where it computes a number from the limits of one.
+
+    Args:
+        model: the model.
+        example: a call of it.
+        own: the dtype of its weights.
+        marker: another.
+        modes: the modes to look at; True is training.
+    """
+    alike = _literals_of(own, marker)
+    for training in modes:
+        ran: list[list[Step]] = []
+        for dtype in (own, marker):
+            mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+            recorder = _Recorder(FOLLOWED | CASTS)
+            _runs(ghost_of(model, mode, own, dtype).train(training), example, mode, recorder, (own, dtype))
+            ran.append(recorder.steps)
+        # Where a run stops, on values that fake tensors do not have, both are compared that far.
+        if not all(_same_step(*pair, alike) for pair in zip(*ran, strict=False)):
+            return False
+    return True
+
+
+def _same_step(ours: Step, theirs: Step, alike: set[tuple[str, str]]) -> bool:
+    names = ours[0] == theirs[0] and len(ours[1]) == len(theirs[1])
+    return names and all(a == b or (a, b) in alike for a, b in zip(ours[1], theirs[1], strict=True))
+
+
+def _literals_of(own: torch.dtype, marker: torch.dtype) -> set[tuple[str, str]]:
+    """The literals that follow the dtype, under each of the two."""
+    forms = [form for name, form in FORMS.items() if name != "wide"]
+    return {(repr(form(own)), repr(form(marker))) for form in forms if marker != torch.bfloat16 or form is not FORMS["complex"]}
 
 
 def _at_extremes(ghost: nn.Module, example: Example, mode: FakeTensorMode) -> _Recorder | None:
@@ -99,9 +140,16 @@ def _drawing(part: float) -> Iterator[None]:
         yield
 
 
-def _runs(ghost: nn.Module, example: Example, mode: FakeTensorMode, recorder: _Recorder) -> bool:
-    """Whether a call runs to its end; Python's and NumPy's random numbers are as before then."""
-    args, kwargs = example.call(ghost_arguments(dict(example.arguments), mode, torch.float32, torch.float32))
+def _runs(
+    ghost: nn.Module,
+    example: Example,
+    mode: FakeTensorMode,
+    recorder: _Recorder,
+    dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32),
+) -> bool:
+    """Whether a call runs to its end; Python's and NumPy's random numbers are as before then. Tensors of the first of
+    `dtypes` are given as ones of the second."""
+    args, kwargs = example.call(ghost_arguments(dict(example.arguments), mode, *dtypes))
     before = _state()
     try:
         with torch.no_grad(), mode, recorder, quiet():
@@ -117,8 +165,9 @@ def _runs(ghost: nn.Module, example: Example, mode: FakeTensorMode, recorder: _R
 class _Recorder(TorchFunctionMode):
     """Records the operations of a call, and the first place at which numbers were drawn outside of torch."""
 
-    def __init__(self) -> None:
+    def __init__(self, followed: Set[str] = FOLLOWED) -> None:
         super().__init__()
+        self.followed = followed
         self.steps: list[Step] = []
         self.rates: list[float] = []  # literals of operations that follow the mode
         self.drawn: list[Place] = []
@@ -138,13 +187,13 @@ class _Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", str(func))
         frame = sys._getframe(1)
         self.look([(frame.f_code, line) for frame, line in traceback.walk_stack(frame)])
-        counted = name not in FOLLOWED and name != "__get__" and not frame.f_code.co_filename.endswith("batchnorm.py")
+        counted = name not in self.followed and name != "__get__" and not frame.f_code.co_filename.endswith("batchnorm.py")
         if counted:
             self.record(name, (args, kwargs or {}))
         result = func(*args, **(kwargs or {}))
         if name in FOLLOWED | SWITCHED:
             self.rates += [one for one in pytree.tree_leaves((args, kwargs)) if isinstance(one, float)]
-        if name in FOLLOWED:
+        if name in self.followed and isinstance(result, Tensor):
             self._numbers[id(result)] = self._number(args[0])
             self._alive.append(result)
         elif counted:

@@ -49,6 +49,7 @@ def test_the_phases_come_in_order_and_the_outermost_layers_are_counted() -> None
         "comparing training with evaluation",
         "exporting",
         "normalising",
+        "comparing the program with the model",
         "finding sites",
         "verifying",
     ]

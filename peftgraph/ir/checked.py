@@ -1,0 +1,27 @@
+"""What of a program was compared with the model that it was traced from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The evidence that a program is its model.
+
+    Attributes:
+        runs: the calls on which both gave the same, such as "evaluation at input_ids 3x7".
+        values: whether values were compared; without weights (the meta device) sizes and dtypes are.
+        left: what was not compared, with the reason.
+    """
+
+    runs: tuple[str, ...] = ()
+    values: bool = True
+    left: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if not self.runs and not self.left:
+            return "not compared with the model"
+        what = "equal to the model" if self.values else "of the model's sizes"
+        lines = [f"{what}: {run}" for run in self.runs] + [f"not compared: {reason}" for reason in self.left]
+        return "\n".join(lines)

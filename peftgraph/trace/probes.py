@@ -1,0 +1,81 @@
+"""Calls of the sizes that were not traced: the example's tensors, repeated or cut along every axis that is free."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from peftgraph.ir.signature import Signature
+from peftgraph.trace.example import Example
+
+STEPS = (4, 8, 2, 6, 1, 3, 5, 12, -1, -2, -3, -4)  # added to a size of the example, in this order of preference
+BATCHES = (2, 5, 4, 3, 7)
+TRIES = 20_000
+
+
+def sizes_of(signature: Signature, example: Example) -> dict[str, int]:
+    """The free sizes as the example has them, by name."""
+    tensors = {leaf.key: leaf.value for leaf in example.leaves if isinstance(leaf.value, Tensor)}
+    return {
+        dim: size
+        for spec in signature.inputs
+        for dim, size in zip(spec.dims, tensors[spec.key].shape, strict=True)
+        if isinstance(dim, str)
+    }
+
+
+def other_sizes(signature: Signature, example: Example) -> Iterator[dict[str, int]]:
+    """Other sizes for all that is free, which the signature allows, best first: larger than the example's, then
+    smaller. Sizes that are equal in the example stay equal."""
+    now = sizes_of(signature, example)
+    free = list(dict.fromkeys(now.values()))
+    batches = {now[dim] for dim in now if dim.startswith("B")}
+    candidates = [_candidates(size, size in batches) for size in free]
+    for chosen in itertools.islice(itertools.product(*candidates), TRIES):
+        renamed = dict(zip(free, chosen, strict=True))
+        sizes = {dim: renamed[size] for dim, size in now.items()}
+        if len(set(chosen)) == len(chosen) and allowed(signature, sizes):
+            yield sizes
+
+
+def smallest(signature: Signature, example: Example) -> dict[str, int]:
+    """1 for every free size that may be 1, the example's for the others."""
+    return {dim: 1 if signature.ranges.get(dim, (1, None))[0] <= 1 else n for dim, n in sizes_of(signature, example).items()}
+
+
+def allowed(signature: Signature, sizes: Mapping[str, int]) -> bool:
+    """Whether a call may have these sizes."""
+    for dim, size in sizes.items():
+        low, high = signature.ranges.get(dim, (1, None))
+        if size < low or (high is not None and size > high):
+            return False
+    return all(one.holds(sizes) for one in signature.conditions)
+
+
+def resized(signature: Signature, example: Example, sizes: Mapping[str, int]) -> Example:
+    """The example with its tensors repeated or cut to `sizes`."""
+    dims = {spec.key: spec.dims for spec in signature.inputs}
+    keys = iter([leaf.key for leaf in example.leaves])
+
+    def resize(value: Any) -> Any:
+        key = next(keys)
+        if not isinstance(value, Tensor):
+            return value
+        for axis, dim in enumerate(dims[key]):
+            if isinstance(dim, str) and sizes[dim] != value.shape[axis]:
+                chosen = torch.arange(sizes[dim], device=value.device) % value.shape[axis]
+                value = value.index_select(axis, chosen)
+        return value
+
+    return example.with_arguments({name: pytree.tree_map(resize, value) for name, value in example.arguments.items()})
+
+
+def _candidates(size: int, batch: bool) -> list[int]:
+    if batch:
+        return [one for one in BATCHES if one != size]
+    return [size + step for step in STEPS if size + step > 1]
