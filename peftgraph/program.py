@@ -259,7 +259,8 @@ class Program(ProgramData):
 
     def __str__(self) -> str:
         passes = "; ".join(str(applied.method) for applied in self.history) or "no passes"
-        return f"Program of {self.model}: {len(self.graph.nodes)} nodes, {len(self.sites)} sites, {passes}"
+        kept = f"Program of {self.model}: {len(self.graph.nodes)} nodes, {len(self.sites)} sites, {passes}"
+        return kept if self.checked is None else f"{kept}\n{self.checked}"
 
     def __repr__(self) -> str:
         return f"<{self}>"
@@ -271,6 +272,7 @@ def trace(
     *,
     root: str = "",
     fixed: Mapping[str, Sequence[int]] | None = None,
+    assume: Mapping[str, bool] | None = None,
     verify: Literal["off", "example", "sizes"] = "sizes",
     progress: Progress = silent,
 ) -> Program:
@@ -286,6 +288,8 @@ def trace(
         fixed: axes whose sizes stay the example's: `{"pixel_values": (2, 3)}`. The others are free, and where the
             model's code computes much with them (windows, strides), fixing them makes a trace quick. With `root`, of
             the submodule's inputs.
+        assume: sides of branches by values: `{"modeling_esm.py:412": False}` takes the tensor whose truth that line
+            asks for to be false. It may depend on inputs alone; the program says so, and checks it at every call.
         verify: the program is compared with the model, in evaluation and in training under one seed: on the example
             and at other sizes of every axis that is free ("sizes"), on the example alone ("example"), or not at all
             ("off"). Without weights, on the meta device, the sizes of the outputs are compared. `checked` says what was.
@@ -297,7 +301,7 @@ def trace(
     """
     if verify not in ("off", "example", "sizes"):
         raise TraceError(f'verify must be "off", "example" or "sizes", got {verify!r}.')
-    options = Options(fixed or {}, verify, progress)
+    options = Options(fixed or {}, assume or {}, verify, progress)
     data = capture_part(model, example, root, options) if root else capture(model, example, options)
     progress("finding sites", 0, 0)
     sites = find_sites(data.graph, data.table.tensors(), size_names(data))

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from peftgraph.errors import CallError
+from peftgraph.ir.assumption import Assumption
 from peftgraph.ir.past import Past
 
 
@@ -88,6 +89,7 @@ class Signature:
         assumed: constants that hold though the caller did not give them.
         past: how keys and values of earlier calls are taken and given, by a program that was traced with them.
         conditions: what holds of the sizes of every call beside that.
+        assumptions: what holds of its values.
     """
 
     forward: inspect.Signature
@@ -99,6 +101,7 @@ class Signature:
     assumed: frozenset[str] = frozenset()
     past: Past | None = None
     conditions: tuple[Condition, ...] = ()
+    assumptions: tuple[Assumption, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Signature:
         return self  # a value: copies of a module share it
@@ -135,6 +138,8 @@ class Signature:
         tensors = [given.pop(spec.key, None) for spec in self.inputs]
         self._check_constants(given)
         self._check_tensors(tensors)
+        for one in self.assumptions:
+            one.check(dict(zip((spec.name for spec in self.inputs), tensors, strict=True)))
         return tensors
 
     def _check_constants(self, given: Mapping[str, Any]) -> None:

@@ -58,6 +58,7 @@ def print_program(program: ProgramData) -> str:
         if leaf is not None
     ]
     lines = [f"{program.model}({signature.describe()}) -> {{{', '.join(results)}}}"]
+    lines += [f"  assumes {one}" for one in signature.assumptions]
     lines += [f"  {printer.line(node)}" for node in live(program.graph) if node.op == "call_function"]
     lines.append(f"  return {printer.operand(outputs)}")
     return "\n".join(lines) + "\n"

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import sympy
 import torch
 from torch import Tensor, fx
-from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from peftgraph.ir.assumption import Assumption
 from peftgraph.ir.propagate import number_of
 from peftgraph.ir.signature import BY_CALLER, Condition, Input, Signature, keyed_leaves
 from peftgraph.trace.example import Example
+from peftgraph.trace.exporter import Exported
 from peftgraph.trace.sizes import Decisions, condition
 
 
@@ -30,7 +31,7 @@ def symbols_of(graph: fx.Graph) -> Symbols:
 
 
 def signature_of(
-    graph: fx.Graph, exported: ExportedProgram, bound: Example, symbols: Symbols, decisions: Decisions
+    graph: fx.Graph, exported: Exported, bound: Example, symbols: Symbols, assumptions: tuple[Assumption, ...]
 ) -> Signature:
     """The signature of a canonical graph; its placeholders are told, in place, their keys and fills."""
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
@@ -43,20 +44,19 @@ def signature_of(
         parameter = parameters.get(leaf.argument)
         optional = parameter is None or parameter.default is not parameter.empty
         fill = bound.fills.get(leaf.argument)
-        fixed = sizes.fixed(node, decisions) | dict.fromkeys(bound.fixed.get(leaf.key, ()), BY_CALLER)
+        fixed = sizes.fixed(node, exported.decisions) | dict.fromkeys(bound.fixed.get(leaf.key, ()), BY_CALLER)
         inputs.append(Input(node.name, leaf.key, leaf.argument, leaf.value.dtype, dims, optional, fill, fixed))
         node.meta |= {"label": leaf.key, "fill": fill}
     ranges = {}
-    for symbol, span in exported.range_constraints.items():
+    for symbol, span in exported.program.range_constraints.items():
         if str(symbol) in sizes.names:
             high = int(span.upper) if span.upper.is_Integer and int(span.upper) < 2**31 else None
             # A lower bound of 2 is how the exporter says "not specialised to 1"; the graph runs at 1 too.
             ranges[sizes.names[str(symbol)]] = (1 if int(span.lower) <= 2 else int(span.lower), high)
     constants = {leaf.key: leaf.value for leaf in bound.leaves if not isinstance(leaf.value, Tensor)}
-    spec = exported.call_spec.out_spec
-    assert spec is not None
-    keys, conditions = _output_keys(spec), sizes.conditions(decisions)
-    return Signature(bound.forward, tuple(inputs), constants, ranges, spec, keys, bound.assumed, bound.past, conditions)
+    spec = exported.outputs
+    keys, asked = _output_keys(spec), (sizes.conditions(exported.decisions), assumptions)
+    return Signature(bound.forward, tuple(inputs), constants, ranges, spec, keys, bound.assumed, bound.past, *asked)
 
 
 @dataclass(frozen=True)

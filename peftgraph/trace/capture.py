@@ -24,6 +24,7 @@ from peftgraph.ir.run import run
 from peftgraph.ir.signature import Signature
 from peftgraph.ir.table import Entry, Table
 from peftgraph.trace.alone import alone
+from peftgraph.trace.assume import all_used, split
 from peftgraph.trace.calling import signature_of, symbols_of
 from peftgraph.trace.compare import Differs, Level, compared
 from peftgraph.trace.diagnose import explain, quiet
@@ -46,11 +47,13 @@ class Options:
 
     Attributes:
         fixed: axes whose sizes stay the example's, by the name of an input.
+        assume: the truth that tensors have at lines of the model's code that branch by it.
         verify: how far the program is compared with the model: "off", "example" or "sizes".
         progress: told how far the trace is.
     """
 
     fixed: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    assume: Mapping[str, bool] = field(default_factory=dict)
     verify: Level = "sizes"
     progress: Progress = silent
 
@@ -72,7 +75,7 @@ def capture(
     """
     with alone(model):
         table = _table_of(model)
-        given = bind_example(model, example).with_fixed(options.fixed)
+        given = _with_options(bind_example(model, example), options)
         _, program = _with_best_batch(model, given, table, options, lambda one: with_past(model, one, table.dtype))
         return replace(program, host=host_of(model))
 
@@ -101,13 +104,17 @@ def capture_part(
         own = _table_of(part)
         if own.dtype != table.dtype:
             raise TraceError(f"{root} is {own.dtype} in a model that is {table.dtype}. Convert one of them first.")
-        given = bind_call(part, seen[0].args, seen[0].kwargs).with_fixed(options.fixed)
+        given = _with_options(bind_call(part, seen[0].args, seen[0].kwargs), options)
         _, program = _with_best_batch(part, given, own, options)
         serves(program.signature, root, seen)
         constants = {name: entry for name, entry in program.table.items() if entry.kind == "constant"}
         _prefix(program.graph, root, constants)
         whole = Surrounding(around, root, outer.assumed)
         return replace(program, model=type(model).__name__, table=table.with_(constants), surrounding=whole)
+
+
+def _with_options(example: Example, options: Options) -> Example:
+    return replace(example.with_fixed(options.fixed), assume=dict(options.assume))
 
 
 def _with_best_batch(
@@ -143,6 +150,7 @@ def _compared(
     program = _in_both_modes(model, bound, table, markers, options.progress)
     if not serves(program.signature):
         return None
+    all_used(options.assume, program.signature.assumptions)
     options.progress("comparing the program with the model", 0, 0)
     try:
         return compared(model, program, bound, options.verify)
@@ -239,9 +247,10 @@ def _trace(
         _restore_dtype(graph, table, bound, marker)
     except Exception as error:
         raise explain(model, error) from error
+    assumptions = split(graph, exported.asked, table)
     used = {str(node.target) for node in stored(graph)}
     table = Table((name, entry) for name, entry in table.items() if entry.kind != "constant" or name in used)
-    signature = signature_of(graph, exported.program, bound, symbols, exported.decisions)
+    signature = signature_of(graph, exported, bound, symbols, assumptions)
     out_of_place(graph)
     return _Traced(graph, table, signature, marker, exported.patched)
 
@@ -288,6 +297,8 @@ def _with_evaluation(model: nn.Module, training: _Traced, evaluation: _Traced) -
         if entry.kind == "constant":
             names[name] = f"evaluation_{name}"
             added[names[name]] = entry
+    conditions = tuple(dict.fromkeys((*ours.conditions, *theirs.conditions)))
+    signature = replace(ours, conditions=conditions, assumptions=(*ours.assumptions, *theirs.assumptions))
     graph = merge(training.graph, evaluation.graph, names)
     try:
         with quiet():
@@ -295,7 +306,7 @@ def _with_evaluation(model: nn.Module, training: _Traced, evaluation: _Traced) -
     except Exception as error:  # whatever an operator says of sizes that each mode knows in symbols of its own
         raise explain(model, error) from error
     patched = training.patched or evaluation.patched
-    return replace(training, graph=graph, table=training.table.with_(added), patched=patched)
+    return replace(training, graph=graph, table=training.table.with_(added), patched=patched, signature=signature)
 
 
 def _table_of(model: nn.Module) -> Table:

@@ -24,7 +24,7 @@ from peftgraph.trace.eager import Answer, answer, answer_in_shapes, as_traced, s
 from peftgraph.trace.example import Example
 from peftgraph.trace.ghost import ghost_tensor
 from peftgraph.trace.parting import parting
-from peftgraph.trace.probes import other_sizes, resized, sizes_of, smallest
+from peftgraph.trace.probes import allowed, other_sizes, resized, sizes_of, smallest
 from peftgraph.trace.surrounding import frozen_copy
 
 Level = Literal["off", "example", "sizes"]
@@ -145,7 +145,7 @@ class Comparison:
         signature = self.program.signature
         ranges, ones = dict(signature.ranges), smallest(signature, self.example)
         now = sizes_of(signature, self.example)
-        if ones == now or self._is_same(ones):
+        if ones == now or not allowed(signature, ones) or self._is_same(ones):
             return ranges
         for dim in [dim for dim in ones if ones[dim] != now[dim]]:
             if not self._is_same({**now, dim: 1}):
@@ -166,6 +166,10 @@ class Comparison:
             Differs: the answers do.
         """
         mode = "training" if training else "evaluation"
+        given = dict(zip((spec.name for spec in self.program.signature.inputs), call.tensors, strict=True))
+        broken = [one for one in self.program.signature.assumptions if self.values and not one.holds(given)]
+        if broken:
+            return _Refused(f"what was assumed does not hold ({broken[0]})")
         try:
             expected = self._expected(call, training)
         except Exception as error:  # whatever the model's code raises on a call that it does not take

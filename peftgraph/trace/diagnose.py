@@ -76,6 +76,13 @@ def explain(model: nn.Module, error: BaseException) -> TraceError:
     places = _places(model, error)
     where = _where(model, places)
     off = rates(model, places) if advice == ADVICE[0][1] else ""
+    if re.search(r"data-dependent expression Eq\(u\d+, 1\)", reason) and places:
+        code, line = places[0]
+        name = f"{Path(code.co_filename).name}:{line}"
+        advice += (
+            f" If it is always the same for you and depends on inputs alone, say which: assume={{{name!r}: False}} takes "
+            "the truth that the line asks for to be false, and every call checks it."
+        )
     advice = f"{off}, so that nothing is done at random there. Otherwise: {advice}" if off else advice
     return TraceError(f"{type(model).__name__} cannot be traced.\n{where}  why: {reason}\n  what to do: {advice}")
 

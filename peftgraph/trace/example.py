@@ -40,6 +40,7 @@ class Example:
         past: how the model takes keys and values of earlier calls; the argument is a tuple of tensors here.
         fills: what stands for an argument that a call leaves out, by its name (see `Input.fill`).
         fixed: the axes whose sizes stay the example's, by the key of a leaf.
+        assume: the truth that tensors have at lines of the model's code.
     """
 
     forward: inspect.Signature
@@ -49,6 +50,7 @@ class Example:
     past: Past | None = None
     fills: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    assume: Mapping[str, bool] = field(default_factory=dict)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from peftgraph.errors import PeftGraphError
 from peftgraph.ir.signature import keyed_leaves
 from peftgraph.ir.table import Entry
+from peftgraph.trace.assume import Assuming
 from peftgraph.trace.diagnose import explain, quiet
 from peftgraph.trace.example import Example
 from peftgraph.trace.functions import Call, functions_kept
@@ -39,6 +40,7 @@ class Exported:
         functions: the calls of custom autograd functions, by number.
         marker: the dtype in the place of the model's own; None: the model's own, and no literal follows.
         decisions: what the model's code decided by sizes.
+        asked: the truths that were assumed, as the last outputs of the program have them.
         patched: whether pieces of the model were replaced by its library's exportable forms.
     """
 
@@ -46,7 +48,15 @@ class Exported:
     functions: Sequence[Call]
     marker: torch.dtype | None
     decisions: Decisions
+    asked: Sequence[tuple[Any, str, bool, str]]
     patched: bool = False
+
+    @property
+    def outputs(self) -> pytree.TreeSpec:
+        """The tree of what the model returns."""
+        spec = self.program.call_spec.out_spec
+        assert spec is not None
+        return spec.child(0)
 
     @property
     def constants(self) -> dict[str, Entry]:
@@ -116,15 +126,16 @@ def _export(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     ghost = ghost_of(model, mode, own, marker or own).train(training)
     arguments = ghost_arguments(dict(bound.arguments), mode, own, marker or own)
-    _take_keywords(ghost, bound)
+    assuming = Assuming(bound.assume)
+    _take_keywords(ghost, bound, assuming)
 
     shapes = {name: _free_axes(name, value, bound.fixed) for name, value in arguments.items()}
     # torch's memory of calls under fake tensors is off: on symbolic sizes a hit costs more than the rule
     forgetful = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
     with forgetful, quiet(), functions_kept() as recording, masks_broadcast() as broadcast:
-        with layers_told(ghost, "exporting", progress), decisions_watched() as decisions:
+        with layers_told(ghost, "exporting", progress), decisions_watched() as decisions, assuming:
             program = torch.export.export(ghost, (), arguments, dynamic_shapes=shapes, strict=False)
-        return Exported(program, recording.calls, marker, decisions, broadcast())
+        return Exported(program, recording.calls, marker, decisions, assuming.asked, broadcast())
 
 
 def _free_axes(name: str, value: Any, fixed: Mapping[str, frozenset[int]]) -> Any:
@@ -147,13 +158,16 @@ def _rounded(exported: Exported) -> bool:
     return exported.marker == torch.bfloat16 and any(one.dtype == torch.bfloat16 for one in constants)
 
 
-def _take_keywords(ghost: nn.Module, bound: Example) -> None:
-    """Gives `ghost` a forward of exactly the example's arguments: the exporter knows no *args, **kwargs."""
+def _take_keywords(ghost: nn.Module, bound: Example, assuming: Assuming) -> None:
+    """Gives `ghost` a forward of exactly the example's arguments: the exporter knows no *args, **kwargs. It returns
+    what the model does, and the truths that were assumed on the way."""
     original = ghost.forward
 
     def forward(**arguments: Any) -> Any:
         args, kwargs = bound.call(arguments)
-        return bound.result(original(*args, **kwargs))
+        assuming.asked.clear()
+        result = bound.result(original(*args, **kwargs))
+        return result, assuming.answers()
 
     names = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in bound.arguments]
     forward.__signature__ = inspect.Signature(names)

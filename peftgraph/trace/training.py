@@ -11,7 +11,7 @@ import random
 import sys
 import traceback
 from collections.abc import Iterator, Sequence, Set
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from peftgraph.errors import TraceError
 from peftgraph.ir.literals import FORMS
+from peftgraph.trace.assume import Assuming
 from peftgraph.trace.diagnose import Place, describe_place, is_model_code, quiet, rates
 from peftgraph.trace.example import Example
 from peftgraph.trace.ghost import ghost_arguments, ghost_of
@@ -42,6 +43,7 @@ FOLLOWED = {
 CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "detach", "numel", "is_floating_point"}
 # One of their literals follows the mode: dropout_p, training, use_input_stats.
 SWITCHED = {"scaled_dot_product_attention", "batch_norm", "instance_norm", "rrelu"}
+ALL_ONES = 0x12DD9BB3  # the word of a Mersenne twister whose output is 32 ones
 LITERALS = (bool, int, float, str, torch.dtype)
 
 
@@ -110,14 +112,14 @@ def _literals_of(own: torch.dtype, marker: torch.dtype) -> set[tuple[str, str]]:
 
 
 def _at_extremes(ghost: nn.Module, example: Example, mode: FakeTensorMode) -> _Recorder | None:
-    """A call whose operations are the same whatever one number is drawn at a time, by Python or NumPy, as they are
-    where it is compared with a rate of 0; None where they are not, or numbers are drawn in another way."""
+    """A call whose operations are the same whether the smallest or the largest number is drawn wherever Python or NumPy
+    draw one, as they are where it is compared with a rate of 0 or chooses what is looked at; None where they are not."""
     recorders: list[_Recorder] = []
-    for part in (0.0, 1.0 - 2.0**-53):
-        recorder = _Recorder()
-        with _drawing(part):
+    for largest in (False, True):
+        recorder = _Recorder(largest=largest)
+        with _bounded(largest):
             complete = _runs(ghost, example, mode, recorder)
-        if recorder.drawn or not complete:
+        if not complete:
             return None
         recorders.append(recorder)
     low, high = recorders
@@ -125,19 +127,21 @@ def _at_extremes(ghost: nn.Module, example: Example, mode: FakeTensorMode) -> _R
 
 
 @contextmanager
-def _drawing(part: float) -> Iterator[None]:
-    """Has every single number between two ends drawn at the same place between them."""
-
-    def between(low: float = 0.0, high: float = 1.0) -> float:
-        return low + (high - low) * part
-
-    numpy: Any = sys.modules.get("numpy")
-    owners = [random] if numpy is None else [random, numpy.random]
-    with ExitStack() as stack:
-        for owner in owners:
-            stack.enter_context(patch.object(owner, "random", lambda: between()))
-            stack.enter_context(patch.object(owner, "uniform", between))
+def _bounded(largest: bool) -> Iterator[None]:
+    """Has Python draw the first or the last where it draws one of several."""
+    generator: Any = random.random.__self__  # pyright: ignore[reportFunctionMemberAccess]
+    with patch.object(generator, "_randbelow", lambda n: n - 1 if largest else 0):
         yield
+
+
+def _draw_extremes(largest: bool) -> None:
+    """Has the generators of Python and NumPy give the smallest or the largest number 623 times. It is the state that
+    is set, for code keeps their functions under names of its own; the last word ends loops that reject such numbers."""
+    words = (ALL_ONES if largest else 0,) * 623 + (1,)
+    random.setstate((3, (*words, 0), None))
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.set_state(("MT19937", numpy.array(words, dtype=numpy.uint32), 0, 0, 0.0))
 
 
 def _runs(
@@ -152,7 +156,8 @@ def _runs(
     args, kwargs = example.call(ghost_arguments(dict(example.arguments), mode, *dtypes))
     before = _state()
     try:
-        with torch.no_grad(), mode, recorder, quiet():
+        recorder.begin()
+        with torch.no_grad(), mode, Assuming(example.assume), recorder, quiet():
             recorder.record("return", example.result(ghost(*args, **kwargs)))
     except Exception as error:  # what cannot run on fake tensors is traced in both modes; the export explains it
         recorder.look([(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)][::-1])
@@ -165,9 +170,10 @@ def _runs(
 class _Recorder(TorchFunctionMode):
     """Records the operations of a call, and the first place at which numbers were drawn outside of torch."""
 
-    def __init__(self, followed: Set[str] = FOLLOWED) -> None:
+    def __init__(self, followed: Set[str] = FOLLOWED, largest: bool | None = None) -> None:
         super().__init__()
         self.followed = followed
+        self.largest = largest  # which extreme is drawn; None: what the generators give
         self.steps: list[Step] = []
         self.rates: list[float] = []  # literals of operations that follow the mode
         self.drawn: list[Place] = []
@@ -176,9 +182,17 @@ class _Recorder(TorchFunctionMode):
         self._fresh = itertools.count()
         self._alive: list[Tensor] = []  # so that no id is given twice
 
+    def begin(self) -> None:
+        """Sets the generators where extremes are drawn."""
+        if self.largest is not None:
+            _draw_extremes(self.largest)
+            self._before = _state()
+
     def look(self, places: list[Place]) -> None:
         """Keeps `places`, innermost first, when numbers were drawn since the last look."""
-        if not self.drawn and not _equal(self._before, _state()):
+        if self.largest is not None:
+            _draw_extremes(self.largest)
+        elif not self.drawn and not _equal(self._before, _state()):
             self.drawn = [place for place in places if is_model_code(place[0].co_filename)]
 
     def __torch_function__(

@@ -1,0 +1,69 @@
+"""Truths of the inputs that a program takes for granted, and checks at every call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_arg
+
+from peftgraph.errors import CallError
+
+
+@dataclass(frozen=True, eq=False)
+class Assumption:
+    """What a branch of the model's code asks of the inputs' values, and the answer that was traced.
+
+    Attributes:
+        place: the line of the model's code, as `assume` spells it: "modeling_esm.py:412".
+        side: the answer.
+        source: the line.
+        graph: computes the answer from inputs and from `tensors`.
+        tensors: the buffers and constants that the graph reads.
+    """
+
+    place: str
+    side: bool
+    source: str
+    graph: fx.Graph
+    tensors: Mapping[str, Tensor]
+
+    def holds(self, given: Mapping[str, Tensor | None]) -> bool:
+        """Whether inputs, by their names in the graph, have the answer that was traced. Where an input that is asked
+        for is left out, the branch is no part of the program."""
+        values: dict[fx.Node, object] = {}
+        device = next((value.device for value in given.values() if value is not None), torch.device("cpu"))
+        with torch.no_grad():
+            for node in self.graph.nodes:
+                if node.op == "placeholder":
+                    value = given.get(node.name)
+                    if value is None:
+                        return True
+                    values[node] = value
+                elif node.op == "get_attr":
+                    values[node] = self.tensors[str(node.target)].to(device)
+                elif node.op == "output":
+                    answer = values[node.args[0]]  # pyright: ignore[reportArgumentType]
+                    assert isinstance(answer, Tensor)
+                    return bool(answer) == self.side
+                else:
+                    args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+                    values[node] = node.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+        raise AssertionError("a graph without an output")
+
+    def check(self, given: Mapping[str, Tensor | None]) -> None:
+        """Checks a call.
+
+        Raises:
+            CallError: it has the other answer.
+        """
+        if not self.holds(given):
+            raise CallError(
+                f"These inputs take another branch than the one that was traced: assume={{{self.place!r}: "
+                f"{self.side}}} does not hold at {self.source!r}. Trace the model again with the other side for them."
+            )
+
+    def __str__(self) -> str:
+        return f"{self.place} is {self.side}: {self.source}"
