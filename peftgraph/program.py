@@ -260,7 +260,7 @@ class Program(ProgramData):
     def __str__(self) -> str:
         passes = "; ".join(str(applied.method) for applied in self.history) or "no passes"
         kept = f"Program of {self.model}: {len(self.graph.nodes)} nodes, {len(self.sites)} sites, {passes}"
-        return kept if self.checked is None else f"{kept}\n{self.checked}"
+        return kept if self.checked is None else f"{kept}; {self.checked.summary()} when it was traced"
 
     def __repr__(self) -> str:
         return f"<{self}>"
@@ -292,7 +292,7 @@ def trace(
             asks for to be false. It may depend on inputs alone; the program says so, and checks it at every call.
         verify: the program is compared with the model, in evaluation and in training under one seed: on the example
             and at other sizes of every axis that is free ("sizes"), on the example alone ("example"), or not at all
-            ("off"). Without weights, on the meta device, the sizes of the outputs are compared. `checked` says what was.
+            ("off"). Without weights, on the meta device, the sizes of outputs are compared. `checked` says what was.
         progress: called with a phase, how many of its steps (layers) have begun, and how many there are, 0 where
             that is unknown: `progress("exporting", 3, 96)`.
 

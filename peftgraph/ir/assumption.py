@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -33,7 +34,7 @@ class Assumption:
     def holds(self, given: Mapping[str, Tensor | None]) -> bool:
         """Whether inputs, by their names in the graph, have the answer that was traced. Where an input that is asked
         for is left out, the branch is no part of the program."""
-        values: dict[fx.Node, object] = {}
+        values: dict[fx.Node, Any] = {}
         device = next((value.device for value in given.values() if value is not None), torch.device("cpu"))
         with torch.no_grad():
             for node in self.graph.nodes:
@@ -45,12 +46,11 @@ class Assumption:
                 elif node.op == "get_attr":
                     values[node] = self.tensors[str(node.target)].to(device)
                 elif node.op == "output":
-                    answer = values[node.args[0]]  # pyright: ignore[reportArgumentType]
-                    assert isinstance(answer, Tensor)
-                    return bool(answer) == self.side
+                    return bool(values[node.all_input_nodes[0]]) == self.side
                 else:
                     args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
-                    values[node] = node.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+                    assert callable(node.target)
+                    values[node] = node.target(*args, **kwargs)
         raise AssertionError("a graph without an output")
 
     def check(self, given: Mapping[str, Tensor | None]) -> None:

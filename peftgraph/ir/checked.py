@@ -19,6 +19,12 @@ class Checked:
     values: bool = True
     left: tuple[str, ...] = ()
 
+    def summary(self) -> str:
+        """One line on it."""
+        what = "equal to the model" if self.values else "of the model's sizes"
+        count = f"{what} in {len(self.runs)} run{'' if len(self.runs) == 1 else 's'}"
+        return count if not self.left else f"{count}, {len(self.left)} not compared"
+
     def __str__(self) -> str:
         if not self.runs and not self.left:
             return "not compared with the model"

@@ -17,7 +17,6 @@ from peftgraph.errors import CallError
 from peftgraph.ir.assumption import Assumption
 from peftgraph.ir.past import Past
 
-
 BY_CALLER = "fixed="  # in the place of a line: who called for the trace fixed the size
 
 

@@ -17,7 +17,6 @@ from peftgraph.trace.example import Example
 from peftgraph.trace.exporter import Exported
 from peftgraph.trace.sizes import Decisions, condition
 
-
 Symbols = dict[str, tuple[sympy.Basic | None, ...]]  # what each size of an input was as the export began, by its name
 
 
@@ -105,11 +104,11 @@ class _Sizes:
             if isinstance(expression, sympy.Integer):
                 known[symbol] = expression
                 continue
-            known[symbol] = sympy.Symbol(self.names[str(expression)], integer=True, positive=True)
+            named = known[symbol] = sympy.Symbol(self.names[str(expression)], integer=True, positive=True)
             if isinstance(expression, sympy.Symbol):
-                known[expression] = known[symbol]
+                known[expression] = named
             else:
-                made.append((known[symbol], expression))
+                made.append((named, expression))
         found = list(decisions.conditions(known))
         for name, expression in made:
             if expression.free_symbols <= set(known):

@@ -24,7 +24,7 @@ from peftgraph.trace.eager import Answer, answer, answer_in_shapes, as_traced, s
 from peftgraph.trace.example import Example
 from peftgraph.trace.ghost import ghost_tensor
 from peftgraph.trace.parting import parting
-from peftgraph.trace.probes import allowed, other_sizes, resized, sizes_of, smallest
+from peftgraph.trace.probes import allowed, other_masks, other_sizes, resized, sizes_of, smallest
 from peftgraph.trace.surrounding import frozen_copy
 
 Level = Literal["off", "example", "sizes"]
@@ -50,6 +50,7 @@ def compared(model: nn.Module, program: ProgramData, example: Example, level: Le
     else:
         comparison.on_example()
     if level == "sizes" and not without_values:
+        comparison.on_other_masks()
         comparison.on_other_sizes()
         ranges = comparison.smallest_sizes()
         program = program.evolve(signature=replace(program.signature, ranges=ranges))
@@ -97,11 +98,20 @@ class Comparison:
         if refused is not None:
             raise TraceError(
                 f"{type(self.model).__name__} cannot be run on the example, to compare the program with it "
-                f"({refused.reason}). Give an example that the model takes; verify=\"off\" compares nothing."
+                f'({refused.reason}). Give an example that the model takes; verify="off" compares nothing.'
             )
         refused = self.compare(self.example, training=True)
         if refused is not None:
             self.left.append(f"training, where the model raises {refused.reason}")
+
+    def on_other_masks(self) -> None:
+        """In evaluation, with masks that hide something where the example's hide nothing, and the other way.
+
+        Raises:
+            TraceError: the model answers otherwise than the program.
+        """
+        for call, what in other_masks(self.example):
+            self.compare(call, training=False, what=what)
 
     def by_shapes(self, level: Level) -> None:
         """In both modes on shapes alone, at other sizes if `level` asks for them and there are some.
@@ -134,8 +144,10 @@ class Comparison:
                 if self.compare(call, training=True) is not None:
                     self.left.append(f"training at {_told(call)}")
                 return
-        why = "the signature allows none that differ in every free size" if refused is None else (
-            f"at those that were tried the model raises {refused.reason}"
+        why = (
+            "the signature allows none that differ in every free size"
+            if refused is None
+            else (f"at those that were tried the model raises {refused.reason}")
         )
         self.left.append(f"other sizes: {why}")
 
@@ -159,7 +171,7 @@ class Comparison:
         except Differs:
             return False
 
-    def compare(self, call: Example, *, training: bool) -> _Refused | None:
+    def compare(self, call: Example, *, training: bool, what: str = "") -> _Refused | None:
         """Runs both on one call; a refusal where the model itself does not take it.
 
         Raises:
@@ -178,11 +190,12 @@ class Comparison:
         try:
             found = self._found(call, training)
         except Exception as error:  # whatever an operator raises where the model raises nothing
-            raise self._differs(call, training, f"it stops with {type(error).__name__}: {error}") from error
+            reason = f"it stops with {type(error).__name__}: {str(error).strip()}"
+            raise self._differs(call, training, what, reason) from error
         reason = _difference(self.program, found, expected, self.values)
         if reason is not None and not self._is_rounding(call, training, reason[1]):
-            raise self._differs(call, training, reason[0], where=self.values)
-        self.runs.append(f"{mode} at {_told(call)}")
+            raise self._differs(call, training, what, reason[0], where=self.values)
+        self.runs.append(f"{mode} at {_told(call)}{what}")
         return None
 
     def _expected(self, call: Example, training: bool) -> Answer:
@@ -215,7 +228,12 @@ class Comparison:
         """Whether a difference shrinks as numbers get more digits, as one that only rounding makes does."""
         program, model = self.program, self.model
         values = sum(parameter.numel() for parameter in model.parameters())
-        if not program.marked or program.table.dtype == torch.float64 or values > LARGE or not math.isfinite(difference):
+        if (
+            not program.marked
+            or program.table.dtype == torch.float64
+            or values > LARGE
+            or not math.isfinite(difference)
+        ):
             return False
         wide = call.with_arguments({k: tree_map_only(Tensor, _double, v) for k, v in call.arguments.items()})
         try:
@@ -226,14 +244,14 @@ class Comparison:
         left = _difference(_in_float64(program), found, expected, True)
         return left is None or left[1] <= difference * SHRINKS
 
-    def _differs(self, call: Example, training: bool, reason: str, where: bool = False) -> Differs:
+    def _differs(self, call: Example, training: bool, what: str, reason: str, where: bool = False) -> Differs:
         mode = "training" if training else "evaluation"
         place = ""
         if where:
             place = parting(self.program, call.tensors, training, lambda: answer(self.model, call, training))
         return Differs(
             f"{type(self.model).__name__} cannot be traced: the program that comes of it is not the model. In {mode} "
-            f"at {_told(call)} {reason}.\n{place}"
+            f"at {_told(call)}{what} {reason}.\n{place}"
             "  what to do: the code decides something there that a graph cannot hold: by values, by what an earlier "
             "call left behind, or by sizes. Decide it by an argument, fix the sizes it depends on with "
             'pg.trace(model, example, fixed={"input": (1,)}), or trace a part of the model: root="...".'

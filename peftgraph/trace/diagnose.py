@@ -80,8 +80,8 @@ def explain(model: nn.Module, error: BaseException) -> TraceError:
         code, line = places[0]
         name = f"{Path(code.co_filename).name}:{line}"
         advice += (
-            f" If it is always the same for you and depends on inputs alone, say which: assume={{{name!r}: False}} takes "
-            "the truth that the line asks for to be false, and every call checks it."
+            f" If the inputs alone decide it and it is always the same for you, say which: assume={{{name!r}: False}} "
+            "takes the truth that the line asks for to be false, and every call checks it."
         )
     advice = f"{off}, so that nothing is done at random there. Otherwise: {advice}" if off else advice
     return TraceError(f"{type(model).__name__} cannot be traced.\n{where}  why: {reason}\n  what to do: {advice}")

@@ -25,6 +25,7 @@ from peftgraph.trace.ghost import ghost_arguments, ghost_of
 from peftgraph.trace.patches import library_patches, masks_broadcast
 from peftgraph.trace.progress import Progress, layers_told
 from peftgraph.trace.sizes import Decisions, decisions_watched
+from peftgraph.trace.slow import told_when_slow
 
 # bfloat16 shows which literals follow and promotes as low precision does; a model with an operation that has
 # no bfloat16 form is traced in float64.
@@ -132,7 +133,8 @@ def _export(
     shapes = {name: _free_axes(name, value, bound.fixed) for name, value in arguments.items()}
     # torch's memory of calls under fake tensors is off: on symbolic sizes a hit costs more than the rule
     forgetful = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
-    with forgetful, quiet(), functions_kept() as recording, masks_broadcast() as broadcast:
+    told = told_when_slow(bound, progress)
+    with told, forgetful, quiet(), functions_kept() as recording, masks_broadcast() as broadcast:
         with layers_told(ghost, "exporting", progress), decisions_watched() as decisions, assuming:
             program = torch.export.export(ghost, (), arguments, dynamic_shapes=shapes, strict=False)
         return Exported(program, recording.calls, marker, decisions, assuming.asked, broadcast())

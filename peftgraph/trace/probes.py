@@ -45,7 +45,9 @@ def other_sizes(signature: Signature, example: Example) -> Iterator[dict[str, in
 
 def smallest(signature: Signature, example: Example) -> dict[str, int]:
     """1 for every free size that may be 1, the example's for the others."""
-    return {dim: 1 if signature.ranges.get(dim, (1, None))[0] <= 1 else n for dim, n in sizes_of(signature, example).items()}
+    return {
+        dim: 1 if signature.ranges.get(dim, (1, None))[0] <= 1 else n for dim, n in sizes_of(signature, example).items()
+    }
 
 
 def allowed(signature: Signature, sizes: Mapping[str, int]) -> bool:
@@ -73,6 +75,37 @@ def resized(signature: Signature, example: Example, sizes: Mapping[str, int]) ->
         return value
 
     return example.with_arguments({name: pytree.tree_map(resize, value) for name, value in example.arguments.items()})
+
+
+def other_masks(example: Example) -> Iterator[tuple[Example, str]]:
+    """The example with other masks, in words: without padding where it has some, and with some where it has none. Code
+    that leaves a mask out when it masks nothing does not do so while it is traced.
+
+    A mask is an input of two dimensions or more that holds zeros and ones alone.
+    """
+    for leaf in example.leaves:
+        mask = leaf.value
+        if not isinstance(mask, Tensor) or mask.dim() < 2 or mask.is_floating_point() or mask.is_complex():
+            continue
+        if mask.is_meta or not mask.numel() or not bool(((mask == 0) | (mask == 1)).all()):
+            continue
+        first = mask.flatten()[0]
+        if bool((mask == first).all()):
+            other = mask.clone()
+            other[-1, ..., -(mask.shape[-1] // 3 or 1) :] = 1 - int(first)
+            yield _with(example, leaf.key, other), f" with other values at the end of {leaf.key}"
+            continue
+        for value in (1, 0) if mask.dtype == torch.bool else (1,):
+            yield _with(example, leaf.key, torch.full_like(mask, value)), f" with {leaf.key} all {value}"
+
+
+def _with(example: Example, key: str, value: Tensor) -> Example:
+    keys = iter([leaf.key for leaf in example.leaves])
+
+    def change(old: Any) -> Any:
+        return value if next(keys) == key else old
+
+    return example.with_arguments({name: pytree.tree_map(change, one) for name, one in example.arguments.items()})
 
 
 def _candidates(size: int, batch: bool) -> list[int]:

@@ -71,7 +71,7 @@ def decisions_watched() -> Iterator[Decisions]:
     found = Decisions()
     replaced, truth = ShapeEnv._set_replacement, torch.SymBool.__bool__
 
-    def replacing(env: ShapeEnv, symbol: sympy.Symbol, target: sympy.Basic, *rest: Any) -> None:
+    def replacing(env: ShapeEnv, symbol: sympy.Symbol, target: sympy.Expr, *rest: Any) -> None:
         if isinstance(target, sympy.Integer):
             found.fixed.setdefault(symbol, _line(sys._getframe(1), _is_models))
         replaced(env, symbol, target, *rest)

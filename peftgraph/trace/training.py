@@ -39,7 +39,7 @@ FOLLOWED = {
     "feature_dropout",
     "contiguous",  # no operation where the kernel of a mode gives this layout already
 }
-# Whether and to what code casts depends on the dtypes at hand, and a graph that is traced under a marker holds every cast.
+# Whether code casts depends on the dtypes at hand, and a graph that is traced under a marker holds every cast.
 CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "detach", "numel", "is_floating_point"}
 # One of their literals follows the mode: dropout_p, training, use_input_stats.
 SWITCHED = {"scaled_dot_product_attention", "batch_norm", "instance_norm", "rrelu"}
@@ -95,7 +95,8 @@ def agrees_under(
             _runs(ghost_of(model, mode, own, dtype).train(training), example, mode, recorder, (own, dtype))
             ran.append(recorder.steps)
         # Where a run stops, on values that fake tensors do not have, both are compared that far.
-        if not all(_same_step(*pair, alike) for pair in zip(*ran, strict=False)):
+        ours, theirs = ran
+        if not all(_same_step(a, b, alike) for a, b in zip(ours, theirs, strict=False)):
             return False
     return True
 
@@ -107,13 +108,15 @@ def _same_step(ours: Step, theirs: Step, alike: set[tuple[str, str]]) -> bool:
 
 def _literals_of(own: torch.dtype, marker: torch.dtype) -> set[tuple[str, str]]:
     """The literals that follow the dtype, under each of the two."""
-    forms = [form for name, form in FORMS.items() if name != "wide"]
-    return {(repr(form(own)), repr(form(marker))) for form in forms if marker != torch.bfloat16 or form is not FORMS["complex"]}
+    forms = {name: form for name, form in FORMS.items() if name != "wide"}
+    if torch.bfloat16 in (own, marker):  # which has no complex form
+        del forms["complex"]
+    return {(repr(form(own)), repr(form(marker))) for form in forms.values()}
 
 
 def _at_extremes(ghost: nn.Module, example: Example, mode: FakeTensorMode) -> _Recorder | None:
-    """A call whose operations are the same whether the smallest or the largest number is drawn wherever Python or NumPy
-    draw one, as they are where it is compared with a rate of 0 or chooses what is looked at; None where they are not."""
+    """A call whose operations are the same whether the smallest or the largest number is drawn wherever Python or
+    NumPy draw one, as where it is compared with a rate of 0 or chooses what is looked at; None where they are not."""
     recorders: list[_Recorder] = []
     for largest in (False, True):
         recorder = _Recorder(largest=largest)
@@ -129,7 +132,7 @@ def _at_extremes(ghost: nn.Module, example: Example, mode: FakeTensorMode) -> _R
 @contextmanager
 def _bounded(largest: bool) -> Iterator[None]:
     """Has Python draw the first or the last where it draws one of several."""
-    generator: Any = random.random.__self__  # pyright: ignore[reportFunctionMemberAccess]
+    generator: Any = random.random.__self__
     with patch.object(generator, "_randbelow", lambda n: n - 1 if largest else 0):
         yield
 
@@ -201,7 +204,9 @@ class _Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", str(func))
         frame = sys._getframe(1)
         self.look([(frame.f_code, line) for frame, line in traceback.walk_stack(frame)])
-        counted = name not in self.followed and name != "__get__" and not frame.f_code.co_filename.endswith("batchnorm.py")
+        counted = (
+            name not in self.followed and name != "__get__" and not frame.f_code.co_filename.endswith("batchnorm.py")
+        )
         if counted:
             self.record(name, (args, kwargs or {}))
         result = func(*args, **(kwargs or {}))
