@@ -15,7 +15,6 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from peftgraph.errors import PeftGraphError
-from peftgraph.ir.signature import keyed_leaves
 from peftgraph.ir.table import Entry
 from peftgraph.trace.assume import Assuming
 from peftgraph.trace.diagnose import explain, quiet
@@ -128,9 +127,19 @@ def _export(
     ghost = ghost_of(model, mode, own, marker or own).train(training)
     arguments = ghost_arguments(dict(bound.arguments), mode, own, marker or own)
     assuming = Assuming(bound.assume)
-    _take_keywords(ghost, bound, assuming)
+    trees = {name: pytree.tree_structure(value) for name, value in arguments.items() if not _is_plain(value)}
+    arguments |= {name: pytree.tree_leaves(arguments[name]) for name in trees}
+    _take_keywords(ghost, bound, assuming, trees)
 
-    shapes = {name: _free_axes(name, value, bound.fixed) for name, value in arguments.items()}
+    keys = iter([leaf.key for leaf in bound.leaves])
+
+    def free_axes(leaf: Any) -> Any:
+        own = bound.fixed.get(next(keys), ())
+        if not isinstance(leaf, Tensor):
+            return None
+        return {axis: Dim.STATIC if axis in own else Dim.AUTO for axis in range(leaf.dim())}
+
+    shapes = {name: pytree.tree_map(free_axes, value) for name, value in arguments.items()}
     # torch's memory of calls under fake tensors is off: on symbolic sizes a hit costs more than the rule
     forgetful = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
     told = told_when_slow(bound, progress)
@@ -140,18 +149,11 @@ def _export(
         return Exported(program, recording.calls, marker, decisions, assuming.asked, broadcast())
 
 
-def _free_axes(name: str, value: Any, fixed: Mapping[str, frozenset[int]]) -> Any:
-    """For every tensor of an argument, how the exporter is to take the sizes of its axes."""
-
-    keys = iter([key for key, _ in keyed_leaves(name, value)])
-
-    def axes(leaf: Any) -> Any:
-        own = fixed.get(next(keys), ())
-        if not isinstance(leaf, Tensor):
-            return None
-        return {axis: Dim.STATIC if axis in own else Dim.AUTO for axis in range(leaf.dim())}
-
-    return pytree.tree_map(axes, value)
+def _is_plain(value: Any) -> bool:
+    """Whether a nested value is made of containers that the exporter knows the parts of by itself."""
+    if pytree.tree_is_leaf(value) or type(value) not in (dict, list, tuple):
+        return pytree.tree_is_leaf(value)
+    return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
 
 
 def _rounded(exported: Exported) -> bool:
@@ -160,12 +162,14 @@ def _rounded(exported: Exported) -> bool:
     return exported.marker == torch.bfloat16 and any(one.dtype == torch.bfloat16 for one in constants)
 
 
-def _take_keywords(ghost: nn.Module, bound: Example, assuming: Assuming) -> None:
+def _take_keywords(ghost: nn.Module, bound: Example, assuming: Assuming, trees: Mapping[str, pytree.TreeSpec]) -> None:
     """Gives `ghost` a forward of exactly the example's arguments: the exporter knows no *args, **kwargs. It returns
-    what the model does, and the truths that were assumed on the way."""
+    what the model does, and the truths that were assumed on the way. Arguments that are made of other classes than
+    Python's own come as lists of their leaves, and `trees` says what they were."""
     original = ghost.forward
 
     def forward(**arguments: Any) -> Any:
+        arguments |= {name: pytree.tree_unflatten(arguments[name], tree) for name, tree in trees.items()}
         args, kwargs = bound.call(arguments)
         assuming.asked.clear()
         result = bound.result(original(*args, **kwargs))

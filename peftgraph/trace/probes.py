@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from peftgraph.ir.signature import Signature
 from peftgraph.trace.example import Example
 
-STEPS = (4, 8, 2, 6, 1, 3, 5, 12, -1, -2, -3, -4)  # added to a size of the example, in this order of preference
+STEPS = (4, -2, 8, 1, 2, 6, 3, 5, 12, -1, -3, -4)  # added to a size of the example, in this order of preference
 BATCHES = (2, 5, 4, 3, 7)
 TRIES = 20_000
 
@@ -30,8 +30,8 @@ def sizes_of(signature: Signature, example: Example) -> dict[str, int]:
 
 
 def other_sizes(signature: Signature, example: Example) -> Iterator[dict[str, int]]:
-    """Other sizes for all that is free, which the signature allows, best first: larger than the example's, then
-    smaller. Sizes that are equal in the example stay equal."""
+    """Other sizes for all that is free, which the signature allows, best first: larger and smaller
+    than the example's in turn. Sizes that are equal in the example stay equal."""
     now = sizes_of(signature, example)
     free = list(dict.fromkeys(now.values()))
     batches = {now[dim] for dim in now if dim.startswith("B")}

@@ -62,7 +62,7 @@ def modes_agree(model: nn.Module, example: Example) -> bool:
     for training in (True, False):
         recorder = _Recorder()
         complete = _runs(ghost.train(training), example, mode, recorder)
-        if recorder.drawn:
+        if recorder.drew:
             extremes = _at_extremes(ghost, example, mode)
             if extremes is None:
                 raise _frozen(model, recorder.drawn)
@@ -162,6 +162,7 @@ def _runs(
         recorder.begin()
         with torch.no_grad(), mode, Assuming(example.assume), recorder, quiet():
             recorder.record("return", example.result(ghost(*args, **kwargs)))
+            recorder.look([])
     except Exception as error:  # what cannot run on fake tensors is traced in both modes; the export explains it
         recorder.look([(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)][::-1])
         return False
@@ -179,7 +180,8 @@ class _Recorder(TorchFunctionMode):
         self.largest = largest  # which extreme is drawn; None: what the generators give
         self.steps: list[Step] = []
         self.rates: list[float] = []  # literals of operations that follow the mode
-        self.drawn: list[Place] = []
+        self.drew = False
+        self.drawn: list[Place] = []  # where it was seen first; empty where it was behind the last operation
         self._before = _state()
         self._numbers: dict[int, int] = {}
         self._fresh = itertools.count()
@@ -195,7 +197,8 @@ class _Recorder(TorchFunctionMode):
         """Keeps `places`, innermost first, when numbers were drawn since the last look."""
         if self.largest is not None:
             _draw_extremes(self.largest)
-        elif not self.drawn and not _equal(self._before, _state()):
+        elif not self.drew and not _equal(self._before, _state()):
+            self.drew = True
             self.drawn = [place for place in places if is_model_code(place[0].co_filename)]
 
     def __torch_function__(
@@ -254,9 +257,9 @@ def _restore(state: list[Any]) -> None:
 
 
 def _frozen(model: nn.Module, places: list[Place]) -> TraceError:
-    code, line = places[0]
+    where = "".join(describe_place(code.co_filename, line, code.co_name) for code, line in places[:1])
     return TraceError(
-        f"{type(model).__name__} cannot be traced.\n{describe_place(code.co_filename, line, code.co_name)}"
+        f"{type(model).__name__} cannot be traced.\n{where}"
         "  why: the code draws random numbers with Python or NumPy here, or shortly before, and a graph would "
         "repeat what was drawn while tracing.\n"
         f"  what to do: {rates(model, places) or 'Switch that behaviour off'}, or draw them with torch."

@@ -42,7 +42,10 @@ def place(cls: type) -> str:
     return f"test_assume.py:{start + next(i for i, line in enumerate(lines) if '# here' in line)}"
 
 
-NONE, SOME = torch.zeros(3, 7, dtype=torch.bool), torch.zeros(3, 7, dtype=torch.bool).index_fill(1, torch.tensor([5]), True)
+NONE, SOME = (
+    torch.zeros(3, 7, dtype=torch.bool),
+    torch.zeros(3, 7, dtype=torch.bool).index_fill(1, torch.tensor([5]), True),
+)
 
 
 def test_the_refusal_says_what_can_be_assumed() -> None:

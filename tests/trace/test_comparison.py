@@ -39,7 +39,7 @@ class Always(Layer):
 
 class Longer(Layer):
     def after(self, y: Tensor, x: Tensor) -> Tensor:
-        return y * 2 if x.shape[1] > 9 and not exporting() else y
+        return y * 2 if not exporting() and x.shape[1] > 9 else y
 
 
 class Training(Layer):
@@ -151,7 +151,7 @@ def test_sizes_that_the_model_does_not_take() -> None:
                 raise IndexError("no such position")
             return y
 
-    assert "evaluation at input 2x6x6" in pg.trace(Positions(), X).checked.runs  # pyright: ignore
+    assert "evaluation at input 2x5x6" in pg.trace(Positions(), X).checked.runs  # pyright: ignore
     model = Positions()
     model.limits = (7, 7)
     checked = pg.trace(model, X).checked
@@ -195,7 +195,8 @@ def test_nothing_is_left_of_it() -> None:
     pg.trace(model, X[:, 0])
     assert (random.random(), np.random.rand(), torch.rand(1)) == expected
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert not model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert not model.training
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
 # The marker in the place of the model's dtype must not choose a branch.
@@ -225,7 +226,9 @@ class Follows(Layer):
         return wide.masked_fill(y > 0, torch.finfo(y.dtype).min) + torch.zeros(5, dtype=y.dtype)
 
 
-@pytest.mark.parametrize(("cls", "marked"), [(FullPrecision, False), (HalfPrecision, True), (Limits, False), (Follows, True)])
+@pytest.mark.parametrize(
+    ("cls", "marked"), [(FullPrecision, False), (HalfPrecision, True), (Limits, False), (Follows, True)]
+)
 def test_code_that_branches_on_the_dtype_runs_its_own_branch(cls: Any, marked: bool) -> None:
     model = cls().requires_grad_(False)
     program = pg.trace(model, X, verify="off")

@@ -1,4 +1,4 @@
-"""What surrounds a trace: numbers drawn by Python, other threads, classes of outputs, modules of several names, time."""
+"""What surrounds a trace: numbers drawn by Python, threads, classes of outputs, modules of several names, time."""
 
 from __future__ import annotations
 
@@ -109,7 +109,9 @@ class Pair:
         self.left, self.right = left, right
 
 
-pytree.register_pytree_node(Named, lambda one: (list(one.values()), list(one)), lambda v, k: Named(zip(k, v, strict=True)))
+pytree.register_pytree_node(
+    Named, lambda one: (list(one.values()), list(one)), lambda v, k: Named(zip(k, v, strict=True))
+)
 pytree.register_pytree_node(Pair, lambda one: ([one.left, one.right], None), lambda values, _: Pair(*values))
 
 
@@ -124,7 +126,8 @@ def test_classes_that_are_registered_without_keys() -> None:
     assert [spec.key for spec in program.signature.inputs] == ["input[0]", "input[1]"]
     assert program.signature.output_keys == ("named.sample", "named.other", "pair[0]", "pair[1]")
     out = program.module()(Pair(X, 2 * X))
-    assert type(out["named"]) is Named and torch.equal(out["named"].sample, model(Pair(X, X))["pair"].left)
+    assert type(out["named"]) is Named
+    assert torch.equal(out["named"].sample, model(Pair(X, X))["pair"].left)
 
 
 class Table(nn.Module):
@@ -174,7 +177,8 @@ def test_a_fold_is_proven_where_integers_become_numbers() -> None:
         for parameter in program.table.trainable.values():
             parameter.normal_()
     proof = pg.fold(program).proof
-    assert proof is not None and {probe.dtype for probe in proof.probes} == {"float64", "float32"}
+    assert proof is not None
+    assert {probe.dtype for probe in proof.probes} == {"float64", "float32"}
 
 
 def test_a_slow_trace_says_what_would_make_it_quick(
