@@ -3,23 +3,21 @@ patch what all threads share."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
 
+from peftgraph.trace.diagnose import LOCK
 from peftgraph.trace.eager import generators_kept
-
-_LOCK = threading.RLock()
 
 
 @contextmanager
 def alone(model: nn.Module) -> Iterator[None]:
     """Waits for other traces; gradients are on, autocast is off, and generators of random numbers are left alone."""
     devices = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} - {"meta"}
-    with _LOCK, ExitStack() as stack:
+    with LOCK, ExitStack() as stack:
         stack.enter_context(generators_kept(model))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())

@@ -10,6 +10,7 @@ import logging
 import re
 import sys
 import sysconfig
+import threading
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -66,6 +67,7 @@ NOT_THE_MODEL = (
     str(Path(__file__).parent.parent),
     "<",
 )
+LOCK = threading.RLock()  # of what all threads share and the exporter, and what stands around it here, patch
 STANDARD_LIBRARY = sysconfig.get_path("stdlib")
 
 
@@ -178,12 +180,13 @@ def is_model_code(file: str) -> bool:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silences the exporter: its warnings, its log, and the graphs it prints when it fails."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
+    """Silences the exporter: its warnings, its log, and the graphs it prints when it fails. One thread at a time."""
+    with LOCK:
+        disabled = logging.root.manager.disable
+        logging.disable(logging.ERROR)
+        try:
+            with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            logging.disable(disabled)

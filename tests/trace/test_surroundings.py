@@ -116,12 +116,16 @@ pytree.register_pytree_node(Pair, lambda one: ([one.left, one.right], None), lam
 
 
 def test_classes_that_are_registered_without_keys() -> None:
-    class Outputs(nn.Linear):
+    class Outputs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = nn.Linear(6, 5)
+
         def forward(self, input: Pair) -> dict[str, Any]:
-            y = super().forward(input.left)
+            y = self.proj(input.left)
             return {"named": Named(sample=y, other=input.right), "pair": Pair(y, y)}
 
-    model = Outputs(6, 5)
+    model = Outputs()
     program = pg.trace(model, (Pair(X, 2 * X),))
     assert [spec.key for spec in program.signature.inputs] == ["input[0]", "input[1]"]
     assert program.signature.output_keys == ("named.sample", "named.other", "pair[0]", "pair[1]")
