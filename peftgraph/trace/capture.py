@@ -38,7 +38,7 @@ from peftgraph.trace.past import with_past
 from peftgraph.trace.patches import difference
 from peftgraph.trace.progress import Progress, silent
 from peftgraph.trace.surrounding import bound_calls, serves
-from peftgraph.trace.training import agrees_under, modes_agree
+from peftgraph.trace.training import agrees_under, look_at
 
 
 @dataclass(frozen=True)
@@ -194,15 +194,14 @@ def _in_both_modes(
     model: nn.Module, bound: Example, table: Table, markers: Sequence[torch.dtype | None], progress: Progress
 ) -> ProgramData:
     progress("comparing training with evaluation", 0, 0)
-    agree = modes_agree(model, bound)
-    modes = (True,) if agree else (True, False)
+    look = look_at(model, bound)
 
     @cache
     def faithful(marker: torch.dtype) -> bool:
-        return agrees_under(model, bound, table.dtype, marker, modes)
+        return agrees_under(model, bound, table.dtype, marker, look)
 
     traced = _trace(model, bound, table, progress, training=True, markers=markers, faithful=faithful)
-    if not agree:
+    if not look.agree:
         evaluation = _trace(model, bound, table, progress, training=False, markers=[traced.marker])
         traced = _with_evaluation(model, traced, evaluation)
     if traced.patched:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -77,8 +78,11 @@ def decisions_watched() -> Iterator[Decisions]:
         replaced(env, symbol, target, *rest)
 
     def deciding(value: torch.SymBool) -> bool:
-        expression, frame = value.node.expr, _asking(sys._getframe(1))
-        open_ = bool(expression.free_symbols) and not _is_settled(value) and _chooses(frame)
+        frame = _asking(sys._getframe(1))
+        if not _chooses(frame):
+            return truth(value)
+        expression = value.node.expr
+        open_ = bool(expression.free_symbols) and not _is_settled(value)
         outcome = truth(value)
         if open_:
             held = expression if outcome else sympy.Not(expression)
@@ -104,10 +108,9 @@ def _is_settled(value: torch.SymBool) -> bool:
 def _decided(compare: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     def compared(size: Any, other: Any) -> Any:
         result = compare(size, other)
-        direct = _is_models(sys._getframe(1).f_code.co_filename)
-        if not direct or not isinstance(result, torch.SymBool) or free_unbacked_symbols(result.node.expr):
+        if not isinstance(result, torch.SymBool) or not _is_models(sys._getframe(1).f_code.co_filename):
             return result
-        return bool(result)
+        return result if free_unbacked_symbols(result.node.expr) else bool(result)
 
     return compared
 
@@ -123,6 +126,7 @@ def _chooses(frame: FrameType | None) -> bool:
     return bool(file) and (_is_models(file) or file.startswith(LIKE_A_MODEL))
 
 
+@cache
 def _is_models(file: str) -> bool:
     return is_model_code(file) or (file.startswith("<") and not file.startswith("<frozen"))  # code without a file
 

@@ -10,8 +10,9 @@ import itertools
 import random
 import sys
 import traceback
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
@@ -50,15 +51,29 @@ LITERALS = (bool, int, float, str, torch.dtype)
 Step = tuple[str, tuple[str, ...]]  # an operation; the values it reads, and its literals
 
 
-def modes_agree(model: nn.Module, example: Example) -> bool:
-    """Whether a call under train() and one under eval() run the same operations; False also where that is open.
+@dataclass(frozen=True)
+class Look:
+    """What a model does on a call, in its own dtypes.
+
+    Attributes:
+        agree: whether a call under train() and one under eval() run the same operations; False also where that is open.
+        steps: what runs in training and, where the two do not agree, in evaluation, casts apart.
+    """
+
+    agree: bool
+    steps: tuple[list[Step], ...]
+
+
+def look_at(model: nn.Module, example: Example) -> Look:
+    """Runs a call on fake tensors in both modes.
 
     Raises:
         TraceError: the model draws numbers outside of torch; the message names the line.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     ghost = ghost_of(model, mode, torch.float32, torch.float32)
-    found: list[list[Step]] = []
+    found: list[_Recorder] = []
+    whole = True
     for training in (True, False):
         recorder = _Recorder()
         complete = _runs(ghost.train(training), example, mode, recorder)
@@ -67,15 +82,13 @@ def modes_agree(model: nn.Module, example: Example) -> bool:
             if extremes is None:
                 raise _frozen(model, recorder.drawn)
             recorder, complete = extremes, True
-        if not complete:
-            return False
-        found.append(recorder.steps)
-    return found[0] == found[1]
+        whole = whole and complete
+        found.append(recorder)
+    agree = whole and found[0].steps == found[1].steps
+    return Look(agree, tuple(one.uncast.steps for one in (found[:1] if agree else found)))
 
 
-def agrees_under(
-    model: nn.Module, example: Example, own: torch.dtype, marker: torch.dtype, modes: Sequence[bool]
-) -> bool:
+def agrees_under(model: nn.Module, example: Example, own: torch.dtype, marker: torch.dtype, look: Look) -> bool:
     """Whether the model's code runs the same operations where `marker` is in the place of its `own` dtype: not where it
     branches on the dtype, nor where it computes a number from the limits of one.
 
@@ -84,19 +97,16 @@ def agrees_under(
         example: a call of it.
         own: the dtype of its weights.
         marker: another.
-        modes: the modes to look at; True is training.
+        look: what it does in its own.
     """
     alike = _literals_of(own, marker)
-    for training in modes:
-        ran: list[list[Step]] = []
-        for dtype in (own, marker):
-            mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
-            recorder = _Recorder(FOLLOWED | CASTS)
-            _runs(ghost_of(model, mode, own, dtype).train(training), example, mode, recorder, (own, dtype))
-            ran.append(recorder.steps)
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    ghost = ghost_of(model, mode, own, marker)
+    for ours, training in zip(look.steps, (True, False), strict=False):
+        recorder = _Recorder()
+        _runs(ghost.train(training), example, mode, recorder, (own, marker))
         # Where a run stops, on values that fake tensors do not have, both are compared that far.
-        ours, theirs = ran
-        if not all(_same_step(a, b, alike) for a, b in zip(ours, theirs, strict=False)):
+        if not all(_same_step(a, b, alike) for a, b in zip(ours, recorder.uncast.steps, strict=False)):
             return False
     return True
 
@@ -161,8 +171,7 @@ def _runs(
     try:
         recorder.begin()
         with torch.no_grad(), mode, Assuming(example.assume), recorder, quiet():
-            recorder.record("return", example.result(ghost(*args, **kwargs)))
-            recorder.look([])
+            recorder.end(example.result(ghost(*args, **kwargs)))
     except Exception as error:  # what cannot run on fake tensors is traced in both modes; the export explains it
         recorder.look([(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)][::-1])
         return False
@@ -171,27 +180,78 @@ def _runs(
     return True
 
 
+class _Trail:
+    """Operations with the values that they read, numbered in the order in which they are first read.
+
+    Attributes:
+        followed: operations that are taken for their first operand.
+        steps: the others.
+    """
+
+    def __init__(self, followed: Set[str]) -> None:
+        self.followed = followed
+        self.steps: list[Step] = []
+        self._numbers: dict[int, int] = {}
+        self._fresh = itertools.count()
+        self._alive: list[Tensor] = []  # so that no id is given twice
+
+    def begin(self, name: str, operands: Any, *, counted: bool) -> None:
+        """An operation that is about to run."""
+        if counted and name not in self.followed:
+            self.record(name, operands)
+
+    def end(self, name: str, first: Any, result: Any, *, counted: bool) -> None:
+        """What it gave."""
+        if name in self.followed:
+            if isinstance(result, Tensor):
+                self._numbers[id(result)] = self._number(first)
+                self._alive.append(result)
+        elif counted:
+            for leaf in pytree.tree_leaves(result):
+                if isinstance(leaf, Tensor):
+                    self._number(leaf)
+
+    def record(self, name: str, operands: Any) -> None:
+        """A step: which values it reads, and its literals."""
+        leaves, tree = pytree.tree_flatten(operands)
+        read = [f"%{self._number(leaf)}" for leaf in leaves if isinstance(leaf, Tensor)]
+        literals = [] if name in SWITCHED else [repr(leaf) for leaf in leaves if isinstance(leaf, LITERALS)]
+        self.steps.append((name, (*read, *literals, str(tree) if name == "return" else "")))
+
+    def _number(self, value: Tensor) -> int:
+        self._alive.append(value)
+        if id(value) not in self._numbers:
+            self._numbers[id(value)] = next(self._fresh)
+        return self._numbers[id(value)]
+
+
 class _Recorder(TorchFunctionMode):
     """Records the operations of a call, and the first place at which numbers were drawn outside of torch."""
 
-    def __init__(self, followed: Set[str] = FOLLOWED, largest: bool | None = None) -> None:
+    def __init__(self, largest: bool | None = None) -> None:
         super().__init__()
-        self.followed = followed
         self.largest = largest  # which extreme is drawn; None: what the generators give
-        self.steps: list[Step] = []
+        self.every, self.uncast = _Trail(FOLLOWED), _Trail(FOLLOWED | CASTS)
         self.rates: list[float] = []  # literals of operations that follow the mode
         self.drew = False
         self.drawn: list[Place] = []  # where it was seen first; empty where it was behind the last operation
         self._before = _state()
-        self._numbers: dict[int, int] = {}
-        self._fresh = itertools.count()
-        self._alive: list[Tensor] = []  # so that no id is given twice
+
+    @property
+    def steps(self) -> list[Step]:
+        """The operations, casts among them."""
+        return self.every.steps
 
     def begin(self) -> None:
         """Sets the generators where extremes are drawn."""
         if self.largest is not None:
             _draw_extremes(self.largest)
-            self._before = _state()
+
+    def end(self, result: Any) -> None:
+        """What the call gave."""
+        for trail in (self.every, self.uncast):
+            trail.record("return", result)
+        self.look([])
 
     def look(self, places: list[Place]) -> None:
         """Keeps `places`, innermost first, when numbers were drawn since the last look."""
@@ -207,35 +267,16 @@ class _Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", str(func))
         frame = sys._getframe(1)
         self.look([(frame.f_code, line) for frame, line in traceback.walk_stack(frame)])
-        counted = (
-            name not in self.followed and name != "__get__" and not frame.f_code.co_filename.endswith("batchnorm.py")
-        )
-        if counted:
-            self.record(name, (args, kwargs or {}))
+        counted = name != "__get__" and not frame.f_code.co_filename.endswith("batchnorm.py")
+        trails = (self.every, self.uncast)
+        for trail in trails:
+            trail.begin(name, (args, kwargs or {}), counted=counted)
         result = func(*args, **(kwargs or {}))
         if name in FOLLOWED | SWITCHED:
             self.rates += [one for one in pytree.tree_leaves((args, kwargs)) if isinstance(one, float)]
-        if name in self.followed and isinstance(result, Tensor):
-            self._numbers[id(result)] = self._number(args[0])
-            self._alive.append(result)
-        elif counted:
-            for leaf in pytree.tree_leaves(result):
-                if isinstance(leaf, Tensor):
-                    self._number(leaf)
+        for trail in trails:
+            trail.end(name, args[0] if args else None, result, counted=counted)
         return result
-
-    def record(self, name: str, operands: Any) -> None:
-        """A step: which values it reads, numbered in the order in which they are first read, and its literals."""
-        leaves, tree = pytree.tree_flatten(operands)
-        read = [f"%{self._number(leaf)}" for leaf in leaves if isinstance(leaf, Tensor)]
-        literals = [] if name in SWITCHED else [repr(leaf) for leaf in leaves if isinstance(leaf, LITERALS)]
-        self.steps.append((name, (*read, *literals, str(tree) if name == "return" else "")))
-
-    def _number(self, value: Tensor) -> int:
-        self._alive.append(value)
-        if id(value) not in self._numbers:
-            self._numbers[id(value)] = next(self._fresh)
-        return self._numbers[id(value)]
 
 
 def _state() -> list[Any]:
