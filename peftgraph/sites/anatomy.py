@@ -11,10 +11,11 @@ import torch
 from torch import fx
 
 from . import ops
-from .cores import Core, find_cores, is_product
+from .cores import Core, find_cores
 from .flow import Flow
 from .joins import Join, find_joins
 from .norms import Norm, find_norms
+from .products import is_product
 from .projections import Projection, projection
 from .sidepaths import SidePath, find_side_paths
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Final
 from torch import fx
 
 from . import cores, feedforward, ops
-from .cores import factors, is_product
 from .joins import near_join
 from .norms import near_norm
+from .products import factors, is_product
 from .projections import Projection
 from .site import NearMiss
 
