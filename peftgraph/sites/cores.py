@@ -103,7 +103,7 @@ def _written(
     sides, ends = factors(products[0]), factors(out[0])
     assert sides is not None, products[0]
     assert ends is not None, out[0]
-    scored, valued, side = spelled(flow, products[0]), spelled(flow, out[0]), out[1]
+    scored, valued, side = spelled(products[0]), spelled(out[0]), out[1]
     assert scored is not None, products[0]
     contracted = [tuple(scored.of(i).index(one) for one in scored.summed(i)) for i in (1 - keyed[0], keyed[0])]
     last = len(flow.shape(ends[side])) - 1
@@ -156,7 +156,7 @@ def _mixed_heads(flow: Flow, node: fx.Node, projected: set[fx.Node]) -> Mixing |
     where it is no such node: what it sums over must be an axis that both factors of the scores have."""
     mixed = mixing(flow, node)
     products = [] if mixed is None else _scores(flow, mixed.value, projected)[0]
-    named = spelled(flow, products[0]) if products else None
+    named = spelled(products[0]) if products else None
     if mixed is None or named is None:
         return None
     common = [named.result.index(one) for one in named.result if one in named.left and one in named.right]
@@ -234,7 +234,7 @@ def _normalised(flow: Flow, node: fx.Node) -> tuple[int, ...]:
 def _keyed(flow: Flow, product: fx.Node, argument: fx.Node, dim: int | None) -> tuple[int, int] | None:
     """Which factor of the scores is k, and its axis of positions: the one of which an axis of its own is the softmax's,
     found by running an index along it."""
-    named, shape = spelled(flow, product), flow.shape(product)
+    named, shape = spelled(product), flow.shape(product)
     if named is None or dim is None:
         return None
     for side in (1, 0):

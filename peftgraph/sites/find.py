@@ -14,10 +14,10 @@ from .attention import Attention, Part, attended, find_attention, find_latents
 from .blocks import Blocks, Place, Sublayer
 from .collect import Collection, Ports, common, owner
 from .feedforward import FeedForward, find_feedforward
-from .grouped import rows_by_head
 from .joins import Join
 from .naming import module_of
 from .norms import Norm
+from .operands import operands_of
 from .origin import Origin
 from .patterns.pattern import Pattern
 from .patterns.search import PatternSearch, search
@@ -96,12 +96,12 @@ class Finder:
             if (part.role, part.projection.node, part.columns) not in self.into.played:
                 self.into.part(part, place if len(ends) == 1 else self._among(part, ends), kind=one.kind)
         core, q = one.core, one.role("q")
-        ports: Ports = {"q": core.q, "k": core.k, "v": core.v, "output": core.output, "mask": core.mask}
-        ports |= {f"product{i}" if i else "product": node for i, node in enumerate(core.products)}
-        ports |= {"keys": rows_by_head(self.flow, core.k), "values": rows_by_head(self.flow, core.v)}
+        ports, axes = operands_of(self.anatomy, one)
         path = common([owner(part.weight.parameter, part.weight.experts) for part in one.parts])
         heads = q[0].heads if q else None
-        self.into.add("attention.core", core.node, path, place, ports, kind=one.kind, heads=heads)
+        self.into.add(
+            "attention.core", core.node, path, place, ports, kind=one.kind, heads=heads, axis_items=tuple(axes.items())
+        )
 
     def _among(self, part: Part, ends: Sequence[fx.Node]) -> Place | None:
         """The place of a part of attention over several streams: that of the stream the part reads."""

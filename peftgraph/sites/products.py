@@ -54,11 +54,11 @@ class Spelled:
         return "".join(one for one in self.of(side) if one not in self.result)
 
 
-def spelled(flow: Flow, node: fx.Node) -> Spelled | None:
+def spelled(node: fx.Node) -> Spelled | None:
     """The letters of a product of two tensors; None where it is none, or has no plain equation."""
     kind, sides = ops.name(node), factors(node)
     if kind == "linear":
-        rank = len(flow.shape(node))
+        rank = node.meta["val"].dim()
         batch = string.ascii_lowercase[: rank - 1]
         return Spelled(batch + "y", "zy", batch + "z")
     if sides is None:
@@ -66,7 +66,7 @@ def spelled(flow: Flow, node: fx.Node) -> Spelled | None:
     if kind == "einsum":
         named = letters(node)
         return None if named is None else Spelled(named[0][0], named[0][1], named[1])
-    ranks = [len(flow.shape(one)) for one in sides]
+    ranks = [one.meta["val"].dim() for one in sides]
     if min(ranks) < 2:
         return None
     batch = string.ascii_lowercase[: max(ranks) - 2]
@@ -102,7 +102,7 @@ def mixing(flow: Flow, node: fx.Node) -> Mixing | None:
     kind = ops.name(node)
     if kind in ops.CONV:
         return _pointwise(flow, node)
-    named = spelled(flow, node)
+    named = spelled(node)
     sides = flow.operands(node)[:2] if kind == "linear" else factors(node)
     if named is None or sides is None or flow.constant(sides[0]) == flow.constant(sides[1]):
         return None

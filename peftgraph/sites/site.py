@@ -109,6 +109,24 @@ class Bias:
     window: Columns | None = None
 
 
+@dataclass(frozen=True)
+class Axes:
+    """The axes of a value of an attention, a word for each: b batch, or whatever else heads share; h heads; t
+    positions; d features; 1 a single entry. "(b h)" and "(h b)" are two on one axis, as einops writes them, and in
+    "(h r)" each head stands r times in a row. `heads`: how many heads differ."""
+
+    words: tuple[str, ...]
+    heads: int
+
+    @property
+    def positions(self) -> int:
+        """The axis of the positions."""
+        return self.words.index("t")
+
+    def __str__(self) -> str:
+        return " ".join(self.words)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Site:
     """One recognised part of a model. `ports` name nodes of the graph it was found in."""
@@ -135,7 +153,13 @@ class Site:
     tags: tuple[str, ...] = ()  # the alternatives that a pattern's match took
     values: tuple[tuple[str, str], ...] = ()  # the names in a pattern's match, and the nodes they stand for
     serial: int | None = None
+    axis_items: tuple[tuple[str, Axes], ...] = ()  # of q, k, v and the output of an attention core
     shape: tuple[int, ...] | None = field(default=None, compare=False)
+
+    @property
+    def axes(self) -> Mapping[str, Axes]:
+        """Port -> what its axes hold."""
+        return MappingProxyType(dict(self.axis_items))
 
     @property
     def ports(self) -> Mapping[str, str]:
