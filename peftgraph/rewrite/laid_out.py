@@ -32,7 +32,8 @@ def axes_of(m: Match, port: str) -> Axes:
         PeftGraphError: the site is no attention core, or has heads, positions and features in no way that is known.
     """
     if port not in m.site.ports:
-        raise PeftGraphError(f"{m.site.id} is no attention core, so it has no {port}; choose attention.core.")
+        what = {"k": "keys", "v": "values"}.get(port, port)
+        raise PeftGraphError(f"{m.site.id} is no attention core, so it has no {what}; choose attention.core.")
     if port not in m.site.axes:
         sizes = " x ".join(map(str, m.value(port).meta["val"].shape))
         raise PeftGraphError(

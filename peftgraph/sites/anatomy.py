@@ -14,6 +14,7 @@ from . import ops
 from .cores import Core, find_cores
 from .flow import Flow
 from .joins import Join, find_joins
+from .linear import find_linear
 from .norms import Norm, find_norms
 from .products import is_product
 from .projections import Projection, projection
@@ -56,6 +57,8 @@ class Anatomy:
         self.join_at: dict[fx.Node, Join] = {join.node: join for join in self.joins}
         self._norm_inside = self._inside_norms()
         self._frontiers: dict[fx.Node, Frontier] = {}
+        self.cores = sorted([*self.cores, *find_linear(self, self.cores)], key=lambda core: flow.order[core.output])
+        self.core_at = {core.output: core for core in self.cores}
 
     def _classify(self, node: fx.Node) -> None:
         kind = ops.name(node)

@@ -126,6 +126,9 @@ def _parts(anatomy: Anatomy, role: str, operand: fx.Node, axes: Sequence[int]) -
     if not sources:
         return []
     tags, bases = arrivals(anatomy, operand, sources)
+    if not any(varies(tags, axis) for axis in axes if tags.shape[axis] > 1):
+        axes = (-1,)  # attention over channels: what is multiplied are positions
+        tags = squeeze_constant(tags)
     tags = by_row(tags, axes)
     kept = _by_head(tags)
     if kept.dim() and bool((kept.diff(dim=-1) == 0).any()):
@@ -217,7 +220,9 @@ def _reads_apart(anatomy: Anatomy, one: Projection, other: Projection) -> bool:
 
 
 def _kind(anatomy: Anatomy, core: Core, parts: Sequence[Part]) -> str:
-    """self: q and k come from the same place on the same stream."""
+    """self: q and k come from the same place on the same stream; linear, whatever they are, without a softmax."""
+    if core.linear:
+        return "linear"
     q = [part.projection.input for part in parts if part.role == "attention.q"] or [core.q]
     k = [part.projection.input for part in parts if part.role == "attention.k"] or [core.k]
     if set(q) & set(k):

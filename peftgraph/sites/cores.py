@@ -30,7 +30,7 @@ class Core:
 
     `node`: the sdpa or softmax; `output`: the value after the product with v; `scores`: what the softmax is taken of.
     `features`: the axes of q, k and v that hold the features of one head; `positions`: the axis of k and of v along
-    which the softmax weighs.
+    which the softmax weighs. `linear`: whether there is no softmax in fact; q (k^T v), or f(q k^T) v.
     """
 
     node: fx.Node
@@ -43,6 +43,7 @@ class Core:
     scores: fx.Node | None = None
     features: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] = ((-1,), (-1,), (-1,))
     positions: tuple[int, int] = (-2, -2)
+    linear: bool = False
 
 
 def find_cores(flow: Flow, projected: set[fx.Node]) -> tuple[list[Core], list[NearMiss]]:

@@ -96,6 +96,8 @@ class Finder:
             if (part.role, part.projection.node, part.columns) not in self.into.played:
                 self.into.part(part, place if len(ends) == 1 else self._among(part, ends), kind=one.kind)
         core, q = one.core, one.role("q")
+        if core.linear:
+            return  # there is no softmax to put keys beside
         ports, axes = operands_of(self.anatomy, one)
         path = common([owner(part.weight.parameter, part.weight.experts) for part in one.parts])
         heads = q[0].heads if q else None

@@ -56,8 +56,7 @@ def _mixes_positions(anatomy: Anatomy, one: Projection) -> bool:
         here = flow.source(here)
     if here is None:
         return False
-    image = ops.name(anatomy.norm_at[here].node) in ops.IMAGE_NORM
     shape = flow.shape(here)
-    tags = Tagger(flow, {here: along(shape, (1 if image else len(shape) - 1,))}).run(one.input)
+    tags = Tagger(flow, {here: along(shape, (anatomy.norm_at[here].axis % len(shape),))}).run(one.input)
     arrived = tags.shape == flow.shape(one.input) and bool(tags.any())
     return arrived and not varies(tags, one.input_axis % tags.dim())
