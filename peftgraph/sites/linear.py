@@ -98,8 +98,8 @@ Operand = tuple[_Factor, list[int]]  # with the axes that hold its features
 
 def _made(outer: fx.Node, inner: fx.Node, qkv: tuple[Operand, Operand, Operand], positions: tuple[int, int]) -> Core:
     """The core with these q, k and v."""
-    values, (q, k, v) = [one.value for one, _ in qkv], [tuple(axes) for _, axes in qkv]
-    return Core(outer, *values, outer, None, (inner,), None, (q, k, v), positions, True)
+    (q, k, v), (on_q, on_k, on_v) = [one.value for one, _ in qkv], [tuple(axes) for _, axes in qkv]
+    return Core(outer, q, k, v, outer, None, (inner,), None, (on_q, on_k, on_v), positions, True)
 
 
 def _met(anatomy: Anatomy, inner: fx.Node, value: fx.Node, axis: int) -> tuple[int, str] | None:
