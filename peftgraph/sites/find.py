@@ -9,6 +9,7 @@ from types import MappingProxyType
 import torch
 from torch import fx
 
+from .absent import find_absent
 from .anatomy import Anatomy
 from .attention import Attention, Part, attended, find_attention, find_latents
 from .blocks import Blocks, Place, Sublayer
@@ -87,7 +88,7 @@ class Finder:
         add_embeddings(self.into)
         add_biases(self.into)
         searched = tuple(self._pattern(pattern) for pattern in patterns)
-        return Sites(self.into.in_order(), tuple(self.misses), searched)
+        return Sites(self.into.in_order(), tuple(self.misses), searched, absent=tuple(find_absent(self)))
 
     def _attention(self, one: Attention) -> None:
         ends = [part.projection.node for part in one.role("o")] or [one.core.output]

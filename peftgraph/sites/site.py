@@ -224,6 +224,18 @@ class NearMiss:
 
 
 @dataclass(frozen=True)
+class Absent:
+    """A site that a graph has not where others of its kind have it: an attention without a residual add, or without a
+    projection that makes its queries. `site` is what it would be, and has no ports."""
+
+    site: Site
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.site}: {self.reason}"
+
+
+@dataclass(frozen=True)
 class Sites(Sequence[Site]):
     """The sites of one graph, in graph order. Immutable."""
 
@@ -231,6 +243,7 @@ class Sites(Sequence[Site]):
     misses: tuple[NearMiss, ...] = ()
     searched: tuple[PatternSearch, ...] = ()
     origin: Origin | None = field(default=None, compare=False, repr=False)
+    absent: tuple[Absent, ...] = ()
 
     def __copy__(self) -> Sites:
         return self
@@ -264,6 +277,14 @@ class Sites(Sequence[Site]):
         for pattern in chosen.patterns():
             self.search_of(pattern)
         return tuple(site for site in self.items if chosen.matches(site))
+
+    def lacking(self, selector: object) -> tuple[Absent, ...]:
+        """The sites that a selector would match if the graph had them: attentions that a pass on attentions leaves
+        out."""
+        from .select import as_selector
+
+        chosen = as_selector(selector)
+        return tuple(one for one in self.absent if chosen.matches(one.site))
 
     def search_of(self, pattern: Pattern) -> PatternSearch:
         """What became of a pattern on this graph.
