@@ -42,7 +42,7 @@ def _recorded(finder: Finder, role: str) -> list[NearMiss]:
 
 def _searched(finder: Finder, role: str) -> Iterator[NearMiss]:
     family = role.partition(".")[0]
-    if family == "attention" and not finder.attentions:
+    if family == "attention" and (not finder.attentions or role == cores.ROLE):
         yield from _linear_attention(finder)
     elif role == "attention.o":
         yield from _unread(finder)
