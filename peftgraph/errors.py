@@ -55,5 +55,10 @@ class NoFold(PeftGraphError):
         )
 
 
+class LeftOut(UserWarning):
+    """A pass has no site at some attentions or sublayers of the kind that it was put on; `program.left_out` lists
+    them."""
+
+
 class VerifyError(AssertionError):
     """A program broke a rule of the verifier: a bug in a pass or in the engine, never in the user's input."""

@@ -8,6 +8,7 @@ from peftgraph.errors import Ambiguous as Ambiguous
 from peftgraph.errors import CallError as CallError
 from peftgraph.errors import Conflict as Conflict
 from peftgraph.errors import ExportError as ExportError
+from peftgraph.errors import LeftOut as LeftOut
 from peftgraph.errors import NoFold as NoFold
 from peftgraph.errors import NoMatch as NoMatch
 from peftgraph.errors import PeftGraphError as PeftGraphError

@@ -28,9 +28,10 @@ from peftgraph.lower.surround import surround
 from peftgraph.rewrite.apply import apply, remove
 from peftgraph.rewrite.count import Count, count
 from peftgraph.rewrite.finalize import finalize
+from peftgraph.rewrite.left_out import warn_of
 from peftgraph.rewrite.method import Pass, Pipeline
 from peftgraph.rewrite.mix import mix
-from peftgraph.sites import Pattern, Selector, Sites, as_selector, find_sites
+from peftgraph.sites import Absent, Pattern, Selector, Sites, as_selector, find_sites
 from peftgraph.sites.naming import sections, titles
 from peftgraph.trace import Options, capture, capture_part
 from peftgraph.trace.progress import Progress, silent
@@ -56,7 +57,16 @@ class Program(ProgramData):
         """
         used = [rule.at for method in methods if isinstance(method, Pass) for rule in method.rules()]
         program = self.with_patterns(*used)
-        return apply(program, program.sites, methods)
+        result = apply(program, program.sites, methods)
+        warn_of(result.left_out[len(self.left_out) :], methods)
+        return result
+
+    @property
+    def left_out(self) -> tuple[Absent, ...]:
+        """What the passes leave out of their kind: attentions whose result enters no residual add, for a pass on
+        sublayers, or that no projection makes queries for. `apply` warns of sublayers (`pg.LeftOut`)."""
+        methods = [atom for applied in self.history for atom in applied.method.passes()]
+        return tuple(one for method in methods for rule in method.rules() for one in self.sites.lacking(rule.at))
 
     def with_patterns(self, *patterns: Pattern | Selector | str) -> Program:
         """The program with the sites of some patterns among its sites, to look at; `apply` does so by itself.

@@ -16,6 +16,7 @@ from torch import fx
 from peftgraph.errors import PeftGraphError
 from peftgraph.ir.builder import Builder
 from peftgraph.rewrite.inputs import inputs_along, same_size
+from peftgraph.rewrite.laid_out import axes_of
 from peftgraph.rewrite.longer import Longer, slice_of
 from peftgraph.rewrite.match import Match
 from peftgraph.sites import ops
@@ -71,7 +72,7 @@ def shares_of(m: Match, op: Builder, rows: int, placed: bool, biases: Biases) ->
 
 
 def _longer(m: Match, op: Builder, rows: int) -> Longer:
-    queries, keys = (m.value(port).meta["val"].shape[-2] for port in ("q", "v"))
+    queries, keys = (m.value(port).meta["val"].shape[axes_of(m, port).positions] for port in ("q", "v"))
     return Longer(m, op, inputs_along(m, queries, None if same_size(queries, keys) else keys), queries, rows)
 
 

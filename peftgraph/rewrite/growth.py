@@ -57,8 +57,11 @@ def earlier_keys(m: Match) -> fx.Node | None:
     """
     length = m.names[m.port("output")].meta["val"].shape[1]
     for core in m.related(attention.core & kind("self")):
-        rows = "keys" if core.has("keys") else "k"  # k itself may stand transposed, where scores are written out
-        queries, keys = (m.names[core.port(port)].meta["val"].shape[-2] for port in ("q", rows))
+        if "q" not in core.site.axes or "k" not in core.site.axes:
+            continue
+        queries, keys = (
+            m.names[core.port(port)].meta["val"].shape[core.site.axes[port].positions] for port in ("q", "k")
+        )
         if not same_size(queries, length) or same_size(keys, queries):
             continue
         for node in m.inputs:

@@ -28,6 +28,7 @@ from .select import parse_selector as parse_selector
 from .select import projection as projection
 from .select import role as role
 from .select import router as router
+from .site import Absent as Absent
 from .site import Bias as Bias
 from .site import Columns as Columns
 from .site import NearMiss as NearMiss

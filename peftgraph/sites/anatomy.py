@@ -11,10 +11,12 @@ import torch
 from torch import fx
 
 from . import ops
-from .cores import Core, find_cores, is_product
+from .cores import Core, find_cores
 from .flow import Flow
 from .joins import Join, find_joins
+from .linear import find_linear
 from .norms import Norm, find_norms
+from .products import is_product, spelled
 from .projections import Projection, projection
 from .sidepaths import SidePath, find_side_paths
 
@@ -32,6 +34,12 @@ class Frontier:
     @property
     def nonlinear(self) -> bool:
         return bool(self.bends)
+
+
+def _sums(node: fx.Node) -> bool:
+    """Does a product sum over anything? One that does not weighs a value by others, as a multiplication does."""
+    named = spelled(node)
+    return named is None or bool(named.summed(0)) or bool(named.summed(1))
 
 
 class Anatomy:
@@ -55,6 +63,8 @@ class Anatomy:
         self.join_at: dict[fx.Node, Join] = {join.node: join for join in self.joins}
         self._norm_inside = self._inside_norms()
         self._frontiers: dict[fx.Node, Frontier] = {}
+        self.cores = sorted([*self.cores, *find_linear(self, self.cores)], key=lambda core: flow.order[core.output])
+        self.core_at = {core.output: core for core in self.cores}
 
     def _classify(self, node: fx.Node) -> None:
         kind = ops.name(node)
@@ -66,7 +76,7 @@ class Anatomy:
             self.projection_at[found.node] = self.projection_at[found.output] = found
         elif kind in ops.CONV:
             self.convolutions.append(node)
-        elif is_product(self.flow, node):
+        elif is_product(self.flow, node) and _sums(node):
             self.products.add(node)
 
     @cached_property

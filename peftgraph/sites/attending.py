@@ -44,6 +44,9 @@ def _core(core: Core) -> Step:
     if ops.name(core.node) in ops.SDPA:
         return step(f"%{core.node.name} is {ops.name(core.node)}: softmax(q k^T) v in one operator", core.node)
     scores = ", ".join(f"%{one.name}" for one in core.products)
+    if core.linear:
+        claim = f"%{core.output.name} multiplies a third projection by {scores}, a product of two, without a softmax"
+        return step(f"{claim} (linear attention)", core.products, core.output)
     return step(
         f"the argument of the softmax %{core.node.name} leads back to {scores}, a product of two signals (q k^T), "
         f"and its result on to %{core.output.name}, a product with a third (v)",
@@ -58,7 +61,7 @@ def _operand(finder: Finder, one: Attention, part: Part) -> Step:
     operand = {"q": one.core.q, "k": one.core.k, "v": one.core.v}[letter]
     output = part.projection.output
     way = finder.flow.between(output, operand)
-    fused = letter == "v" or ops.name(one.core.node) in ops.SDPA
+    fused = letter == "v" or one.core.linear or ops.name(one.core.node) in ops.SDPA
     reason = f"{letter} is %{operand.name}" + ("" if fused else RUNS[letter])
     source = f"a projection by {stored(part.projection)}"
     if operand is output:

@@ -93,8 +93,8 @@ def find_attention(anatomy: Anatomy) -> tuple[list[Attention], list[NearMiss]]:
     inputs: set[Projection] = set()
     for core in anatomy.cores:
         parts: list[Part] = []
-        for role, operand in (("q", core.q), ("k", core.k), ("v", core.v)):
-            played = _parts(anatomy, f"attention.{role}", operand)
+        for role, operand, axes in zip("qkv", (core.q, core.k, core.v), core.features, strict=True):
+            played = _parts(anatomy, f"attention.{role}", operand, axes)
             if not played:
                 misses.append(_operand_miss(anatomy, role, core, operand))
             parts += played
@@ -120,30 +120,52 @@ def attended(anatomy: Anatomy, found: Sequence[Attention]) -> set[fx.Node]:
     return roots
 
 
-def _parts(anatomy: Anatomy, role: str, operand: fx.Node) -> list[Part]:
+def _parts(anatomy: Anatomy, role: str, operand: fx.Node, axes: Sequence[int]) -> list[Part]:
+    """The features that make an operand; `axes`: those of the operand that hold the features of a head."""
     sources = anatomy.frontier(operand).projections
     if not sources:
         return []
     tags, bases = arrivals(anatomy, operand, sources)
-    heads = _heads(tags)
+    if not any(varies(tags, axis) for axis in axes if tags.shape[axis] > 1):
+        axes = (-1,)  # attention over channels: what is multiplied are positions
+        tags = squeeze_constant(tags)
+    tags = by_row(tags, axes)
     kept = _by_head(tags)
     if kept.dim() and bool((kept.diff(dim=-1) == 0).any()):
-        kept = _completed(kept, tags, arrivals(anatomy, operand, sources, last=True)[0])
+        kept = _completed(kept, tags, by_row(arrivals(anatomy, operand, sources, last=True)[0], axes))
     arrived = split(in_order(kept), sources, bases)
     parts: list[Part] = []
-    for source, features in zip(sources, arrived, strict=True):
+    for source, base, features in zip(sources, bases, arrived, strict=True):
         if len(features):
+            heads = _heads(torch.where((base < tags) & (tags <= base + source.width), tags, 0), len(features))
             width = len(features) // heads if heads else None
             parts.append(Part(role, source, columns_of(source, features), heads, width))
     return parts
 
 
-def _heads(tags: torch.Tensor) -> int | None:
-    """The number of distinct heads: rows of the operand that carry different features."""
-    kept = squeeze_constant(tags)
-    if kept.dim() <= 1:
-        return 1 if kept.dim() == 1 else None
-    return int(torch.unique(kept.reshape(-1, kept.shape[-1]), dim=0).shape[0])
+def by_row(tags: torch.Tensor, axes: Sequence[int]) -> torch.Tensor:
+    """Tags with the features of a head on the last axis."""
+    last = [axis % tags.dim() for axis in axes if -tags.dim() <= axis < tags.dim()]
+    if not last:
+        return tags
+    first = [axis for axis in range(tags.dim()) if axis not in last]
+    moved = tags.permute([*first, *last])
+    return moved if len(last) == 1 else moved.flatten(len(first))
+
+
+def _heads(tags: torch.Tensor, features: int) -> int | None:
+    """The number of heads: rows that carry features of their own, as many each. None where rows share some."""
+    if tags.dim() == 0:
+        return None
+    for axis in range(tags.dim() - 2, -1, -1):
+        if not varies(tags, axis):
+            tags = tags.select(axis, 0)
+    rows = torch.unique(tags.reshape(-1, tags.shape[-1]), dim=0)
+    rows = rows[(rows != 0).any(dim=-1)]
+    distinct = [torch.unique(row[row != 0]) for row in rows]
+    apart = len(torch.unique(torch.cat(distinct))) == sum(map(len, distinct))
+    alike = len({len(row) for row in distinct}) == 1 and features % len(distinct) == 0
+    return len(distinct) if apart and alike else None
 
 
 def _by_head(tags: torch.Tensor) -> torch.Tensor:
@@ -198,7 +220,9 @@ def _reads_apart(anatomy: Anatomy, one: Projection, other: Projection) -> bool:
 
 
 def _kind(anatomy: Anatomy, core: Core, parts: Sequence[Part]) -> str:
-    """self: q and k come from the same place on the same stream."""
+    """self: q and k come from the same place on the same stream; linear, whatever they are, without a softmax."""
+    if core.linear:
+        return "linear"
     q = [part.projection.input for part in parts if part.role == "attention.q"] or [core.q]
     k = [part.projection.input for part in parts if part.role == "attention.k"] or [core.k]
     if set(q) & set(k):

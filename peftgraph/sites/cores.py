@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-import torch
 from torch import fx
 
 from . import ops
-from .einsum import letters, operands
 from .flow import Flow
+from .products import MixedTagger, Mixing, factors, is_product, mixing, spelled
 from .site import NearMiss
 from .softmax import find_softmaxes
-from .tags import Tagger, Tags, along, varies
+from .tags import along, varies
 
 ROLE: Final = "attention.core"
 CONDITIONS: Final = (
@@ -27,7 +26,12 @@ CONDITIONS: Final = (
 
 @dataclass(frozen=True, eq=False)
 class Core:
-    """softmax(q k^T + mask) v. `node`: the sdpa or softmax; `output`: the value after the product with v."""
+    """softmax(q k^T + mask) v.
+
+    `node`: the sdpa or softmax; `output`: the value after the product with v; `scores`: what the softmax is taken of.
+    `features`: the axes of q, k and v that hold the features of one head; `positions`: the axis of k and of v along
+    which the softmax weighs. `linear`: whether there is no softmax in fact; q (k^T v), or f(q k^T) v.
+    """
 
     node: fx.Node
     q: fx.Node
@@ -36,22 +40,10 @@ class Core:
     output: fx.Node
     mask: fx.Node | None
     products: tuple[fx.Node, ...] = ()
-
-
-def is_product(flow: Flow, node: fx.Node) -> bool:
-    """A contraction of two signals."""
-    sides = factors(node)
-    return sides is not None and all(flow.signal(one) for one in sides)
-
-
-def factors(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    kind = ops.name(node)
-    inputs = operands(node) if kind == "einsum" else [one for one in node.args if isinstance(one, fx.Node)]
-    if kind == "baddbmm":
-        inputs = inputs[1:]
-    if kind not in ("matmul", "bmm", "mm", "baddbmm", "einsum") or len(inputs) != 2:
-        return None
-    return inputs[0], inputs[1]
+    scores: fx.Node | None = None
+    features: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] = ((-1,), (-1,), (-1,))
+    positions: tuple[int, int] = (-2, -2)
+    linear: bool = False
 
 
 def find_cores(flow: Flow, projected: set[fx.Node]) -> tuple[list[Core], list[NearMiss]]:
@@ -88,17 +80,48 @@ def _from_softmax(
     if not scores:
         shown = ", ".join(f"%{end.name} ({ops.name(end)})" for end in ends[:3]) or "constants only"
         return NearMiss.at(ROLE, node, CONDITIONS, 1, shown, *ends[:3])
-    out = _weighting(flow, node)
+    out = _weighting(flow, node, axis)
     if out is None:
         readers = ", ".join(f"%{user.name} ({ops.name(user)})" for user in list(node.users)[:3]) or "no reader"
         return NearMiss.at(ROLE, node, CONDITIONS, 2, readers, *scores, *list(node.users)[:3])
     main = scores[0]
-    sides = _query_first(flow, main, argument, axis)
-    if sides is None:
+    keyed = _keyed(flow, main, argument, axis)
+    if keyed is None:
         found = f"no free axis of %{main.name} along which it runs"
         return NearMiss.at(ROLE, node, CONDITIONS, 3, found, main, out[0])
-    product, v = out
-    return Core(node, sides[0], sides[1], v, product, mask, tuple(scores))
+    return _written(flow, (node, argument, mask), tuple(scores), keyed, out)
+
+
+def _written(
+    flow: Flow,
+    around: tuple[fx.Node, fx.Node, fx.Node | None],
+    products: tuple[fx.Node, ...],
+    keyed: tuple[int, int],
+    out: tuple[fx.Node, int],
+) -> Core:
+    """The core of a softmax with its argument and mask. `keyed`: which factor of the scores is k, and its axis of
+    positions; `out`: the product with v, and which factor v is."""
+    sides, ends = factors(products[0]), factors(out[0])
+    assert sides is not None, products[0]
+    assert ends is not None, out[0]
+    scored, valued, side = spelled(products[0]), spelled(out[0]), out[1]
+    assert scored is not None, products[0]
+    contracted = [tuple(scored.of(i).index(one) for one in scored.summed(i)) for i in (1 - keyed[0], keyed[0])]
+    last = len(flow.shape(ends[side])) - 1
+    features = (last,) if valued is None else tuple(valued.of(side).index(one) for one in valued.own(side))
+    weighed = [] if valued is None else [valued.of(side).index(one) for one in valued.summed(side)]
+    return Core(
+        around[0],
+        sides[1 - keyed[0]],
+        sides[keyed[0]],
+        ends[side],
+        out[0],
+        around[2],
+        products,
+        around[1],
+        (contracted[0], contracted[1], features),
+        (keyed[1], weighed[0] if len(weighed) == 1 else last - 1),
+    )
 
 
 def _scores(
@@ -115,10 +138,10 @@ def _scores(
         if node in seen or not flow.floating(node):
             continue
         seen.add(node)
-        if is_product(flow, node):
+        if (mixed := _mixed_heads(flow, node, projected)) is not None:
+            todo.append(mixed.value)
+        elif is_product(flow, node):
             found.append(node)
-        elif (mixed := _mixed_heads(flow, node)) is not None:
-            todo.append(mixed)
         elif node in projected or node.op != "call_function" or ops.name(node) not in through:
             ends.append(node)
         else:
@@ -129,21 +152,20 @@ def _scores(
     return found, mask, ends
 
 
-def _mixed_heads(flow: Flow, node: fx.Node) -> fx.Node | None:
-    """The scores that a projection over heads mixes (talking-heads attention, arXiv 2003.02436); None where `node`
-    is none: what it contracts must be an axis that both factors of the scores have."""
-    if ops.name(node) != "linear" or not flow.raw(flow.operands(node)[1]):
+def _mixed_heads(flow: Flow, node: fx.Node, projected: set[fx.Node]) -> Mixing | None:
+    """The scores whose heads a node mixes by weights of the model (talking-heads attention, arXiv 2003.02436); None
+    where it is no such node: what it sums over must be an axis that both factors of the scores have."""
+    mixed = mixing(flow, node)
+    products = [] if mixed is None else _scores(flow, mixed.value, projected)[0]
+    named = spelled(products[0]) if products else None
+    if mixed is None or named is None:
         return None
-    mixed = flow.operands(node)[0]
-    product = flow.strip(mixed)
-    axes = free_axes(flow, product) if is_product(flow, product) else None
-    if axes is None:
+    common = [named.result.index(one) for one in named.result if one in named.left and one in named.right]
+    if not common:
         return None
-    shape = flow.shape(product)
-    free = {axis % len(shape) for axis in axes}
-    common = [axis for axis in range(1, len(shape)) if axis not in free]
-    tags = Tagger(flow, {product: along(shape, common)}).run(mixed) if common else None
-    return mixed if tags is not None and tags.shape == flow.shape(mixed) and varies(tags, tags.dim() - 1) else None
+    tags = MixedTagger(flow, {products[0]: along(flow.shape(products[0]), common)}).run(mixed.value)
+    arrived = tags.shape == flow.shape(mixed.value)
+    return mixed if arrived and all(varies(tags, axis) for axis in mixed.summed) else None
 
 
 def _mask_side(flow: Flow, node: fx.Node, addends: list[fx.Node]) -> fx.Node | None:
@@ -164,17 +186,17 @@ def _chain(flow: Flow, node: fx.Node) -> list[fx.Node]:
     return chain
 
 
-def _weighting(flow: Flow, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """Forward from the softmax to the product with v: (the product, v)."""
+def _weighting(flow: Flow, node: fx.Node, axis: int | None) -> tuple[fx.Node, int] | None:
+    """Forward from the softmax to the product with v: the product, and which of its factors v is."""
     through = ops.LAYOUT | ops.CAST | ops.SCALE | ops.DROPOUT | {"masked_fill", "where", "nan_to_num"}
     todo, seen = [node], set[fx.Node]()
     while todo:
         here = todo.pop(0)
         for user in here.users:
-            sides = factors(user)
+            over_heads = _spares_keys(flow, node, axis, user)
+            sides = None if over_heads else factors(user)
             if sides is not None and is_product(flow, user):
-                return user, sides[1] if sides[0] is here else sides[0]
-            over_heads = ops.name(user) == "linear" and _spares_keys(flow, node, user)
+                return user, 1 if sides[0] is here else 0
             mixed = ops.name(user) == "add" and flow.shape(user) == flow.shape(node)  # with weights by position
             if user not in seen and (over_heads or mixed or ops.name(user) in through):
                 seen.add(user)
@@ -182,50 +204,43 @@ def _weighting(flow: Flow, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return None
 
 
-def _spares_keys(flow: Flow, softmax: fx.Node, linear: fx.Node) -> bool:
-    """Does a linear behind a softmax contract another axis than the softmax's, and no features of v either?"""
-    here = flow.operands(linear)[0]
-    dim, shape = ops.argument(softmax, 1, "dim"), flow.shape(softmax)
-    if not flow.raw(flow.operands(linear)[1]) or not isinstance(dim, int) or len(shape) < 4:
+def _spares_keys(flow: Flow, softmax: fx.Node, axis: int | None, node: fx.Node) -> bool:
+    """Does a node behind a softmax mix or normalise other axes than that of the softmax (those of heads), and no
+    features of v either?"""
+    shape = flow.shape(softmax)
+    if axis is None or len(shape) < 3:
         return False
-    tags = Tagger(flow, {softmax: along(shape, (dim,))}).run(here)
-    return tags.shape == flow.shape(here) and bool((tags != 0).all()) and not varies(tags, tags.dim() - 1)
+    found = mixing(flow, node)
+    value, across = (None, ()) if found is None else (found.value, found.summed)
+    if ops.name(node) in ops.NORM:
+        value, across = flow.operands(node)[0], _normalised(flow, node)
+    if value is None:
+        return False
+    tags = MixedTagger(flow, {softmax: along(shape, (axis,))}).run(value)
+    return (
+        tags.shape == flow.shape(value)
+        and bool((tags != 0).all())
+        and not any(varies(tags, one % tags.dim()) for one in across)
+    )
 
 
-def free_axes(flow: Flow, product: fx.Node) -> tuple[int, int] | None:
-    """The axes of a product that only its first, only its second factor has."""
-    if ops.name(product) != "einsum":
-        return -2, -1
-    named = letters(product)
-    if named is None or len(named[0]) != 2:
+def _normalised(flow: Flow, node: fx.Node) -> tuple[int, ...]:
+    """The axes of which a norm's statistics are made, apart from positions of an image, which it leaves apart."""
+    if ops.name(node) in ops.IMAGE_NORM:
+        return (1,)
+    sizes = ops.argument(node, 1, "normalized_shape")
+    return tuple(-1 - i for i in range(len(sizes))) if isinstance(sizes, list | tuple) else (-1,)
+
+
+def _keyed(flow: Flow, product: fx.Node, argument: fx.Node, dim: int | None) -> tuple[int, int] | None:
+    """Which factor of the scores is k, and its axis of positions: the one of which an axis of its own is the softmax's,
+    found by running an index along it."""
+    named, shape = spelled(product), flow.shape(product)
+    if named is None or dim is None:
         return None
-    (left, right), result = named
-    first = [i for i, letter in enumerate(result) if letter in left and letter not in right]
-    second = [i for i, letter in enumerate(result) if letter in right and letter not in left]
-    return (first[0], second[0]) if len(first) == 1 and len(second) == 1 else None
-
-
-def _run(flow: Flow, product: fx.Node, seed: Tags, argument: fx.Node) -> Tags:
-    """Tags from a product to the softmax's argument, past a projection over heads, which keeps the other axes."""
-    for node in flow.nodes[flow.order[product] : flow.order[argument]]:
-        mixed = _mixed_heads(flow, node) if flow.descends(node, product) and flow.descends(argument, node) else None
-        if mixed is not None:
-            tags = Tagger(flow, {product: seed}).run(mixed)
-            return Tagger(flow, {node: tags[..., :1].expand(flow.shape(node))}).run(argument)
-    return Tagger(flow, {product: seed}).run(argument)
-
-
-def _query_first(flow: Flow, product: fx.Node, argument: fx.Node, dim: int | None) -> tuple[fx.Node, fx.Node] | None:
-    """(q, k): k is the factor whose free axis is the softmax axis, found by running an index along it."""
-    sides, axes = factors(product), free_axes(flow, product)
-    if sides is None or axes is None or dim is None:
-        return None
-    shape = flow.shape(product)
-    for q, k, axis in ((sides[0], sides[1], axes[1]), (sides[1], sides[0], axes[0])):
-        spread = [1] * len(shape)
-        spread[axis] = shape[axis]
-        seed = torch.arange(1, shape[axis] + 1).reshape(spread).expand(shape)
-        tags = _run(flow, product, seed, argument)
-        if tags.dim() == len(flow.shape(argument)) and varies(tags, dim):
-            return q, k
+    for side in (1, 0):
+        for letter in named.own(side):
+            tags = MixedTagger(flow, {product: along(shape, (named.result.index(letter),))}).run(argument)
+            if tags.dim() == len(flow.shape(argument)) and varies(tags, dim):
+                return side, named.of(side).index(letter)
     return None

@@ -9,15 +9,16 @@ from types import MappingProxyType
 import torch
 from torch import fx
 
+from .absent import find_absent
 from .anatomy import Anatomy
 from .attention import Attention, Part, attended, find_attention, find_latents
 from .blocks import Blocks, Place, Sublayer
 from .collect import Collection, Ports, common, owner
 from .feedforward import FeedForward, find_feedforward
-from .grouped import rows_by_head
 from .joins import Join
 from .naming import module_of
 from .norms import Norm
+from .operands import operands_of
 from .origin import Origin
 from .patterns.pattern import Pattern
 from .patterns.search import PatternSearch, search
@@ -87,7 +88,7 @@ class Finder:
         add_embeddings(self.into)
         add_biases(self.into)
         searched = tuple(self._pattern(pattern) for pattern in patterns)
-        return Sites(self.into.in_order(), tuple(self.misses), searched)
+        return Sites(self.into.in_order(), tuple(self.misses), searched, absent=tuple(find_absent(self)))
 
     def _attention(self, one: Attention) -> None:
         ends = [part.projection.node for part in one.role("o")] or [one.core.output]
@@ -96,12 +97,14 @@ class Finder:
             if (part.role, part.projection.node, part.columns) not in self.into.played:
                 self.into.part(part, place if len(ends) == 1 else self._among(part, ends), kind=one.kind)
         core, q = one.core, one.role("q")
-        ports: Ports = {"q": core.q, "k": core.k, "v": core.v, "output": core.output, "mask": core.mask}
-        ports |= {f"product{i}" if i else "product": node for i, node in enumerate(core.products)}
-        ports |= {"keys": rows_by_head(self.flow, core.k), "values": rows_by_head(self.flow, core.v)}
+        if core.linear:
+            return  # there is no softmax to put keys beside
+        ports, axes = operands_of(self.anatomy, one)
         path = common([owner(part.weight.parameter, part.weight.experts) for part in one.parts])
         heads = q[0].heads if q else None
-        self.into.add("attention.core", core.node, path, place, ports, kind=one.kind, heads=heads)
+        self.into.add(
+            "attention.core", core.node, path, place, ports, kind=one.kind, heads=heads, axis_items=tuple(axes.items())
+        )
 
     def _among(self, part: Part, ends: Sequence[fx.Node]) -> Place | None:
         """The place of a part of attention over several streams: that of the stream the part reads."""

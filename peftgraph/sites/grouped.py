@@ -20,22 +20,28 @@ def rows_by_head(flow: Flow, operand: fx.Node) -> fx.Node:
 
     Only repeats of each head in place (head j of the operand is head j // n of the result) are undone.
     """
-    node = _apart(flow, _untransposed(flow, operand))
+    node = _apart(flow, untransposed(flow, operand))
     shape = flow.shape(node)
     source = _before_repeat(flow, node) if len(shape) == 4 else None
     return node if source is None else source
 
 
-def _untransposed(flow: Flow, node: fx.Node) -> fx.Node:
+def untransposed(flow: Flow, node: fx.Node) -> fx.Node:
     """The value whose last two axes are swapped, also where the swapped value is scaled as a whole."""
     swap = node
     while ops.name(swap) in ops.SCALE and all(one is swap.args[0] for one in swap.all_input_nodes if flow.shape(one)):
         swap = flow.operands(swap)[0]
-    rank = len(flow.shape(swap))
-    axes = {axis % rank for axis in swap.args[1:3] if isinstance(axis, int)}
-    if ops.name(swap) == "mT" or (ops.name(swap) in ("transpose", "swapaxes") and axes == {rank - 2, rank - 1}):
-        return flow.operands(swap)[0]
-    return node
+    return flow.operands(swap)[0] if _swaps(flow, swap) else node
+
+
+def _swaps(flow: Flow, node: fx.Node) -> bool:
+    """Does a node swap the last two axes, and no others?"""
+    rank, kind = len(flow.shape(node)), ops.name(node)
+    if kind == "permute" and isinstance(node.args[1], list | tuple):
+        order = [axis % rank for axis in node.args[1] if isinstance(axis, int)]
+        return order == [*range(rank - 2), rank - 1, rank - 2]
+    axes = {axis % rank for axis in node.args[1:3] if isinstance(axis, int)}
+    return kind == "mT" or (kind in ("transpose", "swapaxes") and axes == {rank - 2, rank - 1})
 
 
 def _apart(flow: Flow, node: fx.Node) -> fx.Node:

@@ -11,6 +11,7 @@ from torch import fx
 from . import ops
 from .flow import Flow
 from .norms import Norm
+from .products import factors, spelled
 from .site import NearMiss
 
 ADDS: Final = ("add", "__add__", "iadd")
@@ -80,13 +81,21 @@ def _stream(flow: Flow, skip: fx.Node, joins: Mapping[fx.Node, Join], attended: 
 
 
 def _passed_on(flow: Flow, node: fx.Node, attended: Set[fx.Node]) -> fx.Node | None:
-    """The value that a node of a skip passes on. Parallel streams may be mixed on the way by a square matrix that each
-    position has of its own (hyper-connections, arXiv 2409.19606, 2512.24880)."""
-    if ops.name(node) not in ("matmul", "bmm") or node in attended:
+    """The value that a node of a skip passes on. Parallel streams may be mixed on the way by a square matrix, which is
+    stored or which each position has of its own (hyper-connections, arXiv 2409.19606, 2512.24880)."""
+    named, sides = (None, None) if node in attended else (spelled(node), factors(node))
+    if named is None or sides is None:
         return flow.source(node)
-    weights, streams = flow.operands(node)
-    square = flow.shape(streams) == flow.shape(node) and flow.shape(weights)[-2:] == flow.shape(node)[-2:-1] * 2
-    return streams if square else None
+    shape = flow.shape(node)
+    for side, streams in enumerate(sides):
+        mine, other = named.of(side), named.of(1 - side)
+        changed = [i for i, pair in enumerate(zip(mine, named.result, strict=False)) if len(set(pair)) > 1]
+        if flow.shape(streams) != shape or len(changed) != 1 or changed[0] == len(shape) - 1:
+            continue
+        place = changed[0]  # the axis of the streams; the last one is that of the features
+        if mine[place] in other and named.result[place] in named.own(1 - side) and flow.signal(streams):
+            return streams
+    return None
 
 
 def near_join(

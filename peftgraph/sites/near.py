@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Final
 from torch import fx
 
 from . import cores, feedforward, ops
-from .cores import factors, is_product
 from .joins import near_join
 from .norms import near_norm
+from .products import factors, is_product
 from .projections import Projection
 from .site import NearMiss
 
@@ -42,7 +42,7 @@ def _recorded(finder: Finder, role: str) -> list[NearMiss]:
 
 def _searched(finder: Finder, role: str) -> Iterator[NearMiss]:
     family = role.partition(".")[0]
-    if family == "attention" and not finder.attentions:
+    if family == "attention" and (not finder.attentions or role == cores.ROLE):
         yield from _linear_attention(finder)
     elif role == "attention.o":
         yield from _unread(finder)

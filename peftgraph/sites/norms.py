@@ -28,6 +28,7 @@ class Norm:
     output: fx.Node
     weight: str | None
     bias: str | None
+    axis: int = -1  # the (last) axis over which it takes its statistics
 
 
 def find_norms(flow: Flow) -> list[Norm]:
@@ -48,7 +49,8 @@ def _operator(flow: Flow, node: fx.Node) -> Norm:
     position = 1 if batch else 2
     weight = ops.operand(node, position, "weight")
     bias = None if "rms" in kind else ops.operand(node, position + 1, "bias")
-    return Norm(node, flow.operands(node)[0], node, _name(flow, weight), _name(flow, bias))
+    axis = 1 if kind in ops.IMAGE_NORM else -1
+    return Norm(node, flow.operands(node)[0], node, _name(flow, weight), _name(flow, bias), axis)
 
 
 def _name(flow: Flow, node: fx.Node | None) -> str | None:
@@ -62,11 +64,13 @@ def _handwritten(flow: Flow, node: fx.Node) -> Norm | None:
     if len(sides) != 2 or (ops.name(node) == "div" and node.args[0] is not sides[0]):
         return None
     for x, statistic in (sides, sides[::-1]) if ops.name(node) == "mul" else (sides,):
-        if not _reduced(flow, x, statistic):
+        axis = _reduced(flow, x, statistic)
+        if axis is None:
             continue
         centre = _centred(flow, x)
         if _statistic_of(flow, statistic, _bare(flow, centre)):
-            return _with_affine(flow, node, centre)
+            norm = _with_affine(flow, node, centre, axis)
+            return norm if axis == -1 or norm.weight is not None else None  # over channels, where a gain tells them
     return None
 
 
@@ -82,7 +86,7 @@ def near_norm(flow: Flow, node: fx.Node) -> NearMiss | None:
         found = f"@{leaf.target}, which does not depend on it" if leaf else "a constant"
         return NearMiss.at("norm", node, CONDITIONS, 1, found, *flow.operands(node))
     for x, statistic in (sides, sides[::-1]):
-        if _reduced(flow, x, statistic):
+        if _reduced(flow, x, statistic) is not None:
             centre = _centred(flow, flow.uncast(x))
             if not flow.descends(statistic, centre):
                 found = f"%{statistic.name}, which does not come from %{centre.name}"
@@ -103,11 +107,14 @@ def near_norm(flow: Flow, node: fx.Node) -> NearMiss | None:
     )
 
 
-def _reduced(flow: Flow, x: fx.Node, statistic: fx.Node) -> bool:
+def _reduced(flow: Flow, x: fx.Node, statistic: fx.Node) -> int | None:
+    """The axis over which a statistic of x was taken: the last, or the one of channels of [batch, channels, ...]."""
     wide, narrow = flow.shape(x), flow.shape(statistic)
     if len(wide) != len(narrow) or not wide:
-        return False
-    return wide[-1] > 1 and (narrow[-1] == 1 or ops.name(statistic) in ("expand", "expand_as"))
+        return None
+    if wide[-1] > 1 and (narrow[-1] == 1 or ops.name(statistic) in ("expand", "expand_as")):
+        return -1
+    return 1 if len(wide) > 2 and wide[1] > 1 and narrow == (wide[0], 1, *wide[2:]) else None
 
 
 def _bare(flow: Flow, node: fx.Node) -> fx.Node:
@@ -150,7 +157,7 @@ def _statistic_of(flow: Flow, statistic: fx.Node, x: fx.Node) -> bool:
     return rooted and reduced
 
 
-def _with_affine(flow: Flow, node: fx.Node, x: fx.Node) -> Norm:
+def _with_affine(flow: Flow, node: fx.Node, x: fx.Node, axis: int) -> Norm:
     """Extend a bare normalisation over its casts, its gain and its bias."""
     weight: str | None = None
     bias: str | None = None
@@ -164,14 +171,23 @@ def _with_affine(flow: Flow, node: fx.Node, x: fx.Node) -> Norm:
             continue  # a cast or the like, which belongs to the norm if its gain follows
         if flow.shape(here) != flow.shape(node):
             break
+        if not _along(flow, addend, flow.shape(node), axis):
+            break
         if ops.name(here) == "mul" and weight is None:
             weight = _name(flow, addend)
-        elif ops.name(here) == "add" and bias is None and len(flow.shape(addend)) == 1:
+        elif ops.name(here) == "add" and bias is None and flow.shape(addend):
             bias = _name(flow, addend)
         else:
             break
         output = here
-    return Norm(node, x, output, weight, bias)
+    return Norm(node, x, output, weight, bias, axis)
+
+
+def _along(flow: Flow, vector: fx.Node, shape: tuple[int, ...], axis: int) -> bool:
+    """Does a vector stand along an axis of a value, or is it the same everywhere?"""
+    sizes = flow.shape(vector)
+    wide = [i - len(sizes) for i, size in enumerate(sizes) if size > 1]
+    return wide in ([], [axis if axis < 0 else axis - len(shape)])
 
 
 def _affine(flow: Flow, node: fx.Node) -> fx.Node | None:

@@ -8,8 +8,10 @@ from torch import fx
 
 from . import ops
 from .anatomy import Anatomy
+from .flow import Flow
 from .gates import gating, sources_of
 from .joins import Join
+from .products import factors, spelled
 from .projections import Projection
 from .tags import Tagger, along, varies
 
@@ -40,12 +42,27 @@ def _handed_out(anatomy: Anatomy, join: Join, candidate: Projection) -> bool:
     """Is a result added to parallel streams, with a weight for each (hyper-connections, arXiv 2409.19606)?"""
     flow = anatomy.flow
     for node in anatomy.frontier(join.branch).between:
-        sides = sorted(flow.operands(node), key=lambda one: flow.descends(one, candidate.output))
-        if ops.name(node) == "mul" and len(sides) == 2 and flow.descends(sides[1], candidate.output):
-            weights, values, product = flow.shape(sides[0]), flow.shape(sides[1]), flow.shape(node)
-            if weights == (*product[:-1], 1) and values == (*product[:-2], 1, *product[-1:]):
-                return True
+        sides = sorted(_factors(node), key=lambda one: flow.descends(one, candidate.output))
+        if len(sides) == 2 and flow.descends(sides[1], candidate.output) and _is_outer(flow, node, *sides):
+            return True
     return False
+
+
+def _factors(node: fx.Node) -> list[fx.Node]:
+    pair = [one for one in node.args if isinstance(one, fx.Node)] if ops.name(node) == "mul" else factors(node)
+    return list(pair or ())
+
+
+def _is_outer(flow: Flow, node: fx.Node, weights: fx.Node, values: fx.Node) -> bool:
+    """Is a product that of values with weights for each of several streams, and none for each feature?"""
+    named = spelled(node)
+    if named is not None:
+        side = 0 if factors(node) == (values, weights) else 1
+        return not named.summed(0) and not named.summed(1) and named.result[-1] not in named.of(1 - side)
+    sizes, given, shape = flow.shape(weights), flow.shape(values), flow.shape(node)
+    given = (1,) * (len(shape) - len(given)) + given
+    spread = [axis for axis, (a, b) in enumerate(zip(given, shape, strict=True)) if a != b]
+    return sizes[-1:] == (1,) and len(spread) == 1 and given[spread[0]] == 1 and spread[0] < len(shape) - 1
 
 
 def _mixes_positions(anatomy: Anatomy, one: Projection) -> bool:
@@ -56,8 +73,7 @@ def _mixes_positions(anatomy: Anatomy, one: Projection) -> bool:
         here = flow.source(here)
     if here is None:
         return False
-    image = ops.name(anatomy.norm_at[here].node) in ops.IMAGE_NORM
     shape = flow.shape(here)
-    tags = Tagger(flow, {here: along(shape, (1 if image else len(shape) - 1,))}).run(one.input)
+    tags = Tagger(flow, {here: along(shape, (anatomy.norm_at[here].axis % len(shape),))}).run(one.input)
     arrived = tags.shape == flow.shape(one.input) and bool(tags.any())
     return arrived and not varies(tags, one.input_axis % tags.dim())

@@ -109,6 +109,24 @@ class Bias:
     window: Columns | None = None
 
 
+@dataclass(frozen=True)
+class Axes:
+    """The axes of a value of an attention, a word for each: b batch, or whatever else heads share; h heads; t
+    positions; d features; 1 a single entry. "(b h)" and "(h b)" are two on one axis, as einops writes them, and in
+    "(h r)" each head stands r times in a row. `heads`: how many heads differ."""
+
+    words: tuple[str, ...]
+    heads: int
+
+    @property
+    def positions(self) -> int:
+        """The axis of the positions."""
+        return self.words.index("t")
+
+    def __str__(self) -> str:
+        return " ".join(self.words)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Site:
     """One recognised part of a model. `ports` name nodes of the graph it was found in."""
@@ -135,7 +153,13 @@ class Site:
     tags: tuple[str, ...] = ()  # the alternatives that a pattern's match took
     values: tuple[tuple[str, str], ...] = ()  # the names in a pattern's match, and the nodes they stand for
     serial: int | None = None
+    axis_items: tuple[tuple[str, Axes], ...] = ()  # of q, k, v and the output of an attention core
     shape: tuple[int, ...] | None = field(default=None, compare=False)
+
+    @property
+    def axes(self) -> Mapping[str, Axes]:
+        """Port -> what its axes hold."""
+        return MappingProxyType(dict(self.axis_items))
 
     @property
     def ports(self) -> Mapping[str, str]:
@@ -200,6 +224,18 @@ class NearMiss:
 
 
 @dataclass(frozen=True)
+class Absent:
+    """A site that a graph has not where others of its kind have it: an attention without a residual add, or without a
+    projection that makes its queries. `site` is what it would be, and has no ports."""
+
+    site: Site
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.site}: {self.reason}"
+
+
+@dataclass(frozen=True)
 class Sites(Sequence[Site]):
     """The sites of one graph, in graph order. Immutable."""
 
@@ -207,6 +243,7 @@ class Sites(Sequence[Site]):
     misses: tuple[NearMiss, ...] = ()
     searched: tuple[PatternSearch, ...] = ()
     origin: Origin | None = field(default=None, compare=False, repr=False)
+    absent: tuple[Absent, ...] = ()
 
     def __copy__(self) -> Sites:
         return self
@@ -240,6 +277,14 @@ class Sites(Sequence[Site]):
         for pattern in chosen.patterns():
             self.search_of(pattern)
         return tuple(site for site in self.items if chosen.matches(site))
+
+    def lacking(self, selector: object) -> tuple[Absent, ...]:
+        """The sites that a selector would match if the graph had them: attentions that a pass on attentions leaves
+        out."""
+        from .select import as_selector
+
+        chosen = as_selector(selector)
+        return tuple(one for one in self.absent if chosen.matches(one.site))
 
     def search_of(self, pattern: Pattern) -> PatternSearch:
         """What became of a pattern on this graph.

@@ -190,8 +190,9 @@ class Score:
         self.row.ffn.add(tally.found == tally.expected)
 
     def _extra(self, roles: Iterable[str], expected: tuple[Expected, ...]) -> None:
-        """Roles that the truth does not have."""
+        """Roles that the truth does not have; it knows of no attention without a softmax."""
         known = {(part.role, self._tied(part.parameter)) for one in expected for part in one.parts}
+        known |= {key for key, sites in self.by_weight.items() if all(site.kind == "linear" for site in sites)}
         for role, name in sorted(key for key in self.by_weight if key[0] in roles and key not in known):
             self._miss(f"extra {role}: {name}")
 
