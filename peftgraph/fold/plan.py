@@ -16,7 +16,7 @@ from torch import Tensor
 
 from peftgraph.errors import NoFold
 from peftgraph.fold.engine import Folding, stored_tensor
-from peftgraph.fold.proof import Proof, prove
+from peftgraph.fold.proof import Proof, check_finite, prove
 from peftgraph.fold.step import Settle, Step, Write, cut
 from peftgraph.ir.program import ProgramData
 from peftgraph.ir.table import Entry, Table
@@ -35,8 +35,10 @@ def plan(program: ProgramData, sites: Sites, trained: Mapping[str, Tensor]) -> P
 
     Raises:
         NoFold: something cannot be folded exactly.
-        ProofError: the folded graph is not the base's, or another tensor than the expected ones changes.
+        ProofError: the folded graph is not the base's, another tensor than the expected ones changes, or a value of a
+            parameter is not finite.
     """
+    check_finite(trained.items())
     folding = Folding(program, sites).run()
     if folding.reasons:
         raise NoFold(folding.reasons)
