@@ -39,6 +39,10 @@ class ExportError(PeftGraphError):
     """A program cannot be written in the format asked for."""
 
 
+class NoPickle(PeftGraphError, TypeError):
+    """A module was to be pickled; the message says what to save instead."""
+
+
 class NoFold(PeftGraphError):
     """Some edits cannot be folded exactly.
 

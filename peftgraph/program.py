@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -20,6 +20,7 @@ from peftgraph.interop.peft.write import save_peft
 from peftgraph.ir.program import ProgramData
 from peftgraph.ir.text import assign_labels, print_diff, print_program, size_names
 from peftgraph.ir.verify import verify
+from peftgraph.lower.copying import Copied
 from peftgraph.lower.export import export
 from peftgraph.lower.hosted import hosted
 from peftgraph.lower.module import GraphModule
@@ -37,12 +38,14 @@ from peftgraph.trace.progress import Progress, silent
 
 
 @dataclass(frozen=True, eq=False)
-class Program(ProgramData):
+class Program(Copied, ProgramData):
     """A traced model, and what passes made of it. A value: every verb returns a new Program.
 
     Attributes:
         sites: the parts of the base, found by structure; prints as a table.
     """
+
+    _noun: ClassVar[str] = "graph"
 
     sites: Sites = field(default_factory=lambda: Sites(()))
     proof: Proof | None = None

@@ -17,7 +17,7 @@ from torch import Tensor
 from peftgraph.errors import NoFold
 from peftgraph.fold.engine import Folding, stored_tensor
 from peftgraph.fold.proof import Proof, check_finite, prove
-from peftgraph.fold.step import Settle, Step, Write, cut
+from peftgraph.fold.step import Recording, Settle, Step, Write, cut
 from peftgraph.ir.program import ProgramData
 from peftgraph.ir.table import Entry, Table
 from peftgraph.ir.verify import verify
@@ -167,19 +167,7 @@ def _taken(program: ProgramData, steps: Iterable[Step]) -> Iterator[Taken]:
         if isinstance(step, Settle):
             yield from (Taken(Settle((name,)), frozenset(), frozenset({name})) for name in step.names)
             continue
-        table = _Recording(program.table)
+        table = Recording(program.table)
         _, written = step.run(table, None)
         base = frozenset(name for name in table.read if not program.table[name].added)
         yield Taken(step, base, frozenset(view.parameter for view in written))
-
-
-class _Recording(Table):
-    """A table that remembers which entries were looked at."""
-
-    def __init__(self, table: Table) -> None:
-        super().__init__(table)
-        self.read: set[str] = set()
-
-    def __getitem__(self, name: str) -> Entry:
-        self.read.add(name)
-        return super().__getitem__(name)

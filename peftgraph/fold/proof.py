@@ -113,7 +113,7 @@ def prove(program: ProgramData, folding: Folding, folded: ProgramData) -> Proof:
     if program.table.device.type != "meta":
         exact = Folding(program, folding.sites, torch.float64, folding.untie).run().result(program)
         rounding = max((_rounding(folded, exact, program, name) for name in folding.changed), default=0.0)
-        probes = tuple(_probe(program, folded, exact))
+        probes = tuple(_probe(program, folded, exact, folding.changed))
     changed = {name: tuple(dict.fromkeys(_window(view) for view in views)) for name, views in folding.changed.items()}
     return Proof(text_equal, changed, split, rounding, probes, tuple(folding.reasons))
 
@@ -195,20 +195,21 @@ def _rounding(folded: ProgramData, exact: ProgramData, program: ProgramData, nam
     return worst
 
 
-def _probe(program: ProgramData, folded: ProgramData, exact: ProgramData) -> list[Probe]:
+def _probe(program: ProgramData, folded: ProgramData, exact: ProgramData, changed: Iterable[str]) -> list[Probe]:
     depth, dtype = max(1, contractions(program.graph)), program.table.dtype
     base = program.base if program.base is not None else program
-    runs: list[tuple[Runner, ProgramData, torch.dtype]] = [(run_wide, exact, torch.float64)]
-    runs += [(run, folded, dtype)] if dtype != torch.float64 else []
+    stored = {dtype, *(folded.table[name].tensor.dtype for name in changed)}  # what changed is rounded to its own
+    bounds = torch.float64, max(stored, key=lambda kind: torch.finfo(kind).eps)
+    runs: list[tuple[Runner, ProgramData, torch.dtype]] = [(run_wide, exact, torch.float64), (run, folded, dtype)]
     found: list[Probe] = []
     for inputs in probe_inputs(program):
         what = ", ".join("x".join(map(str, value.shape)) for value in inputs)
-        for runner, after, kind in runs:
+        for (runner, after, kind), coarse in zip(runs[: 1 + (dtype != torch.float64)], bounds, strict=False):
             before, now = runner(program, inputs), runner(after, inputs)
             known = _known(before, now, partial(runner, base, inputs), what)
             unknown = sum(int((~places).sum()) for places in known)
             error = _distance(before, now, known)
-            found.append(_checked(Probe(what, _short(kind), error, _bound(kind, depth), unknown)))
+            found.append(_checked(Probe(what, _short(kind), error, _bound(coarse, depth), unknown)))
     return found
 
 
