@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+WIDTH = 200  # characters of a line that a message shows
+
 
 class PeftGraphError(ValueError):
     """The root of every error that a user's input can cause."""
@@ -61,3 +63,13 @@ class NoFold(PeftGraphError):
 
 class VerifyError(AssertionError):
     """A program broke a rule of the verifier: a bug in a pass or in the engine, never in the user's input."""
+
+
+def pointed(text: str, position: int) -> str:
+    """The line of a text that a place is in, or what of it stands around the place, and a mark below it."""
+    start = text.rfind("\n", 0, position) + 1
+    line, at = text[start:].partition("\n")[0], position - start
+    if len(line) > WIDTH:
+        first = max(0, at - WIDTH // 2)
+        line, at = line[first : first + WIDTH], at - first
+    return f"  {line}\n  {' ' * at}^"

@@ -245,7 +245,7 @@ class Program(Copied, ProgramData):
         """
         if format not in ("peftgraph", "peft"):
             raise AdapterError(f'format must be "peftgraph" or "peft", got {format!r}.')
-        path = Path(directory)
+        path = _path(directory)
         return save_peft(self, self.sites, path) if format == "peft" else adapter_files.save(self, path)
 
     def load_adapter(self, directory: str | PathLike[str], name: str | None = None) -> Program:
@@ -258,7 +258,9 @@ class Program(Copied, ProgramData):
         Raises:
             AdapterError: the files are damaged, fit another base, or say what no pass does; this program is unchanged.
         """
-        return load_directory(self, self.sites, self.apply, Path(directory), name)
+        if not isinstance(name, str | None):
+            raise AdapterError(f"The name of an adapter is text, got {name!r}.")
+        return load_directory(self, self.sites, self.apply, _path(directory), name)
 
     def __str__(self) -> str:
         passes = "; ".join(str(applied.method) for applied in self.history) or "no passes"
@@ -266,6 +268,12 @@ class Program(Copied, ProgramData):
 
     def __repr__(self) -> str:
         return f"<{self}>"
+
+
+def _path(directory: object) -> Path:
+    if not isinstance(directory, str | PathLike) or "\0" in str(directory):
+        raise AdapterError(f"An adapter lies in a directory; {directory!r} names none.")
+    return Path(directory)
 
 
 def trace(

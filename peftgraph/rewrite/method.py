@@ -10,12 +10,13 @@ from importlib.metadata import entry_points
 from types import MappingProxyType
 from typing import Any, ClassVar, Self, TypeVar, cast
 
-from peftgraph.errors import RecipeError
+from peftgraph.errors import PeftGraphError, RecipeError
 from peftgraph.rewrite.match import Match
+from peftgraph.rewrite.options import check_name, hints, plain
 from peftgraph.rewrite.rule import Rule
 from peftgraph.rewrite.spec import build, parse_specs, print_value
 from peftgraph.sites import Pattern
-from peftgraph.sites.select import Selector, as_selector
+from peftgraph.sites.select import Selector
 
 GROUP = "peftgraph.passes"
 QUIET = "quiet"
@@ -42,12 +43,21 @@ class Pass:
     name: str = ""
 
     def __post_init__(self) -> None:
+        known = hints(type(self))
         for item in dataclasses.fields(self):
+            hint = known.get(item.name, Selector if isinstance(item.default, Selector) else Any)
             value = getattr(self, item.name)
-            if isinstance(item.default, Selector) and not isinstance(value, Selector):
-                object.__setattr__(self, item.name, as_selector(value))
-        if self.name and not self.name.isidentifier():
-            raise RecipeError(f"{self.word}: a name must be an identifier (letters, digits, _), got {self.name!r}.")
+            try:
+                object.__setattr__(self, item.name, plain(value, hint))
+            except PeftGraphError:
+                raise
+            except ValueError as error:
+                raise RecipeError(f"{self.word}: option {item.name!r} cannot be {value!r}: {error}.") from None
+        if self.name:
+            try:
+                check_name(self.name)
+            except ValueError as error:
+                raise RecipeError(f"{self.word}: {error}.") from None
         self.check()
 
     def check(self) -> None:
@@ -172,6 +182,8 @@ def parse_pass(text: str, patterns: Mapping[str, Pattern] = MappingProxyType({})
     Raises:
         RecipeError: the text cannot be read.
     """
+    if not isinstance(text, str):
+        raise RecipeError(f"A spec is text such as lora{{rank=8}}, got {type(text).__name__}.")
     specs = parse_specs(text)
     if not specs:
         raise RecipeError("An empty recipe: expected a spec such as lora{rank=8}.")

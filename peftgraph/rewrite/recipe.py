@@ -9,10 +9,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import tomllib
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from peftgraph.errors import PeftGraphError, RecipeError
+from peftgraph.ir.files import read_regular
 from peftgraph.rewrite.method import Pass, Pipeline, find_pass, parse_pass
 from peftgraph.rewrite.spec import build
 from peftgraph.sites import Pattern
@@ -29,16 +31,18 @@ def load_recipe(source: str | Path) -> Pass:
     """
     if isinstance(source, str) and "{" in source:
         return parse_pass(source)
-    path = Path(source)
+    if not isinstance(source, str | PathLike):
+        raise RecipeError(f"A recipe is the path of a file, or a spec such as lora{{rank=8}}, got {source!r}.")
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"The recipe {path} cannot be read: {error}") from None
+        path = Path(source)
+        text = read_regular(path).decode()
+    except (OSError, ValueError, TypeError) as error:
+        raise RecipeError(f"The recipe {source} cannot be read: {error}") from None
     if path.suffix != ".toml":
         return parse_pass(text)
     try:
         document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise RecipeError(f"{path} is no TOML: {error}") from None
     return _from_document(document, str(path))
 
@@ -54,6 +58,8 @@ def _from_document(document: dict[str, Any], where: str) -> Pass:
         raise RecipeError(f'{where}: a recipe needs at least one [[pass]] table with use = "lora" or another pass.')
     found = []
     for number, table in enumerate(tables, start=1):
+        if not isinstance(table, dict):
+            raise RecipeError(f"{where}: [[pass]] number {number} is no table, but {table!r}.")
         word = table.pop("use", None)
         if not isinstance(word, str):
             raise RecipeError(f'{where}: [[pass]] number {number} needs use = "...", the name of a pass.')

@@ -94,7 +94,7 @@ def test_the_reasons_are_the_same_without_values(name: str) -> None:
 PLAIN: dict[str, Form] = {
     "rows": lambda m, x: linear(x, m.wide[6:], m.long[6:]),
     "turned": lambda m, x: x @ m.w + m.b,
-    "turned-rows": lambda m, x: linear(x, m.w.flip(0), m.b.flip(0)),
+    "turned-rows": lambda m, x: linear(x, m.w.flip(0)),
     "spread": lambda m, x: torch.baddbmm(m.b.expand(x.shape[0], 1, 6), x, m.w.t().expand(x.shape[0], 6, 6)),
 }
 
