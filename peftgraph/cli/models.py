@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 from peftgraph.cli.console import hush, working
 from peftgraph.errors import PeftGraphError
-from peftgraph.interop.documents import parse_json
-from peftgraph.ir.files import read_regular
 
 if TYPE_CHECKING:
     import torch
@@ -140,6 +138,9 @@ def _config_path(source: Path) -> Path:
 
 
 def _document(path: Path) -> dict[str, Any]:
+    from peftgraph.interop.documents import parse_json
+    from peftgraph.ir.files import read_regular
+
     try:
         document = parse_json(read_regular(path).decode())
     except (OSError, ValueError, RecursionError) as error:

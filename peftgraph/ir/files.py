@@ -27,7 +27,7 @@ except ImportError:  # Windows: nothing is locked, and nothing that may be in us
     fcntl = None
 
 MARK = ".peftgraph-"  # in the names of folders that hold what is not finished
-SAVED = "old"  # in such a folder, the one whose place another was to take
+FRESH, SAVED = "new", "old"  # in such a folder, the one that is made, and the one whose place it takes
 UNKNOWN = -1  # in the place of a lock, where the system has none
 PATIENCE = 10.0  # seconds that another writer is waited for
 
@@ -69,7 +69,7 @@ def whole_folder(target: Path, replace: bool = True) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with scratch(target) as folder:
-            fresh = folder / "new"
+            fresh = folder / FRESH
             fresh.mkdir()
             yield fresh
             for path in sorted(fresh.rglob("*")):
@@ -89,8 +89,10 @@ def scratch(target: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        _unlock(lock)
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            _unlock(lock)
 
 
 def tidy(parent: Path) -> None:
@@ -100,12 +102,14 @@ def tidy(parent: Path) -> None:
         lock = _lock(path) if path.is_dir() and not path.is_symlink() else None
         if lock in (None, UNKNOWN):
             continue  # its writer lives, or may
-        with contextlib.suppress(OSError):
-            target = parent / path.name[1:].rpartition(MARK)[0]
-            if (path / SAVED).exists() and not target.exists():
-                os.replace(path / SAVED, target)
-            shutil.rmtree(path, ignore_errors=True)
-        _unlock(lock)
+        try:
+            with contextlib.suppress(OSError):
+                target = parent / path.name[1:].rpartition(MARK)[0]
+                if (path / SAVED).exists() and (path / FRESH).exists() and not target.exists():
+                    os.replace(path / SAVED, target)
+                shutil.rmtree(path, ignore_errors=True)
+        finally:
+            _unlock(lock)
 
 
 def put(fresh: Path, target: Path, old: Path, replace: bool) -> None:

@@ -101,7 +101,8 @@ def check_space(checkpoint: Checkpoint, target: Path, begun: Path) -> None:
 def identity(checkpoint: Checkpoint, adapter: Iterable[Path]) -> str:
     """What a merge is made of, in a hash: contents of small files; of shards the header, the size and the time."""
     digest = hashlib.sha256()
-    for path in (checkpoint.folder / "config.json", *adapter):
+    index = checkpoint.folder / INDEX
+    for path in (checkpoint.folder / "config.json", *([index] if index.is_file() else []), *adapter):
         digest.update(f"{path.name} {path.stat().st_size}\n".encode())
         with path.open("rb") as file:
             while chunk := file.read(1 << 20):
