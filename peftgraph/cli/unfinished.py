@@ -72,7 +72,7 @@ def work_folder(target: Path) -> Path:
 def is_finished(target: Path, job: str) -> bool:
     """Whether `target` is what a job makes, and its process was killed before it had tidied up; then that is done."""
     work = work_folder(target)
-    if not work.exists() or made_of(target) != job:
+    if not (work.exists() or _trash(work).exists()) or made_of(target) != job:
         return False
     _check_work(work)
     with locked(work, f"merging into {target}", 0.0):
@@ -82,11 +82,15 @@ def is_finished(target: Path, job: str) -> bool:
 
 def remove(work: Path) -> None:
     """Removes a work folder: first its name, so that no half of it is found."""
-    trash = work.with_name(f".{work.name}{MARK}removed")
+    trash = _trash(work)
     shutil.rmtree(trash, ignore_errors=True)
     with contextlib.suppress(OSError):
         work.replace(trash)
         shutil.rmtree(trash, ignore_errors=True)
+
+
+def _trash(work: Path) -> Path:
+    return work.with_name(f".{work.name}{MARK}removed")
 
 
 def _check_work(work: Path) -> None:
