@@ -73,3 +73,8 @@ def pointed(text: str, position: int) -> str:
         first = max(0, at - WIDTH // 2)
         line, at = line[first : first + WIDTH], at - first
     return f"  {line}\n  {' ' * at}^"
+
+
+def shortened(text: str) -> str:
+    """A text for a message, which may have been given without end."""
+    return text if len(text) <= 2 * WIDTH else f"{text[: 2 * WIDTH]}..."

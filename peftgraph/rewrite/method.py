@@ -10,7 +10,7 @@ from importlib.metadata import entry_points
 from types import MappingProxyType
 from typing import Any, ClassVar, Self, TypeVar, cast
 
-from peftgraph.errors import PeftGraphError, RecipeError
+from peftgraph.errors import PeftGraphError, RecipeError, shortened
 from peftgraph.rewrite.match import Match
 from peftgraph.rewrite.options import check_name, hints, plain
 from peftgraph.rewrite.rule import Rule
@@ -166,10 +166,15 @@ def find_pass(word: str) -> type[Pass]:
     """
     points = {point.name: point for point in entry_points(group=GROUP)}
     if word not in points:
-        close = difflib.get_close_matches(word, points, n=1)
+        close = difflib.get_close_matches(shortened(word), points, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise RecipeError(f"There is no pass {word!r}.{hint} Known passes: {', '.join(sorted(points))}.")
-    return cast(type[Pass], points[word].load())
+        raise RecipeError(f"There is no pass {shortened(word)!r}.{hint} Known passes: {', '.join(sorted(points))}.")
+    try:
+        return cast(type[Pass], points[word].load())
+    except (ImportError, AttributeError) as error:
+        raise RecipeError(
+            f"The pass {word!r}, which {points[word].value} is to be, cannot be loaded: {error}."
+        ) from None
 
 
 def parse_pass(text: str, patterns: Mapping[str, Pattern] = MappingProxyType({})) -> Pass:
@@ -187,5 +192,6 @@ def parse_pass(text: str, patterns: Mapping[str, Pattern] = MappingProxyType({})
     specs = parse_specs(text)
     if not specs:
         raise RecipeError("An empty recipe: expected a spec such as lora{rank=8}.")
-    found = [build(find_pass(word), dict(options), patterns) for word, options in specs]
+    classes = {word: find_pass(word) for word in dict.fromkeys(word for word, _ in specs)}
+    found = [build(classes[word], dict(options), patterns) for word, options in specs]
     return found[0] if len(found) == 1 else Pipeline(found)

@@ -13,10 +13,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from peftgraph.errors import PeftGraphError, RecipeError
+from peftgraph.errors import PeftGraphError, RecipeError, shortened
 from peftgraph.ir.files import read_regular
 from peftgraph.rewrite.method import Pass, Pipeline, find_pass, parse_pass
-from peftgraph.rewrite.spec import build
+from peftgraph.rewrite.spec import build, print_value
 from peftgraph.sites import Pattern
 
 
@@ -37,7 +37,7 @@ def load_recipe(source: str | Path) -> Pass:
         path = Path(source)
         text = read_regular(path).decode()
     except (OSError, ValueError, TypeError) as error:
-        raise RecipeError(f"The recipe {source} cannot be read: {error}") from None
+        raise RecipeError(f"The recipe {shortened(str(source))} cannot be read: {shortened(str(error))}") from None
     if path.suffix != ".toml":
         return parse_pass(text)
     try:
@@ -94,17 +94,22 @@ def patterns_of(method: Pass) -> tuple[Pattern, ...]:
 def to_toml(method: Pass) -> str:
     """The recipe file of a pass; `load_recipe` reads it back."""
     patterns = patterns_of(method)
-    lines = [f"{json.dumps(p.name)} = {json.dumps(str(p).partition(': ')[2], ensure_ascii=False)}" for p in patterns]
+    lines = [f"{_toml(p.name)} = {_toml(str(p).partition(': ')[2])}" for p in patterns]
     lines = ["[patterns]", *lines, ""] if lines else []
     for part in method.passes():
         lines += ["[[pass]]", f'use = "{part.word}"']
         for item in dataclasses.fields(part):
             value = getattr(part, item.name)
             if value is not None and value != "":
-                plain = value if isinstance(value, int | float | str) else _named(str(value), patterns)
-                lines.append(f"{item.name} = {json.dumps(plain)}")  # JSON's numbers and strings are TOML's
+                plain = value if isinstance(value, int | float | str) else _named(print_value(value), patterns)
+                lines.append(f"{item.name} = {_toml(plain)}")
         lines.append("")
     return "\n".join(lines)
+
+
+def _toml(value: float | str) -> str:
+    """A number or a text as TOML spells it: as JSON does, but for what is not ASCII, and for one character."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _named(text: str, patterns: tuple[Pattern, ...]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from peftgraph.errors import PeftGraphError, RecipeError, pointed
+from peftgraph.errors import PeftGraphError, RecipeError, pointed, shortened
 from peftgraph.sites.select import Selector, as_selector
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ def parse_specs(text: str) -> list[tuple[str, dict[str, str]]]:
         if position >= len(text) or text[position] != "{":
             raise _error(text, position, f"expected '{{' after {word!r}")
         body, position = _balanced(text, position)
+        if len(found) == PASSES:
+            raise _error(text, position, f"more than {PASSES} passes")
         found.append((word, dict(_options(text, body, position - len(body) - 1))))
         position = _skip(text, position)
     return found
@@ -131,6 +133,7 @@ def _one(text: str, patterns: Mapping[str, Pattern]) -> Pass:
 # the scanner: words, balanced brackets, quoted strings
 
 PAIRS = {"{": "}", "(": ")", "[": "]"}
+PASSES = 256  # of a text
 DEPTH = 64  # brackets within brackets
 
 
@@ -207,4 +210,4 @@ def _options(text: str, body: str, offset: int) -> Iterator[tuple[str, str]]:
 
 
 def _error(text: str, position: int, what: str) -> RecipeError:
-    return RecipeError(f"{what}:\n{pointed(text, position)}")
+    return RecipeError(f"{shortened(what)}:\n{pointed(text, position)}")

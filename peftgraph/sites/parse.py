@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from peftgraph.errors import PeftGraphError, pointed
+from peftgraph.errors import PeftGraphError, pointed, shortened
 
 from .narrow import Expert, Kind, Layers, Stack, layers
 from .select import (
@@ -85,7 +85,7 @@ class Parser:
     def _fail(self, token: Token, problem: str) -> NoReturn:
         words = ", ".join([*WORDS, *(f"{name}(...)" for name in FILTERS), '.where(path="...")'])
         raise PeftGraphError(
-            f"cannot read the selector: {problem}\n{pointed(self.text, token.at)}\nKnown words: {words}"
+            f"cannot read the selector: {shortened(problem)}\n{pointed(self.text, token.at)}\nKnown words: {words}"
             + "".join(f", {name}.*" for name in self.patterns)
         )
 
@@ -186,7 +186,7 @@ class Parser:
         if name is not None:
             return self._part_of(self.patterns[name], token, token.text[len(name) + 1 :])
         if token.text not in WORDS:
-            self._fail(token, f"unknown word {token.text!r}{suggestion(token.text)}")
+            self._fail(token, f"unknown word {token.text!r}{suggestion(shortened(token.text))}")
         return role(token.text)
 
     def _pattern(self) -> Selector:

@@ -15,7 +15,7 @@ import re
 from dataclasses import dataclass
 from typing import Final, NoReturn
 
-from peftgraph.errors import PeftGraphError, pointed
+from peftgraph.errors import PeftGraphError, pointed, shortened
 
 from .conditions import RELATIONS, Condition, Quantity
 from .terms import Call, Constant, Either, Literal, Scalar, Term, Through, Var, Window, Word
@@ -86,7 +86,7 @@ class Parser:
         return [*tokens, Token("end", "the end", len(text))]
 
     def _fail(self, token: Token, problem: str) -> NoReturn:
-        raise PeftGraphError(f"cannot read the pattern: {problem}\n{pointed(self.text, token.at)}")
+        raise PeftGraphError(f"cannot read the pattern: {shortened(problem)}\n{pointed(self.text, token.at)}")
 
     def _peek(self) -> Token:
         """The next token; inside brackets a line's end is no more than a space."""
