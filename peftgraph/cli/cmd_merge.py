@@ -18,7 +18,9 @@ def merge(
         Path, typer.Argument(metavar="ADAPTER", help="A folder that save_adapter, apply --out or peft wrote.")
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR2", help="Where the merged model goes.")],
-    force: Annotated[bool, typer.Option("--force", help="Replace DIR2 if it is not empty and this command made it.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace DIR2 if it is not empty and this command made it.")
+    ] = False,
     untie: Annotated[
         bool, typer.Option("--untie", help="Give a tied weight that must change a tensor of its own; needs --whole.")
     ] = False,

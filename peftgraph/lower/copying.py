@@ -20,10 +20,10 @@ class Copied:
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise NoPickle(
             f"The {self._noun} of a program cannot be pickled, and so not be given to torch.save: its code is made "
-            "anew by every trace. Save what was trained with program.save_adapter(directory), or torch.save("
-            "module.state_dict(), path) what a module holds; later, trace the model again, and load_adapter, or apply "
-            "the same passes and module().load_state_dict. A merged model is written by "
-            "pg.fold(program).write_back(model) and the model's own save, a graph by program.export(path)."
+            "anew by every trace. Save what was trained with program.save_adapter(directory), or a module's "
+            "state_dict(), which torch.save takes; later, trace the model again, and load_adapter, or apply the same "
+            "passes and load_state_dict. A merged model is written by pg.fold(program).write_back(model) and the "
+            "model's own save, a graph by program.export(path)."
         )
 
     def __copy__(self) -> Self:

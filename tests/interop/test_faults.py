@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from functools import cache
@@ -11,6 +12,7 @@ from typing import Any, Literal
 import faults
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import peftgraph as pg
@@ -173,3 +175,42 @@ def test_peft_files_that_are_cut_are_refused(tmp_path: Path) -> None:
             refused(directory)
         path.write_bytes(content)
     assert held(directory) == 1.0
+
+
+DAMAGED: list[tuple[str, Any]] = [
+    *((key, value) for key in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "layers_pattern",
+                               "layers_to_transform", "exclude_modules", "modules_to_save", "trainable_token_indices",
+                               "use_rslora", "target_parameters", "peft_type", "bias")
+      for value in (5, -1, 1e300, "(", "((a|aa)+)+$", [[]], [None], {"(": 3}, {"0": True}, {"2": [0]}, {"": [10**9]})),
+]  # fmt: skip
+
+
+def test_options_of_peft_that_are_damaged_are_refused_or_read(tmp_path: Path) -> None:
+    directory = tuned(1.0).save_adapter(tmp_path / "adapter", format="peft")
+    path = directory / "adapter_config.json"
+    options = json.loads(path.read_text())
+    refusals = 0
+    for key, value in DAMAGED:
+        path.write_text(json.dumps(options | {key: value}))
+        try:
+            base().load_adapter(directory)
+        except pg.PeftGraphError:
+            refusals += 1
+    assert refusals > len(DAMAGED) // 2
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int8, torch.bool])
+@pytest.mark.parametrize("shape", [(), (0, 3), (7,), (1, 1, 1), (40, 40)])
+def test_tensors_of_peft_that_are_damaged_are_refused(
+    dtype: torch.dtype, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    directory = tuned(1.0).save_adapter(tmp_path / "adapter", format="peft")
+    path = directory / "adapter_model.safetensors"
+    tensors = load_file(path)
+    for key in tensors:
+        for change in (torch.zeros(shape), tensors[key].to(dtype), None):
+            rest = {name: value for name, value in tensors.items() if name != key}
+            save_file(rest if change is None else rest | {key: change}, path)
+            refused(directory)
+    save_file(tensors | {"base_model.model." + "x" * 5000: torch.zeros(1)}, path)
+    refused(directory)
