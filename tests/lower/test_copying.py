@@ -18,7 +18,9 @@ X = torch.randn(2, 4)
 
 @pytest.fixture(scope="module")
 def tuned() -> pg.Program:
-    return pg.trace(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).eval(), (X,)).apply(LoRA(at="head"))
+    return pg.trace(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).eval(), (X,)).apply(
+        LoRA(at="head", rank=2)
+    )
 
 
 @pytest.mark.parametrize("what", ["module", "program"])
