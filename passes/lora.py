@@ -88,8 +88,8 @@ class LoRA(pg.Pass):
         return self.init in ("pissa", "olora")
 
     def weighted(self, weight: float) -> Self:
-        """The same pass with another w."""
-        return replace(self, weight=weight)
+        """The same pass with w times as much."""
+        return replace(self, weight=self.weight * weight)
 
     def rules(self) -> list[pg.Rule]:
         """Add the low-rank path to the projection's output; train biases."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+WIDTH = 200  # characters of a line that a message shows
+
 
 class PeftGraphError(ValueError):
     """The root of every error that a user's input can cause."""
@@ -39,6 +41,10 @@ class ExportError(PeftGraphError):
     """A program cannot be written in the format asked for."""
 
 
+class NoPickle(PeftGraphError, TypeError):
+    """A module was to be pickled; the message says what to save instead."""
+
+
 class NoFold(PeftGraphError):
     """Some edits cannot be folded exactly.
 
@@ -62,3 +68,18 @@ class LeftOut(UserWarning):
 
 class VerifyError(AssertionError):
     """A program broke a rule of the verifier: a bug in a pass or in the engine, never in the user's input."""
+
+
+def pointed(text: str, position: int) -> str:
+    """The line of a text that a place is in, or what of it stands around the place, and a mark below it."""
+    start = text.rfind("\n", 0, position) + 1
+    line, at = text[start:].partition("\n")[0], position - start
+    if len(line) > WIDTH:
+        first = max(0, at - WIDTH // 2)
+        line, at = line[first : first + WIDTH], at - first
+    return f"  {line}\n  {' ' * at}^"
+
+
+def shortened(text: str) -> str:
+    """A text for a message, which may have been given without end."""
+    return text if len(text) <= 2 * WIDTH else f"{text[: 2 * WIDTH]}..."

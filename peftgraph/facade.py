@@ -11,6 +11,7 @@ from peftgraph.errors import ExportError as ExportError
 from peftgraph.errors import LeftOut as LeftOut
 from peftgraph.errors import NoFold as NoFold
 from peftgraph.errors import NoMatch as NoMatch
+from peftgraph.errors import NoPickle as NoPickle
 from peftgraph.errors import PeftGraphError as PeftGraphError
 from peftgraph.errors import RecipeError as RecipeError
 from peftgraph.errors import TraceError as TraceError

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from peftgraph.draw import Diff, Picture, fragment, outline, page, picture
@@ -20,6 +21,7 @@ from peftgraph.interop.peft.write import save_peft
 from peftgraph.ir.program import ProgramData
 from peftgraph.ir.text import assign_labels, print_diff, print_program, size_names
 from peftgraph.ir.verify import verify as check_rules
+from peftgraph.lower.copying import Copied
 from peftgraph.lower.export import export
 from peftgraph.lower.hosted import hosted
 from peftgraph.lower.module import GraphModule
@@ -38,18 +40,26 @@ from peftgraph.trace.progress import Progress, silent
 
 
 @dataclass(frozen=True, eq=False)
-class Program(ProgramData):
+class Program(Copied, ProgramData):
     """A traced model, and what passes made of it. A value: every verb returns a new Program.
 
     Attributes:
         sites: the parts of the base, found by structure; prints as a table.
     """
 
+    _noun: ClassVar[str] = "graph"
+
     sites: Sites = field(default_factory=lambda: Sites(()))
     proof: Proof | None = None
 
-    def apply(self, *methods: Pass) -> Program:
+    def apply(self, *methods: Pass, dtype: torch.dtype | None = None) -> Program:
         """The program after `methods`, in order.
+
+        Args:
+            methods: the passes.
+            dtype: of the parameters they add, such as `torch.bfloat16`. By default that is float32 on a base of half
+                precision, so that small steps are not lost, and what is computed from them is brought back to the
+                base's dtype where it enters; on any other base it is the base's own.
 
         Raises:
             NoMatch: a selector finds nothing; the message shows the nearest miss.
@@ -57,7 +67,7 @@ class Program(ProgramData):
         """
         used = [rule.at for method in methods if isinstance(method, Pass) for rule in method.rules()]
         program = self.with_patterns(*used)
-        result = apply(program, program.sites, methods)
+        result = apply(program, program.sites, methods, dtype)
         warn_of(result.left_out[len(self.left_out) :], methods)
         return result
 
@@ -85,10 +95,7 @@ class Program(ProgramData):
                     raise Conflict(f"Two patterns are called {pattern.name!r}:\n  {known[pattern.name]}\n  {pattern}")
         if len(known) == count:
             return self
-        base = self.base or self
-        return self.evolve(
-            sites=find_sites(base.graph, base.table.tensors(), size_names(base), patterns=tuple(known.values()))
-        )
+        return self.evolve(sites=_sites_of(self.base or self, tuple(known.values())))
 
     def remove(self, which: int | str = -1) -> Program:
         """The program without one pass of its history, by index or by name; the other passes keep their parameters.
@@ -207,7 +214,11 @@ class Program(ProgramData):
 
         Only new parameters require grad. They are shared with this program, so `pg.fold` sees what training did to
         them.
+
+        Raises:
+            Conflict: several named adapters train copies of one tensor; `only` chooses one.
         """
+        self.require_one_adapter()
         blocks = spans(self, self.sites)
         if self.surrounding is not None:
             return surround(self, blocks, self.surrounding)
@@ -224,7 +235,9 @@ class Program(ProgramData):
 
         Raises:
             ExportError: another suffix, or the exporter refuses.
+            Conflict: several named adapters train copies of one tensor; `only` chooses one.
         """
+        self.require_one_adapter()
         return export(self, Path(path))
 
     def write_back(self, model: nn.Module) -> nn.Module:
@@ -252,7 +265,7 @@ class Program(ProgramData):
         """
         if format not in ("peftgraph", "peft"):
             raise AdapterError(f'format must be "peftgraph" or "peft", got {format!r}.')
-        path = Path(directory)
+        path = _path(directory)
         return save_peft(self, self.sites, path) if format == "peft" else adapter_files.save(self, path)
 
     def load_adapter(self, directory: str | PathLike[str], name: str | None = None) -> Program:
@@ -265,7 +278,9 @@ class Program(ProgramData):
         Raises:
             AdapterError: the files are damaged, fit another base, or say what no pass does; this program is unchanged.
         """
-        return load_directory(self, self.sites, self.apply, Path(directory), name)
+        if not isinstance(name, str | None):
+            raise AdapterError(f"The name of an adapter is text, got {name!r}.")
+        return load_directory(self, self.sites, self.apply, _path(directory), name)
 
     def __str__(self) -> str:
         passes = "; ".join(str(applied.method) for applied in self.history) or "no passes"
@@ -274,6 +289,12 @@ class Program(ProgramData):
 
     def __repr__(self) -> str:
         return f"<{self}>"
+
+
+def _path(directory: object) -> Path:
+    if not isinstance(directory, str | PathLike) or "\0" in str(directory):
+        raise AdapterError(f"An adapter lies in a directory; {directory!r} names none.")
+    return Path(directory)
 
 
 def trace(
@@ -314,7 +335,7 @@ def trace(
     options = Options(fixed or {}, assume or {}, verify, progress)
     data = capture_part(model, example, root, options) if root else capture(model, example, options)
     progress("finding sites", 0, 0)
-    sites = find_sites(data.graph, data.table.tensors(), size_names(data))
+    sites = _sites_of(data)
     progress("verifying", 0, 0)
     assign_labels(data.graph, titles(sites), sections(sites))
     fields = {name: getattr(data, name) for name in data.__dataclass_fields__}
@@ -322,6 +343,11 @@ def trace(
     object.__setattr__(program, "base", program)
     check_rules(program)
     return program
+
+
+def _sites_of(base: ProgramData, patterns: Sequence[Pattern] = ()) -> Sites:
+    parameters = {name for name, entry in base.table.items() if entry.kind == "parameter"}
+    return find_sites(base.graph, base.table.tensors(), size_names(base), patterns=patterns, parameters=parameters)
 
 
 def fold(program: Program, *, partial: bool = False, untie: bool = False) -> Program:
@@ -337,5 +363,7 @@ def fold(program: Program, *, partial: bool = False, untie: bool = False) -> Pro
 
     Raises:
         NoFold: something cannot be folded exactly; every site is named with its reason.
+        Conflict: several named adapters train copies of one tensor; `only` chooses one.
     """
+    program.require_one_adapter()
     return _fold(program, program.sites, partial=partial, untie=untie)

@@ -9,7 +9,7 @@ import typer
 
 from peftgraph.cli.cmd_inspect import Source
 from peftgraph.cli.console import OUT, report, working
-from peftgraph.cli.files import atomic_folder, copy_companions
+from peftgraph.cli.files import atomic_folder, check_target, check_unchanged, copy_companions, stamps
 
 
 def merge(
@@ -18,7 +18,9 @@ def merge(
         Path, typer.Argument(metavar="ADAPTER", help="A folder that save_adapter, apply --out or peft wrote.")
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR2", help="Where the merged model goes.")],
-    force: Annotated[bool, typer.Option("--force", help="Replace DIR2 if it is not empty.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace DIR2 if it is not empty and this command made it.")
+    ] = False,
     untie: Annotated[
         bool, typer.Option("--untie", help="Give a tied weight that must change a tensor of its own; needs --whole.")
     ] = False,
@@ -48,16 +50,20 @@ def _merge_whole(source: Path, adapter: Path, out: Path, force: bool, untie: boo
     import peftgraph as pg
     from peftgraph.cli.models import load, trace
 
+    reads = (source, adapter)
+    check_target(out, force, reads)
+    before = stamps(reads)
     model = load(source)
     program = trace(model)
     with working("loading the adapter"):
         tuned = program.load_adapter(adapter)
-    with atomic_folder(out, force) as fresh:
+    with atomic_folder(out, force, reads) as fresh:
         with working("folding, with proof"):
             merged = pg.fold(tuned, untie=untie)
         with working("writing"):
             merged.write_back(model)
             model.save_pretrained(str(fresh))
             copied = copy_companions(source, fresh)
+        check_unchanged(before, reads)
     OUT.print(str(merged.proof), highlight=False, markup=False)
     report(out, copied)

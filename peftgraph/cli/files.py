@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from peftgraph.errors import PeftGraphError
-from peftgraph.ir.files import atomic, whole_folder
+from peftgraph.ir.files import atomic, flush, read_regular, whole_folder
 
 WEIGHTS = (
     ".safetensors",
@@ -24,31 +25,93 @@ WEIGHTS = (
     ".gguf",
     ".pt2",
 )
+MADE = ".peftgraph.json"  # in a folder that this command made
 OTHERS_LIMIT = 64 << 20  # bytes: what is larger is no tokenizer and no readme
 
 
 @contextmanager
-def atomic_folder(target: Path, force: bool = False) -> Iterator[Path]:
+def atomic_folder(target: Path, force: bool = False, reads: Iterable[Path] = ()) -> Iterator[Path]:
     """Gives a temporary sibling of `target`; it becomes `target` when the block succeeds.
 
+    Args:
+        target: the folder to make.
+        force: replace it if this command made it.
+        reads: the folders that the work reads, which are never replaced.
+
     Raises:
-        PeftGraphError: `target` holds something and `force` is off, or the disk refuses.
+        PeftGraphError: `target` holds something and does not give way, or the disk refuses.
     """
-    check_target(target, force)
-    with whole_folder(target) as fresh:
+    reads = tuple(reads)
+    check_target(target, force, reads)
+    with whole_folder(target, force) as fresh:
         yield fresh
+        note_made(fresh, "")
+        check_target(target, force, reads)
 
 
-def check_target(target: Path, force: bool) -> None:
-    """Refuses a file, and a folder that holds something unless `force` is on.
+def check_target(target: Path, force: bool, reads: Iterable[Path] = ()) -> None:
+    """Refuses a file, and a folder that holds something unless `force` is on and it is one that this command made and
+    does not read.
 
     Raises:
         PeftGraphError: it is one.
     """
     if target.exists() and not target.is_dir():
         raise PeftGraphError(f"{target} is a file, not a folder.")
-    if target.is_dir() and any(target.iterdir()) and not force:
-        raise PeftGraphError(f"{target} is not empty; --force replaces it.")
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    if not force:
+        raise PeftGraphError(f"{target} is not empty; --force replaces it if this command made it.")
+    place = target.resolve()
+    for path in (real for folder in reads for real in _real(folder)):
+        if path.is_relative_to(place):
+            raise PeftGraphError(f"{target} holds {path}, which is read here; choose another folder.")
+    if made_of(target) is None:
+        raise PeftGraphError(f"{target} was not made by this command, and --force replaces no other. Move it away.")
+
+
+def note_made(folder: Path, job: str) -> None:
+    """Says in a folder that this command made it, and of what."""
+    (folder / MADE).write_text(json.dumps({"made_by": "peftgraph", "job": job}), encoding="utf-8")
+    flush(folder / MADE)
+
+
+def made_of(folder: Path) -> str | None:
+    """What a folder says that this command made it of; None where it did not make it."""
+    try:
+        found = json.loads(read_regular(folder / MADE))
+    except (OSError, ValueError, RecursionError):
+        return None
+    job = found.get("job") if isinstance(found, dict) and found.get("made_by") == "peftgraph" else None
+    return job if isinstance(job, str) else None
+
+
+Stamps = dict[Path, tuple[int, ...]]
+
+
+def stamps(folders: Iterable[Path]) -> Stamps:
+    """The size, the times and the place on the disk of every file in some folders."""
+    files = [path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir()) if path.is_file()]
+    states = ((path, path.stat()) for path in files)
+    return {path: (one.st_size, one.st_mtime_ns, one.st_ctime_ns, one.st_ino) for path, one in states}
+
+
+def check_unchanged(before: Stamps, folders: Iterable[Path]) -> None:
+    """Refuses files that have changed since their stamps were taken.
+
+    Raises:
+        PeftGraphError: names the first.
+    """
+    now = stamps(folders)
+    changed = next((path for path in before.keys() | now.keys() if before.get(path) != now.get(path)), None)
+    if changed is not None:
+        raise PeftGraphError(f"{changed} has changed while it was read, so nothing was made of it. Start again.")
+
+
+def _real(folder: Path) -> list[Path]:
+    """Where a folder and the files in it are, behind links."""
+    inside = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path.resolve() for path in (folder, *inside)]
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,8 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from peftgraph.cli.console import OUT, report, working
-from peftgraph.cli.files import check_target, copy_companions
-from peftgraph.cli.unfinished import unfinished_folder, work_folder
+from peftgraph.cli.files import check_target, check_unchanged, copy_companions, stamps
+from peftgraph.cli.unfinished import is_finished, unfinished_folder, work_folder
+from peftgraph.errors import PeftGraphError
 from peftgraph.interop.adapter_files import read_document
 from peftgraph.interop.formats import is_peft
 from peftgraph.interop.shards.checkpoint import INDEX, SINGLE, Checkpoint
@@ -27,16 +29,28 @@ def is_default(source: Path, adapter: Path) -> bool:
 
 def merge(source: Path, adapter: Path, out: Path, force: bool) -> None:
     """Writes the merged model; everything that can be refused is refused before anything is written."""
-    check_target(out, force)
+    reads = (source, adapter)
+    if not work_folder(out).exists():
+        check_target(out, force, reads)
+    before = stamps(reads)
     checkpoint = Checkpoint.open(source)
+    job = identity(checkpoint, sorted(path for path in before if path.parent == adapter))
+    if is_finished(out, job):
+        OUT.print("It was merged before, and the process was killed when that was done.")
+        report(out, [])
+        return
     updates, notes = (_peft if is_peft(adapter) else _own)(source, adapter, checkpoint)
     check_space(checkpoint, out.absolute(), work_folder(out) / "new")
-    files = sorted(path for path in adapter.iterdir() if path.is_file())
     shards = [file.path.name for file in checkpoint.files]
-    with unfinished_folder(out, identity(checkpoint, files), shards, force) as fresh:
+    with unfinished_folder(out, job, shards, force, reads) as fresh:
         with _bar(checkpoint.size) as wrote:
             kept = write_shards(checkpoint, updates, fresh, wrote)
         copied = copy_companions(source, fresh)
+        try:
+            check_unchanged(before, reads)
+        except PeftGraphError:
+            shutil.rmtree(fresh)
+            raise
     OUT.print("\n".join(notes), highlight=False, markup=False)
     OUT.print(f"shards    {len(shards)}, {checkpoint.size / 1e9:.2f} GB, {kept} of them kept from before")
     report(out, copied)

@@ -6,7 +6,6 @@ Nothing is downloaded and no code of a checkpoint is run; only safetensors are r
 from __future__ import annotations
 
 import difflib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -139,8 +138,11 @@ def _config_path(source: Path) -> Path:
 
 
 def _document(path: Path) -> dict[str, Any]:
+    from peftgraph.interop.documents import parse_json
+    from peftgraph.ir.files import read_regular
+
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = parse_json(read_regular(path).decode())
     except (OSError, ValueError, RecursionError) as error:
         raise PeftGraphError(f"{path} cannot be read as JSON: {first_line(error)}") from None
     if not isinstance(document, dict):

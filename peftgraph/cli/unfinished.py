@@ -1,26 +1,29 @@
 """A folder that takes long to fill: what is finished outlives an interruption, and the whole appears at the end.
 
 Beside DIR lies DIR.unfinished while the work goes on, with `job.json`, which says what is being made, and `new`, which
-becomes DIR.
+becomes DIR. One process at a time works there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from peftgraph.cli.files import check_target
+from peftgraph.cli.files import check_target, made_of, note_made
 from peftgraph.errors import PeftGraphError
-from peftgraph.ir.files import atomic, swap
+from peftgraph.ir.files import MARK, SAVED, atomic, locked, put, read_regular, tidy
 
 JOB = "job.json"
 
 
 @contextmanager
-def unfinished_folder(target: Path, job: str, keep: Iterable[str], force: bool = False) -> Iterator[Path]:
+def unfinished_folder(
+    target: Path, job: str, keep: Iterable[str], force: bool = False, reads: Iterable[Path] = ()
+) -> Iterator[Path]:
     """Gives a folder that becomes `target` when the block succeeds, and stays for the next try when it does not.
 
     Args:
@@ -28,21 +31,32 @@ def unfinished_folder(target: Path, job: str, keep: Iterable[str], force: bool =
         job: what it is made of.
         keep: the files that are kept from an interrupted try at the same job; all others are made anew.
         force: replace `target` if it is not empty.
+        reads: the folders that the work reads, which are never replaced.
 
     Raises:
-        PeftGraphError: `target` holds something and `force` is off, something else is in the way, or the disk refuses.
+        PeftGraphError: `target` holds something and `force` is off, something else is in the way, another process is
+            at work, or the disk refuses.
     """
     work = work_folder(target)
-    new, old = work / "new", work / "old"
+    new, old = work / "new", work / SAVED
     try:
-        if old.exists() and not target.exists():  # killed while the new folder took the place of the old one
-            old.replace(target)
-        check_target(target, force)
-        _start(work, job)
-        _clear(new, set(keep))
-        yield new
-        swap(new, target.absolute(), old)
-        shutil.rmtree(work)
+        _check_work(work)
+        tidy(work.parent)
+        with locked(work, f"merging into {target}", 0.0):
+            try:
+                if old.exists() and not target.exists():  # killed while the new folder took the place of the old one
+                    old.replace(target)
+                check_target(target, force, reads)
+                _start(work, job)
+                _clear(new, set() if made_of(target) == job else set(keep))  # else it may be what was replaced
+                yield new
+                note_made(new, job)
+                check_target(target, force, reads)
+                put(new, target.absolute(), old, force)
+                remove(work)
+            finally:
+                with contextlib.suppress(OSError):
+                    work.rmdir()  # where nothing was begun
     except OSError as error:
         raise PeftGraphError(
             f"{target} cannot be written: {error.strerror or error}. What is finished is kept in {work}."
@@ -55,21 +69,63 @@ def work_folder(target: Path) -> Path:
     return target.parent / f"{target.name}.unfinished"
 
 
+def is_finished(target: Path, job: str) -> bool:
+    """Whether `target` is what a job makes, and its process was killed before it had tidied up; then that is done."""
+    work = work_folder(target)
+    if not (work.exists() or _trash(work).exists()) or made_of(target) != job:
+        return False
+    _check_work(work)
+    with locked(work, f"merging into {target}", 0.0):
+        remove(work)
+    return True
+
+
+def remove(work: Path) -> None:
+    """Removes a work folder: first its name, so that no half of it is found."""
+    trash = _trash(work)
+    shutil.rmtree(trash, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        work.replace(trash)
+        shutil.rmtree(trash, ignore_errors=True)
+
+
+def _trash(work: Path) -> Path:
+    return work.with_name(f".{work.name}{MARK}removed")
+
+
+def _check_work(work: Path) -> None:
+    """Refuses a folder in the place of the work folder that this command did not make; empty ones, and those in which
+    nothing but temporary names are, it may have.
+
+    Raises:
+        PeftGraphError: it is one.
+    """
+    if work.exists() and _known(work) is None and not _is_unused(work):
+        raise PeftGraphError(
+            f"{work} is in the way, and this command did not make it. Move it or choose another folder."
+        )
+
+
+def _is_unused(work: Path) -> bool:
+    return work.is_dir() and all(path.name.startswith(".") for path in work.iterdir())
+
+
+def _known(work: Path) -> str | None:
+    """The job of a work folder; None where it says none."""
+    try:
+        found = json.loads(read_regular(work / JOB))["job"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return found if isinstance(found, str) else None
+
+
 def _start(work: Path, job: str) -> None:
-    """Makes the folder of a job, unless it is there already; one of another job is emptied."""
-    if work.exists() and not (work / JOB).exists() and all(path.name.startswith(".") for path in work.iterdir()):
-        shutil.rmtree(work)  # killed before it began
-    if work.exists():
-        try:
-            known = json.loads((work / JOB).read_text(encoding="utf-8"))["job"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise PeftGraphError(
-                f"{work} is in the way, and this command did not make it. Move it or choose another folder."
-            ) from None
-        shutil.rmtree(work / "old", ignore_errors=True)
-        if known == job:
-            return
-        shutil.rmtree(work / "new", ignore_errors=True)
+    """Makes a work folder that of a job; what is there of another one is emptied."""
+    shutil.rmtree(work / SAVED, ignore_errors=True)
+    if _known(work) == job:
+        return
+    for path in work.iterdir():
+        shutil.rmtree(path, ignore_errors=True)
     with atomic(work / JOB) as temporary:
         temporary.write_text(json.dumps({"job": job}), encoding="utf-8")
 

@@ -8,12 +8,15 @@ may free the next one.
 from __future__ import annotations
 
 from collections import ChainMap, Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TypeVar
 
 import torch
 from torch import Tensor, fx
 
+from peftgraph.fold.form import Form
 from peftgraph.fold.sharing import Sharing
 from peftgraph.fold.step import Settle, Step, Write
 from peftgraph.ir.builder import erase, sort
@@ -22,8 +25,9 @@ from peftgraph.ir.table import Table
 from peftgraph.rewrite.apply import undo
 from peftgraph.rewrite.count import rule_of, short_params
 from peftgraph.rewrite.match import Match
-from peftgraph.rewrite.views import View, rows_view, weight_view
-from peftgraph.sites import Site, Sites, Weight
+from peftgraph.rewrite.rule import Add
+from peftgraph.rewrite.views import View, bias_view, rows_view, weight_view
+from peftgraph.sites import Site, Sites, Weight, ops
 
 aten = torch.ops.aten
 P = TypeVar("P", bound=ProgramData)
@@ -69,6 +73,7 @@ class Folding:
         self._names: dict[str, fx.Node] = {node.name: node for node in self.graph.nodes}
         self._by_id: dict[str, Site] = {site.id: site for site in self.sites}
         self._sharing = Sharing(self.program, self.graph, self.sites, self.untie)
+        self._form = Form(self.program)
         self._multiplied: dict[Weight | None, set[str]] = {}
         for site in self.sites:
             if site.role != "ffn.hidden":
@@ -107,15 +112,51 @@ class Folding:
         read = site.role == "ffn.hidden" or _at_input(edit)
         blocked = self._reader_reason(edit, site) if read else self._order_reason(edit, site)
         makers = ChainMap[str, View | None](dict.fromkeys(edit.nodes), self._makers)
-        view = weight_view(site)
-        return blocked or self._sharing.reason(view, makers)
+        readers = self._multiplied[site.weight] if read else {site.op}
+        blocked = (
+            blocked or self._form.weight_reason(site) or (None if read else self._addend_reason(edit, site, makers))
+        )
+        return blocked or self._sharing.reason(weight_view(site), makers, readers)
+
+    def _addend_reason(self, edit: Edit, site: Site, makers: Mapping[str, View | None]) -> str | None:
+        """Why what a site adds to its product stands in the way of a fold that changes, or looks at, more than the
+        product."""
+        view = bias_view(site)
+        if view is None:
+            added = self._form.unknown_addend(site)
+            return None if self._only_adds(edit, site) else added
+        reason = self._form.bias_reason(site)
+        reason = reason or self._sharing.bias_reason(view, weight_view(site), makers, self._form.adders(site))
+        return reason if reason is not None and view.parameter in self._touched(edit) else None
+
+    def _only_adds(self, edit: Edit, site: Site) -> bool:
+        """Whether what an edit adds to a site's output does not depend on that output."""
+        output = site.ports.get("output", site.op)
+        values = {output, *(move.after for move in self.edits.chain(output))}
+        inside = (self._names[name] for name in edit.nodes if ops.name(self._names[name]) not in ops.SCATTER)
+        reads = sum(
+            one.name in values and one.name not in edit.nodes for node in inside for one in node.all_input_nodes
+        )
+        return isinstance(rule_of(self.program, edit).join, Add) and reads == 1
+
+    def _touched(self, edit: Edit) -> set[str]:
+        step = self._step(edit)
+        assert isinstance(step, Write)
+        return step.touched(self._shapes)
+
+    @cached_property
+    def _shapes(self) -> Table:
+        """The program's table on the meta device."""
+        table = self.program.table
+        return Table((n, replace(e, tensor=torch.empty_like(e.tensor, device="meta"))) for n, e in table.items())
 
     def _joint_reason(self, edit: Edit) -> str | None:
         """Why rows may not change for all sites of a pass that trains them; those of its edits that are left fold
         together."""
         every = [one for one in self.program.edits if one.application == edit.application]
         for one in self.edits:
-            blocked = self._order_reason(one, self._by_id[one.site]) if one in every else None
+            site = self._by_id[one.site]
+            blocked = self._order_reason(one, site) or self._form.weight_reason(site) if one in every else None
             if blocked is not None:
                 return blocked
         view = self._window(edit)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from peftgraph.errors import NoFold
 from peftgraph.fold.engine import Folding, stored_tensor
-from peftgraph.fold.proof import Proof, prove
-from peftgraph.fold.step import Settle, Step, Write, cut
+from peftgraph.fold.proof import Proof, check_finite, prove
+from peftgraph.fold.step import Recording, Settle, Step, Write, cut
 from peftgraph.ir.program import ProgramData
 from peftgraph.ir.table import Entry, Table
 from peftgraph.ir.verify import verify
@@ -35,8 +35,10 @@ def plan(program: ProgramData, sites: Sites, trained: Mapping[str, Tensor]) -> P
 
     Raises:
         NoFold: something cannot be folded exactly.
-        ProofError: the folded graph is not the base's, or another tensor than the expected ones changes.
+        ProofError: the folded graph is not the base's, another tensor than the expected ones changes, or a value of a
+            parameter is not finite.
     """
+    check_finite(trained.items())
     folding = Folding(program, sites).run()
     if folding.reasons:
         raise NoFold(folding.reasons)
@@ -165,19 +167,7 @@ def _taken(program: ProgramData, steps: Iterable[Step]) -> Iterator[Taken]:
         if isinstance(step, Settle):
             yield from (Taken(Settle((name,)), frozenset(), frozenset({name})) for name in step.names)
             continue
-        table = _Recording(program.table)
+        table = Recording(program.table)
         _, written = step.run(table, None)
         base = frozenset(name for name in table.read if not program.table[name].added)
         yield Taken(step, base, frozenset(view.parameter for view in written))
-
-
-class _Recording(Table):
-    """A table that remembers which entries were looked at."""
-
-    def __init__(self, table: Table) -> None:
-        super().__init__(table)
-        self.read: set[str] = set()
-
-    def __getitem__(self, name: str) -> Entry:
-        self.read.add(name)
-        return super().__getitem__(name)

@@ -2,14 +2,16 @@
 
 Three facts make it: the folded text is the base's text; exactly the expected tensors changed, each by one rounding of
 what float64 algebra gives; and outputs on probe inputs agree, in float64 up to float64's own rounding and in the
-program's dtype up to its rounding.
+program's dtype up to its rounding. What is not finite proves nothing: parameters must be finite, and a written value
+or an output may be infinite or no number only where the base's own is.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,6 +22,9 @@ from peftgraph.ir.program import ProgramData
 from peftgraph.ir.run import contractions, run, run_wide
 from peftgraph.ir.text import print_program
 from peftgraph.rewrite.views import View
+
+Runner = Callable[[ProgramData, Sequence[Tensor]], list[Tensor]]
+LIMIT = 8.0  # epsilons between a stored value and the exact one: float32 sums over a rank's terms, then one rounding
 
 
 class ProofError(PeftGraphError):
@@ -35,12 +40,18 @@ class Probe:
         dtype: what both programs ran in.
         error: the largest difference over the largest magnitude of the output.
         bound: what the dtype allows.
+        unknown: how many outputs are not finite, nor are the base's, and were not compared.
     """
 
     what: str
     dtype: str
     error: float
     bound: float
+    unknown: int = 0
+
+    def __str__(self) -> str:
+        rest = f"; {self.unknown} outputs are not finite, nor are the base's" if self.unknown else ""
+        return f"{self.what}, {self.dtype}: relative difference {self.error:.1e}, bound {self.bound:.1e}{rest}"
 
 
 @dataclass(frozen=True)
@@ -77,10 +88,7 @@ class Proof:
             lines.append(
                 f"rounding  {self.rounding:.2f} epsilon at most between a stored value and the float64 algebra"
             )
-        lines += [
-            f"outputs   {p.what}, {p.dtype}: relative difference {p.error:.1e}, bound {p.bound:.1e}"
-            for p in self.probes
-        ]
+        lines += [f"outputs   {probe}" for probe in self.probes]
         lines += [f"left      {reason}" for reason in self.left]
         return "\n".join(lines)
 
@@ -96,6 +104,7 @@ def prove(program: ProgramData, folding: Folding, folded: ProgramData) -> Proof:
     Raises:
         ProofError: a fact does not hold.
     """
+    check_finite((name, program.table[name].tensor) for edit in program.edits for name in edit.parameters)
     text_equal = _compare_texts(program, folded, bool(folding.reasons))
     _compare_tensors(program, folding, folded)
     split = tuple(name for name in folding.changed if len(program.table.tied(name)) > len(folded.table.tied(name)))
@@ -103,10 +112,29 @@ def prove(program: ProgramData, folding: Folding, folded: ProgramData) -> Proof:
     probes: tuple[Probe, ...] = ()
     if program.table.device.type != "meta":
         exact = Folding(program, folding.sites, torch.float64, folding.untie).run().result(program)
-        rounding = _rounding(folded, exact, program, list(folding.changed))
-        probes = tuple(_probe(program, folded, exact))
+        rounding = max((_rounding(folded, exact, program, name) for name in folding.changed), default=0.0)
+        probes = tuple(_probe(program, folded, exact, folding.changed))
     changed = {name: tuple(dict.fromkeys(_window(view) for view in views)) for name, views in folding.changed.items()}
     return Proof(text_equal, changed, split, rounding, probes, tuple(folding.reasons))
+
+
+def check_finite(parameters: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuses parameters that hold infinities or no numbers.
+
+    Args:
+        parameters: of the passes, with their names.
+
+    Raises:
+        ProofError: names the first.
+    """
+    for name, tensor in parameters:
+        known = tensor.device.type != "meta" and tensor.is_floating_point()
+        wrong = int((~torch.isfinite(tensor.detach())).sum()) if known else 0
+        if wrong:
+            raise ProofError(
+                f"{name} holds {wrong} values that are infinite or no numbers, and these cannot be folded. Go back to "
+                "an adapter from before its training failed."
+            )
 
 
 def _compare_texts(program: ProgramData, folded: ProgramData, partial: bool) -> bool | None:
@@ -130,42 +158,88 @@ def _compare_tensors(program: ProgramData, folding: Folding, folded: ProgramData
             continue
         if before.device.type == "meta":
             continue
-        same = entry.tensor == before
+        same = _bits(entry.tensor) == _bits(before)
         for view in folding.changed[name]:
             same = view.put(same, torch.ones_like(view.get(same)))
         if not bool(same.all()):
             raise ProofError(f"{name} changed outside of {', '.join(map(_window, folding.changed[name]))}.")
 
 
-def _rounding(folded: ProgramData, exact: ProgramData, program: ProgramData, names: Sequence[str]) -> float:
-    """The largest distance of a stored value from the exact one, in epsilons of its dtype and its tensor's size."""
-    worst = 0.0
-    for name in names:
-        stored, precise = folded.table[name].tensor, exact.table[name].tensor
-        before = stored_tensor(program, name).double()
-        magnitude = torch.stack([t.abs().max() for t in (precise, before, precise - before)]).max().clamp_min(1e-300)
-        eps = torch.finfo(stored.dtype).eps
-        worst = max(worst, float((stored.double() - precise).abs().max() / magnitude / eps))
-    limit = 8.0  # float32 accumulation over a rank's terms, then one rounding
-    if worst > limit:
+def _bits(tensor: Tensor) -> Tensor:
+    """The values as whole numbers of their bits, so that what is no number equals itself and 0.0 is not -0.0."""
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.view(kinds[tensor.element_size()]) if tensor.is_floating_point() else tensor
+
+
+def _rounding(folded: ProgramData, exact: ProgramData, program: ProgramData, name: str) -> float:
+    """The largest distance of a tensor's stored values from the exact ones, in epsilons of its dtype and its size."""
+    stored, precise = folded.table[name].tensor, exact.table[name].tensor
+    before = stored_tensor(program, name).double()
+    finite = torch.isfinite(stored) & torch.isfinite(precise)
+    if bool((~finite & torch.isfinite(before)).any()):
         raise ProofError(
-            f"A folded weight is {worst:.1f} epsilon away from the float64 algebra; {limit:.0f} are allowed."
+            f"{name} is finite in the base and would not be after folding: its new values do not fit "
+            f"{_short(stored.dtype)}. Convert the model to a wider dtype and fold there."
+        )
+    if not bool(finite.any()):
+        return 0.0
+    eps = torch.finfo(stored.dtype).eps
+    stored, precise, before = stored.double()[finite], precise[finite], before[finite]
+    before = torch.where(torch.isfinite(before), before, precise)  # what was no number may have become one
+    magnitude = torch.stack([t.abs().max() for t in (precise, before, precise - before)]).max().clamp_min(1e-300)
+    worst = float((stored - precise).abs().max() / magnitude / eps)
+    if not worst <= LIMIT:
+        raise ProofError(
+            f"{name} is {worst:.1f} epsilon away from the float64 algebra after folding; {LIMIT:.0f} are allowed."
         )
     return worst
 
 
-def _probe(program: ProgramData, folded: ProgramData, exact: ProgramData) -> list[Probe]:
-    depth = max(1, contractions(program.graph))
+def _probe(program: ProgramData, folded: ProgramData, exact: ProgramData, changed: Iterable[str]) -> list[Probe]:
+    depth, dtype = max(1, contractions(program.graph)), program.table.dtype
+    base = program.base if program.base is not None else program
+    stored = {dtype, *(folded.table[name].tensor.dtype for name in changed)}  # what changed is rounded to its own
+    bounds = torch.float64, max(stored, key=lambda kind: torch.finfo(kind).eps)
+    runs: list[tuple[Runner, ProgramData, torch.dtype]] = [(run_wide, exact, torch.float64), (run, folded, dtype)]
     found: list[Probe] = []
     for inputs in probe_inputs(program):
         what = ", ".join("x".join(map(str, value.shape)) for value in inputs)
-        algebra = _distance(run_wide(program, inputs), run_wide(exact, inputs))
-        found.append(_checked(Probe(what, "float64", algebra, _bound(torch.float64, depth))))
-        dtype = program.table.dtype
-        if dtype != torch.float64:
-            stored = _distance(run(program, inputs), run(folded, inputs))
-            found.append(_checked(Probe(what, str(dtype).removeprefix("torch."), stored, _bound(dtype, depth))))
+        for (runner, after, kind), coarse in zip(runs[: 1 + (dtype != torch.float64)], bounds, strict=False):
+            before, now = runner(program, inputs), runner(after, inputs)
+            known = _known(before, now, partial(runner, base, inputs), what)
+            unknown = sum(int((~places).sum()) for places in known)
+            error = _distance(before, now, known)
+            found.append(_checked(Probe(what, _short(kind), error, _bound(coarse, depth), unknown)))
     return found
+
+
+def _known(
+    before: Sequence[Tensor], now: Sequence[Tensor], base: Callable[[], Sequence[Tensor]], what: str
+) -> list[Tensor]:
+    """For each output, where it is finite and so can be compared.
+
+    Args:
+        before: the outputs of the program.
+        now: those of the folded one.
+        base: gives those of the base.
+        what: the inputs, for messages.
+
+    Raises:
+        ProofError: an output is not finite where the base's is, or none is finite anywhere.
+    """
+    known = [torch.isfinite(x) & torch.isfinite(y) for x, y in zip(before, now, strict=True)]
+    if all(bool(places.all()) for places in known):
+        return known
+    for number, (places, own) in enumerate(zip(known, base(), strict=True)):
+        excused = ~torch.isfinite(own) if own.shape == places.shape else torch.zeros_like(places)
+        if bool((~places & ~excused).any()):
+            raise ProofError(
+                f"Output {number} on {what} is infinite or no number where the base's is finite, so that nothing is "
+                "proved there: what the passes learned is too large for this model."
+            )
+    if not any(bool(places.any()) for places in known):
+        raise ProofError(f"No output on {what} is finite, nor is the base's, so that outputs prove nothing.")
+    return known
 
 
 def _bound(dtype: torch.dtype, depth: int) -> float:
@@ -190,21 +264,24 @@ def probe_inputs(program: ProgramData) -> list[tuple[Tensor, ...]]:
     return examples
 
 
-def _distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    """The largest difference of two lists of outputs, over the largest magnitude; nan counts as infinite."""
+def _distance(a: Sequence[Tensor], b: Sequence[Tensor], known: Sequence[Tensor]) -> float:
+    """The largest difference of two lists of outputs where they are known, over the largest magnitude."""
     worst = 0.0
-    for x, y in zip(a, b, strict=True):
+    for x, y, places in zip(a, b, known, strict=True):
         if not x.is_floating_point():
             worst = max(worst, 0.0 if torch.equal(x, y) else math.inf)
             continue
         x, y = x.double(), y.double()
-        both = torch.isfinite(x) & torch.isfinite(y)
         if not torch.equal(torch.isfinite(x), torch.isfinite(y)):
             return math.inf
-        x, y = x[both], y[both]
+        x, y = x[places], y[places]
         if x.numel():
             worst = max(worst, float((x - y).abs().max() / x.abs().max().clamp_min(1e-300)))
     return worst
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _window(view: View) -> str:

@@ -4,32 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
-import torch
 from torch import fx
 
 from peftgraph.ir.program import ProgramData, stored
-from peftgraph.rewrite.views import View, weight_view
-from peftgraph.sites import Site, Sites
-
-aten = torch.ops.aten
-LAYOUT = {
-    aten.t.default,
-    aten.transpose.int,
-    aten.permute.default,
-    aten.slice.Tensor,
-    aten.select.int,
-    aten.chunk.default,
-    aten.split.Tensor,
-    aten.split_with_sizes.default,
-    aten.unbind.int,
-    aten.view.default,
-    aten.reshape.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.contiguous.default,
-    aten.to.dtype,
-    aten.to.device,
-}
+from peftgraph.rewrite.views import View, bias_view, weight_view
+from peftgraph.sites import Site, Sites, ops
 
 
 class Sharing:
@@ -46,22 +25,26 @@ class Sharing:
         self._program, self._untie = program, untie
         self._stored: dict[str, list[fx.Node]] = {}
         self._sites: dict[str, list[Site]] = {}
+        self._biased: dict[str, list[Site]] = {}  # by the operators that may add their biases
         for node in stored(graph):
             self._stored.setdefault(str(node.target), []).append(node)
         for site in sites:
             self._sites.setdefault(site.op, []).append(site)
+            for name in {site.op, site.ports.get("output", site.op)}:
+                self._biased.setdefault(name, []).append(site)
 
-    def reason(self, view: View | None, makers: Mapping[str, View | None]) -> str | None:
+    def reason(self, view: View | None, makers: Mapping[str, View | None], readers: Collection[str]) -> str | None:
         """Why a window of a weight may not change for one site alone; None when it may.
 
         Args:
             view: what would change; None where the site has no weight.
             makers: for the nodes of edits, the window that the edit changes; None for the edit that is folded.
+            readers: the operators of the site, which are to see the change.
         """
         if view is None:
             return "it has no weight to fold into"
         foreign = self._foreign(view, makers, (view.parameter,))
-        if len(foreign) > 1:
+        if len(foreign) > 1 or any(reader.name not in readers for reader in foreign):
             return _leaks(view, foreign)
         others = [name for name in self._program.table.tied(view.parameter) if name != view.parameter]
         used = [name for name in others if any(True for _ in self._readers(name))]
@@ -84,6 +67,32 @@ class Sharing:
         others = [reader for reader in foreign if reader.name not in together]
         return _leaks(view, foreign) if others else None
 
+    def bias_reason(
+        self, view: View, weight: View | None, makers: Mapping[str, View | None], adders: Collection[str]
+    ) -> str | None:
+        """Why a window of a bias may not change for one site alone; None when it may.
+
+        Args:
+            view: what would change.
+            weight: of the site.
+            makers: for the nodes of edits, the window of a weight that the edit changes; None for the edit that is
+                folded.
+            adders: the operators that add the bias at the site.
+        """
+        names = self._program.table.tied(view.parameter)
+        readers = [reader for name in names for reader in self._readers(name)]
+        apart = (self._adds_apart(reader, view, weight, makers) for reader in readers if reader.name not in adders)
+        return None if all(apart) else _leaks(view, readers)
+
+    def _adds_apart(self, reader: fx.Node, view: View, weight: View | None, makers: Mapping[str, View | None]) -> bool:
+        """Whether `reader` belongs to another site, or an edit of one, and owns no value of a bias's window."""
+        if reader.name in makers:
+            own = makers[reader.name]
+            return own is None or (weight is not None and not own.overlaps(weight))
+        found = (bias_view(other) for other in self._biased.get(reader.name, ()))
+        windows = [window for window in found if window is not None and window.parameter == view.parameter]
+        return bool(windows) and not any(window.overlaps(view) for window in windows)
+
     def _foreign(self, view: View, makers: Mapping[str, View | None], names: Collection[str]) -> list[fx.Node]:
         """Who reads values of a window, by any of some names."""
         readers = [reader for name in names for reader in self._readers(name)]
@@ -99,7 +108,7 @@ class Sharing:
                 if user in seen:
                     continue
                 seen.add(user)
-                if user.target in LAYOUT or getattr(user.target, "__name__", "") == "getitem":
+                if ops.name(user) in ops.LAYOUT | ops.CAST:
                     pending.append(user)
                 elif user.op != "placeholder":
                     yield user

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from peftgraph.fold.parts import Part, parts_of
-from peftgraph.ir.table import Table
+from peftgraph.ir.table import Entry, Table
 from peftgraph.rewrite.match import Match
 from peftgraph.rewrite.rule import Params, Rule
 from peftgraph.rewrite.views import View, accumulation_dtype, bias_view, weight_view
@@ -58,6 +58,16 @@ class Write:
         for name, value in new.items():
             table = table.with_tensor(name, value)
         return table, list(written.values())
+
+    def touched(self, table: Table) -> set[str]:
+        """The stored tensors that the fold reads or writes, found by taking the step on shapes alone.
+
+        Args:
+            table: on the meta device.
+        """
+        shapes = Recording(table)
+        _, written = self.run(shapes, None)
+        return shapes.read | {view.parameter for view in written}
 
     def params(self, table: Table, precision: torch.dtype | None) -> dict[str, Tensor]:
         """The edit's parameters by short name, where the weight is, in the dtype that folding accumulates in."""
@@ -115,6 +125,18 @@ class Write:
     def _rows(self, match: Match) -> Mapping[str, int]:
         assert self.rule.by_row is not None
         return self.rule.by_row(match)
+
+
+class Recording(Table):
+    """A table that remembers which entries were looked at."""
+
+    def __init__(self, table: Table) -> None:
+        super().__init__(table)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Entry:
+        self.read.add(name)
+        return super().__getitem__(name)
 
 
 def cut(table: Table, views: Mapping[str, View], part: Part) -> Table:

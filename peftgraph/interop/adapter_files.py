@@ -1,8 +1,8 @@
 """Adapter directories: `adapter.json` (recipe, base, checksum) and a safetensors file with the parameters.
 
-The tensors' file is named after its checksum, so it never replaces another one. `adapter.json` names it and
-is written last: it is the commit point, and an interrupted save leaves the old adapter or the new one, never
-a mixture.
+The tensors' file is named after its content, so it never replaces another one. `adapter.json` names it and is written
+last: it is the commit point, and an interrupted save leaves the old adapter or the new one, never a mixture. After it,
+nothing fails: what cannot be removed is removed by the next save. One checksum is of both files.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -24,11 +25,11 @@ from peftgraph.errors import AdapterError, PeftGraphError
 from peftgraph.interop.documents import read_json, read_tensors
 from peftgraph.interop.filling import applied, check_fit, renamed
 from peftgraph.interop.fingerprint import fingerprint, first_difference
-from peftgraph.ir.files import atomic
+from peftgraph.ir.files import atomic, locked
 from peftgraph.ir.program import ProgramData
 from peftgraph.rewrite.method import Pass, parse_pass
 
-FORMAT = 1
+FORMAT = 2
 INDEX = "adapter.json"
 P = TypeVar("P", bound=ProgramData)
 
@@ -45,14 +46,24 @@ def save(program: ProgramData, directory: Path) -> Path:
     names = _own_parameters(program)
     tensors = {name: program.table[name].tensor.detach().cpu().contiguous() for name in names}
     content = safetensors.torch.save(tensors)
-    checksum = hashlib.sha256(content).hexdigest()
-    file = directory / f"adapter-{checksum[:16]}.safetensors"
+    file = directory / f"adapter-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
     document = {
         "format": FORMAT,
         "recipe": [str(applied.method) for applied in program.history],
         "base": fingerprint(program),
-        "tensors": {"file": file.name, "sha256": checksum, "names": names},
+        "tensors": {"file": file.name, "names": names},
     }
+    document["sha256"] = checksum(document, content)
+    try:
+        with locked(directory, f"saving to {directory}"):
+            _write(directory, file, content, document)
+    except OSError as error:
+        raise PeftGraphError(f"{directory} cannot be written: {error.strerror or error}.") from error
+    return directory
+
+
+def _write(directory: Path, file: Path, content: bytes, document: dict[str, Any]) -> None:
+    """Writes both files; an error leaves what was there."""
     old = _file_of(directory)
     try:
         with atomic(file) as temporary:
@@ -63,9 +74,16 @@ def save(program: ProgramData, directory: Path) -> Path:
         if file != old:
             _discard(file)
         raise
-    if old is not None and old != file:
-        _discard(old)
-    return directory
+    for other in directory.glob("adapter-*.safetensors"):
+        if OWN_NAME.fullmatch(other.name) and other != file:
+            _discard(other)
+
+
+def checksum(document: Mapping[str, Any], content: bytes) -> str:
+    """What `adapter.json` holds under "sha256": of all else in it, and of the tensors' file."""
+    rest = {key: value for key, value in document.items() if key != "sha256"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode() + b"\n" + content).hexdigest()
 
 
 def save_trained(program: ProgramData, trained: Mapping[str, Tensor], directory: Path) -> None:
@@ -107,10 +125,10 @@ def read(program: P, apply: Callable[..., P], directory: Path, name: str | None)
     Args, and what is raised, as for `load`; the program may be on the meta device.
     """
     document = read_document(directory)
+    tensors = _read_tensors(document, directory)
     difference = first_difference(document["base"], program)
     if difference is not None:
         raise AdapterError(f"{directory} fits another base: {difference}.")
-    tensors = _read_tensors(document, directory)
     methods = _methods(document, directory, name)
     tuned = applied(apply, methods, directory)
     wanted = _own_parameters(tuned, since=len(program.history))
@@ -156,11 +174,18 @@ def _is_base(value: object) -> bool:
 def _is_tensors(value: object) -> bool:
     if not isinstance(value, dict) or not _is_strings(value.get("names")):
         return False
-    return isinstance(value.get("file"), str) and isinstance(value.get("sha256"), str)
+    return isinstance(value.get("file"), str)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
 # The parts of `adapter.json` and what each must look like.
-PARTS: dict[str, Callable[[object], bool]] = {"recipe": _is_strings, "base": _is_base, "tensors": _is_tensors}
+PARTS: dict[str, Callable[[object], bool]] = {
+    "recipe": _is_strings, "base": _is_base, "tensors": _is_tensors, "sha256": _is_text,
+}  # fmt: skip
+OWN_NAME = re.compile(r"adapter-[0-9a-f]{16}\.safetensors")
 
 
 def _discard(file: Path) -> None:
@@ -224,7 +249,7 @@ def _read_tensors(document: dict[str, Any], directory: Path) -> dict[str, Tensor
     path = _tensors_path(document, directory)
 
     def checked(content: bytes) -> None:
-        if hashlib.sha256(content).hexdigest() != document["tensors"]["sha256"]:
-            raise AdapterError(f"{path} is damaged: its checksum is not the one that {INDEX} names.")
+        if checksum(document, content) != document["sha256"]:
+            raise AdapterError(f"{path} or {INDEX} beside it is damaged: their checksum is not the one that is noted.")
 
     return read_tensors(path, checked)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,15 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from peftgraph.errors import AdapterError, PeftGraphError
+from peftgraph.ir.files import read_regular
+
+DIGITS = 20  # of a whole number; sizes and tokens have fewer
+NAME = 1024  # characters of a tensor's name
 
 
 def read_json(path: Path, missing: str, raises: type[PeftGraphError] = AdapterError) -> Any:
-    """The content of a JSON file; numbers that JSON does not have are refused.
+    """The content of a JSON file; numbers that JSON does not have, that are too long, and keys that stand twice are
+    refused.
 
     Args:
         path: the file.
@@ -26,11 +32,23 @@ def read_json(path: Path, missing: str, raises: type[PeftGraphError] = AdapterEr
         PeftGraphError: it is missing or unreadable.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        return parse_json(read_regular(path).decode())
     except FileNotFoundError:
         raise raises(missing) from None
     except (OSError, ValueError, RecursionError) as error:
         raise raises(f"{path} is damaged: {error}") from None
+
+
+def parse_json(text: str) -> Any:
+    """What a JSON text says.
+
+    Raises:
+        ValueError: it is none, or ambiguous.
+        RecursionError: it is nested too deep.
+    """
+    return json.loads(
+        text, parse_constant=_refused, parse_int=_whole, parse_float=_fraction, object_pairs_hook=_distinct
+    )
 
 
 def read_object(path: Path, missing: str, raises: type[PeftGraphError] = AdapterError) -> dict[str, Any]:
@@ -55,16 +73,51 @@ def read_tensors(path: Path, check: Callable[[bytes], None] = lambda content: No
         AdapterError: it is missing or unreadable.
     """
     try:
-        content = path.read_bytes()
+        content = read_regular(path)
         check(content)
-        return safetensors.torch.load(content)
+        tensors = safetensors.torch.load(content)
     except FileNotFoundError:
         raise AdapterError(f"{path} is missing.") from None
     except AdapterError:
         raise
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise AdapterError(f"{path} is damaged: {error}") from None
+    check_names(tensors, path)
+    return tensors
 
 
-def _refuse_constant(word: str) -> None:
+def check_names(names: Iterable[str], path: Path) -> None:
+    """Refuses tensors with endless names.
+
+    Raises:
+        AdapterError: there is one.
+    """
+    long = next((name for name in names if len(name) > NAME), None)
+    if long is not None:
+        raise AdapterError(f"{path} is damaged: the name of a tensor has {len(long)} characters.")
+
+
+def _refused(word: str) -> None:
     raise ValueError(f"{word} is no JSON number")
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > DIGITS:
+        raise ValueError(f"a number has {len(digits)} digits")
+    return int(digits)
+
+
+def _fraction(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{digits[:DIGITS]} is larger than any number here")
+    return value
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the key {twice!r} stands twice")
+    return found

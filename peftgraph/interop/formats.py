@@ -10,6 +10,7 @@ from peftgraph.interop import adapter_files
 from peftgraph.interop.adapters.directory import is_adapters, load_adapters
 from peftgraph.interop.peft.config import CONFIG
 from peftgraph.interop.peft.directory import load_peft
+from peftgraph.ir.files import tidy
 from peftgraph.ir.program import ProgramData
 from peftgraph.sites import Sites
 
@@ -30,6 +31,8 @@ def load_directory(program: P, sites: Sites, apply: Callable[..., P], directory:
         AdapterError: the files are missing, damaged, fit another base, or say what no pass does.
         Conflict: an adapter of that name is there already.
     """
+    if not directory.exists():
+        tidy(directory.absolute().parent)  # a writer may have been killed while it put another in its place
     if is_peft(directory):
         return load_peft(program, sites, apply, directory, name)
     if (directory / adapter_files.INDEX).exists() or not (directory / CONFIG).exists():

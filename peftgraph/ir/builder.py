@@ -133,6 +133,14 @@ class Builder:
                 f"{self.maker} would make the parameter {full} at {self.site}, which exists already (made by "
                 f'{self.taken[full]}). Two adapters at one site need names of their own: name="...".'
             )
+        ends = [i for i, letter in enumerate(full) if letter == "."]
+        inner = next((full[:end] for end in ends if full[:end] in self.taken), None)
+        inner = inner or next((name for name in self.taken if name.startswith(f"{full}.")), None)
+        if inner is not None:
+            raise Conflict(
+                f"{self.maker} would make the parameter {full} at {self.site}, and {inner} is a parameter already: one "
+                'name would be that of a module and of a tensor. Give the pass another name: name="...".'
+            )
         value = torch.empty(tuple(shape), dtype=self.dtype, device=self.device)
         if self.device.type != "meta":
             with torch.no_grad():

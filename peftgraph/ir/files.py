@@ -1,14 +1,35 @@
-"""Files and folders are written under a temporary name and renamed, so that no reader ever sees half of one."""
+"""Files and folders are written under a temporary name and renamed, so that no reader ever sees half of one.
+
+What a killed process leaves behind is found by its name and by the lock that died with it, and removed by the next
+writer in the same folder.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import errno
 import os
+import shutil
+import stat
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from peftgraph.errors import PeftGraphError
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked, and nothing that may be in use is removed
+    fcntl = None
+
+MARK = ".peftgraph-"  # in the names of folders that hold what is not finished
+FRESH, SAVED = "new", "old"  # in such a folder, the one that is made, and the one whose place it takes
+UNKNOWN = -1  # in the place of a lock, where the system has none
+PATIENCE = 10.0  # seconds that another writer is waited for
 
 
 @contextmanager
@@ -20,45 +41,199 @@ def atomic(path: Path) -> Iterator[Path]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder:
-            temporary = Path(folder) / path.name
+        with scratch(path) as folder:
+            temporary = folder / path.name
             yield temporary
-            for extra in sorted(Path(folder).iterdir()):
+            for extra in sorted(folder.iterdir()):
                 if extra != temporary:  # external data of a large ONNX file goes first: the file itself is the commit
+                    flush(extra)
                     os.replace(extra, path.parent / extra.name)
-            with open(temporary, "rb") as handle:
-                os.fsync(handle.fileno())
+            flush(temporary)
             os.replace(temporary, path)
     except OSError as error:
         raise PeftGraphError(f"{path} cannot be written: {error.strerror or error}. Nothing was changed.") from error
 
 
 @contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """Gives a temporary folder beside `target`; it becomes `target`, over an old one, when the block succeeds.
+def whole_folder(target: Path, replace: bool = True) -> Iterator[Path]:
+    """Gives a temporary folder beside `target`; it becomes `target` when the block succeeds.
+
+    Args:
+        target: the folder to make.
+        replace: an old one gives way; else it must be empty.
 
     Raises:
-        PeftGraphError: the disk refuses; an old folder stays.
+        PeftGraphError: the disk refuses, or an old folder does not give way; it stays.
     """
-    target = target.absolute()
+    target = target.resolve()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
-            fresh = Path(scratch) / "new"
+        with scratch(target) as folder:
+            fresh = folder / FRESH
             fresh.mkdir()
             yield fresh
-            swap(fresh, target, Path(scratch) / "old")
+            for path in sorted(fresh.rglob("*")):
+                if path.is_file():
+                    flush(path)
+            put(fresh, target, folder / SAVED, replace)
     except OSError as error:
         raise PeftGraphError(f"{target} cannot be written: {error.strerror or error}. Nothing was changed.") from error
 
 
-def swap(fresh: Path, target: Path, old: Path) -> None:
-    """Puts `fresh` where `target` was; an old folder comes back if that fails."""
-    if target.exists():
-        os.replace(target, old)
+@contextmanager
+def scratch(target: Path) -> Iterator[Path]:
+    """Gives an empty folder beside `target`, which is removed in the end: what cannot be removed then is litter, no
+    error. Those of processes that were killed go first."""
+    tidy(target.parent)
+    folder, lock = _own_folder(target)
     try:
-        os.replace(fresh, target)
-    except OSError:
-        if old.exists():
+        yield folder
+    finally:
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            _unlock(lock)
+
+
+def tidy(parent: Path) -> None:
+    """Removes what killed writers left in a folder; an old folder that had to give way comes back if none took its
+    place."""
+    for path in sorted(parent.glob(f".*{MARK}*")):
+        lock = _lock(path) if path.is_dir() and not path.is_symlink() else None
+        if lock in (None, UNKNOWN):
+            continue  # its writer lives, or may
+        try:
+            with contextlib.suppress(OSError):
+                target = parent / path.name[1:].rpartition(MARK)[0]
+                if (path / SAVED).exists() and (path / FRESH).exists() and not target.exists():
+                    os.replace(path / SAVED, target)
+                shutil.rmtree(path, ignore_errors=True)
+        finally:
+            _unlock(lock)
+
+
+def put(fresh: Path, target: Path, old: Path, replace: bool) -> None:
+    """Puts a folder in the place of another, in one step where the system can; else the other comes back if it fails.
+
+    Args:
+        fresh: the folder.
+        target: its place.
+        old: where the other one may go meanwhile, or stay.
+        replace: whether another one that holds something gives way.
+
+    Raises:
+        OSError: the disk refuses, or the other one does not give way.
+    """
+    if not replace or not target.exists():
+        os.replace(fresh, target)  # an empty folder gives way, a full one does not
+    elif not _exchange(fresh, target):
+        os.replace(target, old)
+        try:
+            os.replace(fresh, target)
+        except OSError:
             os.replace(old, target)
-        raise
+            raise
+    with contextlib.suppress(OSError):
+        flush(target.parent)
+
+
+@contextmanager
+def locked(folder: Path, what: str, patience: float = PATIENCE) -> Iterator[None]:
+    """Keeps other processes that ask for the same lock out of a folder, which is made if it is not there.
+
+    Args:
+        folder: the folder.
+        what: another one is doing there, for the message.
+        patience: seconds that it is waited for.
+
+    Raises:
+        OSError: the folder cannot be made.
+        PeftGraphError: another process has the lock.
+    """
+    deadline = time.monotonic() + patience
+    folder.mkdir(parents=True, exist_ok=True)
+    while (lock := _lock(folder)) is None:
+        if time.monotonic() > deadline:
+            raise PeftGraphError(f"Another process is {what}. Wait until it is done, or choose another folder.")
+        time.sleep(0.02)
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        _unlock(lock)
+
+
+def flush(path: Path) -> None:
+    """Has the disk take a file, or the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_regular(path: Path) -> bytes:
+    """The content of a file that is one: pipes and devices could block, or never end.
+
+    Raises:
+        OSError: it is none, is missing, or cannot be read.
+        ValueError: the path itself is impossible.
+    """
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with os.fdopen(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
+        return file.read()
+
+
+def _own_folder(target: Path) -> tuple[Path, int]:
+    """A new folder beside `target` that no other process removes, and its lock."""
+    while True:
+        folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}{MARK}"))
+        lock = _lock(folder)
+        if lock is not None:  # else it was taken for litter before it was locked
+            return folder, lock
+
+
+def _lock(folder: Path) -> int | None:
+    """The lock of a folder, which dies with the process; None where another process has it or removed the folder, and
+    UNKNOWN where there are no locks."""
+    if fcntl is None:
+        return UNKNOWN
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(handle), os.stat(folder)):
+            return handle
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.ENOENT):
+            os.close(handle)
+            return UNKNOWN
+    os.close(handle)
+    return None
+
+
+def _unlock(lock: int) -> None:
+    if lock != UNKNOWN:
+        os.close(lock)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Two folders change their names in one step; False where the system has no such step.
+
+    Raises:
+        OSError: it has, and the disk refuses.
+    """
+    library = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
+    if sys.platform == "darwin" and hasattr(library, "renamex_np"):
+        failed = library.renamex_np(os.fsencode(a), os.fsencode(b), 2)  # pyright: ignore[reportOptionalMemberAccess]
+    elif library is not None and hasattr(library, "renameat2"):
+        failed = library.renameat2(-100, os.fsencode(a), -100, os.fsencode(b), 2)  # from here, RENAME_EXCHANGE
+    else:
+        return False
+    if failed and ctypes.get_errno() not in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return not failed

@@ -11,9 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 from peftgraph.errors import PeftGraphError
 from peftgraph.lower.codes import Code
+from peftgraph.lower.copying import Copied
 
 
-class Block(nn.Module):
+class Block(Copied, nn.Module):
     """A block of a program: its tensors under their own names, and the code of each graph that runs it.
 
     Attributes:

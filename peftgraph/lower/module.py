@@ -18,11 +18,12 @@ from peftgraph.ir.signature import Signature
 from peftgraph.ir.table import Entry
 from peftgraph.lower.blocks import Block, keep, recompute
 from peftgraph.lower.codes import Code, compile_graph
+from peftgraph.lower.copying import Copied
 from peftgraph.lower.outline import outline
 from peftgraph.lower.spans import Span, mark
 
 
-class GraphModule(nn.Module):
+class GraphModule(Copied, nn.Module):
     """A program as a module.
 
     Only the parameters that passes added (or made trainable) require grad, and they are shared with the

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from peftgraph.ir.program import ProgramData, Surrounding
+from peftgraph.lower.copying import Copied
 from peftgraph.lower.module import GraphModule
 from peftgraph.lower.spans import Span
 
@@ -78,4 +79,4 @@ def _share(module: nn.Module, place: nn.Module) -> None:
 def _like(cls: type, **methods: Any) -> type:
     """A class that is `cls` with other methods, under the same name."""
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (cls,), {**names, **methods})
+    return type(cls.__name__, (Copied, cls), {**names, **methods})

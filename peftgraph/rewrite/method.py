@@ -10,12 +10,13 @@ from importlib.metadata import entry_points
 from types import MappingProxyType
 from typing import Any, ClassVar, Self, TypeVar, cast
 
-from peftgraph.errors import RecipeError
+from peftgraph.errors import PeftGraphError, RecipeError, shortened
 from peftgraph.rewrite.match import Match
+from peftgraph.rewrite.options import check_name, hints, plain
 from peftgraph.rewrite.rule import Rule
 from peftgraph.rewrite.spec import build, parse_specs, print_value
 from peftgraph.sites import Pattern
-from peftgraph.sites.select import Selector, as_selector
+from peftgraph.sites.select import Selector
 
 GROUP = "peftgraph.passes"
 QUIET = "quiet"
@@ -42,12 +43,21 @@ class Pass:
     name: str = ""
 
     def __post_init__(self) -> None:
+        known = hints(type(self))
         for item in dataclasses.fields(self):
+            hint = known.get(item.name, Selector if isinstance(item.default, Selector) else Any)
             value = getattr(self, item.name)
-            if isinstance(item.default, Selector) and not isinstance(value, Selector):
-                object.__setattr__(self, item.name, as_selector(value))
-        if self.name and not self.name.isidentifier():
-            raise RecipeError(f"{self.word}: a name must be an identifier (letters, digits, _), got {self.name!r}.")
+            try:
+                object.__setattr__(self, item.name, plain(value, hint))
+            except PeftGraphError:
+                raise
+            except ValueError as error:
+                raise RecipeError(f"{self.word}: option {item.name!r} cannot be {value!r}: {error}.") from None
+        if self.name:
+            try:
+                check_name(self.name)
+            except ValueError as error:
+                raise RecipeError(f"{self.word}: {error}.") from None
         self.check()
 
     def check(self) -> None:
@@ -156,10 +166,15 @@ def find_pass(word: str) -> type[Pass]:
     """
     points = {point.name: point for point in entry_points(group=GROUP)}
     if word not in points:
-        close = difflib.get_close_matches(word, points, n=1)
+        close = difflib.get_close_matches(shortened(word), points, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise RecipeError(f"There is no pass {word!r}.{hint} Known passes: {', '.join(sorted(points))}.")
-    return cast(type[Pass], points[word].load())
+        raise RecipeError(f"There is no pass {shortened(word)!r}.{hint} Known passes: {', '.join(sorted(points))}.")
+    try:
+        return cast(type[Pass], points[word].load())
+    except (ImportError, AttributeError) as error:
+        raise RecipeError(
+            f"The pass {word!r}, which {points[word].value} is to be, cannot be loaded: {error}."
+        ) from None
 
 
 def parse_pass(text: str, patterns: Mapping[str, Pattern] = MappingProxyType({})) -> Pass:
@@ -172,8 +187,11 @@ def parse_pass(text: str, patterns: Mapping[str, Pattern] = MappingProxyType({})
     Raises:
         RecipeError: the text cannot be read.
     """
+    if not isinstance(text, str):
+        raise RecipeError(f"A spec is text such as lora{{rank=8}}, got {type(text).__name__}.")
     specs = parse_specs(text)
     if not specs:
         raise RecipeError("An empty recipe: expected a spec such as lora{rank=8}.")
-    found = [build(find_pass(word), dict(options), patterns) for word, options in specs]
+    classes = {word: find_pass(word) for word in dict.fromkeys(word for word, _ in specs)}
+    found = [build(classes[word], dict(options), patterns) for word, options in specs]
     return found[0] if len(found) == 1 else Pipeline(found)

@@ -7,9 +7,10 @@ from typing import TypeVar
 
 import torch
 
-from peftgraph.errors import PeftGraphError
+from peftgraph.errors import PeftGraphError, RecipeError
 from peftgraph.ir.program import ProgramData
 from peftgraph.rewrite.apply import apply, remove
+from peftgraph.rewrite.options import plain
 from peftgraph.sites import Sites
 
 P = TypeVar("P", bound=ProgramData)
@@ -20,16 +21,19 @@ def mix(program: P, sites: Sites, weights: Mapping[str, float]) -> P:
 
     Raises:
         PeftGraphError: there is no pass of a name.
-        RecipeError: a weight is not 1 and the pass cannot be weighted.
+        RecipeError: a weight is no finite number, or is not 1 and the pass cannot be weighted.
     """
     named = list(dict.fromkeys(applied.name for applied in program.history if applied.name))
     for name in weights:
         if name not in named:
             raise PeftGraphError(f"No pass is called {name!r}. Named passes: {', '.join(named) or 'none'}.")
     kept = [applied for applied in program.history if not applied.name or applied.name in weights]
+    numbers = {name: _weight(name, weight) for name, weight in weights.items()}
     methods = tuple(
-        applied.method.weighted(weights[applied.name]) if applied.name else applied.method for applied in kept
+        applied.method.weighted(numbers[applied.name]) if applied.name else applied.method for applied in kept
     )
+    if [applied.method for applied in program.history] == list(methods):
+        return program
     bare = program
     for which in reversed(range(len(program.history))):
         bare = remove(bare, sites, which)
@@ -37,3 +41,10 @@ def mix(program: P, sites: Sites, weights: Mapping[str, float]) -> P:
         mixed = apply(bare, sites, methods)
     own = {name: program.table[name] for name, entry in mixed.table.items() if entry.added or entry.trainable}
     return mixed.evolve(table=mixed.table.with_(own))
+
+
+def _weight(name: str, weight: float) -> float:
+    try:
+        return plain(weight, float)
+    except ValueError as error:
+        raise RecipeError(f"The weight of {name!r} cannot be {weight!r}: {error}.") from None

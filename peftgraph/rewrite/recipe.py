@@ -9,12 +9,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import tomllib
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from peftgraph.errors import PeftGraphError, RecipeError
+from peftgraph.errors import PeftGraphError, RecipeError, shortened
+from peftgraph.ir.files import read_regular
 from peftgraph.rewrite.method import Pass, Pipeline, find_pass, parse_pass
-from peftgraph.rewrite.spec import build
+from peftgraph.rewrite.spec import build, print_value
 from peftgraph.sites import Pattern
 
 
@@ -29,16 +31,18 @@ def load_recipe(source: str | Path) -> Pass:
     """
     if isinstance(source, str) and "{" in source:
         return parse_pass(source)
-    path = Path(source)
+    if not isinstance(source, str | PathLike):
+        raise RecipeError(f"A recipe is the path of a file, or a spec such as lora{{rank=8}}, got {source!r}.")
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"The recipe {path} cannot be read: {error}") from None
+        path = Path(source)
+        text = read_regular(path).decode()
+    except (OSError, ValueError, TypeError) as error:
+        raise RecipeError(f"The recipe {shortened(str(source))} cannot be read: {shortened(str(error))}") from None
     if path.suffix != ".toml":
         return parse_pass(text)
     try:
         document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise RecipeError(f"{path} is no TOML: {error}") from None
     return _from_document(document, str(path))
 
@@ -54,6 +58,8 @@ def _from_document(document: dict[str, Any], where: str) -> Pass:
         raise RecipeError(f'{where}: a recipe needs at least one [[pass]] table with use = "lora" or another pass.')
     found = []
     for number, table in enumerate(tables, start=1):
+        if not isinstance(table, dict):
+            raise RecipeError(f"{where}: [[pass]] number {number} is no table, but {table!r}.")
         word = table.pop("use", None)
         if not isinstance(word, str):
             raise RecipeError(f'{where}: [[pass]] number {number} needs use = "...", the name of a pass.')
@@ -88,17 +94,22 @@ def patterns_of(method: Pass) -> tuple[Pattern, ...]:
 def to_toml(method: Pass) -> str:
     """The recipe file of a pass; `load_recipe` reads it back."""
     patterns = patterns_of(method)
-    lines = [f"{json.dumps(p.name)} = {json.dumps(str(p).partition(': ')[2], ensure_ascii=False)}" for p in patterns]
+    lines = [f"{_toml(p.name)} = {_toml(str(p).partition(': ')[2])}" for p in patterns]
     lines = ["[patterns]", *lines, ""] if lines else []
     for part in method.passes():
         lines += ["[[pass]]", f'use = "{part.word}"']
         for item in dataclasses.fields(part):
             value = getattr(part, item.name)
             if value is not None and value != "":
-                plain = value if isinstance(value, int | float | str) else _named(str(value), patterns)
-                lines.append(f"{item.name} = {json.dumps(plain)}")  # JSON's numbers and strings are TOML's
+                plain = value if isinstance(value, int | float | str) else _named(print_value(value), patterns)
+                lines.append(f"{item.name} = {_toml(plain)}")
         lines.append("")
     return "\n".join(lines)
+
+
+def _toml(value: float | str) -> str:
+    """A number or a text as TOML spells it: as JSON does, but for what is not ASCII, and for one character."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _named(text: str, patterns: tuple[Pattern, ...]) -> str:

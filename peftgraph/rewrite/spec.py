@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from peftgraph.errors import PeftGraphError, RecipeError
+from peftgraph.errors import PeftGraphError, RecipeError, pointed, shortened
 from peftgraph.sites.select import Selector, as_selector
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ def parse_specs(text: str) -> list[tuple[str, dict[str, str]]]:
         if position >= len(text) or text[position] != "{":
             raise _error(text, position, f"expected '{{' after {word!r}")
         body, position = _balanced(text, position)
+        if len(found) == PASSES:
+            raise _error(text, position, f"more than {PASSES} passes")
         found.append((word, dict(_options(text, body, position - len(body) - 1))))
         position = _skip(text, position)
     return found
@@ -73,7 +75,14 @@ def build(cls: type[Pass], options: dict[str, Any], patterns: Mapping[str, Patte
             raise
         except (PeftGraphError, ValueError, TypeError) as error:
             raise RecipeError(f"{cls.word}: option {key!r} cannot be {raw!r}: {error}") from None
+    lacking = [f.name for f in dataclasses.fields(cls) if f.name not in values and _is_required(f)]
+    if lacking:
+        raise RecipeError(f"{cls.word} needs {', '.join(lacking)}=...")
     return cls(**values)
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _convert(raw: Any, hint: Any, patterns: Mapping[str, Pattern]) -> Any:
@@ -97,9 +106,11 @@ def _convert_scalar(raw: Any, kind: Any) -> Any:
     if isinstance(raw, str) and raw.startswith('"'):
         raw = json.loads(raw)
     if kind is bool:
-        if raw in (True, False, "true", "false"):
+        if isinstance(raw, bool) or raw in ("true", "false"):
             return raw in (True, "true")
         raise ValueError("expected true or false")
+    if kind is str and not isinstance(raw, str):
+        raise ValueError("expected text")
     if kind in (int, float) and (isinstance(raw, bool) or (kind is int and isinstance(raw, float))):
         raise ValueError(f"expected {'a whole number' if kind is int else 'a number'}")
     return kind(raw)
@@ -122,6 +133,8 @@ def _one(text: str, patterns: Mapping[str, Pattern]) -> Pass:
 # the scanner: words, balanced brackets, quoted strings
 
 PAIRS = {"{": "}", "(": ")", "[": "]"}
+PASSES = 256  # of a text
+DEPTH = 64  # brackets within brackets
 
 
 def _skip(text: str, position: int) -> int:
@@ -152,6 +165,8 @@ def _balanced(text: str, position: int) -> tuple[str, int]:
             continue
         if char in PAIRS:
             closing.append(PAIRS[char])
+            if len(closing) > DEPTH:
+                raise _error(text, position, f"more than {DEPTH} brackets within one another")
         elif char in PAIRS.values() and closing.pop() != char:
             raise _error(text, position, f"unexpected {char!r}")
         position += 1
@@ -195,7 +210,4 @@ def _options(text: str, body: str, offset: int) -> Iterator[tuple[str, str]]:
 
 
 def _error(text: str, position: int, what: str) -> RecipeError:
-    line_start = text.rfind("\n", 0, position) + 1
-    line_end = text.find("\n", position)
-    line = text[line_start : line_end if line_end >= 0 else len(text)]
-    return RecipeError(f"{what}:\n  {line}\n  {' ' * (position - line_start)}^")
+    return RecipeError(f"{shortened(what)}:\n{pointed(text, position)}")

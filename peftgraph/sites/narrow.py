@@ -10,9 +10,11 @@ import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Final
 
 from peftgraph.errors import PeftGraphError
+from peftgraph.ir.regular import regular
 
 from .select import Selector, as_selector, quoted, wrapped
 from .site import Site
@@ -36,6 +38,8 @@ class Layers(Selector):
     stop: int | None
 
     def __post_init__(self) -> None:
+        whole = _is_whole(self.start) and (self.stop is None or _is_whole(self.stop))
+        _require(whole, f"layers(...) takes whole numbers, got {self.start!r} and {self.stop!r}.")
         if self.stop is not None and (self.start < 0) == (self.stop < 0) and self.start >= self.stop:
             raise PeftGraphError(
                 f"layers({self.start},{self.stop}) holds no layer: the second number is the first layer left out."
@@ -67,6 +71,9 @@ class Layers(Selector):
 class Stack(Selector):
     name: str
 
+    def __post_init__(self) -> None:
+        _check_word(self.name, "stack")
+
     def matches(self, site: Site) -> bool:
         return site.stack == self.name
 
@@ -78,6 +85,9 @@ class Stack(Selector):
 class Kind(Selector):
     name: str
 
+    def __post_init__(self) -> None:
+        _check_word(self.name, "kind")
+
     def matches(self, site: Site) -> bool:
         return site.kind == self.name
 
@@ -88,6 +98,9 @@ class Kind(Selector):
 @dataclass(frozen=True)
 class Expert(Selector):
     number: int
+
+    def __post_init__(self) -> None:
+        _require(_is_whole(self.number), f"expert(...) takes a whole number, got {self.number!r}.")
 
     def matches(self, site: Site) -> bool:
         return site.expert == self.number
@@ -123,12 +136,14 @@ class Where(Selector):
     def __post_init__(self) -> None:
         if self.path is self.shape is self.out_features is self.in_features is None:
             raise PeftGraphError("where() needs one of path=, shape=, out_features= and in_features=.")
+        sizes = self.shape if isinstance(self.shape, tuple) else (self.shape,)
+        _require(
+            self.shape is None or (isinstance(self.shape, tuple) and bool(sizes) and all(map(_is_whole, sizes))),
+            f"where(shape=...) takes a tuple of whole numbers, got {self.shape!r}.",
+        )
         if self.path is None:
             return
-        try:
-            re.compile(self.path)
-        except re.error as problem:
-            raise PeftGraphError(f"where(path={quoted(self.path)}) is no regular expression: {problem}") from None
+        regular(self.path)
         # \" and " are one regular expression, and only the second can be written between quotes
         plain = re.sub(r"\\.", lambda pair: '"' if pair[0] == '\\"' else pair[0], self.path, flags=re.DOTALL)
         object.__setattr__(self, "path", plain)
@@ -141,7 +156,7 @@ class Where(Selector):
         shape = site.shape or ()
         features = ((self.out_features, shape[:1]), (self.in_features, shape[1:2]))
         return (
-            (self.path is None or re.fullmatch(self.path, site.path) is not None)
+            (self.path is None or regular(self.path).fullmatch(site.path))
             and (self.shape is None or site.shape == self.shape)
             and all(asked is None or (bool(size) and asked.holds(size[0])) for asked, size in features)
         )
@@ -173,10 +188,29 @@ def comparison(value: int | str | None) -> Comparison | None:
     """
     if value is None:
         return None
-    found = re.fullmatch(r"\s*(<=|>=|==|!=|<|>)?\s*(\d+)\s*", str(value))
-    if found is None or isinstance(value, bool):
+    found = re.fullmatch(r"\s*(<=|>=|==|!=|<|>)?\s*(\d{1,18})\s*", str(value)) if _is_compared(value) else None
+    if found is None:
         raise PeftGraphError(f'{value!r} compares with nothing: write a number, or a text like ">=1024".')
     return Comparison(found[1] or "==", int(found[2]))
+
+
+def _is_compared(value: object) -> bool:
+    return isinstance(value, str) or _is_whole(value)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _require(holds: bool, words: str) -> None:
+    if not holds:
+        raise PeftGraphError(words)
+
+
+def _check_word(name: object, filter: str) -> None:
+    """Refuses what the text of a selector cannot say."""
+    plain = isinstance(name, str) and not {'"', "\\"} & set(name)
+    _require(plain, f"{filter}(...) takes a name in which no quote and no backslash stands, got {name!r}.")
 
 
 class _Alone:

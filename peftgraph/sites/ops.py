@@ -25,6 +25,7 @@ LAYOUT: Final = words(
     "pixel_shuffle broadcast_to tensor_split take_along_dim mH mT",
 )
 CUT: Final = words("slice select narrow getitem index index_select gather")
+SCATTER: Final = words("slice_scatter select_scatter index_copy")
 # What takes the size or the dtype of its last operand, and what takes nothing else of its operand.
 LIKE: Final = words("expand_as view_as reshape_as type_as")
 FILLED: Final = words(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from peftgraph.errors import PeftGraphError
+from peftgraph.errors import PeftGraphError, pointed, shortened
 
 from .narrow import Expert, Kind, Layers, Stack, layers
 from .select import (
@@ -33,6 +33,9 @@ from .select import (
 if TYPE_CHECKING:
     from .patterns import Pattern
 
+DEPTH: Final = 64  # brackets and ~ within one another
+TERMS: Final = 200  # of a selector, which are matched one within the other
+DIGITS: Final = 18  # of a number
 OPTIONS: Final = ("path", "shape", "out_features", "in_features")
 TOKEN: Final = re.compile(
     r"\s*(?:(?P<where>\.\s*where\b)|(?P<part>\.(?:\w+|\*))|(?P<word>[A-Za-z_]\w*(?:\.(?!where\b)(?:\w+|\*))*)"
@@ -53,7 +56,11 @@ class Parser:
         self.text = text
         self.patterns = patterns
         self.at = 0
+        self.depth = 0
         self.tokens = self._tokens()
+        marks = [token for token in self.tokens if token.text in ("|", "&", "~") or token.kind == "where"]
+        if len(marks) > TERMS:
+            self._fail(marks[TERMS], f"more than {TERMS} terms; split the pass, or use path= with a regular expression")
 
     def parse(self) -> Selector:
         found = self._either()
@@ -78,7 +85,7 @@ class Parser:
     def _fail(self, token: Token, problem: str) -> NoReturn:
         words = ", ".join([*WORDS, *(f"{name}(...)" for name in FILTERS), '.where(path="...")'])
         raise PeftGraphError(
-            f"cannot read the selector: {problem}\n  {self.text}\n  {' ' * token.at}^\nKnown words: {words}"
+            f"cannot read the selector: {shortened(problem)}\n{pointed(self.text, token.at)}\nKnown words: {words}"
             + "".join(f", {name}.*" for name in self.patterns)
         )
 
@@ -86,8 +93,9 @@ class Parser:
         return self.tokens[self.at]
 
     def _take(self) -> Token:
-        self.at += 1
-        return self.tokens[self.at - 1]
+        token = self.tokens[self.at]
+        self.at += token.kind != "end"
+        return token
 
     def _expect(self, text: str) -> Token:
         token = self._take()
@@ -110,10 +118,16 @@ class Parser:
         return left
 
     def _prefix(self) -> Selector:
+        self.depth += 1
+        if self.depth > DEPTH:
+            self._fail(self._peek(), f"more than {DEPTH} brackets and ~ within one another")
         if self._peek().text == "~":
             self._take()
-            return Not(self._prefix())
-        return self._suffixed()
+            found: Selector = Not(self._prefix())
+        else:
+            found = self._suffixed()
+        self.depth -= 1
+        return found
 
     def _suffixed(self) -> Selector:
         found = self._primary()
@@ -172,7 +186,7 @@ class Parser:
         if name is not None:
             return self._part_of(self.patterns[name], token, token.text[len(name) + 1 :])
         if token.text not in WORDS:
-            self._fail(token, f"unknown word {token.text!r}{suggestion(token.text)}")
+            self._fail(token, f"unknown word {token.text!r}{suggestion(shortened(token.text))}")
         return role(token.text)
 
     def _pattern(self) -> Selector:
@@ -216,6 +230,8 @@ class Parser:
         token = self._take()
         if token.kind != "number":
             self._fail(token, f"expected a number, found {token.text!r}")
+        if len(token.text) > DIGITS:
+            self._fail(token, f"a number of {len(token.text)} digits")
         return int(token.text)
 
     def _string(self) -> str:

@@ -149,7 +149,9 @@ def store(flow: Flow, found: Contraction) -> tuple[Weight, int | None] | None:
     if len(sizes) < 2:
         return None
     if leaf is found.weight or _plain(flow, found.weight):
-        return _direct(leaf, sizes, found, rank, flow)
+        weight, expert = _direct(leaf, sizes, found, rank, flow)
+        rearranged = weight.experts is None and flow.picks(found.weight) is not None
+        return None if rearranged else (weight, expert)  # an index into features has them in another order
     return _traced(flow, found, leaf, sizes, rank)
 
 
@@ -184,8 +186,13 @@ def _traced(
             return None
         rows = _only(tags, {a % rank for a in found.outer})
         if rows is not None:
-            outer.append((axis, in_order(rows)))
-        elif _only(tags, {a % rank for a in found.inner}) is not None:
+            numbers = in_order(rows)
+            if rows.numel() != numbers.numel():
+                return None  # a feature stands in two places, or in none
+            outer.append((axis, numbers))
+        elif (columns := _only(tags, {a % rank for a in found.inner})) is not None:
+            if not torch.equal(columns.flatten(), torch.arange(1, sizes[axis] + 1)):
+                return None  # a site has a window of outputs, and all inputs in their order
             inner.append(axis)
         elif squeeze_constant(tags).dim() == 0:
             expert = None if flow.picks(found.weight) else int(squeeze_constant(tags).item()) - 1

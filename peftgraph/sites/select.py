@@ -270,7 +270,13 @@ def as_selector(value: object, patterns: Mapping[str, Pattern] = MappingProxyTyp
 
 
 def parse_selector(text: str, patterns: Mapping[str, Pattern] = MappingProxyType({})) -> Selector:
-    """The inverse of str(selector); `patterns` are the ones that the text may call by name."""
+    """The inverse of str(selector); `patterns` are the ones that the text may call by name.
+
+    Raises:
+        PeftGraphError: it cannot be read; the message shows the place.
+    """
     from .parse import Parser
 
+    if not isinstance(text, str):
+        raise PeftGraphError(f"a selector is an object like attention.q or its text, not {type(text).__name__}")
     return Parser(text, patterns).parse()

@@ -10,6 +10,7 @@ import zoo
 from transformers import AutoModel
 
 import peftgraph as pg
+from peftgraph.cli.files import note_made
 from peftgraph.cli.models import load, trace
 
 RECIPE = "lora{rank=2}; ia3{}"
@@ -84,6 +85,9 @@ def test_merge_overwrites_only_when_forced(cli, folder: Path, adapter: Path, tmp
     assert result.exit_code == 1
     assert "--force replaces it" in result.stderr
     assert (out / "precious.txt").exists()
+    assert "was not made by this command" in cli("merge", folder, adapter, "--out", out, "--force").stderr
+    assert (out / "precious.txt").exists()
+    note_made(out, "")
     assert cli("merge", folder, adapter, "--out", out, "--force").exit_code == 0
     assert not (out / "precious.txt").exists()
     assert (out / "model.safetensors").exists()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
+import faults
 import peft
 import pytest
 import sharded
@@ -18,7 +21,11 @@ from sharded import contents, differing
 from transformers import AutoModel
 
 import peftgraph as pg
-from peftgraph.cli.unfinished import unfinished_folder, work_folder
+from peftgraph.cli import merge_shards
+from peftgraph.cli.files import MADE, atomic_folder, note_made
+from peftgraph.cli.unfinished import is_finished, unfinished_folder, work_folder
+from peftgraph.ir import files
+from peftgraph.ir.files import atomic
 
 KILLED = """
 import os, signal, sys
@@ -60,7 +67,8 @@ def theirs(base: Path) -> Path:
 
 
 def listed(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    """The names in a folder, without what says that the command made it."""
+    return sorted(path.name for path in folder.iterdir() if path.name != MADE)
 
 
 def test_several_files_are_merged_by_shard(cli, base: Path, tmp_path: Path) -> None:
@@ -112,9 +120,70 @@ def test_everything_is_refused_before_anything_is_written(cli, base: Path, their
     assert result.exit_code == 1
     assert "--force replaces it" in result.stderr
     assert listed(tmp_path) == ["a", "full"]
-    assert cli("merge", base, theirs, "--out", tmp_path / "full", "--force").exit_code == 0
-    assert listed(tmp_path / "full") == listed(base)
+    result = cli("merge", base, theirs, "--out", tmp_path / "full", "--force")
+    assert result.exit_code == 1
+    assert "was not made by this command, and --force replaces no other" in result.stderr
+    assert listed(tmp_path / "full") == ["precious.txt"]
     assert listed(tmp_path) == ["a", "full"]
+
+
+def test_force_replaces_what_this_command_made(cli, base: Path, theirs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+    assert cli("merge", base, theirs, "--out", out).exit_code == 0
+    (out / "stale.txt").write_text("from before")
+    assert "--force" in cli("merge", base, theirs, "--out", out).stderr
+    assert cli("merge", base, theirs, "--out", out, "--force").exit_code == 0
+    assert listed(out) == listed(base)
+    assert listed(tmp_path) == ["merged"]
+
+
+def test_what_the_run_reads_is_never_replaced(cli, base: Path, theirs: Path, tmp_path: Path) -> None:
+    source, adapter = tmp_path / "in" / "model", tmp_path / "in" / "adapter"
+    shutil.copytree(base, source)
+    shutil.copytree(theirs, adapter)
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    shard = next(source.glob("*.safetensors"))
+    shard.rename(blobs / "1")
+    shard.symlink_to(blobs / "1")
+    for folder in (source, adapter, tmp_path / "in", blobs):
+        note_made(folder, "job")
+    before = sorted(tmp_path.rglob("*"))
+    for out in (source, adapter, tmp_path / "in", tmp_path / "link", blobs):
+        for how in ("--by-shard", "--whole"):
+            result = cli("merge", source, adapter, "--out", out, "--force", how)
+            assert result.exit_code == 1
+            assert "which is read here; choose another folder" in result.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("changed", ["config.json", "model-00001", "adapter_config.json"])
+def test_a_source_that_changes_meanwhile_is_noticed(
+    changed: str, cli, base: Path, theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, adapter = tmp_path / "model", tmp_path / "adapter"
+    shutil.copytree(base, source)
+    shutil.copytree(theirs, adapter)
+    (path,) = (one for folder in (source, adapter) for one in folder.iterdir() if one.name.startswith(changed))
+    write = merge_shards.write_shards
+
+    def meanwhile(*args: Any) -> int:
+        kept = write(*args)
+        content = path.read_bytes()
+        path.unlink()
+        path.write_bytes(content)  # the same, as far as a size tells
+        return kept
+
+    monkeypatch.setattr(merge_shards, "write_shards", meanwhile)
+    result = cli("merge", source, adapter, "--out", tmp_path / "merged")
+    assert result.exit_code == 1
+    assert f"{path} has changed while it was read" in result.stderr.replace("\n", "")
+    monkeypatch.undo()
+    assert not (tmp_path / "merged").exists()
+    result = cli("merge", source, adapter, "--out", tmp_path / "merged")
+    assert "0 of them kept from before" in result.stdout
+    assert listed(tmp_path / "merged") == listed(source)
 
 
 def test_an_adapter_of_peft_is_merged_in_memory_too(cli, base: Path, theirs: Path, tmp_path: Path) -> None:
@@ -158,6 +227,7 @@ def test_a_kill_around_the_last_step_loses_nothing(tmp_path: Path) -> None:
     work = work_folder(target)
     (work / "old").mkdir()  # moved away, and the new one is not there yet
     (work / "old" / "precious").write_text("mine")
+    note_made(work / "old", "another")
     with pytest.raises(pg.PeftGraphError, match="--force"), unfinished_folder(target, "one", ["whole"]):
         pass
     assert (target / "precious").read_text() == "mine"
@@ -166,6 +236,85 @@ def test_a_kill_around_the_last_step_loses_nothing(tmp_path: Path) -> None:
     with unfinished_folder(target, "one", ["whole"], force=True) as new:
         assert listed(new) == ["whole"]
     assert listed(target) == ["whole"]
+    assert listed(tmp_path) == ["target"]
+
+
+def make(target: Path, what: str, force: bool) -> None:
+    """A job of two files, as a merge does it."""
+    if is_finished(target, what):
+        return
+    with unfinished_folder(target, what, ["whole"], force) as new:
+        if not (new / "whole").exists():
+            with atomic(new / "whole") as temporary:
+                temporary.write_text(what)
+        (new / "other").write_text(what)
+
+
+def content(target: Path) -> list[str]:
+    return [(target / name).read_text() for name in ("whole", "other")]
+
+
+@pytest.mark.parametrize("in_one_step", [True, False])
+@pytest.mark.parametrize("force", [False, True])
+def test_a_kill_at_any_step_is_gone_on_from(
+    force: bool, in_one_step: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not in_one_step:
+        monkeypatch.setattr(files, "_exchange", lambda a, b: False)
+    target = tmp_path / "in" / "target"
+
+    def start() -> None:
+        shutil.rmtree(tmp_path / "in", ignore_errors=True)
+        target.parent.mkdir()
+        if force:
+            make(target, "before", False)
+
+    start()
+    count = faults.steps(lambda: make(target, "after", force))
+    assert count > 10
+    for at in range(1, count + 1):
+        start()
+        faults.killed(at, lambda: make(target, "after", force))
+        if force and in_one_step:
+            assert content(target) in (["before", "before"], ["after", "after"])
+        make(target, "after", force)
+        assert content(target) == ["after", "after"], at
+        assert listed(target) == ["other", "whole"]
+        assert listed(target.parent) == ["target"], at
+
+
+@pytest.mark.parametrize("in_one_step", [True, False])
+def test_a_folder_that_is_replaced_as_a_whole_survives_a_kill(
+    in_one_step: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not in_one_step:
+        monkeypatch.setattr(files, "_exchange", lambda a, b: False)
+    target = tmp_path / "in" / "target"
+
+    def save(what: str, force: bool = True) -> None:
+        with atomic_folder(target, force) as new:
+            (new / "whole").write_text(what)
+
+    save("before", False)
+    count = faults.steps(lambda: save("after"))
+    for at in range(1, count + 1):
+        shutil.rmtree(tmp_path / "in")
+        save("before", False)
+        faults.killed(at, lambda: save("after"))
+        files.tidy(target.parent)
+        assert (target / "whole").read_text() in ("before", "after")
+        save("after")
+        assert (target / "whole").read_text() == "after"
+        assert listed(target.parent) == ["target"], at
+
+
+def test_two_runs_to_one_folder_do_not_mix(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    with unfinished_folder(target, "one", ["whole"]) as new:
+        (new / "whole").write_text("one")
+        with pytest.raises(pg.PeftGraphError, match="Another process is merging into"):
+            make(target, "two", False)
+    assert (target / "whole").read_text() == "one"
     assert listed(tmp_path) == ["target"]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import zoo
 from safetensors.torch import load_file, save_file
 
 import peftgraph as pg
+from peftgraph.interop.adapter_files import checksum
 from peftgraph.passes.bitfit import BitFit
 from peftgraph.passes.lora import LoRA
 
@@ -44,9 +44,14 @@ def refused(directory: Path, words: str, program: pg.Program | None = None, erro
 
 
 def edit(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Changes the index, and notes the right checksum where there still is one."""
     path = directory / "adapter.json"
     document = json.loads(path.read_text())
+    (tensors,) = directory.glob("*.safetensors")
+    noted = document["sha256"]
     change(document)
+    if document.get("sha256") == noted:
+        document["sha256"] = checksum(document, tensors.read_bytes())
     path.write_text(json.dumps(document))
 
 
@@ -57,8 +62,7 @@ def retensor(directory: Path, change: Callable[[dict[str, torch.Tensor]], Any]) 
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path)
-    checksum = hashlib.sha256(path.read_bytes()).hexdigest()
-    edit(directory, lambda doc: doc["tensors"].update(sha256=checksum))
+    edit(directory, lambda doc: None)
 
 
 # the round trip
@@ -190,9 +194,9 @@ def test_missing_and_truncated_files(saved: Path) -> None:
     (tensors,) = saved.glob("*.safetensors")
     content = tensors.read_bytes()
     tensors.write_bytes(content[: len(content) // 2])
-    refused(saved, r"safetensors is damaged: its checksum is not the one that adapter.json names")
+    refused(saved, r"safetensors or adapter.json beside it is damaged: their checksum is not the one that is noted")
     tensors.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    refused(saved, "its checksum is not the one")
+    refused(saved, "their checksum is not the one")
     tensors.unlink()
     refused(saved, "safetensors is missing")
     (saved / "adapter.json").write_bytes(b"\xff\xfe{")
@@ -205,6 +209,8 @@ HOSTILE_TEXT = {
     "nan": '{"format": NaN}',
     "infinity": '{"format": 1, "base": {"parameters": {"w": [Infinity]}}}',
     "huge": '{"format": ' + "9" * 5000 + "}",
+    "long": '{"format": ' + "9" * 21 + "}",
+    "large": '{"format": 1e999}',
     "empty": "",
 }
 
@@ -216,7 +222,7 @@ def test_hostile_json(text: str, saved: Path) -> None:
 
 
 HOSTILE_PARTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "format": (lambda d: d.update(format=2), "has format 2; this version reads format 1"),
+    "format": (lambda d: d.update(format=1), "has format 1; this version reads format 2"),
     "format-kind": (lambda d: d.update(format=True), "it names no format"),
     "recipe": (lambda d: d.update(recipe=["x", 3]), "its 'recipe' is missing or of the wrong kind"),
     "no-recipe": (lambda d: d.pop("recipe"), "its 'recipe' is missing or of the wrong kind"),
@@ -226,7 +232,8 @@ HOSTILE_PARTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "traversal": (lambda d: d["tensors"].update(file="../a.safetensors"), r"beside adapter.json, not in '../a"),
     "absolute": (lambda d: d["tensors"].update(file="/etc/passwd"), "beside adapter.json, not in '/etc/passwd'"),
     "zero-byte": (lambda d: d["tensors"].update(file="adapter-\0.safetensors"), "is damaged: embedded null byte"),
-    "checksum": (lambda d: d["tensors"].update(sha256="0"), "its checksum is not the one"),
+    "checksum": (lambda d: d.update(sha256="0"), "their checksum is not the one"),
+    "no-checksum": (lambda d: d.pop("sha256"), "its 'sha256' is missing or of the wrong kind"),
     "unknown-pass": (lambda d: d["recipe"].append("evil{}"), "its recipe cannot be read: There is no pass 'evil'"),
     "bad-spec": (lambda d: d["recipe"].append("lora{rank=}"), "its recipe cannot be read: expected key=value"),
     "bad-option": (lambda d: d["recipe"].append("lora{rank=x}"), "its recipe cannot be read: .*'rank'"),
@@ -264,6 +271,55 @@ def test_hostile_tensors(change: Callable[[dict[str, torch.Tensor]], Any], words
 def test_tensors_that_are_no_safetensors(saved: Path) -> None:
     (tensors,) = saved.glob("*.safetensors")
     tensors.write_bytes(b"\x08\0\0\0\0\0\0\0garbage!")
-    checksum = hashlib.sha256(tensors.read_bytes()).hexdigest()
-    edit(saved, lambda d: d["tensors"].update(sha256=checksum))
+    edit(saved, lambda d: None)
     refused(saved, "safetensors is damaged: ")
+
+
+# one checksum of both files
+
+
+@pytest.mark.parametrize("change", ["rank=2", '"Nano"', "[\n    48", "lora_A"])
+def test_the_index_is_under_the_checksum(change: str, saved: Path) -> None:
+    path = saved / "adapter.json"
+    text = path.read_text()
+    assert change in text
+    path.write_text(
+        text.replace(change, change[:-1] + ("3" if change[-1].isdigit() else "x") + change[len(change) :], 1)
+    )
+    refused(saved, "damaged")
+
+
+# what blocks, or says two things
+
+
+def test_pipes_are_not_waited_for(saved: Path) -> None:
+    for path in list(saved.iterdir()):
+        content = path.read_bytes()
+        path.unlink()
+        os.mkfifo(path)
+        refused(saved, "is damaged: .*no regular file")
+        path.unlink()
+        path.write_bytes(content)
+
+
+def test_devices_are_not_read(saved: Path) -> None:
+    (saved / "adapter.json").unlink()
+    (saved / "adapter.json").symlink_to("/dev/zero")
+    refused(saved, "no regular file")
+
+
+def test_a_key_that_stands_twice(saved: Path) -> None:
+    path = saved / "adapter.json"
+    path.write_text(path.read_text().replace('"recipe":', '"recipe": ["lora{}"], "recipe":', 1))
+    refused(saved, "the key 'recipe' stands twice")
+
+
+@pytest.mark.parametrize("where", [5, None, b"adapter", ["a"], "a\0b", object()])
+def test_what_is_no_directory(where: Any) -> None:
+    refused(where, "An adapter lies in a directory")
+
+
+@pytest.mark.parametrize("name", [5, b"x", ["x"]])
+def test_what_is_no_name(name: Any, saved: Path) -> None:
+    with pytest.raises(pg.AdapterError, match="name of an adapter is text"):
+        zoo.traced("nano").load_adapter(saved, name=name)

@@ -7,14 +7,14 @@ Source: huggingface/peft 0.21, config.py, tuners/tuners_utils.py (check_target_m
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from peftgraph.errors import AdapterError
+from peftgraph.errors import AdapterError, PeftGraphError
 from peftgraph.interop.documents import read_object
+from peftgraph.ir.regular import regular
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -189,10 +189,13 @@ class PeftConfig:
         Raises:
             AdapterError: it is none.
         """
+        return self._match(pattern, path) is not None
+
+    def _match(self, pattern: str, path: str) -> Any:
         try:
-            return re.match(pattern, path) is not None
-        except re.error as error:
-            raise AdapterError(f"{self.directory / CONFIG} is damaged: {pattern!r}: {error}.") from None
+            return regular(pattern).match(path)
+        except PeftGraphError as error:
+            raise AdapterError(f"{self.directory / CONFIG} is damaged: {error}") from None
 
     def _in_layers(self, path: str) -> bool:
         layers = self.options.get("layers_to_transform")
@@ -202,8 +205,8 @@ class PeftConfig:
             return True
         patterns = self.options.get("layers_pattern") or r"[^.]*"
         for one in [patterns] if isinstance(patterns, str) else patterns:
-            found = re.match(rf"(?:^|.*?\.){one}\.(\d+)\.", path)
-            if found is not None:
+            found = self._match(rf"(?:^|.*?\.){one}\.(\d+)\.", path)
+            if found is not None and found[1] is not None and found[1].isdigit():
                 return int(found[1]) in (layers if isinstance(layers, list) else [layers])
         return False
 

@@ -52,15 +52,23 @@ def load_peft(program: P, sites: Sites, apply: Callable[..., P], directory: Path
     config = PeftConfig.read(directory)
     tensors = PeftTensors.read(config)
     _check_complete(sites, config, tensors)
-    kind = config.of("peft_type", str, "")
-    parts = READERS[kind](program, sites, config, tensors)
-    parts += token_parts(program, sites, config, tensors) if kind == "LORA" else []
-    parts += stored_parts(program, sites, config, tensors)
+    try:
+        parts = _parts(program, sites, config, tensors)
+    except (RuntimeError, IndexError, KeyError, TypeError, ArithmeticError) as error:  # of shapes, dtypes and options
+        raise AdapterError(f"{directory} is damaged: its tensors or options do not fit one another: {error}") from error
     if not parts:
         raise AdapterError(f"{directory} holds no tensors.")
     methods = renamed([part.method for part in parts], name, directory)
     named = [replace(part, method=method) for part, method in zip(parts, methods, strict=True)]
     return fill(program, apply, named, directory)
+
+
+def _parts(program: ProgramData, sites: Sites, config: PeftConfig, tensors: PeftTensors) -> list[Filled]:
+    """The passes, with what trains beside them."""
+    kind = config.of("peft_type", str, "")
+    parts = READERS[kind](program, sites, config, tensors)
+    parts += token_parts(program, sites, config, tensors) if kind == "LORA" else []
+    return parts + stored_parts(program, sites, config, tensors)
 
 
 def _check_complete(sites: Sites, config: PeftConfig, tensors: PeftTensors) -> None:

@@ -11,7 +11,6 @@ and place; the data. Source: the safetensors README, "Format".
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from peftgraph.errors import PeftGraphError
+from peftgraph.interop.documents import check_names, parse_json
 from peftgraph.interop.shards.behind import Behind
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -71,6 +71,8 @@ class TensorFile:
         Raises:
             PeftGraphError: the file is missing or no whole safetensors file.
         """
+        if path.exists() and not path.is_file():
+            raise PeftGraphError(f"{path} is no regular file.")
         try:
             with safe_open(path, framework="pt"):  # checks that the places fit each other, the shapes and the file
                 pass
@@ -79,7 +81,11 @@ class TensorFile:
                 head = length + file.read(int.from_bytes(length, "little"))
         except (OSError, SafetensorError) as error:
             raise PeftGraphError(f"{path} is no whole safetensors file: {error}") from None
-        entries = {name: entry for name, entry in json.loads(head[8:]).items() if name != "__metadata__"}
+        try:
+            entries = {name: entry for name, entry in parse_json(head[8:].decode()).items() if name != "__metadata__"}
+        except (ValueError, RecursionError) as error:
+            raise PeftGraphError(f"{path} is no whole safetensors file: {error}") from None
+        check_names(entries, path)
         slots = {
             name: Slot(entry["dtype"], tuple(entry["shape"]), *(len(head) + place for place in entry["data_offsets"]))
             for name, entry in entries.items()

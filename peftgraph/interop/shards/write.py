@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from peftgraph.errors import PeftGraphError
 from peftgraph.interop.shards.behind import ROOM, Behind, one_thread
 from peftgraph.interop.shards.checkpoint import INDEX, Checkpoint
-from peftgraph.interop.shards.updates import Updates
+from peftgraph.interop.shards.updates import Read, Updates
 from peftgraph.ir.files import atomic
 
 
@@ -48,13 +52,30 @@ def write_shards(
                 wrote(file.size)
                 kept += 1
                 continue
-            values = {key: partial(updates.value, key, read) for key in file.slots if key in changed}
+            values = {key: partial(_finite, checkpoint, updates, key, read) for key in file.slots if key in changed}
             with atomic(path) as temporary, temporary.open("wb", buffering=0) as handle:
                 file.rewrite(handle, values, behind)
     if (checkpoint.folder / INDEX).is_file():
         with atomic(target / INDEX) as temporary:
             shutil.copyfile(checkpoint.folder / INDEX, temporary)
     return kept
+
+
+def _finite(checkpoint: Checkpoint, updates: Updates, key: str, read: Read) -> Tensor:
+    """A new value, which is finite wherever the stored one is.
+
+    Raises:
+        PeftGraphError: it is not.
+    """
+    value = updates.value(key, read)
+    if value.numel() and not all(map(math.isfinite, torch.aminmax(value))):  # fast, and no numbers come through
+        new = ~torch.isfinite(value) & torch.isfinite(checkpoint.read(key))
+        if bool(new.any()):
+            raise PeftGraphError(
+                f"{key}: {int(new.sum())} of its merged values are infinite or no numbers in {value.dtype}, and the "
+                "base's are finite: the adapter is damaged, or needs a wider dtype."
+            )
+    return value
 
 
 def check_space(checkpoint: Checkpoint, target: Path, begun: Path) -> None:
@@ -80,7 +101,8 @@ def check_space(checkpoint: Checkpoint, target: Path, begun: Path) -> None:
 def identity(checkpoint: Checkpoint, adapter: Iterable[Path]) -> str:
     """What a merge is made of, in a hash: contents of small files; of shards the header, the size and the time."""
     digest = hashlib.sha256()
-    for path in (checkpoint.folder / "config.json", *adapter):
+    index = checkpoint.folder / INDEX
+    for path in (checkpoint.folder / "config.json", *([index] if index.is_file() else []), *adapter):
         digest.update(f"{path.name} {path.stat().st_size}\n".encode())
         with path.open("rb") as file:
             while chunk := file.read(1 << 20):

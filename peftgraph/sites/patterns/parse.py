@@ -10,15 +10,19 @@ quantity  := NUMBER | (NUMBER "*")? "size" "(" NAME "," NUMBER ")"
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Final, NoReturn
 
-from peftgraph.errors import PeftGraphError
+from peftgraph.errors import PeftGraphError, pointed, shortened
 
 from .conditions import RELATIONS, Condition, Quantity
 from .terms import Call, Constant, Either, Literal, Scalar, Term, Through, Var, Window, Word
 
+DEPTH: Final = 64  # brackets and ~ within one another
+DIGITS: Final = 18  # of a whole number
+TERMS: Final = 10_000  # words and marks of a pattern
 TOKEN: Final = re.compile(
     r"(?P<line>[ \t\r]*\n)|[ \t\r]*(?:(?P<name>[A-Za-z_]\w*)"
     r"|(?P<number>-?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)|(?P<string>'[^'\n\"\\]*')"
@@ -61,8 +65,12 @@ class Parser:
     def __init__(self, text: str) -> None:
         self.text = text
         self.at = 0
-        self.depth = 0
+        self.depth = self.nested = 0
+        if not isinstance(text, str):
+            raise PeftGraphError(f"a pattern is text, not {type(text).__name__}")
         self.tokens = list(self._tokens())
+        if len(self.tokens) > TERMS:
+            self._fail(self.tokens[TERMS], f"more than {TERMS} words and marks")
 
     def _tokens(self) -> list[Token]:
         tokens: list[Token] = []
@@ -78,9 +86,7 @@ class Parser:
         return [*tokens, Token("end", "the end", len(text))]
 
     def _fail(self, token: Token, problem: str) -> NoReturn:
-        start = self.text.rfind("\n", 0, token.at) + 1
-        line = self.text[start:].partition("\n")[0]
-        raise PeftGraphError(f"cannot read the pattern: {problem}\n  {line}\n  {' ' * (token.at - start)}^")
+        raise PeftGraphError(f"cannot read the pattern: {shortened(problem)}\n{pointed(self.text, token.at)}")
 
     def _peek(self) -> Token:
         """The next token; inside brackets a line's end is no more than a space."""
@@ -149,7 +155,7 @@ class Parser:
     def _quantity(self) -> Quantity:
         factor: int | float = 1
         if self._peek().kind == "number":
-            factor = _number(self._take().text)
+            factor = self._number(self._take())
             if not self._takes("*"):
                 return Quantity(factor)
         self.expect("size")
@@ -160,11 +166,24 @@ class Parser:
         self.expect(")")
         return Quantity(factor, variable, axis)
 
+    def _number(self, token: Token) -> int | float:
+        if token.text.lstrip("-").isdigit():
+            return self._whole(token)
+        value = float(token.text)
+        if not math.isfinite(value):
+            self._fail(token, "a number that is larger than any")
+        return value
+
+    def _whole(self, token: Token) -> int:
+        if len(token.text) > DIGITS:
+            self._fail(token, f"a number of {len(token.text)} digits")
+        return int(token.text)
+
     def _integer(self) -> int:
         token = self._take()
         if token.kind != "number" or not token.text.lstrip("-").isdigit():
             self._fail(token, f"expected a whole number, found {_shown(token)}")
-        return int(token.text)
+        return self._whole(token)
 
     def term(self) -> Term:
         choices = [self._choice()]
@@ -179,7 +198,12 @@ class Parser:
         return term, self._name("a tag") if self._takes(":") else ""
 
     def _prefix(self) -> Term:
-        return Through(self._prefix()) if self._takes("~") else self._suffixed()
+        self.nested += 1
+        if self.nested > DEPTH:
+            self._fail(self._peek(), f"more than {DEPTH} brackets and ~ within one another")
+        found = Through(self._prefix()) if self._takes("~") else self._suffixed()
+        self.nested -= 1
+        return found
 
     def _suffixed(self) -> Term:
         found = self._primary()
@@ -250,16 +274,12 @@ class Parser:
     def _scalar(self) -> Scalar:
         token = self._take()
         if token.kind == "number":
-            return _number(token.text)
+            return self._number(token)
         if token.kind == "string":
             return token.text[1:-1]
         if token.text not in CONSTANTS:
             self._fail(token, f"expected a value or a term, found {_shown(token)}")
         return CONSTANTS[token.text]
-
-
-def _number(text: str) -> int | float:
-    return int(text) if text.lstrip("-").isdigit() else float(text)
 
 
 def _shown(token: Token) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from peftgraph.errors import PeftGraphError
+from peftgraph.errors import PeftGraphError, pointed
 
 from ..select import FILTERS, WORDS, Selector, quoted
 from ..site import Site
@@ -56,9 +56,11 @@ class Pattern:
     @classmethod
     def parse(cls, text: str) -> Pattern:
         """The inverse of `str(pattern)`: `name: equations`."""
+        if not isinstance(text, str):
+            raise PeftGraphError(f"a pattern is text, not {type(text).__name__}")
         name, colon, statements = text.partition(":")
         if not colon:
-            raise PeftGraphError(f"cannot read the pattern: expected name: equations, got {text!r}")
+            raise PeftGraphError(f"cannot read the pattern: expected name: equations, got\n{pointed(text, 0)}")
         return cls(name.strip(), statements)
 
     @property

@@ -6,14 +6,17 @@ possibly moved, cast or dropped out", `a[0:16]` for a window of columns), print 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import Final, TypeAlias
 
 from peftgraph.errors import PeftGraphError
 
 from .vocabulary import IDENTIFIER, RESERVED
 
+LARGEST: Final = 10**17  # of a whole number
 Scalar: TypeAlias = "int | float | str | bool | None"
 Constant: TypeAlias = "Scalar | tuple[Scalar, ...]"
 TermLike: TypeAlias = "Term | Scalar"
@@ -101,6 +104,9 @@ class Literal(Term):
 
     value: Constant
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "value", plain(self.value))
+
     def __str__(self) -> str:
         return literal_text(self.value)
 
@@ -116,6 +122,9 @@ class Call(Term):
     args: tuple[Term, ...]
     options: tuple[tuple[str, Constant], ...] = ()
     optional: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "options", tuple((key, plain(value)) for key, value in self.options))
 
     def parts(self) -> tuple[Term, ...]:
         return self.args
@@ -147,6 +156,9 @@ class Window(Term):
     stop: int | None
 
     def __post_init__(self) -> None:
+        ends = [end for end in (self.start, self.stop) if end is not None]
+        if not all(isinstance(end, Integral) for end in ends):
+            raise PeftGraphError(f"a window of columns is of whole numbers, got {self.start!r} and {self.stop!r}")
         if self.start < 0 or (self.stop is not None and self.stop <= self.start):
             raise PeftGraphError(f"a window of columns counts from 0 and is not empty, got [{self.start}:{self.stop}]")
 
@@ -212,6 +224,33 @@ def _wrapped(term: Term) -> str:
     return f"({term})" if isinstance(term, Either | Through | Window) else str(term)
 
 
+def plain(value: object) -> Constant:
+    """A literal as a plain value that its text says.
+
+    Raises:
+        PeftGraphError: no text says it.
+    """
+    if isinstance(value, tuple | list):
+        return tuple(_plain_scalar(one) for one in value)
+    return _plain_scalar(value)
+
+
+def _plain_scalar(value: object) -> Scalar:
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        if {"'", '"', "\\", "\n"} & set(value):
+            raise PeftGraphError(f"the text {value!r} has a quote, a backslash or a line's end in it")
+        return str(value)
+    if isinstance(value, Integral) and abs(int(value)) < LARGEST:
+        return int(value)
+    if isinstance(value, Real) and not isinstance(value, Integral) and math.isfinite(value):
+        return float(value)
+    raise PeftGraphError(
+        f"{value!r} is no literal: those are finite numbers, texts, true, false, none and lists of them"
+    )
+
+
 def literal_text(value: Constant) -> str:
     """A literal as patterns spell it."""
     if isinstance(value, tuple):
@@ -229,8 +268,8 @@ def as_term(value: TermLike) -> Term:
         from .parse import parse_term
 
         return parse_term(value)
-    if isinstance(value, int | float) or value is None:
-        return Literal(value)
+    if isinstance(value, Real) or value is None:
+        return Literal(plain(value))
     raise PeftGraphError(f"a term is an object like op.linear(x), its text, or a number, not {type(value).__name__}")
 
 

@@ -1,0 +1,132 @@
+"""The values of a pass's options: plain Python ones, so that what is printed is read back as what was given.
+
+Numbers of numpy and members of enumerations are taken for what they are equal to; what no text can say (infinities, a
+bool where a number belongs) is refused.
+"""
+
+from __future__ import annotations
+
+import enum
+import keyword
+import math
+import numbers
+import operator
+import types
+import typing
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from peftgraph.sites.select import Selector, as_selector
+
+LARGEST = 2**63  # of a whole number
+
+
+def plain(value: Any, hint: Any) -> Any:
+    """A value as the plain one that an option of some kind holds; values of kinds that no text spells are kept.
+
+    Args:
+        value: what was given.
+        hint: the option's annotation.
+
+    Raises:
+        ValueError: it is of another kind; says which is expected.
+        PeftGraphError: it is no selector.
+    """
+    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    kinds = typing.get_args(hint) if union else (hint,)
+    if value is None and types.NoneType in kinds:
+        return None
+    kind, *others = (one for one in kinds if one is not types.NoneType)
+    if others:
+        return value
+    origin = typing.get_origin(kind) or kind
+    if origin is tuple:
+        return _tuple(value, typing.get_args(kind))
+    if isinstance(origin, type) and issubclass(origin, Selector):
+        return as_selector(value)
+    if origin is bool:
+        return _bool(value)
+    if origin is int:
+        return _whole(value)
+    if origin is float:
+        return _number(value)
+    return _text(value) if origin in (str, typing.Literal) else value
+
+
+@cache
+def hints(cls: type) -> dict[str, Any]:
+    """The annotations of a pass's options; none where they name what is only known where the class was made."""
+    try:
+        return typing.get_type_hints(cls)
+    except NameError:
+        return {}
+
+
+def check_name(name: str) -> None:
+    """Refuses a name of a pass that cannot stand in the names of its parameters, which are attributes of modules.
+
+    Raises:
+        ValueError: says why.
+    """
+    if not name.isidentifier():
+        raise ValueError(f"a name must be an identifier (letters, digits, _), got {name!r}")
+    if keyword.iskeyword(name) or hasattr(_module(), name):
+        what = "a word of Python" if keyword.iskeyword(name) else "an attribute of every module"
+        raise ValueError(f"a name stands in the names of parameters, and {name!r} is {what}; choose another")
+
+
+@cache
+def _module() -> nn.Module:
+    return nn.Module()
+
+
+def _tuple(value: Any, kinds: tuple[Any, ...]) -> tuple[Any, ...]:
+    if isinstance(value, str) or not hasattr(value, "__iter__"):
+        raise ValueError("expected a list")
+    values = tuple(value)
+    if not kinds:
+        return values
+    if kinds[-1] is Ellipsis:
+        return tuple(plain(one, kinds[0]) for one in values)
+    if len(values) != len(kinds):
+        raise ValueError(f"expected a list of {len(kinds)}")
+    return tuple(plain(one, kind) for one, kind in zip(values, kinds, strict=True))
+
+
+def _bool(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"):
+        return bool(value)
+    raise ValueError("expected true or false")
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__") or (hasattr(value, "shape") and value.shape):
+        raise ValueError("expected a whole number")
+    found = operator.index(value)
+    if abs(found) >= LARGEST:
+        raise ValueError("expected a whole number that fits 64 bits")
+    return found
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError("expected a number")
+    try:
+        found = float(value)
+    except OverflowError:
+        found = math.inf
+    if not math.isfinite(found):
+        raise ValueError("expected a finite number")
+    return int(value) if isinstance(value, int) else found  # 16 prints as it was written
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, enum.Enum) and isinstance(value.value, str):
+        value = value.value
+    if not isinstance(value, str):
+        raise ValueError("expected text")
+    return str(value)
