@@ -9,6 +9,7 @@ from .compacter import Compacter as Compacter
 from .compacter import CompacterPP as CompacterPP
 from .dora import DoRA as DoRA
 from .freeze import Freeze as Freeze
+from .freeze_statistics import FreezeStatistics as FreezeStatistics
 from .houlsby import Houlsby as Houlsby
 from .ia3 import IA3 as IA3
 from .invertible import Invertible as Invertible

@@ -31,6 +31,7 @@ from peftgraph.passes import (
     CompacterPP,
     DoRA,
     Freeze,
+    FreezeStatistics,
     Houlsby,
     Invertible,
     LoRA,
@@ -108,6 +109,11 @@ def no_table(name: str) -> Refusal | None:
     return None if name == "whisper" else refusal
 
 
+def no_statistics(name: str) -> Refusal | None:
+    """Running statistics, which only norms over a batch keep."""
+    return pg.NoMatch, r"none of the \d+ sites at norm keeps running statistics"
+
+
 EVERYWHERE = "attention.*|ffn.*"
 GATED = (LoRA(rank=2, alpha=2.0), Prefix(length=2, hidden=5), Pfeiffer(width=3))
 LINES: dict[str, Line] = {
@@ -122,6 +128,7 @@ LINES: dict[str, Line] = {
     "ia3": Line((IA3(),)),
     "bitfit": Line((BitFit(),), meaningless=no_biases),
     "bitfit_zero": Line((BitFit(at="attention.*|ffn.*|norm", zero=True, norms=True),)),
+    "freeze_statistics": Line((FreezeStatistics(),), variant=True, meaningless=no_statistics),
     "freeze": Line((Freeze(at="attention.*|ffn.*|norm"),)),
     "tokens": Line((TrainableTokens(tokens=truth.TOKENS),), meaningless=no_table),
     "lora+tokens": Line(

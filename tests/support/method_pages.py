@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+import transformers
 from published import ROWS, Row, traced
 
 import peftgraph as pg
@@ -24,6 +26,7 @@ from peftgraph.rewrite.spec import print_value
 DOCS = Path(__file__).parents[2] / "docs"
 HAND = "## Where other libraries differ"
 MODEL = "BERT-base (12 x 768 x 3,072)"
+RESNET = "ResNet (one stage of 3 blocks, 256 channels)"  # where a method has no meaning on BERT
 
 
 @dataclass(frozen=True)
@@ -33,10 +36,12 @@ class Page:
     Attributes:
         title: of the page, and the name in the table.
         methods: what the table has a row for; the first one is drawn.
+        model: what it is counted and drawn on.
     """
 
     title: str
     methods: tuple[pg.Pass, ...]
+    model: str = MODEL
 
     @property
     def name(self) -> str:
@@ -50,6 +55,7 @@ PAGES = (
     Page("(IA)³", (passes.IA3(),)),
     Page("BitFit", (passes.BitFit(),)),
     Page("Freeze", (passes.Freeze(top=2), passes.Freeze(at=pg.norm))),
+    Page("FreezeStatistics", (passes.FreezeStatistics(),), RESNET),
     Page("TrainableTokens", (passes.TrainableTokens(tokens=(1, 2, 3, 4)),)),
     Page("SerialAdapter", (passes.SerialAdapter(),)),
     Page("Houlsby", (passes.Houlsby(),)),
@@ -73,19 +79,28 @@ PAGES = (
 
 def files() -> dict[Path, str]:
     """Every generated file, by its path below docs/, with what it must hold."""
-    base = traced("bert-base")
+    bases = {MODEL: traced("bert-base"), RESNET: resnet()}
     made: dict[Path, str] = {}
     rows: list[str] = []
     for page in PAGES:
-        tuned = [base.apply(method) for method in page.methods]
+        tuned = [bases[page.model].apply(method) for method in page.methods]
         made[Path(f"methods/{page.name}.svg")] = tuned[0].picture().svg
         made[Path(f"methods/{page.name}.md")] = _page(page, tuned)
         rows += [
             f"| {_linked(page, method)} | {_counted(program)} |"
             for method, program in zip(page.methods, tuned, strict=True)
+            if page.model == MODEL
         ]
     made[Path("methods.md")] = _overview(rows)
     return made
+
+
+def resnet() -> pg.Program:
+    """A residual network of convolutions and batch norms, without weights."""
+    config = transformers.ResNetConfig(hidden_sizes=[256], depths=[3])
+    with torch.device("meta"):
+        model = transformers.ResNetModel(config)
+    return pg.trace(model, {"pixel_values": torch.zeros(2, 3, 32, 32, device="meta")}, verify="off")
 
 
 # the overview
@@ -189,7 +204,8 @@ def _page(page: Page, tuned: list[pg.Program]) -> str:
     title, algebra, text, source = _parts(module.__doc__)
     classes = list(dict.fromkeys(type(method) for method in page.methods))
     counts = "\n".join(f"| `{_cell(_short(m))}` | {_counted(p)} |" for m, p in zip(page.methods, tuned, strict=True))
-    picture = f"![What {page.title} does to a block of BERT-base]({page.name}.svg)"
+    drawn = page.model.partition(" (")[0]
+    picture = f"![What {page.title} does to a block of {drawn}]({page.name}.svg)"
     return f"""# {page.title}
 
 {title}
@@ -200,7 +216,7 @@ def _page(page: Page, tuned: list[pg.Program]) -> str:
 
 {picture}
 
-Drawn from the difference between a traced BERT-base and what the pass made of it. Grey is the model's own; dashed does
+Drawn from the difference between a traced {drawn} and what the pass made of it. Grey is the model's own; dashed does
 not train; `W`, `g` and `b` beside a part say which of its own tensors train.
 
 {text}
@@ -208,7 +224,7 @@ not train; `W`, `g` and `b` beside a part say which of its own tensors train.
 ## Options
 
 {chr(10).join(_options(cls) for cls in classes)}
-## On {MODEL}
+## On {page.model}
 
 | pass | trainable | of the model | changed | rank of the change | folds |
 |---|---|---|---|---|---|

@@ -1,0 +1,70 @@
+"""Statistics that stand still: norms over a batch use the running statistics of the base while everything else trains.
+
+    y = (x - E[x]) / sqrt(Var[x] + eps) * w + b, running statistics follow   ->   y = (x - m) / sqrt(v + eps) * w + b
+    in training; in evaluation nothing changes          fold: nothing to write, the base's own m and v stay
+
+Shapes: x (N, C, ...); m, v, w and b (C,). Without this pass the running statistics that training writes belong to the
+adapted program: they are saved with it and written back with its fold.
+Source: torch.nn.BatchNorm2d under eval(); arXiv 1502.03167, algorithm 2 (inference).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+import peftgraph as pg
+
+aten = torch.ops.aten
+
+BATCH_NORMS = (aten.batch_norm.default, aten.instance_norm.default)
+USES_BATCH = 5  # the position of the argument that says whether they use the statistics of the batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreezeStatistics(pg.Pass):
+    """Batch norms that only read their running statistics.
+
+    Attributes:
+        at: norms; all by default. Those that keep no statistics are left as they are.
+    """
+
+    word = "freeze_statistics"
+    at: pg.Selector = pg.norm
+
+    def rules(self) -> list[pg.Rule]:
+        """One rule: the norm as it is in evaluation, in the place of the one that writes."""
+        lacking = "keeps running statistics"
+        join = pg.Replace(anew=False)
+        return [
+            pg.Rule(
+                at=self.at,
+                delta=self.delta,
+                join=join,
+                fold=self.fold,
+                where=self.keeps,
+                lacking=lacking,
+                training_only=True,
+            )
+        ]
+
+    def keeps(self, m: pg.Match) -> bool:
+        """Whether a norm keeps running statistics."""
+        node = m.names[m.site.op]
+        return node.target in BATCH_NORMS and node.args[3] is not None
+
+    def delta(self, m: pg.Match, op: pg.Builder) -> fx.Node:
+        """The norm of x by its running statistics."""
+        norm = m.names[m.site.op]
+        assert not isinstance(norm.target, str)
+        before, after = norm.args[1:USES_BATCH], norm.args[USES_BATCH + 1 :]
+        fixed = op.call(norm.target, m.input, *before, False, *after)
+        op.silence(norm)
+        return op.silence(fixed)
+
+    def fold(self, m: pg.Match, p: pg.Params) -> Mapping[pg.Bound, Tensor]:
+        """Nothing changes."""
+        return {}
