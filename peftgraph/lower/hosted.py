@@ -42,7 +42,8 @@ class Hosted(GraphModule):
         self._steps: dict[bool, TwoSteps] = {}
         if "encoder" in self._modules:  # generation asks it for this name
             vars(self.get_submodule("encoder"))["main_input_name"] = self.main_input_name
-        self._keys_to_ignore_on_save = [name for name in self.state_dict() if name not in program.table.trainable]
+        kept = program.table.trainable.keys() | program.table.state.keys()
+        self._keys_to_ignore_on_save = [name for name in self.state_dict() if name not in kept]
 
     @property
     def accepts_loss_kwargs(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,11 @@ from peftgraph.errors import PeftGraphError
 from peftgraph.ir.dead import drop_dead, skip_whole_slices
 from peftgraph.ir.literals import retarget
 from peftgraph.ir.modes import evaluated, mutated_buffers, trained, without_inputs, without_past
-from peftgraph.ir.program import ProgramData, copy_graph
+from peftgraph.ir.program import Child, ProgramData, copy_graph
 from peftgraph.ir.signature import Signature
 from peftgraph.ir.table import Entry
-from peftgraph.lower.blocks import Block, keep, recompute
+from peftgraph.lower.blocks import keep, recompute
+from peftgraph.lower.children import Children
 from peftgraph.lower.codes import Code, compile_graph
 from peftgraph.lower.copying import Copied
 from peftgraph.lower.outline import outline
@@ -26,8 +27,9 @@ from peftgraph.lower.spans import Span, mark
 class GraphModule(Copied, nn.Module):
     """A program as a module.
 
-    Only the parameters that passes added (or made trainable) require grad, and they are shared with the
-    program, so that training is seen by `pg.fold`; frozen weights share storage with the traced model.
+    Only the parameters that passes added (or made trainable) require grad. They are shared with the program, as are
+    buffers that training writes, so that training is seen by `pg.fold`; frozen weights share storage with the traced
+    model.
     `train()` and `eval()` switch every dropout; `to()` moves literals along with the parameters. Each block is a
     submodule at its own path.
     """
@@ -44,7 +46,8 @@ class GraphModule(Copied, nn.Module):
         mark(self._graph, self._blocks)
         self._model = program.model
         self._constants: list[str] = []
-        self._register(program.table)
+        self._state: dict[str, Tensor] = {}
+        self._register(program.table, program.children)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the graph with the traced model's own arguments and returns its own output type.
@@ -128,21 +131,24 @@ class GraphModule(Copied, nn.Module):
     def _compiled(self, graph: fx.Graph) -> Code:
         return compile_graph(graph, self._model, self._sources)
 
-    def _register(self, table: Mapping[str, Entry]) -> None:
+    def _register(self, table: Mapping[str, Entry], known: Mapping[str, Child]) -> None:
         written = {id(table[name].tensor) for name in mutated_buffers(self._graph)}
         made: dict[int, nn.Parameter] = {}  # tied entries become one parameter
         copies: dict[int, Tensor] = {}  # and one buffer
-        blocks = {block.path for block in self._blocks}
+        children = Children(self, known, {block.path for block in self._blocks})
+        children.make_all()
         for name, entry in table.items():
             path, _, leaf = name.rpartition(".")
-            owner = _container(self, path, blocks)
+            owner = children.at(path)
             if entry.kind == "parameter":
                 shared = entry.tensor if isinstance(entry.tensor, nn.Parameter) else None
                 parameter = nn.Parameter(entry.tensor, requires_grad=False) if shared is None else shared
                 owner.register_parameter(leaf, made.setdefault(id(entry.tensor), parameter))
             else:
                 tensor = entry.tensor
-                if id(tensor) in written:
+                if entry.is_state:  # shared with the program, as parameters are
+                    self._state[name] = tensor
+                elif id(tensor) in written:
                     tensor = copies.setdefault(id(tensor), tensor.clone())
                 owner.register_buffer(leaf, tensor, persistent=entry.persistent)
             if entry.kind == "constant":
@@ -163,6 +169,12 @@ class GraphModule(Copied, nn.Module):
             moved = self.get_buffer(name)
             if moved.dtype != before.dtype:
                 setattr(self.get_submodule(path), leaf, before.to(moved.device))
+        for name, held in self._state.items():  # moved in place, as parameters are: the program sees what training does
+            path, _, leaf = name.rpartition(".")
+            moved = self.get_buffer(name)
+            if moved is not held and moved.device.type != "meta":
+                held.data = moved
+                setattr(self.get_submodule(path), leaf, held)
         if (probe.dtype, probe.device) != self._target:
             self._target = (probe.dtype, probe.device)
             retarget(self._graph, *self._target)
@@ -183,19 +195,6 @@ def leaving_out(graph: fx.Graph, signature: Signature, missing: frozenset[str]) 
     if missing == past:
         return graph, (True,) * len(signature.output_keys)
     return without_inputs(graph, missing - past)
-
-
-def _container(root: nn.Module, path: str, blocks: Set[str]) -> nn.Module:
-    """The module at a path; one that is not there is made, a block where one stands."""
-    if not path:
-        return root
-    parent, _, leaf = path.rpartition(".")
-    owner = _container(root, parent, blocks)
-    if leaf not in owner._modules:
-        owner.add_module(leaf, Block() if path in blocks else nn.Module())
-    child = owner._modules[leaf]
-    assert child is not None
-    return child
 
 
 def assemble(spec: pytree.TreeSpec, leaves: list[Any], kept: tuple[bool, ...]) -> Any:

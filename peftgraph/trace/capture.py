@@ -30,7 +30,7 @@ from peftgraph.trace.compare import Differs, Level, compared
 from peftgraph.trace.diagnose import explain, quiet
 from peftgraph.trace.example import Example, bind_call, bind_example, with_distinct_batch
 from peftgraph.trace.exporter import export_ghost, markers_of
-from peftgraph.trace.host import host_of
+from peftgraph.trace.host import children_of, host_of
 from peftgraph.trace.inplace import out_of_place
 from peftgraph.trace.merge import merge
 from peftgraph.trace.normalise import canonical
@@ -77,7 +77,7 @@ def capture(
         table = _table_of(model)
         given = _with_options(bind_example(model, example), options)
         _, program = _with_best_batch(model, given, table, options, lambda one: with_past(model, one, table.dtype))
-        return replace(program, host=host_of(model))
+        return replace(program, host=host_of(model), children=children_of(model))
 
 
 def capture_part(

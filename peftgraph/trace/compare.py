@@ -58,7 +58,13 @@ def compared(model: nn.Module, program: ProgramData, example: Example, level: Le
 
 
 class Differs(TraceError):
-    """The program is not the model: it gives another answer, or none."""
+    """The program is not the model: it gives another answer, or none.
+
+    Attributes:
+        stopped: whether it gives none.
+    """
+
+    stopped: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,7 @@ class Comparison:
         values: whether the weights have values; else both run on fake tensors.
         runs: see `Checked`.
         left: see `Checked`.
+        lows: the smallest sizes that a call may have, where the program stops below them.
     """
 
     model: nn.Module
@@ -87,6 +94,7 @@ class Comparison:
     values: bool
     runs: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
+    lows: dict[str, int] = field(default_factory=dict)
 
     def on_example(self) -> None:
         """In both modes.
@@ -139,7 +147,12 @@ class Comparison:
         refused: _Refused | None = None
         for sizes in islice(other_sizes(self.program.signature, self.example), OTHERS):
             call = resized(self.program.signature, self.example, sizes)
-            refused = self.compare(call, training=False)
+            try:
+                refused = self.compare(call, training=False)
+            except Differs as error:
+                if not (error.stopped and self._is_too_small(sizes)):
+                    raise
+                continue
             if refused is None:
                 if self.compare(call, training=True) is not None:
                     self.left.append(f"training at {_told(call)}")
@@ -151,11 +164,22 @@ class Comparison:
         )
         self.left.append(f"other sizes: {why}")
 
+    def _is_too_small(self, sizes: dict[str, int]) -> bool:
+        """Takes sizes below the example's, at which the program stops, out of those that a call may have: what is made
+        of them, such as the patches of a picture, may be a single one, which the exporter takes for another case."""
+        now = sizes_of(self.program.signature, self.example)
+        smaller = [dim for dim in sizes if sizes[dim] < now[dim] and not dim.startswith("B")]
+        self.lows |= {dim: now[dim] for dim in smaller}
+        return bool(smaller)
+
     def smallest_sizes(self) -> dict[str, tuple[int, int | None]]:
         """The ranges of the sizes: from 1 where the program is the model at 1, which the exporter takes for another
         case, and from 2 where it is not."""
         signature = self.program.signature
         ranges, ones = dict(signature.ranges), smallest(signature, self.example)
+        ranges |= {dim: (low, ranges.get(dim, (1, None))[1]) for dim, low in self.lows.items()}
+        if self.lows:
+            return ranges
         now = sizes_of(signature, self.example)
         if ones == now or not allowed(signature, ones) or self._is_same(ones):
             return ranges
@@ -191,7 +215,9 @@ class Comparison:
             found = self._found(call, training)
         except Exception as error:  # whatever an operator raises where the model raises nothing
             reason = f"it stops with {type(error).__name__}: {str(error).strip()}"
-            raise self._differs(call, training, what, reason) from error
+            differs = self._differs(call, training, what, reason)
+            differs.stopped = True
+            raise differs from error
         reason = _difference(self.program, found, expected, self.values)
         if reason is not None and not self._is_rounding(call, training, reason[1]):
             raise self._differs(call, training, what, reason[0], where=self.values)

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from peftgraph.trace.diagnose import quiet
 from peftgraph.trace.example import Example
-from peftgraph.trace.ghost import ghost_arguments, ghost_of
+from peftgraph.trace.ghost import compiling, ghost_arguments, ghost_of
 from peftgraph.trace.surrounding import frozen_copy
 
 SEED = 20260101
@@ -47,7 +47,7 @@ def answer_in_shapes(model: nn.Module, example: Example, training: bool) -> Answ
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     ghost = ghost_of(model, mode, *same).train(training)
     args, kwargs = example.call(ghost_arguments(dict(example.arguments), mode, *same))
-    with torch.no_grad(), seeded(model), quiet(), mode:
+    with torch.no_grad(), seeded(model), quiet(), mode, compiling():
         output = example.result(ghost(*args, **kwargs))
     return Answer(pytree.tree_leaves(output), {})
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from peftgraph.errors import TraceError
+
+CACHED = type(functools.lru_cache(len))
 
 
 def ghost_of(model: nn.Module, mode: FakeTensorMode, own: torch.dtype, marker: torch.dtype) -> nn.Module:
@@ -34,11 +39,39 @@ def ghost_of(model: nn.Module, mode: FakeTensorMode, own: torch.dtype, marker: t
             f"{type(model).__name__} cannot be deep-copied ({type(error).__name__}: {error}). Remove what it "
             "holds that cannot be copied (open files, locks, tensors with a gradient history) before tracing."
         ) from error
+    give_own_caches(ghost, memo)
     for module in ghost.modules():
         settings: Any = getattr(module, "config", None)
         if getattr(settings, "use_cache", None) is True:
             settings.use_cache = False  # the example asks for a cache by an argument, as a call does
     return ghost.train()
+
+
+def give_own_caches(copied: nn.Module, memo: dict[int, Any]) -> None:
+    """Gives a deep copy, in place, caches of its own for the results of its methods (`functools.lru_cache`), which a
+    copy shares with the original: what one run leaves there, such as a mask or a fake tensor, another would read.
+
+    Args:
+        copied: the copy.
+        memo: of the deep copy that made it.
+    """
+    for module in copied.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, CACHED):
+                function = copy.deepcopy(value.__wrapped__, memo)
+                vars(module)[name] = functools.lru_cache(**value.cache_parameters())(function)
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Lets code know that its values are no real ones, as an export does: caches that all models share, such as a
+    function's own, must not keep them."""
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
 
 
 def ghost_tensor(tensor: Tensor, mode: FakeTensorMode, own: torch.dtype, marker: torch.dtype) -> Tensor:

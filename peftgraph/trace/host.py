@@ -1,13 +1,19 @@
-"""What a module must be to stand in the place of a model of transformers."""
+"""What modules must be to stand in the places of a model and of its submodules."""
 
 from __future__ import annotations
 
 import copy
+import enum
 import sys
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from peftgraph.ir.program import Host
+from peftgraph.ir.program import Child, Host
+
+PLAIN = (bool, int, float, complex, str, bytes, type(None), enum.Enum, torch.dtype, torch.device, torch.Size)
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def host_of(model: nn.Module) -> Host | None:
@@ -19,3 +25,38 @@ def host_of(model: nn.Module) -> Host | None:
     state = {name: value for name, value in vars(model).items() if name not in own and not isinstance(value, Tensor)}
     state.pop("forward", None)  # one that was put on the instance, such as a hook's
     return Host(type(model), copy.deepcopy(state))
+
+
+def children_of(model: nn.Module) -> dict[str, Child]:
+    """The submodules of a model, by path, in its own order: what code around the model may read of them."""
+    library: Any = sys.modules.get("transformers.configuration_utils")
+    configurations = () if library is None else (library.PreTrainedConfig,)
+    memo: dict[int, Any] = {}  # what several share, such as a configuration, is copied once
+    own = vars(nn.Module()).keys()
+    found: dict[str, Child] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if path:
+            state = {
+                name: copy.deepcopy(value, memo)
+                for name, value in vars(module).items()
+                if name not in own and (_is_plain(value) or isinstance(value, configurations))
+            }
+            slots = {**module._parameters, **module._buffers}
+            absent = tuple(name for name, value in slots.items() if value is None)
+            found[path] = Child(_class_of(module), state, absent)
+    return found
+
+
+def _class_of(module: nn.Module) -> type[nn.Module]:
+    """The module's class where it is one of torch.nn that computes by itself, or a plain container of modules."""
+    cls = type(module)
+    leaf = cls.__module__.startswith("torch.nn.modules.") and not module._modules and not isinstance(module, nn.RNNBase)
+    return cls if leaf or cls in CONTAINERS else nn.Module
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple | set | frozenset):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(_is_plain(key) and _is_plain(one) for key, one in value.items())
+    return isinstance(value, PLAIN)

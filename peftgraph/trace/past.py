@@ -19,7 +19,7 @@ from peftgraph.ir.past import Past, fill
 from peftgraph.trace.diagnose import explain, quiet
 from peftgraph.trace.example import PRIMES, Example
 from peftgraph.trace.exporter import markers_of
-from peftgraph.trace.ghost import ghost_arguments, ghost_of
+from peftgraph.trace.ghost import compiling, ghost_arguments, ghost_of
 from peftgraph.trace.surrounding import frozen_copy
 
 NAMES = ("cache", "past_key_values")  # what versions of transformers call it
@@ -73,7 +73,7 @@ def _layers(
     cache = Past(argument, (), paired).cache()
     args, kwargs = example.call({**arguments, argument: cache})
     try:
-        with torch.no_grad(), mode, quiet():
+        with torch.no_grad(), mode, quiet(), compiling():
             ghost(*args, **kwargs)
     except Exception as error:  # whatever a model's code raises is explained to the user
         raise explain(model, error) from error

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peftgraph.errors import CallError, TraceError
 from peftgraph.ir.signature import Signature
 from peftgraph.trace.example import Example, bind_example, with_distinct_batch
+from peftgraph.trace.ghost import give_own_caches
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,9 @@ def frozen_copy(model: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.detach().clone()
-    return copy.deepcopy(model, memo).eval()
+    copied = copy.deepcopy(model, memo).eval()
+    give_own_caches(copied, memo)
+    return copied
 
 
 def part_of(model: nn.Module, root: str) -> nn.Module:

@@ -28,7 +28,7 @@ from peftgraph.ir.literals import FORMS
 from peftgraph.trace.assume import Assuming
 from peftgraph.trace.diagnose import Place, describe_place, is_model_code, quiet, rates
 from peftgraph.trace.example import Example
-from peftgraph.trace.ghost import ghost_arguments, ghost_of
+from peftgraph.trace.ghost import compiling, ghost_arguments, ghost_of
 
 FOLLOWED = {
     "dropout",
@@ -170,7 +170,7 @@ def _runs(
     before = _state()
     try:
         recorder.begin()
-        with torch.no_grad(), mode, Assuming(example.assume), recorder, quiet():
+        with torch.no_grad(), mode, Assuming(example.assume), recorder, quiet(), compiling():
             recorder.end(example.result(ghost(*args, **kwargs)))
     except Exception as error:  # what cannot run on fake tensors is traced in both modes; the export explains it
         recorder.look([(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)][::-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import random
 import sys
@@ -199,3 +200,27 @@ def test_a_slow_trace_says_what_would_make_it_quick(
     monkeypatch.setattr(slow, "PATIENCE", 60.0)
     pg.trace(nn.Linear(6, 5), X, verify="off")
     assert capfd.readouterr().err == ""
+
+
+class Remembering(nn.Module):
+    """A module whose method is cached by instance, and was called before it is traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.ramp = functools.lru_cache(self._ramp)
+
+    def _ramp(self, size: int) -> torch.Tensor:
+        return torch.arange(size) * self.linear.weight.detach().new_ones(())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) * self.ramp(4)
+
+
+def test_results_that_a_method_remembers_are_not_shared_with_a_trace() -> None:
+    model, x = Remembering().eval(), torch.randn(3, 4)
+    expected = model(x)
+    for _ in range(2):
+        assert torch.equal(pg.trace(model, (x,)).module().eval()(x), expected)
+    assert type(model.ramp(4)) is torch.Tensor
+    assert torch.equal(model(x), expected)
