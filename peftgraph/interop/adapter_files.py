@@ -43,7 +43,7 @@ def save(program: ProgramData, directory: Path) -> Path:
         PeftGraphError: the disk refuses; an adapter that was there before stays whole.
     """
     check_can_save(program)
-    names = _own_parameters(program)
+    names = _own_tensors(program)
     tensors = {name: program.table[name].tensor.detach().cpu().contiguous() for name in names}
     content = safetensors.torch.save(tensors)
     file = directory / f"adapter-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
@@ -131,7 +131,7 @@ def read(program: P, apply: Callable[..., P], directory: Path, name: str | None)
         raise AdapterError(f"{directory} fits another base: {difference}.")
     methods = _methods(document, directory, name)
     tuned = applied(apply, methods, directory)
-    wanted = _own_parameters(tuned, since=len(program.history))
+    wanted = _own_tensors(tuned, since=len(program.history))
     saved = wanted if name is None else document["tensors"]["names"]  # a new name changes the parameters' names
     if len(saved) != len(wanted):
         raise AdapterError(f"{directory}: it names {len(saved)} parameters, its recipe makes {len(wanted)}.")
@@ -214,10 +214,12 @@ def check_can_save(program: ProgramData) -> None:
             )
 
 
-def _own_parameters(program: ProgramData, since: int = 0) -> list[str]:
-    """The parameters of the passes from number `since` on, in the order of the edits, one name a tensor."""
-    claimed = (name for edit in program.edits if edit.application >= since for name in edit.parameters)
-    return [name for name in dict.fromkeys(claimed) if program.table.tied(name)[0] == name]
+def _own_tensors(program: ProgramData, since: int = 0) -> list[str]:
+    """The parameters of the passes from number `since` on, in the order of the edits, and the program's state: one name
+    a tensor."""
+    claimed = [name for edit in program.edits if edit.application >= since for name in edit.parameters]
+    found = dict.fromkeys([*claimed, *program.table.state])
+    return [name for name in found if program.table.tied(name)[0] == name]
 
 
 def _methods(document: dict[str, Any], directory: Path, name: str | None) -> list[Pass]:

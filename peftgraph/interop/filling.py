@@ -76,8 +76,10 @@ def check_fit(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], direc
         have, made = tuple(value.shape), tuple(wanted[key].shape)
         if have != made:
             raise AdapterError(f"{directory}: {key} has shape {have}, the recipe makes {made}.")
-        if not value.is_floating_point():
-            raise AdapterError(f"{directory}: {key} holds {value.dtype}, which cannot train.")
+        if value.is_floating_point() != wanted[key].is_floating_point():
+            raise AdapterError(
+                f"{directory}: {key} holds {value.dtype}, which cannot train as {wanted[key].dtype} does."
+            )
 
 
 def fill(program: P, apply: Callable[..., P], parts: Sequence[Filled], directory: Path) -> P:
@@ -94,16 +96,22 @@ def fill(program: P, apply: Callable[..., P], parts: Sequence[Filled], directory
             continue
         for name in edit.parameters:
             leaf = name.rpartition(".")[2]
-            keys: list[Key] = [(edit.site, leaf), (COMMON, leaf)] if tuned.table[name].added else [name]
+            own = dict(edit.installed)
+            replaced = [stored for stored in own if own[stored] == name]  # by a named adapter's own copy
+            added = tuned.table[name].added and not replaced
+            keys: list[Key] = [(edit.site, leaf), (COMMON, leaf)] if added else [*replaced, name]
             found = next((key for key in keys if key in values), None)
             if found is not None:
-                tensors[name] = values.pop(found)
+                value = values.pop(found)
+                tensors.setdefault(name, value)  # uses of one weight share their parameters
+    tensors |= {name: values.pop(name) for name in tuned.table.state if name in values}
     unused = next(iter(values), None)
     if unused is not None:
         words = unused if isinstance(unused, str) else " of ".join(part for part in unused[::-1] if part)
         raise AdapterError(f"{directory}: {words} is no "
                            "parameter of the passes that were made for it.")  # fmt: skip
-    wanted = {name: tuned.table[name].tensor for name in _trained(tuned, len(program.history))}
+    names = [*_trained(tuned, len(program.history)), *(name for name in tuned.table.state if name in tensors)]
+    wanted = {name: tuned.table[name].tensor for name in names}
     check_fit(tensors, wanted, directory)
     with torch.no_grad():
         for name, value in tensors.items():

@@ -14,12 +14,12 @@ from peftgraph.errors import AdapterError
 from peftgraph.ir.program import ProgramData
 from peftgraph.rewrite.views import weight_view
 from peftgraph.sites import Selector, Site, Sites
-from peftgraph.sites.select import WORDS, Role
+from peftgraph.sites.select import FAMILIES, WORDS, Role
 
 
 def owners(sites: Sites, parameter: str) -> list[Site]:
     """The sites that multiply by a stored weight; several where it is fused, or used more than once."""
-    roles = [role for role in WORDS if role != "ffn.hidden"]
+    roles = [role for role in WORDS if role not in ("ffn.hidden", *FAMILIES)]
     return [site for site in sites if site.weight and site.weight.parameter == parameter and site.role in roles]
 
 

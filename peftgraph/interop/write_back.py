@@ -27,7 +27,12 @@ def write_back(program: ProgramData, model: M) -> M:
     if program.history:
         names = "; ".join(str(applied.method) for applied in program.history)
         raise PeftGraphError(f"Fold the program first: {names} would be lost in a plain model.")
-    stored = {n: e.tensor for n, e in program.table.items() if e.kind != "constant" and e.persistent}
+    base = (program.base or program).table
+    stored = {
+        name: entry.tensor
+        for name, entry in program.table.items()
+        if entry.kind != "constant" and (entry.persistent or entry.tensor is not base[name].tensor)
+    }
     slots = _slots(model)
     _check(program, stored, slots, model)
     cut = _cut_ties(stored, slots)

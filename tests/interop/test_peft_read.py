@@ -135,7 +135,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "kind": ({"r": "3"}, "is damaged: r cannot be '3'"),
     "truth": ({"lora_alpha": True}, "is damaged: lora_alpha cannot be True"),
     "pattern": ({"rank_pattern": {"q_proj": "x"}}, "is damaged: q_proj cannot be 'x'"),
-    "regex": ({"target_modules": "(q_proj"}, r"is damaged: .*unterminated"),
+    "regex": ({"target_modules": "(q_proj"}, r"is damaged: .* is no regular expression: missing \)"),
     "rank": ({"r": 4}, "have rank 3, adapter_config.json says 4"),
     "corda": ({"init_lora_weights": "corda"}, "whose start moves the base's own weights"),
     "pissa-dora": ({"init_lora_weights": "pissa", "use_dora": True}, "start moves the weights that its DoRA norms"),

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import warnings
 from pathlib import Path
-from typing import Any
 
 import peft_directories as pd
 import pytest
@@ -213,20 +210,3 @@ def test_a_directory_that_is_a_file(tmp_path: Path) -> None:
     with pytest.raises(pg.AdapterError, match="adapter cannot be written: it is a file"):
         zoo.traced("nano").apply(LoRA()).save_adapter(tmp_path / "adapter", format="peft")
     assert (tmp_path / "adapter").read_text() == "mine"
-
-
-@pytest.mark.parametrize("when", [0, 1])
-def test_a_disk_that_refuses_leaves_the_old_adapter(when: int, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = contents(saved)
-    calls, rename = iter(range(9)), os.replace
-
-    def full(*args: Any) -> None:
-        if next(calls) == when:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        rename(*args)
-
-    monkeypatch.setattr("os.replace", full)
-    with pytest.raises(pg.PeftGraphError, match="cannot be written: No space left on device. Nothing was changed"):
-        zoo.traced("nano").apply(LoRA(at="ffn.up", rank=3)).save_adapter(saved, format="peft")
-    assert contents(saved) == before
-    assert list(saved.parent.iterdir()) == [saved]

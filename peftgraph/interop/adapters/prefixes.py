@@ -57,7 +57,7 @@ def prefixes(sites: Sites, saved: Saved) -> list[Filled]:
             own = {key.partition(".")[2]: value for key, value in tensors.items() if key.startswith(f"{word}.")}
             values |= _rows(saved, served[word], own) if flat else _through_mlp(saved, served[word], own)
             places += served[word]
-        name = None if not filled else kind
+        name = kind if filled else ""
         method = cast(Any, find_pass("prefix"))(
             at=selector_of(sites, places),
             length=saved.option("prefix_length", int),
@@ -66,7 +66,7 @@ def prefixes(sites: Sites, saved: Saved) -> list[Filled]:
             biases=kind,
             name=name,
         )
-        who = "prefix" if name is None else f"prefix_{name}"
+        who = f"prefix_{name}" if name else "prefix"
         ids = {site.id for site in places}
         values |= {(site, f"{who}_gate_{leaf}"): value for (site, leaf), value in gates.items() if site in ids}
         filled.append(Filled(method, values))

@@ -13,7 +13,7 @@ Shapes: I in, O out, R rank, E experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,10 @@ from peftgraph.sites import Site, Sites
 # How a fresh adapter starts, where that leaves the base alone, or where the pass computes the start anew.
 ANEW = {"pissa": "singular vectors", "olora": "orthonormal columns"}
 STARTS = ("gaussian", "eva", "orthogonal", *ANEW, True, False)
+
+
+# Rank, alpha, and whether the sites stand beside others of the same tied tensor that have an adapter of their own.
+Group = tuple[int, float, bool]
 
 
 @dataclass(frozen=True)
@@ -61,17 +65,39 @@ def low_rank_parts(program: ProgramData, sites: Sites, config: PeftConfig, tenso
         raise _moving(config, "whose start moves the weights that its DoRA norms")
     if config.options.get("init_lora_weights") == "olora" and config.of("fan_in_fan_out", bool, False):
         raise _moving(config, "which peft takes off the transpose of what it adds to, where fan_in_fan_out=True")
-    groups: dict[tuple[int, float], dict[Key, Tensor]] = {}
-    places: dict[tuple[int, float], list[Site]] = {}
+    groups: dict[Group, dict[Key, Tensor]] = {}
+    places: dict[Group, list[Site]] = {}
+    adapted: dict[Site, Adapted] = {}
     for one in _adapted(program, config, tensors):
         found = adapted_sites(program, sites, one.parameter, config.directory)
-        moved = [site for site in found if _moves(program, site, one)]
-        for site in moved or found:
-            rank, alpha, values = _at(site, one, config)
-            groups.setdefault((rank, alpha), {}).update({(site.id, leaf): value for leaf, value in values.items()})
-            places.setdefault((rank, alpha), []).append(site)
+        adapted |= dict.fromkeys([site for site in found if _moves(program, site, one)] or found, one)
+    for site in (site for site in sites if site in adapted):  # the first of those that share an adapter comes first
+        rank, alpha, values = _at(site, adapted[site], config)
+        group: Group = (rank, alpha, False)
+        leader = _turned(program, site, places.get(group, ()))
+        if leader is not None and _are_transposes(groups[group], leader, values):
+            places[group].append(site)  # one adapter, which the site shares
+            continue
+        group = (rank, alpha, leader is not None)
+        groups.setdefault(group, {}).update({(site.id, leaf): value for leaf, value in values.items()})
+        places.setdefault(group, []).append(site)
     parts = [_filled(sites, config, key, places[key], values) for key, values in groups.items()]
     return parts + _added_biases(program, sites, config, tensors)
+
+
+def _turned(program: ProgramData, site: Site, others: Sequence[Site]) -> Site | None:
+    """A site that multiplies by the transpose of the same tensor: the embedding that a head is tied to."""
+    assert site.weight is not None
+    tied = program.table.tied(site.weight.parameter)
+    same = [one for one in others if one.weight is not None and one.weight.parameter in tied]
+    return next((one for one in same if one.weight and one.weight.transposed != site.weight.transposed), None)
+
+
+def _are_transposes(known: Mapping[Key, Tensor], leader: Site, values: Mapping[str, Tensor]) -> bool:
+    """Whether a low-rank change is the transpose of another site's, factor by factor; DoRA's never is."""
+    a, b = (known[leader.id, name] for name in ("lora_A", "lora_B"))
+    plain = values.keys() == {"lora_A", "lora_B"}
+    return plain and torch.equal(values["lora_A"], b.t()) and torch.equal(values["lora_B"], a.t())
 
 
 def _added_biases(program: ProgramData, sites: Sites, config: PeftConfig, tensors: PeftTensors) -> list[Filled]:
@@ -89,9 +115,7 @@ def _added_biases(program: ProgramData, sites: Sites, config: PeftConfig, tensor
     return [Filled(find_pass("bitfit")(**options), values)]
 
 
-def _filled(
-    sites: Sites, config: PeftConfig, key: tuple[int, float], places: list[Site], values: dict[Key, Tensor]
-) -> Filled:
+def _filled(sites: Sites, config: PeftConfig, key: Group, places: list[Site], values: dict[Key, Tensor]) -> Filled:
     dora = config.of("use_dora", bool, False)
     options: dict[str, Any] = {
         "at": selector_of(sites, places),

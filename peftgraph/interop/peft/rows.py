@@ -54,7 +54,7 @@ def prefix_parts(program: ProgramData, sites: Sites, config: PeftConfig, tensors
         warnings.warn(
             f"{config.directory}: peft counts the positions of tokens from the prefix's length on. {positions} for the "
             "same outputs; without that tokens keep their own positions.",
-            stacklevel=5,
+            stacklevel=6,
         )
     method = cast(Any, find_pass("prefix"))(at=selector_of(sites, cores), length=length, hidden=None, placed=placed)
     return [Filled(method, values)]
@@ -144,7 +144,7 @@ def adaption_parts(program: ProgramData, sites: Sites, config: PeftConfig, tenso
         warnings.warn(
             f"{config.directory} adds what the queries get from the rows behind the output projection, as peft does in "
             "GPT-2: it is loaded as it was trained, but the paper's LLaMA-Adapter adds it to the heads.",
-            stacklevel=5,
+            stacklevel=6,
         )
     method = find_pass("zero_init_prefix")(at=selector_of(sites, places), length=length, gate="layer")  # pyright: ignore[reportCallIssue]
     return [Filled(method, values)]

@@ -55,7 +55,7 @@ def scale_parts(program: ProgramData, sites: Sites, config: PeftConfig, tensors:
             inputs.update((site, scale.flatten()) for site in found)
     words = departures(sites, config.directory, outputs, inputs)
     if words:
-        warnings.warn(words, stacklevel=5)
+        warnings.warn(words, stacklevel=6)
     return [
         Filled(_pass(sites, places, side), {(site.id, "ia3_l"): scale for site, scale in places.items()})
         for side, places in (("output", outputs), ("input", inputs))

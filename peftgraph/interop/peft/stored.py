@@ -16,6 +16,7 @@ from peftgraph.interop.peft.config import PeftConfig
 from peftgraph.interop.peft.tensors import PeftTensors
 from peftgraph.interop.selecting import selector_of
 from peftgraph.interop.stored import holders, parameters_of, same
+from peftgraph.ir.modes import mutated_buffers
 from peftgraph.ir.program import ProgramData
 from peftgraph.rewrite.method import find_pass
 from peftgraph.sites import Site, Sites
@@ -45,12 +46,15 @@ def stored_parts(program: ProgramData, sites: Sites, config: PeftConfig, tensors
     for name, d in moved.items():
         start = wanted.get(name, program.table[name].tensor.detach())
         wanted[name] = start.to(torch.promote_types(start.dtype, d.dtype)) + d.to(start.device)
+    state = mutated_buffers(program.graph)
+    buffers = {name: wanted.pop(name) for name in list(wanted) if name in state}
     chosen = holders(sites, set(wanted))
     _check(program, config, wanted, chosen)
     if not chosen:
         return []
     held = {name for site in chosen for name in parameters_of(site)}
     values: dict[Key, torch.Tensor] = {name: value for name, value in wanted.items() if name in held}
+    values.update(buffers)
     return [Filled(find_pass("freeze")(at=selector_of(sites, chosen)), values)]  # pyright: ignore[reportCallIssue]
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -72,8 +72,13 @@ def write_low_rank(program: ProgramData, sites: Sites, places: Places) -> Writte
         AdapterError: peft's format has no such adapter; names the pass, the site and the reason.
     """
     paths: dict[str, list[Path]] = {}
+    leaders: dict[int, Site] = {}  # by the memory of A: the first site of those that share it
     for method, site, tensors in places:
+        leader = leaders.setdefault(tensors["lora_A"].data_ptr(), site)
         assert site.weight is not None
+        assert leader.weight is not None
+        if site.weight.transposed != leader.weight.transposed:  # a head by the transpose of its embedding: (B A)^T
+            tensors = {"lora_A": tensors["lora_B"].t(), "lora_B": tensors["lora_A"].t()}
         paths.setdefault(site.weight.parameter, []).extend(_paths(method, site, tensors))
     wholes = [_whole(program, sites, parameter, found) for parameter, found in paths.items()]
     config = _options([method for method, _, _ in places], wholes) | _targets(program, wholes)
@@ -109,7 +114,7 @@ def _added_up(program: ProgramData, parameter: str, paths: Sequence[Path]) -> Wh
     stored, site = program.table[parameter].tensor, paths[0].site
     view = weight_view(site)
     assert view is not None
-    matrix_OI = type(view)(view.parameter, view.transposed, experts=view.experts).get(stored.detach())
+    matrix_OI = replace(view, window=None).get(stored.detach())
     alike: list[tuple[Tensor, float, Tensor]] = []
     for path in paths:
         same = next((b for a, s, b in alike if s == path.scale and torch.equal(a, path.a_RI)), None)
