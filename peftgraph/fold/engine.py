@@ -8,7 +8,7 @@ may free the next one.
 from __future__ import annotations
 
 from collections import ChainMap, Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeVar
@@ -18,16 +18,16 @@ from torch import Tensor, fx
 
 from peftgraph.fold.form import Form
 from peftgraph.fold.sharing import Sharing
-from peftgraph.fold.step import Settle, Step, Write
+from peftgraph.fold.step import Install, Settle, Step, Write
 from peftgraph.ir.builder import erase, sort
 from peftgraph.ir.program import Applied, Edit, Edits, ProgramData, copy_graph
 from peftgraph.ir.table import Table
 from peftgraph.rewrite.apply import undo
 from peftgraph.rewrite.count import rule_of, short_params
 from peftgraph.rewrite.match import Match
-from peftgraph.rewrite.rule import Add
+from peftgraph.rewrite.rule import Add, AddProduct
 from peftgraph.rewrite.views import View, bias_view, rows_view, weight_view
-from peftgraph.sites import Site, Sites, Weight, ops
+from peftgraph.sites import Site, Sites, Weight
 
 aten = torch.ops.aten
 P = TypeVar("P", bound=ProgramData)
@@ -78,6 +78,9 @@ class Folding:
         for site in self.sites:
             if site.role != "ffn.hidden":
                 self._multiplied.setdefault(site.weight, set()).add(site.op)
+        self._groups: dict[tuple[object, ...], list[Edit]] = {}
+        for edit in self.program.edits:
+            self._groups.setdefault(self._key(edit), []).append(edit)
         self._uses = Counter(name for edit in self.edits for name in edit.parameters)
         self._gone: set[str] = set()
         edits = self.program.edits
@@ -90,6 +93,8 @@ class Folding:
             progress = False
             self.reasons = []
             for edit in list(self.edits):
+                if edit not in self.edits:
+                    continue  # folded together with another
                 reason = self._reason(edit)
                 if reason is None:
                     self._fold(edit)
@@ -97,6 +102,20 @@ class Folding:
                 else:
                     self.reasons.append(f"{edit.site}: {self._word(edit)}: {reason}")
         return self
+
+    def _key(self, edit: Edit) -> tuple[object, ...]:
+        """What edits have in common that fold together: those of one rule at the uses of one weight, which share their
+        parameters; those of a pass that trains the rows of a table."""
+        rule = rule_of(self.program, edit)
+        if rule.rows is not None:
+            return (edit.application,)
+        site = self._by_id[edit.site]
+        weight = site.weight and (self.program.table.tied(site.weight.parameter)[0], site.weight.window)
+        return (edit.application, edit.rule, edit.parameters, weight or edit.site)
+
+    def _group(self, edit: Edit) -> list[Edit]:
+        """The edits that fold together with one, itself included."""
+        return self._groups[self._key(edit)]
 
     # may an edit fold?
 
@@ -106,19 +125,51 @@ class Folding:
             return rule.fold
         if not edit.moves:
             return None
-        if rule.rows is not None:
-            return self._joint_reason(edit)
+        group = self._group(edit)
+        for one in group:
+            blocked = self._blocked(one)
+            if blocked is not None:
+                return blocked
         site = self._by_id[edit.site]
-        read = site.role == "ffn.hidden" or _at_input(edit)
-        blocked = self._reader_reason(edit, site) if read else self._order_reason(edit, site)
-        makers = ChainMap[str, View | None](dict.fromkeys(edit.nodes), self._makers)
-        readers = self._multiplied[site.weight] if read else {site.op}
-        blocked = (
-            blocked or self._form.weight_reason(site) or (None if read else self._addend_reason(edit, site, makers))
-        )
-        return blocked or self._sharing.reason(weight_view(site), makers, readers)
+        if edit.installed or rule.training_only:
+            return None
+        if site.weight is not None and site.weight.computed is not None:
+            return (
+                f"the weight at {site.path} is computed from {site.weight.parameter} and what stands beside it. "
+                "Remove the parametrisation from the model before it is traced "
+                "(torch.nn.utils.parametrize.remove_parametrizations), or keep the pass"
+            )
+        makers = ChainMap[str, View | None](dict.fromkeys(name for one in group for name in one.nodes), self._makers)
+        return self._form_reason(group, makers) or self._sharing_reason(group, makers)
 
-    def _addend_reason(self, edit: Edit, site: Site, makers: Mapping[str, View | None]) -> str | None:
+    def _form_reason(self, group: Sequence[Edit], makers: Mapping[str, View | None]) -> str | None:
+        """Why a change of a weight, or of a bias, is another one than that of what its site gives; where an edit is one
+        of the weight itself, it is the same by itself."""
+        adders = {name for one in group for name in self._form.adders(self._by_id[one.site])}
+        for one in group:
+            site, rule = self._by_id[one.site], rule_of(self.program, one)
+            if self._at_weight(one):
+                continue
+            reason = self._form.weight_reason(site)
+            if reason is None and rule.rows is None and not self._reads(one, site):
+                reason = self._addend_reason(one, site, makers, adders)
+            if reason is not None:
+                return reason
+        return None
+
+    def _sharing_reason(self, group: Sequence[Edit], makers: Mapping[str, View | None]) -> str | None:
+        """Who else reads what would change."""
+        edit = group[0]
+        view, site = self._window(edit), self._by_id[edit.site]
+        if len(group) == 1 and rule_of(self.program, edit).rows is None:
+            readers = self._multiplied[site.weight] if self._reads(edit, site) else {site.op}
+            return self._sharing.reason(view, makers, readers)
+        assert view is not None
+        return self._sharing.joint_reason(view, [self._by_id[one.site].op for one in group], makers)
+
+    def _addend_reason(
+        self, edit: Edit, site: Site, makers: Mapping[str, View | None], adders: Collection[str]
+    ) -> str | None:
         """Why what a site adds to its product stands in the way of a fold that changes, or looks at, more than the
         product."""
         view = bias_view(site)
@@ -126,18 +177,14 @@ class Folding:
             added = self._form.unknown_addend(site)
             return None if self._only_adds(edit, site) else added
         reason = self._form.bias_reason(site)
-        reason = reason or self._sharing.bias_reason(view, weight_view(site), makers, self._form.adders(site))
+        reason = reason or self._sharing.bias_reason(view, weight_view(site), makers, adders)
         return reason if reason is not None and view.parameter in self._touched(edit) else None
 
     def _only_adds(self, edit: Edit, site: Site) -> bool:
         """Whether what an edit adds to a site's output does not depend on that output."""
         output = site.ports.get("output", site.op)
         values = {output, *(move.after for move in self.edits.chain(output))}
-        inside = (self._names[name] for name in edit.nodes if ops.name(self._names[name]) not in ops.SCATTER)
-        reads = sum(
-            one.name in values and one.name not in edit.nodes for node in inside for one in node.all_input_nodes
-        )
-        return isinstance(rule_of(self.program, edit).join, Add) and reads == 1
+        return isinstance(rule_of(self.program, edit).join, Add | AddProduct) and self._read_by(edit).isdisjoint(values)
 
     def _touched(self, edit: Edit) -> set[str]:
         step = self._step(edit)
@@ -150,21 +197,19 @@ class Folding:
         table = self.program.table
         return Table((n, replace(e, tensor=torch.empty_like(e.tensor, device="meta"))) for n, e in table.items())
 
-    def _joint_reason(self, edit: Edit) -> str | None:
-        """Why rows may not change for all sites of a pass that trains them; those of its edits that are left fold
-        together."""
-        every = [one for one in self.program.edits if one.application == edit.application]
-        for one in self.edits:
-            site = self._by_id[one.site]
-            blocked = self._order_reason(one, site) or self._form.weight_reason(site) if one in every else None
-            if blocked is not None:
-                return blocked
-        view = self._window(edit)
-        assert view is not None
-        own = dict.fromkeys(name for one in every for name in one.nodes)
-        makers = ChainMap[str, View | None](own, self._makers)
-        together = [self._by_id[one.site].op for one in every]
-        return self._sharing.joint_reason(view, together, makers)
+    def _reads(self, edit: Edit, site: Site) -> bool:
+        """Whether an edit changes what its site's weight reads."""
+        return site.role == "ffn.hidden" or _at_input(edit)
+
+    def _at_weight(self, edit: Edit) -> bool:
+        """Whether an edit changes the weight itself, for all who read it."""
+        site = self._by_id[edit.site]
+        return isinstance(rule_of(self.program, edit).join, AddProduct) and not _at_output(edit, site)
+
+    def _blocked(self, edit: Edit) -> str | None:
+        """What stands between an edit and its weight."""
+        site = self._by_id[edit.site]
+        return self._reader_reason(edit, site) if self._reads(edit, site) else self._order_reason(edit, site)
 
     def _window(self, edit: Edit) -> View | None:
         """What an edit's fold may change of its site's weight."""
@@ -180,9 +225,23 @@ class Folding:
             line = self.edits.chain(move.anchor)
             for below in line[: line.index(move)]:
                 other = self.edits.owner(below)
-                if _share_columns(self._by_id[other.site], site):
+                if _share_columns(self._by_id[other.site], site) and not self._beside(edit, other, move.anchor):
                     return f"it stands on {self._word(other)}, which is not folded"
         return None
+
+    def _beside(self, edit: Edit, below: Edit, anchor: str) -> bool:
+        """Whether an edit may fold before the one that it stands on: both only add to one value, the lower one is not
+        made of that value, and the upper one not of what the lower one gives."""
+        joins = [rule_of(self.program, one).join for one in (edit, below)]
+        if not all(isinstance(join, Add | AddProduct) for join in joins):
+            return False
+        given = {move.after for move in self.edits.chain(anchor)}
+        return self._read_by(edit).isdisjoint(given) and self._read_by(below).isdisjoint({anchor, *given})
+
+    def _read_by(self, edit: Edit) -> set[str]:
+        """What the delta of an edit is made of."""
+        made = [name for name in edit.nodes if name not in edit.joining]
+        return {operand.name for name in made for operand in self._inputs(name)}
 
     def _reader_reason(self, edit: Edit, site: Site) -> str | None:
         """Who else reads the scaled value."""
@@ -198,20 +257,26 @@ class Folding:
     # folding one edit
 
     def _fold(self, edit: Edit) -> None:
-        self._take(self._step(edit))
-        if edit.moves:
-            undo(self.graph, self._names, self.edits, edit)
-        self.edits.remove(edit)
-        self._uses.subtract(edit.parameters)
-        gone = [name for name in edit.parameters if self.table[name].added and not self._uses[name]]  # not shared
+        group = self._group(edit) if edit.moves else [edit]
+        self._take(self._step(group[0]))
+        for one in reversed(group):
+            if one.moves:
+                undo(self.graph, self._names, self.edits, one)
+            self.edits.remove(one)
+            self._uses.subtract(one.parameters)
+        gone = [name for name in group[0].parameters if self.table[name].added and not self._uses[name]]  # not shared
         self._gone.update(gone)
 
     def _step(self, edit: Edit) -> Step:
-        if not edit.moves:
+        if not edit.moves or rule_of(self.program, edit).training_only:
             return Settle(edit.parameters)
-        site = self._by_id[edit.site]
-        match = Match(site, self.sites, self.graph, self.program.table, self.edits, self._names)
-        return Write(match, rule_of(self.program, edit), short_params(edit))
+        if edit.installed:
+            return Install(dict(edit.installed))
+        site, rule = self._by_id[edit.site], rule_of(self.program, edit)
+        at_weight = self._at_weight(edit)
+        match = Match(site, self.sites, self.graph, self.program.table, self.edits, self._names, at_weight=at_weight)
+        joint = at_weight or rule.rows is not None or len(self._group(edit)) > 1
+        return Write(match, rule, short_params(edit), joint)
 
     def _take(self, step: Step) -> None:
         self.table, written = step.run(self.table, self.precision)
@@ -229,6 +294,8 @@ class Folding:
             tensor = self.table[name].tensor
             dtype = self.precision or stored_tensor(program, name).dtype
             table = table.with_tensor(name, rounded.setdefault(id(tensor), tensor.to(dtype)))
+        if not len(self.edits):
+            table = table.with_({name: replace(table[name], before=None) for name in table.state})
         erase(self.graph, _unread(self.graph))
         used = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
         table = table.without(name for name, entry in table.items() if entry.added and name not in used)
@@ -256,6 +323,11 @@ def _readers(node: fx.Node) -> list[fx.Node]:
 def _at_input(edit: Edit) -> bool:
     """Whether an edit changes what one operator reads, and not what a site gives."""
     return any("@" in move.anchor for move in edit.moves)
+
+
+def _at_output(edit: Edit, site: Site) -> bool:
+    """Whether an edit changes what a site gives, and not its weight."""
+    return any(move.anchor == site.ports.get("output") for move in edit.moves)
 
 
 def _share_columns(a: Site, b: Site) -> bool:

@@ -78,7 +78,7 @@ class Plan:
     def changed(self) -> dict[str, tuple[str, ...]]:
         """The parameters that change, each with those whose stored values its own new value is computed from."""
         names = dict.fromkeys(name for each in self.taken for name in sorted(each.writes))
-        return {name: self._stored(self._path(name)[1]) for name in names}
+        return {name: self._stored(self._path(name)[1], name) for name in names}
 
     def dtype(self, name: str) -> torch.dtype:
         """The stored dtype of a parameter, which its new value is rounded to."""
@@ -104,10 +104,13 @@ class Plan:
         """
         steps, needed = self._path(name)
         table = self.program.table
-        stored = self._stored(needed)
-        table = table.with_({one: replace(table[one], tensor=read(one)) for one in stored})
+        stored = self._stored(needed, name)
+        for one in stored:  # what was tied stays so, and is read once
+            tensor = read(one)
+            table = table.with_({tied: replace(table[tied], tensor=tensor) for tied in self.program.table.tied(one)})
         own = {full for step in steps if isinstance(step, Write) for full in step.parameters.values()}
-        table = table.with_({one: self._trained(one) for one in own | needed.difference(stored)})
+        trained = {one for one in needed if self.program.table[one].before is not None}
+        table = table.with_({one: self._trained(one) for one in own | trained})
         if _splits(steps, needed, table):
             return _in_place(name, steps, needed, table, expert)
         for step in steps:
@@ -123,9 +126,14 @@ class Plan:
                 steps.append(each.step)
         return steps[::-1], needed
 
-    def _stored(self, names: Iterable[str]) -> tuple[str, ...]:
-        """Those that start from what is stored, not from a trained copy."""
-        return tuple(sorted(name for name in names if self.program.table[name].before is None))
+    def _stored(self, names: Iterable[str], wanted: str) -> tuple[str, ...]:
+        """Those that start from what is stored and no trained copy; of tied ones one, `wanted` if it is of them."""
+        table = self.program.table
+        groups: dict[str, str] = {table.tied(wanted)[0]: wanted}
+        start = sorted(name for name in names if table[name].before is None)
+        for name in start:
+            groups.setdefault(table.tied(name)[0], name)
+        return tuple(name for name in start if groups[table.tied(name)[0]] == name)
 
     def _trained(self, name: str) -> Entry:
         entry = self.program.table[name]

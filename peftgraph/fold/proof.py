@@ -62,6 +62,7 @@ class Proof:
         text_equal: the folded program prints as the base does; None after a partial fold.
         changed: the base tensors that differ, with the windows the fold wrote.
         split: tied tensors that got one of their own.
+        state: the buffers that training wrote, whose values are the adapted program's.
         rounding: the largest distance of a stored value from the float64 algebra, in units of the dtype's epsilon.
         probes: the comparisons of outputs; empty on the meta device.
         left: for a partial fold, the reasons for what was left.
@@ -73,6 +74,7 @@ class Proof:
     rounding: float | None
     probes: tuple[Probe, ...]
     left: tuple[str, ...] = ()
+    state: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         text = {True: "equal to the base's text", False: "DIFFERS", None: "not compared (partial fold)"}[
@@ -82,6 +84,8 @@ class Proof:
             f"text      {text}",
             f"changed   {len(self.changed)} tensors, as expected; every other tensor is the base's own",
         ]
+        if self.state:
+            lines.append(f"state     {len(self.state)} buffers that training writes have the adapted program's values")
         if self.split:
             lines.append(f"untied    {', '.join(self.split)}")
         if self.rounding is not None:
@@ -115,7 +119,8 @@ def prove(program: ProgramData, folding: Folding, folded: ProgramData) -> Proof:
         rounding = max((_rounding(folded, exact, program, name) for name in folding.changed), default=0.0)
         probes = tuple(_probe(program, folded, exact, folding.changed))
     changed = {name: tuple(dict.fromkeys(_window(view) for view in views)) for name, views in folding.changed.items()}
-    return Proof(text_equal, changed, split, rounding, probes, tuple(folding.reasons))
+    state = tuple(program.table.state)
+    return Proof(text_equal, changed, split, rounding, probes, tuple(folding.reasons), state)
 
 
 def check_finite(parameters: Iterable[tuple[str, Tensor]]) -> None:
@@ -153,7 +158,8 @@ def _compare_tensors(program: ProgramData, folding: Folding, folded: ProgramData
             continue
         before = stored_tensor(program, name)
         if name not in folding.changed:
-            if entry.tensor is not before and not (entry.trainable and program.table[name].tensor is entry.tensor):
+            own = program.table[name].before is not None and program.table[name].tensor is entry.tensor
+            if entry.tensor is not before and not own:  # what trains, or is the adapted program's own state
                 raise ProofError(f"{name} was not to change, but is another tensor now.")
             continue
         if before.device.type == "meta":

@@ -7,8 +7,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from torch import fx
 
 from peftgraph.ir.program import ProgramData, stored
+from peftgraph.rewrite.readers import readers
 from peftgraph.rewrite.views import View, bias_view, weight_view
-from peftgraph.sites import Site, Sites, ops
+from peftgraph.sites import Site, Sites
 
 
 class Sharing:
@@ -100,18 +101,7 @@ class Sharing:
 
     def _readers(self, name: str) -> Iterator[fx.Node]:
         """The computing nodes that read a stored tensor, looking through layout."""
-        pending = list(self._stored.get(name, ()))  # one that was erased since has no users
-        seen: set[fx.Node] = set()
-        while pending:
-            node = pending.pop()
-            for user in node.users:
-                if user in seen:
-                    continue
-                seen.add(user)
-                if ops.name(user) in ops.LAYOUT | ops.CAST:
-                    pending.append(user)
-                elif user.op != "placeholder":
-                    yield user
+        return readers(self._stored.get(name, ()))  # one that was erased since has no users
 
     def _is_disjoint(self, reader: fx.Node, view: View, makers: Mapping[str, View | None]) -> bool:
         """Whether `reader` is the projection, or an edit, of other sites only, none of which owns values of `view`."""

@@ -27,11 +27,13 @@ class Write:
         match: the site; its table is not read.
         rule: what made the edit.
         parameters: the edit's parameters, short name -> full name.
+        joint: whether it is for all who read the tensors, by any of their names, so that ties stay.
     """
 
     match: Match
     rule: Rule
     parameters: Mapping[str, str]
+    joint: bool = False
 
     @cached_property
     def views(self) -> dict[str, View]:
@@ -56,7 +58,9 @@ class Write:
         if not parts:
             table, written = self.take(table, params, precision)
         for name, value in new.items():
-            table = table.with_tensor(name, value)
+            names = table.tied(name) if self.joint else (name,)
+            table = table.with_({one: replace(table[one], tensor=value) for one in names})
+            written |= {one: replace(written[name], parameter=one) for one in names}
         return table, list(written.values())
 
     def touched(self, table: Table) -> set[str]:
@@ -78,9 +82,8 @@ class Write:
     def splits(self, table: Table) -> bool:
         """Whether parts of the weight fold on their own."""
         weight, *rest = self.views.values()
-        if self.rule.by_row is None or (
-            weight.transposed and weight.experts is None and table[weight.parameter].tensor.dim() > 2
-        ):
+        turned = weight.transposed and weight.experts is None and table[weight.parameter].tensor.dim() > 2
+        if self.rule.by_row is None or weight.axes is not None or turned:
             return False
         return all(view.window == weight.window for view in rest)  # else features of one are not those of the other
 
@@ -116,7 +119,7 @@ class Write:
             full = table[name].tensor.detach()
             stored = bound.view.stored(full, value) if part is not None else None  # copied from there in the end
             new = bound.view.put(full, value, value.dtype) if stored is None else stored
-            names = (name,) if self.rule.rows is None else table.tied(name)  # what trains rows keeps ties
+            names = table.tied(name) if self.joint else (name,)
             table = table.with_({one: replace(table[one], tensor=new) for one in names})
             for one in names:
                 written[one] = replace(bound.view, parameter=one) if part is None else self.views[one]
@@ -170,4 +173,27 @@ class Settle:
         return table, written
 
 
-Step = Write | Settle
+@dataclass(frozen=True, eq=False)
+class Install:
+    """Parameters that stood in the places of stored tensors are the new values, under all of their names.
+
+    Attributes:
+        installed: stored tensor -> parameter, by name.
+    """
+
+    installed: Mapping[str, str]
+
+    def run(self, table: Table, precision: torch.dtype | None) -> tuple[Table, list[View]]:
+        """The table with the trained values, in the dtype that folding accumulates in, and what they cover."""
+        written: list[View] = []
+        for name, parameter in self.installed.items():
+            old = table[name].tensor
+            dtype = precision or accumulation_dtype(old.dtype)
+            value = table[parameter].tensor.detach().to(device=old.device, dtype=dtype, copy=True)
+            names = table.tied(name)
+            table = table.with_({one: replace(table[one], tensor=value) for one in names})
+            written += [View(one, vector=value.dim() == 1) for one in names]
+        return table, written
+
+
+Step = Write | Settle | Install

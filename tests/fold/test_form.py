@@ -124,7 +124,7 @@ def test_a_weight_stored_in_half_precision_is_rounded_to_that() -> None:
     class Mixed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.w, self.head = nn.Parameter(torch.randn(6, 6).bfloat16()), nn.Linear(6, 4)
+            self.w, self.head = nn.Parameter(torch.randn(6, 6).bfloat16()), nn.Linear(6, 12)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.head(torch.relu(linear(x, self.w.float())))
