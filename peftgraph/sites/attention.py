@@ -4,7 +4,7 @@ reads it."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -31,7 +31,7 @@ class Part:
     @property
     def weight(self) -> Weight:
         stored = self.projection.weight
-        return Weight(stored.parameter, stored.transposed, narrow(stored.window, self.columns), stored.experts)
+        return replace(stored, window=narrow(stored.window, self.columns))
 
     @property
     def bias(self) -> Bias | None:

@@ -37,8 +37,10 @@ RANK = (
     "side.down",
     "side.up",
     "projection",
+    "conv",
     "head",
     "embedding",
+    "matrix",
     "bias",
 )
 
@@ -50,6 +52,7 @@ class Collection:
         self.anatomy, self.flow, self.blocks = anatomy, anatomy.flow, blocks
         self.found: list[Site] = []
         self.paths: dict[str, list[str]] = {}  # of the sites with a weight, by operation
+        self.stored: dict[str, list[str]] = {}  # their weights, by operation
         self.played: set[tuple[str, fx.Node, Columns | None]] = set()  # the parts that are sites already
         self.place_of: dict[fx.Node, Place | None] = {}
 
@@ -66,6 +69,7 @@ class Collection:
         self.found.append(Site(role=role, path=path, op=op.name, port_items=items, **where, **more))
         if self.found[-1].weight is not None:
             self.paths.setdefault(op.name, []).append(path)
+            self.stored.setdefault(op.name, []).append(self.found[-1].weight.parameter)
 
     def place(self, node: fx.Node) -> Place | None:
         join = self.blocks.around(node)
@@ -95,6 +99,8 @@ class Collection:
             heads=part.heads,
             head_dim=part.head_dim,
             feature_axis=_feature_axis(self.flow.shape(one.output), one),
+            equation=one.equation,
+            form=one.form,
             note=part.note,
             shape=weight.shape(self.flow.tensors),
             **{"expert": one.expert, **more},
@@ -110,6 +116,10 @@ class Collection:
         axis = 1 - len(self.flow.shape(node)) if ops.name(node) in ops.CONV else -1
         path = owner(scale) if scale else module_of(node)
         self.add(role, node, path, place, ports, bias=bias, scale=scale, feature_axis=axis, **more)
+
+    def weights(self, members: Sequence[fx.Node]) -> tuple[str, ...]:
+        """The stored weights of some operations."""
+        return tuple(dict.fromkeys(name for node in members for name in self.stored.get(node.name, ())))
 
     def common(self, members: Sequence[fx.Node], fallback: fx.Node) -> str:
         paths = [path for node in dict.fromkeys(members) for path in self.paths.get(node.name, ())]

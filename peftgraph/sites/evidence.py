@@ -163,6 +163,17 @@ def _leftover(finder: Finder, site: Site, node: fx.Node) -> list[Step]:
     return [first, step("it plays no other role; `sites.unmatched` says what it comes closest to")]
 
 
+def _convolution(finder: Finder, site: Site, node: fx.Node) -> list[Step]:
+    assert site.weight is not None
+    return [step(f"%{node.name} convolves a signal with the stored kernel @{site.weight.parameter}", node)]
+
+
+def _matrix(finder: Finder, site: Site, node: fx.Node) -> list[Step]:
+    assert site.weight is not None
+    what = f"%{node.name} ({ops.name(node)}) reads the stored matrix @{site.weight.parameter}"
+    return [step(f"{what}, which is no projection's, embedding's or convolution's", node)]
+
+
 def _side_path(finder: Finder, site: Site, node: fx.Node) -> list[Step]:
     path = next(path for path in finder.anatomy.side_paths if node in (path.down.node, path.up.node))
     claim = f"%{path.up.node.name} of %{path.down.node.name} is added to %{path.host.node.name}: a low-rank side path"
@@ -229,4 +240,6 @@ HOW: Final[dict[str, Callable[[Finder, Site, fx.Node], list[Step]]]] = {
     "router": _leftover,
     "side": _side_path,
     "projection": _leftover,
+    "conv": _convolution,
+    "matrix": _matrix,
 }

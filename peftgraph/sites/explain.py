@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
-from peftgraph.errors import Ambiguous, NoMatch
+from peftgraph.errors import Ambiguous, NoMatch, PeftGraphWarning
 from peftgraph.ir.program import calls
 
 from . import ops
@@ -30,15 +31,19 @@ ABSENT = {
     "head": "no projection",
     "router": "no projection whose result passes a top-k, softmax or sigmoid",
     "projection": "every projection plays another role, or there is none",
+    "linear": "no projection, or heads and routers alone",
+    "conv": "no convolution",
+    "weight": "no stored matrix",
+    "matrix": "every stored matrix is a projection's, an embedding's or a convolution's",
     "bias": "no stored vector is added to a projection, convolution or norm",
 }
 
 
 def require(sites: Sites, selector: object) -> tuple[Site, ...]:
-    """The matches.
+    """The matches. An alternative of the selector that matches nothing beside others that do is a PeftGraphWarning.
 
     Raises:
-        NoMatch: there are none, or an alternative or a filter of the selector is idle.
+        NoMatch: there are none, or a number of layers lies beyond the model.
         Ambiguous: a layer number means a layer in several stacks, and the selector names none.
     """
     chosen = as_selector(selector)
@@ -48,7 +53,7 @@ def require(sites: Sites, selector: object) -> tuple[Site, ...]:
     idle = [part for part in _alternatives(chosen) if not sites.select(part)]
     if idle:
         reasons = "\n".join(_problem(sites, part) for part in idle)
-        raise NoMatch(f"part of {chosen} never matched:\n{reasons}")
+        warnings.warn(f"part of {chosen} never matched:\n{reasons}", PeftGraphWarning, stacklevel=2)
     beyond = _beyond(sites, chosen)
     if beyond:
         raise NoMatch(f"{chosen}: {beyond}")

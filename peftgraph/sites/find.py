@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from types import MappingProxyType
 
 import torch
 from torch import fx
 
+from . import ops
 from .absent import find_absent
 from .anatomy import Anatomy
-from .attention import Attention, Part, attended, find_attention, find_latents
+from .attention import Attention, Part, arrivals, attended, find_attention, find_latents
 from .blocks import Blocks, Place, Sublayer
 from .collect import Collection, Ports, common, owner
 from .feedforward import FeedForward, find_feedforward
@@ -22,10 +23,11 @@ from .operands import operands_of
 from .origin import Origin
 from .patterns.pattern import Pattern
 from .patterns.search import PatternSearch, search
-from .plain import add_biases, add_embeddings
+from .plain import add_biases, add_embeddings, add_weights
 from .projections import Projection
 from .routers import find_routers
 from .site import Bias, NearMiss, Sites
+from .tags import varies
 
 DOWN, UP = "side.down", "side.up"
 
@@ -36,6 +38,7 @@ def find_sites(
     sizes: Mapping[str, str] = MappingProxyType({}),
     *,
     patterns: Sequence[Pattern] = (),
+    parameters: Set[str] | None = None,
 ) -> Sites:
     """The sites of a canonical graph.
 
@@ -44,17 +47,19 @@ def find_sites(
         tensors: the parameters and buffers its get_attr nodes name.
         sizes: the printed names of symbolic sizes, for explanations.
         patterns: sites of one's own to look for as well.
+        parameters: the names in `tensors` that are parameters and no buffers; all of them by default.
     """
     with torch.device("cpu"):  # tags are real numbers, whatever device the caller made the default
-        found = Finder(Anatomy(graph, tensors)).sites(patterns)
+        found = Finder(Anatomy(graph, tensors), parameters).sites(patterns)
     return replace(found, origin=Origin.of(graph, tensors, sizes))
 
 
 class Finder:
     """Collects the sites of one graph, role by role."""
 
-    def __init__(self, anatomy: Anatomy) -> None:
+    def __init__(self, anatomy: Anatomy, parameters: Set[str] | None = None) -> None:
         self.anatomy = anatomy
+        self.parameters = frozenset(anatomy.flow.tensors) if parameters is None else parameters
         self.flow = anatomy.flow
         self.attentions, self.misses = find_attention(anatomy)
         self.misses = [*anatomy.misses, *self.misses]
@@ -86,6 +91,7 @@ class Finder:
         self._sublayers()
         self._norms()
         add_embeddings(self.into)
+        add_weights(self.into, self.parameters)
         add_biases(self.into)
         searched = tuple(self._pattern(pattern) for pattern in patterns)
         return Sites(self.into.in_order(), tuple(self.misses), searched, absent=tuple(find_absent(self)))
@@ -102,9 +108,9 @@ class Finder:
         ports, axes = operands_of(self.anatomy, one)
         path = common([owner(part.weight.parameter, part.weight.experts) for part in one.parts])
         heads = q[0].heads if q else None
-        self.into.add(
-            "attention.core", core.node, path, place, ports, kind=one.kind, heads=heads, axis_items=tuple(axes.items())
-        )
+        reads = self.into.weights([part.projection.node for part in one.parts])
+        more = {"heads": heads, "axis_items": tuple(axes.items()), "reads": reads}
+        self.into.add("attention.core", core.node, path, place, ports, kind=one.kind, **more)
 
     def _among(self, part: Part, ends: Sequence[fx.Node]) -> Place | None:
         """The place of a part of attention over several streams: that of the stream the part reads."""
@@ -130,6 +136,8 @@ class Finder:
                 {"input": down.input, "output": down.input, "offsets": down.offsets, "chosen": down.chosen},
                 weight=weight,
                 feature_axis=down.input_axis,
+                equation=down.equation,
+                form=down.form,
                 shape=weight.shape(self.flow.tensors),
                 **{"expert": down.expert, **experts.get(down, {})},
             )
@@ -184,7 +192,9 @@ class Finder:
                 ports: Ports = {"input": joins[0].skip, "output": self._after(joins[-1])}
                 members = [n for join in joins for one in blocks.sublayers[join] for n in one.members]
                 place = blocks.places[joins[0]]
-                self.into.add("block", joins[-1].node, self.into.common(members, joins[-1].node), place, ports)
+                path, axis = self.into.common(members, joins[-1].node), self._feature_axis(members, joins[-1].node)
+                reads = self.into.weights(members)
+                self.into.add("block", joins[-1].node, path, place, ports, feature_axis=axis, reads=reads)
 
     def _sublayer(self, one: Sublayer, parallel: bool) -> None:
         join = one.join
@@ -206,7 +216,20 @@ class Finder:
             kind=one.kind,
             layout=self.blocks.layout(one),
             parallel=parallel,
+            feature_axis=self._feature_axis(one.members, one.output),
+            reads=self.into.weights(one.members),
         )
+
+    def _feature_axis(self, members: Sequence[fx.Node], value: fx.Node) -> int:
+        """The axis of a value, from the end, along which the features of the last projection before it are."""
+        flow, known = self.flow, self.anatomy.projection_at
+        before = [known[node] for node in members if node in known and flow.descends(value, known[node].output)]
+        if not before:
+            return -1
+        last = max(before, key=lambda one: flow.order[one.node])
+        tags, _ = arrivals(self.anatomy, value, [last])
+        axes = [axis for axis in range(-tags.dim(), 0) if varies(tags, axis)]
+        return axes[0] if len(axes) == 1 else -1
 
     def _after(self, join: Join) -> fx.Node:
         """The value a block hands on: the join, or the norm after it in a post-norm stream."""
@@ -226,6 +249,7 @@ class Finder:
             self.into.place_of[norm.node] = place
             bias = None if norm.bias is None else Bias(norm.bias)
             path = owner(norm.weight) if norm.weight else module_of(norm.node)
+            by_channel = ops.name(norm.node) in ops.IMAGE_NORM
             self.into.add(
                 "norm",
                 norm.node,
@@ -234,6 +258,7 @@ class Finder:
                 {"input": norm.input, "output": norm.output},
                 bias=bias,
                 scale=norm.weight,
+                feature_axis=1 - len(self.flow.shape(norm.output)) if by_channel else -1,
             )
 
     def _operand_place(self, norm: Norm) -> Place | None:

@@ -87,6 +87,16 @@ class Flow:
         """A parameter, or one that was only moved, cut or cast."""
         return node in self._raw
 
+    def parametrised(self, node: fx.Node) -> bool:
+        """Computed from stored tensors alone, by more than moves and casts, as a parametrisation computes a weight."""
+        return node.op == "call_function" and self.constant(node) and self.floating(node) and not self.raw(node)
+
+    def parametrised_leaf(self, node: fx.Node) -> fx.Node | None:
+        """A stored tensor that a computed weight is made of and that has its shape; None where none has."""
+        shape = self.shape(node)
+        stored = [one for one in self.members(self.before(node)) if one.op == "get_attr" and self.floating(one)]
+        return next((one for one in stored if self.shape(one) == shape), None)
+
     def constant(self, node: fx.Node) -> bool:
         """Computed without the model's inputs (parameters may be in it)."""
         return node not in self._fed

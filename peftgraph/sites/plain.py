@@ -1,15 +1,15 @@
-"""Sites that are seen at a glance: embeddings, and every bias vector that is added."""
+"""Sites that are seen at a glance: embeddings, convolutions, every other stored matrix, and every bias vector."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
 from torch import fx
 
 from . import ops
 from .blocks import Place
 from .collect import Collection, Ports, owner
-from .site import Bias, Weight
+from .site import Bias, Form, MatrixAxes, Weight
 
 
 def add_embeddings(into: Collection) -> None:
@@ -23,10 +23,12 @@ def add_embeddings(into: Collection) -> None:
 
 def _embedding(into: Collection, node: fx.Node, parameter: str, index: fx.Node) -> None:
     weight = Weight(parameter, transposed=True)
-    ports: Ports = {"input": index, "output": node}
+    bag = ops.name(node) == "embedding_bag"  # it sums what it looks up, and gives several values
+    ports: Ports = {"input": index, "output": None if bag else node}
     shape = weight.shape(into.flow.tensors)
+    form: Form = "weight" if bag else "output"
     stack = _fed_by(into, node)
-    into.add("embedding", node, owner(parameter), None, ports, weight=weight, shape=shape, stack=stack)
+    into.add("embedding", node, owner(parameter), None, ports, weight=weight, shape=shape, stack=stack, form=form)
 
 
 def _fed_by(into: Collection, node: fx.Node) -> str | None:
@@ -34,6 +36,61 @@ def _fed_by(into: Collection, node: fx.Node) -> str | None:
     order = into.flow.order
     places = sorted(into.blocks.places.items(), key=lambda item: order[item[0].node])
     return next((place.stack for join, place in places if into.flow.descends(join.root, node)), None)
+
+
+def add_weights(into: Collection, parameters: Set[str]) -> None:
+    """Every stored matrix that is no part of another site: kernels of convolutions, and what other operators read."""
+    flow = into.flow
+    for node in flow.nodes:
+        if ops.name(node) in ops.CONV and node not in into.anatomy.projection_at:
+            _convolution(into, node)
+    taken = {name for names in into.stored.values() for name in names}
+    for leaf in flow.nodes:
+        name = str(leaf.target)
+        known = leaf.op == "get_attr" and name in parameters and name not in taken and leaf.users
+        if known and flow.floating(leaf) and sum(size > 1 for size in flow.shape(leaf)) > 1:
+            reader = min(leaf.users, key=flow.order.__getitem__)
+            weight = Weight(name)
+            path = owner(name) if name.endswith(".weight") else name
+            place, shape = into.place(reader), weight.shape(flow.tensors)
+            into.add("matrix", reader, path, place, {}, weight=weight, shape=shape, form="weight")
+
+
+def _convolution(into: Collection, node: fx.Node) -> None:
+    """A site for a convolution of any kernel, stride and dilation, transposed or not, with any number of groups."""
+    flow = into.flow
+    image, kernel = flow.operands(node)[:2]
+    computed = flow.parametrised(kernel)
+    leaf = flow.parametrised_leaf(kernel) if computed else flow.uncast(kernel) if flow.raw(kernel) else None
+    if leaf is None or leaf.op != "get_attr":
+        return
+    sizes, turned = flow.shape(leaf), "transpose" in ops.name(node)
+    groups = ops.argument(node, 6, "groups")
+    grouped = groups if isinstance(groups, int) else 1
+    spatial = tuple(range(2, len(sizes)))
+    if not turned:
+        axes = None
+    elif grouped == 1:
+        axes = MatrixAxes(sizes, (), (1,), (0, *spatial))
+    else:  # stored (in, out / groups, ...): each group of inputs has outputs of its own
+        split = (grouped, sizes[0] // grouped, *sizes[1:])
+        axes = MatrixAxes(split, (), (0, 2), (1, *(axis + 1 for axis in spatial)))
+    weight = Weight(str(leaf.target), axes=axes, computed=kernel.name if computed else None)
+    bias = ops.operand(node, 2, "bias")
+    stored = bias and flow.leaf(bias)
+    into.place_of[node] = into.place(node)
+    into.add(
+        "conv",
+        node,
+        owner(weight.parameter),
+        into.place(node),
+        {"input": image, "output": node},
+        weight=weight,
+        bias=None if stored is None else Bias(str(stored.target)),
+        feature_axis=1 - len(sizes),
+        form="output" if grouped == 1 else "weight",
+        shape=weight.shape(flow.tensors),
+    )
 
 
 def add_biases(into: Collection) -> None:

@@ -4,7 +4,8 @@
 
 Filters that narrow (layers, stacks, kinds, experts, paths, shapes) are in narrow.py.
 
-`attention.*` is the four projections, `attention` the sublayer; likewise `ffn.*` and `ffn`.
+`attention.*` is the four projections, `attention` the sublayer; likewise `ffn.*` and `ffn`. `linear` is every
+projection but the head and routers, `weight` everything with a stored matrix.
 """
 
 from __future__ import annotations
@@ -40,10 +41,17 @@ WORDS: Final = (
     "head",
     "block",
     "projection",
+    "linear",
+    "conv",
+    "matrix",
+    "weight",
     "router",
     "side.down",
     "side.up",
 )
+LINEAR: Final = (*ATTENTION, "attention.latent", *FFN, "projection", "side.down", "side.up")
+# Words that stand for several roles.
+FAMILIES: Final = {"attention.*": ATTENTION, "ffn.*": FFN, "linear": LINEAR}
 FILTERS: Final = ("layers", "layer", "stack", "kind", "expert")
 
 
@@ -100,16 +108,19 @@ class Selector:
 
 @dataclass(frozen=True)
 class Role(Selector):
-    """Sites of one role; `attention.*` and `ffn.*` stand for their projections."""
+    """Sites of one role. `attention.*` and `ffn.*` stand for their projections, `linear` for every projection but
+    the head and routers, `weight` for every part with a stored matrix, whatever its role."""
 
     name: str
 
     def matches(self, site: Site) -> bool:
+        if self.name == "weight":
+            return site.weight is not None and site.role != "ffn.hidden"
         return site.role in self.roles
 
     @property
     def roles(self) -> tuple[str, ...]:
-        return {"attention.*": ATTENTION, "ffn.*": FFN}.get(self.name, (self.name,))
+        return FAMILIES.get(self.name, (self.name,))
 
     def __str__(self) -> str:
         return self.name
@@ -249,6 +260,10 @@ head: Final = Role("head")
 block: Final = Role("block")
 projection: Final = Role("projection")
 router: Final = Role("router")
+linear: Final = Role("linear")
+conv: Final = Role("conv")
+matrix: Final = Role("matrix")
+weight: Final = Role("weight")
 
 
 def suggestion(word: str, known: Iterable[str] = (*WORDS, *FILTERS, "where")) -> str:

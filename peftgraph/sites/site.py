@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import string
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from .unmatched import Unmatched
 
 Layout = Literal["pre", "post", "sandwich"]
+
+# Where a change of a site's weight enters: beside what the site gives, or into the weight that its operator reads.
+Form = Literal["output", "weight"]
 
 
 @dataclass(frozen=True)
@@ -75,30 +80,131 @@ class Columns:
 
 
 @dataclass(frozen=True)
+class MatrixAxes:
+    """How a stored tensor of any rank is a matrix (out, in), or a stack of them.
+
+    Attributes:
+        sizes: the shape that the stored tensor is viewed in; its own, unless an axis is split into groups.
+        stacked: the axes of `sizes` that count matrices (experts).
+        outer: the axes that are output features, the slowest first.
+        inner: the axes that are input features, the slowest first.
+    """
+
+    sizes: tuple[int, ...]
+    stacked: tuple[int, ...]
+    outer: tuple[int, ...]
+    inner: tuple[int, ...]
+
+    @classmethod
+    def plain(cls, sizes: Sequence[int], transposed: bool, experts: int | None) -> MatrixAxes:
+        """Of a matrix stored (out, in), or (in, out) where it is transposed, behind an axis of experts if there are
+        any; further axes are further input features, or output features of a transposed one."""
+        first = 0 if experts is None else 1
+        rest = tuple(range(first + 1, len(sizes)))
+        outer, inner = (rest, (first,)) if transposed else ((first,), rest)
+        return cls(tuple(sizes), tuple(range(first)), outer, inner)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of one matrix."""
+        return math.prod(self.sizes[a] for a in self.outer), math.prod(self.sizes[a] for a in self.inner)
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """All axes, as a matrix has them: stacked, outer, inner."""
+        return (*self.stacked, *self.outer, *self.inner)
+
+
+@dataclass(frozen=True)
 class Weight:
     """Where a weight lives.
 
-    `transposed`: stored (in, out), like GPT-2's Conv1D. `window`: which of the stored parameter's output
-    features the
-    site owns (None = all). `experts`: the size of a leading expert dimension.
+    Attributes:
+        parameter: the stored parameter's dotted name.
+        transposed: stored (in, out), like GPT-2's Conv1D.
+        window: which of the stored parameter's output features the site owns (None = all).
+        experts: the size of a leading expert dimension.
+        axes: which axes are features, where the rank or their order is not a plain matrix's.
+        computed: the node that computes the weight from `parameter` and others, behind a parametrisation such as
+            weight_norm; None where the parameter is the weight.
     """
 
     parameter: str
     transposed: bool = False
     window: Columns | None = None
     experts: int | None = None
+    axes: MatrixAxes | None = None
+    computed: str | None = None
 
     def shape(self, tensors: Mapping[str, torch.Tensor]) -> tuple[int, int]:
         """(out, in) of the site's own part, for one expert."""
         sizes = [int(size) for size in tensors[self.parameter].shape]
-        if self.experts is not None:
-            sizes = sizes[1:]
-        first, rest = sizes[0], sizes[1:]
-        count = 1
-        for size in rest:
-            count *= size
-        out, inner = (count, first) if self.transposed else (first, count)
+        axes = self.axes or MatrixAxes.plain(sizes, self.transposed, self.experts)
+        out, inner = axes.shape
         return (out if self.window is None else len(self.window)), inner
+
+
+@dataclass(frozen=True)
+class Equation:
+    """A product in index letters: x contracted with a weight over `inner`; the result has `outer` of the weight.
+
+    Attributes:
+        x: the letters of the operand that is no weight.
+        stacked: the letters that count matrices of a stack, which x and the result have too.
+        outer: the weight's output features, in the order in which its matrix has them.
+        inner: the weight's input features, in that order.
+        result: the letters of the product.
+        sizes: the sizes of the weight's letters.
+    """
+
+    x: str
+    stacked: str
+    outer: str
+    inner: str
+    result: str
+    sizes: tuple[tuple[str, int], ...]
+
+    def narrowing(self) -> Lettered:
+        """x by a matrix (R, in), or a stack of them, to R features in the place of the product's own."""
+        first, *others = (letter for letter in self.result if letter in self.outer)
+        narrow = "".join(self.rank if one == first else one for one in self.result if one not in others)
+        weight = self.stacked + self.rank + self.inner
+        return Lettered(f"{self.x},{weight}->{narrow}", self._sizes(weight))
+
+    def widening(self) -> Lettered:
+        """What `narrowing` gives by a matrix (out, R), or a stack of them, to the features of the product."""
+        narrow = self.narrowing().equation.partition("->")[2]
+        weight = self.stacked + self.outer + self.rank
+        return Lettered(f"{narrow},{weight}->{self.result}", self._sizes(weight))
+
+    @property
+    def rank(self) -> str:
+        """A letter that is free."""
+        used = self.x + self.result + self.inner
+        return next(letter for letter in string.ascii_letters if letter not in used)
+
+    def _sizes(self, letters: str) -> list[int]:
+        """The sizes of letters, -1 for the one that is no letter of the weight's."""
+        known = dict(self.sizes)
+        return [known.get(letter, -1) for letter in letters]
+
+    def lengths(self, letters: str) -> list[int]:
+        """The sizes of some of the weight's letters."""
+        known = dict(self.sizes)
+        return [known[letter] for letter in letters]
+
+
+@dataclass(frozen=True)
+class Lettered:
+    """A product with a matrix, as an einsum.
+
+    Attributes:
+        equation: of x and the matrix.
+        sizes: the shape in which the matrix is read; -1 for the number of narrow features.
+    """
+
+    equation: str
+    sizes: list[int]
 
 
 @dataclass(frozen=True)
@@ -149,6 +255,9 @@ class Site:
     layout: Layout | None = None
     parallel: bool = False
     feature_axis: int = -1
+    equation: Equation | None = None  # how the product is written, where features are on other axes than the last
+    form: Form = "output"
+    reads: tuple[str, ...] = ()  # the stored weights of a part that has several
     note: str = ""
     tags: tuple[str, ...] = ()  # the alternatives that a pattern's match took
     values: tuple[tuple[str, str], ...] = ()  # the names in a pattern's match, and the nodes they stand for
@@ -301,8 +410,7 @@ class Sites(Sequence[Site]):
         return found
 
     def require(self, selector: object) -> tuple[Site, ...]:
-        """Like select, but no match, or a part of the selector that never matched, is an error that says
-        why."""
+        """Like select, but no match is an error that says why, and an alternative that never matched a warning."""
         from .explain import require
 
         return require(self, selector)

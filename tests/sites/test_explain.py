@@ -167,13 +167,13 @@ NEAREST = {
 attention.q: 0 sites in 4 nodes
     nothing plays attention.q
     no softmax, no scaled_dot_product_attention and no two products of signals one after the other; what mixes positions is %conv1d (conv1d)
-    roles found: bias (1)
+    roles found: conv (1), bias (1)
 """,
     ("recurrent", "attention"): """
 attention: 0 sites in 4 nodes
     nothing plays attention
     no softmax, no scaled_dot_product_attention and no two products of signals one after the other; what mixes positions is %gru (gru)
-    roles found: none
+    roles found: matrix (2)
 """,
     ("classifier", "attention.q"): """
 attention.q: 0 sites in 2 nodes
@@ -210,7 +210,7 @@ attention.q: 0 sites in 6 nodes
     expected operands that lead back to projections, found @query behind q, %expand
         %expand: f32[B, 2, 12] = expand(@query, [%sym_size, -1, -1])
       > %cross.attention.core: f32[B, 2, 12] = scaled_dot_product_attention(%expand, %cross.attention.k, %cross.attention.v)
-    roles found: attention.k (1), bias (3), attention.v (1), attention.core (1), attention.o (1)
+    roles found: matrix (1), attention.k (1), bias (3), attention.v (1), attention.core (1), attention.o (1)
 """,
     ("learned query", "attention"): """
 attention: 0 sites in 6 nodes
@@ -219,7 +219,7 @@ attention: 0 sites in 6 nodes
     expected a residual add that its result enters, found the model's output
         %cross.attention.core: f32[B, 2, 12] = scaled_dot_product_attention(%expand, %cross.attention.k, %cross.attention.v)
       > %cross.attention.o: f32[B, 2, 12] = linear(%cross.attention.core, @o.weight, @o.bias)
-    roles found: attention.k (1), bias (3), attention.v (1), attention.core (1), attention.o (1)
+    roles found: matrix (1), attention.k (1), bias (3), attention.v (1), attention.core (1), attention.o (1)
 """,
     ("no join", "ffn.down"): """
 ffn.down: 0 sites in 3 nodes
@@ -297,7 +297,7 @@ embedding: 0 sites in 5 nodes
     expected an index that comes from an input, found %head.arange (arange)
         %head.arange: i64[S] = arange(%sym_size, device=cpu)
       > %head.embedding: f32[S, 12] = embedding(@b.weight, %head.arange)
-    roles found: head (1), bias (1)
+    roles found: head (1), bias (1), matrix (1)
 """,
     ("blocks", "attention.q&layers(5)"): """
 attention.q&layers(5): 0 sites in 56 nodes

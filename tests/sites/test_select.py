@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peftgraph.errors import Ambiguous, NoMatch, PeftGraphError
+from peftgraph.errors import Ambiguous, NoMatch, PeftGraphError, PeftGraphWarning
 from peftgraph.passes import LoRA
 from peftgraph.rewrite.method import parse_pass
 from peftgraph.rewrite.recipe import load_recipe, to_toml
@@ -251,7 +252,6 @@ def test_select_and_require() -> None:
         ("attention.q&layers(7)", "layers(7) lies beyond the model, which has layers 0 to 2"),
         ("attention.q&layers(1,9)", "layers(1,9) reaches beyond the last layer, 2"),
         ("attention.q&head", "3 sites were left before head removed them all"),
-        ("attention.q|ffn.up", "part of attention.q|ffn.up never matched"),
         ('attention.q&kind("cross")', 'kind("cross") matches no site; the model has self'),
         ('(attention.q|head)&stack("encoder")', 'stack("encoder") matches no site; the model has none'),
     ],
@@ -260,6 +260,15 @@ def test_no_match_says_why(text: str, reason: str) -> None:
     with pytest.raises(PeftGraphError) as raised:
         a_model().require(text)
     assert reason in str(raised.value)
+
+
+def test_an_alternative_that_matches_nothing_is_a_warning() -> None:
+    with pytest.warns(PeftGraphWarning, match=r"part of attention\.q\|ffn\.up never matched:\nffn\.up: 0 sites"):
+        found = a_model().require("attention.q|ffn.up")
+    assert {site.role for site in found} == {"attention.q"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(a_model().require("attention.q|head")) == 4
 
 
 def two_stacks() -> Sites:
