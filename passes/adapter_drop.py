@@ -59,7 +59,10 @@ class AdapterDrop(pg.Pass):
         at = (rule.at & ~pg.layers(0, self.layers)).where(path=".*") if self.layers else rule.at
         if not self.random:
             return replace(rule, at=at)
-        self.require(isinstance(rule.join, pg.Add), f"random=true needs a method that adds; {self.adapter} does not.")
+        self.require(
+            isinstance(rule.join, pg.Add | pg.AddProduct),
+            f"random=true needs a method that adds; {self.adapter} does not.",
+        )
         reason = "the depth it runs at is drawn at every step of training"
         assert rule.delta is not None
         return replace(rule, at=at, delta=partial(self.gated, rule.delta), fold=reason)

@@ -75,11 +75,15 @@ class DoRA(pg.Pass):
 
     def rules(self) -> list[pg.Rule]:
         """One rule: add what turns x W^T into x W'^T."""
-        return [pg.Rule(at=self.at, delta=self.delta, fold=self.fold, by_row=self.by_row)]
+        return [pg.Rule(at=self.at, delta=self.delta, join=pg.AddProduct(), fold=self.fold, by_row=self.by_row)]
 
     def delta(self, m: pg.Match, op: pg.Builder) -> fx.Node:
         """(g - 1) (y - b) + g s (drop(x) A^T) B^T."""
         self.path.fits(self, m)
+        scales_bias = self.form == "adapters" and m.form == "weight" and m.bias is not None
+        self.require(
+            not scales_bias, f'form="adapters" scales the bias of {m.site.id}, and only its weight is at hand.'
+        )
         a_RI, b_OR = self.path.factors(m, op)
         w_OI = m.read(op, m.weight)
         change_OI = op.mul(op.call(aten.matmul.default, b_OR, a_RI), self.weighs)
@@ -89,10 +93,8 @@ class DoRA(pg.Pass):
         norm_O = op.call(aten.linalg_vector_norm.default, v_OI, 2, [-1])
         m_O = op.param("dora_m", (*m.experts, m.shape[0]), lambda tensor: self.start(m, tensor))
         g = m.along_features(op, op.call(aten.div.Tensor, m_O, norm_O))
-        y = m.base_output(op)
-        if m.bias is not None and self.form == "paper":
-            y = op.call(aten.sub.Tensor, y, m.along_features(op, m.read(op, m.bias)))
-        low = op.mul(self.path.build(m, op, a_RI, b_OR), self.scale)
+        y = m.base_product(op) if self.form == "paper" or m.form == "weight" else m.base_output(op)
+        low = op.mul(self.path.build(self, m, op, a_RI, b_OR), self.scale)
         return op.add(op.mul(op.call(aten.sub.Tensor, g, 1), y), op.mul(low, g))
 
     def start(self, m: pg.Match, tensor: Tensor) -> None:

@@ -94,7 +94,8 @@ class LoRA(pg.Pass):
     def rules(self) -> list[pg.Rule]:
         """Add the low-rank path to the projection's output; train biases."""
         rank = 2 * self.rank if self.moved else self.rank
-        path = pg.Rule(at=self.at, delta=self.delta, fold=self.fold, rank=rank, by_row=self.by_row)
+        join = pg.AddProduct(turns=True)
+        path = pg.Rule(at=self.at, delta=self.delta, join=join, fold=self.fold, rank=rank, by_row=self.by_row)
         biases = {"none": [], "all": [pg.Train(pg.bias)], "lora_only": [pg.Train(self.at, own="bias")]}
         return [path, *biases[self.bias]]
 
@@ -103,12 +104,12 @@ class LoRA(pg.Pass):
         self.path.fits(self, m)
         if not self.moved:
             start = pg.init.kaiming if self.init == "kaiming" else pg.init.normal(1 / self.rank)
-            y = self.path.build(m, op, *self.path.factors(m, op, down=start))
+            y = self.path.build(self, m, op, *self.path.factors(m, op, down=start))
         else:
             down, up = self.start(m)
-            y = self.path.build(m, op, *self.path.factors(m, op, down=down, up=up))
+            y = self.path.build(self, m, op, *self.path.factors(m, op, down=down, up=up))
             frozen = self.path.factors(m, op, "0", down=down, up=up, trainable=False)
-            y = op.call(aten.sub.Tensor, y, replace(self.path, dropout=0.0).build(m, op, *frozen))
+            y = op.call(aten.sub.Tensor, y, replace(self.path, dropout=0.0).build(self, m, op, *frozen))
         return op.mul(y, self.weight * self.scale)
 
     def start(self, m: pg.Match) -> tuple[Start, Start]:

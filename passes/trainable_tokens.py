@@ -82,7 +82,7 @@ class TrainableTokens(pg.Pass):
         if m.site.role == "embedding":
             return self.embedded(m, op, rows_ND)
         change_ND = op.call(aten.sub.Tensor, rows_ND, m.read(op, base))
-        low = m.up(op, m.input, change_ND)
+        low = m.down(op, m.input, change_ND)
         return m.on_columns(op, m.output, lambda part: op.add(part, low), base.view.window)
 
     def embedded(self, m: pg.Match, op: pg.Builder, rows_ND: fx.Node) -> fx.Node:

@@ -61,7 +61,11 @@ class NoFold(PeftGraphError):
         )
 
 
-class LeftOut(UserWarning):
+class PeftGraphWarning(UserWarning):
+    """Something was asked for that could be done in part only; the message says what was left out."""
+
+
+class LeftOut(PeftGraphWarning):
     """A pass has no site at some attentions or sublayers of the kind that it was put on; `program.left_out` lists
     them."""
 

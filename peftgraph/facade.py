@@ -13,6 +13,7 @@ from peftgraph.errors import NoFold as NoFold
 from peftgraph.errors import NoMatch as NoMatch
 from peftgraph.errors import NoPickle as NoPickle
 from peftgraph.errors import PeftGraphError as PeftGraphError
+from peftgraph.errors import PeftGraphWarning as PeftGraphWarning
 from peftgraph.errors import RecipeError as RecipeError
 from peftgraph.errors import TraceError as TraceError
 from peftgraph.ir.builder import ACTIVATIONS as ACTIVATIONS
@@ -48,6 +49,7 @@ from peftgraph.rewrite.prepend import prepend as prepend
 from peftgraph.rewrite.prepend import value_heads as value_heads
 from peftgraph.rewrite.recipe import load_recipe as load_recipe
 from peftgraph.rewrite.rule import Add as Add
+from peftgraph.rewrite.rule import AddProduct as AddProduct
 from peftgraph.rewrite.rule import Multiply as Multiply
 from peftgraph.rewrite.rule import Params as Params
 from peftgraph.rewrite.rule import Replace as Replace
@@ -62,6 +64,7 @@ from peftgraph.sites import Sites as Sites
 from peftgraph.sites import attention as attention
 from peftgraph.sites import bias as bias
 from peftgraph.sites import block as block
+from peftgraph.sites import conv as conv
 from peftgraph.sites import embedding as embedding
 from peftgraph.sites import expert as expert
 from peftgraph.sites import ffn as ffn
@@ -69,9 +72,12 @@ from peftgraph.sites import head as head
 from peftgraph.sites import kind as kind
 from peftgraph.sites import layer as layer
 from peftgraph.sites import layers as layers
+from peftgraph.sites import linear as linear
+from peftgraph.sites import matrix as matrix
 from peftgraph.sites import norm as norm
 from peftgraph.sites import op as op
 from peftgraph.sites import parse_selector as parse_selector
 from peftgraph.sites import projection as projection
 from peftgraph.sites import stack as stack
 from peftgraph.sites import var as var
+from peftgraph.sites import weight as weight

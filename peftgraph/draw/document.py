@@ -24,6 +24,8 @@ KEY = {
     "router": "--router",
     "norm": "--norm",
     "projection": "--none",
+    "conv": "--none",
+    "matrix": "--none",
     "bias": "--none",
     "embedding": "--ends",
     "head": "--ends",

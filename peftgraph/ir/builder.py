@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from peftgraph.errors import Conflict
+from peftgraph.ir.dead import SILENT
 from peftgraph.ir.literals import FORMS
 from peftgraph.ir.program import Stretch, copy_graph
 from peftgraph.ir.propagate import Inference, fake_like, same_meta
@@ -30,6 +31,9 @@ ACTIVATIONS: dict[str, Callable[..., Any]] = {
     "tanh": aten.tanh.default,
     "sigmoid": aten.sigmoid.default,
 }
+
+# What takes the dtype, device or shape of an operand, and nothing else of it.
+LENT = {aten.to.other, aten.type_as.default, aten.view_as.default, aten.expand_as.default}
 
 
 @dataclass
@@ -60,7 +64,9 @@ class Builder:
         site, word: where it builds and for which pass; together the prefix of the printed names of new nodes, such as
             `0.attention.q.lora`.
         owner: the dotted prefix of new parameters, such as `layers.0.self_attn.q_proj`.
-        dtype, device: of new parameters.
+        dtype: of the base.
+        adapter_dtype: of new parameters; where it is wider than the base's, products are computed in it.
+        device: of new parameters.
         taken: the names already in use, and who made them.
         maker: the spec of the pass that builds.
         order: the `meta["order"]` that those of new nodes begin with.
@@ -68,6 +74,8 @@ class Builder:
         common: what all edits of the pass share.
         held: nodes that go on reading what they read, whatever the edit puts in its place.
         stretched: the numbers in calls of others that the edit made larger.
+        silenced: the writes of others that the edit made to stop.
+        reused: the parameters of another use of the same weight, by full name, which are those of this use too.
     """
 
     graph: fx.Graph
@@ -75,6 +83,7 @@ class Builder:
     word: str
     owner: str
     dtype: torch.dtype
+    adapter_dtype: torch.dtype
     device: torch.device
     taken: dict[str, str]
     maker: str
@@ -85,6 +94,8 @@ class Builder:
     entries: dict[str, Entry] = field(default_factory=dict)
     held: set[fx.Node] = field(default_factory=set)
     stretched: list[Stretch] = field(default_factory=list)
+    silenced: list[str] = field(default_factory=list)
+    reused: Mapping[str, Entry] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -100,7 +111,8 @@ class Builder:
             Conflict: the name is taken.
         """
         full = f"{self.owner}.{name}"
-        self.entries[full] = self._new(full, shape, init, trainable)
+        known = self.reused.get(full)
+        self.entries[full] = self._new(full, shape, init, trainable) if known is None else known
         return self._read(full, name)
 
     def shared(self, name: str, shape: Sequence[int], init: Initializer) -> fx.Node:
@@ -141,7 +153,7 @@ class Builder:
                 f"{self.maker} would make the parameter {full} at {self.site}, and {inner} is a parameter already: one "
                 'name would be that of a module and of a tensor. Give the pass another name: name="...".'
             )
-        value = torch.empty(tuple(shape), dtype=self.dtype, device=self.device)
+        value = torch.empty(tuple(shape), dtype=self.adapter_dtype, device=self.device)
         if self.device.type != "meta":
             with torch.no_grad():
                 init(value)
@@ -171,8 +183,32 @@ class Builder:
     # computation
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        """A node that calls an aten overload; its value is inferred under fake tensors."""
+        """A node that calls an aten overload; its value is inferred under fake tensors.
+
+        Floating operands of several widths are brought to the widest first, where parameters are wider than the base.
+        """
+        if self.adapter_dtype != self.dtype and target not in LENT:
+            args, kwargs = self._promoted(args, kwargs)
         return self._insert("call_function", target, args, kwargs, _opname(target), None)
+
+    def _promoted(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        operands: list[fx.Node] = []
+        fx.map_arg((args, kwargs), operands.append)
+        floating = [one for one in operands if _floats(one)]
+        widest = max(floating, key=lambda one: torch.finfo(one.meta["val"].dtype).bits, default=None)
+        if widest is None:
+            return args, kwargs
+
+        def cast(operand: fx.Node) -> fx.Node:
+            return self.in_dtype_of(operand, widest) if _floats(operand) else operand
+
+        return fx.map_arg((args, kwargs), cast)
+
+    def in_dtype_of(self, x: fx.Node, other: fx.Node) -> fx.Node:
+        """x in the dtype of another value, whatever that is moved to later."""
+        if x.meta["val"].dtype == other.meta["val"].dtype:
+            return x
+        return self._insert("call_function", aten.to.other, (x, other), {}, "to", None)
 
     def linear(self, x: fx.Node, weight: fx.Node, bias: fx.Node | None = None) -> fx.Node:
         """x (..., I) with weight (O, I), bias (O) -> (..., O)."""
@@ -268,6 +304,13 @@ class Builder:
         self.stretched.append(Stretch(node.name, argument, index, by))
         stretch(node, self.stretched[-1])
 
+    def silence(self, node: fx.Node) -> fx.Node:
+        """Keeps a node from writing into its operands; one that nothing else needs is not run any more."""
+        node.meta[SILENT] = True
+        if node not in self.nodes:
+            self.silenced.append(node.name)
+        return node
+
     def redirect(self, old: fx.Node, new: fx.Node, keep: set[fx.Node]) -> int:
         """Moves the uses of `old` to `new`, except in `keep`; returns how many moved."""
         users = [user for user in old.users if user not in keep]
@@ -292,6 +335,11 @@ class Builder:
         base = f"{self.label}.{hint}"
         count = self.common.labels[base] = self.common.labels.get(base, 0) + 1
         return base if count == 1 else f"{base}#{count}"
+
+
+def _floats(node: fx.Node) -> bool:
+    value = node.meta["val"]
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def stretch(node: fx.Node, one: Stretch, sign: int = 1) -> None:

@@ -7,6 +7,7 @@ from torch import fx
 
 aten = torch.ops.aten
 ALL = 2**63 - 1  # how the exporter writes an open end
+SILENT = "silent"  # the metadata of a node that no longer writes, such as a batch norm that only reads its statistics
 
 
 def drop_dead(graph: fx.Graph, ignored: str = "") -> None:
@@ -41,7 +42,9 @@ def live(graph: fx.Graph, ignored: str = "") -> list[fx.Node]:
 
 
 def is_mutation(node: fx.Node) -> bool:
-    """Whether a node writes into one of its operands."""
+    """Whether a node writes into one of its operands, and is not kept from it."""
+    if node.meta.get(SILENT):
+        return False
     return isinstance(node.target, torch._ops.OpOverload) and (
         node.target._schema.is_mutable or node.target in (aten.batch_norm.default, aten.instance_norm.default)
     )

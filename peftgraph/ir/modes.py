@@ -166,14 +166,31 @@ def _replace(node: fx.Node, value: int) -> None:
 
 
 def mutated_buffers(graph: fx.Graph) -> set[str]:
-    """The names of the stored tensors that the graph writes into, such as running statistics."""
-    return {
-        str(operand.target)
-        for node in graph.nodes
-        if node.op == "call_function" and is_mutation(node)
-        for operand in node.all_input_nodes
-        if operand.op == "get_attr"
-    }
+    """The names of the stored tensors that the graph writes into, such as running statistics; through views too."""
+    roots = (_root(value) for node in graph.nodes if is_mutation(node) for value in _written(node))
+    return {str(root.target) for root in roots if root.op == "get_attr"}
+
+
+def _written(node: fx.Node) -> list[fx.Node]:
+    """The operands that a node writes into."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    if node.target in BATCH_STATISTICS:  # its schema does not say so: the running mean and variance
+        return [value for value in node.args[3:5] if isinstance(value, fx.Node)]
+    arguments = node.target._schema.arguments
+    values = [*node.args, *(node.kwargs.get(one.name) for one in arguments[len(node.args) :])]
+    written = [
+        value for one, value in zip(arguments, values, strict=True) if one.alias_info and one.alias_info.is_write
+    ]
+    return [value for value in written if isinstance(value, fx.Node)]
+
+
+def _root(node: fx.Node) -> fx.Node:
+    """The value whose memory a view shows."""
+    while isinstance(node.target, torch._ops.OpOverload) and isinstance(node.args[0], fx.Node):
+        if not any(one.alias_info for one in node.target._schema.returns):
+            break
+        node = node.args[0]
+    return node
 
 
 def _set_argument(node: fx.Node, position: int, name: str, value: object) -> None:

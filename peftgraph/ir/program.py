@@ -7,13 +7,14 @@ A `ProgramData` is a value: nothing in it changes once it is made. Rooms that re
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
 
+from peftgraph.errors import Conflict
 from peftgraph.ir.checked import Checked
 from peftgraph.ir.propagate import constant_term
 from peftgraph.ir.signature import Signature
@@ -63,9 +64,12 @@ class Edit:
         rule: index of the rule in its pass.
         site: id of the site.
         moves: the values it replaced; none when it only makes parameters of the base trainable.
-        nodes: every node it made.
+        nodes: every node it made, those of the delta first.
         parameters: the names of the parameters it made or made trainable.
         stretched: the numbers it made larger.
+        joining: which of the nodes put the delta in its place.
+        silenced: the writes of the model that it made to stop.
+        installed: for each stored tensor that a parameter of the edit stands for, by name, that parameter.
     """
 
     application: int
@@ -75,6 +79,9 @@ class Edit:
     nodes: tuple[str, ...]
     parameters: tuple[str, ...]
     stretched: tuple[Stretch, ...] = ()
+    joining: frozenset[str] = frozenset()
+    silenced: tuple[str, ...] = ()
+    installed: tuple[tuple[str, str], ...] = ()
 
     def within(self, names: Container[str]) -> Edit:
         """The edit without what it made of nodes that exist no longer, those of an edit that was taken out."""
@@ -90,10 +97,17 @@ class Edit:
 
 @dataclass(frozen=True)
 class Applied:
-    """One pass of a program's history: the pass and the name under which its parameters stand ("" for none)."""
+    """One pass of a program's history.
+
+    Attributes:
+        method: the pass.
+        name: under which its parameters stand; "" for none.
+        dtype: that its parameters were asked to be in; None for the default.
+    """
 
     method: Any
     name: str = ""
+    dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +139,21 @@ class Host:
 
 
 @dataclass(frozen=True, eq=False)
+class Child:
+    """What a submodule of the traced model is beside its tensors, for the module in its place.
+
+    Attributes:
+        cls: its class, where a module of that class can stand there without its own set-up; else `nn.Module`.
+        state: its plain attributes, such as `stride` or `out_features`.
+        absent: the parameters and buffers that it has a name for and no tensor, such as a `bias` of None.
+    """
+
+    cls: type[nn.Module]
+    state: Mapping[str, Any]
+    absent: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class ProgramData:
     """A traced model and what passes made of it.
 
@@ -139,6 +168,8 @@ class ProgramData:
         marked: whether literals that follow the parameters' dtype are known.
         base: the traced program that all edits started from; None for that program itself.
         proof: the evidence of folding, on a folded program.
+        host: the library's class of the model, if it is one of its classes.
+        children: what the submodules are beside their tensors, by path, in the model's order.
         surrounding: the model around, when a submodule was traced; the table holds the tensors of the whole model.
         host: the library's class that the model is an instance of.
         checked: what was compared with the model; None: nothing.
@@ -156,6 +187,7 @@ class ProgramData:
     proof: Any = None
     surrounding: Surrounding | None = None
     host: Host | None = None
+    children: Mapping[str, Child] = field(default_factory=dict)
     checked: Checked | None = None
 
     def evolve(self, **changes: Any) -> Self:
@@ -179,6 +211,18 @@ class ProgramData:
                 more |= {dim: n for dim, n in differences.items() if n and isinstance(dim, str)}
         return more
 
+    def require_one_adapter(self) -> None:
+        """Refuses a program in which several named adapters have trained copies of one tensor: one must be chosen.
+
+        Raises:
+            Conflict: names the tensor and the adapters.
+        """
+        for name, several in contested(self.edits).items():
+            names = [self.history[edit.application].name for edit in several]
+            raise Conflict(
+                f"{' and '.join(names)} each train a copy of {name}. Choose one of them: program.only({names[0]!r})."
+            )
+
     def node(self, name: str) -> fx.Node:
         """The node of that name."""
         return find_node(self.graph, name)
@@ -201,6 +245,9 @@ class Edits:
 
     def __len__(self) -> int:
         return len(self._edits)
+
+    def __contains__(self, edit: object) -> bool:
+        return id(edit) in self._edits
 
     def append(self, edit: Edit) -> None:
         """Puts an edit last."""
@@ -247,6 +294,16 @@ class Edits:
     def below(self, name: str) -> str:
         """The base's value in whose place the value called `name` stands: itself, if no edit put it there."""
         return self._anchors.get(name, name).partition("@")[0]
+
+
+def contested(edits: Iterable[Edit]) -> dict[str, list[Edit]]:
+    """The edits that put a parameter in the place of one and the same stored tensor, by its name: those of several
+    named adapters, of which the last is read."""
+    found: dict[str, list[Edit]] = {}
+    for edit in edits:
+        for name, _ in edit.installed:
+            found.setdefault(name, []).append(edit)
+    return {name: several for name, several in found.items() if len(several) > 1}
 
 
 def find_node(graph: fx.Graph, name: str) -> fx.Node:

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from peftgraph.ir.literals import retarget, widen
 from peftgraph.ir.modes import evaluated, mutated_buffers, trained
-from peftgraph.ir.program import ProgramData, calls
+from peftgraph.ir.program import ProgramData, calls, stored
 from peftgraph.ir.table import Entry, Table
 
 aten = torch.ops.aten
@@ -55,7 +55,11 @@ def run_in_mode(
     dtype, device = program.table.dtype, program.table.device
     if program.marked:
         retarget(graph, dtype, device)
-    moved = {id(entry.tensor): _beside(entry, dtype).to(device) for entry in program.table.values()}
+    recorded = {str(node.target): node.meta["val"].dtype for node in stored(graph)}
+    moved: dict[int, Tensor] = {}
+    for name, entry in program.table.items():
+        if id(entry.tensor) not in moved or name in recorded:
+            moved[id(entry.tensor)] = _beside(entry, recorded.get(name, dtype)).to(device)
     tensors = {name: moved[id(entry.tensor)] for name, entry in program.table.items()}
     return _interpret(graph, tensors, [value.to(device) for value in inputs], watcher)
 
@@ -117,7 +121,8 @@ def contractions(graph: fx.Graph) -> int:
 
 
 def _beside(entry: Entry, dtype: torch.dtype) -> Tensor:
-    """A tensor as the base's dtype wants it: a trainable one may have moved with a module that was converted."""
+    """A tensor in the dtype that the graph reads it in: a trainable one may have moved with a module that was
+    converted."""
     return entry.tensor.to(dtype) if entry.trainable and entry.tensor.is_floating_point() else entry.tensor
 
 

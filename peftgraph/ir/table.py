@@ -28,7 +28,7 @@ class Entry:
         persistent: whether it belongs to the state dict.
         trainable: whether training moves it.
         added: whether a pass made it; the base has no such name.
-        before: the base's tensor, when a pass replaced it by a trainable copy.
+        before: the base's tensor, where a program has a copy of its own: a trainable one, or state.
     """
 
     tensor: Tensor
@@ -37,6 +37,11 @@ class Entry:
     trainable: bool = False
     added: bool = False
     before: Tensor | None = None
+
+    @property
+    def is_state(self) -> bool:
+        """Whether it is an adapted program's own copy of a buffer that training writes, such as running statistics."""
+        return self.kind == "buffer" and self.before is not None
 
 
 class Table(Mapping[str, Entry]):
@@ -95,6 +100,11 @@ class Table(Mapping[str, Entry]):
             for name, entry in self._entries.items()
             if entry.trainable and isinstance(entry.tensor, nn.Parameter)
         }
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The buffers of the program's own that training writes, by name."""
+        return {name: entry.tensor for name, entry in self._entries.items() if entry.is_state}
 
     @property
     def dtype(self) -> torch.dtype:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from torch import fx, nn
 
 from peftgraph.errors import VerifyError
-from peftgraph.ir.program import ProgramData, calls, stored
+from peftgraph.ir.program import ProgramData, calls, contested, stored
 from peftgraph.ir.propagate import Inference, fake_mode_of, same_meta
 
 Rule = Callable[[ProgramData], Iterator[str]]
@@ -75,14 +75,15 @@ def trainables_are_claimed(program: ProgramData) -> Iterator[str]:
 
 
 def trainables_reach_the_output(program: ProgramData) -> Iterator[str]:
-    """Every trainable parameter that the graph reads leads to the output."""
+    """Every trainable parameter that the graph reads leads to the output, or would but for another named adapter."""
+    hidden = {name for several in contested(program.edits).values() for edit in several for name in edit.parameters}
     alive: set[fx.Node] = set()
     for node in reversed(program.graph.nodes):
         if node.op == "output" or node in alive:
             alive.update(node.all_input_nodes)
     for node in stored(program.graph):
         entry = program.table.get(str(node.target))
-        if entry is not None and entry.trainable and node not in alive:
+        if entry is not None and entry.trainable and node not in alive and node.target not in hidden:
             yield f"@{node.target} trains but reaches no output"
     read = {str(node.target) for node in stored(program.graph)}
     for name, entry in program.table.items():

@@ -5,7 +5,7 @@ All matches are collected and checked before anything is rewritten, so a pass ne
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeVar
 
@@ -14,21 +14,30 @@ from torch import fx, nn
 
 from peftgraph.errors import Conflict, NoMatch, PeftGraphError, RecipeError
 from peftgraph.ir.builder import Builder, Common, erase, refresh, sort, stretch
+from peftgraph.ir.dead import SILENT
+from peftgraph.ir.modes import mutated_buffers
 from peftgraph.ir.program import Applied, Edit, Edits, Move, ProgramData, copy_graph
 from peftgraph.ir.propagate import Inference, fake_mode_of, quiet_symbols, same_meta
-from peftgraph.ir.table import Entry
+from peftgraph.ir.table import Entry, Table
 from peftgraph.ir.verify import verify
 from peftgraph.rewrite.limits import within_limits
 from peftgraph.rewrite.match import Match, is_given, match_all
 from peftgraph.rewrite.method import Pass
-from peftgraph.rewrite.rule import Replace, Rule
+from peftgraph.rewrite.rule import AddProduct, Replace, Rule
+from peftgraph.rewrite.uses import Use, uses
 from peftgraph.sites import Site, Sites
 
 P = TypeVar("P", bound=ProgramData)
 
 
-def apply(program: P, sites: Sites, methods: tuple[Pass, ...]) -> P:
+def apply(program: P, sites: Sites, methods: tuple[Pass, ...], dtype: torch.dtype | None = None) -> P:
     """The program after `methods`, in order. The input program is unchanged.
+
+    Args:
+        program: what to rewrite.
+        sites: the sites of its base.
+        methods: the passes.
+        dtype: of new parameters; float32 on a base of half precision by default, else the base's own.
 
     Raises:
         NoMatch: a selector finds nothing.
@@ -39,7 +48,7 @@ def apply(program: P, sites: Sites, methods: tuple[Pass, ...]) -> P:
         if not isinstance(method, Pass):
             raise RecipeError(f"apply() takes passes such as LoRA(rank=8), got {type(method).__name__}.")
         for atom in method.passes():
-            program = _apply_one(program, sites, atom)
+            program = _apply_one(program, sites, atom, dtype)
     return program
 
 
@@ -63,6 +72,8 @@ def remove(program: P, sites: Sites, which: int) -> P:
     history = program.history[:which] + program.history[which + 1 :]
     used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     table = table.without(name for name, entry in table.items() if entry.added and name not in used)
+    if not history:
+        table = table.with_({name: _before(table[name]) for name in table.state})
     result = within_limits(program.evolve(graph=sort(graph), table=table, edits=kept, history=history))
     verify(result, program, inference)
     return result
@@ -80,6 +91,8 @@ def undo(graph: fx.Graph, names: dict[str, fx.Node], edits: Edits, edit: Edit) -
             user.replace_input_with(names[move.after], names[below])
     for one in edit.stretched:
         stretch(names[one.node], one, -1)
+    for name in edit.silenced:
+        del names[name].meta[SILENT]
     gone = dict.fromkeys(names[name] for name in edit.nodes)
     todo = list(gone)
     while todo:
@@ -97,13 +110,13 @@ def _before(entry: Entry) -> Entry:
     return replace(entry, tensor=entry.before, trainable=False, before=None)
 
 
-def _apply_one(program: P, sites: Sites, method: Pass) -> P:
+def _apply_one(program: P, sites: Sites, method: Pass, dtype: torch.dtype | None) -> P:
     verify(program, program)
     chosen = _chosen(program, sites, method)
     _check_conflicts(program, method, chosen)
-    work = _Work.on(program, sites, method)
-    for number, rule, site in chosen:
-        work.rewrite(number, rule, site)
+    work = _Work.on(program, sites, method, dtype)
+    for use in uses(program, chosen):
+        work.rewrite(use)
     result = work.result(program)
     verify(result, program, work.common.inference)
     return result
@@ -140,14 +153,10 @@ def _check_conflicts(program: ProgramData, method: Pass, chosen: list[tuple[int,
                 f"{method} (at {chosen[0][2].id}) and {applied.method} are both a {method.word} called "
                 f"{method.name!r}. Choose another name."
             )
-    trained = {name: edit for edit in program.edits for name in edit.parameters if not program.table[name].added}
     replaced = _replaced(program)
     for _, rule, site in chosen:
         if rule.delta is None:
-            for name in _own_names(site, rule):
-                if name in trained:
-                    other = program.history[trained[name].application].method
-                    raise Conflict(f"{method} and {other} both train {name} (at {site.id}). Apply one of them.")
+            _check_trained(program, method, rule, site)
         elif isinstance(rule.join, Replace) and rule.join.anew:
             key = (site.id, rule.join.port)
             if key in replaced:
@@ -155,6 +164,18 @@ def _check_conflicts(program: ProgramData, method: Pass, chosen: list[tuple[int,
                     f"{method} and {replaced[key]} both replace the {rule.join.port} of {site.id}. Apply one of them."
                 )
             replaced[key] = method
+
+
+def _check_trained(program: ProgramData, method: Pass, rule: Rule, site: Site) -> None:
+    """Refuses to train a tensor that trains already, unless both do so for adapters of different names."""
+    for name in _own_names(site, rule):
+        for edit in program.edits:
+            other = program.history[edit.application]
+            apart = method.name and other.name and method.name != other.name
+            tied = program.table.tied(name)
+            claimed = {*edit.parameters, *(stored for stored, _ in edit.installed)}
+            if not apart and not claimed.isdisjoint(tied):
+                raise Conflict(f"{method} and {other.method} both train {name} (at {site.id}). Apply one of them.")
 
 
 def _replaced(program: ProgramData) -> dict[tuple[str, str], Pass]:
@@ -187,21 +208,32 @@ class _Work:
     taken: dict[str, str]
     program: ProgramData
     common: Common
+    dtype: torch.dtype | None = None
+    _made: dict[Use, Builder] = field(default_factory=dict)
+    _installed: set[str] = field(default_factory=set)
 
     @classmethod
-    def on(cls, program: ProgramData, sites: Sites, method: Pass) -> _Work:
+    def on(cls, program: ProgramData, sites: Sites, method: Pass, dtype: torch.dtype | None) -> _Work:
         graph = copy_graph(program.graph)
         makers = {name: str(program.history[e.application].method) for e in program.edits for name in e.parameters}
         taken = {name: makers.get(name, "the model itself") for name in program.table}
         names = {node.name: node for node in graph.nodes}
         common = Common(f"{method.word}.{method.name}" if method.name else method.word, Inference(fake_mode_of(graph)))
-        return cls(method, sites, len(program.history), graph, names, Edits(program.edits), {}, taken, program, common)
+        edits = Edits(program.edits)
+        return cls(method, sites, len(program.history), graph, names, edits, {}, taken, program, common, dtype)
 
-    def rewrite(self, number: int, rule: Rule, site: Site) -> None:
-        history = (*self.program.history, Applied(self.method))
+    def rewrite(self, use: Use) -> None:
+        number, rule, site = use.number, use.rule, use.site
+        history = (*self.program.history, Applied(self.method, dtype=self.dtype))
         match = Match(site, self.sites, self.graph, self.program.table, self.edits, self.names, history=history)
         match = replace(match, example=self.program.examples, level_of_rule=rule.level)
-        edit = self._train(number, rule, match) if rule.delta is None else self._insert(number, rule, match)
+        match = replace(match, at_weight=use.at_weight, transposed=use.transposed)
+        if rule.delta is not None:
+            edit = self._insert(use, match)
+        elif self.method.name:
+            edit = self._install(number, rule, match)
+        else:
+            edit = self._train(number, rule, match)
         if edit is not None:
             self.edits.append(edit)
 
@@ -220,25 +252,77 @@ class _Work:
                 claimed.append(name)
         return Edit(self.application, number, match.site.id, (), (), tuple(claimed)) if claimed else None
 
-    def _insert(self, number: int, rule: Rule, match: Match) -> Edit:
+    def _install(self, number: int, rule: Rule, match: Match) -> Edit | None:
+        """Puts trainable copies in the places of the site's own parameters: those of one named adapter among others."""
+        builder = self._builder(match, rule)
+        moves: list[Move] = []
+        installed: list[tuple[str, str]] = []
+        for view in match.own_parameters(rule.own):
+            name = self.program.table.tied(view.parameter)[0]
+            if name in self._installed:
+                continue  # one tensor at several sites is installed once
+            self._installed.add(name)
+            entry = self.program.table[name]
+            stored = entry.tensor if entry.before is None else entry.before
+            builder.adapter_dtype = stored.dtype
+            new = builder.param(name.rpartition(".")[2], stored.shape, lambda value, old=stored: value.copy_(old))
+            installed.append((name, str(new.target)))
+            for i, port in enumerate(match.ports_of_stored(name)):
+                value = builder.call(torch.ops.aten.alias.default, new) if i else new  # one for each name of a tie
+                moves.append(self._redirect(match, port, match.raw_value(port), value, builder))
+        if not installed:
+            return None
+        self._keep(builder)
+        nodes = tuple(node.name for node in builder.nodes)
+        parameters = tuple(parameter for _, parameter in installed)
+        return Edit(
+            self.application, number, match.site.id, tuple(moves), nodes, parameters, installed=tuple(installed)
+        )
+
+    def _insert(self, use: Use, match: Match) -> Edit:
+        rule = use.rule
         assert rule.delta is not None
         builder = self._builder(match, rule)
+        leader = None if use.leader is None else self._made[use.leader]
+        if leader is not None:
+            builder.owner, builder.reused = leader.owner, leader.entries
+        match = replace(match, builder=builder)
         with quiet_symbols(self.common.inference.mode):  # a rule that takes a symbol for a number fixes it for no other
-            values = rule.join.entered(match, builder, rule.delta(match, builder))
+            delta = rule.delta(match, builder)
+            count = len(builder.nodes)
+            values = rule.join.entered(match, builder, delta)
+        self._made[use] = builder
         moves: list[Move] = []
         resized: list[fx.Node] = []
         for port, new in values.items():
-            old = match.value(port)
+            old = match.raw_value(port)
+            new = match.features_back(builder, new)
+            if isinstance(old.meta["val"], torch.Tensor):  # parameters may be wider than the base
+                new = builder.in_dtype_of(new, old)
             moves.append(self._redirect(match, port, old, new, builder))
             if not same_meta(old.meta["val"], new.meta["val"]) or _are_other_sizes(old.meta["val"], new.meta["val"]):
                 resized.append(new)
         stretched = tuple(builder.stretched)
         self._refresh(match, resized, {self.names[one.node] for one in stretched})
+        self._keep(builder)
         nodes = tuple(node.name for node in builder.nodes)
+        parameters = tuple(name for name, entry in builder.entries.items() if entry.kind == "parameter")
+        return Edit(
+            self.application,
+            use.number,
+            match.site.id,
+            tuple(moves),
+            nodes,
+            parameters,
+            stretched,
+            joining=frozenset(nodes[count:]),
+            silenced=tuple(builder.silenced),
+        )
+
+    def _keep(self, builder: Builder) -> None:
+        """Takes over what a builder made."""
         self.names.update({node.name: node for node in builder.nodes})
         self.entries.update(builder.entries)
-        parameters = tuple(name for name, entry in builder.entries.items() if entry.kind == "parameter")
-        return Edit(self.application, number, match.site.id, tuple(moves), nodes, parameters, stretched)
 
     def _refresh(self, match: Match, resized: list[fx.Node], stretched: set[fx.Node]) -> None:
         """Infers what follows from values that changed their shapes."""
@@ -259,20 +343,25 @@ class _Work:
         return Move(anchor, match.level, new.name, uses)
 
     @cached_property
-    def _kind(self) -> tuple[torch.dtype, torch.device]:
-        """The dtype and device of new parameters; finding them takes a look at the whole table."""
-        return self.program.table.dtype, self.program.table.device
+    def _kind(self) -> tuple[torch.dtype, torch.dtype, torch.device]:
+        """The dtype of the base, and the dtype and device of new parameters; finding them takes a look at the whole
+        table."""
+        base = self.program.table.dtype
+        return base, self.dtype or torch.promote_types(base, torch.float32), self.program.table.device
 
     def _builder(self, match: Match, rule: Rule) -> Builder:
         word = f"{self.method.word}.{self.method.name}" if self.method.name else self.method.word
-        place = match.value(rule.join.port) if match.has(rule.join.port) else match.output
-        dtype, device = self._kind
+        at_weight = isinstance(rule.join, AddProduct) and match.form == "weight"
+        ports = ("weight" if at_weight else rule.join.port, "output", "weight")
+        place = match.raw_value(next(port for port in ports if match.has(port)))
+        dtype, adapter_dtype, device = self._kind
         return Builder(
             graph=self.graph,
             site=match.site.id,
             word=word,
             owner=owner_path(match.site, self.method),
             dtype=dtype,
+            adapter_dtype=adapter_dtype,
             device=device,
             taken=self.taken,
             maker=str(self.method),
@@ -284,11 +373,23 @@ class _Work:
     def result(self, program: P) -> P:
         changed = program.evolve(
             graph=sort(self.graph),
-            table=program.table.with_(self.entries),
+            table=_with_state(program.table, self.graph).with_(self.entries),
             edits=tuple(self.edits),
-            history=(*program.history, Applied(self.method, self.method.name)),
+            history=(*program.history, Applied(self.method, self.method.name, self.dtype)),
         )
         return within_limits(changed)
+
+
+def _with_state(table: Table, graph: fx.Graph) -> Table:
+    """The table with copies of the buffers that training writes: they belong to the adapted program."""
+    copies: dict[int, torch.Tensor] = {}
+    state: dict[str, Entry] = {}
+    for name in mutated_buffers(graph):
+        entry = table[name]
+        if entry.kind == "buffer" and entry.before is None and not entry.added:
+            copy = copies.setdefault(id(entry.tensor), entry.tensor.detach().clone())
+            state |= {one: replace(table[one], tensor=copy, before=entry.tensor) for one in table.tied(name)}
+    return table.with_(state)
 
 
 def _are_other_sizes(a: object, b: object) -> bool:

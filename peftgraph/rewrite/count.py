@@ -14,7 +14,7 @@ from peftgraph.ir.table import Entry, Table
 from peftgraph.rewrite.match import match_all
 from peftgraph.rewrite.rule import Params, Rule
 from peftgraph.rewrite.views import View
-from peftgraph.sites import Columns, Sites
+from peftgraph.sites import Sites
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Count:
         changed: values of the base that differ once everything foldable is folded.
         total: values of the base's own parameters; tied ones once.
         changes: one entry for each changed window.
+        state: values of buffers that training writes and that belong to the adapted program.
     """
 
     trainable: int
@@ -48,6 +49,7 @@ class Count:
     changed: int
     total: int
     changes: tuple[Change, ...]
+    state: int = 0
 
     @property
     def percent(self) -> float:
@@ -66,6 +68,7 @@ class Count:
         return (
             f"trainable {self.trainable:,} ({self.percent:.4f} %), added {self.added:,}, changed {self.changed:,}, "
             f"total {self.total:,}; changes: {', '.join(parts) or 'none'}"
+            + (f"; state {self.state:,}" if self.state else "")
         )
 
 
@@ -79,6 +82,7 @@ def count(program: ProgramData, sites: Sites) -> Count:
         changed=sum(changed.values()),
         total=sum(p.numel() for p in _unique(program.table, lambda e: not e.added and e.kind == "parameter")),
         changes=changes,
+        state=sum(buffer.numel() for buffer in _unique(program.table, lambda e: e.is_state)),
     )
 
 
@@ -99,7 +103,7 @@ def changes_of(program: ProgramData, sites: Sites) -> tuple[Change, ...]:
     edited = {edit.site for edit in program.edits}
     matches = {match.site.id: match for match in match_all(fake, sites, (s for s in sites if s.id in edited))}
     found: list[Change] = []
-    tied: set[tuple[str, Columns | None]] = set()  # the rows that several sites read from one table
+    seen: set[tuple[object, ...]] = set()  # what several uses of one weight change together
     for edit in program.edits:
         rule = rule_of(program, edit)
         if isinstance(rule.fold, str):
@@ -123,10 +127,11 @@ def changes_of(program: ProgramData, sites: Sites) -> tuple[Change, ...]:
         with mode:
             results = rule.fold(match, params)
         for bound, value in results.items():
-            rows = program.table.tied(bound.view.parameter)[0], bound.view.window
-            if rule.rows is not None and rows in tied:
+            window = program.table.tied(bound.view.parameter)[0], bound.view.window
+            together = (*window, edit.application, () if rule.rows is not None else (edit.rule, edit.parameters))
+            if together in seen:
                 continue
-            tied.add(rows)
+            seen.add(together)
             largest = None if bound.view.vector else min(value.shape[-2:])
             rank = largest if largest is None or rule.rank is None else min(largest, rule.rank)
             full = rank is not None and rule.rank is None

@@ -29,13 +29,16 @@ def finalize(program: P, sites: Sites) -> P:
         raise PeftGraphError("There is nothing to finalise: no pass computes values from its parameters alone.")
     values = {name: entry.tensor.detach() for name, entry in program.table.items()}
     values |= derived_values(program)
+    dtypes = [applied.dtype for applied in program.history]
     while program.history:
         program = remove(program, sites, 0)
+    result = program
     with torch.random.fork_rng(devices=[]):  # initial values are overwritten: the user's generator stays put
-        result = apply(program, sites, tuple(final))
+        for method, dtype in zip(final, dtypes, strict=True):
+            result = apply(result, sites, (method,), dtype)
     claimed = {name for edit in result.edits for name in edit.parameters}
     with torch.no_grad():
-        for name in claimed:
+        for name in claimed.union(result.table.state):
             result.table[name].tensor.copy_(values[name])
     return result
 

@@ -47,6 +47,8 @@ def gated(rule: Rule, gate: Gate) -> Rule:
 
     def delta(m: Match, op: Builder) -> fx.Node | Mapping[str, fx.Node]:
         change = build(m, op)
+        if not m.has(rule.join.port):
+            raise PeftGraphError(f"{m.site} gives no value of its own that a gate could weigh. Choose other sites.")
         x_BTD = _sequence(m, m.input if rule.reads is None else rule.reads(m, op))
         parts = [change] if isinstance(change, fx.Node) else change.values()
         axes = max(part.meta["val"].dim() for part in (*parts, m.value(rule.join.port)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import fx
 
 from peftgraph import init
@@ -13,6 +14,9 @@ from peftgraph.rewrite.match import Match
 
 if TYPE_CHECKING:
     from peftgraph.rewrite.method import Pass
+
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +61,19 @@ class LowRank:
         a_RI = op.param(f"lora_A{suffix}", (*m.experts, self.rank, inner), down, trainable)
         return a_RI, op.param(f"lora_B{suffix}", (*m.experts, out, self.rank), up, trainable)
 
-    def build(self, m: Match, op: Builder, a_RI: fx.Node, b_OR: fx.Node) -> fx.Node:
-        """The path from what the site reads now."""
+    def build(self, method: Pass, m: Match, op: Builder, a_RI: fx.Node, b_OR: fx.Node) -> fx.Node:
+        """The path from what the site reads now; B A, where a change enters the weight itself.
+
+        Raises:
+            RecipeError: there is dropout on a value that the path does not read.
+        """
+        if m.form == "weight":
+            method.require(
+                not self.dropout,
+                f"dropout must be 0 at {m.site.id}: the change enters {m.weight.view} itself, and no value is dropped.",
+            )
+            return op.call(aten.matmul.default, b_OR, a_RI)
+        if m.transposed:  # (B A)^T = A^T B^T
+            a_RI, b_OR = op.call(aten.t.default, b_OR), op.call(aten.t.default, a_RI)
         x = m.input if m.site.role == "embedding" else op.dropout(m.input, self.dropout)
         return m.up(op, m.down(op, x, a_RI), b_OR)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -16,13 +15,23 @@ from peftgraph.ir.modes import DROPOUTS
 from peftgraph.ir.program import Applied, Edits, ProgramData
 from peftgraph.ir.table import Table
 from peftgraph.rewrite.views import Bound, View, bias_view, bind, rows_view, weight_view
-from peftgraph.sites import Columns, Site, Sites
+from peftgraph.sites import Columns, Equation, Lettered, Site, Sites
+from peftgraph.sites.site import Form
 
 aten = torch.ops.aten
 
 Own = Literal["all", "bias"]
 
-CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
+TRANSPOSED = {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
+CONVOLUTIONS = TRANSPOSED | {
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.conv3d.default,
+    aten.conv1d.padding,
+    aten.conv2d.padding,
+    aten.conv3d.padding,
+}
+POINTWISE = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}  # by the axes they run along
 
 # How deep a role's value is nested: a projection's own output lies inside its sublayer's, that inside its block's.
 LEVELS = {"attention": 1, "ffn": 1, "block": 2}
@@ -35,10 +44,13 @@ OUTERMOST = max(LEVELS.values())
 
 # Ports whose value the site gives to all its users; at every other port the site reads a value that others may read
 # too.
-GIVEN = {"output", "undropped", "embedded", "join", "normed"}
+GIVEN = {"output", "undropped", "embedded", "join", "normed", "weight"}
 
 # Ports of the model around the site: what it is called with, and what it returns.
 INPUT, RESULT = "input:", "result:"
+
+# The port of a stored tensor, by one of the names that it is read under.
+STORED = "stored:"
 
 # Ports that lie before the dropout on the value of another one: a sublayer's output, and what enters a block.
 BEFORE_DROPOUT = {"undropped": "output", "embedded": "input"}
@@ -46,7 +58,7 @@ BEFORE_DROPOUT = {"undropped": "output", "embedded": "input"}
 
 def is_given(port: str) -> bool:
     """Whether an edit at a port is for all who use the value there."""
-    return port in GIVEN or port.startswith(INPUT)
+    return port in GIVEN or port.startswith((INPUT, STORED))
 
 
 @dataclass
@@ -67,6 +79,34 @@ class Match:
     example: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
     level_of_rule: int | None = None
     history: Sequence[Applied] = field(default=(), repr=False)
+    at_weight: bool = False
+    transposed: bool = False
+    builder: Builder | None = None
+    _moved: dict[tuple[fx.Node, int], fx.Node] = field(default_factory=dict, repr=False)
+
+    def _weight_node(self) -> str:
+        weight = self.site.weight
+        assert weight is not None, f"{self.site} has no weight"
+        if weight.computed is not None:
+            return weight.computed
+        names = self.table.tied(weight.parameter)
+        return next(node for name in names for node in self._readers_of(name))
+
+    def _readers_of(self, parameter: str) -> list[str]:
+        """The base's nodes that read a stored tensor under one of its names."""
+        return [
+            node.name for node in self.graph.find_nodes(op="get_attr", target=parameter) if "origin" not in node.meta
+        ]
+
+    def ports_of_weight(self) -> list[str]:
+        """The ports at which a change of the weight itself enters, so that all who read it read the changed one."""
+        weight = self.site.weight
+        assert weight is not None
+        return ["weight"] if weight.computed is not None else self.ports_of_stored(weight.parameter)
+
+    def ports_of_stored(self, parameter: str) -> list[str]:
+        """The ports of a stored tensor: one for each name that the base reads it under."""
+        return [f"{STORED}{name}" for name in self.table.tied(parameter) if self._readers_of(name)]
 
     @property
     def level(self) -> int:
@@ -82,15 +122,28 @@ class Match:
 
     def has(self, port: str) -> bool:
         """Whether the site, or the model around it, has that port."""
-        return port.startswith((INPUT, RESULT)) or BEFORE_DROPOUT.get(port, port) in self.site.ports
+        if port == "weight":
+            return self.site.weight is not None
+        return port.startswith((INPUT, RESULT, STORED)) or BEFORE_DROPOUT.get(port, port) in self.site.ports
 
     def port(self, name: str) -> str:
         """The base graph's node at a port; `undropped` is the output, and `embedded` the input, before its dropout.
 
-        `input:NAME` is an input of the model itself, and `result:NAME` a value that the model returns.
+        `input:NAME` is an input of the model itself, and `result:NAME` a value that the model returns. `weight` is what
+        the site's operator multiplies by, as it is stored, and `stored:NAME` a stored tensor that the graph reads under
+        that name.
         """
         if name.startswith((INPUT, RESULT)):
             return name.partition(":")[2]
+        if name == "weight":
+            return self._weight_node()
+        if name.startswith(STORED):
+            return self._readers_of(name.partition(":")[2])[0]
+        if not self.has(name):
+            raise PeftGraphError(
+                f"{self.site} has no {name}; it has {', '.join(self.site.ports) or 'a weight alone'}. Choose other "
+                "sites, or a pass that changes weights, such as lora."
+            )
         if name not in BEFORE_DROPOUT:
             return self.site.ports[name]
         node = self.names[self.site.ports[BEFORE_DROPOUT[name]]]
@@ -105,7 +158,12 @@ class Match:
         return self.site.ports.get(f"{port}.reader", self.site.op)
 
     def value(self, port: str) -> fx.Node:
-        """The current value at a port: what the site reads, or what it gives at its own level of nesting."""
+        """The current value at a port: what the site reads, or what it gives at its own level of nesting; the features
+        of a sublayer or block are last, wherever the model has them."""
+        return self.features_last(self.raw_value(port))
+
+    def raw_value(self, port: str) -> fx.Node:
+        """The current value at a port, in the model's own layout."""
         node = self.port(port)
         if is_given(port):
             return self._latest(node, self.level)
@@ -123,6 +181,26 @@ class Match:
         return self.names[moves[-1].after if moves else node]
 
     @property
+    def _turned(self) -> bool:
+        """Whether the site is a sublayer or block with its features on another axis than the last, as in images."""
+        return self.site.role in LEVELS and self.site.feature_axis != -1
+
+    def features_last(self, value: fx.Node) -> fx.Node:
+        """A value of the site with its features last, while an edit is built; that value itself for all other sites."""
+        if not self._turned or self.builder is None or value.meta["val"].dim() < -self.site.feature_axis:
+            return value
+        key = value, len(self.edits)
+        if key not in self._moved:
+            self._moved[key] = self.builder.call(aten.movedim.int, value, self.site.feature_axis, -1)
+        return self._moved[key]
+
+    def features_back(self, op: Builder, value: fx.Node) -> fx.Node:
+        """The inverse of `features_last`."""
+        if not self._turned or value.meta["val"].dim() < -self.site.feature_axis:
+            return value
+        return op.call(aten.movedim.int, value, -1, self.site.feature_axis)
+
+    @property
     def inputs(self) -> list[fx.Node]:
         """The inputs of the model, in order."""
         return list(self.graph.find_nodes(op="placeholder"))
@@ -138,7 +216,8 @@ class Match:
 
     @property
     def output(self) -> fx.Node:
-        """What the site gives, before edits of the sublayers around it; features on `site.feature_axis`."""
+        """What the site gives, before edits of the sublayers around it; the features of a projection, a norm or a
+        convolution on `site.feature_axis`."""
         return self.value("output")
 
     def normed(self, op: Builder, x: fx.Node) -> fx.Node:
@@ -146,11 +225,12 @@ class Match:
         block, with its own weights; x itself where none follows."""
         if "normed" not in self.site.ports:
             return x
-        return op.again(self.value("join"), self.names[self.site.ports["normed"]], x)
+        normed = op.again(self.raw_value("join"), self.names[self.site.ports["normed"]], self.features_back(op, x))
+        return self.features_last(normed)
 
     def changed_by(self, port: str) -> object | None:
         """The pass that put the current value at a port that the site gives; None for the base's own."""
-        current = self.value(port).name
+        current = self.raw_value(port).name
         edit = next((one for one in self.edits if any(move.after == current for move in one.moves)), None)
         return None if edit is None else self.history[edit.application].method
 
@@ -195,10 +275,11 @@ class Match:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in) features of the site's own part of its weight."""
+        """(out, in) features of the site's own part of its weight; of the matrix that it shares with the site that made
+        the parameters, where it multiplies by the transpose of that."""
         view = self._weight_view()
         *_, out, inner = view.shape(self.table[view.parameter].tensor)
-        return out, inner
+        return (inner, out) if self.transposed else (out, inner)
 
     @property
     def experts(self) -> tuple[int, ...]:
@@ -214,7 +295,7 @@ class Match:
         if self.site.weight is not None:
             out, inner = self.shape
             return inner if self.site.role == "ffn.hidden" else out
-        return int(self.output.meta["val"].shape[self.site.feature_axis])
+        return int(self.raw_value("output").meta["val"].shape[self.site.feature_axis])
 
     def own_parameters(self, own: Own = "all") -> Iterable[View]:
         """The stored tensors of the site itself: weight, scale of a norm, bias; the bias alone for a `bias` site."""
@@ -226,14 +307,40 @@ class Match:
 
     # computation in the site's own form
 
+    @property
+    def form(self) -> Form:
+        """Where a change of the weight enters: beside what the site gives, or into the weight that it reads."""
+        return "weight" if self.at_weight else self.site.form
+
+    @property
+    def product_port(self) -> str:
+        """The port at which a change of the weight enters."""
+        return self.form
+
     def down(self, op: Builder, x: fx.Node, weight: fx.Node) -> fx.Node:
-        """x W^T as the site itself multiplies: W (R, I), or (E, R, I) with each row's own expert."""
+        """x W^T as the site itself multiplies: W (R, I), or (E, R, I) with each row's own expert.
+
+        The R features are where the site's output has its own.
+        """
         if self.site.role == "embedding":
             return op.call(aten.embedding.default, op.call(aten.t.default, weight), x)
-        return self.up(op, x, weight)
+        if self.site.equation is not None:
+            return self._by_letters(op, x, weight, self.site.equation.narrowing())
+        if self._convolves:
+            return self._convolved(op, x, weight)
+        return self._product(op, x, weight)
 
     def up(self, op: Builder, x: fx.Node, weight: fx.Node) -> fx.Node:
-        """x W^T from a narrow space to the features that the site owns: W (O, R), or (E, O, R)."""
+        """x W^T from a narrow space, as `down` gives it, to the features that the site owns: W (O, R), or (E, O, R)."""
+        if self.site.equation is not None:
+            return self._like_output(op, self._by_letters(op, x, weight, self.site.equation.widening()))
+        if self._convolves:
+            kernel = op.call(aten.reshape.default, weight, [*weight.meta["val"].shape, *[1] * self._spatial])
+            return op.call(POINTWISE[self._spatial], x, kernel)
+        return self._like_output(op, self._product(op, x, weight))
+
+    def _product(self, op: Builder, x: fx.Node, weight: fx.Node) -> fx.Node:
+        """x W^T where the features are last."""
         if "offsets" in self.site.ports:
             transposed = op.call(aten.transpose.int, weight, -2, -1)
             return op.call(self.names[self.site.op].target, x, transposed, self.names[self.site.ports["offsets"]])  # pyright: ignore[reportArgumentType]
@@ -243,41 +350,53 @@ class Match:
                 return op.call(aten.bmm.default, weight, x)
         if self.experts:
             return op.call(aten.matmul.default, x, op.call(aten.transpose.int, weight, -2, -1))
-        if self.names[self.site.op].target in CONVOLUTIONS:
-            return self._pointwise_convolution(op, x, weight)
-        flat = op.linear(self._flattened(op, x, int(weight.meta["val"].shape[-1])), weight)
-        return self._unflattened(op, flat)
+        return op.linear(x, weight)
 
-    def _flattened(self, op: Builder, x: fx.Node, inner: int) -> fx.Node:
-        """x with its trailing axes joined to one of `inner` features, where an einsum contracts several."""
-        shape, axes = x.meta["val"].shape, 1
-        while int(math.prod(shape[-axes:])) < inner:
-            axes += 1
-        return x if axes == 1 else op.call(aten.flatten.using_ints, x, -axes, -1)
+    def _by_letters(self, op: Builder, x: fx.Node, weight: fx.Node, product: Lettered) -> fx.Node:
+        """The einsum of x with a matrix whose features are spread over several letters."""
+        shape = weight.meta["val"].shape
+        if len(shape) != len(product.sizes):
+            weight = op.call(aten.reshape.default, weight, product.sizes)
+        return op.call(aten.einsum.default, product.equation, [x, weight])
 
-    def _unflattened(self, op: Builder, flat: fx.Node) -> fx.Node:
-        """Features on as many axes as the site's own output has them on, where an einsum gives several."""
-        output = self.output.meta["val"]
-        if (
-            self.site.columns is not None
-            or flat.meta["val"].shape[-1] != self.features
-            or output.dim() == flat.meta["val"].dim()
-        ):
-            return flat
-        sizes = [
-            n if isinstance(n, int) else op.call(aten.sym_size.int, self.output, i) for i, n in enumerate(output.shape)
-        ]
-        return op.call(aten.reshape.default, flat, sizes)
+    @property
+    def _convolves(self) -> bool:
+        return self.names[self.site.op].target in CONVOLUTIONS
 
-    def _pointwise_convolution(self, op: Builder, x: fx.Node, weight: fx.Node) -> fx.Node:
-        for _ in range(x.meta["val"].dim() - 2):
-            weight = op.call(aten.unsqueeze.default, weight, -1)
-        target = self.names[self.site.op].target
-        assert not isinstance(target, str)
-        return op.call(target, x, weight)
+    @property
+    def _spatial(self) -> int:
+        """The number of axes that a convolution runs along."""
+        return -1 - self.site.feature_axis
+
+    def _convolved(self, op: Builder, x: fx.Node, weight: fx.Node) -> fx.Node:
+        """x through a kernel (R, I k ...) with the site's own stride, padding and dilation."""
+        node = self.names[self.site.op]
+        operand = node.args[1]
+        assert isinstance(operand, fx.Node)
+        kernel_shape = operand.meta["val"].shape
+        turned = node.target in TRANSPOSED
+        inner, size = kernel_shape[0 if turned else 1], kernel_shape[2:]
+        kernel = op.call(aten.reshape.default, weight, [int(weight.meta["val"].shape[0]), int(inner), *map(int, size)])
+        if turned:
+            kernel = op.call(aten.transpose.int, kernel, 0, 1)
+        assert not isinstance(node.target, str)
+        return op.call(
+            node.target, x, kernel, None, *node.args[3:], **{k: v for k, v in node.kwargs.items() if k != "bias"}
+        )
+
+    def _like_output(self, op: Builder, value: fx.Node) -> fx.Node:
+        """A product in the shape of the output, where a view stands between the site's product and its bias."""
+        if self.site.columns is not None or value.meta["val"].dim() == self.output.meta["val"].dim():
+            return value
+        return op.call(aten.view_as.default, value, self.output)
 
     def along_features(self, op: Builder, vector: fx.Node) -> fx.Node:
-        """A vector (F,), or (E, F) for stacked experts, shaped to broadcast over the site's output."""
+        """A vector (F,), or (E, F) for stacked experts, shaped to broadcast over the site's output; over the rows of
+        its weight where a change enters that."""
+        if self.form == "weight":
+            return op.call(aten.unsqueeze.default, vector, -1)
+        if self.site.equation is not None:
+            return self._along_letters(op, vector, self.site.equation)
         if "offsets" in self.site.ports:
             return op.call(aten.index_select.default, vector, 0, self._expert_of_row(op))
         if "chosen" in self.site.ports:
@@ -286,12 +405,22 @@ class Match:
             return rows if flat else op.call(aten.unsqueeze.default, rows, 1 if self.site.feature_axis == -1 else -1)
         if self.experts:
             return op.call(aten.unsqueeze.default, vector, 1)
-        output = self.output.meta["val"]
-        if self.site.columns is None and int(output.shape[self.site.feature_axis]) != self.features:
-            return op.call(aten.reshape.default, vector, [int(n) for n in output.shape[self.site.feature_axis :]])
         for _ in range(-1 - self.site.feature_axis):
             vector = op.call(aten.unsqueeze.default, vector, -1)
         return vector
+
+    def _along_letters(self, op: Builder, vector: fx.Node, equation: Equation) -> fx.Node:
+        """A vector over the letters of the weight that the product has, in the product's order."""
+        hidden = self.site.role == "ffn.hidden"  # what the site gives is what its projection reads
+        own = equation.stacked + (equation.inner if hidden else equation.outer)
+        result = equation.x if hidden else equation.result
+        ordered = [letter for letter in result if letter in own]
+        if len(own) > 1:
+            vector = op.call(aten.reshape.default, vector, equation.lengths(own))
+            if ordered != list(own):
+                vector = op.call(aten.permute.default, vector, [own.index(letter) for letter in ordered])
+        sizes = dict(equation.sizes)
+        return op.call(aten.reshape.default, vector, [sizes[one] if one in ordered else 1 for one in result])
 
     def _expert_of_row(self, op: Builder) -> fx.Node:
         rows = op.call(aten.sym_size.int, self.output, 0)
@@ -314,21 +443,69 @@ class Match:
 
     def base_output(self, op: Builder) -> fx.Node:
         """What the base's own projection gives now, before every edit of its output; the site's own columns."""
-        return self._own_part(op, self.names[self.port("output")])
+        return _window(op, self.names[self.port("output")], self.site.columns, self.site.feature_axis, "columns")
 
-    def _own_part(self, op: Builder, value: fx.Node) -> fx.Node:
-        return _window(op, value, self.site.columns, self.site.feature_axis, "columns")
+    def base_product(self, op: Builder) -> fx.Node:
+        """What the base's own weight contributes where its change enters: the output without its bias; or the weight
+        itself, (O, I)."""
+        if self.form == "weight":
+            return self.read(op, self.weight)
+        y = self.base_output(op)
+        return (
+            y if self.bias is None else op.call(aten.sub.Tensor, y, self.along_features(op, self.read(op, self.bias)))
+        )
 
     def read(self, op: Builder, bound: Bound) -> fx.Node:
         """The window of a stored tensor as a value in the graph, shaped like `bound.value`, in the stored dtype."""
         view = bound.view
-        full = op.stored(view.parameter, self.table[view.parameter].tensor)
+        full = self._stored_value(op, view)
         if view.vector:
             return _window(op, full, view.window, -1, "entries")
-        if view.experts is None and full.meta["val"].dim() > 2:
-            full = op.call(aten.flatten.using_ints, full, 1)
-        full = op.call(aten.transpose.int, full, -2, -1) if view.transposed else full
-        return _window(op, full, view.window, -2, "rows")
+        return _window(op, self._oriented(op, full, view), view.window, -2, "rows")
+
+    def _stored_value(self, op: Builder, view: View) -> fx.Node:
+        """A stored tensor, or the weight that is computed from it, after the edits of it so far."""
+        weight = self.site.weight
+        if weight is None or weight.parameter != view.parameter:
+            return op.stored(view.parameter, self.table[view.parameter].tensor)
+        if weight.computed is None and not self.edits.chain(self.port("weight")):
+            return op.stored(view.parameter, self.table[view.parameter].tensor)
+        return self.value("weight")
+
+    def changed_weight(self, op: Builder, full: fx.Node, change_OI: fx.Node) -> fx.Node:
+        """A weight in its stored layout with a change of the site's own window (O, I) added to it."""
+        view = self._weight_view()
+        if view.window is not None:
+            matrix, columns = self._oriented(op, full, view), view.window
+            part = op.add(_window(op, matrix, columns, -2, "rows"), change_OI)
+            if columns.contiguous:
+                matrix = op.call(
+                    aten.slice_scatter.default, matrix, part, -2, columns.starts_at, columns.starts_at + len(columns)
+                )
+            else:
+                matrix = op.call(aten.index_copy.default, matrix, -2, op.constant("rows", columns.index()), part)
+            return self._restored(op, matrix, full, view)
+        return op.add(full, self._restored(op, change_OI, full, view))
+
+    def _oriented(self, op: Builder, full: fx.Node, view: View) -> fx.Node:
+        """A stored tensor as a matrix (O, I), or a stack of them."""
+        axes = view.axes_of(full.meta["val"])
+        if axes is None:
+            return op.call(aten.transpose.int, full, -2, -1) if view.transposed else full
+        split = op.call(aten.reshape.default, full, list(axes.sizes))
+        turned = op.call(aten.permute.default, split, list(axes.order))
+        return op.call(aten.reshape.default, turned, [*(axes.sizes[axis] for axis in axes.stacked), *axes.shape])
+
+    def _restored(self, op: Builder, matrix: fx.Node, full: fx.Node, view: View) -> fx.Node:
+        """The inverse of `_oriented`: a matrix in the layout of a stored tensor."""
+        axes = view.axes_of(full.meta["val"])
+        if axes is None:
+            return op.call(aten.transpose.int, matrix, -2, -1) if view.transposed else matrix
+        split = op.call(aten.reshape.default, matrix, [axes.sizes[axis] for axis in axes.order])
+        back = [axes.order.index(axis) for axis in range(len(axes.order))]
+        return op.call(
+            aten.reshape.default, op.call(aten.permute.default, split, back), [int(n) for n in full.meta["val"].shape]
+        )
 
 
 def _window(op: Builder, value: fx.Node, columns: Columns | None, axis: int, name: str) -> fx.Node:

@@ -29,17 +29,18 @@ def mix(program: P, sites: Sites, weights: Mapping[str, float]) -> P:
             raise PeftGraphError(f"No pass is called {name!r}. Named passes: {', '.join(named) or 'none'}.")
     kept = [applied for applied in program.history if not applied.name or applied.name in weights]
     numbers = {name: _weight(name, weight) for name, weight in weights.items()}
-    methods = tuple(
-        applied.method.weighted(numbers[applied.name]) if applied.name else applied.method for applied in kept
-    )
-    if [applied.method for applied in program.history] == list(methods):
+    methods = [applied.method.weighted(numbers[applied.name]) if applied.name else applied.method for applied in kept]
+    if [applied.method for applied in program.history] == methods:
         return program
     bare = program
     for which in reversed(range(len(program.history))):
         bare = remove(bare, sites, which)
     with torch.random.fork_rng(devices=[]):  # initial values are replaced: the user's generator stays put
-        mixed = apply(bare, sites, methods)
-    own = {name: program.table[name] for name, entry in mixed.table.items() if entry.added or entry.trainable}
+        mixed = bare
+        for applied, method in zip(kept, methods, strict=True):
+            mixed = apply(mixed, sites, (method,), applied.dtype)
+    kept_entries = (name for name, entry in mixed.table.items() if entry.added or entry.before is not None)
+    own = {name: program.table[name] for name in kept_entries}
     return mixed.evolve(table=mixed.table.with_(own))
 
 

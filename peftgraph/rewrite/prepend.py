@@ -129,6 +129,7 @@ def each_head(m: Match, op: Builder, value: fx.Node, change: Callable[[fx.Node],
 def _computed(m: Match, op: Builder, keys: fx.Node, values: fx.Node, shares: Shares | None) -> fx.Node:
     for heads in (key_heads, value_heads):
         heads(m)
+    keys, values = op.in_dtype_of(keys, m.value("k")), op.in_dtype_of(values, m.value("v"))
     core = m.names[m.site.op]
     if core.target is FUSED:
         return _fused(m, op, core, keys, values, shares) if shares else _fused_alone(m, op, core, keys, values)

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, fx
 
+from peftgraph.errors import PeftGraphError
 from peftgraph.ir.builder import Builder
 from peftgraph.rewrite.match import Match, Own
 from peftgraph.rewrite.views import Bound
@@ -112,6 +113,42 @@ class Add(PortByPort):
 
 
 @dataclass(frozen=True)
+class AddProduct:
+    """y -> y + x D^T for a change D of the site's weight: delta is x D^T, on the site's own columns. Where a change can
+    only enter the weight itself, W -> W + D, delta is D (O, I), and all who read the weight read the changed one.
+
+    `turns`: the delta is also right where another site multiplies by the transpose of the same weight, with the same
+    parameters (`Match.transposed`).
+    """
+
+    port: str = "output"
+    turns: bool = False
+
+    def entered(self, m: Match, op: Builder, delta: fx.Node | Mapping[str, fx.Node]) -> dict[str, fx.Node]:
+        """The new output; or the new weight, for each name that it is read under."""
+        assert isinstance(delta, fx.Node)
+        if m.form == "output":
+            return {"output": m.on_columns(op, m.value("output"), lambda part: op.add(part, delta))}
+        changed = m.changed_weight(op, m.value("weight"), delta)
+        first, *others = m.ports_of_weight()
+        return {first: changed, **{port: op.call(aten.alias.default, changed) for port in others}}
+
+    def gated(self, m: Match, op: Builder, delta: fx.Node | Mapping[str, fx.Node], gate: fx.Node) -> fx.Node:
+        """g delta.
+
+        Raises:
+            PeftGraphError: the change enters the weight, which all rows of a batch share.
+        """
+        assert isinstance(delta, fx.Node)
+        if m.form == "weight":
+            raise PeftGraphError(
+                f"{m.site.id}: a change of {m.weight.view} enters the weight itself, which all rows of a batch share, "
+                "so no gate can weigh it by row. Choose other sites for the gated pass."
+            )
+        return op.mul(delta, gate)
+
+
+@dataclass(frozen=True)
 class Multiply(PortByPort):
     """y -> y * delta, on the site's own columns."""
 
@@ -164,6 +201,7 @@ class Rule:
             old one and that row of these alone. It is then folded a part at a time.
         rows: for a rule that changes some rows alone of the table that its sites read: which. All who read the table,
             by any name that is tied to it, are sites of the pass, so that they fold together and the tie stays.
+        training_only: whether the edit changes nothing in evaluation, so that folding takes it out.
         level: how deep the edit is nested, when that is not the level of the site's role: it enters above edits of
             a lower level, whatever was applied first.
     """
@@ -181,6 +219,7 @@ class Rule:
     by_row: Callable[[Match], Mapping[str, int]] | None = None
     rows: Sequence[int] | None = None
     level: int | None = None
+    training_only: bool = False
 
 
 def trained(m: Match, p: Params) -> Mapping[Bound, Tensor]:

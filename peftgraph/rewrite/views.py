@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from peftgraph.ir.table import Table
-from peftgraph.sites import Columns, Site
+from peftgraph.sites import Columns, MatrixAxes, Site
 
 Read = Callable[[str], Tensor]
 
@@ -25,6 +25,7 @@ class View:
         window: the stored output features it covers; None = all.
         vector: it is a bias (O,) and not a matrix (O, I).
         experts: size of a leading expert dimension, (E, O, I) and (E, O); None when there is none.
+        axes: which stored axes are features, where that is not a plain matrix's.
     """
 
     parameter: str
@@ -32,6 +33,7 @@ class View:
     window: Columns | None = None
     vector: bool = False
     experts: int | None = None
+    axes: MatrixAxes | None = None
 
     def shape(self, full: Tensor) -> tuple[int, ...]:
         """The window's shape: (O, I), (E, O, I), (O,) or (E, O)."""
@@ -50,22 +52,17 @@ class View:
     def put(self, full: Tensor, value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """A copy of the stored tensor whose window holds `value`, in `dtype` or the stored one; the rest is kept."""
         kind = dtype or full.dtype
-        if self.window is None:
-            new = torch.empty(full.shape, dtype=kind, device=full.device)
-        else:
-            new = full.to(kind, copy=True, memory_format=torch.contiguous_format)
-        target = self._oriented(new)
         value = value.to(device=full.device, dtype=kind)
-        if self.window is None:
-            target.copy_(value)
-        else:
-            target.index_copy_(self._axis, self.window.index().to(full.device), value)
-        return new
+        if self.window is not None:
+            index = self.window.index().to(full.device)
+            value = self._oriented(full).to(kind).index_copy(self._axis, index, value)
+        return self._restored(value, full).clone(memory_format=torch.contiguous_format)
 
     def stored(self, full: Tensor, value: Tensor) -> Tensor | None:
         """`value` in the layout of the stored tensor, in its own memory; None where the window is not all of that."""
-        laid = value.mT if self.transposed and not self.vector else value
-        return laid if self.window is None and laid.shape == full.shape else None
+        if self.window is not None or value.shape != self._oriented(full).shape:
+            return None
+        return self._restored(value, full)
 
     def overlaps(self, other: View) -> bool:
         """Whether two views share stored values."""
@@ -82,8 +79,25 @@ class View:
     def _oriented(self, full: Tensor) -> Tensor:
         if self.vector:
             return full
-        matrix = full.flatten(1) if self.experts is None and full.dim() > 2 else full
-        return matrix.mT if self.transposed else matrix
+        axes = self._axes(full)
+        stack = [axes.sizes[axis] for axis in axes.stacked]
+        return full.reshape(axes.sizes).permute(axes.order).reshape(*stack, *axes.shape)
+
+    def _restored(self, matrix: Tensor, full: Tensor) -> Tensor:
+        """The inverse of `_oriented`."""
+        if self.vector:
+            return matrix
+        axes = self._axes(full)
+        back = [axes.order.index(axis) for axis in range(len(axes.sizes))]
+        return matrix.reshape([axes.sizes[axis] for axis in axes.order]).permute(back).reshape(full.shape)
+
+    def _axes(self, full: Tensor) -> MatrixAxes:
+        return self.axes or MatrixAxes.plain([int(size) for size in full.shape], self.transposed, self.experts)
+
+    def axes_of(self, full: Tensor) -> MatrixAxes | None:
+        """Which axes of a stored tensor are features; None where it is a matrix, or a stack of matrices, as it is."""
+        plain = self.axes is None and full.dim() == (2 if self.experts is None else 3)
+        return None if plain else self._axes(full)
 
     def __str__(self) -> str:
         return self.parameter if self.window is None else f"{self.parameter}[{self.window}]"
@@ -102,7 +116,7 @@ def weight_view(site: Site) -> View | None:
     if site.weight is None:
         return None
     weight = site.weight
-    return View(weight.parameter, weight.transposed, weight.window, experts=weight.experts)
+    return View(weight.parameter, weight.transposed, weight.window, experts=weight.experts, axes=weight.axes)
 
 
 def rows_view(site: Site, numbers: Sequence[int]) -> View:

@@ -187,13 +187,20 @@ def traced(name: str, attn: str = "sdpa", dtype: torch.dtype = torch.float32) ->
 
 @cache
 def _traced(name: str, attn: str, dtype: torch.dtype) -> pg.Program:
-    return pg.trace(build(name, attn, dtype), example(name, dtype=dtype))
+    return pg.trace(build(name, attn, dtype), example(name, dtype=dtype), verify=verify_of(name, dtype))
+
+
+def verify_of(name: str, dtype: torch.dtype) -> Any:
+    """What a trace is compared at: nothing where the model itself does not run, as grouped products of experts have no
+    kernel in float64 (the laws compare the program with the model's other spelling of them)."""
+    return "off" if name == "mixtral" and dtype == torch.float64 else "sizes"
 
 
 @cache
 def cached(name: str, dtype: torch.dtype = torch.float64) -> pg.Program:
     """As `traced`, in float64, with a cache of keys and values among the inputs and outputs."""
-    return pg.trace(build(name, dtype=dtype), {**example(name, dtype=dtype), "use_cache": True})
+    inputs = {**example(name, dtype=dtype), "use_cache": True}
+    return pg.trace(build(name, dtype=dtype), inputs, verify=verify_of(name, dtype))
 
 
 @cache
