@@ -312,11 +312,6 @@ class Match:
         """Where a change of the weight enters: beside what the site gives, or into the weight that it reads."""
         return "weight" if self.at_weight else self.site.form
 
-    @property
-    def product_port(self) -> str:
-        """The port at which a change of the weight enters."""
-        return self.form
-
     def down(self, op: Builder, x: fx.Node, weight: fx.Node) -> fx.Node:
         """x W^T as the site itself multiplies: W (R, I), or (E, R, I) with each row's own expert.
 

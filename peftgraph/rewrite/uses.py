@@ -98,14 +98,15 @@ def _turned(site: Site) -> bool:
 
 
 def _window(table: Table, site: Site) -> Hashable:
+    """The part of a stored tensor that a site multiplies by; one expert of a stack is no other's."""
     weight = site.weight
-    return None if weight is None else (table.tied(weight.parameter)[0], weight.computed, weight.window)
+    return None if weight is None else (table.tied(weight.parameter)[0], weight.computed, weight.window, site.expert)
 
 
 def _identity(table: Table, site: Site) -> Hashable:
     """What two sites have in common that are one part of the model, used twice; a site's own id where nothing says."""
     if site.weight is not None:
-        return site.role, site.kind, site.expert, _window(table, site)
+        return site.role, site.kind, _window(table, site)
     tensors = [*site.reads, *([site.scale] if site.scale else []), *([site.bias.parameter] if site.bias else [])]
     own = tuple(table.tied(name)[0] for name in tensors)
     return (site.role, site.kind, own) if own else site.id
