@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from peftgraph.errors import Conflict
 from peftgraph.ir.dead import SILENT
 from peftgraph.ir.literals import FORMS
+from peftgraph.ir.names import TensorNames
 from peftgraph.ir.program import Stretch, copy_graph
 from peftgraph.ir.propagate import Inference, fake_like, same_meta
 from peftgraph.ir.table import Entry
@@ -85,7 +86,7 @@ class Builder:
     dtype: torch.dtype
     adapter_dtype: torch.dtype
     device: torch.device
-    taken: dict[str, str]
+    taken: TensorNames
     maker: str
     order: tuple[int, ...]
     cursor: fx.Node
@@ -143,11 +144,9 @@ class Builder:
         if full in self.taken:
             raise Conflict(
                 f"{self.maker} would make the parameter {full} at {self.site}, which exists already (made by "
-                f'{self.taken[full]}). Two adapters at one site need names of their own: name="...".'
+                f'{self.taken.maker(full)}). Two adapters at one site need names of their own: name="...".'
             )
-        ends = [i for i, letter in enumerate(full) if letter == "."]
-        inner = next((full[:end] for end in ends if full[:end] in self.taken), None)
-        inner = inner or next((name for name in self.taken if name.startswith(f"{full}.")), None)
+        inner = self.taken.clashing(full)
         if inner is not None:
             raise Conflict(
                 f"{self.maker} would make the parameter {full} at {self.site}, and {inner} is a parameter already: one "
@@ -157,7 +156,7 @@ class Builder:
         if self.device.type != "meta":
             with torch.no_grad():
                 init(value)
-        self.taken[full] = self.maker
+        self.taken.add(full, self.maker)
         return Entry(nn.Parameter(value, requires_grad=trainable), "parameter", trainable=trainable, added=True)
 
     def _read(self, full: str, hint: str) -> fx.Node:
@@ -174,7 +173,7 @@ class Builder:
         """A non-persistent buffer `owner.name`, such as an index table; equal ones of the same name are shared."""
         full = f"{self.owner}.{name}"
         if full not in self.taken:
-            self.taken[full] = self.maker
+            self.taken.add(full, self.maker)
             self.entries[full] = Entry(value.to(self.device), "buffer", persistent=False, added=True)
         return self._insert(
             "get_attr", full, (), {}, name, fake_like(self.common.inference.mode, value.to(self.device))

@@ -16,6 +16,7 @@ from peftgraph.errors import Conflict, NoMatch, PeftGraphError, RecipeError
 from peftgraph.ir.builder import Builder, Common, erase, refresh, sort, stretch
 from peftgraph.ir.dead import SILENT
 from peftgraph.ir.modes import mutated_buffers
+from peftgraph.ir.names import TensorNames
 from peftgraph.ir.program import Applied, Edit, Edits, Move, ProgramData, copy_graph
 from peftgraph.ir.propagate import Inference, fake_mode_of, quiet_symbols, same_meta
 from peftgraph.ir.table import Entry, Table
@@ -205,7 +206,7 @@ class _Work:
     names: dict[str, fx.Node]
     edits: Edits
     entries: dict[str, Entry]
-    taken: dict[str, str]
+    taken: TensorNames
     program: ProgramData
     common: Common
     dtype: torch.dtype | None = None
@@ -216,7 +217,7 @@ class _Work:
     def on(cls, program: ProgramData, sites: Sites, method: Pass, dtype: torch.dtype | None) -> _Work:
         graph = copy_graph(program.graph)
         makers = {name: str(program.history[e.application].method) for e in program.edits for name in e.parameters}
-        taken = {name: makers.get(name, "the model itself") for name in program.table}
+        taken = TensorNames({name: makers.get(name, "the model itself") for name in program.table})
         names = {node.name: node for node in graph.nodes}
         common = Common(f"{method.word}.{method.name}" if method.name else method.word, Inference(fake_mode_of(graph)))
         edits = Edits(program.edits)

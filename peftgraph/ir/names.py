@@ -1,0 +1,42 @@
+"""The names of a program's tensors, and who made them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+class TensorNames:
+    """The dotted names that are in use, each with its maker, and the modules that they imply.
+
+    Args:
+        makers: who made each tensor, by its name.
+    """
+
+    def __init__(self, makers: Mapping[str, str]) -> None:
+        self._makers: dict[str, str] = {}
+        self._first: dict[str, str] = {}  # the first tensor of every module
+        for name, maker in makers.items():
+            self.add(name, maker)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._makers
+
+    def add(self, name: str, maker: str) -> None:
+        """Takes a name for a new tensor."""
+        self._makers[name] = maker
+        for module in _modules(name):
+            self._first.setdefault(module, name)
+
+    def maker(self, name: str) -> str:
+        """Names who made a tensor."""
+        return self._makers[name]
+
+    def clashing(self, name: str) -> str | None:
+        """The tensor that would be a module of `name`, or one that `name` would be a module of; None where none is."""
+        inner = next((module for module in _modules(name) if module in self._makers), None)
+        return inner or self._first.get(name)
+
+
+def _modules(name: str) -> list[str]:
+    """The paths of the modules that a tensor of this name stands in, the outermost first."""
+    return [name[:i] for i, letter in enumerate(name) if letter == "."]
