@@ -18,7 +18,7 @@ adapter-hub/adapters 1.3, methods/lora.py (LoRALinear.forward, dora_merge).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -75,11 +75,17 @@ class DoRA(pg.Pass):
 
     def rules(self) -> list[pg.Rule]:
         """One rule: add what turns x W^T into x W'^T."""
-        return [pg.Rule(at=self.at, delta=self.delta, join=pg.AddProduct(), fold=self.fold, by_row=self.by_row)]
+        join = pg.AddProduct()
+        return [
+            pg.Rule(at=self.at, delta=self.delta, join=join, fold=self.fold, by_row=self.by_row, check=self.fits)
+        ]
+
+    def fits(self, sites: Sequence[pg.Site]) -> None:
+        """Refuses a rank that no site has."""
+        self.path.fits(self, sites)
 
     def delta(self, m: pg.Match, op: pg.Builder) -> fx.Node:
         """(g - 1) (y - b) + g s (drop(x) A^T) B^T."""
-        self.path.fits(self, m)
         scales_bias = self.form == "adapters" and m.form == "weight" and m.bias is not None
         self.require(
             not scales_bias, f'form="adapters" scales the bias of {m.site.id}, and only its weight is at hand.'
@@ -98,8 +104,15 @@ class DoRA(pg.Pass):
         return op.add(op.mul(op.call(aten.sub.Tensor, g, 1), y), op.mul(low, g))
 
     def start(self, m: pg.Match, tensor: Tensor) -> None:
-        """||W||, to the last bit what the graph computes, which layout and dtype decide."""
-        tensor.copy_(torch.linalg.vector_norm(m.weight.value.to(tensor.dtype).contiguous(), 2, -1))
+        """||W||, to the last bit what the graph computes, which layout and dtype decide; refuses rows of zeros."""
+        norm_O = torch.linalg.vector_norm(m.weight.value.to(tensor.dtype).contiguous(), 2, -1)
+        zeros = int((norm_O == 0).sum())
+        self.require(
+            not zeros,
+            f"{zeros} of {norm_O.numel()} rows of the weight at {m.site.id} are zero and have no direction. Leave that "
+            f"site out, or use lora there.",
+        )
+        tensor.copy_(norm_O)
 
     def fold(self, m: pg.Match, p: pg.Params) -> Mapping[pg.Bound, Tensor]:
         """g (W + s B A), and g b where the form has it."""

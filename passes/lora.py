@@ -23,7 +23,7 @@ arXiv 2404.02948, section 3 (PiSSA); arXiv 2406.01775, algorithm 1 (OLoRA).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
@@ -95,13 +95,18 @@ class LoRA(pg.Pass):
         """Add the low-rank path to the projection's output; train biases."""
         rank = 2 * self.rank if self.moved else self.rank
         join = pg.AddProduct(turns=True)
-        path = pg.Rule(at=self.at, delta=self.delta, join=join, fold=self.fold, rank=rank, by_row=self.by_row)
+        path = pg.Rule(
+            at=self.at, delta=self.delta, join=join, fold=self.fold, rank=rank, by_row=self.by_row, check=self.fits
+        )
         biases = {"none": [], "all": [pg.Train(pg.bias)], "lora_only": [pg.Train(self.at, own="bias")]}
         return [path, *biases[self.bias]]
 
+    def fits(self, sites: Sequence[pg.Site]) -> None:
+        """Refuses a rank that no site has, or that one lacks whose start is made of its own directions."""
+        self.path.fits(self, sites, everywhere=self.moved)
+
     def delta(self, m: pg.Match, op: pg.Builder) -> fx.Node:
         """w s (drop(x) A^T) B^T, less its start where that is not zero."""
-        self.path.fits(self, m)
         if not self.moved:
             start = pg.init.kaiming if self.init == "kaiming" else pg.init.normal(1 / self.rank)
             y = self.path.build(self, m, op, *self.path.factors(m, op, down=start))

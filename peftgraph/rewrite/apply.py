@@ -136,6 +136,8 @@ def _chosen(program: ProgramData, sites: Sites, method: Pass) -> list[tuple[int,
         kept = [m.site for m in match_all(program, sites, found) if rule.where is None or rule.where(m)]
         if not kept and not rule.optional:
             raise _none_left(method, rule, len(found))
+        if rule.check is not None and kept:
+            rule.check(kept)
         chosen += [(number, rule, site) for site in kept]
     if not chosen:
         raise _none_left(method, rules[0], len(sites.require(rules[0].at)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from torch import fx
 from peftgraph import init
 from peftgraph.ir.builder import Builder, Initializer
 from peftgraph.rewrite.match import Match
+from peftgraph.sites import Site
 
 if TYPE_CHECKING:
     from peftgraph.rewrite.method import Pass
@@ -38,12 +40,18 @@ class LowRank:
         method.require(self.rank >= 1, f"rank must be at least 1, got {self.rank}.")
         method.require(0 <= self.dropout < 1, f"dropout must lie in [0, 1), got {self.dropout}.")
 
-    def fits(self, method: Pass, m: Match) -> None:
-        """Refuses a rank larger than the smaller side of the site's matrix."""
-        out, inner = m.shape
-        limit = min(out, inner)
+    def fits(self, method: Pass, sites: Sequence[Site], everywhere: bool = False) -> None:
+        """Refuses a rank larger than the smaller side of the sites' matrices; of all of them, unless `everywhere`.
+
+        Among many sites a small matrix, such as a head of one output, takes all the rank it is given, of which it
+        needs less.
+        """
+        sides = [min(site.shape) for site in sites if site.shape]
+        limit = (min if everywhere else max)(sides, default=self.rank)
+        site = next((site for site in sites if site.shape and min(site.shape) == limit), sites[0])
+        size = " x ".join(map(str, site.shape or ()))
         method.require(
-            self.rank <= limit, f"rank {self.rank} is larger than {m.site.id} allows: {out} x {inner}, at most {limit}."
+            self.rank <= limit, f"rank {self.rank} is larger than {site.id} allows: {size}, at most {limit}."
         )
 
     def factors(

@@ -19,6 +19,7 @@ from peftgraph.errors import PeftGraphError
 from peftgraph.ir.builder import Builder
 from peftgraph.rewrite.match import Match, Own
 from peftgraph.rewrite.views import Bound
+from peftgraph.sites import Site
 from peftgraph.sites.select import Selector
 
 aten = torch.ops.aten
@@ -192,6 +193,7 @@ class Rule:
             none.
         rank: the largest rank of the change of a weight, when the method bounds it.
         own: which of a site's own parameters train when there is no delta.
+        check: refuses sites that the rule cannot be put on together.
         where: keeps the matches for which it holds.
         lacking: what a site for which it does not hold lacks, for the message when none is left.
         optional: whether no site at all is fine, as long as another rule of the pass has one.
@@ -212,6 +214,7 @@ class Rule:
     join: Join = field(default_factory=Add)
     rank: int | None = None
     own: Own = "all"
+    check: Callable[[Sequence[Site]], None] | None = None
     where: Callable[[Match], bool] | None = None
     lacking: str = "has a bias. Choose others; bitfit{zero=true} adds biases"
     optional: bool = False

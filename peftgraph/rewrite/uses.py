@@ -113,9 +113,12 @@ def _identity(table: Table, site: Site) -> Hashable:
 
 
 def _check_readers(program: ProgramData, use: Use, together: Sequence[Site]) -> None:
-    """Refuses a change of a weight that a place reads which was not chosen."""
+    """Refuses a change of a weight that a place reads which was not chosen. What reads a stored matrix that is no part
+    of another site, such as a table of positions of which a slice is added, is all of one site."""
     weight, chosen = use.site.weight, {site.op for site in together}
     assert weight is not None
+    whole = {site.weight.parameter for site in together if site.weight is not None and site.role == "matrix"}
+    chosen |= {one.name for one in readers(node for node in stored(program.graph) if node.target in whole)}
     if weight.computed is not None:
         read = [program.node(weight.computed)]
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Sequence, Set
 
 from torch import fx
 
@@ -50,10 +50,18 @@ def add_weights(into: Collection, parameters: Set[str]) -> None:
         known = leaf.op == "get_attr" and name in parameters and name not in taken and leaf.users
         if known and flow.floating(leaf) and sum(size > 1 for size in flow.shape(leaf)) > 1:
             reader = min(leaf.users, key=flow.order.__getitem__)
-            weight = Weight(name)
+            weight = Weight(name, axes=_behind_ones(flow.shape(leaf)))
             path = owner(name) if name.endswith(".weight") else name
             place, shape = into.place(reader), weight.shape(flow.tensors)
             into.add("matrix", reader, path, place, {}, weight=weight, shape=shape, form="weight")
+
+
+def _behind_ones(shape: Sequence[int]) -> MatrixAxes | None:
+    """The axes of a matrix that is stored behind axes of size 1, as a table of positions (1, length, width) is."""
+    sizes = tuple(int(size) for size in shape)
+    ones = next(i for i, size in enumerate(sizes) if size > 1)
+    outer = tuple(range(ones + 1))
+    return MatrixAxes(sizes, (), outer, tuple(range(ones + 1, len(sizes)))) if ones else None
 
 
 def _convolution(into: Collection, node: fx.Node) -> None:

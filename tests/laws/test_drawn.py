@@ -132,8 +132,12 @@ def test_every_law_on_a_drawn_composition(base: laws.Base, recipe: tuple[pg.Pass
     assert program.table.hashes() == base.hashes
 
 
+NEEDS_BATCH_NORMS = {passes.FreezeStatistics}  # no model here has one: tests/rewrite/test_state.py has its laws
+
+
 def test_every_pass_is_drawn() -> None:
-    assert set(DRAWN) == {one for one in vars(passes).values() if isinstance(one, type) and issubclass(one, pg.Pass)}
+    known = {one for one in vars(passes).values() if isinstance(one, type) and issubclass(one, pg.Pass)}
+    assert set(DRAWN) == known - NEEDS_BATCH_NORMS
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)

@@ -206,11 +206,10 @@ def cached(name: str, dtype: torch.dtype = torch.float64) -> pg.Program:
 @cache
 def positioned(name: str, attn: str = "sdpa") -> pg.Program:
     """As `traced`, in float64, with positions among the inputs, as generation gives them; T5 has none."""
-    return (
-        traced(name, attn, torch.float64)
-        if name == "t5"
-        else pg.trace(build(name, attn, torch.float64), padded(name, "left")[0])
-    )
+    if name == "t5":
+        return traced(name, attn, torch.float64)
+    verify = verify_of(name, torch.float64)
+    return pg.trace(build(name, attn, torch.float64), padded(name, "left")[0], verify=verify)
 
 
 def padded(name: str, side: str) -> tuple[dict[str, Any], dict[str, Any], slice]:
