@@ -76,9 +76,7 @@ class DoRA(pg.Pass):
     def rules(self) -> list[pg.Rule]:
         """One rule: add what turns x W^T into x W'^T."""
         join = pg.AddProduct()
-        return [
-            pg.Rule(at=self.at, delta=self.delta, join=join, fold=self.fold, by_row=self.by_row, check=self.fits)
-        ]
+        return [pg.Rule(at=self.at, delta=self.delta, join=join, fold=self.fold, by_row=self.by_row, check=self.fits)]
 
     def fits(self, sites: Sequence[pg.Site]) -> None:
         """Refuses a rank that no site has."""

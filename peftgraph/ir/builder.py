@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from peftgraph.errors import Conflict
+from peftgraph.errors import Conflict, PeftGraphError
 from peftgraph.ir.dead import SILENT
 from peftgraph.ir.literals import FORMS
 from peftgraph.ir.names import TensorNames
@@ -322,13 +322,28 @@ class Builder:
     ) -> fx.Node:
         with self.graph.inserting_after(self.cursor):
             node = self.graph.create_node(op, target, args, kwargs, name=f"{self.label}_{hint}".replace(".", "_"))
-        node.meta["val"] = self.common.inference.value_of(node) if value is None else value
+        node.meta["val"] = self._value_of(node) if value is None else value
         node.meta["label"] = self._unique_label(hint)
         node.meta["origin"] = self.label
         node.meta["order"] = (*self.order, len(self.nodes))
         self.cursor = node
         self.nodes.append(node)
         return node
+
+    def _value_of(self, node: fx.Node) -> Any:
+        """What a new node gives.
+
+        Raises:
+            PeftGraphError: the operator does not take these operands.
+        """
+        try:
+            return self.common.inference.value_of(node)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:  # what torch says of operands
+            operands = ", ".join(f"%{one.name} {_size(one.meta['val'])}" for one in node.all_input_nodes)
+            raise PeftGraphError(
+                f"{self.maker} at {self.site} computes {_opname(node.target)}({operands}), which is not defined: "
+                f"{str(error).rstrip('.')}. Leave this site out."
+            ) from error
 
     def _unique_label(self, hint: str) -> str:
         base = f"{self.label}.{hint}"
@@ -399,6 +414,11 @@ def number(graph: fx.Graph) -> None:
     last = len(graph.nodes)
     for i, node in enumerate(graph.nodes):
         node.meta["order"] = (0 if node.op == "placeholder" else last if node.op == "output" else i,)
+
+
+def _size(value: Any) -> str:
+    """How a value is told in a message: a tensor by its shape and dtype."""
+    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else str(value)
 
 
 def _opname(target: Callable[..., Any]) -> str:

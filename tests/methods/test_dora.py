@@ -128,6 +128,16 @@ def test_two_of_them_at_one_weight_do_not_fold(bench: Any) -> None:
         pg.fold(two)
 
 
+def test_a_row_of_zeros_has_no_direction() -> None:
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3), nn.Tanh(), nn.Linear(3, 2))
+    nn.init.zeros_(model[2].weight[1])  # pyright: ignore
+    program = pg.trace(model.eval(), torch.randn(2, 5))
+    with pytest.raises(
+        pg.RecipeError, match="1 of 3 rows of the weight at projection.1 are zero and have no direction"
+    ):
+        program.apply(DoRA(at="linear", rank=1))
+
+
 def test_size(bench: Any) -> None:
     count = bench.program.apply(DoRA(rank=2)).count()
     assert count.trainable == count.added == 3 * (2 * 2 * D + D) + 2 * (D + F) + F + 2 * (D + F) + D

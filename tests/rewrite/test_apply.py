@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import zoo
+from torch import fx
 
 import peftgraph as pg
 from peftgraph.passes import IA3, BitFit, LoRA, SerialAdapter
@@ -44,6 +45,16 @@ def test_what_cannot_be_applied_says_why(
     with pytest.raises(error, match=words):
         base.apply(*methods)
     assert base.text() == text
+
+
+def test_a_computation_that_is_not_defined_names_its_operands() -> None:
+    class Doubled(LoRA):
+        def delta(self, m: pg.Match, op: pg.Builder) -> fx.Node:
+            y = super().delta(m, op)
+            return op.call(torch.ops.aten.mm.default, y, y)
+
+    with pytest.raises(pg.PeftGraphError, match=r"at 0.attention.q computes mm\(.*, which is not defined: "):
+        zoo.traced("nano").apply(Doubled(at="attention.q", rank=2))
 
 
 def test_naming_the_stack_makes_layers_unambiguous() -> None:

@@ -150,3 +150,44 @@ def test_a_serial_adapter_of_images_is_its_equation() -> None:
     h = model.down(F.gelu(model.up(model.norm(x)))).permute(0, 2, 3, 1)
     h = h + F.linear(F.relu(F.linear(h, p["down_weight"], p["down_bias"])), p["up_weight"], p["up_bias"])
     torch.testing.assert_close(tuned.module().eval()(x), x + h.permute(0, 3, 1, 2), rtol=0, atol=1e-12)
+
+
+class Positions(nn.Module):
+    """A table of positions behind an axis of one, of which a slice is added twice, and a head of a single output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(1, 9, 6, dtype=F64))
+        self.enter, self.head = nn.Linear(4, 6, dtype=F64), nn.Linear(6, 1, dtype=F64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        position = self.table[:, : x.shape[1]]
+        return self.head(torch.tanh(self.enter(x) + position) * position)
+
+
+def test_a_table_of_positions_and_a_head_of_one_output_are_weights() -> None:
+    torch.manual_seed(0)
+    model, x = Positions().eval(), torch.randn(2, 5, 4, dtype=F64)
+    tuned = pg.trace(model, x).apply(LoRA(at="weight", rank=3, alpha=3.0))
+    for value in tuned.table.trainable.values():
+        value.data.normal_()
+    parameters = tuned.table.trainable
+    a, b = parameters["table_matrix.lora_A"], parameters["table_matrix.lora_B"]
+    assert (tuple(a.shape), tuple(b.shape)) == ((3, 6), (9, 3))
+    with torch.no_grad():
+        wanted = dict(model.state_dict())
+        wanted["table"] = model.table + b @ a
+        for name in ("enter", "head"):
+            change = parameters[f"{name}.lora_B"] @ parameters[f"{name}.lora_A"]
+            wanted[f"{name}.weight"] = wanted[f"{name}.weight"] + change
+        expected = torch.func.functional_call(model, wanted, (x,))
+    torch.testing.assert_close(tuned.module().eval()(x), expected)
+    torch.testing.assert_close(pg.fold(tuned).module().eval()(x), expected)
+
+
+def test_a_rank_must_fit_one_of_the_sites() -> None:
+    program = pg.trace(Positions().eval(), torch.randn(2, 5, 4, dtype=F64))
+    with pytest.raises(pg.RecipeError, match="rank 7 is larger than matrix allows: 9 x 6, at most 6"):
+        program.apply(LoRA(at="weight", rank=7))
+    with pytest.raises(pg.RecipeError, match="rank 3 is larger than head allows: 1 x 6, at most 1"):
+        program.apply(LoRA(at="weight", rank=3, init="pissa"))  # a start of the weight's own directions
