@@ -132,7 +132,7 @@ def test_a_row_of_zeros_has_no_direction() -> None:
     model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3), nn.Tanh(), nn.Linear(3, 2))
     nn.init.zeros_(model[2].weight[1])  # pyright: ignore
     program = pg.trace(model.eval(), torch.randn(2, 5))
-    with pytest.raises(
+    with pytest.raises(pg.RecipeError, match="1 of 3 rows of the weight at projection.1 are zero"):
         pg.RecipeError, match="1 of 3 rows of the weight at projection.1 are zero and have no direction"
     ):
         program.apply(DoRA(at="linear", rank=1))
