@@ -339,9 +339,10 @@ class Builder:
         try:
             return self.common.inference.value_of(node)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:  # what torch says of operands
+            target: Any = node.target
             operands = ", ".join(f"%{one.name} {_size(one.meta['val'])}" for one in node.all_input_nodes)
             raise PeftGraphError(
-                f"{self.maker} at {self.site} computes {_opname(node.target)}({operands}), which is not defined: "
+                f"{self.maker} at {self.site} computes {_opname(target)}({operands}), which is not defined: "
                 f"{str(error).rstrip('.')}. Leave this site out."
             ) from error
 

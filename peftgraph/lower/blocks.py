@@ -18,26 +18,21 @@ class Block(Copied, nn.Module):
     """A block of a program: its tensors under their own names, and the code of each graph that runs it.
 
     Attributes:
-        codes: by the name of the graph.
         gradient_checkpointing: whether training computes the block again; transformers looks for this name.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.codes: dict[str, Code] = {}
+        self._peftgraph_codes: dict[str, Code] = {}
         self.gradient_checkpointing = False
-        self._options: dict[str, Any] = {}
+        self._peftgraph_options: dict[str, Any] = {}
 
     def forward(self, graph: str, *values: Any) -> Any:
         """Runs the code of a graph on what it reads from outside the block."""
-        code = self.codes[graph]
+        code = self._peftgraph_codes[graph]
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(code, self, *values, use_reentrant=False, **self._options)
+            return checkpoint(code, self, *values, use_reentrant=False, **self._peftgraph_options)
         return code(self, *values)
-
-    def recompute(self, again: bool, options: dict[str, Any]) -> None:
-        """Says whether training computes the block again, with which options of torch's checkpoints."""
-        self.gradient_checkpointing, self._options = again, options
 
 
 def recompute(net: nn.Module, title: str, options: dict[str, Any], every: int, offload: bool) -> None:
@@ -59,13 +54,13 @@ def recompute(net: nn.Module, title: str, options: dict[str, Any], every: int, o
     if not blocks:
         raise PeftGraphError(f"{title} has no repeated blocks with modules of their own to compute again.")
     for i, block in enumerate(blocks):
-        block.recompute(i % every == 0, options)
+        block.gradient_checkpointing, block._peftgraph_options = i % every == 0, options
 
 
 def keep(net: nn.Module) -> None:
     """Keeps the values of all blocks in training."""
     for block in _blocks(net):
-        block.recompute(False, {})
+        block.gradient_checkpointing, block._peftgraph_options = False, {}
 
 
 def _blocks(net: nn.Module) -> Iterator[Block]:

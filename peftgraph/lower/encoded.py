@@ -20,7 +20,7 @@ from peftgraph.ir.modes import measure
 from peftgraph.ir.program import copy_graph
 from peftgraph.ir.signature import Signature
 from peftgraph.lower.codes import Code, compile_graph
-from peftgraph.lower.module import assemble, leaving_out
+from peftgraph.lower.execution import assemble, leaving_out
 
 aten = torch.ops.aten
 HIDDEN = "encoder_last_hidden_state"

@@ -74,7 +74,7 @@ def _module(program: ProgramData) -> tuple[nn.Module, list[str]]:
     They are the model's own arguments; what is nested in one keeps the graph's name for it.
     """
     net = GraphModule(program).eval()
-    graph = portable(net.graph_for(training=False)[0])
+    graph = portable(net._peftgraph.graph_for(training=False)[0])
     leaves = graph.output_node().args[0]
     assert isinstance(leaves, list | tuple)
     keys = [key for key, leaf in zip(program.signature.output_keys, leaves, strict=True) if leaf is not None]

@@ -48,7 +48,7 @@ class Hosted(GraphModule):
     @property
     def accepts_loss_kwargs(self) -> bool:
         """Whether the loss is divided by a count that the call gives (`num_items_in_batch`): as it was traced."""
-        return any(spec.key == COUNT for spec in self._signature.inputs)
+        return any(spec.key == COUNT for spec in self._peftgraph.signature.inputs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """What the model's own `generate` does, on the graph.
@@ -59,10 +59,10 @@ class Hosted(GraphModule):
         Raises:
             CallError: a cache is asked for, and the program was traced without one.
         """
-        if self._signature.past is None and kwargs.setdefault("use_cache", False):
+        if self._peftgraph.signature.past is None and kwargs.setdefault("use_cache", False):
             raise CallError(
-                f"This program of {self._model} was traced without a cache. Trace it with use_cache=True in the "
-                'example, pg.trace(model, {**inputs, "use_cache": True}), or generate with use_cache=False.'
+                f"This program of {self._peftgraph.title} was traced without a cache. Trace it with use_cache=True in "
+                'the example, pg.trace(model, {**inputs, "use_cache": True}), or generate with use_cache=False.'
             )
         return cast(Any, super()).generate(*args, **kwargs)
 
@@ -70,8 +70,10 @@ class Hosted(GraphModule):
         """The model's own inputs of the next step, with the mask of ones that generation leaves out."""
         inputs = cast(Any, super()).prepare_inputs_for_generation(*args, **kwargs)
         tokens = inputs.get("input_ids")
-        if self._signature.past is None and tokens is not None and inputs.get(MASK) is None:
-            inputs |= {spec.key: torch.ones_like(tokens) for spec in self._signature.inputs if spec.key == MASK}
+        if self._peftgraph.signature.past is None and tokens is not None and inputs.get(MASK) is None:
+            inputs |= {
+                spec.key: torch.ones_like(tokens) for spec in self._peftgraph.signature.inputs if spec.key == MASK
+            }
         return inputs
 
     def save_pretrained(
@@ -97,38 +99,40 @@ class Hosted(GraphModule):
         Raises:
             CallError: the graph was not traced for these arguments.
         """
-        arguments = self._arguments(args, kwargs)
-        as_tuple = _take(arguments, "return_dict", self._signature.constants) is False
-        kept = _take(arguments, "logits_to_keep", self._signature.constants)
-        output = self._cached(arguments) if self._signature.past else self.run(self._signature.tensors_of(arguments))
+        arguments, signature = self._arguments(args, kwargs), self._peftgraph.signature
+        as_tuple = _take(arguments, "return_dict", signature.constants) is False
+        kept = _take(arguments, "logits_to_keep", signature.constants)
+        output = self._cached(arguments) if signature.past else self._peftgraph_run(signature.tensors_of(arguments))
         if kept is not None and not (isinstance(kept, int) and kept == 0):
             output["logits"] = output["logits"][:, slice(-kept, None) if isinstance(kept, int) else kept]
         return output.to_tuple() if as_tuple else output
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        signature = self._peftgraph.signature
         try:
-            arguments = arguments_of(self._signature.forward, args, kwargs)
+            arguments = arguments_of(signature.forward, args, kwargs)
         except TypeError as error:
-            raise CallError(f"{error}. The model's signature is forward{self._signature.forward}.") from None
-        count = next((spec for spec in self._signature.inputs if spec.key == COUNT), None)
+            raise CallError(f"{error}. The model's signature is forward{signature.forward}.") from None
+        count = next((spec for spec in signature.inputs if spec.key == COUNT), None)
         if count is not None and arguments.get(COUNT) is not None:
-            arguments[COUNT] = _as(count.dtype, arguments[COUNT], self._target[1])
+            arguments[COUNT] = _as(count.dtype, arguments[COUNT], self._peftgraph.target[1])
         return {name: value for name, value in arguments.items() if value is not None and not _is_off(name, value)}
 
     def _cached(self, arguments: dict[str, Any]) -> Any:
-        past = self._signature.past
+        signature = self._peftgraph.signature
+        past = signature.past
         assert past is not None
         cache = arguments.pop(past.argument, None)
         wanted = arguments.pop("use_cache", self.config.use_cache)
         earlier = [] if cache is None else past.read(cache)
         ahead = past.rows(cache) if earlier else 0
         encoded = arguments.pop("encoder_outputs", None)
-        tensors = self._signature.tensors_of(arguments)
-        rows, names = iter(earlier), self._signature.past_inputs
-        specs = self._signature.inputs
+        tensors = signature.tensors_of(arguments)
+        rows, names = iter(earlier), signature.past_inputs
+        specs = signature.inputs
         tensors = [next(rows, None) if s.name in names else t for s, t in zip(specs, tensors, strict=True)]
         self._fill(tensors, int(earlier[0].shape[-2]) - ahead if earlier else 0)
-        output = self.run(tensors) if encoded is None else self._two_steps().decode(self, encoded, tensors)
+        output = self._peftgraph_run(tensors) if encoded is None else self._two_steps().decode(self, encoded, tensors)
         present = output[past.argument]
         if not earlier:
             ahead = int(present[0].shape[-2]) - arguments[past.tokens].shape[1]
@@ -146,17 +150,19 @@ class Hosted(GraphModule):
         Raises:
             CallError: the program was traced without a cache, or of another kind of model.
         """
-        if self._signature.past is None or HIDDEN not in self._signature.output_keys:
-            raise CallError(f"This program of {self._model} has no encoder apart from the rest.")
-        return Encoder(self._encoded, self._signature, self._two_steps().halves.inputs)
+        if self._peftgraph.signature.past is None or HIDDEN not in self._peftgraph.signature.output_keys:
+            raise CallError(f"This program of {self._peftgraph.title} has no encoder apart from the rest.")
+        return Encoder(self._encoded, self._peftgraph.signature, self._two_steps().halves.inputs)
 
     def _encoded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         arguments = self._arguments(args, {name: value for name, value in kwargs.items() if name != "return_dict"})
-        return self._two_steps().encode(self, self._signature.tensors_of(arguments))
+        return self._two_steps().encode(self, self._peftgraph.signature.tensors_of(arguments))
 
     def _two_steps(self) -> TwoSteps:
         if self.training not in self._steps:
-            self._steps[self.training] = TwoSteps(self.graph_for(self.training)[0], self._signature, self._model)
+            self._steps[self.training] = TwoSteps(
+                self._peftgraph.graph_for(self.training)[0], self._peftgraph.signature, self._peftgraph.title
+            )
         return self._steps[self.training]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Hosted:
@@ -167,7 +173,9 @@ class Hosted(GraphModule):
     def _fill(self, tensors: list[Tensor | None], before: int) -> None:
         """Gives inputs that were left out, in place, what the model takes for them."""
         like = mask = next(value for value in tensors if value is not None)
-        specs = sorted(enumerate(self._signature.inputs), key=lambda one: one[1].fill != "ones")  # the mask comes first
+        specs = sorted(
+            enumerate(self._peftgraph.signature.inputs), key=lambda one: one[1].fill != "ones"
+        )  # the mask comes first
         for i, spec in specs:
             value = tensors[i]
             if value is None and spec.fill is not None:

@@ -54,7 +54,7 @@ def outline(
         count = times[piece.path] = times.get(piece.path, -1) + 1  # a block that several layers share runs often
         block = root.get_submodule(piece.path)
         assert isinstance(block, Block)
-        block.codes[f"{name}{count or ''}"] = compiled(piece.graph)
+        block._peftgraph_codes[f"{name}{count or ''}"] = compiled(piece.graph)
         inputs = [made[node] for node in piece.inputs]
         call = new.call_module(piece.path, (f"{name}{count or ''}", *inputs))
         for i, node in enumerate(piece.outputs):

@@ -52,17 +52,17 @@ def _serve(part: nn.Module, graph: GraphModule, root: str) -> None:
             parent, _, leaf = name.rpartition(".")
             if parent in known:
                 known[parent].add_module(leaf, place)
-    part.__dict__["_graph"] = graph  # not a child of its own: its tensors would have two names
+    part.__dict__["_peftgraph"] = graph  # not a child of its own: its tensors would have two names
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._graph(*args, **kwargs)
+        return self._peftgraph(*args, **kwargs)
 
     def train(self: Any, mode: bool = True) -> Any:
-        self._graph.train(mode)
+        self._peftgraph.train(mode)
         return nn.Module.train(self, mode)
 
     def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
-        self._graph._apply(fn, recurse)
+        self._peftgraph._apply(fn, recurse)
         return self
 
     part.__class__ = _like(type(part), forward=forward, train=train, _apply=_apply)

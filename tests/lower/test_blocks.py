@@ -74,7 +74,7 @@ def test_blocks_stand_where_the_model_has_them_and_share_their_code(name: str, p
     net = zoo.traced(name).apply(LoRA(rank=2)).module()
     loss(net, zoo.example(name))
     assert list(blocks(net)) == [path.format(0), path.format(1)]
-    first, second = (block.codes for block in blocks(net).values())
+    first, second = (block._peftgraph_codes for block in blocks(net).values())
     assert list(first) == list(second) == ["training"]
     assert first["training"] is second["training"]
 
@@ -82,7 +82,7 @@ def test_blocks_stand_where_the_model_has_them_and_share_their_code(name: str, p
 def test_blocks_with_other_code_have_their_own() -> None:
     net = zoo.traced("nano").apply(LoRA(at=pg.attention.q & pg.layers(0), rank=2)).module()
     loss(net, zoo.example("nano"))
-    first, second = (block.codes["training"] for block in blocks(net).values())
+    first, second = (block._peftgraph_codes["training"] for block in blocks(net).values())
     assert first is not second
 
 

@@ -50,6 +50,44 @@ def test_submodules_are_what_they_were() -> None:
         body[0](x)
 
 
+class Layer(nn.Module):
+    """A block whose part and attribute have names that a module of ours might have used itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.run, self.codes, self._options = nn.Linear(4, 6), nn.Linear(6, 4), "its own"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.codes(torch.relu(self.run(x)))
+
+
+class Named(nn.Module):
+    """As some models are written: parts called as a graph, its blocks, its state and its signature might be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._blocks = nn.ModuleList(Layer() for _ in range(3))
+        self._graph, self._state, self.graph_for, self.run = (nn.Linear(4, 4) for _ in range(4))
+        self._signature = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self._blocks:
+            x = block(x)
+        return self.run(self.graph_for(self._state(self._graph(x)))) * self._signature
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_parts_may_have_any_name(training: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Named().train(training), torch.randn(2, 5, 4)
+    tuned = pg.trace(model, (x,)).apply(LoRA(at="weight", rank=2))
+    net = tuned.module().train(training)
+    assert torch.equal(net(x), model(x))
+    assert net.state_dict().keys() > model.state_dict().keys()
+    assert net.get_submodule("_blocks.0")._options == "its own"
+    assert torch.equal(pg.fold(tuned).module().train(training)(x), model(x))
+
+
 def test_a_model_whose_loops_look_at_its_submodules_generates() -> None:
     torch.manual_seed(0)
     sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 12, "decoder_ffn_dim": 12}

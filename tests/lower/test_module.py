@@ -64,7 +64,7 @@ def test_train_and_eval_switch_dropout_of_base_and_adapter() -> None:
     assert not torch.equal(net(**inputs).logits, net(**inputs).logits)
     net.eval()
     assert torch.equal(net(**inputs).logits, net(**inputs).logits)
-    assert "dropout" not in str(net.graph_for(training=False)[0])
+    assert "dropout" not in str(net._peftgraph.graph_for(training=False)[0])
     base = zoo.traced("llama").module()
     assert not torch.equal(base(**inputs).logits, base.eval()(**inputs).logits)  # attention dropout of the base
 
