@@ -5,6 +5,7 @@ All matches are collected and checked before anything is rewritten, so a pass ne
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeVar
@@ -26,9 +27,10 @@ from peftgraph.rewrite.match import Match, is_given, match_all
 from peftgraph.rewrite.method import Pass
 from peftgraph.rewrite.rule import AddProduct, Replace, Rule
 from peftgraph.rewrite.uses import Use, uses
-from peftgraph.sites import Site, Sites
+from peftgraph.sites import Columns, Site, Sites
 
 P = TypeVar("P", bound=ProgramData)
+Windows = Mapping[tuple[str, str], Sequence[Columns]]
 
 
 def apply(program: P, sites: Sites, methods: tuple[Pass, ...], dtype: torch.dtype | None = None) -> P:
@@ -352,6 +354,17 @@ class _Work:
         base = self.program.table.dtype
         return base, self.dtype or torch.promote_types(base, torch.float32), self.program.table.device
 
+    @cached_property
+    def _windows(self) -> Windows:
+        """The parts of each stored weight that play one role, such as the queries of two attentions in one matrix."""
+        found: dict[tuple[str, str], list[Columns]] = {}
+        for site in self.sites:
+            if site.weight is not None and site.columns is not None:
+                windows = found.setdefault((site.weight.parameter, site.role), [])
+                if site.columns not in windows:
+                    windows.append(site.columns)
+        return found
+
     def _builder(self, match: Match, rule: Rule) -> Builder:
         word = f"{self.method.word}.{self.method.name}" if self.method.name else self.method.word
         at_weight = isinstance(rule.join, AddProduct) and match.form == "weight"
@@ -362,7 +375,7 @@ class _Work:
             graph=self.graph,
             site=match.site.id,
             word=word,
-            owner=owner_path(match.site, self.method),
+            owner=owner_path(match.site, self.method, self._windows),
             dtype=dtype,
             adapter_dtype=adapter_dtype,
             device=device,
@@ -399,7 +412,7 @@ def _are_other_sizes(a: object, b: object) -> bool:
     return isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt) and str(a) != str(b)
 
 
-def owner_path(site: Site, method: Pass) -> str:
+def owner_path(site: Site, method: Pass, windows: Windows) -> str:
     """The dotted prefix of the parameters made at a site.
 
     It is the path of the site's weight, with the role inside a fused weight, and the name of the pass if it has one. A
@@ -409,8 +422,9 @@ def owner_path(site: Site, method: Pass) -> str:
     if site.weight is None:
         kind = "cross_" if site.kind == "cross" else ""
         path = f"{path}.{kind}{site.role.replace('.', '_')}_{method.word}".lstrip(".")
-    elif not site.weight.parameter.endswith(".weight"):  # a bare parameter (stacked experts): a module beside it
-        path = f"{site.weight.parameter}_{role}"
+    elif not site.weight.parameter.endswith(".weight") or path == site.weight.parameter:
+        path = f"{site.weight.parameter}_{role}"  # a bare parameter (stacked experts): a module beside it
     elif site.columns is not None:
-        path = f"{path}.{role}"
+        own = windows[site.weight.parameter, site.role]
+        path = f"{path}.{role}{own.index(site.columns) if len(own) > 1 else ''}"
     return f"{path}.{method.name}" if method.name else path

@@ -207,3 +207,31 @@ def test_named_adapters_have_heads_of_their_own(tmp_path) -> None:
     assert both.only().text() == program.text()
     assert model[3].weight is not None
     assert torch.equal(program.module()(x), model(x))
+
+
+class TwoAttentions(nn.Module):
+    """Heads of one projection that attend in two ways: the first to earlier tokens, the others to all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(8, 8, bias=False, dtype=F64) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (one(x).unflatten(-1, (4, 2)).transpose(1, 2) for one in (self.q, self.k, self.v))
+        first = F.scaled_dot_product_attention(q[:, :1], k[:, :1], v[:, :1], is_causal=True)
+        others = F.scaled_dot_product_attention(q[:, 1:], k[:, 1:], v[:, 1:])
+        return x + self.o(torch.cat([first, others], 1).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("method", [LoRA(at="attention.q", rank=2), DoRA(at="attention.q", rank=2)], ids=str)
+def test_two_attentions_in_one_matrix_have_parameters_of_their_own(method: pg.Pass) -> None:
+    torch.manual_seed(0)
+    model, x = TwoAttentions().eval(), torch.randn(2, 6, 8, dtype=F64)
+    tuned = pg.trace(model, x).apply(method)
+    parameters = tuned.table.trainable
+    assert [tuple(parameters[f"q.q{i}.lora_B"].shape) for i in range(2)] == [(2, 2), (6, 2)]
+    for value in parameters.values():
+        value.data.add_(0.3 * torch.randn_like(value))
+    expected = tuned.module().eval()(x)
+    torch.testing.assert_close(pg.fold(tuned).module().eval()(x), expected, rtol=0, atol=1e-12)
+    assert (expected - model(x)).abs().max() > 1e-3
