@@ -232,7 +232,8 @@ class _Work:
         history = (*self.program.history, Applied(self.method, dtype=self.dtype))
         match = Match(site, self.sites, self.graph, self.program.table, self.edits, self.names, history=history)
         match = replace(match, example=self.program.examples, level_of_rule=rule.level)
-        match = replace(match, at_weight=use.at_weight, transposed=use.transposed)
+        at_weight = isinstance(rule.join, AddProduct) and (use.at_weight or site.form == "weight")
+        match = replace(match, at_weight=at_weight, transposed=use.transposed)
         if rule.delta is not None:
             edit = self._insert(use, match)
         elif self.method.name:
@@ -367,8 +368,7 @@ class _Work:
 
     def _builder(self, match: Match, rule: Rule) -> Builder:
         word = f"{self.method.word}.{self.method.name}" if self.method.name else self.method.word
-        at_weight = isinstance(rule.join, AddProduct) and match.form == "weight"
-        ports = ("weight" if at_weight else rule.join.port, "output", "weight")
+        ports = ("weight" if match.at_weight else rule.join.port, "output", "weight")
         place = match.raw_value(next(port for port in ports if match.has(port)))
         dtype, adapter_dtype, device = self._kind
         return Builder(

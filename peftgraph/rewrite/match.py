@@ -309,8 +309,8 @@ class Match:
 
     @property
     def form(self) -> Form:
-        """Where a change of the weight enters: beside what the site gives, or into the weight that it reads."""
-        return "weight" if self.at_weight else self.site.form
+        """Where what the rule computes enters: beside what the site gives, or into the weight that it reads."""
+        return "weight" if self.at_weight else "output"
 
     def down(self, op: Builder, x: fx.Node, weight: fx.Node) -> fx.Node:
         """x W^T as the site itself multiplies: W (R, I), or (E, R, I) with each row's own expert.

@@ -303,7 +303,11 @@ def _with_evaluation(model: nn.Module, training: _Traced, evaluation: _Traced) -
         with quiet():
             propagate(calls(graph), fake_mode_of(graph))
     except Exception as error:  # whatever an operator says of sizes that each mode knows in symbols of its own
-        raise explain(model, error) from error
+        raise TraceError(
+            f"{type(model).__name__} computes with other sizes in training than in evaluation ({error}); a program has "
+            "one set of sizes. If it drops tokens in training, set the rate to 0; or trace a part of the model: "
+            'pg.trace(model, example, root="...").'
+        ) from error
     patched = training.patched or evaluation.patched
     return replace(training, graph=graph, table=training.table.with_(added), patched=patched, signature=signature)
 

@@ -191,3 +191,16 @@ def test_a_rank_must_fit_one_of_the_sites() -> None:
         program.apply(LoRA(at="weight", rank=7))
     with pytest.raises(pg.RecipeError, match="rank 3 is larger than head allows: 1 x 6, at most 1"):
         program.apply(LoRA(at="weight", rank=3, init="pissa"))  # a start of the weight's own directions
+
+
+def test_a_scale_of_a_grouped_convolution_is_for_channels() -> None:
+    """A picture as high as it has channels: a scale along the wrong axis would fit as well."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=2), nn.Tanh()).double().eval()
+    x = torch.randn(2, 4, 4, 4, dtype=F64)
+    tuned = pg.trace(model, x).apply(IA3(at="weight"))
+    (scale,) = tuned.table.trainable.values()
+    scale.data.normal_()
+    expected = torch.tanh(model[0](x) * scale.detach()[:, None, None])
+    torch.testing.assert_close(tuned.module().eval()(x), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(pg.fold(tuned).module().eval()(x), expected, rtol=0, atol=1e-12)

@@ -197,3 +197,23 @@ def test_dropout_between_recurrent_layers_follows_the_mode(kind: type[nn.RNNBase
         ours = net(x)[0]
         torch.manual_seed(1)
         torch.testing.assert_close(ours, cell(x)[0], rtol=0, atol=0)
+
+
+class Dropping(nn.Module):
+    """Training keeps half of the tokens, and heads are cut out of what is left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        if self.training:
+            x = x[:, torch.randperm(x.shape[1])[: max(1, int(x.shape[1] * 0.5))]]
+        heads = self.b(x).view(x.shape[0], x.shape[1], 2, 3)
+        return heads.transpose(1, 2).flatten(2)[:, :, :3]
+
+
+def test_sizes_that_a_mode_has_for_itself_are_refused() -> None:
+    with pytest.raises(pg.TraceError, match="Dropping computes with other sizes in training than in evaluation"):
+        pg.trace(Dropping().eval(), torch.randn(2, 8, 6))
