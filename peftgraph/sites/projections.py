@@ -107,20 +107,22 @@ def projection(flow: Flow, node: fx.Node) -> Projection | None:
         offsets=found.offsets,
         chosen=chosen,
         input_axis=found.input_axis,
-        equation=_equation(flow, found) if chosen is None else None,
+        equation=_equation(flow, found, weight) if chosen is None else None,
         form=found.form if place.in_order else "weight",
     )
 
 
-def _equation(flow: Flow, found: Contraction) -> Equation | None:
-    """The letters of a product, with the weight's own in the order in which its matrix has them."""
+def _equation(flow: Flow, found: Contraction, stored: Weight) -> Equation | None:
+    """The letters of a product, with the weight's own in the order in which its matrix has them. Axes along which one
+    matrix is repeated, as for every head and row of a batch, are no axes of its own."""
     if found.letters is None:
         return None
     x, weight, result = found.letters
     rank = len(weight)
     outer = "".join(weight[axis % rank] for axis in found.outer)
     inner = "".join(weight[axis % rank] for axis in found.inner)
-    stacked = "".join(letter for letter in weight if letter not in outer + inner)
+    several = stored.experts is not None or (stored.axes is not None and stored.axes.stacked)
+    stacked = "".join(letter for letter in weight if several and letter not in outer + inner)
     sizes = tuple(zip(weight, flow.shape(found.weight), strict=True))
     return Equation(x, stacked, outer, inner, result, sizes)
 

@@ -48,6 +48,11 @@ PRODUCTS: dict[str, tuple[Product, tuple[int, ...], tuple[int, ...]]] = {
     "batched matrices": (lambda x, w: torch.bmm(w, x), (3, 5, 6), (3, 6, 7)),
     "a split matrix": (lambda x, w: torch.einsum("bsi,hdi->bhsd", x, w.view(4, 5, 6)), (20, 6), (2, 7, 6)),
     "a turned matrix": (lambda x, w: x @ w.t().contiguous(), (5, 6), (2, 7, 6)),
+    "a repeated matrix": (
+        lambda x, w: torch.einsum("bhid,bhjd->bhij", x, w.expand(x.shape[0], 3, -1, -1)),
+        (5, 4),
+        (2, 3, 7, 4),
+    ),
     "a summed axis": (lambda x, w: torch.einsum("bsi,oi->bo", x, w), (5, 6), (2, 7, 6)),
 }
 
