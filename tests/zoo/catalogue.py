@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 
-from . import diffusion, hand_attention, hand_convolutions, hand_models, models, timm_models, torch_nn
+from . import diffusion, hand_attention, hand_convolutions, hand_models, models, packages, timm_models, torch_nn
 from .entry import Entry
 
 
 def entries(everything: bool = True) -> list[Entry]:
     """Every entry, or of transformers' types the chosen ones alone."""
     found = [*models.entries(everything), *hand_attention.ENTRIES, *hand_models.ENTRIES, *hand_convolutions.ENTRIES]
-    found += torch_nn.ENTRIES
+    found += torch_nn.ENTRIES + packages.ENTRIES
     if importlib.util.find_spec("diffusers"):
         found += diffusion.ENTRIES
     if importlib.util.find_spec("timm"):

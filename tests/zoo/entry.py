@@ -12,7 +12,9 @@ from typing import Any, Literal
 
 from torch import nn
 
-Group = Literal["decoder", "encoder", "encoder-decoder", "vision", "audio", "multimodal", "hand-written", "library"]
+Group = Literal[
+    "decoder", "encoder", "encoder-decoder", "vision", "audio", "multimodal", "hand-written", "library", "package"
+]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ SAME = 1e-5  # of the largest value: what rounding in another order may move
 
 def measure(entry: Entry) -> Row:
     """Builds, traces and scores one model. A refusal of the tracer is part of the row; other errors are raised."""
-    row = Row(entry.name, entry.group)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # models of every age
         model = entry.build()
@@ -31,13 +30,18 @@ def measure(entry: Entry) -> Row:
         try:
             program = pg.trace(model, example)
         except PeftGraphError as error:
-            row.refusal = str(error)
-            return row
-        truth = entry.truth(model, example)
-        start = time.perf_counter()
-        sites = find_sites(program.graph, program.table.tensors())
-        row.seconds = time.perf_counter() - start
-        difference = differing(model.eval(), program.module().eval(), example)
+            return Row(entry.name, entry.group, str(error))
+        return scored(entry, model, example, program)
+
+
+def scored(entry: Entry, model: nn.Module, example: Mapping[str, Any], program: pg.Program) -> Row:
+    """The row of a model that is traced."""
+    row = Row(entry.name, entry.group)
+    truth = entry.truth(model, example)
+    start = time.perf_counter()
+    sites = find_sites(program.graph, program.table.tensors())
+    row.seconds = time.perf_counter() - start
+    difference = differing(model.eval(), program.module().eval(), example)
     if not row.outputs.add(not difference):
         row.misses.append(f"outputs: {difference}")
     return Score(row, program, sites, truth, ties_of(model)).fill()
