@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+from pathlib import Path
+
+PACKAGE = str(Path(__file__).parent)
 WIDTH = 200  # characters of a line that a message shows
 
 
@@ -68,6 +73,14 @@ class PeftGraphWarning(UserWarning):
 class LeftOut(PeftGraphWarning):
     """A pass has no site at some attentions or sublayers of the kind that it was put on; `program.left_out` lists
     them."""
+
+
+def warn(words: str, category: type[PeftGraphWarning] = PeftGraphWarning) -> None:
+    """Warns at the line of the caller's own code that called into this package."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(words, category, stacklevel=level)
 
 
 class VerifyError(AssertionError):

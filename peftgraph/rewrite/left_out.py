@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
-from peftgraph.errors import LeftOut
+from peftgraph.errors import LeftOut, warn
 from peftgraph.rewrite.method import Pass
 from peftgraph.sites import Absent
 
@@ -16,9 +15,8 @@ def warn_of(absent: Sequence[Absent], methods: Sequence[Pass]) -> None:
     if not sublayers:
         return
     words = "\n  ".join(map(str, sublayers[:4])) + ("\n  ..." if len(sublayers) > 4 else "")
-    warnings.warn(
+    warn(
         f"{' '.join(map(str, methods))} leaves out {len(sublayers)} attention(s) of this model:\n  {words}\n"
         "program.left_out lists them; attention.o and attention.core are sites there as well.",
         LeftOut,
-        stacklevel=3,
     )

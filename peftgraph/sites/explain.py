@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
-from peftgraph.errors import Ambiguous, NoMatch, PeftGraphWarning
+from peftgraph.errors import Ambiguous, NoMatch, PeftGraphWarning, warn
 from peftgraph.ir.program import calls
 
 from . import ops
@@ -53,7 +52,7 @@ def require(sites: Sites, selector: object) -> tuple[Site, ...]:
     idle = [part for part in _alternatives(chosen) if not sites.select(part)]
     if idle:
         reasons = "\n".join(_problem(sites, part) for part in idle)
-        warnings.warn(f"part of {chosen} never matched:\n{reasons}", PeftGraphWarning, stacklevel=2)
+        warn(f"part of {chosen} never matched:\n{reasons}", PeftGraphWarning)
     beyond = _beyond(sites, chosen)
     if beyond:
         raise NoMatch(f"{chosen}: {beyond}")

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from peftgraph.trace.diagnose import quiet
 from peftgraph.trace.example import Example
-from peftgraph.trace.ghost import compiling, ghost_arguments, ghost_of
+from peftgraph.trace.ghost import ask_for_no_cache, compiling, ghost_arguments, ghost_of
 from peftgraph.trace.surrounding import frozen_copy
 
 SEED = 20260101
@@ -34,6 +34,7 @@ class Answer:
 def answer(model: nn.Module, example: Example, training: bool) -> Answer:
     """What a copy of `model` gives on `example`; whatever the model's code raises comes through."""
     copy = frozen_copy(model).train(training)
+    ask_for_no_cache(copy)
     args, kwargs = example.call(_copies(dict(example.arguments)))
     with as_traced(), seeded(model):
         output = example.result(copy(*args, **kwargs))

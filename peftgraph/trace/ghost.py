@@ -40,11 +40,17 @@ def ghost_of(model: nn.Module, mode: FakeTensorMode, own: torch.dtype, marker: t
             "holds that cannot be copied (open files, locks, tensors with a gradient history) before tracing."
         ) from error
     give_own_caches(ghost, memo)
-    for module in ghost.modules():
+    ask_for_no_cache(ghost)
+    return ghost.train()
+
+
+def ask_for_no_cache(copied: nn.Module) -> None:
+    """Takes a cache of keys and values out of the settings of a copy: the example asks for one by an argument, as a
+    call does."""
+    for module in copied.modules():
         settings: Any = getattr(module, "config", None)
         if getattr(settings, "use_cache", None) is True:
-            settings.use_cache = False  # the example asks for a cache by an argument, as a call does
-    return ghost.train()
+            settings.use_cache = False
 
 
 def give_own_caches(copied: nn.Module, memo: dict[int, Any]) -> None:

@@ -19,7 +19,12 @@ from unittest.mock import patch
 import sympy
 import torch
 from torch.fx.experimental import sym_node
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols, statically_known_true
+from torch.fx.experimental.symbolic_shapes import (
+    ShapeEnv,
+    free_unbacked_symbols,
+    statically_known_true,
+    uninteresting_files,
+)
 from torch.utils._sympy.printers import PythonPrinter
 
 from peftgraph.ir.signature import Condition
@@ -70,6 +75,7 @@ def decisions_watched() -> Iterator[Decisions]:
     """Notes what is decided by sizes. A comparison that a model's code makes is decided at once, since operators take
     no symbolic truth (`is_causal=n > 1`)."""
     found = Decisions()
+    uninteresting_files().add(__file__)  # torch looks who asks: an `assert` of the model's code is none of a graph's
     replaced, truth = ShapeEnv._set_replacement, torch.SymBool.__bool__
 
     def replacing(env: ShapeEnv, symbol: sympy.Symbol, target: sympy.Expr, *rest: Any) -> None:

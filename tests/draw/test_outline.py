@@ -102,7 +102,7 @@ def test_a_model_without_blocks_says_why() -> None:
     program = convolutions()
     found = outline(program, program.sites)
     assert found.stacks == ()
-    assert [part.role for part in found.loose if part.role != "bias"] == ["head"]
+    assert [part.role for part in found.loose if part.role != "bias"] == ["conv", "head"]
     assert "no softmax, no scaled_dot_product_attention" in found.reasons[0]
     assert "no projection reads another one through a nonlinearity" in found.reasons[1]
 

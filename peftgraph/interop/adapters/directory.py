@@ -8,7 +8,6 @@ Source: adapter-hub/adapters 1.3, configuration/adapter_config.py, model_mixin.p
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
-from peftgraph.errors import AdapterError
+from peftgraph.errors import AdapterError, warn
 from peftgraph.interop.adapters.bottlenecks import bottlenecks
 from peftgraph.interop.adapters.couplings import couplings
 from peftgraph.interop.adapters.heads import head
@@ -54,7 +53,7 @@ def load_adapters(program: P, sites: Sites, apply: Callable[..., P], directory: 
     except (RuntimeError, IndexError, TypeError, ZeroDivisionError) as error:
         raise AdapterError(f"{directory} is damaged: its tensors do not fit one another: {error}") from None
     for words in filter(None, (remark, *(part.remark for part in parts))):
-        warnings.warn(words, stacklevel=4)
+        warn(words)
     parts += trained
     methods = renamed([part.method for part in parts], name, directory)
     named = [replace(part, method=method) for part, method in zip(parts, methods, strict=True)]

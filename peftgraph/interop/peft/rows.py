@@ -10,13 +10,12 @@ Source: huggingface/peft 0.21, peft_model.py (get_prompt, forward), tuners/adapt
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, cast
 
 from torch import Tensor
 
-from peftgraph.errors import AdapterError
+from peftgraph.errors import AdapterError, warn
 from peftgraph.interop.filling import Filled, Key
 from peftgraph.interop.peft.config import PeftConfig
 from peftgraph.interop.peft.tensors import PeftTensors
@@ -51,10 +50,9 @@ def prefix_parts(program: ProgramData, sites: Sites, config: PeftConfig, tensors
     length, placed = len(rows), have_biases(program, cores)
     positions = None if placed else same_positions(program, length, beside, config.directory)
     if positions is not None:
-        warnings.warn(
+        warn(
             f"{config.directory}: peft counts the positions of tokens from the prefix's length on. {positions} for the "
             "same outputs; without that tokens keep their own positions.",
-            stacklevel=6,
         )
     method = cast(Any, find_pass("prefix"))(at=selector_of(sites, cores), length=length, hidden=None, placed=placed)
     return [Filled(method, values)]
@@ -141,10 +139,9 @@ def adaption_parts(program: ProgramData, sites: Sites, config: PeftConfig, tenso
         places.append(site)
     length = int(config.number("adapter_len", 10))
     if fused:
-        warnings.warn(
+        warn(
             f"{config.directory} adds what the queries get from the rows behind the output projection, as peft does in "
             "GPT-2: it is loaded as it was trained, but the paper's LLaMA-Adapter adds it to the heads.",
-            stacklevel=6,
         )
     method = find_pass("zero_init_prefix")(at=selector_of(sites, places), length=length, gate="layer")  # pyright: ignore[reportCallIssue]
     return [Filled(method, values)]

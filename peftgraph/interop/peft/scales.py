@@ -7,13 +7,12 @@ A part of a fused W whose l is all ones is not scaled; it is left out.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection
 from pathlib import Path
 
 from torch import Tensor
 
-from peftgraph.errors import AdapterError
+from peftgraph.errors import AdapterError, warn
 from peftgraph.interop.filling import Filled
 from peftgraph.interop.peft.config import PeftConfig
 from peftgraph.interop.peft.tensors import PeftTensors
@@ -55,7 +54,7 @@ def scale_parts(program: ProgramData, sites: Sites, config: PeftConfig, tensors:
             inputs.update((site, scale.flatten()) for site in found)
     words = departures(sites, config.directory, outputs, inputs)
     if words:
-        warnings.warn(words, stacklevel=6)
+        warn(words)
     return [
         Filled(_pass(sites, places, side), {(site.id, "ia3_l"): scale for site, scale in places.items()})
         for side, places in (("output", outputs), ("input", inputs))

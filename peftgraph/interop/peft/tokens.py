@@ -6,14 +6,13 @@ first of those that are tied; on another module they are that module's alone.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from peftgraph.errors import AdapterError
+from peftgraph.errors import AdapterError, warn
 from peftgraph.interop.filling import Filled
 from peftgraph.interop.peft.config import CONFIG, PeftConfig
 from peftgraph.interop.peft.tensors import PeftTensors
@@ -48,10 +47,9 @@ def warn_of_biases(program: ProgramData, sites: Sites, paths: Iterable[str]) -> 
     names = [name for path in paths for name in program.table.tied(f"{path}.weight")]
     for site in (site for name in names for site in owners(sites, name)):
         if site.bias is not None and bool(program.table[site.bias.parameter].tensor.any()):
-            warnings.warn(
+            warn(
                 f"peft leaves {site.bias.parameter} out where {site.path} has trained tokens. Here it is kept, so that "
                 "answers differ by it.",
-                stacklevel=6,
             )
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from peftgraph.errors import AdapterError
+from peftgraph.errors import AdapterError, warn
 from peftgraph.interop.peft.rows import decoder_cores, have_biases, same_positions, served
 from peftgraph.interop.peft.tensors import PREFIX, ROWS
 from peftgraph.interop.written import Places, Written
@@ -42,10 +41,9 @@ def write_prefix(program: ProgramData, sites: Sites, places: Places) -> Written:
     if len({row.shape for row in rows}) > 1:
         raise _refused(method, places[0][1], "its keys and values have the same width in every layer")
     if positions is not None:
-        warnings.warn(
+        warn(
             "peft counts the positions of tokens from the prefix's length on. "
             f"{positions} for the answers that peft gives.",
-            stacklevel=5,
         )
     options = {
         "peft_type": "PREFIX_TUNING",
