@@ -17,6 +17,8 @@ from peftgraph.errors import CallError
 from peftgraph.ir.assumption import Assumption
 from peftgraph.ir.past import Past
 
+# What the printed form of an expression over sizes may call.
+SPELLED = {"math": math, "torch": torch, "max": max, "min": min, "abs": abs, "round": round}
 BY_CALLER = "fixed="  # in the place of a line: who called for the trace fixed the size
 
 
@@ -46,7 +48,7 @@ class Condition:
 
 @lru_cache(maxsize=4096)
 def _holds(code: str, sizes: tuple[tuple[str, int], ...]) -> bool:
-    return bool(eval(code, {"__builtins__": {}, "math": math, "max": max, "min": min, "abs": abs}, dict(sizes)))
+    return bool(eval(code, {"__builtins__": {}, **SPELLED}, dict(sizes)))
 
 
 @dataclass(frozen=True)

@@ -189,3 +189,27 @@ def test_axes_that_are_not_there(fixed: Any, words: str) -> None:
 def test_a_fixed_batch_is_the_examples_own() -> None:
     program = pg.trace(nn.Linear(6, 5), torch.ones(1, 6), fixed={"input": (0,)})
     assert program.signature.describe() == "input: f32[1, 6]"
+
+
+class Padded(nn.Module):
+    """Pads to a multiple of four, where it is asked of a fraction whether that is whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.shape[1]
+        if not (tokens / 4).is_integer():
+            x = nn.functional.pad(x, (0, 0, 0, math.ceil(tokens / 4) * 4 - tokens))
+        return self.line(x)
+
+
+@pytest.mark.parametrize(("traced", "refused"), [(8, 9), (9, 8)])
+def test_a_branch_by_a_fraction_is_a_condition(traced: int, refused: int) -> None:
+    model = Padded().eval()
+    net = pg.trace(model, torch.randn(2, traced, 4)).module().eval()
+    x = torch.randn(3, traced + 4, 4)
+    torch.testing.assert_close(net(x), model(x), rtol=0, atol=1e-6)
+    with pytest.raises(pg.CallError, match="is_integer"):
+        net(torch.randn(2, refused, 4))

@@ -122,7 +122,7 @@ MODELS: dict[str, Package] = {
     "mlp-mixer-pytorch": Package(
         "mlp_mixer_pytorch.mlp_mixer_pytorch", "MLPMixer",
         {"image_size": 32, "channels": 3, "patch_size": 8, "dim": 24, "depth": 2, "num_classes": 7},
-        signal(3, 32, 32), None,
+        signal(3, 32, 32, name="input"), None,
     ),
     "efficientnet-pytorch": Package(
         "efficientnet_pytorch", "EfficientNet.from_name",
@@ -151,10 +151,7 @@ MODELS: dict[str, Package] = {
         "mambapy.mamba", "Mamba",
         {"config": lambda: import_module("mambapy.mamba").MambaConfig(d_model=16, n_layers=2)}, signal(9, 16), None,
     ),
-    "minGRU-pytorch": Package("minGRU_pytorch", "minGRULM", TEXT, tokens(9), None),
-    "soft-moe-pytorch": Package(
-        "soft_moe_pytorch", "SoftMoE", {"dim": 16, "seq_len": 8, "num_experts": 4}, signal(8, 16), None
-    ),
+    "minGRU-pytorch": Package("minGRU_pytorch.minLM", "minLM", TEXT, tokens(9), None),
     "local-attention": Package(
         "local_attention", "LocalTransformer",
         {**WINDOWS, "dim_head": 8, "causal": True, "local_attn_window_size": 4}, tokens(16),
