@@ -9,13 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.zoo.summary import pytest_addoption as pytest_addoption
+from tests.sweeps import pytest_collection_modifyitems as pytest_collection_modifyitems
+from tests.zoo import summary
 from tests.zoo.summary import pytest_sessionfinish as pytest_sessionfinish
 from tests.zoo.summary import pytest_terminal_summary as pytest_terminal_summary
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent / "support"))  # makes `import zoo` work in every test folder
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    summary.pytest_addoption(parser)
+    parser.addoption("--sweeps", action="store_true", help="also what tests/sweeps.txt keeps out of an ordinary run")
 
 
 @pytest.fixture(autouse=True)

@@ -20,8 +20,8 @@ from peftgraph.passes import LoRA
 from peftgraph.sites import find_sites
 
 PACKAGE = str(Path(pg.__file__).parent)
-SHALLOW, DEEP = 8, 80
-RATIO = 10.5  # ten times the depth; the rest is for what is done once
+SHALLOW, DEEP = 8, 48
+RATIO = 6.3  # six times the depth; the rest is for what is done once
 
 
 class Block(nn.Module):
@@ -82,13 +82,13 @@ WORK: dict[str, Callable[[pg.Program], object]] = {
 
 
 @pytest.mark.parametrize("work", WORK)
-def test_ten_times_the_depth_is_at_most_ten_times_the_work(work: str) -> None:
+def test_six_times_the_depth_is_at_most_six_times_the_work(work: str) -> None:
     shallow, deep = tower(SHALLOW), tower(DEEP)
     if work in ("count", "remove", "fold"):
         shallow, deep = everywhere(shallow), everywhere(deep)
     few, many = (lines_of(lambda program=program: WORK[work](program)) for program in (shallow, deep))
     assert many <= RATIO * few
-    assert many > 5 * few  # it did look at every layer
+    assert many > 3 * few  # it did look at every layer
 
 
 def test_the_counter_sees_work_that_is_quadratic() -> None:
@@ -99,7 +99,7 @@ def test_the_counter_sees_work_that_is_quadratic() -> None:
             program.sites.select("attention.q")
 
     few, many = (lines_of(lambda layers=layers: look_everywhere(tower(layers))) for layers in (SHALLOW, DEEP))
-    assert many > 5 * RATIO * few
+    assert many > 3 * RATIO * few
 
 
 def test_a_model_as_wide_as_gpt_3_is_traced_and_rewritten_without_its_weights() -> None:

@@ -52,6 +52,9 @@ def build(name: str, attn: str = "sdpa", **more: Any) -> nn.Module:
     return built.requires_grad_(False)
 
 
+SIDES = {"pixel_values": (2, 3)}  # of one size: what is looked at is what comes behind
+
+
 def pictures(batch: int = 2, size: int = 8) -> dict[str, Tensor]:
     torch.manual_seed(batch)
     return {"pixel_values": torch.randn(batch, 3, size, size, dtype=F64)}
@@ -326,7 +329,7 @@ OWN: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
 def test_what_rows_cannot_be_followed_through(own: str) -> None:
     function, words = OWN[own]
     torch.manual_seed(0)
-    program = pg.trace(Picture(function).to(F64), pictures())
+    program = pg.trace(Picture(function).to(F64), pictures(), fixed=SIDES)
     with pytest.raises(pg.PeftGraphError, match=rf"No rows can be put in front of what 0\.block reads: .*{words}"):
         program.apply(visual())
 
@@ -347,7 +350,7 @@ def test_what_they_can_be_followed_through(own: str) -> None:
     """The near misses: here the code does the same, whatever the length."""
     torch.manual_seed(0)
     model = Picture(ALIKE[own]).to(F64).eval()
-    program, rows = tuned(pg.trace(model, pictures(3)), returns="all")
+    program, rows = tuned(pg.trace(model, pictures(3), fixed=SIDES), returns="all")
     pixels = pictures()["pixel_values"]
     x = model.patch(pixels).flatten(2).transpose(1, 2)
     x = model.layer(torch.cat([rows.detach().expand(2, -1, -1), x], 1))

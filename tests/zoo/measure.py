@@ -28,10 +28,16 @@ def measure(entry: Entry) -> Row:
         model = entry.build()
         example = entry.example(model)
         try:
-            program = pg.trace(model, example)
+            program = pg.trace(model, example, fixed=sides(example))
         except PeftGraphError as error:
             return Row(entry.name, entry.group, str(error))
         return scored(entry, model, example, program)
+
+
+def sides(example: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The axes of pictures and videos that keep their sizes: most models of them take one size alone."""
+    tensors = {key: value for key, value in example.items() if isinstance(value, torch.Tensor)}
+    return {key: tuple(range(2, value.dim())) for key, value in tensors.items() if value.dim() > 3}
 
 
 def scored(entry: Entry, model: nn.Module, example: Mapping[str, Any], program: pg.Program) -> Row:
