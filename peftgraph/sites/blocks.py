@@ -215,7 +215,19 @@ def _streams(anatomy: Anatomy, sublayers: dict[Join, list[Sublayer]]) -> list[St
         streams.append(Stream(tuple(chain), kinds, tuple(cut(kinds))))
     if any(_mixes(stream) for stream in streams):
         return [stream if _mixes(stream) else Stream(stream.joins, stream.kinds, ()) for stream in streams]
-    return streams
+    return [Stream(one.joins, one.kinds, ()) if _is_inner(anatomy, one, streams) else one for one in streams]
+
+
+def _is_inner(anatomy: Anatomy, stream: Stream, streams: Sequence[Stream]) -> bool:
+    """Whether sums that no known sublayer stands before are parts of the sublayers of another stream, as a state space
+    adds its scaled input to its result."""
+    flow = anatomy.flow
+    around = [join for other in streams if other is not stream and other.blocks for join in other.joins]
+
+    def inside(join: Join) -> bool:
+        return any(flow.descends(one.branch, join.node) and flow.descends(join.source, one.source) for one in around)
+
+    return set("".join(stream.kinds)) <= {"L", "P"} and all(map(inside, stream.joins))
 
 
 def _mixes(stream: Stream) -> bool:

@@ -308,3 +308,23 @@ def test_weights_by_content_may_be_mixed_with_weights_by_position(find: Find) ->
     sites = find(Positional(True), (torch.randn(5, 7, D),))
     assert [len(sites.require(f"attention.{role}")) for role in "qkvo"] == [1, 1, 1, 1]
     assert not find(Positional(False), (torch.randn(5, 7, D),)).select("attention.*")
+
+
+class Scan(nn.Module):
+    """A layer of a state space: what is scanned, and its input scaled beside it, inside of one residual branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(D)
+        self.enter, self.gate, self.leave = nn.Linear(D, 20), nn.Linear(20, 20), nn.Linear(20, D)
+        self.scale = nn.Parameter(torch.ones(20))
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = F.silu(self.enter(self.norm(x)))
+        state = torch.cumsum(F.softplus(self.gate(u)) * u, 1)
+        return x + self.leave(state + self.scale * u)
+
+
+def test_a_sum_inside_a_layer_is_no_layer(find: Find) -> None:
+    sites = find(nn.Sequential(Scan(), Scan(), Scan()), (torch.randn(2, 5, D),))
+    assert [(site.id, site.layer) for site in sites.require("block")] == [(f"{i}.block", i) for i in range(3)]
