@@ -62,8 +62,22 @@ class FreezeStatistics(pg.Pass):
         assert not isinstance(norm.target, str)
         before, after = norm.args[1:USES_BATCH], norm.args[USES_BATCH + 1 :]
         fixed = op.call(norm.target, m.input, *before, False, *after)
-        op.silence(norm)
+        for node in (norm, *self.counts(m, norm)):
+            op.silence(node)
         return op.silence(fixed)
+
+    def counts(self, m: pg.Match, norm: fx.Node) -> list[fx.Node]:
+        """What counts the batches that the statistics of a norm have seen: it adds to an integer beside them."""
+        mean = norm.args[3]
+        assert isinstance(mean, fx.Node)
+        beside = str(mean.target).rpartition(".")[0]
+        found = [
+            user
+            for node in m.graph.find_nodes(op="get_attr")
+            if str(node.target).rpartition(".")[0] == beside and not node.meta["val"].is_floating_point()
+            for user in node.users
+        ]
+        return [user for user in found if user.target is aten.add_.Tensor]
 
     def fold(self, m: pg.Match, p: pg.Params) -> Mapping[pg.Bound, Tensor]:
         """Nothing changes."""

@@ -83,6 +83,7 @@ def test_statistics_can_stand_still(averaged: tuple[nn.Module, Tensor, pg.Progra
     torch.testing.assert_close(net.train()(x), still(x), rtol=0, atol=1e-5)
     train(net, x)
     assert torch.equal(net.get_buffer("norm.running_mean"), model.norm.running_mean)
+    assert int(net.get_buffer("norm.num_batches_tracked")) == int(model.norm.num_batches_tracked)  # nothing is counted
     assert tuned.remove().remove().text() == program.text()
     assert pg.fold(tuned).history == ()
     with pytest.raises(pg.NoMatch, match="keeps running statistics"):
