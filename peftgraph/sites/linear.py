@@ -61,6 +61,18 @@ class _Factor:
         self.plain = bool(frontier.projections) and not mixed
         self.tags = arrivals(anatomy, value, frontier.projections)[0] if self.plain else None
 
+    def behind_a_norm(self, anatomy: Anatomy) -> bool:
+        """Whether a norm stands between the projections and the factor, which then is what another layer gave."""
+        todo, seen = [self.value], set[fx.Node]()
+        while todo:
+            here = todo.pop()
+            if here in anatomy.norm_at:
+                return True
+            if here not in seen and here not in anatomy.projection_at:
+                todo.extend(anatomy.flow.operands(here))
+            seen.add(here)
+        return False
+
     def featured(self, axes: Sequence[int]) -> bool:
         """Whether features differ along one of some axes."""
         return self.tags is not None and any(varies(self.tags, axis) for axis in axes)
@@ -85,10 +97,14 @@ def _core(anatomy: Anatomy, outer: fx.Node, side: int, inner: fx.Node) -> Core |
         rest = [first.of(1 - met[0]).index(one) for one in first.own(1 - met[0])]
         if own.featured(over[0]) or not third.featured(weighed) or not other.featured(rest) or third.featured(free):
             return None
+        if other.behind_a_norm(anatomy):
+            return None
         place = over[0][0] if over[0] else -2
         found = (third, weighed), (own, [axis]), (other, rest)
         return _made(outer, inner, found, (place, place))
     if not (own.featured(over[0]) and other.featured(over[1]) and third.featured(free)) or third.featured(weighed):
+        return None
+    if third.behind_a_norm(anatomy):
         return None
     return _made(outer, inner, ((other, over[1]), (own, over[0]), (third, free)), (axis, weighed[0]))
 

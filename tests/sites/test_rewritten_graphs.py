@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
 
@@ -204,6 +204,7 @@ PARTS += ["mixed", "recurrent", "no residual"]
 
 @settings(LAW, max_examples=4)
 @given(st.lists(st.sampled_from(PARTS), min_size=1, max_size=5), st.sampled_from([10, 12]))
+@example(["no residual", "product"], 10)
 def test_networks_without_attention_have_none(parts: list[str], width: int) -> None:
     sites = pg.trace(Drawn(parts, width), (torch.randn(3, 7, width),)).sites
     assert not [site for site in sites if site.role.startswith("attention")]
