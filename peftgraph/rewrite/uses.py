@@ -50,7 +50,7 @@ def uses(program: ProgramData, chosen: Sequence[Chosen]) -> Iterator[Use]:
     """
     mixed = _mixed(program.table, chosen)
     leaders: dict[Hashable, Use] = {}
-    for number, rule, site in chosen:
+    for number, rule, site in _each_value_once(program.table, chosen):
         window = (number, _window(program.table, site))
         if window in mixed and isinstance(rule.join, AddProduct):
             if window not in leaders:
@@ -65,6 +65,17 @@ def uses(program: ProgramData, chosen: Sequence[Chosen]) -> Iterator[Use]:
         use = Use(number, rule, site, leader, transposed=leader is not None and _turned(site) != _turned(leader.site))
         leaders.setdefault(key, use)
         yield use
+
+
+def _each_value_once(table: Table, chosen: Sequence[Chosen]) -> Iterator[Chosen]:
+    """The sites without those that give the very same value of one weight, as a projection that is the queries of one
+    attention and the keys of another."""
+    seen: set[Hashable] = set()
+    for number, rule, site in chosen:
+        value = (number, site.op, _window(table, site), site.port_items if site.role == "ffn.hidden" else None)
+        if site.weight is None or rule.delta is None or value not in seen:
+            yield number, rule, site
+        seen.add(value)
 
 
 def _is_shared(rule: Rule, site: Site) -> bool:

@@ -235,3 +235,31 @@ def test_two_attentions_in_one_matrix_have_parameters_of_their_own(method: pg.Pa
     expected = tuned.module().eval()(x)
     torch.testing.assert_close(pg.fold(tuned).module().eval()(x), expected, rtol=0, atol=1e-12)
     assert (expected - model(x)).abs().max() > 1e-3
+
+
+class BothWays(nn.Module):
+    """Two streams that attend to one another by one product: the queries of the one are the keys of the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.w, self.o, self.p = (nn.Linear(6, 6, dtype=F64) for _ in range(6))
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        q, k = self.q(x), self.k(y)
+        score = q @ k.mT * 6**-0.5
+        return x + self.o(score.softmax(-1) @ self.v(y)), y + self.p(score.mT.softmax(-1) @ self.w(x))
+
+
+@pytest.mark.parametrize("method", [LoRA(at="attention.*", rank=2), IA3(at="attention.*")], ids=str)
+def test_one_value_in_two_roles_is_adapted_once(method: pg.Pass) -> None:
+    torch.manual_seed(0)
+    model, inputs = BothWays().eval(), (torch.randn(2, 5, 6, dtype=F64), torch.randn(2, 7, 6, dtype=F64))
+    program = pg.trace(model, inputs)
+    assert {site.path for site in program.sites.select("attention.q")} == {"q", "k"}
+    assert {site.path for site in program.sites.select("attention.k")} == {"q", "k"}
+    tuned = program.apply(method)
+    for value in tuned.table.trainable.values():
+        value.data.add_(0.3 * torch.randn_like(value))
+    assert len(tuned.edits) == 6
+    for merged, trained in zip(pg.fold(tuned).module().eval()(*inputs), tuned.module().eval()(*inputs), strict=True):
+        torch.testing.assert_close(merged, trained, rtol=0, atol=1e-12)
