@@ -41,7 +41,7 @@ class LowRank:
         method.require(0 <= self.dropout < 1, f"dropout must lie in [0, 1), got {self.dropout}.")
 
     def fits(self, method: Pass, sites: Sequence[Site], everywhere: bool = False) -> None:
-        """Refuses a rank larger than the smaller side of the sites' matrices; of all of them, unless `everywhere`.
+        """Refuses a rank that is larger than the smaller side of every site's matrix; of any one, with `everywhere`.
 
         Among many sites a small matrix, such as a head of one output, takes all the rank it is given, of which it
         needs less.

@@ -46,7 +46,12 @@ class Package:
         torch.manual_seed(0)
         made = attrgetter(self.cls)(import_module(self.module))
         options = {name: value() if callable(value) else value for name, value in self.options.items()}
-        return made(**options).eval()
+        model = made(**options).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:  # a norm that starts at zero hides what stands before it
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        return model
 
 
 def tokens(length: int, name: str = "x") -> Callable[[], dict[str, Tensor]]:
