@@ -8,9 +8,7 @@ merged = pg.fold(tuned)       # exact, with its proof
 The public names are those of `peftgraph.facade`, loaded on first use, so that the command line answers without torch.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
@@ -34,14 +32,3 @@ else:
 def _public() -> dict[str, object]:
     facade = vars(import_module("peftgraph.facade"))
     return {name: item for name, item in facade.items() if not name.startswith("_")}
-
-
-class _Package(ModuleType):
-    """Importing the room `peftgraph.trace` would bind it here, over the function `pg.trace`; so would `fold`."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in ("trace", "fold") and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -11,32 +11,32 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from peftgraph.capture import Options, capture, capture_part
+from peftgraph.capture.progress import Progress, silent
 from peftgraph.draw import Diff, Picture, fragment, outline, page, picture
 from peftgraph.errors import AdapterError, Conflict, PeftGraphError, TraceError
-from peftgraph.fold import fold as _fold
-from peftgraph.fold.proof import Proof
-from peftgraph.interop import adapter_files, write_back
+from peftgraph.folding import fold as _fold
+from peftgraph.folding.proof import Proof
+from peftgraph.interop import native, write_back
 from peftgraph.interop.formats import load_directory
 from peftgraph.interop.peft.write import save_peft
+from peftgraph.ir.printer import assign_labels, print_diff, print_program, size_names
 from peftgraph.ir.program import ProgramData
-from peftgraph.ir.text import assign_labels, print_diff, print_program, size_names
-from peftgraph.ir.verify import verify as check_rules
-from peftgraph.lower.copying import Copied
-from peftgraph.lower.export import export
-from peftgraph.lower.hosted import hosted
-from peftgraph.lower.module import GraphModule
-from peftgraph.lower.spans import spans
-from peftgraph.lower.surround import surround
+from peftgraph.ir.verifier import verify as check_rules
 from peftgraph.rewrite.apply import apply, remove
 from peftgraph.rewrite.count import Count, count
 from peftgraph.rewrite.finalize import finalize
-from peftgraph.rewrite.left_out import warn_of
 from peftgraph.rewrite.method import Pass, Pipeline
 from peftgraph.rewrite.mix import mix
+from peftgraph.rewrite.skipped_sites import warn_of
+from peftgraph.runtime.block_regions import spans
+from peftgraph.runtime.copying import Copied
+from peftgraph.runtime.export import export
+from peftgraph.runtime.module import GraphModule
+from peftgraph.runtime.submodule_module import surround
+from peftgraph.runtime.transformers_module import hosted
 from peftgraph.sites import Absent, Pattern, Selector, Sites, as_selector, find_sites
-from peftgraph.sites.naming import sections, titles
-from peftgraph.trace import Options, capture, capture_part
-from peftgraph.trace.progress import Progress, silent
+from peftgraph.sites.assign.naming import sections, titles
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,7 +226,7 @@ class Program(Copied, ProgramData):
             return GraphModule(self, blocks)
 
         def save(trained: Mapping[str, Tensor], directory: Path) -> None:
-            adapter_files.save_trained(self, trained, directory)
+            native.save_trained(self, trained, directory)
 
         return hosted(self, blocks, self.host, save)
 
@@ -266,7 +266,7 @@ class Program(Copied, ProgramData):
         if format not in ("peftgraph", "peft"):
             raise AdapterError(f'format must be "peftgraph" or "peft", got {format!r}.')
         path = _path(directory)
-        return save_peft(self, self.sites, path) if format == "peft" else adapter_files.save(self, path)
+        return save_peft(self, self.sites, path) if format == "peft" else native.save(self, path)
 
     def load_adapter(self, directory: str | PathLike[str], name: str | None = None) -> Program:
         """The program after the saved passes, with their trained parameters.

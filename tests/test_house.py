@@ -16,7 +16,7 @@ import peftgraph.passes
 
 ENGINE = Path(peftgraph.__file__).parent
 PASSES = Path(peftgraph.passes.__file__).parent
-ROOMS = ("ir", "trace", "sites", "draw", "rewrite", "fold", "lower", "interop", "cli")
+ROOMS = ("utils", "ir", "capture", "sites", "draw", "rewrite", "folding", "runtime", "interop", "cli")
 
 
 def imports(path: Path) -> list[str]:
@@ -90,7 +90,7 @@ def test_help_and_wrong_usage_are_answered_without_torch(arguments: list[str]) -
 
 
 @pytest.mark.parametrize(
-    "first", ["peftgraph.trace.capture", "peftgraph.fold", "peftgraph.program", "peftgraph.facade"]
+    "first", ["peftgraph.capture.trace_model", "peftgraph.folding", "peftgraph.program", "peftgraph.facade"]
 )
 def test_the_facade_is_the_same_whatever_was_imported_first(first: str) -> None:
     code = (

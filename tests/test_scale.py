@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import peftgraph as pg
-from peftgraph.fold.engine import Folding
+from peftgraph.folding.engine import Folding
 from peftgraph.passes import LoRA
 from peftgraph.sites import find_sites
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from peftgraph.errors import PeftGraphError
-from peftgraph.ir.files import atomic, flush, read_regular, whole_folder
+from peftgraph.utils.atomic_files import atomic, flush, read_regular, whole_folder
 
 WEIGHTS = (
     ".safetensors",

@@ -20,22 +20,13 @@ from peftgraph.cli.console import working
 from peftgraph.cli.corpus import PARTS, Corpus, build_corpus
 from peftgraph.cli.demo_model import NAME, demo_folder
 from peftgraph.cli.files import atomic_folder, copy_companions
-from peftgraph.cli.learning import (
-    Classifier,
-    Curve,
-    Encoded,
-    Schedule,
-    accuracy,
-    frozen_baseline,
-    per_sentence,
-    train,
-)  # fmt: skip
+from peftgraph.cli.learning import Classifier, Curve, Encoded, Schedule, accuracy, frozen_baseline, per_sentence, train
 from peftgraph.cli.models import load
 from peftgraph.cli.report import write_report
 from peftgraph.cli.rerun import rerun_onnx, rerun_pt2
 from peftgraph.cli.timing import interleaved, ratio
-from peftgraph.ir.files import atomic
 from peftgraph.rewrite.recipe import to_toml
+from peftgraph.utils.atomic_files import atomic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

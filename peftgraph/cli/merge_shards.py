@@ -15,11 +15,11 @@ from peftgraph.cli.console import OUT, report, working
 from peftgraph.cli.files import check_target, check_unchanged, copy_companions, stamps
 from peftgraph.cli.unfinished import is_finished, unfinished_folder, work_folder
 from peftgraph.errors import PeftGraphError
-from peftgraph.interop.adapter_files import read_document
+from peftgraph.interop.checkpoints.checkpoint import INDEX, SINGLE, Checkpoint
+from peftgraph.interop.checkpoints.updates import Updates
+from peftgraph.interop.checkpoints.write import check_space, identity, write_shards
 from peftgraph.interop.formats import is_peft
-from peftgraph.interop.shards.checkpoint import INDEX, SINGLE, Checkpoint
-from peftgraph.interop.shards.updates import Updates
-from peftgraph.interop.shards.write import check_space, identity, write_shards
+from peftgraph.interop.native import read_document
 
 
 def is_default(source: Path, adapter: Path) -> bool:
@@ -59,7 +59,7 @@ def merge(source: Path, adapter: Path, out: Path, force: bool) -> None:
 def _peft(source: Path, adapter: Path, checkpoint: Checkpoint) -> tuple[Updates, list[str]]:
     """The updates of an adapter of peft, and how many they are."""
     from peftgraph.cli.models import skeleton
-    from peftgraph.interop.shards.peft_updates import peft_updates
+    from peftgraph.interop.checkpoints.peft_updates import peft_updates
 
     updates = peft_updates(skeleton(source, checkpoint.dtype), adapter, checkpoint)
     return updates, [f"changed   {len(updates.changed)} tensors; every other tensor is the base's own"]
@@ -68,8 +68,8 @@ def _peft(source: Path, adapter: Path, checkpoint: Checkpoint) -> tuple[Updates,
 def _own(source: Path, adapter: Path, checkpoint: Checkpoint) -> tuple[Updates, list[str]]:
     """The updates of an adapter of this library, and what was proved of them."""
     from peftgraph.cli.models import skeleton, trace
-    from peftgraph.interop.shards.folded import folded_updates
-    from peftgraph.interop.shards.layout import Layout
+    from peftgraph.interop.checkpoints.folded import folded_updates
+    from peftgraph.interop.checkpoints.layout import Layout
 
     read_document(adapter)  # before the model is traced
     model = skeleton(source, checkpoint.dtype)

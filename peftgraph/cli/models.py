@@ -139,7 +139,7 @@ def _config_path(source: Path) -> Path:
 
 def _document(path: Path) -> dict[str, Any]:
     from peftgraph.interop.documents import parse_json
-    from peftgraph.ir.files import read_regular
+    from peftgraph.utils.atomic_files import read_regular
 
     try:
         document = parse_json(read_regular(path).decode())

@@ -11,7 +11,7 @@ from typing import Any
 
 from peftgraph.cli.charts import confusion, line_chart, paired_bars, ratio_bars, site_map
 from peftgraph.cli.show import export_line, ratio_text, verdict
-from peftgraph.ir.files import atomic
+from peftgraph.utils.atomic_files import atomic
 
 
 def write_report(metrics: Mapping[str, Any], path: Path) -> None:

@@ -110,7 +110,7 @@ def _cells(part: Part, prefix: str) -> list[Text]:
 def listing(sites: Sequence[pg.Site], every: bool = False) -> Table:
     """Sites as rows: those that differ by their layer alone share one, unless `every` has a row of its own."""
     from peftgraph.draw.collect import starred
-    from peftgraph.sites.listing import ranges
+    from peftgraph.sites.explanations.listing import ranges
 
     table = Table(header_style="dim", box=None, pad_edge=False)
     for name in ("site", *(() if every else ("layers",)), "weight", "columns", "out x in"):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from peftgraph.cli.files import check_target, made_of, note_made
 from peftgraph.errors import PeftGraphError
-from peftgraph.ir.files import MARK, SAVED, atomic, locked, put, read_regular, tidy
+from peftgraph.utils.atomic_files import MARK, SAVED, atomic, locked, put, read_regular, tidy
 
 JOB = "job.json"
 

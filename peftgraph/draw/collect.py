@@ -7,13 +7,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from peftgraph.draw.masks import masks
+from peftgraph.draw.near import Near, around, reads
+from peftgraph.draw.parts import Block, Group, Outline, Part, Slot, Stack, Sublayer, Unmatched
+from peftgraph.ir.parameters import Entry
 from peftgraph.ir.program import ProgramData
-from peftgraph.ir.table import Entry
 from peftgraph.sites import Site, Sites
-
-from .masks import masks
-from .near import Near, around, reads
-from .parts import Block, Group, Outline, Part, Slot, Stack, Sublayer, Unmatched
 
 QKV = ("attention.q", "attention.k", "attention.v")
 STRUCTURE = ("block", "attention", "ffn", "attention.core", "ffn.hidden")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .parts import Part, Sublayer
-from .shapes import Box, Circle, Shape, Words, row, wire
+from peftgraph.draw.parts import Part, Sublayer
+from peftgraph.draw.shapes import Box, Circle, Shape, Words, row, wire
 
 WIDTH = 224.0
 GAP = 15.0  # between what follows each other

@@ -7,10 +7,10 @@ from html import escape
 from importlib.resources import files
 from string import Template
 
-from .figure import figure, kinds
-from .parts import Outline, Part, Stack
-from .rows import Section, notes, sections
-from .svg import style
+from peftgraph.draw.figure import figure, kinds
+from peftgraph.draw.parts import Outline, Part, Stack
+from peftgraph.draw.rows import Section, notes, sections
+from peftgraph.draw.svg import style
 
 KEY = {
     "attention.q": "--q",

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from peftgraph.sites.listing import ranges
-
-from .columns import GAP, NARROW, WIDTH, Column, Drawn, attention, drawn, feedforward, norms, other
-from .parts import Block, Group, Outline, Part, Stack, Sublayer, skeleton
-from .shapes import Box, Circle, Shape, Words, mirrored, moved, wire
-from .svg import svg
+from peftgraph.draw.columns import GAP, NARROW, WIDTH, Column, Drawn, attention, drawn, feedforward, norms, other
+from peftgraph.draw.parts import Block, Group, Outline, Part, Stack, Sublayer, skeleton
+from peftgraph.draw.shapes import Box, Circle, Shape, Words, mirrored, moved, wire
+from peftgraph.draw.svg import svg
+from peftgraph.sites.explanations.listing import ranges
 
 STREAM, LEFT, RIGHT = 44.0, 92.0, 26.0  # in a block: the stream, the columns' left side, what is right of them
 BETWEEN, STACKS, MARGIN = 26.0, 76.0, 2.0  # between blocks, between stacks, around everything

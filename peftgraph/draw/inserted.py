@@ -8,11 +8,10 @@ from typing import Literal
 
 from torch import fx
 
+from peftgraph.draw.algebra import ATOM, Made, formula, number, parameter
+from peftgraph.draw.operators import FRESH, LOOKS_UP, MOVES, PRODUCTS, SCATTERS, alike, differences, operand, operator
 from peftgraph.ir.program import Edit, Edits, Move, ProgramData
 from peftgraph.sites import Sites
-
-from .algebra import ATOM, Made, formula, number, parameter
-from .operators import FRESH, LOOKS_UP, MOVES, PRODUCTS, SCATTERS, alike, differences, operand, operator
 
 Sign = Literal["plus", "times", "concat", "replace"]
 Look = Literal["box", "pill", "plus", "times", "again", "made"]

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from .algebra import Letters
-from .columns import FLAT
-from .inserted import Insertion, Read
-from .lane import Layout
-from .shapes import Box, Circle, Shape, Words, mirrored, moved, wire
+from peftgraph.draw.algebra import Letters
+from peftgraph.draw.columns import FLAT
+from peftgraph.draw.inserted import Insertion, Read
+from peftgraph.draw.lane import Layout
+from peftgraph.draw.shapes import Box, Circle, Shape, Words, mirrored, moved, wire
 
 if TYPE_CHECKING:
-    from .lines import Line
+    from peftgraph.draw.lines import Line
 
 GAP, LANE, ROUND, FORK = 15.0, 20.0, 8.0, 10.0
 NARROWEST, MARK = 66.0, 16.0

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .algebra import Letters, Made
-from .inserted import Insertion, Look, Read, Ref
-from .shapes import Box, Circle, Point, Shape, wire
+from peftgraph.draw.algebra import Letters, Made
+from peftgraph.draw.inserted import Insertion, Look, Read, Ref
+from peftgraph.draw.shapes import Box, Circle, Point, Shape, wire
 
 GAP, BESIDE = 15.0, 16.0  # between layers, between columns
 TALL, PILL, ROUND = 38.0, 22.0, 16.0

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from .inserted import Insertion, Read
-from .items import (
+from peftgraph.draw.inserted import Insertion, Read
+from peftgraph.draw.items import (
     CORNER,
     FORK,
     GAP,
@@ -26,8 +26,8 @@ from .items import (
     RowItem,
     Span,
 )
-from .lane import Lane, Layout
-from .shapes import Circle, Shape, moved, wire
+from peftgraph.draw.lane import Lane, Layout
+from peftgraph.draw.shapes import Circle, Shape, moved, wire
 
 BESIDE = 30.0  # between a stream and the columns beside it
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from peftgraph.sites.listing import ranges
+from peftgraph.sites.explanations.listing import ranges
 
 Slot = Literal["", "pre", "post", "sandwich", "latent", "inner", "q", "k", "v"]
 

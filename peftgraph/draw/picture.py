@@ -7,17 +7,16 @@ from html import escape
 from os import PathLike
 from pathlib import Path
 
+from peftgraph.draw.algebra import Letters
+from peftgraph.draw.collect import outline
+from peftgraph.draw.items import Colours, Drawn
+from peftgraph.draw.parts import Outline
+from peftgraph.draw.scene import Builder, Scene
+from peftgraph.draw.shapes import Box, Shape, Words, moved
+from peftgraph.draw.svg import style, svg
 from peftgraph.errors import PeftGraphError
 from peftgraph.ir.program import ProgramData
 from peftgraph.sites import Sites
-
-from .algebra import Letters
-from .collect import outline
-from .items import Colours, Drawn
-from .parts import Outline
-from .scene import Builder, Scene
-from .shapes import Box, Shape, Words, moved
-from .svg import style, svg
 
 MARGIN, HEADER, BETWEEN, LINE = 22.0, 36.0, 30.0, 21.0
 PASSES = 5  # how many colours there are

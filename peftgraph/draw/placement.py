@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, fx
 
+from peftgraph.draw.inserted import Insertion, Read
+from peftgraph.draw.items import BoxItem, Item, RowItem
+from peftgraph.draw.lines import Line
+from peftgraph.draw.operators import MOVES, operator
 from peftgraph.ir.program import ProgramData
-
-from .inserted import Insertion, Read
-from .items import BoxItem, Item, RowItem
-from .lines import Line
-from .operators import MOVES, operator
 
 Place = tuple[Line, int]  # a line and one of its stations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .parts import Group, Outline, Part, Stack, Sublayer
+from peftgraph.draw.parts import Group, Outline, Part, Stack, Sublayer
 
 
 @dataclass(frozen=True)

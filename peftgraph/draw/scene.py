@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from peftgraph.draw.algebra import Letters
+from peftgraph.draw.columns import FLAT, NARROW
+from peftgraph.draw.inserted import insertions
+from peftgraph.draw.items import NARROWEST, BendItem, BoxItem, BranchItem, GapItem, RowItem
+from peftgraph.draw.lines import Line
+from peftgraph.draw.parts import Block, Part, Stack, Sublayer
+from peftgraph.draw.placement import Placement
 from peftgraph.ir.program import Edit, ProgramData
 from peftgraph.sites import Site, Sites
-
-from .algebra import Letters
-from .columns import FLAT, NARROW
-from .inserted import insertions
-from .items import NARROWEST, BendItem, BoxItem, BranchItem, GapItem, RowItem
-from .lines import Line
-from .parts import Block, Part, Stack, Sublayer
-from .placement import Placement
 
 QKV = ("attention.q", "attention.k", "attention.v")
 

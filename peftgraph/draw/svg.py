@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from html import escape
 from importlib.resources import files
 
-from .shapes import Box, Circle, Shape, Wire, Words
+from peftgraph.draw.shapes import Box, Circle, Shape, Wire, Words
 
 RADIUS = 8
 SIGNS = {

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from peftgraph.errors import AdapterError, PeftGraphError
-from peftgraph.ir.files import read_regular
+from peftgraph.utils.atomic_files import read_regular
 
 DIGITS = 20  # of a whole number; sizes and tokens have fewer
 NAME = 1024  # characters of a tensor's name

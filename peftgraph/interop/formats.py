@@ -6,13 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from peftgraph.interop import adapter_files
-from peftgraph.interop.adapters.directory import is_adapters, load_adapters
+from peftgraph.interop import native
+from peftgraph.interop.adapterhub.directory import is_adapters, load_adapters
 from peftgraph.interop.peft.config import CONFIG
 from peftgraph.interop.peft.directory import load_peft
-from peftgraph.ir.files import tidy
 from peftgraph.ir.program import ProgramData
 from peftgraph.sites import Sites
+from peftgraph.utils.atomic_files import tidy
 
 P = TypeVar("P", bound=ProgramData)
 
@@ -35,12 +35,12 @@ def load_directory(program: P, sites: Sites, apply: Callable[..., P], directory:
         tidy(directory.absolute().parent)  # a writer may have been killed while it put another in its place
     if is_peft(directory):
         return load_peft(program, sites, apply, directory, name)
-    if (directory / adapter_files.INDEX).exists() or not (directory / CONFIG).exists():
-        return adapter_files.load(program, apply, directory, name)
+    if (directory / native.INDEX).exists() or not (directory / CONFIG).exists():
+        return native.load(program, apply, directory, name)
     return load_adapters(program, sites, apply, directory, name)
 
 
 def is_peft(directory: Path) -> bool:
     """Whether an adapter's directory is peft's: our own have another index, and the `adapters` library another form."""
-    found = (directory / CONFIG).exists() and not (directory / adapter_files.INDEX).exists()
+    found = (directory / CONFIG).exists() and not (directory / native.INDEX).exists()
     return found and not is_adapters(directory)

@@ -12,9 +12,9 @@ from typing import Any
 
 from peftgraph.errors import AdapterError
 from peftgraph.ir.program import ProgramData
-from peftgraph.rewrite.views import weight_view
+from peftgraph.rewrite.weight_views import weight_view
 from peftgraph.sites import Selector, Site, Sites
-from peftgraph.sites.select import FAMILIES, WORDS, Role
+from peftgraph.sites.selectors.select import FAMILIES, WORDS, Role
 
 
 def owners(sites: Sites, parameter: str) -> list[Site]:

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from peftgraph.errors import Conflict, PeftGraphError
-from peftgraph.ir.dead import SILENT
-from peftgraph.ir.literals import FORMS
-from peftgraph.ir.names import TensorNames
+from peftgraph.ir.dead_code import SILENT
+from peftgraph.ir.dtype_literals import FORMS
+from peftgraph.ir.parameters import Entry
 from peftgraph.ir.program import Stretch, copy_graph
-from peftgraph.ir.propagate import Inference, fake_like, same_meta
-from peftgraph.ir.table import Entry
+from peftgraph.ir.shape_inference import Inference, fake_like, same_meta
+from peftgraph.ir.tensor_names import TensorNames
 
 aten = torch.ops.aten
 

@@ -15,7 +15,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from peftgraph.errors import CallError
-from peftgraph.ir.dead import drop_dead, is_mutation
+from peftgraph.ir.dead_code import drop_dead, is_mutation
 from peftgraph.ir.program import copy_graph
 
 T = TypeVar("T")

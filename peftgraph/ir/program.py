@@ -16,9 +16,9 @@ from torch.fx.node import map_arg
 
 from peftgraph.errors import Conflict
 from peftgraph.ir.checked import Checked
-from peftgraph.ir.propagate import constant_term
+from peftgraph.ir.parameters import Table
+from peftgraph.ir.shape_inference import constant_term
 from peftgraph.ir.signature import Signature
-from peftgraph.ir.table import Table
 
 
 @dataclass(frozen=True)

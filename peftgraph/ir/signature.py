@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from peftgraph.errors import CallError
 from peftgraph.ir.assumption import Assumption
-from peftgraph.ir.past import Past
+from peftgraph.ir.kv_cache import Past
 
 # What the printed form of an expression over sizes may call.
 SPELLED = {"math": math, "torch": torch, "max": max, "min": min, "abs": abs, "round": round}

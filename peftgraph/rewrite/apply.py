@@ -15,18 +15,18 @@ from torch import fx, nn
 
 from peftgraph.errors import Conflict, NoMatch, PeftGraphError, RecipeError
 from peftgraph.ir.builder import Builder, Common, erase, refresh, sort, stretch
-from peftgraph.ir.dead import SILENT
+from peftgraph.ir.dead_code import SILENT
 from peftgraph.ir.modes import mutated_buffers
-from peftgraph.ir.names import TensorNames
+from peftgraph.ir.parameters import Entry, Table
 from peftgraph.ir.program import Applied, Edit, Edits, Move, ProgramData, copy_graph
-from peftgraph.ir.propagate import Inference, fake_mode_of, quiet_symbols, same_meta
-from peftgraph.ir.table import Entry, Table
-from peftgraph.ir.verify import verify
-from peftgraph.rewrite.limits import within_limits
+from peftgraph.ir.shape_inference import Inference, fake_mode_of, quiet_symbols, same_meta
+from peftgraph.ir.tensor_names import TensorNames
+from peftgraph.ir.verifier import verify
 from peftgraph.rewrite.match import Match, is_given, match_all
 from peftgraph.rewrite.method import Pass
 from peftgraph.rewrite.rule import AddProduct, Replace, Rule
-from peftgraph.rewrite.uses import Use, uses
+from peftgraph.rewrite.sequence.limits import within_limits
+from peftgraph.rewrite.shared_weights import Use, uses
 from peftgraph.sites import Columns, Site, Sites
 
 P = TypeVar("P", bound=ProgramData)

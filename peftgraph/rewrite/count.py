@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from peftgraph.ir.interpreter import fake_table
+from peftgraph.ir.parameters import Entry, Table
 from peftgraph.ir.program import Edit, ProgramData
-from peftgraph.ir.run import fake_table
-from peftgraph.ir.table import Entry, Table
 from peftgraph.rewrite.match import match_all
 from peftgraph.rewrite.rule import Params, Rule
-from peftgraph.rewrite.views import View
+from peftgraph.rewrite.weight_views import View
 from peftgraph.sites import Sites
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from peftgraph.errors import PeftGraphError
+from peftgraph.ir.interpreter import evaluate
 from peftgraph.ir.modes import evaluated
 from peftgraph.ir.program import ProgramData
-from peftgraph.ir.run import evaluate
 from peftgraph.rewrite.apply import apply, remove
 from peftgraph.sites import Sites
 

@@ -12,9 +12,9 @@ from torch import fx
 from peftgraph.errors import PeftGraphError
 from peftgraph.ir.builder import Builder
 from peftgraph.ir.modes import DROPOUTS
+from peftgraph.ir.parameters import Table
 from peftgraph.ir.program import Applied, Edits, ProgramData
-from peftgraph.ir.table import Table
-from peftgraph.rewrite.views import Bound, View, bias_view, bind, rows_view, weight_view
+from peftgraph.rewrite.weight_views import Bound, View, bias_view, bind, rows_view, weight_view
 from peftgraph.sites import Columns, Equation, Lettered, Site, Sites
 from peftgraph.sites.site import Form
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from peftgraph.errors import PeftGraphError, RecipeError, shortened
-from peftgraph.ir.files import read_regular
 from peftgraph.rewrite.method import Pass, Pipeline, find_pass, parse_pass
 from peftgraph.rewrite.spec import build, print_value
 from peftgraph.sites import Pattern
+from peftgraph.utils.atomic_files import read_regular
 
 
 def load_recipe(source: str | Path) -> Pass:

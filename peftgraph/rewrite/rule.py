@@ -18,9 +18,9 @@ from torch import Tensor, fx
 from peftgraph.errors import PeftGraphError
 from peftgraph.ir.builder import Builder
 from peftgraph.rewrite.match import Match, Own
-from peftgraph.rewrite.views import Bound
+from peftgraph.rewrite.weight_views import Bound
 from peftgraph.sites import Site
-from peftgraph.sites.select import Selector
+from peftgraph.sites.selectors.select import Selector
 
 aten = torch.ops.aten
 

@@ -15,11 +15,11 @@ from torch import fx
 from peftgraph.errors import PeftGraphError
 
 if TYPE_CHECKING:
-    from .explanation import Explanation
-    from .origin import Origin
-    from .patterns import Pattern
-    from .patterns.search import PatternSearch
-    from .unmatched import Unmatched
+    from peftgraph.sites.explanations.explanation import Explanation
+    from peftgraph.sites.explanations.origin import Origin
+    from peftgraph.sites.explanations.unmatched import Unmatched
+    from peftgraph.sites.patterns import Pattern
+    from peftgraph.sites.patterns.search import PatternSearch
 
 Layout = Literal["pre", "post", "sandwich"]
 
@@ -380,7 +380,7 @@ class Sites(Sequence[Site]):
 
     def select(self, selector: object) -> tuple[Site, ...]:
         """The sites a selector (or its text) matches; possibly none."""
-        from .select import as_selector
+        from peftgraph.sites.selectors.select import as_selector
 
         chosen = as_selector(selector)
         for pattern in chosen.patterns():
@@ -390,7 +390,7 @@ class Sites(Sequence[Site]):
     def lacking(self, selector: object) -> tuple[Absent, ...]:
         """The sites that a selector would match if the graph had them: attentions that a pass on attentions leaves
         out."""
-        from .select import as_selector
+        from peftgraph.sites.selectors.select import as_selector
 
         chosen = as_selector(selector)
         return tuple(one for one in self.absent if chosen.matches(one.site))
@@ -411,7 +411,7 @@ class Sites(Sequence[Site]):
 
     def require(self, selector: object) -> tuple[Site, ...]:
         """Like select, but no match is an error that says why, and an alternative that never matched a warning."""
-        from .explain import require
+        from peftgraph.sites.explanations.explain import require
 
         return require(self, selector)
 
@@ -438,24 +438,24 @@ class Sites(Sequence[Site]):
         Returns:
             What was found and why; it prints as text with an excerpt of the graph.
         """
-        from .explain import explain
-        from .narrow import narrowed
+        from peftgraph.sites.explanations.explain import explain
+        from peftgraph.sites.selectors.filters import narrowed
 
         return explain(self, narrowed(selector, layer, stack, kind, expert, path))
 
     @property
     def unmatched(self) -> Unmatched:
         """The projections that belong to no site, each with the closest role and where it failed; prints as a table."""
-        from .unmatched import unmatched
+        from peftgraph.sites.explanations.unmatched import unmatched
 
         return unmatched(self)
 
     def _repr_html_(self) -> str:
-        from .listing import as_html
+        from peftgraph.sites.explanations.listing import as_html
 
         return as_html(self.items)
 
     def __str__(self) -> str:
-        from .listing import as_text
+        from peftgraph.sites.explanations.listing import as_text
 
         return as_text(self.items)

@@ -71,7 +71,7 @@ def _random(shape: tuple[int, ...]) -> Any:
 
 def copy(folder: Path) -> dict[str, Any]:
     """Copies the files of the model, in blocks of the size that the merge uses."""
-    from peftgraph.interop.shards.tensor_file import CHUNK
+    from peftgraph.interop.checkpoints.tensor_file import CHUNK
 
     start, cpu, size = time.perf_counter(), time.process_time(), 0
     (folder / "copy").mkdir()
@@ -93,10 +93,10 @@ def merge(folder: Path) -> dict[str, Any]:
         marks.append((phase, time.perf_counter()))
 
     from peftgraph.cli.models import skeleton, trace
-    from peftgraph.interop.shards.checkpoint import Checkpoint
-    from peftgraph.interop.shards.folded import folded_updates
-    from peftgraph.interop.shards.layout import Layout
-    from peftgraph.interop.shards.write import write_shards
+    from peftgraph.interop.checkpoints.checkpoint import Checkpoint
+    from peftgraph.interop.checkpoints.folded import folded_updates
+    from peftgraph.interop.checkpoints.layout import Layout
+    from peftgraph.interop.checkpoints.write import write_shards
 
     checkpoint = Checkpoint.open(folder / "base")
     model = skeleton(folder / "base", checkpoint.dtype)

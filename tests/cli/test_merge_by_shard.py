@@ -24,8 +24,8 @@ import peftgraph as pg
 from peftgraph.cli import merge_shards
 from peftgraph.cli.files import MADE, atomic_folder, note_made
 from peftgraph.cli.unfinished import is_finished, unfinished_folder, work_folder
-from peftgraph.ir import files
-from peftgraph.ir.files import atomic
+from peftgraph.utils import atomic_files
+from peftgraph.utils.atomic_files import atomic
 
 KILLED = """
 import os, signal, sys
@@ -260,7 +260,7 @@ def test_a_kill_at_any_step_is_gone_on_from(
     force: bool, in_one_step: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not in_one_step:
-        monkeypatch.setattr(files, "_exchange", lambda a, b: False)
+        monkeypatch.setattr(atomic_files, "_exchange", lambda a, b: False)
     target = tmp_path / "in" / "target"
 
     def start() -> None:
@@ -288,7 +288,7 @@ def test_a_folder_that_is_replaced_as_a_whole_survives_a_kill(
     in_one_step: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not in_one_step:
-        monkeypatch.setattr(files, "_exchange", lambda a, b: False)
+        monkeypatch.setattr(atomic_files, "_exchange", lambda a, b: False)
     target = tmp_path / "in" / "target"
 
     def save(what: str, force: bool = True) -> None:
@@ -301,7 +301,7 @@ def test_a_folder_that_is_replaced_as_a_whole_survives_a_kill(
         shutil.rmtree(tmp_path / "in")
         save("before", False)
         faults.killed(at, lambda: save("after"))
-        files.tidy(target.parent)
+        atomic_files.tidy(target.parent)
         assert (target / "whole").read_text() in ("before", "after")
         save("after")
         assert (target / "whole").read_text() == "after"

@@ -11,7 +11,7 @@ from stacked import blocks, convolutions, outlined
 from peftgraph.draw import outline
 from peftgraph.draw import parts as parts_module
 from peftgraph.draw.parts import Part, Sublayer
-from peftgraph.sites.listing import ranges
+from peftgraph.sites.explanations.listing import ranges
 
 
 def slots(one: Sublayer) -> list[str]:

@@ -15,7 +15,7 @@ import zoo
 from safetensors.torch import load_file, save_file
 
 import peftgraph as pg
-from peftgraph.interop.adapter_files import checksum
+from peftgraph.interop.native import checksum
 from peftgraph.passes.bitfit import BitFit
 from peftgraph.passes.lora import LoRA
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import peftgraph as pg
-from peftgraph.interop.adapter_files import INDEX
-from peftgraph.ir import files
+from peftgraph.interop.native import INDEX
 from peftgraph.passes import LoRA
+from peftgraph.utils import atomic_files
 
 Format = Literal["peftgraph", "peft"]
 FORMATS: tuple[Format, ...] = ("peftgraph", "peft")
@@ -61,7 +61,7 @@ def names(folder: Path) -> list[str]:
 def exchange(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether the system can exchange two folders in one step."""
     if not request.param:
-        monkeypatch.setattr(files, "_exchange", lambda a, b: False)
+        monkeypatch.setattr(atomic_files, "_exchange", lambda a, b: False)
     return request.param
 
 
@@ -120,7 +120,7 @@ def test_the_first_save_may_be_killed_too(tmp_path: Path) -> None:
 
 def test_litter_of_a_writer_that_lives_stays(tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
-    with files.scratch(tmp_path / "adapter" / "other") as folder:
+    with atomic_files.scratch(tmp_path / "adapter" / "other") as folder:
         (folder / "mine").write_text("not finished")
         tuned(1.0).save_adapter(tmp_path / "adapter")
         assert (folder / "mine").read_text() == "not finished"
@@ -128,11 +128,11 @@ def test_litter_of_a_writer_that_lives_stays(tmp_path: Path) -> None:
 
 
 def test_two_writers_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with files.locked(tmp_path / "adapter", "saving"):
-        monkeypatch.setattr(files, "_lock", lambda folder: None)
+    with atomic_files.locked(tmp_path / "adapter", "saving"):
+        monkeypatch.setattr(atomic_files, "_lock", lambda folder: None)
         with (
             pytest.raises(pg.PeftGraphError, match=r"Another process is saving.*Wait until it is done"),
-            files.locked(tmp_path / "adapter", "saving", 0.0),
+            atomic_files.locked(tmp_path / "adapter", "saving", 0.0),
         ):
             pass
 

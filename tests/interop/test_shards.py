@@ -17,11 +17,11 @@ from sharded import contents, differing, own_updates, silent
 from torch import Tensor
 
 import peftgraph as pg
-from peftgraph.interop.shards import write
-from peftgraph.interop.shards.checkpoint import INDEX, Checkpoint
-from peftgraph.interop.shards.folded import Folded
-from peftgraph.interop.shards.tensor_file import TensorFile
-from peftgraph.interop.shards.write import check_space, identity, write_shards
+from peftgraph.interop.checkpoints import write
+from peftgraph.interop.checkpoints.checkpoint import INDEX, Checkpoint
+from peftgraph.interop.checkpoints.folded import Folded
+from peftgraph.interop.checkpoints.tensor_file import TensorFile
+from peftgraph.interop.checkpoints.write import check_space, identity, write_shards
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 CASES = {

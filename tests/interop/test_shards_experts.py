@@ -19,9 +19,9 @@ from transformers import PreTrainedModel, Qwen2MoeConfig, Qwen2MoeForCausalLM, Q
 
 import peftgraph as pg
 from peftgraph.cli.models import skeleton
-from peftgraph.interop.shards.checkpoint import INDEX, Checkpoint
-from peftgraph.interop.shards.peft_updates import peft_updates
-from peftgraph.interop.shards.write import write_shards
+from peftgraph.interop.checkpoints.checkpoint import INDEX, Checkpoint
+from peftgraph.interop.checkpoints.peft_updates import peft_updates
+from peftgraph.interop.checkpoints.write import write_shards
 
 SIZES: dict[str, Any] = {
     "vocab_size": 61, "hidden_size": 48, "intermediate_size": 80, "moe_intermediate_size": 32, "num_hidden_layers": 2,

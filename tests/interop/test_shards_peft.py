@@ -17,10 +17,10 @@ from sharded import contents, differing, silent
 
 import peftgraph as pg
 from peftgraph.cli.models import skeleton
+from peftgraph.interop.checkpoints.checkpoint import Checkpoint
+from peftgraph.interop.checkpoints.peft_updates import PeftUpdates, peft_updates
+from peftgraph.interop.checkpoints.write import write_shards
 from peftgraph.interop.peft.config import CONFIG, TENSORS
-from peftgraph.interop.shards.checkpoint import Checkpoint
-from peftgraph.interop.shards.peft_updates import PeftUpdates, peft_updates
-from peftgraph.interop.shards.write import write_shards
 from peftgraph.passes import LoRA
 
 LORA, IA3 = peft.LoraConfig, peft.IA3Config

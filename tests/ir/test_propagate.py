@@ -10,7 +10,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from peftgraph.ir.propagate import Inference, same_meta
+from peftgraph.ir.shape_inference import Inference, same_meta
 
 aten = torch.ops.aten
 

@@ -13,7 +13,7 @@ from torch import nn
 import peftgraph as pg
 from peftgraph.errors import VerifyError
 from peftgraph.ir.program import copy_graph, find_node
-from peftgraph.ir.verify import verify
+from peftgraph.ir.verifier import verify
 from peftgraph.passes import LoRA
 
 aten = torch.ops.aten

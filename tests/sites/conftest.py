@@ -11,8 +11,8 @@ import torch
 import transformers
 from torch import nn
 
+from peftgraph.capture import capture
 from peftgraph.sites import Sites, find_sites
-from peftgraph.trace import capture
 
 B, S, T = 3, 7, 5
 PLAIN = {

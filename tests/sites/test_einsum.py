@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import fx
 
-from peftgraph.sites.einsum import letters
+from peftgraph.sites.dataflow.einsum import letters
 
 
 def node(equation: str, *shapes: tuple[int, ...]) -> fx.Node:

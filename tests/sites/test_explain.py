@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import peftgraph as pg
-from peftgraph.sites.explanation import reasons_for
+from peftgraph.sites.explanations.explanation import reasons_for
 
 D = 12
 

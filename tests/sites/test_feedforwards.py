@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftgraph.sites import Sites
-from peftgraph.sites.periods import cut
+from peftgraph.sites.assign.periods import cut
 
 Find = Callable[[nn.Module, object], Sites]
 D, STREAMS, HEADS = 12, 4, 3

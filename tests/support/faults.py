@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from peftgraph.ir import files
+from peftgraph.utils import atomic_files
 
 
 class Killed(BaseException):
@@ -74,7 +74,7 @@ def watched(before: Callable[[int], None]) -> Iterator[Steps]:
 
     rmtree = shutil.rmtree
     with pytest.MonkeyPatch.context() as patch:
-        for owner, name in ((os, "replace"), (os, "mkdir"), (os, "fsync"), (os, "unlink"), (files, "_exchange")):
+        for owner, name in ((os, "replace"), (os, "mkdir"), (os, "fsync"), (os, "unlink"), (atomic_files, "_exchange")):
             patch.setattr(owner, name, through(getattr(owner, name)))
         patch.setattr(Path, "write_bytes", writes)
         patch.setattr(Path, "write_text", writes_text)

@@ -11,9 +11,9 @@ import zoo
 from torch import Tensor
 
 from peftgraph.cli.models import skeleton, trace
-from peftgraph.interop.shards.checkpoint import Checkpoint
-from peftgraph.interop.shards.folded import Folded, folded_updates
-from peftgraph.interop.shards.layout import Layout
+from peftgraph.interop.checkpoints.checkpoint import Checkpoint
+from peftgraph.interop.checkpoints.folded import Folded, folded_updates
+from peftgraph.interop.checkpoints.layout import Layout
 
 
 def saved(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:

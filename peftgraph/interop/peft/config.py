@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from peftgraph.errors import AdapterError, PeftGraphError
 from peftgraph.interop.documents import read_object
-from peftgraph.ir.regular import regular
+from peftgraph.utils.bounded_regex import regular
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"

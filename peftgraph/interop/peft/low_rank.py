@@ -29,7 +29,7 @@ from peftgraph.interop.peft.tokens import TOKENS
 from peftgraph.interop.selecting import adapted_sites, rows_of, selector_of
 from peftgraph.ir.program import ProgramData
 from peftgraph.rewrite.method import find_pass
-from peftgraph.rewrite.views import weight_view
+from peftgraph.rewrite.weight_views import weight_view
 from peftgraph.sites import Site, Sites
 
 # How a fresh adapter starts, where that leaves the base alone, or where the pass computes the start anew.

@@ -19,7 +19,7 @@ from peftgraph.interop.peft.tensors import PeftTensors
 from peftgraph.interop.selecting import adapted_sites, selector_of
 from peftgraph.ir.program import ProgramData
 from peftgraph.rewrite.method import Pass, find_pass
-from peftgraph.rewrite.views import weight_view
+from peftgraph.rewrite.weight_views import weight_view
 from peftgraph.sites import Site, Sites
 
 PAPER = ("attention.k", "attention.v", "ffn.hidden")

@@ -12,7 +12,7 @@ import safetensors.torch
 from torch import Tensor
 
 from peftgraph.errors import AdapterError
-from peftgraph.interop.adapter_files import check_can_save
+from peftgraph.interop.native import check_can_save
 from peftgraph.interop.peft.config import CONFIG, TENSORS
 from peftgraph.interop.peft.tensors import PREFIX, ROWS, ROWS_PREFIX
 from peftgraph.interop.peft.write_low_rank import write_low_rank
@@ -21,10 +21,10 @@ from peftgraph.interop.peft.write_scales import write_scales
 from peftgraph.interop.peft.write_stored import trained_values, write_stored
 from peftgraph.interop.peft.write_tokens import token_tables, write_tokens, write_tokens_beside
 from peftgraph.interop.written import Places, Written
-from peftgraph.ir.files import whole_folder
 from peftgraph.ir.program import ProgramData
 from peftgraph.rewrite.finalize import finalize
 from peftgraph.sites import Sites
+from peftgraph.utils.atomic_files import whole_folder
 
 Writer = Callable[[ProgramData, Sites, Places], Written]
 

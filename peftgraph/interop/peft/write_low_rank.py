@@ -23,7 +23,7 @@ from peftgraph.interop.peft.tensors import PREFIX
 from peftgraph.interop.selecting import owners, rows_of
 from peftgraph.interop.written import Places, Written, modules_of, targets
 from peftgraph.ir.program import ProgramData
-from peftgraph.rewrite.views import weight_view
+from peftgraph.rewrite.weight_views import weight_view
 from peftgraph.sites import Site, Sites
 
 

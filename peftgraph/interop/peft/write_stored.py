@@ -13,7 +13,7 @@ from torch import Tensor
 from peftgraph.errors import AdapterError
 from peftgraph.interop.written import Places, Written, modules_of, targets
 from peftgraph.ir.program import ProgramData
-from peftgraph.rewrite.views import bias_view
+from peftgraph.rewrite.weight_views import bias_view
 
 
 def trained_values(program: ProgramData, shifted: Places) -> dict[str, Tensor]:

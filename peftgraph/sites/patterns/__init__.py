@@ -6,11 +6,11 @@ A pattern is named equations over the values of a graph. `docs/patterns.md` is i
 of a graph and nothing above it, so that the search for built-in roles may use it; `search.py` makes sites of matches.
 """
 
-from .explain import explain_pattern as explain_pattern
-from .match import Matcher as Matcher
-from .outcome import Miss as Miss
-from .pattern import Pattern as Pattern
-from .pattern import PatternRole as PatternRole
-from .terms import Term as Term
-from .terms import op as op
-from .terms import var as var
+from peftgraph.sites.patterns.explain import explain_pattern as explain_pattern
+from peftgraph.sites.patterns.match import Matcher as Matcher
+from peftgraph.sites.patterns.outcome import Miss as Miss
+from peftgraph.sites.patterns.pattern import Pattern as Pattern
+from peftgraph.sites.patterns.pattern import PatternRole as PatternRole
+from peftgraph.sites.patterns.terms import Term as Term
+from peftgraph.sites.patterns.terms import op as op
+from peftgraph.sites.patterns.terms import var as var

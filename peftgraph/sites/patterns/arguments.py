@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from .. import ops
+from peftgraph.sites.dataflow import ops
 
 
 @dataclass(frozen=True)

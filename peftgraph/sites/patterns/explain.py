@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..site import Sites
-from .pattern import PatternRole
+from peftgraph.sites.patterns.pattern import PatternRole
+from peftgraph.sites.site import Sites
 
 if TYPE_CHECKING:
-    from .search import PatternSearch
+    from peftgraph.sites.patterns.search import PatternSearch
 
 
 def explain_pattern(sites: Sites, chosen: PatternRole) -> str:

@@ -13,13 +13,13 @@ from typing import Final, TypeAlias
 
 from torch import fx
 
-from .. import ops
-from ..flow import Flow
-from .arguments import Arguments, excerpt, same_constant
-from .outcome import Match, Miss
-from .pattern import Pattern
-from .terms import Call, Either, Literal, Term, Through, Var, Window, Word, inside, literal_text
-from .vocabulary import COMMUTATIVE, WHOLES, operators
+from peftgraph.sites.dataflow import ops
+from peftgraph.sites.dataflow.flow import Flow
+from peftgraph.sites.patterns.arguments import Arguments, excerpt, same_constant
+from peftgraph.sites.patterns.outcome import Match, Miss
+from peftgraph.sites.patterns.pattern import Pattern
+from peftgraph.sites.patterns.terms import Call, Either, Literal, Term, Through, Var, Window, Word, inside, literal_text
+from peftgraph.sites.patterns.vocabulary import COMMUTATIVE, WHOLES, operators
 
 # What `~` sees through: operators that give their first operand's values again, and nobody else's.
 SEEN_THROUGH: Final = (ops.LAYOUT | ops.CAST | ops.DROPOUT) - ops.words(

@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from typing import Final, NoReturn
 
 from peftgraph.errors import PeftGraphError, pointed, shortened
-
-from .conditions import RELATIONS, Condition, Quantity
-from .terms import Call, Constant, Either, Literal, Scalar, Term, Through, Var, Window, Word
+from peftgraph.sites.patterns.conditions import RELATIONS, Condition, Quantity
+from peftgraph.sites.patterns.terms import Call, Constant, Either, Literal, Scalar, Term, Through, Var, Window, Word
 
 DEPTH: Final = 64  # brackets and ~ within one another
 DIGITS: Final = 18  # of a whole number

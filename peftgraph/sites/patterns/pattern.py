@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from peftgraph.errors import PeftGraphError, pointed
-
-from ..select import FILTERS, WORDS, Selector, quoted
-from ..site import Site
-from .conditions import Condition
-from .parse import Statement, parse_statements
-from .terms import Call, Either, Named, Term, Through, Var, Window, Word, inside, rebuilt
-from .vocabulary import IDENTIFIER, WHOLES, check_operator
+from peftgraph.sites.patterns.conditions import Condition
+from peftgraph.sites.patterns.parse import Statement, parse_statements
+from peftgraph.sites.patterns.terms import Call, Either, Named, Term, Through, Var, Window, Word, inside, rebuilt
+from peftgraph.sites.patterns.vocabulary import IDENTIFIER, WHOLES, check_operator
+from peftgraph.sites.selectors.select import FILTERS, WORDS, Selector, quoted
+from peftgraph.sites.site import Site
 
 
 @dataclass(frozen=True, init=False)

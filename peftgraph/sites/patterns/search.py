@@ -8,17 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from ..anatomy import Anatomy
-from ..attention import Part, arrivals, columns_of, split
-from ..naming import module_of
-from ..projections import Projection
-from ..site import Columns
-from ..tags import in_order
-from .arguments import excerpt
-from .match import Matcher, Wholes
-from .outcome import Match, Miss
-from .pattern import Pattern
-from .terms import Window
+from peftgraph.sites.assign.attention import Part, arrivals, columns_of, split
+from peftgraph.sites.assign.naming import module_of
+from peftgraph.sites.dataflow.tags import in_order
+from peftgraph.sites.matchers.anatomy import Anatomy
+from peftgraph.sites.matchers.projections import Projection
+from peftgraph.sites.patterns.arguments import excerpt
+from peftgraph.sites.patterns.match import Matcher, Wholes
+from peftgraph.sites.patterns.outcome import Match, Miss
+from peftgraph.sites.patterns.pattern import Pattern
+from peftgraph.sites.patterns.terms import Window
+from peftgraph.sites.site import Columns
 
 
 @dataclass(frozen=True, eq=False)

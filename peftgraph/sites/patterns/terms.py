@@ -13,8 +13,7 @@ from numbers import Integral, Real
 from typing import Final, TypeAlias
 
 from peftgraph.errors import PeftGraphError
-
-from .vocabulary import IDENTIFIER, RESERVED
+from peftgraph.sites.patterns.vocabulary import IDENTIFIER, RESERVED
 
 LARGEST: Final = 10**17  # of a whole number
 Scalar: TypeAlias = "int | float | str | bool | None"
@@ -265,7 +264,7 @@ def as_term(value: TermLike) -> Term:
     if isinstance(value, Term):
         return value
     if isinstance(value, str):
-        from .parse import parse_term
+        from peftgraph.sites.patterns.parse import parse_term
 
         return parse_term(value)
     if isinstance(value, Real) or value is None:

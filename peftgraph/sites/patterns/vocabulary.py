@@ -10,8 +10,7 @@ from typing import Final
 import torch
 
 from peftgraph.errors import PeftGraphError
-
-from .. import ops
+from peftgraph.sites.dataflow import ops
 
 # A word that stands for any of several operators.
 CLASSES: Final = {

@@ -1,0 +1,137 @@
+"""Examples that ask for a cache: the keys and values of an earlier call stand among the inputs that are traced.
+
+The graph of such a call serves every call. Without earlier ones it is the graph of a first call (`modes.without_past`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils import _pytree as pytree
+
+from peftgraph.capture.diagnosis import explain, quiet
+from peftgraph.capture.example_inputs import PRIMES, Example
+from peftgraph.capture.export_run import markers_of
+from peftgraph.capture.fake_model import compiling, ghost_arguments, ghost_of
+from peftgraph.capture.submodule import frozen_copy
+from peftgraph.errors import TraceError
+from peftgraph.ir.kv_cache import Past, fill
+
+NAMES = ("cache", "past_key_values")  # what versions of transformers call it
+
+
+def with_past(model: nn.Module, example: Example, own: torch.dtype) -> Example:
+    """The example as a later call, if it asks for a cache: with random keys and values of earlier tokens in front.
+
+    The mask grows by them. A mask, and positions, that the model takes and the example does not give are added, since
+    generation gives them.
+
+    Args:
+        model: the model; it is run, where it has weights, to see which positions it takes when none are given.
+        example: the call to trace.
+        own: the dtype of the model's weights.
+
+    Raises:
+        TraceError: the model caches something else than keys and values along the sequence.
+    """
+    argument = next((name for name in NAMES if name in example.forward.parameters), None)
+    if example.arguments.get("use_cache") is not True or argument is None or argument in example.arguments:
+        return example
+    paired = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    tokens = example.arguments.get(Past(argument, (), paired).tokens)
+    if not isinstance(tokens, Tensor) or tokens.dim() != 2:
+        raise TraceError("An example that asks for a cache needs input_ids (decoder_input_ids): batch x length.")
+    marker = markers_of(model, own)[0] or own
+    layers = _layers(model, example, argument, paired, (own, marker))
+    past, shapes = Past(argument, tuple(layers), paired), list(layers.values())
+    length = tokens.shape[1]
+    if any(len(one) != 4 or one[-2] != length for pair in shapes for one, _ in pair):
+        raise TraceError(
+            f"{type(model).__name__} caches more than keys and values of every token: "
+            f"{', '.join(str(tuple(keys[0])) for keys, _ in shapes)}. Trace it without use_cache."
+        )
+    before = _free_size(example, shapes, length)
+    generator = torch.Generator().manual_seed(0)
+    tensors = [_random((*one[:-2], before, one[-1]), own, device, generator) for pair in shapes for one, device in pair]
+    fills = {} if paired else {"attention_mask": "ones", "position_ids": _positions(model, example, argument)}
+    arguments = {**_prefixed(example, tokens, before, paired), argument: tuple(tensors)}
+    return replace(example, past=past, fills=fills).with_arguments(arguments)
+
+
+def _layers(
+    model: nn.Module, example: Example, argument: str, paired: bool, dtypes: tuple[torch.dtype, torch.dtype]
+) -> dict[int, list[tuple[torch.Size, torch.device]]]:
+    """By layer: shape and device of the keys and of the values that a first call caches."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    ghost = ghost_of(model, mode, *dtypes).eval()
+    arguments = ghost_arguments(dict(example.arguments), mode, *dtypes)
+    cache = Past(argument, (), paired).cache()
+    args, kwargs = example.call({**arguments, argument: cache})
+    try:
+        with torch.no_grad(), mode, quiet(), compiling():
+            ghost(*args, **kwargs)
+    except Exception as error:  # whatever a model's code raises is explained to the user
+        raise explain(model, error) from error
+    own = cache.self_attention_cache if paired else cache
+    kept = {i: (layer.keys, layer.values) for i, layer in enumerate(own.layers) if layer.is_initialized}
+    return {i: [(one.shape, one.device) for one in pair] for i, pair in kept.items()}
+
+
+def _positions(model: nn.Module, example: Example, argument: str) -> str | None:
+    """Which positions the model takes when none are given, seen on a run of it: the name of a fill."""
+    tokens = example.arguments["input_ids"]
+    if "position_ids" not in example.forward.parameters or any(p.is_meta for p in model.parameters()):
+        return None
+    mask = torch.ones_like(tokens)
+    mask[0, : tokens.shape[1] // 2] = 0
+    net = frozen_copy(model)
+    given = {**example.arguments, "use_cache": False, "attention_mask": mask}
+    given.pop("position_ids", None)
+
+    def answer(**more: Tensor) -> list[Tensor]:
+        args, kwargs = example.call({**given, **more})
+        with torch.no_grad():
+            return [one for one in pytree.tree_leaves(net(*args, **kwargs)) if isinstance(one, Tensor)]
+
+    expected = answer()
+    for name in ("range", "counted"):
+        found = answer(position_ids=fill(name, mask, 0, tokens.shape[1], torch.long))
+        if all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(found, expected, strict=True)):
+            return name
+    return None
+
+
+def _free_size(example: Example, shapes: list[Any], length: int) -> int:
+    """A number of earlier tokens that, as its sum with `length`, is no other size."""
+    taken = {size for tensor in example.tensors for size in tensor.shape}
+    taken |= {size for pair in shapes for shape, _ in pair for size in shape}
+    return next(prime for prime in PRIMES if not taken & {prime, prime + length})
+
+
+def _random(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device, source: torch.Generator) -> Tensor:
+    if device.type == "meta":
+        return torch.empty(sizes, dtype=dtype, device=device)
+    return torch.randn(sizes, generator=source).to(device, dtype)
+
+
+def _prefixed(example: Example, tokens: Tensor, before: int, paired: bool) -> dict[str, Any]:
+    """The arguments with a mask over the earlier tokens as well, and with positions behind them."""
+    arguments, parameters = dict(example.arguments), example.forward.parameters
+    mask = "decoder_attention_mask" if paired else "attention_mask"
+    given = arguments.get(mask)
+    if given is None and mask in parameters and not paired:
+        given = torch.ones_like(tokens)
+    if isinstance(given, Tensor):
+        if given.dim() != 2:
+            raise TraceError(f"{mask} has {given.dim()} dimensions; with a cache it must be batch x length.")
+        arguments[mask] = torch.cat([given.new_ones(given.shape[0], before), given], 1)
+    if "position_ids" in parameters and "position_ids" not in arguments and not paired:
+        arguments["position_ids"] = torch.arange(before, before + tokens.shape[1], device=tokens.device).repeat(
+            tokens.shape[0], 1
+        )
+    return arguments

@@ -1,0 +1,108 @@
+"""Runs of a model's own code beside its program: on copies, and with every generator of random numbers as it was."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils import _pytree as pytree
+
+from peftgraph.capture.diagnosis import quiet
+from peftgraph.capture.example_inputs import Example
+from peftgraph.capture.fake_model import ask_for_no_cache, compiling, ghost_arguments, ghost_of
+from peftgraph.capture.submodule import frozen_copy
+
+SEED = 20260101
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a call gave: the leaves of its outputs, and the buffers of the module afterwards."""
+
+    leaves: list[Any]
+    buffers: dict[str, Tensor]
+
+
+def answer(model: nn.Module, example: Example, training: bool) -> Answer:
+    """What a copy of `model` gives on `example`; whatever the model's code raises comes through."""
+    copy = frozen_copy(model).train(training)
+    ask_for_no_cache(copy)
+    args, kwargs = example.call(_copies(dict(example.arguments)))
+    with as_traced(), seeded(model):
+        output = example.result(copy(*args, **kwargs))
+    buffers = {name: buffer.detach() for name, buffer in copy.named_buffers(remove_duplicate=False)}
+    return Answer(pytree.tree_leaves(output), buffers)
+
+
+def answer_in_shapes(model: nn.Module, example: Example, training: bool) -> Answer:
+    """As `answer`, on fake tensors: sizes and dtypes alone."""
+    same = (torch.float32, torch.float32)
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    ghost = ghost_of(model, mode, *same).train(training)
+    args, kwargs = example.call(ghost_arguments(dict(example.arguments), mode, *same))
+    with torch.no_grad(), seeded(model), quiet(), mode, compiling():
+        output = example.result(ghost(*args, **kwargs))
+    return Answer(pytree.tree_leaves(output), {})
+
+
+@contextmanager
+def as_traced() -> Iterator[None]:
+    """What surrounds a call while it is traced: gradients are on, and layers take no shortcut of their own."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with quiet(), torch.enable_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
+def seeded(model: nn.Module) -> Iterator[None]:
+    """One seed for every generator, and the generators as they were afterwards."""
+    with generators_kept(model):
+        torch.default_generator.manual_seed(SEED)  # torch.manual_seed would seed devices that are none of the model's
+        for device in _devices(model):
+            module = torch.get_device_module(device)
+            with module.device(device):
+                module.manual_seed(SEED)
+        random.seed(SEED)
+        numpy = sys.modules.get("numpy")
+        if numpy is not None:
+            numpy.random.seed(SEED)
+        yield
+
+
+@contextmanager
+def generators_kept(model: nn.Module) -> Iterator[None]:
+    """Gives the generators of torch, Python and NumPy their states back."""
+    numpy, python = sys.modules.get("numpy"), random.getstate()
+    arrays = None if numpy is None else numpy.random.get_state()
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+            for device in _devices(model):
+                stack.enter_context(torch.random.fork_rng(devices=[device], device_type=device.type))
+            yield
+    finally:
+        random.setstate(python)
+        if numpy is not None:
+            numpy.random.set_state(arrays)
+
+
+def _devices(model: nn.Module) -> set[torch.device]:
+    """The devices of a model that have generators of their own."""
+    found = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    return {device for device in found if device.type not in ("cpu", "meta")}
+
+
+def _copies(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: pytree.tree_map_only(Tensor, torch.clone, value) for name, value in arguments.items()}

@@ -1,0 +1,307 @@
+"""Whether a model does the same in training and in evaluation, dropout and batch norm apart.
+
+A quick look decides whether one trace is enough: the operations of a call under train() and under eval(), on fake
+tensors. It also finds what no trace can follow: numbers drawn by Python or NumPy, which a graph would freeze.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import sys
+import traceback
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from peftgraph.capture.assumptions import Assuming
+from peftgraph.capture.diagnosis import Place, describe_place, is_model_code, quiet, rates
+from peftgraph.capture.example_inputs import Example
+from peftgraph.capture.fake_model import compiling, ghost_arguments, ghost_of
+from peftgraph.errors import TraceError
+from peftgraph.ir.dtype_literals import FORMS
+
+FOLLOWED = {
+    "dropout",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
+    "alpha_dropout",
+    "feature_alpha_dropout",
+    "feature_dropout",
+    "contiguous",  # no operation where the kernel of a mode gives this layout already
+}
+# Whether code casts depends on the dtypes at hand, and a graph that is traced under a marker holds every cast.
+CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "detach", "numel", "is_floating_point"}
+# One of their literals follows the mode: dropout_p, training, use_input_stats.
+SWITCHED = {"scaled_dot_product_attention", "batch_norm", "instance_norm", "rrelu"}
+ALL_ONES = 0x12DD9BB3  # the word of a Mersenne twister whose output is 32 ones
+LITERALS = (bool, int, float, str, torch.dtype)
+
+
+Step = tuple[str, tuple[str, ...]]  # an operation; the values it reads, and its literals
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a model does on a call, in its own dtypes.
+
+    Attributes:
+        agree: whether a call under train() and one under eval() run the same operations; False also where that is open.
+        steps: what runs in training and, where the two do not agree, in evaluation, casts apart.
+    """
+
+    agree: bool
+    steps: tuple[list[Step], ...]
+
+
+def look_at(model: nn.Module, example: Example) -> Look:
+    """Runs a call on fake tensors in both modes.
+
+    Raises:
+        TraceError: the model draws numbers outside of torch; the message names the line.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    ghost = ghost_of(model, mode, torch.float32, torch.float32)
+    found: list[_Recorder] = []
+    whole = True
+    for training in (True, False):
+        recorder = _Recorder()
+        complete = _runs(ghost.train(training), example, mode, recorder)
+        if recorder.drew:
+            extremes = _at_extremes(ghost, example, mode)
+            if extremes is None:
+                raise _frozen(model, recorder.drawn)
+            recorder, complete = extremes, True
+        whole = whole and complete
+        found.append(recorder)
+    agree = whole and found[0].steps == found[1].steps
+    return Look(agree, tuple(one.uncast.steps for one in (found[:1] if agree else found)))
+
+
+def agrees_under(model: nn.Module, example: Example, own: torch.dtype, marker: torch.dtype, look: Look) -> bool:
+    """Whether the model's code runs the same operations where `marker` is in the place of its `own` dtype: not where it
+    branches on the dtype, nor where it computes a number from the limits of one.
+
+    Args:
+        model: the model.
+        example: a call of it.
+        own: the dtype of its weights.
+        marker: another.
+        look: what it does in its own.
+    """
+    alike = _literals_of(own, marker)
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    ghost = ghost_of(model, mode, own, marker)
+    for ours, training in zip(look.steps, (True, False), strict=False):
+        recorder = _Recorder()
+        _runs(ghost.train(training), example, mode, recorder, (own, marker))
+        # Where a run stops, on values that fake tensors do not have, both are compared that far.
+        if not all(_same_step(a, b, alike) for a, b in zip(ours, recorder.uncast.steps, strict=False)):
+            return False
+    return True
+
+
+def _same_step(ours: Step, theirs: Step, alike: set[tuple[str, str]]) -> bool:
+    names = ours[0] == theirs[0] and len(ours[1]) == len(theirs[1])
+    return names and all(a == b or (a, b) in alike for a, b in zip(ours[1], theirs[1], strict=True))
+
+
+def _literals_of(own: torch.dtype, marker: torch.dtype) -> set[tuple[str, str]]:
+    """The literals that follow the dtype, under each of the two."""
+    forms = {name: form for name, form in FORMS.items() if name != "wide"}
+    if torch.bfloat16 in (own, marker):  # which has no complex form
+        del forms["complex"]
+    return {(repr(form(own)), repr(form(marker))) for form in forms.values()}
+
+
+def _at_extremes(ghost: nn.Module, example: Example, mode: FakeTensorMode) -> _Recorder | None:
+    """A call whose operations are the same whether the smallest or the largest number is drawn wherever Python or
+    NumPy draw one, as where it is compared with a rate of 0 or chooses what is looked at; None where they are not."""
+    recorders: list[_Recorder] = []
+    for largest in (False, True):
+        recorder = _Recorder(largest=largest)
+        with _bounded(largest):
+            complete = _runs(ghost, example, mode, recorder)
+        if not complete:
+            return None
+        recorders.append(recorder)
+    low, high = recorders
+    return low if (low.steps, low.rates) == (high.steps, high.rates) else None
+
+
+@contextmanager
+def _bounded(largest: bool) -> Iterator[None]:
+    """Has Python draw the first or the last where it draws one of several."""
+    generator: Any = random.random.__self__
+    with patch.object(generator, "_randbelow", lambda n: n - 1 if largest else 0):
+        yield
+
+
+def _draw_extremes(largest: bool) -> None:
+    """Has the generators of Python and NumPy give the smallest or the largest number 623 times. It is the state that
+    is set, for code keeps their functions under names of its own; the last word ends loops that reject such numbers."""
+    words = (ALL_ONES if largest else 0,) * 623 + (1,)
+    random.setstate((3, (*words, 0), None))
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.set_state(("MT19937", numpy.array(words, dtype=numpy.uint32), 0, 0, 0.0))
+
+
+def _runs(
+    ghost: nn.Module,
+    example: Example,
+    mode: FakeTensorMode,
+    recorder: _Recorder,
+    dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32),
+) -> bool:
+    """Whether a call runs to its end; Python's and NumPy's random numbers are as before then. Tensors of the first of
+    `dtypes` are given as ones of the second."""
+    args, kwargs = example.call(ghost_arguments(dict(example.arguments), mode, *dtypes))
+    before = _state()
+    try:
+        recorder.begin()
+        with torch.no_grad(), mode, Assuming(example.assume), recorder, quiet(), compiling():
+            recorder.end(example.result(ghost(*args, **kwargs)))
+    except Exception as error:  # what cannot run on fake tensors is traced in both modes; the export explains it
+        recorder.look([(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)][::-1])
+        return False
+    finally:
+        _restore(before)
+    return True
+
+
+class _Trail:
+    """Operations with the values that they read, numbered in the order in which they are first read.
+
+    Attributes:
+        followed: operations that are taken for their first operand.
+        steps: the others.
+    """
+
+    def __init__(self, followed: Set[str]) -> None:
+        self.followed = followed
+        self.steps: list[Step] = []
+        self._numbers: dict[int, int] = {}
+        self._fresh = itertools.count()
+        self._alive: list[Tensor] = []  # so that no id is given twice
+
+    def begin(self, name: str, operands: Any, *, counted: bool) -> None:
+        """An operation that is about to run."""
+        if counted and name not in self.followed:
+            self.record(name, operands)
+
+    def end(self, name: str, first: Any, result: Any, *, counted: bool) -> None:
+        """What it gave."""
+        if name in self.followed:
+            if isinstance(result, Tensor):
+                self._numbers[id(result)] = self._number(first)
+                self._alive.append(result)
+        elif counted:
+            for leaf in pytree.tree_leaves(result):
+                if isinstance(leaf, Tensor):
+                    self._number(leaf)
+
+    def record(self, name: str, operands: Any) -> None:
+        """A step: which values it reads, and its literals."""
+        leaves, tree = pytree.tree_flatten(operands)
+        read = [f"%{self._number(leaf)}" for leaf in leaves if isinstance(leaf, Tensor)]
+        literals = [] if name in SWITCHED else [repr(leaf) for leaf in leaves if isinstance(leaf, LITERALS)]
+        self.steps.append((name, (*read, *literals, str(tree) if name == "return" else "")))
+
+    def _number(self, value: Tensor) -> int:
+        self._alive.append(value)
+        if id(value) not in self._numbers:
+            self._numbers[id(value)] = next(self._fresh)
+        return self._numbers[id(value)]
+
+
+class _Recorder(TorchFunctionMode):
+    """Records the operations of a call, and the first place at which numbers were drawn outside of torch."""
+
+    def __init__(self, largest: bool | None = None) -> None:
+        super().__init__()
+        self.largest = largest  # which extreme is drawn; None: what the generators give
+        self.every, self.uncast = _Trail(FOLLOWED), _Trail(FOLLOWED | CASTS)
+        self.rates: list[float] = []  # literals of operations that follow the mode
+        self.drew = False
+        self.drawn: list[Place] = []  # where it was seen first; empty where it was behind the last operation
+        self._before = _state()
+
+    @property
+    def steps(self) -> list[Step]:
+        """The operations, casts among them."""
+        return self.every.steps
+
+    def begin(self) -> None:
+        """Sets the generators where extremes are drawn."""
+        if self.largest is not None:
+            _draw_extremes(self.largest)
+
+    def end(self, result: Any) -> None:
+        """What the call gave."""
+        for trail in (self.every, self.uncast):
+            trail.record("return", result)
+        self.look([])
+
+    def look(self, places: list[Place]) -> None:
+        """Keeps `places`, innermost first, when numbers were drawn since the last look."""
+        if self.largest is not None:
+            _draw_extremes(self.largest)
+        elif not self.drew and not _equal(self._before, _state()):
+            self.drew = True
+            self.drawn = [place for place in places if is_model_code(place[0].co_filename)]
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", str(func))
+        frame = sys._getframe(1)
+        self.look([(frame.f_code, line) for frame, line in traceback.walk_stack(frame)])
+        counted = name != "__get__" and not frame.f_code.co_filename.endswith("batchnorm.py")
+        trails = (self.every, self.uncast)
+        for trail in trails:
+            trail.begin(name, (args, kwargs or {}), counted=counted)
+        result = func(*args, **(kwargs or {}))
+        if name in FOLLOWED | SWITCHED:
+            self.rates += [one for one in pytree.tree_leaves((args, kwargs)) if isinstance(one, float)]
+        for trail in trails:
+            trail.end(name, args[0] if args else None, result, counted=counted)
+        return result
+
+
+def _state() -> list[Any]:
+    """The state of Python's random numbers and, where it is loaded, of NumPy's."""
+    numpy = sys.modules.get("numpy")
+    return [random.getstate(), None if numpy is None else numpy.random.get_state()]
+
+
+def _equal(a: list[Any], b: list[Any]) -> bool:
+    if a[0] != b[0] or (a[1] is None) != (b[1] is None):
+        return False
+    return a[1] is None or (bool((a[1][1] == b[1][1]).all()) and a[1][2:] == b[1][2:])
+
+
+def _restore(state: list[Any]) -> None:
+    random.setstate(state[0])
+    if state[1] is not None:
+        sys.modules["numpy"].random.set_state(state[1])
+
+
+def _frozen(model: nn.Module, places: list[Place]) -> TraceError:
+    where = "".join(describe_place(code.co_filename, line, code.co_name) for code, line in places[:1])
+    return TraceError(
+        f"{type(model).__name__} cannot be traced.\n{where}"
+        "  why: the code draws random numbers with Python or NumPy here, or shortly before, and a graph would "
+        "repeat what was drawn while tracing.\n"
+        f"  what to do: {rates(model, places) or 'Switch that behaviour off'}, or draw them with torch."
+    )

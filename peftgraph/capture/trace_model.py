@@ -1,0 +1,355 @@
+"""pg.trace: a model and an example of its inputs become a program.
+
+The model itself is never touched: what is exported is a ghost of it, a copy around fake tensors in training
+mode and in a marker dtype, so that dropout is seen and literals that follow the parameters' dtype can be told
+from literals that are meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from peftgraph.capture.assumptions import all_used, split
+from peftgraph.capture.cache_inputs import with_past
+from peftgraph.capture.calling_convention import signature_of, symbols_of
+from peftgraph.capture.compare_with_eager import Differs, Level, compared
+from peftgraph.capture.diagnosis import explain, quiet
+from peftgraph.capture.example_inputs import Example, bind_call, bind_example, with_distinct_batch
+from peftgraph.capture.export_run import export_ghost, markers_of
+from peftgraph.capture.functionalise import out_of_place
+from peftgraph.capture.host_classes import children_of, host_of
+from peftgraph.capture.isolation import alone
+from peftgraph.capture.merge_modes import merge
+from peftgraph.capture.mode_check import agrees_under, look_at
+from peftgraph.capture.normalise import canonical
+from peftgraph.capture.progress import Progress, silent
+from peftgraph.capture.submodule import bound_calls, serves
+from peftgraph.capture.transformers_patches import difference
+from peftgraph.errors import TraceError
+from peftgraph.ir.builder import number
+from peftgraph.ir.dtype_literals import mark, retarget
+from peftgraph.ir.interpreter import run
+from peftgraph.ir.parameters import Entry, Table
+from peftgraph.ir.program import ProgramData, Surrounding, calls, stored
+from peftgraph.ir.shape_inference import fake_like, fake_mode_of, is_recastable, propagate, recast, settled
+from peftgraph.ir.signature import Signature
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to trace.
+
+    Attributes:
+        fixed: axes whose sizes stay the example's, by the name of an input.
+        assume: the truth that tensors have at lines of the model's code that branch by it.
+        verify: how far the program is compared with the model: "off", "example" or "sizes".
+        progress: told how far the trace is.
+    """
+
+    fixed: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    assume: Mapping[str, bool] = field(default_factory=dict)
+    verify: Level = "sizes"
+    progress: Progress = silent
+
+
+def capture(
+    model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] | Tensor, options: Options = Options()
+) -> ProgramData:
+    """Traces `model` into a program.
+
+    Args:
+        model: any module; its weights may be on the meta device. It is not modified, and its tensors are
+            shared, not copied.
+        example: a dict of keyword inputs or a tuple of positional ones. Sizes of the batch and of sequences
+            become symbols.
+        options: how.
+
+    Raises:
+        TraceError: the model cannot be traced; the message names the line of its code and what to change.
+    """
+    with alone(model):
+        table = _table_of(model)
+        given = _with_options(bind_example(model, example), options)
+        _, program = _with_best_batch(model, given, table, options, lambda one: with_past(model, one, table.dtype))
+        return replace(program, host=host_of(model), children=children_of(model))
+
+
+def capture_part(
+    model: nn.Module,
+    example: Mapping[str, Any] | tuple[Any, ...] | Tensor,
+    root: str,
+    options: Options = Options(),
+) -> ProgramData:
+    """Traces the submodule `root` of `model` into a program; names and tensors are those of the whole model.
+
+    Args:
+        model: any module; it is not modified. A copy of it that shares its parameters is run on `example`.
+        example: a call of the whole model.
+        root: the dotted name of a submodule. It is traced as it is called first.
+        options: how; inputs are those of the submodule.
+
+    Raises:
+        TraceError: there is no such submodule, it is not called or in several ways, or it cannot be traced.
+    """
+    with alone(model):
+        options.progress(f"running the model, to see how {root} is called", 0, 0)
+        around, outer, seen = bound_calls(model, root, example)
+        part, table = model.get_submodule(root), _table_of(model)
+        own = _table_of(part)
+        if own.dtype != table.dtype:
+            raise TraceError(f"{root} is {own.dtype} in a model that is {table.dtype}. Convert one of them first.")
+        given = _with_options(bind_call(part, seen[0].args, seen[0].kwargs), options)
+        _, program = _with_best_batch(part, given, own, options)
+        serves(program.signature, root, seen)
+        constants = {name: entry for name, entry in program.table.items() if entry.kind == "constant"}
+        _prefix(program.graph, root, constants)
+        whole = Surrounding(around, root, outer.assumed)
+        return replace(program, model=type(model).__name__, table=table.with_(constants), surrounding=whole)
+
+
+def _with_options(example: Example, options: Options) -> Example:
+    return replace(example.with_fixed(options.fixed), assume=dict(options.assume))
+
+
+def _with_best_batch(
+    model: nn.Module,
+    given: Example,
+    table: Table,
+    options: Options,
+    completed: Callable[[Example], Example] = lambda one: one,
+) -> tuple[Example, ProgramData]:
+    """The example to trace with, and what comes of it: a batch that looks like no other size, or the example's own
+    where the model's code fixes the batch, as it does where it loops over the pictures of one."""
+    bound = completed(with_distinct_batch(given))
+    program = _compared(model, bound, table, options, lambda signature: _takes(signature, given))
+    if program is None:
+        bound = completed(given)
+        program = _compared(model, bound, table, options)
+    assert program is not None
+    return bound, program
+
+
+def _compared(
+    model: nn.Module,
+    bound: Example,
+    table: Table,
+    options: Options,
+    serves: Callable[[Signature], bool] = lambda signature: True,
+) -> ProgramData | None:
+    """The program of a call, compared with the model; None, and no comparison, where its signature does not serve.
+
+    Where it differs from the model under another dtype than the model's own, that dtype is the first suspect.
+    """
+    markers = markers_of(model, table.dtype)
+    program = _in_both_modes(model, bound, table, markers, options.progress)
+    if not serves(program.signature):
+        return None
+    all_used(options.assume, program.signature.assumptions)
+    options.progress("comparing the program with the model", 0, 0)
+    try:
+        return compared(model, program, bound, options.verify)
+    except Differs:
+        if not program.marked or markers[0] == table.dtype:
+            raise
+        program = _in_both_modes(model, bound, table, [None], options.progress)
+        return compared(model, program, bound, options.verify)
+
+
+def _takes(signature: Signature, given: Example) -> bool:
+    sizes = {leaf.key: leaf.value.shape for leaf in given.leaves if isinstance(leaf.value, Tensor)}
+    fixed = [(spec.dims[0], sizes[spec.key][0]) for spec in signature.inputs if spec.dims and spec.key in sizes]
+    return all(isinstance(size, str) or size == own for size, own in fixed)
+
+
+def _prefix(graph: fx.Graph, root: str, constants: Mapping[str, Entry]) -> None:
+    """Gives tensors and module paths, in place, the names they have in the whole model."""
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target not in constants:
+            node.target = f"{root}.{node.target}"
+        stack = node.meta.get("nn_module_stack")
+        if stack:
+            paths = {key: (f"{root}.{path}" if path else root, cls) for key, (path, cls) in stack.items()}
+            node.meta["nn_module_stack"] = paths
+
+
+def _program(model: str, traced: _Traced, bound: Example) -> ProgramData:
+    number(traced.graph)
+    return ProgramData(
+        model=model,
+        graph=traced.graph,
+        table=traced.table,
+        signature=traced.signature,
+        example=bound.tensors,
+        marked=traced.marker is not None,
+    )
+
+
+def _in_both_modes(
+    model: nn.Module, bound: Example, table: Table, markers: Sequence[torch.dtype | None], progress: Progress
+) -> ProgramData:
+    progress("comparing training with evaluation", 0, 0)
+    look = look_at(model, bound)
+
+    @cache
+    def faithful(marker: torch.dtype) -> bool:
+        return agrees_under(model, bound, table.dtype, marker, look)
+
+    traced = _trace(model, bound, table, progress, training=True, markers=markers, faithful=faithful)
+    if not look.agree:
+        evaluation = _trace(model, bound, table, progress, training=False, markers=[traced.marker])
+        traced = _with_evaluation(model, traced, evaluation)
+    if traced.patched:
+        progress("comparing the patched model with its own code", 0, 0)
+        reason = difference(model, bound, run(_program(type(model).__name__, traced, bound), bound.tensors))
+        if reason is not None:
+            raise TraceError(f"{type(model).__name__} cannot be traced as it stands, and {reason}.")
+    return _program(type(model).__name__, traced, bound)
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """What a model does in one mode; without a marker no literal follows. `patched`: see Exported."""
+
+    graph: fx.Graph
+    table: Table
+    signature: Signature
+    marker: torch.dtype | None
+    patched: bool
+
+
+def _trace(
+    model: nn.Module,
+    bound: Example,
+    table: Table,
+    progress: Progress,
+    *,
+    training: bool,
+    markers: Sequence[torch.dtype | None],
+    faithful: Callable[[torch.dtype], bool] = lambda marker: True,
+) -> _Traced:
+    exported = export_ghost(model, bound, table.dtype, training, markers, progress, faithful)
+    progress("normalising", 0, 0)
+    table = table.with_(exported.constants)
+    marker = exported.marker
+    graph = canonical(exported.program, _names_of_ties(model), exported.functions)
+    if marker is not None:
+        _cast_numbers(graph, exported.constants, marker)
+        mark(graph, marker)
+    symbols = symbols_of(graph)
+    try:
+        _restore_dtype(graph, table, bound, marker)
+    except Exception as error:
+        raise explain(model, error) from error
+    assumptions = split(graph, exported.asked, table)
+    used = {str(node.target) for node in stored(graph)}
+    table = Table((name, entry) for name, entry in table.items() if entry.kind != "constant" or name in used)
+    signature = signature_of(graph, exported, bound, symbols, assumptions)
+    out_of_place(graph)
+    return _Traced(graph, table, signature, marker, exported.patched)
+
+
+def _cast_numbers(graph: fx.Graph, constants: Mapping[str, Entry], marker: torch.dtype) -> None:
+    """Casts the tensor literals that the model's code made in its own dtype, so that they follow it. One that is a
+    limit of that dtype is filled in, for a cast would take it beyond the limits of another."""
+    info = torch.finfo(marker)
+    for node in list(stored(graph)):
+        entry = constants.get(str(node.target))
+        if entry is None or entry.tensor.dtype != marker:
+            continue
+        limit = entry.tensor.item() if entry.tensor.dim() == 0 else None
+        with graph.inserting_after(node):
+            if limit in (info.min, info.max, info.tiny, info.eps):
+                kind = {"dtype": marker, "device": entry.tensor.device}
+                cast = graph.call_function(torch.ops.aten.full.default, ([], limit), kind)
+            else:
+                cast = graph.call_function(torch.ops.aten.to.dtype, (node, marker))
+        cast.meta = dict(node.meta)
+        node.replace_all_uses_with(cast, delete_user_cb=lambda user, cast=cast: user is not cast)
+
+
+def _with_evaluation(model: nn.Module, training: _Traced, evaluation: _Traced) -> _Traced:
+    """One graph for both modes.
+
+    Raises:
+        TraceError: the inputs or the outputs differ, or the graphs cannot be merged.
+    """
+    ours, theirs = training.signature, evaluation.signature
+    if ours.outputs != theirs.outputs:
+        differing = ", ".join(sorted(set(ours.output_keys) ^ set(theirs.output_keys))) or "in their types"
+        raise TraceError(
+            f"The outputs differ in training and in evaluation: {differing}. Switch it off with an argument in the "
+            "example or in the model's configuration, or trace a part of the model."
+        )
+    if [spec.dims for spec in ours.inputs] != [spec.dims for spec in theirs.inputs]:
+        raise TraceError(
+            f"The model's code takes {ours.describe()} in training and {theirs.describe()} in evaluation; a program "
+            "has one set of sizes. Trace a part of the model."
+        )
+    names, added = {}, {}
+    for name, entry in evaluation.table.items():
+        if entry.kind == "constant":
+            names[name] = f"evaluation_{name}"
+            added[names[name]] = entry
+    conditions = tuple(dict.fromkeys((*ours.conditions, *theirs.conditions)))
+    signature = replace(ours, conditions=conditions, assumptions=(*ours.assumptions, *theirs.assumptions))
+    graph = merge(training.graph, evaluation.graph, names)
+    try:
+        with quiet():
+            propagate(calls(graph), fake_mode_of(graph))
+    except Exception as error:  # whatever an operator says of sizes that each mode knows in symbols of its own
+        raise TraceError(
+            f"{type(model).__name__} computes with other sizes in training than in evaluation ({error}); a program has "
+            "one set of sizes. If it drops tokens in training, set the rate to 0; or trace a part of the model: "
+            'pg.trace(model, example, root="...").'
+        ) from error
+    patched = training.patched or evaluation.patched
+    return replace(training, graph=graph, table=training.table.with_(added), patched=patched, signature=signature)
+
+
+def _table_of(model: nn.Module) -> Table:
+    frozen: dict[int, Tensor] = {}
+    entries: dict[str, Entry] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        tensor = frozen.setdefault(id(parameter), parameter.detach())
+        entries[name] = Entry(tensor, "parameter")
+    for prefix, module in model.named_modules(remove_duplicate=False):  # a module of several names is one of each
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                full = f"{prefix}.{name}" if prefix else name
+                persistent = name not in module._non_persistent_buffers_set
+                entries[full] = Entry(frozen.setdefault(id(buffer), buffer.detach()), "buffer", persistent)
+    return Table(entries)
+
+
+def _names_of_ties(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """For every name of a tied tensor (the exporter keeps any of them), all its names, that one first."""
+    groups: dict[int, list[str]] = {}
+    stored = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, tensor in stored:
+        groups.setdefault(id(tensor), []).append(name)
+    return {name: (name, *(n for n in names if n != name)) for names in groups.values() for name in names}
+
+
+def _restore_dtype(graph: fx.Graph, table: Table, bound: Example, marker: torch.dtype | None) -> None:
+    """Brings a graph traced under `marker` to the dtype of the model's own weights."""
+    retarget(graph, table.dtype, None)
+    mode = fake_mode_of(graph)
+    tensors = iter(bound.tensors)
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            value = node.meta["val"]
+            node.meta["val"] = settled(mode, value, next(tensors).dtype) if isinstance(value, Tensor) else value
+        elif node.op == "get_attr":
+            node.meta["val"] = fake_like(mode, table[str(node.target)].tensor)
+    with quiet():
+        both = (marker, table.dtype) == (torch.bfloat16, torch.float32)  # which promote alike
+        if both and is_recastable(calls(graph)):
+            recast(calls(graph), mode, torch.bfloat16, torch.float32)
+        else:
+            propagate(calls(graph), mode)

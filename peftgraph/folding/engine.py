@@ -1,0 +1,348 @@
+"""Folding: edits go back into the weights, innermost first, until nothing foldable is left.
+
+An edit at a projection's output folds once nothing unfolded stands between it and the projection; a scale on the value
+that enters a projection folds once that projection is its only reader. Each fold takes its edit out of the graph, which
+may free the next one.
+"""
+
+from __future__ import annotations
+
+from collections import ChainMap, Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TypeVar
+
+import torch
+from torch import Tensor, fx
+
+from peftgraph.folding.aliasing import Sharing
+from peftgraph.folding.linear_form import Form
+from peftgraph.folding.steps import Install, Settle, Step, Write
+from peftgraph.ir.builder import erase, sort
+from peftgraph.ir.parameters import Table
+from peftgraph.ir.program import Applied, Edit, Edits, ProgramData, copy_graph
+from peftgraph.rewrite.apply import undo
+from peftgraph.rewrite.count import rule_of, short_params
+from peftgraph.rewrite.match import Match
+from peftgraph.rewrite.rule import Add, AddProduct
+from peftgraph.rewrite.weight_views import View, bias_view, rows_view, weight_view
+from peftgraph.sites import Site, Sites, Weight
+
+aten = torch.ops.aten
+P = TypeVar("P", bound=ProgramData)
+
+# What may stand between a scaled hidden value and the projection that reads it: a scale of features passes through.
+TRANSPARENT = {
+    aten.dropout.default,
+    aten.to.dtype,
+    aten.to.device,
+    aten.view.default,
+    aten.reshape.default,
+    aten.contiguous.default,
+}
+
+
+@dataclass
+class Folding:
+    """One run of the engine over a program, which stays unchanged.
+
+    Attributes:
+        program: what is folded.
+        sites: the sites of its base.
+        precision: what to accumulate in, and to leave the changed weights in; None for float32 (float64 where the
+            weight is float64) and one rounding to the stored dtype at the end.
+        untie: a tied weight that must change gets a tensor of its own.
+        changed: the changed windows, by parameter.
+        reasons: for each edit that is left, `site: pass: reason`.
+        steps: what was done, in order.
+    """
+
+    program: ProgramData
+    sites: Sites
+    precision: torch.dtype | None = None
+    untie: bool = False
+    changed: dict[str, list[View]] = field(default_factory=dict)
+    reasons: list[str] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.graph: fx.Graph = copy_graph(self.program.graph)
+        self.table: Table = self.program.table
+        self.edits: Edits = Edits(self.program.edits)
+        self._names: dict[str, fx.Node] = {node.name: node for node in self.graph.nodes}
+        self._by_id: dict[str, Site] = {site.id: site for site in self.sites}
+        self._sharing = Sharing(self.program, self.graph, self.sites, self.untie)
+        self._form = Form(self.program)
+        self._multiplied: dict[Weight | None, set[str]] = {}
+        for site in self.sites:
+            if site.role != "ffn.hidden":
+                self._multiplied.setdefault(site.weight, set()).add(site.op)
+        self._groups: dict[tuple[object, ...], list[Edit]] = {}
+        for edit in self.program.edits:
+            self._groups.setdefault(self._key(edit), []).append(edit)
+        self._uses = Counter(name for edit in self.edits for name in edit.parameters)
+        self._gone: set[str] = set()
+        edits = self.program.edits
+        self._makers: dict[str, View | None] = {name: self._window(e) for e in edits for name in e.nodes}
+
+    def run(self) -> Folding:
+        """Folds until no edit can be folded any more."""
+        progress = True
+        while progress:
+            progress = False
+            self.reasons = []
+            for edit in list(self.edits):
+                if edit not in self.edits:
+                    continue  # folded together with another
+                reason = self._reason(edit)
+                if reason is None:
+                    self._fold(edit)
+                    progress = True
+                else:
+                    self.reasons.append(f"{edit.site}: {self._word(edit)}: {reason}")
+        return self
+
+    def _key(self, edit: Edit) -> tuple[object, ...]:
+        """What edits have in common that fold together: those of one rule at the uses of one weight, which share their
+        parameters; those of a pass that trains the rows of a table."""
+        rule = rule_of(self.program, edit)
+        if rule.rows is not None:
+            return (edit.application,)
+        site = self._by_id[edit.site]
+        weight = site.weight and (self.program.table.tied(site.weight.parameter)[0], site.weight.window)
+        return (edit.application, edit.rule, edit.parameters, weight or edit.site)
+
+    def _group(self, edit: Edit) -> list[Edit]:
+        """The edits that fold together with one, itself included."""
+        return self._groups[self._key(edit)]
+
+    # may an edit fold?
+
+    def _reason(self, edit: Edit) -> str | None:
+        rule = rule_of(self.program, edit)
+        if isinstance(rule.fold, str):
+            return rule.fold
+        if not edit.moves:
+            return None
+        group = self._group(edit)
+        for one in group:
+            blocked = self._blocked(one)
+            if blocked is not None:
+                return blocked
+        site = self._by_id[edit.site]
+        if edit.installed or rule.training_only:
+            return None
+        if site.weight is not None and site.weight.computed is not None:
+            return (
+                f"the weight at {site.path} is computed from {site.weight.parameter} and what stands beside it. "
+                "Remove the parametrisation from the model before it is traced "
+                "(torch.nn.utils.parametrize.remove_parametrizations), or keep the pass"
+            )
+        makers = ChainMap[str, View | None](dict.fromkeys(name for one in group for name in one.nodes), self._makers)
+        return self._form_reason(group, makers) or self._sharing_reason(group, makers)
+
+    def _form_reason(self, group: Sequence[Edit], makers: Mapping[str, View | None]) -> str | None:
+        """Why a change of a weight, or of a bias, is another one than that of what its site gives; where an edit is one
+        of the weight itself, it is the same by itself."""
+        adders = {name for one in group for name in self._form.adders(self._by_id[one.site])}
+        for one in group:
+            site, rule = self._by_id[one.site], rule_of(self.program, one)
+            if self._at_weight(one):
+                continue
+            reason = self._form.weight_reason(site)
+            if reason is None and rule.rows is None and not self._reads(one, site):
+                reason = self._addend_reason(one, site, makers, adders)
+            if reason is not None:
+                return reason
+        return None
+
+    def _sharing_reason(self, group: Sequence[Edit], makers: Mapping[str, View | None]) -> str | None:
+        """Who else reads what would change."""
+        edit = group[0]
+        view, site = self._window(edit), self._by_id[edit.site]
+        if len(group) == 1 and rule_of(self.program, edit).rows is None:
+            readers = self._multiplied[site.weight] if self._reads(edit, site) else {site.op}
+            return self._sharing.reason(view, makers, readers)
+        assert view is not None
+        return self._sharing.joint_reason(view, [self._by_id[one.site].op for one in group], makers)
+
+    def _addend_reason(
+        self, edit: Edit, site: Site, makers: Mapping[str, View | None], adders: Collection[str]
+    ) -> str | None:
+        """Why what a site adds to its product stands in the way of a fold that changes, or looks at, more than the
+        product."""
+        view = bias_view(site)
+        if view is None:
+            added = self._form.unknown_addend(site)
+            return None if self._only_adds(edit, site) else added
+        reason = self._form.bias_reason(site)
+        reason = reason or self._sharing.bias_reason(view, weight_view(site), makers, adders)
+        return reason if reason is not None and view.parameter in self._touched(edit) else None
+
+    def _only_adds(self, edit: Edit, site: Site) -> bool:
+        """Whether what an edit adds to a site's output does not depend on that output."""
+        output = site.ports.get("output", site.op)
+        values = {output, *(move.after for move in self.edits.chain(output))}
+        return isinstance(rule_of(self.program, edit).join, Add | AddProduct) and self._read_by(edit).isdisjoint(values)
+
+    def _touched(self, edit: Edit) -> set[str]:
+        step = self._step(edit)
+        assert isinstance(step, Write)
+        return step.touched(self._shapes)
+
+    @cached_property
+    def _shapes(self) -> Table:
+        """The program's table on the meta device."""
+        table = self.program.table
+        return Table((n, replace(e, tensor=torch.empty_like(e.tensor, device="meta"))) for n, e in table.items())
+
+    def _reads(self, edit: Edit, site: Site) -> bool:
+        """Whether an edit changes what its site's weight reads."""
+        return site.role == "ffn.hidden" or _at_input(edit)
+
+    def _at_weight(self, edit: Edit) -> bool:
+        """Whether an edit changes the weight itself, for all who read it."""
+        site = self._by_id[edit.site]
+        return isinstance(rule_of(self.program, edit).join, AddProduct) and not _at_output(edit, site)
+
+    def _blocked(self, edit: Edit) -> str | None:
+        """What stands between an edit and its weight."""
+        site = self._by_id[edit.site]
+        return self._reader_reason(edit, site) if self._reads(edit, site) else self._order_reason(edit, site)
+
+    def _window(self, edit: Edit) -> View | None:
+        """What an edit's fold may change of its site's weight."""
+        site, rows = self._by_id[edit.site], rule_of(self.program, edit).rows
+        return weight_view(site) if rows is None else rows_view(site, rows)
+
+    def _order_reason(self, edit: Edit, site: Site) -> str | None:
+        """What stands between the edit and its projection, on the same columns."""
+        for move, other in self.edits.into(site.op).items():
+            if any(self._names[self.edits.under(move)] in self._inputs(name) for name in edit.nodes):
+                return f"its projection reads what {self._word(other)} changed, which it does not read itself"
+        for move in edit.moves:
+            line = self.edits.chain(move.anchor)
+            for below in line[: line.index(move)]:
+                other = self.edits.owner(below)
+                if _share_columns(self._by_id[other.site], site) and not self._beside(edit, other, move.anchor):
+                    return f"it stands on {self._word(other)}, which is not folded"
+        return None
+
+    def _beside(self, edit: Edit, below: Edit, anchor: str) -> bool:
+        """Whether an edit may fold before the one that it stands on: both only add to one value, the lower one is not
+        made of that value, and the upper one not of what the lower one gives."""
+        joins = [rule_of(self.program, one).join for one in (edit, below)]
+        if not all(isinstance(join, Add | AddProduct) for join in joins):
+            return False
+        given = {move.after for move in self.edits.chain(anchor)}
+        return self._read_by(edit).isdisjoint(given) and self._read_by(below).isdisjoint({anchor, *given})
+
+    def _read_by(self, edit: Edit) -> set[str]:
+        """What the delta of an edit is made of."""
+        made = [name for name in edit.nodes if name not in edit.joining]
+        return {operand.name for name in made for operand in self._inputs(name)}
+
+    def _reader_reason(self, edit: Edit, site: Site) -> str | None:
+        """Who else reads the scaled value."""
+        own = self._multiplied[site.weight]
+        for reader in _readers(self._names[edit.moves[0].after]):
+            if reader.name not in own:
+                return f"the scaled value is also read by %{reader.meta.get('label', reader.name)}, which is not folded"
+        return None
+
+    def _inputs(self, name: str) -> list[fx.Node]:
+        return self._names[name].all_input_nodes
+
+    # folding one edit
+
+    def _fold(self, edit: Edit) -> None:
+        group = self._group(edit) if edit.moves else [edit]
+        self._take(self._step(group[0]))
+        for one in reversed(group):
+            if one.moves:
+                undo(self.graph, self._names, self.edits, one)
+            self.edits.remove(one)
+            self._uses.subtract(one.parameters)
+        gone = [name for name in group[0].parameters if self.table[name].added and not self._uses[name]]  # not shared
+        self._gone.update(gone)
+
+    def _step(self, edit: Edit) -> Step:
+        if not edit.moves or rule_of(self.program, edit).training_only:
+            return Settle(edit.parameters)
+        if edit.installed:
+            return Install(dict(edit.installed))
+        site, rule = self._by_id[edit.site], rule_of(self.program, edit)
+        at_weight = self._at_weight(edit)
+        match = Match(site, self.sites, self.graph, self.program.table, self.edits, self._names, at_weight=at_weight)
+        joint = at_weight or rule.rows is not None or len(self._group(edit)) > 1
+        return Write(match, rule, short_params(edit), joint)
+
+    def _take(self, step: Step) -> None:
+        self.table, written = step.run(self.table, self.precision)
+        self.steps.append(step)
+        for view in written:
+            self.changed.setdefault(view.parameter, []).append(view)
+
+    # the result
+
+    def result(self, program: P) -> P:
+        """The folded program: changed weights rounded once to the stored dtype, unless a precision was asked for."""
+        table = self.table.without(self._gone)
+        rounded: dict[int, Tensor] = {}
+        for name in self.changed:
+            tensor = self.table[name].tensor
+            dtype = self.precision or stored_tensor(program, name).dtype
+            table = table.with_tensor(name, rounded.setdefault(id(tensor), tensor.to(dtype)))
+        if not len(self.edits):
+            table = table.with_({name: replace(table[name], before=None) for name in table.state})
+        erase(self.graph, _unread(self.graph))
+        used = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
+        table = table.without(name for name, entry in table.items() if entry.added and name not in used)
+        history, edits = _without_finished(program, self.edits)
+        return program.evolve(graph=sort(self.graph), table=table, edits=edits, history=history)
+
+    def _word(self, edit: Edit) -> str:
+        return self.program.history[edit.application].method.word
+
+
+def stored_tensor(program: ProgramData, name: str) -> Tensor:
+    """The tensor that the base holds under `name`."""
+    entry = program.table[name]
+    return entry.tensor if entry.before is None else entry.before
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """The nodes that read a value, looking through what a scale of features passes through."""
+    found: list[fx.Node] = []
+    for user in node.users:
+        found += _readers(user) if user.target in TRANSPARENT else [user]
+    return found
+
+
+def _at_input(edit: Edit) -> bool:
+    """Whether an edit changes what one operator reads, and not what a site gives."""
+    return any("@" in move.anchor for move in edit.moves)
+
+
+def _at_output(edit: Edit, site: Site) -> bool:
+    """Whether an edit changes what a site gives, and not its weight."""
+    return any(move.anchor == site.ports.get("output") for move in edit.moves)
+
+
+def _share_columns(a: Site, b: Site) -> bool:
+    if a.columns is None or b.columns is None:
+        return True
+    return not set(a.columns).isdisjoint(b.columns)
+
+
+def _unread(graph: fx.Graph) -> list[fx.Node]:
+    """Stored tensors that only an edit read."""
+    return [node for node in graph.nodes if node.op == "get_attr" and not node.users]
+
+
+def _without_finished(program: ProgramData, edits: Edits) -> tuple[tuple[Applied, ...], tuple[Edit, ...]]:
+    """The history and edits without the passes that are folded whole."""
+    alive = sorted({edit.application for edit in edits})
+    index = {old: new for new, old in enumerate(alive)}
+    return tuple(program.history[i] for i in alive), tuple(replace(e, application=index[e.application]) for e in edits)

@@ -1,0 +1,66 @@
+"""Heads beside an adapter of the `adapters` library, as parameters of the base that train.
+
+Out of a model with transformers' own head the library saves that head by the names it has there. The heads of the
+library's own model classes are other modules than transformers has, and are not read.
+Source: adapter-hub/adapters 1.3, loading.py (PredictionHeadLoader).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from torch import Tensor
+
+from peftgraph.interop.adapterhub.saved import Saved
+from peftgraph.interop.documents import read_object, read_tensors
+from peftgraph.interop.filling import Filled, Key
+from peftgraph.interop.selecting import selector_of
+from peftgraph.interop.stored import holders, parameters_of, same
+from peftgraph.ir.program import ProgramData
+from peftgraph.rewrite.method import find_pass
+from peftgraph.sites import Sites
+
+HEAD = "head_config.json"
+TENSORS = "model_head.safetensors"
+
+
+def head(program: ProgramData, sites: Sites, saved: Saved) -> tuple[list[Filled], str]:
+    """The pass that trains the head, none where the base has its values; and what to say of one that is not read.
+
+    Raises:
+        AdapterError: a file is damaged.
+    """
+    if not (saved.directory / HEAD).exists():
+        return [], ""
+    document = read_object(saved.directory / HEAD, missing="")
+    tensors = read_tensors(saved.directory / TENSORS) if (saved.directory / TENSORS).exists() else {}
+    own = {name: program.table[name].tensor for name in tensors if name in program.table}
+    alike = bool(tensors) and all(name in own and own[name].shape == value.shape for name, value in tensors.items())
+    if document.get("config") is not None or not alike:
+        why = "a program has the heads of the model that was traced. Copy its weights into that one if you want them"
+        return [], _unread(saved, why)
+    return _trained(
+        program, sites, saved, {name: value for name, value in tensors.items() if not same(own[name], value)}
+    )
+
+
+def _trained(
+    program: ProgramData, sites: Sites, saved: Saved, wanted: Mapping[str, Tensor]
+) -> tuple[list[Filled], str]:
+    chosen = holders(sites, set(wanted))
+    lost = sorted(set(wanted) - {name for site in chosen for name in parameters_of(site)})
+    tied = next((other for name in wanted for other in program.table.tied(name) if other not in wanted), None)
+    if tied is not None:
+        why = f"it is tied to {tied} here. Trace a model whose configuration has tie_word_embeddings=False"
+        return [], _unread(saved, why)
+    if lost:
+        return [], _unread(saved, f"{lost[0]} is no site's own here. Copy its weights into the model that is traced")
+    if not chosen:
+        return [], ""
+    values: dict[Key, Tensor] = {**wanted}
+    return [Filled(cast(Any, find_pass("freeze"))(at=selector_of(sites, chosen)), values)], ""
+
+
+def _unread(saved: Saved, why: str) -> str:
+    return f"{saved.directory} holds a prediction head beside the adapter ({HEAD}), which is not read: {why}."

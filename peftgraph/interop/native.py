@@ -1,0 +1,257 @@
+"""Adapter directories: `adapter.json` (recipe, base, checksum) and a safetensors file with the parameters.
+
+The tensors' file is named after its content, so it never replaces another one. `adapter.json` names it and is written
+last: it is the commit point, and an interrupted save leaves the old adapter or the new one, never a mixture. After it,
+nothing fails: what cannot be removed is removed by the next save. One checksum is of both files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from peftgraph.errors import AdapterError, PeftGraphError
+from peftgraph.interop.documents import read_json, read_tensors
+from peftgraph.interop.filling import applied, check_fit, renamed
+from peftgraph.interop.fingerprint import fingerprint, first_difference
+from peftgraph.ir.program import ProgramData
+from peftgraph.rewrite.method import Pass, parse_pass
+from peftgraph.utils.atomic_files import atomic, locked
+
+FORMAT = 2
+INDEX = "adapter.json"
+P = TypeVar("P", bound=ProgramData)
+
+
+def save(program: ProgramData, directory: Path) -> Path:
+    """Writes the adapter of `program`.
+
+    Raises:
+        AdapterError: nothing was applied, the weights are on the meta device, or a partial fold changed the
+            base.
+        PeftGraphError: the disk refuses; an adapter that was there before stays whole.
+    """
+    check_can_save(program)
+    names = _own_tensors(program)
+    tensors = {name: program.table[name].tensor.detach().cpu().contiguous() for name in names}
+    content = safetensors.torch.save(tensors)
+    file = directory / f"adapter-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
+    document = {
+        "format": FORMAT,
+        "recipe": [str(applied.method) for applied in program.history],
+        "base": fingerprint(program),
+        "tensors": {"file": file.name, "names": names},
+    }
+    document["sha256"] = checksum(document, content)
+    try:
+        with locked(directory, f"saving to {directory}"):
+            _write(directory, file, content, document)
+    except OSError as error:
+        raise PeftGraphError(f"{directory} cannot be written: {error.strerror or error}.") from error
+    return directory
+
+
+def _write(directory: Path, file: Path, content: bytes, document: dict[str, Any]) -> None:
+    """Writes both files; an error leaves what was there."""
+    old = _file_of(directory)
+    try:
+        with atomic(file) as temporary:
+            temporary.write_bytes(content)
+        with atomic(directory / INDEX) as temporary:
+            temporary.write_text(json.dumps(document, indent=1), encoding="utf-8")
+    except PeftGraphError:
+        if file != old:
+            _discard(file)
+        raise
+    for other in directory.glob("adapter-*.safetensors"):
+        if OWN_NAME.fullmatch(other.name) and other != file:
+            _discard(other)
+
+
+def checksum(document: Mapping[str, Any], content: bytes) -> str:
+    """What `adapter.json` holds under "sha256": of all else in it, and of the tensors' file."""
+    rest = {key: value for key, value in document.items() if key != "sha256"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode() + b"\n" + content).hexdigest()
+
+
+def save_trained(program: ProgramData, trained: Mapping[str, Tensor], directory: Path) -> None:
+    """Writes the adapter of `program` with other values, and these as `model.safetensors`, which the Trainer loads.
+
+    Raises:
+        AdapterError: as `save`.
+        PeftGraphError: as `save`.
+    """
+    changes = {name: replace(program.table[name], tensor=tensor) for name, tensor in trained.items()}
+    save(program.evolve(table=program.table.with_(changes)), directory)
+    with atomic(directory / "model.safetensors") as temporary:
+        shutil.copyfile(directory / read_document(directory)["tensors"]["file"], temporary)
+
+
+def load(program: P, apply: Callable[..., P], directory: Path, name: str | None) -> P:
+    """The program after the saved passes with their parameters; `program` is unchanged whatever happens.
+
+    Args:
+        program: what the adapter is put on.
+        apply: its verb that applies passes.
+        directory: what `save` wrote.
+        name: a name for the adapter's passes, instead of the ones they were saved with.
+
+    Raises:
+        AdapterError: the files are missing, damaged, or fit another base.
+        Conflict: an adapter of that name is there already.
+    """
+    tuned, tensors = read(program, apply, directory, name)
+    with torch.no_grad():
+        for new, value in tensors.items():
+            tuned.table[new].tensor.copy_(value)
+    return tuned
+
+
+def read(program: P, apply: Callable[..., P], directory: Path, name: str | None) -> tuple[P, dict[str, Tensor]]:
+    """The program after the saved passes, with the values they start from, and the saved values by parameter.
+
+    Args, and what is raised, as for `load`; the program may be on the meta device.
+    """
+    document = read_document(directory)
+    tensors = _read_tensors(document, directory)
+    difference = first_difference(document["base"], program)
+    if difference is not None:
+        raise AdapterError(f"{directory} fits another base: {difference}.")
+    methods = _methods(document, directory, name)
+    tuned = applied(apply, methods, directory)
+    wanted = _own_tensors(tuned, since=len(program.history))
+    saved = wanted if name is None else document["tensors"]["names"]  # a new name changes the parameters' names
+    if len(saved) != len(wanted):
+        raise AdapterError(f"{directory}: it names {len(saved)} parameters, its recipe makes {len(wanted)}.")
+    targets = dict(zip(saved, wanted, strict=True))
+    check_fit(tensors, {old: tuned.table[new].tensor for old, new in targets.items()}, directory)
+    return tuned, {new: tensors[old] for old, new in targets.items()}
+
+
+def read_document(directory: Path) -> dict[str, Any]:
+    """The checked content of `adapter.json`.
+
+    Raises:
+        AdapterError: it is missing, unreadable or incomplete.
+    """
+    path = directory / INDEX
+    document = read_json(path, missing=f"{directory} holds no {INDEX}, so it is no adapter directory.")
+    if not isinstance(document, dict) or type(document.get("format")) is not int:
+        raise AdapterError(f"{path} is no adapter: it names no format.")
+    if document["format"] != FORMAT:
+        raise AdapterError(f"{path} has format {document['format']}; this version reads format {FORMAT}.")
+    missing = next((part for part, holds in PARTS.items() if not holds(document.get(part))), None)
+    if missing is not None:
+        raise AdapterError(f"{path} is damaged: its {missing!r} is missing or of the wrong kind.")
+    return document
+
+
+def _is_strings(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _is_base(value: object) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("model"), str):
+        return False
+    shapes = value.get("parameters")
+    return isinstance(shapes, dict) and all(
+        isinstance(shape, list) and all(type(size) is int for size in shape) for shape in shapes.values()
+    )
+
+
+def _is_tensors(value: object) -> bool:
+    if not isinstance(value, dict) or not _is_strings(value.get("names")):
+        return False
+    return isinstance(value.get("file"), str)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+# The parts of `adapter.json` and what each must look like.
+PARTS: dict[str, Callable[[object], bool]] = {
+    "recipe": _is_strings, "base": _is_base, "tensors": _is_tensors, "sha256": _is_text,
+}  # fmt: skip
+OWN_NAME = re.compile(r"adapter-[0-9a-f]{16}\.safetensors")
+
+
+def _discard(file: Path) -> None:
+    """Removes tensors that no index names; a disk that refuses leaves litter, not damage."""
+    with contextlib.suppress(OSError):
+        file.unlink()
+
+
+def check_can_save(program: ProgramData) -> None:
+    """Refuses a program without passes or values, or whose base a partial fold changed.
+
+    Raises:
+        AdapterError: it is one.
+    """
+    if not program.history:
+        raise AdapterError("There is nothing to save: no pass was applied to this program.")
+    if program.table.device.type == "meta":
+        raise AdapterError("This program was traced on the meta device; it has no parameters to save.")
+    base = program.base if program.base is not None else program
+    for name, entry in base.table.items():
+        now = program.table[name]
+        if (now.tensor if now.before is None else now.before) is not entry.tensor:
+            raise AdapterError(
+                f"A partial fold changed {name}, so the passes that are left fit no stored base. Save the "
+                "adapter before folding."
+            )
+
+
+def _own_tensors(program: ProgramData, since: int = 0) -> list[str]:
+    """The parameters of the passes from number `since` on, in the order of the edits, and the program's state: one name
+    a tensor."""
+    claimed = [name for edit in program.edits if edit.application >= since for name in edit.parameters]
+    found = dict.fromkeys([*claimed, *program.table.state])
+    return [name for name in found if program.table.tied(name)[0] == name]
+
+
+def _methods(document: dict[str, Any], directory: Path, name: str | None) -> list[Pass]:
+    try:
+        methods = [parse_pass(spec) for spec in document["recipe"]]
+    except (PeftGraphError, RecursionError) as error:
+        raise AdapterError(f"{directory}: its recipe cannot be read: {error}") from None
+    return renamed(methods, name, directory)
+
+
+def _file_of(directory: Path) -> Path | None:
+    """The tensors' file of the adapter that is in `directory` now."""
+    try:
+        return _tensors_path(read_document(directory), directory)
+    except AdapterError:
+        return None
+
+
+def _tensors_path(document: dict[str, Any], directory: Path) -> Path:
+    file = document["tensors"]["file"]
+    if Path(file).name != file or not file.startswith("adapter-") or not file.endswith(".safetensors"):
+        raise AdapterError(
+            f"{directory}: its tensors must lie in adapter-*.safetensors beside {INDEX}, not in {file!r}."
+        )
+    return directory / file
+
+
+def _read_tensors(document: dict[str, Any], directory: Path) -> dict[str, Tensor]:
+    path = _tensors_path(document, directory)
+
+    def checked(content: bytes) -> None:
+        if checksum(document, content) != document["sha256"]:
+            raise AdapterError(f"{path} or {INDEX} beside it is damaged: their checksum is not the one that is noted.")
+
+    return read_tensors(path, checked)

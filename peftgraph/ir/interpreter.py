@@ -1,0 +1,163 @@
+"""Running a program's graph directly, without a module around it: for proofs and probes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
+
+from peftgraph.ir.dtype_literals import retarget, widen
+from peftgraph.ir.modes import evaluated, mutated_buffers, trained
+from peftgraph.ir.parameters import Entry, Table
+from peftgraph.ir.program import ProgramData, calls, stored
+
+aten = torch.ops.aten
+CONTRACTIONS = {
+    "linear",
+    "addmm",
+    "matmul",
+    "mm",
+    "bmm",
+    "baddbmm",
+    "conv1d",
+    "conv2d",
+    "einsum",
+    "scaled_dot_product_attention",
+    "grouped_mm_fallback",
+}
+
+
+Watcher = Callable[[fx.Node, Any], None]  # told of every value as it is computed
+
+
+def run(program: ProgramData, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The tensor outputs of a program under eval(), for inputs in placeholder order."""
+    return [leaf for leaf in run_in_mode(program, inputs, training=False) if isinstance(leaf, Tensor)]
+
+
+def run_in_mode(
+    program: ProgramData, inputs: Sequence[Tensor], *, training: bool, watcher: Watcher | None = None
+) -> list[Any]:
+    """The leaves of a program's outputs in one mode, for inputs in placeholder order.
+
+    Args:
+        program: what to run; it is not changed, nor are its buffers.
+        inputs: the tensors of a call.
+        training: whether dropout and what else training does is part of it.
+        watcher: told of every value, of stored tensors too: of one that the graph writes, the copy that is written.
+    """
+    graph = trained(program.graph) if training else evaluated(program.graph)
+    dtype, device = program.table.dtype, program.table.device
+    if program.marked:
+        retarget(graph, dtype, device)
+    recorded = {str(node.target): node.meta["val"].dtype for node in stored(graph)}
+    moved: dict[int, Tensor] = {}
+    for name, entry in program.table.items():
+        if id(entry.tensor) not in moved or name in recorded:
+            moved[id(entry.tensor)] = _beside(entry, recorded.get(name, dtype)).to(device)
+    tensors = {name: moved[id(entry.tensor)] for name, entry in program.table.items()}
+    return _interpret(graph, tensors, [value.to(device) for value in inputs], watcher)
+
+
+def run_wide(program: ProgramData, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The outputs in float64 throughout: weights, inputs, the upcasts of the model's own code, and what torch makes of
+    integers, which is float32 wherever a weight had no part in it."""
+    graph = evaluated(program.graph)
+    widen(graph)
+    device = program.table.device
+    doubled = {id(entry.tensor): _double(entry.tensor).to(device) for entry in program.table.values()}
+    tensors = {name: doubled[id(entry.tensor)] for name, entry in program.table.items()}
+    given = [_double(value).to(device) for value in inputs]
+    leaves = _interpret(graph, tensors, given, wide=True)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def evaluate(wanted: fx.Node, known: Mapping[fx.Node, Any], table: Mapping[str, Entry]) -> Any:
+    """The value of one node, from the values of others and the stored tensors; only what it depends on is run."""
+    values = dict(known)
+    todo = [wanted]
+    with torch.no_grad():
+        while todo:
+            node = todo[-1]
+            waiting = [operand for operand in node.all_input_nodes if operand not in values]
+            if node in values or waiting:
+                todo += waiting
+                if not waiting:
+                    todo.pop()
+                continue
+            if node.op == "get_attr":
+                values[node] = table[str(node.target)].tensor.detach()
+            else:
+                assert node.op == "call_function", f"%{node.name} is an input that has no value"
+                assert not isinstance(node.target, str)
+                values[node] = node.target(*map_arg(node.args, values.get), **map_arg(node.kwargs, values.get))
+            todo.pop()
+    return values[wanted]
+
+
+def fake_table(table: Table, mode: FakeTensorMode) -> Table:
+    """The stored tensors as shapes and dtypes alone."""
+
+    def fake(entry: Entry) -> Entry:
+        with mode:
+            tensor = torch.empty(entry.tensor.shape, dtype=entry.tensor.dtype)
+        return Entry(tensor, entry.kind)
+
+    return Table((name, fake(entry)) for name, entry in table.items())
+
+
+def contractions(graph: fx.Graph) -> int:
+    """How many matrix products a graph computes."""
+    return sum(
+        node.target._schema.name.split("::")[-1] in CONTRACTIONS
+        for node in calls(graph)
+        if isinstance(node.target, torch._ops.OpOverload)
+    )
+
+
+def _beside(entry: Entry, dtype: torch.dtype) -> Tensor:
+    """A tensor in the dtype that the graph reads it in: a trainable one may have moved with a module that was
+    converted."""
+    return entry.tensor.to(dtype) if entry.trainable and entry.tensor.is_floating_point() else entry.tensor
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _interpret(
+    graph: fx.Graph,
+    tensors: Mapping[str, Tensor],
+    inputs: Sequence[Tensor],
+    watcher: Watcher | None = None,
+    wide: bool = False,
+) -> list[Any]:
+    values: dict[fx.Node, Any] = {}
+    last_use = {operand: node for node in graph.nodes for operand in node.all_input_nodes}
+    arguments = iter(inputs)
+    # Names that share a tensor share the copy that is written.
+    copies = {id(tensors[name]): tensors[name].detach().clone() for name in mutated_buffers(graph)}
+    with torch.no_grad():
+        for node in graph.nodes:
+            if node.op == "output":
+                return list(map_arg(node.args[0], values.__getitem__))
+            if node.op == "placeholder":
+                values[node] = next(arguments)
+            elif node.op == "get_attr":
+                tensor = tensors[str(node.target)]
+                values[node] = copies[id(tensor)] if id(tensor) in copies else tensor.detach()
+            else:
+                args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+                result = node.target(*args, **kwargs)
+                values[node] = pytree.tree_map_only(Tensor, _double, result) if wide else result
+            if watcher is not None:
+                watcher(node, values[node])
+            for operand in node.all_input_nodes:
+                if last_use[operand] is node:
+                    values.pop(operand, None)
+    raise AssertionError("a graph without an output")

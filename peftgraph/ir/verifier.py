@@ -1,0 +1,139 @@
+"""The verifier, as a list of rules, run before and after every pass: what it finds is a bug of a pass or the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from torch import fx, nn
+
+from peftgraph.errors import VerifyError
+from peftgraph.ir.program import ProgramData, calls, contested, stored
+from peftgraph.ir.shape_inference import Inference, fake_mode_of, same_meta
+
+Rule = Callable[[ProgramData], Iterator[str]]
+
+
+def verify(program: ProgramData, previous: ProgramData | None = None, inference: Inference | None = None) -> None:
+    """Checks every rule; given a verified `previous`, re-derives the values of changed nodes only.
+
+    `inference` remembers what calls give, by their operands: one that has seen some of them saves their time.
+
+    Raises:
+        VerifyError: the program breaks a rule; the message lists every breach.
+    """
+    breaches = [breach for rule in RULES for breach in rule(program)]
+    if not breaches:
+        breaches += list(values_rederive(program, previous, inference or Inference(fake_mode_of(program.graph))))
+    if breaches:
+        raise VerifyError("The program is not valid:\n  " + "\n  ".join(breaches))
+
+
+def operands_come_first(program: ProgramData) -> Iterator[str]:
+    """Every operand stands before its use, in the same graph."""
+    seen: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        for operand in node.all_input_nodes:
+            if operand not in seen:
+                yield f"%{node.name} uses %{operand.name}, which does not come before it"
+        seen.add(node)
+
+
+def names_are_unique(program: ProgramData) -> Iterator[str]:
+    """No two values print under one name, and every value has a name."""
+    seen: set[str] = set()
+    for node in calls(program.graph):
+        label = node.meta.get("label")
+        if label is None:
+            yield f"%{node.name} has no printed name"
+        elif label in seen:
+            yield f"two values are printed as %{label}"
+        else:
+            seen.add(label)
+
+
+def stored_tensors_exist(program: ProgramData) -> Iterator[str]:
+    """Every stored tensor that is read is in the table, with the recorded shape."""
+    for node in stored(program.graph):
+        entry = program.table.get(str(node.target))
+        if entry is None:
+            yield f"@{node.target} is not in the table"
+        elif tuple(entry.tensor.shape) != tuple(node.meta["val"].shape):
+            shape, wanted = tuple(entry.tensor.shape), tuple(node.meta["val"].shape)
+            yield f"@{node.target} has shape {shape}, the graph expects {wanted}"
+
+
+def trainables_are_claimed(program: ProgramData) -> Iterator[str]:
+    """What requires grad was made or claimed by an edit; what an edit claims trains."""
+    claimed = {name for edit in program.edits for name in edit.parameters}
+    for name, entry in program.table.items():
+        if entry.tensor.requires_grad != entry.trainable:
+            yield f"@{name} requires grad: {entry.tensor.requires_grad}, trainable: {entry.trainable}"
+        if entry.trainable and (name not in claimed or not isinstance(entry.tensor, nn.Parameter)):
+            yield f"@{name} trains but no edit claims it"
+    for name in claimed - set(program.table):
+        yield f"an edit claims @{name}, which is not in the table"
+
+
+def trainables_reach_the_output(program: ProgramData) -> Iterator[str]:
+    """Every trainable parameter that the graph reads leads to the output, or would but for another named adapter."""
+    hidden = {name for several in contested(program.edits).values() for edit in several for name in edit.parameters}
+    alive: set[fx.Node] = set()
+    for node in reversed(program.graph.nodes):
+        if node.op == "output" or node in alive:
+            alive.update(node.all_input_nodes)
+    for node in stored(program.graph):
+        entry = program.table.get(str(node.target))
+        if entry is not None and entry.trainable and node not in alive and node.target not in hidden:
+            yield f"@{node.target} trains but reaches no output"
+    read = {str(node.target) for node in stored(program.graph)}
+    for name, entry in program.table.items():
+        if entry.trainable and not any(other in read for other in program.table.tied(name)):
+            yield f"@{name} trains but the graph does not read it"
+
+
+def edits_stand(program: ProgramData) -> Iterator[str]:
+    """Every node that an edit lists exists, and every node that is no edit's belongs to the base."""
+    names = {node.name for node in program.graph.nodes}
+    for edit in program.edits:
+        for name in (*edit.nodes, *(move.after for move in edit.moves)):
+            if name not in names:
+                yield f"the edit at {edit.site} lists %{name}, which does not exist"
+    owned = {name for edit in program.edits for name in edit.nodes}
+    for node in program.graph.nodes:
+        if "origin" in node.meta and node.name not in owned:
+            yield f"%{node.name} was made by {node.meta['origin']}, but no edit lists it"
+
+
+RULES: tuple[Rule, ...] = (
+    operands_come_first,
+    names_are_unique,
+    stored_tensors_exist,
+    trainables_are_claimed,
+    trainables_reach_the_output,
+    edits_stand,
+)
+
+
+def values_rederive(program: ProgramData, previous: ProgramData | None, inference: Inference) -> Iterator[str]:
+    """Shapes and dtypes, derived again under fake tensors, are the recorded ones."""
+    known = {node.name: node for node in previous.graph.nodes} if previous is not None else {}
+    for node in calls(program.graph):
+        twin = known.get(node.name)
+        if twin is not None and _same_call(node, twin):
+            continue
+        try:
+            value = inference.value_of(node)
+        except Exception as error:  # whatever an operator says of its operands is the breach
+            yield f"%{node.meta.get('label', node.name)} cannot be computed: {error}"
+            return
+        if not same_meta(value, node.meta["val"], broadcast=True):
+            yield f"%{node.meta.get('label', node.name)} gives {value}, recorded is {node.meta['val']}"
+
+
+def _same_call(node: fx.Node, twin: fx.Node) -> bool:
+    """Whether the operands of `node` have the values that its twin's have, so that its own value is known."""
+    if node.target != twin.target or len(node.all_input_nodes) != len(twin.all_input_nodes):
+        return False
+    return all(
+        a.meta["val"] is b.meta["val"] for a, b in zip(node.all_input_nodes, twin.all_input_nodes, strict=True)
+    ) and same_meta(node.meta["val"], twin.meta["val"])

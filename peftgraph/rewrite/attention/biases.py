@@ -1,0 +1,208 @@
+"""What falls of an attention's masks and biases on rows in front of its keys, and what on the tokens' keys beside them.
+
+A mask says what a query may see, by whatever the inputs are; a bias of the distance is looked up in parameters of the
+model, b(j - i) for key j and query i. The two meet where one is added to the other, or fills what the other leaves.
+Shapes: T tokens, L rows.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Literal
+
+import torch
+from torch import fx
+
+from peftgraph.errors import PeftGraphError
+from peftgraph.ir.builder import Builder
+from peftgraph.rewrite.attention.layout import axes_of
+from peftgraph.rewrite.match import Match
+from peftgraph.rewrite.sequence.inputs import inputs_along, same_size
+from peftgraph.rewrite.sequence.longer import Longer, slice_of
+from peftgraph.sites.dataflow import ops
+
+aten = torch.ops.aten
+
+Biases = Literal["kept", "shifted", "dropped"]
+MASKS = {
+    aten.add.Tensor,
+    aten.add_.Tensor,
+    aten.sub.Tensor,
+    aten.masked_fill.Scalar,
+    aten.masked_fill_.Scalar,
+    aten.masked_fill.Tensor,
+    aten.masked_fill_.Tensor,
+    aten.where.self,
+    aten.where.ScalarOther,
+    aten.where.ScalarSelf,
+}
+LOOKUPS = ops.words("embedding index gather index_select take_along_dim")
+SAME = ops.CAST | {"contiguous", "clone"}
+
+
+class Shares:
+    """Tokens keep what they have; nothing hides the rows, and no bias falls on them."""
+
+    def front(self, mask: fx.Node) -> fx.Node | None:
+        """What a mask or bias gives to the rows, (..., T, L), or nothing."""
+        return None
+
+    def own(self, mask: fx.Node) -> fx.Node:
+        """What it gives to the tokens, (..., T, T)."""
+        return mask
+
+
+def shares_of(m: Match, op: Builder, rows: int, placed: bool, biases: Biases) -> Shares:
+    """The shares of an attention's rows and tokens; cross-attention knows no places, and so no distances.
+
+    Raises:
+        PeftGraphError: inputs cannot be made longer.
+    """
+    if m.site.kind != "self":
+        return Shares()
+    if placed:
+        return _Placed(_longer(m, op, rows))
+    match biases:
+        case "kept":
+            return Shares()
+        case "shifted":
+            return _Shifted(m, op, _longer(m, op, rows))
+        case "dropped":
+            return _Dropped(m, op)
+
+
+def _longer(m: Match, op: Builder, rows: int) -> Longer:
+    queries, keys = (m.value(port).meta["val"].shape[axes_of(m, port).positions] for port in ("q", "v"))
+    return Longer(m, op, inputs_along(m, queries, None if same_size(queries, keys) else keys), queries, rows)
+
+
+class _Placed(Shares):
+    """The rows are so many tokens in front of all others: theirs are the first columns of longer masks and biases."""
+
+    def __init__(self, longer: Longer) -> None:
+        self.longer = longer
+
+    def front(self, mask: fx.Node) -> fx.Node | None:
+        op, rows, again = self.longer.op, self.longer.rows, self.longer.again(mask)
+        if again is mask:
+            return None
+        queried = again if same_size(again.meta["val"].shape[-2], 1) else slice_of(op, again, -2, rows)
+        return slice_of(op, queried, -1, 0, rows)
+
+
+class _Apart(Shares, ABC):
+    """Masks stay as they are and hide no row; biases change."""
+
+    def __init__(self, m: Match, op: Builder) -> None:
+        self.m, self.op = m, op
+
+    @abstractmethod
+    def of_rows(self, bias: fx.Node) -> fx.Node | None:
+        """The biases of the rows, in the place of those that the model has."""
+
+    @abstractmethod
+    def of_tokens(self, bias: fx.Node) -> fx.Node:
+        """The biases of the tokens."""
+
+    def front(self, mask: fx.Node) -> fx.Node | None:
+        if not self._is_biased(mask):
+            return None
+        inner = self._inner(mask)
+        if inner is None:
+            return self.of_rows(mask)
+        front = self.front(inner)
+        return self.op.copy(mask, {inner: front}) if front is not None and ops.name(mask) in SAME else front
+
+    def own(self, mask: fx.Node) -> fx.Node:
+        if not self._is_biased(mask):
+            return mask
+        inner = self._inner(mask)
+        return self.of_tokens(mask) if inner is None else self.op.copy(mask, {inner: self.own(inner)})
+
+    def _is_biased(self, mask: fx.Node) -> bool:
+        """Whether a value is looked up in parameters of the model."""
+        seen, todo = {mask}, [mask]
+        while todo:
+            node = todo.pop()
+            if node.op == "get_attr" and self.m.table[str(node.target)].kind == "parameter":
+                return True
+            if ops.name(node) in ops.CONTRACTION:
+                raise PeftGraphError(
+                    f"{self.m.site.id} adds what depends on %{node.name}, a product of the model's own, to its scores, "
+                    'and no bias of the distance alone. Leave biases="kept".'
+                )
+            new = [] if node.target is aten.sym_size.int else [one for one in node.all_input_nodes if one not in seen]
+            seen.update(new)
+            todo += new
+        return False
+
+    def _inner(self, mask: fx.Node) -> fx.Node | None:
+        """Where a mask and a bias met, the bias; or what a value is a copy of. Nothing at a bias alone."""
+        if ops.name(mask) in SAME:
+            return mask.all_input_nodes[0]
+        biased, others = self._operands(mask)
+        if mask.target not in MASKS or not others:
+            self._refuse_mixed(mask)
+            return None
+        if len(biased) > 1 or mask.target is aten.sub.Tensor or mask.kwargs.get("alpha", 1) != 1:
+            raise self._mixed(mask)
+        return biased[0]
+
+    def _operands(self, node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
+        """What a value is made of: the biases, and other tensors."""
+        tensors = [one for one in node.all_input_nodes if isinstance(one.meta["val"], torch.Tensor)]
+        biased = [one for one in tensors if self._is_biased(one)]
+        return biased, [one for one in tensors if one not in biased]
+
+    def _refuse_mixed(self, bias: fx.Node) -> None:
+        """Refuses a bias that other tensors than its places had a part in, which may be a mask."""
+        todo = [bias]
+        while todo:
+            node = todo.pop()
+            if node.op == "get_attr" or ops.name(node) in LOOKUPS:
+                continue
+            biased, others = self._operands(node)
+            if others:
+                raise self._mixed(node)
+            todo += biased
+
+    def _mixed(self, node: fx.Node) -> PeftGraphError:
+        return PeftGraphError(
+            f"{self.m.site.id} mixes its biases with a mask at %{node.name} ({node.target}), where they cannot be told "
+            'apart. Leave biases="kept".'
+        )
+
+
+class _Shifted(_Apart):
+    """Keys are counted from the first row on, and queries from the first token: b(L + j - i) on token j, b(p - i) on
+    row p. Among so many tokens more, the first queries have these."""
+
+    def __init__(self, m: Match, op: Builder, longer: Longer) -> None:
+        super().__init__(m, op)
+        self.longer = longer
+
+    def of_rows(self, bias: fx.Node) -> fx.Node | None:
+        return slice_of(self.op, self._whole(bias), -1, 0, self.longer.rows)
+
+    def of_tokens(self, bias: fx.Node) -> fx.Node:
+        return slice_of(self.op, self._whole(bias), -1, self.longer.rows)
+
+    def _whole(self, bias: fx.Node) -> fx.Node:
+        """(..., T, L + T)"""
+        again = self.longer.again(bias)
+        if again is bias:
+            raise PeftGraphError(
+                f"The biases of {self.m.site.id}, %{bias.name}, are the same for any number of tokens: there are none "
+                f'for {self.longer.rows} more. Leave biases="kept".'
+            )
+        return slice_of(self.op, again, -2, 0, -self.longer.rows)
+
+
+class _Dropped(_Apart):
+    """There are no biases."""
+
+    def of_rows(self, bias: fx.Node) -> fx.Node | None:
+        return None
+
+    def of_tokens(self, bias: fx.Node) -> fx.Node:
+        return self.op.call(aten.zeros_like.default, bias)

@@ -1,0 +1,98 @@
+"""Gates: a number for each example that says how much of what a method computes enters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import fx
+
+from peftgraph.errors import PeftGraphError
+from peftgraph.ir.builder import Builder
+from peftgraph.rewrite.match import INPUT, Match
+from peftgraph.rewrite.rule import Rule
+from peftgraph.rewrite.sequence.inputs import beside, inputs_along, tokens
+
+aten = torch.ops.aten
+
+VIEWS = {aten.view.default, aten.reshape.default, aten.flatten.using_ints}
+
+
+class Gate(Protocol):
+    """Builds the opening of a gate, (batch,) numbers."""
+
+    def __call__(self, m: Match, op: Builder, x_BTD: fx.Node, /) -> fx.Node:
+        """The opening at a site, from what the rule there reads: x (batch, positions, features)."""
+        ...
+
+
+def gated(rule: Rule, gate: Gate) -> Rule:
+    """The rule whose delta enters as much as a gate lets it: `join(y, delta)` -> `join(y, g(x) delta)`.
+
+    What is added is multiplied by g; of a factor f, 1 + g (f - 1) is left; of a value that replaces another, the way
+    from the other one is; of rows of keys and values, both are.
+
+    Args:
+        rule: any rule that computes something.
+        gate: builds g, (batch,).
+
+    Raises:
+        PeftGraphError: the rule computes nothing anew, or (when it is applied) what it reads is no sequence by example.
+    """
+    build = rule.delta
+    if build is None:
+        raise PeftGraphError(f"The parameters at {rule.at} train in place: there is nothing that a gate could let in.")
+
+    def delta(m: Match, op: Builder) -> fx.Node | Mapping[str, fx.Node]:
+        change = build(m, op)
+        if not m.has(rule.join.port):
+            raise PeftGraphError(f"{m.site} gives no value of its own that a gate could weigh. Choose other sites.")
+        x_BTD = _sequence(m, m.input if rule.reads is None else rule.reads(m, op))
+        parts = [change] if isinstance(change, fx.Node) else change.values()
+        axes = max(part.meta["val"].dim() for part in (*parts, m.value(rule.join.port)))
+        opening = gate(m, op, x_BTD)
+        if axes == 2:  # (batch * positions, features)
+            sizes = [op.call(aten.sym_size.int, x_BTD, axis) for axis in (0, 1)]
+            opening = op.call(aten.expand.default, op.call(aten.unsqueeze.default, opening, 1), sizes)
+        opening = op.call(aten.reshape.default, opening, [-1, *[1] * (axes - 1)])
+        return rule.join.gated(m, op, change, opening)
+
+    return replace(rule, delta=delta, fold="a gate that reads the input stands before it", rank=None)
+
+
+def _sequence(m: Match, x: fx.Node) -> fx.Node:
+    """What a site reads as (batch, positions, features), though it may read that with the first two axes joined."""
+    shape = x.meta["val"].shape
+    source = x.args[0] if x.target in VIEWS else None
+    if len(shape) == 3 and not m.experts:
+        return x
+    if len(shape) == 2 and isinstance(source, fx.Node) and not m.experts and source.meta["val"].dim() == 3:
+        return source
+    raise PeftGraphError(
+        f"{m.site.id} reads {' x '.join(map(str, shape))}, which is no (batch, positions, features): a gate is a "
+        "number for each example. Choose sites outside of routed experts and convolutions."
+    )
+
+
+def mean_over(m: Match, op: Builder, x_BT1: fx.Node, tokens_only: bool) -> fx.Node:
+    """The mean of x (B, T, 1) over the positions, (B,): over all of them, or over those that hold tokens.
+
+    All hold tokens where the model has no input that says otherwise.
+
+    Raises:
+        PeftGraphError: such an input is no (batch, positions).
+    """
+    x_BT, length = op.call(aten.squeeze.dim, x_BT1, -1), x_BT1.meta["val"].shape[1]
+    inputs = inputs_along(m, length) if tokens_only and not isinstance(length, int) else None
+    if inputs is not None:
+        for name in inputs.along:
+            if len(m.value(INPUT + name).meta["val"].shape) != 2:
+                raise PeftGraphError(f"The input {name} is no (batch, positions): it is not known what hides padding.")
+    if inputs is None or inputs.mask is None:
+        return op.call(aten.mean.dim, x_BT, [1])
+    real_BT = beside(op, tokens(m, op, inputs.mask), x_BT)
+    total_B = op.call(aten.sum.dim_IntList, op.mul(x_BT, real_BT), [1])
+    count_B = op.call(aten.sum.dim_IntList, real_BT, [1])
+    return op.call(aten.div.Tensor, total_B, op.call(aten.clamp.default, count_B, 1))

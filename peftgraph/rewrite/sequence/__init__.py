@@ -1,0 +1,1 @@
+"""Rows in front of a sequence of tokens."""

@@ -1,0 +1,109 @@
+"""Where an axis of a value stands after an operation, by the shapes and arguments of the call alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+from torch import fx
+
+from peftgraph.rewrite.sequence.inputs import same_size
+from peftgraph.sites.dataflow import ops
+from peftgraph.sites.dataflow.products import spelled
+
+GONE: Final = -1  # the operation leaves one entry of the axis, or sums over it
+RESHAPED: Final = ops.words("view reshape _unsafe_view flatten unflatten expand")
+ELEMENTWISE: Final = ops.SCALE | ops.CAST | ops.DROPOUT | ops.words("contiguous clone alias tanh exp add sub clamp_min")
+REDUCED: Final = ops.words("sum amax logsumexp")
+NORMS: Final = ops.words("layer_norm rms_norm")
+
+
+def followed(node: fx.Node, source: fx.Node, axis: int) -> int | None:
+    """The axis of `node` that was `axis` of its operand `source`, from the front; GONE where it is no more, and None
+    where the operation does something else with it."""
+    kind, before, after = ops.name(node), _shape(source), _shape(node)
+    if kind in ("transpose", "swapaxes", "permute", "mT", "t"):
+        return _order(node, len(before)).index(axis)
+    if kind == "expand":
+        return axis + len(after) - len(before)
+    if kind in RESHAPED:
+        return _kept(before, after, axis)
+    if kind in ("unsqueeze", "squeeze") and isinstance(node.args[1], int):
+        place = node.args[1] % max(len(before), len(after))
+        return (
+            None
+            if kind == "squeeze" and place == axis
+            else axis + (place <= axis if kind == "unsqueeze" else -(place < axis))
+        )
+    if kind in ELEMENTWISE:
+        return axis + len(after) - len(before)
+    if kind in ops.SOFTMAX:
+        return axis if isinstance(node.args[1], int) and node.args[1] % len(before) == axis else None
+    if kind in REDUCED:
+        return GONE if _axes(node.args[1], len(before)) == {axis} and True in node.args[2:3] else None
+    if kind in NORMS:
+        sizes = node.args[1]
+        return axis if isinstance(sizes, list | tuple) and axis < len(before) - len(sizes) else None
+    if kind == "batch_norm" or kind in ops.CONV:
+        return axis if axis > 1 and _pointwise(node, kind) else None
+    return _in_product(node, source, axis)
+
+
+def _shape(node: fx.Node) -> Sequence[Any]:
+    return node.meta["val"].shape
+
+
+def _order(node: fx.Node, rank: int) -> list[int]:
+    """The axis of the operand that each axis of a transposed value is."""
+    if ops.name(node) == "permute":
+        given: Any = node.args[1]
+        return [axis % rank for axis in given]
+    pair = node.args[1:3] if ops.name(node) in ("transpose", "swapaxes") else (-2, -1)
+    a, b = (axis % rank for axis in pair if isinstance(axis, int))
+    order = list(range(rank))
+    order[a], order[b] = b, a
+    return order
+
+
+def _kept(before: Sequence[Any], after: Sequence[Any], axis: int) -> int | None:
+    """The axis of a view that is whole an axis of what is viewed."""
+    for place, size in enumerate(after):
+        if same_size(size, before[axis]) and same_size(_product(after[:place]), _product(before[:axis])):
+            return place
+    return None
+
+
+def _product(sizes: Sequence[Any]) -> Any:
+    result: Any = 1
+    for size in sizes:
+        result = result * size
+    return result
+
+
+def _axes(given: Any, rank: int) -> set[int]:
+    return {axis % rank for axis in (given if isinstance(given, list | tuple) else [given]) if isinstance(axis, int)}
+
+
+def _pointwise(node: fx.Node, kind: str) -> bool:
+    """Whether a convolution or norm of pictures leaves every point alone."""
+    kernel = ops.operand(node, 1, "weight")
+    plain = kind == "batch_norm" or (kernel is not None and all(size == 1 for size in _shape(kernel)[2:]))
+    source = node.args[0]
+    return plain and isinstance(source, fx.Node) and _alike(_shape(source)[2:], _shape(node)[2:])
+
+
+def _alike(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return len(a) == len(b) and all(map(same_size, a, b))
+
+
+def _in_product(node: fx.Node, source: fx.Node, axis: int) -> int | None:
+    named = spelled(node)
+    if named is None:
+        return None
+    operands = [one for one in node.all_input_nodes if isinstance(one.meta["val"], torch.Tensor)]
+    side = operands.index(source)
+    if side > 1 or ops.name(node) == "baddbmm":
+        return None
+    letter = named.of(side)[axis]
+    return named.result.index(letter) if letter in named.result else GONE

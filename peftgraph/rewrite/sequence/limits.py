@@ -1,0 +1,74 @@
+"""The sizes that inputs may have once passes have put rows in front of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TypeVar, cast
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from peftgraph.ir.interpreter import fake_table, run
+from peftgraph.ir.program import Edits, ProgramData
+from peftgraph.ir.shape_inference import size_in_example
+from peftgraph.ir.signature import Condition
+
+P = TypeVar("P", bound=ProgramData)
+
+
+def within_limits(program: P) -> P:
+    """The program with the sizes that its inputs may have: rows that a pass puts in front of them take their room."""
+    base, grown = program.base or program, program.grown()
+    ranges = {dim: _room(program, dim, span, grown.get(dim, 0)) for dim, span in base.signature.ranges.items()}
+    conditions = tuple(moved for one in base.signature.conditions for moved in _moved(program, one, grown))
+    if (ranges, conditions) == (program.signature.ranges, program.signature.conditions):
+        return program
+    return program.evolve(signature=replace(program.signature, ranges=ranges, conditions=conditions))
+
+
+def _moved(program: ProgramData, one: Condition, grown: Mapping[str, int]) -> list[Condition]:
+    """A condition on sizes as they arrive at the model's line, and as they are where the model reads both."""
+    more = tuple(grown.get(dim, 0) for dim in one.sizes)
+    if not any(more):
+        return [one]
+    as_it_is = any(n > 0 and _is_read_as_it_is(program, dim) for dim, n in zip(one.sizes, more, strict=True))
+    return [replace(one, more=more), *([one] if as_it_is else [])]
+
+
+def _room(program: ProgramData, dim: str, span: tuple[int, int | None], more: int) -> tuple[int, int | None]:
+    """The smallest and largest size of an input that grows by `more` on its way into the model.
+
+    Where parts of the model go on reading it as it is, the limits may be theirs, such as a table of positions; then the
+    largest size stands if the graph takes it.
+    """
+    low, high = span
+    as_it_is = more > 0 and _is_read_as_it_is(program, dim)
+    fits = high is not None and as_it_is and _takes(program, dim, high)
+    return low if as_it_is else max(1, low - more), high if high is None or fits else high - more
+
+
+def _is_read_as_it_is(program: ProgramData, dim: str) -> bool:
+    edits = Edits(program.edits)
+    own = {name for edit in program.edits for name in edit.nodes}
+    inputs = [spec.name for spec in program.signature.inputs if dim in spec.dims and edits.chain(spec.name)]
+    return any(user.name not in own for name in inputs for user in program.node(name).users)
+
+
+def _takes(program: ProgramData, dim: str, size: int) -> bool:
+    """Whether the graph runs, on shapes alone, for inputs of that size; not known, and no, where values make sizes."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    shapes = {
+        spec.name: [
+            size if one == dim else cast("int", size_in_example(now))
+            for one, now in zip(spec.dims, program.node(spec.name).meta["val"].shape, strict=True)
+        ]
+        for spec in program.signature.inputs
+    }
+    with mode:
+        inputs = [torch.zeros(shapes[spec.name], dtype=spec.dtype) for spec in program.signature.inputs]
+        try:
+            run(program.evolve(table=fake_table(program.table, mode)), inputs)
+        except RuntimeError:  # what torch says of sizes that do not fit
+            return False
+    return True

@@ -1,0 +1,147 @@
+"""Windows on stored parameters: the same (out, in) matrix whether it is a Linear, a Conv1D, a slice of a fused
+projection, a tied embedding or a stack of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peftgraph.ir.parameters import Table
+from peftgraph.sites import Columns, MatrixAxes, Site
+
+Read = Callable[[str], Tensor]
+
+
+@dataclass(frozen=True)
+class View:
+    """A window on one stored parameter.
+
+    Attributes:
+        parameter: the stored parameter's dotted name.
+        transposed: stored (in, out).
+        window: the stored output features it covers; None = all.
+        vector: it is a bias (O,) and not a matrix (O, I).
+        experts: size of a leading expert dimension, (E, O, I) and (E, O); None when there is none.
+        axes: which stored axes are features, where that is not a plain matrix's.
+    """
+
+    parameter: str
+    transposed: bool = False
+    window: Columns | None = None
+    vector: bool = False
+    experts: int | None = None
+    axes: MatrixAxes | None = None
+
+    def shape(self, full: Tensor) -> tuple[int, ...]:
+        """The window's shape: (O, I), (E, O, I), (O,) or (E, O)."""
+        sizes = list(self._oriented(full).shape)
+        if self.window is not None:
+            sizes[self._axis] = len(self.window)
+        return tuple(int(size) for size in sizes)
+
+    def get(self, full: Tensor) -> Tensor:
+        """The window of a stored tensor, in (out, in) orientation."""
+        oriented = self._oriented(full)
+        return (
+            oriented if self.window is None else oriented.index_select(self._axis, self.window.index().to(full.device))
+        )
+
+    def put(self, full: Tensor, value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A copy of the stored tensor whose window holds `value`, in `dtype` or the stored one; the rest is kept."""
+        kind = dtype or full.dtype
+        value = value.to(device=full.device, dtype=kind)
+        if self.window is not None:
+            index = self.window.index().to(full.device)
+            value = self._oriented(full).to(kind).index_copy(self._axis, index, value)
+        return self._restored(value, full).clone(memory_format=torch.contiguous_format)
+
+    def stored(self, full: Tensor, value: Tensor) -> Tensor | None:
+        """`value` in the layout of the stored tensor, in its own memory; None where the window is not all of that."""
+        if self.window is not None or value.shape != self._oriented(full).shape:
+            return None
+        return self._restored(value, full)
+
+    def overlaps(self, other: View) -> bool:
+        """Whether two views share stored values."""
+        if self.parameter != other.parameter:
+            return False
+        if self.window is None or other.window is None:
+            return True
+        return not set(self.window).isdisjoint(other.window)
+
+    @property
+    def _axis(self) -> int:
+        return -1 if self.vector else -2
+
+    def _oriented(self, full: Tensor) -> Tensor:
+        if self.vector:
+            return full
+        axes = self._axes(full)
+        stack = [axes.sizes[axis] for axis in axes.stacked]
+        return full.reshape(axes.sizes).permute(axes.order).reshape(*stack, *axes.shape)
+
+    def _restored(self, matrix: Tensor, full: Tensor) -> Tensor:
+        """The inverse of `_oriented`."""
+        if self.vector:
+            return matrix
+        axes = self._axes(full)
+        back = [axes.order.index(axis) for axis in range(len(axes.sizes))]
+        return matrix.reshape([axes.sizes[axis] for axis in axes.order]).permute(back).reshape(full.shape)
+
+    def _axes(self, full: Tensor) -> MatrixAxes:
+        return self.axes or MatrixAxes.plain([int(size) for size in full.shape], self.transposed, self.experts)
+
+    def axes_of(self, full: Tensor) -> MatrixAxes | None:
+        """Which axes of a stored tensor are features; None where it is a matrix, or a stack of matrices, as it is."""
+        plain = self.axes is None and full.dim() == (2 if self.experts is None else 3)
+        return None if plain else self._axes(full)
+
+    def __str__(self) -> str:
+        return self.parameter if self.window is None else f"{self.parameter}[{self.window}]"
+
+
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """A view with the values of a program behind it, in the dtype that folding accumulates in."""
+
+    view: View
+    value: Tensor
+
+
+def weight_view(site: Site) -> View | None:
+    """The window of a site's weight."""
+    if site.weight is None:
+        return None
+    weight = site.weight
+    return View(weight.parameter, weight.transposed, weight.window, experts=weight.experts, axes=weight.axes)
+
+
+def rows_view(site: Site, numbers: Sequence[int]) -> View:
+    """The window on rows of the table that a site with a whole weight reads: (N, D), of what an embedding looks up or
+    of a projection's outputs."""
+    assert site.weight is not None
+    assert site.weight.window is None
+    transposed = site.weight.transposed != (site.role == "embedding")
+    return View(site.weight.parameter, transposed, Columns.of(numbers))
+
+
+def bias_view(site: Site) -> View | None:
+    """The window of a site's bias."""
+    if site.bias is None:
+        return None
+    experts = None if site.weight is None else site.weight.experts
+    return View(site.bias.parameter, window=site.bias.window, vector=True, experts=experts)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What folding computes in: float64 for float64, float32 for anything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def bind(view: View, table: Table, precision: torch.dtype | None = None) -> Bound:
+    """`view` with the values that `table` holds now, in `precision` or what folding accumulates in by default."""
+    full = table[view.parameter].tensor.detach()
+    return Bound(view, view.get(full).to(precision or accumulation_dtype(full.dtype)))

@@ -1,0 +1,128 @@
+"""Blocks as submodules: the marked nodes of a graph become calls of modules at the blocks' own paths.
+
+Parameters keep their names. Blocks whose code reads the same share one function, and what a block reads besides its
+own tensors (masks, rotary tables, parameters that several blocks share) comes in as arguments.
+"""
+
+from __future__ import annotations
+
+import heapq
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from torch import fx, nn
+from torch.fx.node import map_arg
+
+from peftgraph.runtime.block_module import Block
+from peftgraph.runtime.block_regions import KEY, Span
+from peftgraph.runtime.codegen import Code
+
+Unit = list[fx.Node]
+
+
+@dataclass
+class Piece:
+    """The nodes of a block as a graph of its own, which reads the tensors below the block's path."""
+
+    path: str
+    graph: fx.Graph
+    inputs: list[fx.Node] = field(default_factory=list[fx.Node])
+    outputs: list[fx.Node] = field(default_factory=list[fx.Node])
+
+
+def outline(
+    graph: fx.Graph, blocks: Sequence[Span], name: str, compiled: Callable[[fx.Graph], Code], root: nn.Module
+) -> fx.Graph:
+    """`graph` with a call of a module in the place of each of its marked blocks; the modules get their code.
+
+    Args:
+        graph: the graph to cut, marked by `spans.mark`. Blocks that cannot be called as one lose their marks.
+        blocks: what the marks are numbers of.
+        name: of the graph, under which the modules keep their code.
+        compiled: makes code.
+        root: has a `Block` at each path.
+    """
+    new, made = fx.Graph(), dict[fx.Node, fx.Node]()
+    times: dict[str, int] = {}
+    for unit in _in_order(_units(graph)):
+        number = unit[0].meta.get(KEY)
+        if number is None:
+            made[unit[0]] = new.node_copy(unit[0], lambda operand: made[operand])
+            continue
+        piece = _piece(unit, blocks[number].path)
+        count = times[piece.path] = times.get(piece.path, -1) + 1  # a block that several layers share runs often
+        block = root.get_submodule(piece.path)
+        assert isinstance(block, Block)
+        block._peftgraph_codes[f"{name}{count or ''}"] = compiled(piece.graph)
+        inputs = [made[node] for node in piece.inputs]
+        call = new.call_module(piece.path, (f"{name}{count or ''}", *inputs))
+        for i, node in enumerate(piece.outputs):
+            made[node] = new.call_function(operator.getitem, (call, i))
+    return new
+
+
+def _units(graph: fx.Graph) -> list[Unit]:
+    """The nodes of each block together, and every other node alone, by where they start."""
+    together: dict[int, Unit] = {}
+    found: list[Unit] = []
+    for node in graph.nodes:
+        number = node.meta.get(KEY)
+        if number in together:
+            together[number].append(node)
+            continue
+        found.append([node])
+        if number is not None:
+            together[number] = found[-1]
+    return found
+
+
+def _in_order(units: list[Unit]) -> list[Unit]:
+    """The units so that each comes after what it reads. Blocks that read one another are taken apart."""
+    done, left = _sorted(units)
+    while left:
+        torn = next(unit for unit in left if KEY in unit[0].meta)
+        for node in torn:
+            del node.meta[KEY]
+        units = [unit for unit in units if unit is not torn] + [[node] for node in torn]
+        order = {node: i for i, node in enumerate(torn[0].graph.nodes)}
+        done, left = _sorted(sorted(units, key=lambda unit: order[unit[0]]))
+    return done
+
+
+def _sorted(units: list[Unit]) -> tuple[list[Unit], list[Unit]]:
+    """The units in order of what they read, the earlier first where that leaves a choice; and those that wait for
+    one another."""
+    home = {node: i for i, unit in enumerate(units) for node in unit}
+    waits = [{home[o] for node in unit for o in node.all_input_nodes} - {i} for i, unit in enumerate(units)]
+    readers: list[list[int]] = [[] for _ in units]
+    for i, sources in enumerate(waits):
+        for source in sources:
+            readers[source].append(i)
+    left = [len(sources) for sources in waits]
+    ready = [i for i, count in enumerate(left) if count == 0]
+    done: list[int] = []
+    while ready:
+        done.append(heapq.heappop(ready))
+        for reader in readers[done[-1]]:
+            left[reader] -= 1
+            if left[reader] == 0:
+                heapq.heappush(ready, reader)
+    rest = set(range(len(units))) - set(done)
+    return [units[i] for i in done], [units[i] for i in sorted(rest)]
+
+
+def _piece(unit: Unit, path: str) -> Piece:
+    """The nodes of a block under names that say nothing of which block it is."""
+    inside = set(unit)
+    piece = Piece(path, fx.Graph())
+    piece.inputs = list(dict.fromkeys(o for node in unit for o in node.all_input_nodes if o not in inside))
+    made = {node: piece.graph.placeholder(f"x{i}") for i, node in enumerate(piece.inputs)}
+    for i, node in enumerate(unit):
+        args, kwargs = map_arg((node.args, node.kwargs), lambda operand: made[operand])
+        target = str(node.target).removeprefix(f"{path}.") if node.op == "get_attr" else node.target
+        made[node] = piece.graph.create_node(node.op, target, args, kwargs, name=f"v{i}")
+        made[node].meta = dict(node.meta)
+    piece.outputs = [node for node in unit if any(user not in inside for user in node.users)]
+    piece.graph.output([made[node] for node in piece.outputs])
+    return piece

@@ -1,0 +1,97 @@
+"""Which nodes of a graph are a block: what lies between its input and its output, and what only that reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from peftgraph.ir.dead_code import is_mutation, live
+from peftgraph.ir.program import Edits, ProgramData
+from peftgraph.sites import Sites
+
+KEY = "block"  # in a node's metadata: the number of its block
+
+
+@dataclass(frozen=True)
+class Span:
+    """A block of a program: the path of its module, and the values that enter and leave its residual stream."""
+
+    path: str
+    input: str
+    output: str
+
+
+def spans(program: ProgramData, sites: Sites) -> list[Span]:
+    """The blocks of a program with the values that passes left there; those without a path of their own are none."""
+    edits, found = Edits(program.edits), list[Span]()
+    for site in sites:
+        if site.role == "block" and site.path and {"input", "output"} <= site.ports.keys():
+            ends = (site.ports["input"], site.ports["output"])
+            first, last = (line[-1].after if (line := edits.chain(name)) else name for name in ends)
+            found.append(Span(site.path, first, last))
+    return found
+
+
+def mark(graph: fx.Graph, blocks: Sequence[Span]) -> None:
+    """Writes into the metadata of every node of a block, in place, which block it belongs to.
+
+    No value leaves a block and comes back into it: what is marked is what depends on its input and leads to its output,
+    and what nothing else reads.
+    """
+    order = live(graph)
+    place = {node.name: i for i, node in enumerate(order)}
+    for number, block in enumerate(blocks):
+        if block.input in place and block.output in place:
+            window = order[place[block.input] : place[block.output] + 1]
+            for node in _between(window):
+                node.meta.setdefault(KEY, number)
+    _mark_private(order, blocks)
+    for number in _writers(order):
+        _unmark(order, number)
+
+
+def _between(window: Sequence[fx.Node]) -> Iterable[fx.Node]:
+    """What depends on the first node and leads to the last one, without the first."""
+    if len(window) < 2:
+        return ()
+    below = {window[0]}
+    for node in window[1:]:
+        if not below.isdisjoint(node.all_input_nodes):
+            below.add(node)
+    above = {window[-1]}
+    for node in reversed(window):
+        if node in above:
+            above.update(node.all_input_nodes)
+    return [node for node in window[1:] if node in below and node in above]
+
+
+def _mark_private(order: Sequence[fx.Node], blocks: Sequence[Span]) -> None:
+    """Marks what is read in one block alone, such as keys of its cross-attention; stored tensors where they are the
+    block's own."""
+    alive = set(order)
+    for node in reversed(order):
+        readers: set[int | None] = {user.meta.get(KEY) for user in node.users if user in alive}
+        number = readers.pop() if len(readers) == 1 else None
+        if number is None or KEY in node.meta or node.op == "placeholder" or node.name == blocks[number].input:
+            continue
+        if node.op != "get_attr" or str(node.target).startswith(f"{blocks[number].path}."):
+            node.meta[KEY] = number
+
+
+def _writers(order: Sequence[fx.Node]) -> set[int]:
+    """The blocks that write into a value from outside."""
+    return {
+        node.meta[KEY]
+        for node in order
+        if KEY in node.meta
+        and is_mutation(node)
+        and any(operand.meta.get(KEY) != node.meta[KEY] for operand in node.all_input_nodes)
+    }
+
+
+def _unmark(order: Iterable[fx.Node], number: int) -> None:
+    for node in order:
+        if node.meta.get(KEY) == number:
+            del node.meta[KEY]

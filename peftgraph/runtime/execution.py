@@ -1,0 +1,120 @@
+"""What a program's module runs: its graph in each mode, and the code of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from peftgraph.ir.dead_code import drop_dead, skip_whole_slices
+from peftgraph.ir.dtype_literals import retarget
+from peftgraph.ir.modes import evaluated, trained, without_inputs, without_past
+from peftgraph.ir.program import ProgramData, copy_graph
+from peftgraph.ir.signature import Signature
+from peftgraph.runtime.block_calls import outline
+from peftgraph.runtime.block_regions import Span, mark
+from peftgraph.runtime.codegen import Code, compile_graph
+
+
+class Execution:
+    """The graph of a program, kept apart from the module that runs it: a model may call its own parts anything.
+
+    Attributes:
+        signature: how the module is called.
+        graph: of both modes.
+        title: the name of the model.
+        marked: whether it is known which casts follow the weights.
+        target: the dtype and device of the weights.
+        constants: the names of tensor literals.
+        state: the buffers that training writes and the program shares, by name.
+    """
+
+    def __init__(self, program: ProgramData, blocks: Sequence[Span]) -> None:
+        self.signature: Signature = program.signature
+        self.graph = copy_graph(program.graph)
+        self.title = program.model
+        self.marked = program.marked
+        self.target = (program.table.dtype, program.table.device)
+        self.blocks = tuple(blocks)
+        self.constants: list[str] = []
+        self.state: dict[str, Tensor] = {}
+        self._codes: dict[tuple[bool, frozenset[str]], tuple[Code, tuple[bool, ...]]] = {}
+        self._sources: dict[str, Code] = {}
+        mark(self.graph, self.blocks)
+
+    def missing(self, tensors: Sequence[Tensor | None]) -> frozenset[str]:
+        """The names of the inputs that a call leaves out."""
+        return frozenset(spec.name for spec, value in zip(self.signature.inputs, tensors, strict=True) if value is None)
+
+    def run(self, net: nn.Module, tensors: Sequence[Tensor | None], missing: frozenset[str]) -> Any:
+        """The outputs of code that was made before."""
+        code, kept = self._codes[net.training, missing]
+        leaves = code(net, *(value for value in tensors if value is not None))
+        return assemble(self.signature.outputs, leaves, kept)
+
+    def prepare(self, net: nn.Module, missing: frozenset[str]) -> None:
+        """Makes the code that runs in the module's mode without the inputs in `missing`, once."""
+        key = (net.training, missing)
+        if key not in self._codes:
+            graph, kept = self.graph_for(*key)
+            name = "-".join(["training" if net.training else "evaluation", *sorted(missing)])
+            graph = outline(graph, self.blocks, name, self._compiled, net)
+            self._codes[key] = (self._compiled(graph), kept)
+
+    def graph_for(self, training: bool, missing: frozenset[str] = frozenset()) -> tuple[fx.Graph, tuple[bool, ...]]:
+        """The graph that runs in a mode without the inputs in `missing`, and which output leaves it gives.
+
+        Raises:
+            CallError: every output depends on a missing input.
+        """
+        graph = trained(self.graph) if training else evaluated(self.graph)
+        drop_dead(graph)
+        skip_whole_slices(graph)
+        return leaving_out(graph, self.signature, missing)
+
+    def move(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Follows the weights to another dtype or device."""
+        if (dtype, device) != self.target:
+            self.target = (dtype, device)
+            retarget(self.graph, dtype, device)
+            self._codes.clear()
+            self._sources.clear()
+
+    def _compiled(self, graph: fx.Graph) -> Code:
+        return compile_graph(graph, self.title, self._sources)
+
+
+def leaving_out(graph: fx.Graph, signature: Signature, missing: frozenset[str]) -> tuple[fx.Graph, tuple[bool, ...]]:
+    """`graph` without the inputs in `missing`, and which output leaves it gives.
+
+    Raises:
+        CallError: every output depends on a missing input.
+    """
+    past = missing & signature.past_inputs
+    if past:
+        graph = without_past(graph, past)
+    if missing == past:
+        return graph, (True,) * len(signature.output_keys)
+    return without_inputs(graph, missing - past)
+
+
+def assemble(spec: pytree.TreeSpec, leaves: list[Any], kept: tuple[bool, ...]) -> Any:
+    """The model's output tree; what depends on a missing input is left out, as the model does it.
+
+    A dict or a tuple becomes shorter; any other class holds None there.
+    """
+    result = pytree.tree_unflatten(leaves, spec)
+    if all(kept) or type(result) not in (dict, tuple, list):
+        return result
+    flags = pytree.tree_unflatten(list(kept), spec)
+    if type(result) is dict:
+        return {key: value for key, value in result.items() if _is_kept(flags[key])}
+    return type(result)(value for value, flag in zip(result, flags, strict=True) if _is_kept(flag))
+
+
+def _is_kept(flags: Any) -> bool:
+    leaves = pytree.tree_leaves(flags)
+    return any(leaves) or not leaves

@@ -1,0 +1,220 @@
+"""A program in the place of a transformers model: an instance of the model's own class, whose forward runs the graph.
+
+Generation, the Trainer and whoever asks for a configuration find what they look for. What would bypass the graph is
+replaced or refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from peftgraph.errors import CallError
+from peftgraph.ir.kv_cache import fill
+from peftgraph.ir.program import Host, ProgramData
+from peftgraph.ir.signature import arguments_of
+from peftgraph.runtime.block_regions import Span
+from peftgraph.runtime.encoder_decoder import HIDDEN, Encoder, TwoSteps
+from peftgraph.runtime.module import GraphModule
+
+Save = Callable[[Mapping[str, Tensor], Path], None]
+COUNT = "num_items_in_batch"
+MASK = "attention_mask"
+
+
+class Hosted(GraphModule):
+    """A graph module that takes the calls of transformers' generation and training loops."""
+
+    config: Any  # of the model's class, as is the next
+    main_input_name: Any
+
+    def __init__(self, program: ProgramData, blocks: Sequence[Span], state: Mapping[str, Any], save: Save) -> None:
+        super().__init__(program, blocks)
+        self.__dict__.update(state)
+        self._save = save
+        self._steps: dict[bool, TwoSteps] = {}
+        if "encoder" in self._modules:  # generation asks it for this name
+            vars(self.get_submodule("encoder"))["main_input_name"] = self.main_input_name
+        kept = program.table.trainable.keys() | program.table.state.keys()
+        self._keys_to_ignore_on_save = [name for name in self.state_dict() if name not in kept]
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the loss is divided by a count that the call gives (`num_items_in_batch`): as it was traced."""
+        return any(spec.key == COUNT for spec in self._peftgraph.signature.inputs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model's own `generate` does, on the graph.
+
+        Without a cache the whole sequence is read at every step. With use_cache=True in the example that was traced,
+        only what is new is.
+
+        Raises:
+            CallError: a cache is asked for, and the program was traced without one.
+        """
+        if self._peftgraph.signature.past is None and kwargs.setdefault("use_cache", False):
+            raise CallError(
+                f"This program of {self._peftgraph.title} was traced without a cache. Trace it with use_cache=True in "
+                'the example, pg.trace(model, {**inputs, "use_cache": True}), or generate with use_cache=False.'
+            )
+        return cast(Any, super()).generate(*args, **kwargs)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The model's own inputs of the next step, with the mask of ones that generation leaves out."""
+        inputs = cast(Any, super()).prepare_inputs_for_generation(*args, **kwargs)
+        tokens = inputs.get("input_ids")
+        if self._peftgraph.signature.past is None and tokens is not None and inputs.get(MASK) is None:
+            inputs |= {
+                spec.key: torch.ones_like(tokens) for spec in self._peftgraph.signature.inputs if spec.key == MASK
+            }
+        return inputs
+
+    def save_pretrained(
+        self, save_directory: str | PathLike[str], is_main_process: bool = True, **options: Any
+    ) -> None:
+        """Writes the adapter, and its tensors once more where the Trainer looks for them when it resumes.
+
+        Args:
+            save_directory: where to; `program.load_adapter` reads it.
+            is_main_process: nothing is written by other processes.
+            options: what else the Trainer says about files that are not written.
+        """
+        if is_main_process:
+            trained = {n: p for n, p in self.named_parameters(remove_duplicate=False) if p.requires_grad}
+            self._save(trained, Path(save_directory))
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Does nothing: tied names are one parameter already."""
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the graph as `forward` of the traced model; a cache that is given is brought forward in place.
+
+        Raises:
+            CallError: the graph was not traced for these arguments.
+        """
+        arguments, signature = self._arguments(args, kwargs), self._peftgraph.signature
+        as_tuple = _take(arguments, "return_dict", signature.constants) is False
+        kept = _take(arguments, "logits_to_keep", signature.constants)
+        output = self._cached(arguments) if signature.past else self._peftgraph_run(signature.tensors_of(arguments))
+        if kept is not None and not (isinstance(kept, int) and kept == 0):
+            output["logits"] = output["logits"][:, slice(-kept, None) if isinstance(kept, int) else kept]
+        return output.to_tuple() if as_tuple else output
+
+    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        signature = self._peftgraph.signature
+        try:
+            arguments = arguments_of(signature.forward, args, kwargs)
+        except TypeError as error:
+            raise CallError(f"{error}. The model's signature is forward{signature.forward}.") from None
+        count = next((spec for spec in signature.inputs if spec.key == COUNT), None)
+        if count is not None and arguments.get(COUNT) is not None:
+            arguments[COUNT] = _as(count.dtype, arguments[COUNT], self._peftgraph.target[1])
+        return {name: value for name, value in arguments.items() if value is not None and not _is_off(name, value)}
+
+    def _cached(self, arguments: dict[str, Any]) -> Any:
+        signature = self._peftgraph.signature
+        past = signature.past
+        assert past is not None
+        cache = arguments.pop(past.argument, None)
+        wanted = arguments.pop("use_cache", self.config.use_cache)
+        earlier = [] if cache is None else past.read(cache)
+        ahead = past.rows(cache) if earlier else 0
+        encoded = arguments.pop("encoder_outputs", None)
+        tensors = signature.tensors_of(arguments)
+        rows, names = iter(earlier), signature.past_inputs
+        specs = signature.inputs
+        tensors = [next(rows, None) if s.name in names else t for s, t in zip(specs, tensors, strict=True)]
+        self._fill(tensors, int(earlier[0].shape[-2]) - ahead if earlier else 0)
+        output = self._peftgraph_run(tensors) if encoded is None else self._two_steps().decode(self, encoded, tensors)
+        present = output[past.argument]
+        if not earlier:
+            ahead = int(present[0].shape[-2]) - arguments[past.tokens].shape[1]
+        if cache is None and wanted:
+            cache = past.cache()
+        if cache is None:
+            return type(output)(**{name: value for name, value in output.items() if name != past.argument})
+        past.write(cache, present, ahead)
+        output[past.argument] = cache
+        return output
+
+    def get_encoder(self, modality: str | None = None) -> nn.Module:
+        """The half of the graph that reads the encoder's inputs; its output goes into calls as `encoder_outputs`.
+
+        Raises:
+            CallError: the program was traced without a cache, or of another kind of model.
+        """
+        if self._peftgraph.signature.past is None or HIDDEN not in self._peftgraph.signature.output_keys:
+            raise CallError(f"This program of {self._peftgraph.title} has no encoder apart from the rest.")
+        return Encoder(self._encoded, self._peftgraph.signature, self._two_steps().halves.inputs)
+
+    def _encoded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        arguments = self._arguments(args, {name: value for name, value in kwargs.items() if name != "return_dict"})
+        return self._two_steps().encode(self, self._peftgraph.signature.tensors_of(arguments))
+
+    def _two_steps(self) -> TwoSteps:
+        if self.training not in self._steps:
+            self._steps[self.training] = TwoSteps(
+                self._peftgraph.graph_for(self.training)[0], self._peftgraph.signature, self._peftgraph.title
+            )
+        return self._steps[self.training]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Hosted:
+        super()._apply(fn, recurse)
+        self._steps.clear()  # literals may have moved
+        return self
+
+    def _fill(self, tensors: list[Tensor | None], before: int) -> None:
+        """Gives inputs that were left out, in place, what the model takes for them."""
+        like = mask = next(value for value in tensors if value is not None)
+        specs = sorted(
+            enumerate(self._peftgraph.signature.inputs), key=lambda one: one[1].fill != "ones"
+        )  # the mask comes first
+        for i, spec in specs:
+            value = tensors[i]
+            if value is None and spec.fill is not None:
+                value = tensors[i] = fill(spec.fill, mask, before, like.shape[1], spec.dtype)
+            mask = value if spec.fill == "ones" and value is not None else mask
+
+
+def _is_off(name: str, value: Any) -> bool:
+    return value is False and name in ("output_attentions", "output_hidden_states")
+
+
+def _as(dtype: torch.dtype, value: Tensor | float, device: torch.device) -> Tensor:
+    """A number as a tensor; an integer fits every dtype, a fraction none of integers."""
+    found = torch.as_tensor(value, device=device)
+    return found.to(dtype) if dtype.is_floating_point or not found.is_floating_point() else found
+
+
+def _take(arguments: dict[str, Any], name: str, traced: Any) -> Any:
+    return None if name in traced else arguments.pop(name, None)
+
+
+def hosted(program: ProgramData, blocks: Sequence[Span], host: Host, save: Save) -> Hosted:
+    """The program as an instance of the class of the traced model.
+
+    Args:
+        program: what runs.
+        blocks: its blocks.
+        host: the class, and what an instance of it holds.
+        save: writes parameters, by name, as an adapter into a directory.
+    """
+
+    def forward(self: Hosted, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
+
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    forward.__signature__ = program.signature.forward.replace(
+        parameters=[own, *program.signature.forward.parameters.values()]
+    )
+    names = {"__module__": host.cls.__module__, "__qualname__": host.cls.__qualname__, "__doc__": host.cls.__doc__}
+    return type(host.cls.__name__, (Hosted, host.cls), {**names, "forward": forward})(
+        program, blocks, copy.deepcopy(host.state), save
+    )

@@ -1,0 +1,1 @@
+"""What one pass over a graph tells: operators, products, and which features arrive where."""

@@ -1,0 +1,1 @@
+"""Why a site is one, and why a selector finds nothing."""

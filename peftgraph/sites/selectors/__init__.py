@@ -1,0 +1,1 @@
+"""Selectors: which sites a pass wants, as objects and as text."""

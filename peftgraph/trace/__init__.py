@@ -1,5 +1,0 @@
-"""Capture of a model with torch.export, and its normalisation to one canonical form."""
-
-from peftgraph.trace.capture import Options, capture, capture_part
-
-__all__ = ["Options", "capture", "capture_part"]

@@ -1,0 +1,1 @@
+"""Helpers that know nothing of programs: files that appear whole, regular expressions in bounded time."""
