@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import pytest
@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import peftgraph as pg
-from peftgraph.folding.proof import ProofError
+from peftgraph.folding.engine import Folding
+from peftgraph.folding.proof import ProofError, prove
+from peftgraph.ir.program import copy_graph
 from peftgraph.passes import LoRA, TrainableTokens
 
 NAN, INF = float("nan"), float("inf")
@@ -126,3 +128,64 @@ def test_rows_beside_what_is_no_number_are_compared_bit_for_bit() -> None:
         next(iter(program.table.trainable.values())).fill_(0.5)
     folded = pg.fold(program)
     assert torch.equal(folded.table["table.weight"].tensor[[2, 4]], torch.full((2, 6), 0.5))
+
+
+def folded_by_rows(program: pg.Program) -> tuple[pg.Program, Folding, pg.Program]:
+    """A program that trains two rows of the table and a low-rank path, its fold, and the result."""
+    tuned_program = tuned(program.apply(TrainableTokens(tokens=[2, 4])), method=LoRA(at="projection", rank=2))
+    folding = Folding(tuned_program, tuned_program.sites).run()
+    return tuned_program, folding, folding.result(tuned_program)
+
+
+def other_operator(folded: pg.Program) -> pg.Program:
+    graph = copy_graph(folded.graph)
+    relu = next(node for node in graph.nodes if node.target == torch.ops.aten.relu.default)
+    relu.target = torch.ops.aten.sigmoid.default
+    return folded.evolve(graph=graph)
+
+
+def changed(name: str, change: Callable[[Tensor], object]) -> Callable[[pg.Program], pg.Program]:
+    """What gives a folded program in which one tensor has other values."""
+
+    def tamper(folded: pg.Program) -> pg.Program:
+        tensor = folded.table[name].tensor.detach().clone()
+        change(tensor)
+        return folded.evolve(table=folded.table.with_tensor(name, tensor))
+
+    return tamper
+
+
+TAMPERED: dict[str, tuple[Callable[[pg.Program], pg.Program], str]] = {
+    "text": (other_operator, r"The folded graph is not the base's graph\."),
+    "another tensor": (
+        changed("down.bias", lambda tensor: None),  # a copy that is equal to the bit is refused as well
+        r"down\.bias was not to change, but is another tensor now\.",
+    ),
+    "outside of the window": (
+        changed("table.weight", lambda tensor: tensor[3].add_(1.0)),
+        r"table\.weight changed outside of ",
+    ),
+    "rounding": (
+        changed("up.weight", lambda tensor: tensor[0, 0].mul_(1 + 1e-3)),
+        r"up\.weight is \d+\.\d epsilon away from the float64 algebra after folding; 8 are allowed\.",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def honest() -> tuple[pg.Program, Folding, pg.Program]:
+    return folded_by_rows(traced())
+
+
+def test_an_honest_fold_is_proved(honest: tuple[pg.Program, Folding, pg.Program]) -> None:
+    proof = prove(*honest)
+    assert proof.text_equal
+    assert set(proof.changed) == {"table.weight", "up.weight"}
+
+
+@pytest.mark.parametrize("kind", TAMPERED)
+def test_a_fold_that_was_tampered_with_is_refused(honest: tuple[pg.Program, Folding, pg.Program], kind: str) -> None:
+    program, folding, folded = honest
+    tamper, words = TAMPERED[kind]
+    with pytest.raises(ProofError, match=words):
+        prove(program, folding, tamper(folded))
