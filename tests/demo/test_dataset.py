@@ -9,24 +9,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftgraph.cli import corpus
-from peftgraph.cli.corpus import NEAR, PARTS, Corpus, Sentence, build_corpus, flaw, own_names, shingles, without_copies
-from peftgraph.cli.families import FAMILIES
+from peftgraph.demo import dataset
+from peftgraph.demo.dataset import Dataset, build_dataset
+from peftgraph.demo.docstrings import module_words, rejection
+from peftgraph.demo.families import FAMILIES
+from peftgraph.demo.splits import NEAR, PARTS, Sentence, shingles, without_copies
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _read_once() -> object:
-    """The library is read once; every corpus below is another draw and split of it."""
+    """The library is read once; every data set below is another draw and split of it."""
     dropped: Counter[str] = Counter()
-    library = {family: corpus.family_sentences(family, dropped) for family in FAMILIES}
+    library = {family: dataset.family_sentences(family, dropped) for family in FAMILIES}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "family_sentences", lambda family, _: library[family])
+        patch.setattr(dataset, "family_sentences", lambda family, _: library[family])
         yield
 
 
 @cache
-def drawn(seed: int) -> Corpus:
-    return build_corpus(seed, per_module=8, per_family=60)
+def drawn(seed: int) -> Dataset:
+    return build_dataset(seed, per_module=8, per_family=60)
 
 
 @settings(max_examples=4, deadline=None)
@@ -51,11 +53,11 @@ def test_no_sentence_names_its_module(seed: int) -> None:
     for part in PARTS:
         for sentence in drawn(seed).parts[part]:
             words = set(sentence.text.lower().replace(".", " ").replace(",", " ").split())
-            assert not words & {name.lower() for name in own_names(sentence.module)}, sentence
+            assert not words & {name.lower() for name in module_words(sentence.module)}, sentence
 
 
 def test_the_seed_decides_everything() -> None:
-    again = build_corpus(5, per_module=8, per_family=60)
+    again = build_dataset(5, per_module=8, per_family=60)
     assert again == drawn(5)
     assert again.parts != drawn(6).parts
 
@@ -87,7 +89,7 @@ def test_what_was_dropped_is_counted() -> None:
     ],
 )
 def test_the_filter(text: str, reason: str | None) -> None:
-    found = flaw(text, "socket")
+    found = rejection(text, "socket")
     assert found is None if reason is None else found is not None and found.startswith(reason)
 
 

@@ -1,4 +1,4 @@
-"""Runs exported files where peftgraph cannot be imported, and compares their outputs."""
+"""Runs exported files again in processes and runtimes without peftgraph, and compares their outputs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +50,14 @@ print(json.dumps({"error": worst, "torch": torch.__version__, "peftgraph_importe
 """
 
 
-def rerun_pt2(file: Path, cases: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+Cases = Mapping[str, Mapping[str, Tensor]]  # name of a case -> its inputs, and the last hidden state as "expected"
+
+
+def rerun_pt2(file: Path, cases: Cases) -> dict[str, Any]:
     """Runs a `.pt2` file in a fresh Python that cannot import peftgraph.
 
-    Args:
-        file: what was exported.
-        cases: for each name, the inputs, and under "expected" the last hidden state.
-
     Returns:
-        The largest relative difference, and proof that peftgraph was absent.
+        The largest relative difference, the version of torch, and evidence that peftgraph was absent.
 
     Raises:
         PeftGraphError: the process fails.
@@ -82,8 +81,8 @@ def rerun_pt2(file: Path, cases: Mapping[str, Mapping[str, Tensor]]) -> dict[str
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def rerun_onnx(file: Path, cases: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any] | None:
-    """Runs an `.onnx` file in onnxruntime; None where that is not installed."""
+def rerun_onnx(file: Path, cases: Cases) -> dict[str, Any] | None:
+    """Runs an `.onnx` file in onnxruntime and returns its largest relative difference; None without onnxruntime."""
     try:
         import onnxruntime
     except ImportError:
@@ -98,3 +97,8 @@ def rerun_onnx(file: Path, cases: Mapping[str, Mapping[str, Tensor]]) -> dict[st
         expected = tensors["expected"].numpy()
         worst = max(worst, float(np.abs(found - expected).max() / np.abs(expected).max()))
     return {"error": worst, "onnxruntime": onnxruntime.__version__}
+
+
+Runner = Callable[[Path, Cases], dict[str, Any] | None]
+
+RUNNERS: Mapping[str, Runner] = {".pt2": rerun_pt2, ".onnx": rerun_onnx}  # by the suffix of the exported file

@@ -1,0 +1,150 @@
+"""Runs the quickstart step by step; each step is shown on the terminal and recorded in the metrics."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections import Counter
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+
+import peftgraph as pg
+from peftgraph.cli.console import working
+from peftgraph.cli.models import load
+from peftgraph.demo import terminal
+from peftgraph.demo.artifacts import write_artifacts
+from peftgraph.demo.baseline import fit_baseline
+from peftgraph.demo.classifier import Classifier, TokenisedPart, map_sentences
+from peftgraph.demo.dataset import build_dataset
+from peftgraph.demo.encoder import NAME, encoder_folder
+from peftgraph.demo.evaluation import evaluate_on_test
+from peftgraph.demo.latency import measure_latency
+from peftgraph.demo.report import write_report
+from peftgraph.demo.settings import LONGEST, Settings, Setup
+from peftgraph.demo.splits import PARTS
+from peftgraph.demo.training import train
+from peftgraph.utils.atomic_files import atomic
+
+MAPPED = (
+    *("attention.q", "attention.k", "attention.v", "attention.o", "ffn.up", "ffn.gate", "ffn.hidden", "ffn.down"),
+    "norm",
+)  # the roles that the report's map of sites shows
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Runs the quickstart, writes its folder, and returns the metrics."""
+    start = time.perf_counter()
+    torch.manual_seed(settings.seed)
+    setup = prepare(settings)
+    base, tuned = adapt(setup)
+    # The baseline: a linear head on embeddings of the frozen encoder.
+    labels = {part: setup.parts[part].labels_N for part in PARTS}
+    with terminal.progress("frozen embeddings", sum(len(part.ids) for part in setup.parts.values())) as tick:
+        frozen = Classifier(base.module().eval(), nn.Linear(1, 1))
+        embeddings = {
+            name: map_sentences(part, lambda batch: frozen.embed(**batch), tick) for name, part in setup.parts.items()
+        }
+    with working("fitting the frozen baseline to convergence"):
+        baseline = fit_baseline(embeddings, labels, len(setup.dataset.families))
+    frozen_scores = baseline.head(embeddings["test"]).detach()
+    # The tuned classifier starts from the baseline's head.
+    net = Classifier(tuned.module(), copy.deepcopy(baseline.head), settings.schedule.dropout)
+    with terminal.training(settings.schedule.steps, baseline.validation) as live:
+        curve = train(net, setup.parts, settings.schedule, settings.seed, live)
+    with terminal.progress("testing the tuned classifier", len(setup.parts["test"].ids)) as tick:
+        scores = map_sentences(setup.parts["test"], lambda batch: net(**batch), tick)
+    evaluate_on_test(setup, baseline, frozen_scores, scores, curve)
+    # Folded, timed, written to disk, and run again from there.
+    merged = fold(setup, tuned)
+    setup.metrics["latency"] = measure_latency(
+        {"base": base, "adapted": tuned, "merged": merged}, setup.parts["test"], settings.rounds
+    )
+    terminal.latency(setup.metrics["latency"], setup.metrics["threads"])
+    write_artifacts(setup, tuned, merged, net.head, scores)
+    setup.metrics["seconds"] = round(time.perf_counter() - start, 1)
+    finish(setup)
+    return setup.metrics
+
+
+def prepare(settings: Settings) -> Setup:
+    """Loads the encoder, builds the data set and tokenises it."""
+    folder = encoder_folder()
+    model = load(folder)
+    with working("reading the documentation of the standard library"):
+        dataset = build_dataset(settings.seed, settings.per_module, settings.per_family)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    parts = {
+        part: TokenisedPart(
+            tokenizer(dataset.texts(part), truncation=True, max_length=LONGEST)["input_ids"],
+            torch.tensor(dataset.labels(part)),
+        )
+        for part in PARTS
+    }
+    metrics: dict[str, Any] = {
+        "model": NAME,
+        "seed": settings.seed,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "data": {
+            "families": list(dataset.families),
+            "sentences": {part: len(dataset.parts[part]) for part in PARTS},
+            "modules": {part: len({s.module for s in dataset.parts[part]}) for part in PARTS},
+            "per_family": {part: dict(Counter(s.family for s in dataset.parts[part])) for part in PARTS},
+            "dropped": dict(dataset.dropped),
+        },
+        "schedule": asdict(settings.schedule),
+    }
+    terminal.dataset(metrics["data"])
+    return Setup(settings, model, dataset, parts, metrics)
+
+
+def adapt(setup: Setup) -> tuple[pg.Program, pg.Program]:
+    """Traces the encoder and applies the recipe; returns both programs."""
+    with working("tracing"):
+        base = pg.trace(setup.model, setup.parts["train"].batch([0, 1, 2]))
+    tuned = base.apply(pg.load_recipe(setup.settings.recipe))
+    terminal.program(base, tuned)
+    count = tuned.count()
+    words = {site.id: tuple(dict.fromkeys(_passes_at(tuned, site.id))) for site in base.sites}
+    setup.metrics["recipe"] = str(tuned.recipe).splitlines()
+    setup.metrics["count"] = {
+        "trainable": count.trainable, "added": count.added, "changed": count.changed, "total": count.total,
+        "ranks": str(count).rpartition("changes: ")[2],
+    }  # fmt: skip
+    setup.metrics["map"] = [
+        {
+            "block": f"layer {layer}",
+            "sites": [[s.role, list(words[s.id])] for s in base.sites if s.layer == layer and s.role in MAPPED],
+        }
+        for layer in range(base.sites.layers)
+    ]
+    return base, tuned
+
+
+def _passes_at(tuned: pg.Program, site: str) -> list[str]:
+    return [tuned.history[edit.application].method.word for edit in tuned.edits if edit.site == site]
+
+
+def fold(setup: Setup, tuned: pg.Program) -> pg.Program:
+    """Folds the tuned program, with its proof."""
+    with working("folding, with proof"):
+        merged = pg.fold(tuned)
+    assert merged.proof is not None
+    setup.metrics["proof"] = str(merged.proof).splitlines()
+    terminal.proof(setup.metrics["proof"])
+    return merged
+
+
+def finish(setup: Setup) -> None:
+    """Writes metrics.json and report.html."""
+    out = setup.settings.out
+    with atomic(out / "metrics.json") as path:
+        path.write_text(json.dumps(setup.metrics, indent=1), encoding="utf-8")
+    write_report(setup.metrics, out / "report.html")
+    terminal.closing(out, setup.metrics["seconds"])
