@@ -8,11 +8,13 @@ author wrote it.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx
@@ -21,10 +23,8 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from peftgraph.errors import TraceError
 
-Apply = Callable[..., Any]
 HELD = (bool, int, float, str, torch.dtype, torch.device, type(None))  # what a graph holds beside tensors and sizes
 ADVICE = "Write it in plain operations, or as a torch.library.custom_op with register_autograd."
-BASE: Any = torch.autograd.function._SingleLevelFunction
 
 
 @dataclass(frozen=True)
@@ -114,28 +114,31 @@ class _Operators(TorchDispatchMode):
 
 @contextmanager
 def functions_kept() -> Iterator[Recording]:
-    """Records the calls of custom autograd functions, and sees through reentrant gradient checkpointing."""
+    """Records the calls of custom autograd functions, and sees through reentrant gradient checkpointing.
 
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        plain: Apply = super(BASE, cls).apply
-        if cls is CheckpointFunction:
-            function, _, *operands = args
-            return function(*operands)
-        if recording.running or cls.__module__.startswith("torch."):
-            return plain(*args, **kwargs)
-        return _record(recording, cls, args, plain)
+    `apply` reads `forward` of the function's class, so that is where a call is met. `apply` itself is C code that a
+    model may have bound long before (`f = MyFunction.apply`).
+    """
 
-    # Not Function.apply: code that keeps `f = MyFunction.apply` from before would go past it.
+    def attribute(cls: Any, name: str) -> Any:
+        value = type.__getattribute__(cls, name)
+        if name != "forward" or recording.running or type.__getattribute__(cls, "__module__").startswith("torch."):
+            return value
+        return _recorded_forward(recording, cls, value)
+
     recording = Recording()
     _recordings.append(recording)
-    BASE.apply = classmethod(apply)
+    metaclass = type(torch.autograd.Function)
     try:
-        yield recording
+        with (
+            patch.object(metaclass, "__getattribute__", attribute),
+            patch.object(CheckpointFunction, "apply", lambda function, _, *operands: function(*operands)),
+        ):
+            yield recording
     finally:
         _recordings.pop()
         if _recordings:
             raise AssertionError("exports do not nest")
-        del BASE.apply
 
 
 def as_nodes(graph: fx.Graph, call: Call, tensors: Sequence[Any], sizes: Sequence[Any]) -> tuple[fx.Node, list[Any]]:
@@ -150,7 +153,20 @@ def as_nodes(graph: fx.Graph, call: Call, tensors: Sequence[Any], sizes: Sequenc
     return node, [graph.call_function(operator.getitem, (node, i)) for i in places]
 
 
-def _record(recording: Recording, cls: Any, args: tuple[Any, ...], plain: Apply) -> Any:
+def _recorded_forward(recording: Recording, cls: type, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` as `apply` calls it while an export runs: the call is recorded in its place."""
+    own_context = type.__getattribute__(cls, "setup_context") is not torch.autograd.Function.setup_context
+
+    @functools.wraps(forward)
+    def call(*args: Any) -> Any:
+        if torch.is_grad_enabled():  # `apply` switches gradients off first: this is a call of `forward` by itself
+            return forward(*args)
+        return _record(recording, cls, args if own_context else args[1:], lambda: forward(*args))
+
+    return call
+
+
+def _record(recording: Recording, cls: Any, args: tuple[Any, ...], plain: Callable[[], Any]) -> Any:
     tensors: list[Tensor] = []
     sizes: list[torch.SymInt] = []
 
@@ -170,7 +186,7 @@ def _record(recording: Recording, cls: Any, args: tuple[Any, ...], plain: Apply)
 
     arguments = _filled(args, slot)
     if not tensors:
-        return plain(*args)
+        return plain()
     call = Call(cls, arguments)
     recording.calls.append(call)
     outputs = torch.ops.peftgraph.autograd_function(len(recording.calls) - 1, tensors, sizes)
