@@ -68,8 +68,10 @@ def trainables_are_claimed(program: ProgramData) -> Iterator[str]:
     for name, entry in program.table.items():
         if entry.tensor.requires_grad != entry.trainable:
             yield f"@{name} requires grad: {entry.tensor.requires_grad}, trainable: {entry.trainable}"
-        if entry.trainable and (name not in claimed or not isinstance(entry.tensor, nn.Parameter)):
+        if entry.trainable and name not in claimed:
             yield f"@{name} trains but no edit claims it"
+        if entry.trainable and not isinstance(entry.tensor, nn.Parameter):
+            yield f"@{name} trains but is no nn.Parameter"
     for name in claimed - set(program.table):
         yield f"an edit claims @{name}, which is not in the table"
 

@@ -57,8 +57,8 @@ def test_the_refusal_says_what_can_be_assumed() -> None:
 @pytest.mark.parametrize(("side", "right", "wrong"), [(False, NONE, SOME), (True, SOME, NONE)])
 def test_a_side_is_checked_at_every_call(side: bool, right: Tensor, wrong: Tensor) -> None:
     model = Masked().requires_grad_(False)
-    program = pg.trace(model, (X, right), assume={f"trace/{place(Masked)}": side})
-    assert f"  assumes trace/{place(Masked)} is {side}: if not hidden.any():  # here\n" in program.text()
+    program = pg.trace(model, (X, right), assume={f"capture/{place(Masked)}": side})
+    assert f"  assumes capture/{place(Masked)} is {side}: if not hidden.any():  # here\n" in program.text()
     assert ("masked_fill" in program.text()) is side
     net = program.module()
     assert torch.equal(net(X, right), model(X, right))
