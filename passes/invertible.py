@@ -67,7 +67,7 @@ class Invertible(pg.Pass):
             delta=self.coupled,
             join=pg.Replace(anew=False),
             fold=reason,
-            where=pg.looks_up_tokens,
+            where=pg.is_token_embedding,
             lacking=lacking,
             level=pg.OUTERMOST,
         )
@@ -83,7 +83,7 @@ class Invertible(pg.Pass):
 
     def tables(self, m: pg.Match) -> list[pg.Match]:
         """The tables of tokens whose embeddings are coupled."""
-        return [one for one in m.related(self.at) if pg.looks_up_tokens(one)]
+        return [one for one in m.related(self.at) if pg.is_token_embedding(one)]
 
     def gives_tokens(self, m: pg.Match) -> bool:
         """Whether a projection is the output embedding."""
@@ -92,10 +92,10 @@ class Invertible(pg.Pass):
 
     def coupled(self, m: pg.Match, op: pg.Builder) -> Mapping[str, fx.Node]:
         """[e1 + F(e2); e2 + G(o1)]."""
-        port, tables = pg.finished(m), self.tables(m)
+        port, tables = pg.embedding_output_port(m), self.tables(m)
         widths = {one.shape[0] for one in tables}
         self.require(len(widths) == 1, f"F and G have one width, and the embeddings have {sorted(widths)}. Choose one.")
-        twins = [one.site.id for one in tables if pg.finished(one) == port]
+        twins = [one.site.id for one in tables if pg.embedding_output_port(one) == port]
         self.require(len(twins) == 1, f"{' and '.join(twins)} embed one sequence of tokens; choose one with at=.")
         e1, e2 = self.halves(op, m.value(port))
         o1 = op.add(e1, self.shift(op, "f", e2, e1))

@@ -111,11 +111,11 @@ class LoReFT(pg.Pass):
     def ends(self, m: pg.Match, op: pg.Builder) -> fx.Node:
         """(1, B, S, 1) booleans, where the edit holds; untied (2, B, S, 1), the prefix's and the suffix's."""
         if self.skip_padding:
-            real_BS = pg.real_positions(m, op)
+            real_BS = pg.token_mask(m, op)
         else:
             sizes = [op.call(aten.sym_size.int, m.output, axis) for axis in (0, 1)]
             real_BS = op.call(aten.ones.default, sizes, dtype=torch.bool, device=op.device)
-        first_BS, last_BS = pg.first_and_last(op, real_BS, self.prefix or 0, self.suffix)
+        first_BS, last_BS = pg.first_and_last_masks(op, real_BS, self.prefix or 0, self.suffix)
         edits = [op.call(aten.logical_or.default, first_BS, last_BS)] if self.tied else [first_BS, last_BS]
         return op.call(aten.unsqueeze.default, op.call(aten.stack.default, edits), -1)
 

@@ -67,7 +67,7 @@ class Prefix(pg.Pass):
     def rules(self) -> list[pg.Rule]:
         """One rule: put the rows in front of the keys and values."""
         reason = "the prefix is attended to, and no weight holds rows of keys or values"
-        join = pg.Rows(placed=self.placed, biases=self.biases)
+        join = pg.PrependKV(placed=self.placed, biases=self.biases)
         return [pg.Rule(at=self.at, delta=self.delta, join=join, fold=reason, reads=self.attended)]
 
     def finalized(self) -> Self:
@@ -76,7 +76,7 @@ class Prefix(pg.Pass):
 
     def delta(self, m: pg.Match, op: pg.Builder) -> dict[str, fx.Node]:
         """P_K and P_V by head, (1, G, L, F)."""
-        sizes = {"prefix_k": pg.key_heads(m), "prefix_v": pg.value_heads(m)}
+        sizes = {"prefix_k": pg.key_head_shape(m), "prefix_v": pg.value_head_shape(m)}
         rows = self.direct(op, sizes) if self.hidden is None else self.projected(m, op, sizes)
         by_head: dict[str, fx.Node] = {}
         for port, name in (("keys", "prefix_k"), ("values", "prefix_v")):

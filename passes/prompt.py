@@ -34,7 +34,7 @@ from torch import Tensor, fx
 
 import peftgraph as pg
 
-PLACES = {"front": 0, "after_first": 1}
+START_INDEX = {"front": 0, "after_first": 1}
 
 
 def upper_half(rows: Tensor) -> None:
@@ -42,7 +42,7 @@ def upper_half(rows: Tensor) -> None:
     rows.uniform_(0.0, 0.5)
 
 
-STARTS = {"uniform": pg.init.uniform(0.5), "code": upper_half, "normal": pg.init.normal(1.0)}
+INITIALIZERS = {"uniform": pg.init.uniform(0.5), "code": upper_half, "normal": pg.init.normal(1.0)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +73,8 @@ class Prompt(pg.Pass):
     def check(self) -> None:
         """Refuses a length below 1, unknown words, and classes that do not fit."""
         self.require(self.length >= 1, f"length must be at least 1, got {self.length}.")
-        self.require_one_of("init", (*STARTS, "vocabulary", "classes"))
-        self.require_one_of("place", PLACES)
+        self.require_one_of("init", (*INITIALIZERS, "vocabulary", "classes"))
+        self.require_one_of("place", START_INDEX)
         self.require_one_of("onto", ("tokens", "embeddings"))
         self.require_one_of("returns", ("tokens", "all"))
         self.require(self.vocabulary >= 1, f"vocabulary must be at least 1, got {self.vocabulary}.")
@@ -86,18 +86,20 @@ class Prompt(pg.Pass):
         )
 
     @property
-    def rows(self) -> pg.Lengthening:
+    def plan(self) -> pg.PrependTokens:
         """L more places in front of the tokens."""
-        return pg.Lengthening(rows=self.length, after=PLACES[self.place], behind=self.onto == "embeddings")
+        return pg.PrependTokens(
+            rows=self.length, start=START_INDEX[self.place], after_embedding=self.onto == "embeddings"
+        )
 
     def rules(self) -> list[pg.Rule]:
         """Make the inputs longer; put the rows in front of the embedded tokens, and cut them out of the results."""
         reason = "the rows are attended to, and no weight holds rows of a sequence"
-        return pg.lengthened(self.at, self.rows, self.prompt, reason, cut=self.returns == "tokens")
+        return pg.prepend_token_rules(self.at, self.plan, self.prompt, reason, trim_results=self.returns == "tokens")
 
     def prompt(self, m: pg.Match, op: pg.Builder) -> fx.Node:
         """P, (L, D)."""
-        return op.param("prompt", (self.length, m.features), STARTS.get(self.init) or self.from_table(m))
+        return op.param("prompt", (self.length, m.features), INITIALIZERS.get(self.init) or self.from_table(m))
 
     def from_table(self, m: pg.Match) -> Callable[[Tensor], None]:
         """P from rows of the embedding."""

@@ -59,8 +59,10 @@ class PTuning(pg.Pass):
         """Embed the pseudo tokens as rows of h; or put these in front of the tokens."""
         reason = "the rows are attended to, and no weight holds rows of a sequence"
         if self.token is None:
-            return pg.lengthened(self.at, pg.Lengthening(rows=self.length), self.rows, reason, cut=True)
-        return [pg.at_tokens(self.at, self.token, self.rows, reason)]
+            return pg.prepend_token_rules(
+                self.at, pg.PrependTokens(rows=self.length), self.rows, reason, trim_results=True
+            )
+        return [pg.replace_token_rule(self.at, self.token, self.rows, reason)]
 
     def finalized(self) -> Self:
         """The same rows without their encoder."""

@@ -67,7 +67,7 @@ class TrainableTokens(pg.Pass):
 
     def names_tokens(self, m: pg.Match) -> bool:
         """Whether the rows of a site's table are those of tokens."""
-        embeds = m.site.role == "embedding" and pg.looks_up_tokens(m)
+        embeds = m.site.role == "embedding" and pg.is_token_embedding(m)
         return embeds or (m.site.role == "head" and m.site.columns is None)
 
     def chosen(self, m: pg.Match) -> list[pg.Match]:

@@ -73,13 +73,13 @@ class ZeroInitPrefix(pg.Pass):
             f"the keys of {m.site.id} are made of {keys.shape[1]} features and its values of {values.shape[1]}.",
         )
         rows_LD = op.param("prefix", (self.length, keys.shape[1]), pg.init.normal(1.0))
-        heads = pg.attend(
+        heads = pg.attend_to(
             m,
             op,
-            self.projected(op, keys, rows_LD, pg.key_heads(m)),
-            self.projected(op, values, rows_LD, pg.value_heads(m)),
+            self.projected(op, keys, rows_LD, pg.key_head_shape(m)),
+            self.projected(op, values, rows_LD, pg.value_head_shape(m)),
         )
-        return pg.each_head(m, op, heads, lambda value: op.mul(value, self.opening(op, value)))
+        return pg.per_head(m, op, heads, lambda value: op.mul(value, self.opening(op, value)))
 
     def opening(self, op: pg.Builder, heads: fx.Node) -> fx.Node:
         """g, (H, 1, 1) or (1, 1, 1)."""

@@ -25,7 +25,7 @@ from peftgraph.ir.verifier import verify
 from peftgraph.rewrite.match import Match, is_given, match_all
 from peftgraph.rewrite.method import Pass
 from peftgraph.rewrite.rule import AddProduct, Replace, Rule
-from peftgraph.rewrite.sequence.limits import within_limits
+from peftgraph.rewrite.sequence.size_limits import adjust_size_limits
 from peftgraph.rewrite.shared_weights import Use, uses
 from peftgraph.sites import Columns, Site, Sites
 
@@ -77,7 +77,7 @@ def remove(program: P, sites: Sites, which: int) -> P:
     table = table.without(name for name, entry in table.items() if entry.added and name not in used)
     if not history:
         table = table.with_({name: _before(table[name]) for name in table.state})
-    result = within_limits(program.evolve(graph=sort(graph), table=table, edits=kept, history=history))
+    result = adjust_size_limits(program.evolve(graph=sort(graph), table=table, edits=kept, history=history))
     verify(result, program, inference)
     return result
 
@@ -393,7 +393,7 @@ class _Work:
             edits=tuple(self.edits),
             history=(*program.history, Applied(self.method, self.method.name, self.dtype)),
         )
-        return within_limits(changed)
+        return adjust_size_limits(changed)
 
 
 def _with_state(table: Table, graph: fx.Graph) -> Table:

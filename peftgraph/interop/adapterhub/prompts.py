@@ -17,7 +17,7 @@ from peftgraph.interop.selecting import selector_of
 from peftgraph.ir.program import ProgramData
 from peftgraph.rewrite.match import match_all
 from peftgraph.rewrite.method import find_pass
-from peftgraph.rewrite.sequence.in_front import starts_a_stack
+from peftgraph.rewrite.sequence.before_first_block import is_first_block_without_embedding
 from peftgraph.sites import Site, Sites
 
 PLACES = {"prefix": "front", "prefix_after_bos": "after_first"}
@@ -58,5 +58,5 @@ def _tokens(program: ProgramData, sites: Sites, width: int) -> Site | None:
 
 def _pictures(program: ProgramData, sites: Sites, width: int) -> Site | None:
     """The block that reads the embedded patches first."""
-    starts = (one for one in match_all(program, sites, sites.select("block")) if starts_a_stack(one))
+    starts = (one for one in match_all(program, sites, sites.select("block")) if is_first_block_without_embedding(one))
     return next((one.site for one in starts if one.features == width), None)

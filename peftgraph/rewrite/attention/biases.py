@@ -17,8 +17,8 @@ from peftgraph.errors import PeftGraphError
 from peftgraph.ir.builder import Builder
 from peftgraph.rewrite.attention.layout import axes_of
 from peftgraph.rewrite.match import Match
-from peftgraph.rewrite.sequence.inputs import inputs_along, same_size
 from peftgraph.rewrite.sequence.longer import Longer, slice_of
+from peftgraph.rewrite.sequence.token_inputs import find_token_inputs, same_size
 from peftgraph.sites.dataflow import ops
 
 aten = torch.ops.aten
@@ -73,7 +73,7 @@ def shares_of(m: Match, op: Builder, rows: int, placed: bool, biases: Biases) ->
 
 def _longer(m: Match, op: Builder, rows: int) -> Longer:
     queries, keys = (m.value(port).meta["val"].shape[axes_of(m, port).positions] for port in ("q", "v"))
-    return Longer(m, op, inputs_along(m, queries, None if same_size(queries, keys) else keys), queries, rows)
+    return Longer(m, op, find_token_inputs(m, queries, None if same_size(queries, keys) else keys), queries, rows)
 
 
 class _Placed(Shares):

@@ -13,7 +13,7 @@ from peftgraph.errors import PeftGraphError
 from peftgraph.ir.builder import Builder
 from peftgraph.rewrite.match import INPUT, Match
 from peftgraph.rewrite.rule import Rule
-from peftgraph.rewrite.sequence.inputs import beside, inputs_along, tokens
+from peftgraph.rewrite.sequence.token_inputs import find_token_inputs, read_token_mask, to_device_of
 
 aten = torch.ops.aten
 
@@ -85,14 +85,14 @@ def mean_over(m: Match, op: Builder, x_BT1: fx.Node, tokens_only: bool) -> fx.No
         PeftGraphError: such an input is no (batch, positions).
     """
     x_BT, length = op.call(aten.squeeze.dim, x_BT1, -1), x_BT1.meta["val"].shape[1]
-    inputs = inputs_along(m, length) if tokens_only and not isinstance(length, int) else None
+    inputs = find_token_inputs(m, length) if tokens_only and not isinstance(length, int) else None
     if inputs is not None:
         for name in inputs.along:
             if len(m.value(INPUT + name).meta["val"].shape) != 2:
                 raise PeftGraphError(f"The input {name} is no (batch, positions): it is not known what hides padding.")
     if inputs is None or inputs.mask is None:
         return op.call(aten.mean.dim, x_BT, [1])
-    real_BT = beside(op, tokens(m, op, inputs.mask), x_BT)
+    real_BT = to_device_of(op, read_token_mask(m, op, inputs.mask), x_BT)
     total_B = op.call(aten.sum.dim_IntList, op.mul(x_BT, real_BT), [1])
     count_B = op.call(aten.sum.dim_IntList, real_BT, [1])
     return op.call(aten.div.Tensor, total_B, op.call(aten.clamp.default, count_B, 1))

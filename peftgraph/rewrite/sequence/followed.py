@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch
 from torch import fx
 
-from peftgraph.rewrite.sequence.inputs import same_size
+from peftgraph.rewrite.sequence.token_inputs import same_size
 from peftgraph.sites.dataflow import ops
 from peftgraph.sites.dataflow.products import spelled
 

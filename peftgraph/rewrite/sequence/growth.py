@@ -16,14 +16,22 @@ from peftgraph.errors import PeftGraphError
 from peftgraph.ir.builder import Builder
 from peftgraph.ir.modes import ROWS
 from peftgraph.rewrite.match import INPUT, Match
-from peftgraph.rewrite.sequence.inputs import Inputs, Mask, beside, inputs_along, of_tokens, same_size, tokens
 from peftgraph.rewrite.sequence.longer import END
+from peftgraph.rewrite.sequence.token_inputs import (
+    PaddingMask,
+    TokenInputs,
+    find_token_inputs,
+    of_tokens,
+    read_token_mask,
+    same_size,
+    to_device_of,
+)
 from peftgraph.sites import attention, kind
 
 aten = torch.ops.aten
 
 
-def checked_inputs(m: Match) -> Inputs:
+def checked_inputs(m: Match) -> TokenInputs:
     """The inputs that run along the tokens that a table lookup embeds.
 
     Raises:
@@ -44,9 +52,9 @@ def checked_inputs(m: Match) -> Inputs:
     return inputs
 
 
-def inputs_of(m: Match) -> Inputs:
+def inputs_of(m: Match) -> TokenInputs:
     length, past = m.output.meta["val"].shape[1], earlier_keys(m)
-    return inputs_along(m, length, None if past is None else length + past.meta["val"].shape[ROWS])
+    return find_token_inputs(m, length, None if past is None else length + past.meta["val"].shape[ROWS])
 
 
 def earlier_keys(m: Match) -> fx.Node | None:
@@ -117,7 +125,7 @@ class Growth:
             rows_BLD = op.call(aten.expand.default, op.call(aten.unsqueeze.default, rows_LD, 0), [batch, -1, -1])
             ends = self._ends(x_BTD, 1)
             return op.call(aten.cat.default, [*ends[:-1], rows_BLD, ends[-1]], 1)
-        number_BT = beside(op, self._for_batch(self._of_call(self._number()), x_BTD), x_BTD)
+        number_BT = to_device_of(op, self._for_batch(self._of_call(self._number()), x_BTD), x_BTD)
         placed_BTD = op.call(aten.embedding.default, rows_LD, op.call(aten.clamp.default, number_BT, 0, self.rows - 1))
         inside_BT1 = op.call(aten.unsqueeze.default, self._holds_row(number_BT), -1)
         return op.call(aten.where.self, inside_BT1, placed_BTD, x_BTD)
@@ -142,7 +150,7 @@ class Growth:
             index = op.call(aten.unsqueeze.default, index, 1)
         for _ in range(value.meta["val"].dim() - axis - 1):
             index = op.call(aten.unsqueeze.default, index, -1)
-        return op.call(aten.take_along_dim.default, value, beside(op, index, value), axis)
+        return op.call(aten.take_along_dim.default, value, to_device_of(op, index, value), axis)
 
     # sizes: P places before the call, and of the L rows those that are added in it
 
@@ -177,9 +185,9 @@ class Growth:
         mask = self.inputs.mask
         return None if mask is None else self._once("start", lambda: self._behind_padding(mask))
 
-    def _behind_padding(self, mask: Mask) -> fx.Node:
+    def _behind_padding(self, mask: PaddingMask) -> fx.Node:
         op = self.op
-        closed_BT = op.call(aten.eq.Scalar, op.call(aten.cumsum.default, tokens(self.m, op, mask), 1), 0)
+        closed_BT = op.call(aten.eq.Scalar, op.call(aten.cumsum.default, read_token_mask(self.m, op, mask), 1), 0)
         inner_BT = op.call(aten.slice.Tensor, closed_BT, 1, 0, -1)  # an example of nothing but padding keeps one token
         padding_B1 = op.call(aten.sum.dim_IntList, inner_BT, [1], True)
         return op.call(aten.add.Scalar, padding_B1, self.after) if self.after else padding_B1

@@ -13,7 +13,7 @@ from torch import fx
 from peftgraph.errors import PeftGraphError
 from peftgraph.ir.builder import Builder
 from peftgraph.rewrite.match import INPUT, Match
-from peftgraph.rewrite.sequence.inputs import Inputs, of_tokens, same_size
+from peftgraph.rewrite.sequence.token_inputs import TokenInputs, of_tokens, same_size
 from peftgraph.sites.dataflow import ops
 
 aten = torch.ops.aten
@@ -21,12 +21,12 @@ END = 2**63 - 1
 
 
 class Longer:
-    """Inputs with L rows in front of the tokens, or behind the first of them.
+    """TokenInputs with L rows in front of the tokens, or behind the first of them.
 
     Of the rows is said what is said of the first token, but that a mask hides none of them and positions count on.
     """
 
-    def __init__(self, m: Match, op: Builder, inputs: Inputs, length: object, rows: int, after: int = 0) -> None:
+    def __init__(self, m: Match, op: Builder, inputs: TokenInputs, length: object, rows: int, after: int = 0) -> None:
         self.m, self.op, self.inputs, self.length, self.rows, self.after = m, op, inputs, length, rows, after
         self._given = {m.value(INPUT + name): name for name in (*inputs.along, *inputs.whole)}
 

@@ -15,9 +15,9 @@ from torch import Tensor, fx
 from peftgraph.errors import PeftGraphError
 from peftgraph.ir.builder import Builder
 from peftgraph.rewrite.match import Match
-from peftgraph.rewrite.sequence.inputs import reached, same_size
 from peftgraph.rewrite.sequence.longer import END
 from peftgraph.rewrite.sequence.shapes import grown, told
+from peftgraph.rewrite.sequence.token_inputs import reached, same_size
 from peftgraph.sites.dataflow import ops
 
 aten = torch.ops.aten

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from peftgraph.ir.shape_inference import size_in_example
-from peftgraph.rewrite.sequence.inputs import same_size
+from peftgraph.rewrite.sequence.token_inputs import same_size
 
 Size = Any  # int or torch.SymInt
 

@@ -17,7 +17,7 @@ from peftgraph.ir.signature import Condition
 P = TypeVar("P", bound=ProgramData)
 
 
-def within_limits(program: P) -> P:
+def adjust_size_limits(program: P) -> P:
     """The program with the sizes that its inputs may have: rows that a pass puts in front of them take their room."""
     base, grown = program.base or program, program.grown()
     ranges = {dim: _room(program, dim, span, grown.get(dim, 0)) for dim, span in base.signature.ranges.items()}

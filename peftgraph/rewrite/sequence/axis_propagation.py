@@ -21,10 +21,10 @@ from torch import Tensor, fx
 from peftgraph.ir.builder import Builder, in_order
 from peftgraph.ir.shape_inference import size_in_example
 from peftgraph.rewrite.match import Match
-from peftgraph.rewrite.sequence.inputs import same_size
 from peftgraph.rewrite.sequence.longer import END
 from peftgraph.rewrite.sequence.places import COPIES, PIECEWISE, Axes, Places, along, refusal, tensors
 from peftgraph.rewrite.sequence.shapes import Size, groups, grown, told
+from peftgraph.rewrite.sequence.token_inputs import same_size
 from peftgraph.sites.dataflow import ops
 
 aten = torch.ops.aten

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 
 from peftgraph.rewrite.match import Match
-from peftgraph.rewrite.sequence.inputs import inputs_along
+from peftgraph.rewrite.sequence.token_inputs import find_token_inputs
 from peftgraph.sites.dataflow import ops
 
 aten = torch.ops.aten
 
 
-def looks_up_tokens(m: Match) -> bool:
+def is_token_embedding(m: Match) -> bool:
     """Whether an embedding's numbers are tokens: they count no positions, and no longer table is looked up along them.
 
     Args:
@@ -26,6 +26,6 @@ def looks_up_tokens(m: Match) -> bool:
     given = next((node for node in m.inputs if node.name == name), None)
     if given is None or given.meta["val"].dim() < 2:
         return True
-    along = inputs_along(m, m.now(given).meta["val"].shape[1])
+    along = find_token_inputs(m, m.now(given).meta["val"].shape[1])
     others = [rows for table, rows in along.tables if table not in along.positions]
     return name not in along.positions and m.shape[1] >= max(others, default=0)

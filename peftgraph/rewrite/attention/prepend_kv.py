@@ -24,7 +24,7 @@ VIEWS_OF_MEMORY = {aten.view.default, aten._unsafe_view.default}
 COPYING = {"contiguous", "clone", "reshape", "flatten", "cat", "stack", "repeat", "repeat_interleave"}
 
 
-def key_heads(m: Match) -> tuple[int, int]:
+def key_head_shape(m: Match) -> tuple[int, int]:
     """(heads, features of one) of an attention's keys, before they are repeated for the queries that share them.
 
     Raises:
@@ -33,8 +33,8 @@ def key_heads(m: Match) -> tuple[int, int]:
     return _heads_of(m, "k")
 
 
-def value_heads(m: Match) -> tuple[int, int]:
-    """(heads, features of one) of an attention's values; like `key_heads`."""
+def value_head_shape(m: Match) -> tuple[int, int]:
+    """(heads, features of one) of an attention's values; like `key_head_shape`."""
     return _heads_of(m, "v")
 
 
@@ -43,15 +43,16 @@ def _heads_of(m: Match, port: str) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Rows:
+class PrependKV:
     """Keys and values in front of an attention's own: the delta gives both, `{"keys": ..., "values": ...}`.
 
-    Both are (1, G, L, D), or (B, G, L, D) for rows that differ by example, as `key_heads` and `value_heads` give G, D.
+    Both are (1, G, L, D), or (B, G, L, D) for rows that differ by example; `key_head_shape` and `value_head_shape` give
+    G and D.
 
     Attributes:
         port: the attention's output.
-        placed: whether the rows have places, in front of all tokens; see `prepend`.
-        biases: what becomes of the model's biases of the distance; see `prepend`.
+        placed: whether the rows have places, in front of all tokens; see `attend_with_rows`.
+        biases: what becomes of the model's biases of the distance; see `attend_with_rows`.
     """
 
     port: str = "output"
@@ -61,7 +62,7 @@ class Rows:
     def entered(self, m: Match, op: Builder, delta: fx.Node | Mapping[str, fx.Node]) -> dict[str, fx.Node]:
         """The attention's output over the longer keys and values."""
         assert isinstance(delta, Mapping), "rows are keys and values"
-        return {self.port: prepend(m, op, delta["keys"], delta["values"], self.placed, self.biases)}
+        return {self.port: attend_with_rows(m, op, delta["keys"], delta["values"], self.placed, self.biases)}
 
     def gated(self, m: Match, op: Builder, delta: fx.Node | Mapping[str, fx.Node], gate: fx.Node) -> dict[str, fx.Node]:
         """Both times the gate."""
@@ -69,7 +70,7 @@ class Rows:
         return {name: op.mul(rows, gate) for name, rows in delta.items()}
 
 
-def prepend(
+def attend_with_rows(
     m: Match, op: Builder, keys_1GLD: fx.Node, values_1GLD: fx.Node, placed: bool = False, biases: Biases = "kept"
 ) -> fx.Node:
     """The attention's output when every query also attends to L rows in front of the model's own keys and values.
@@ -81,8 +82,8 @@ def prepend(
     Args:
         m: a match of `attention.core`.
         op: the builder of the edit.
-        keys_1GLD: (1, G, L, D), G and D as `key_heads` gives them.
-        values_1GLD: (1, G, L, D), as `value_heads` gives them.
+        keys_1GLD: (1, G, L, D), G and D as `key_head_shape` gives them.
+        values_1GLD: (1, G, L, D), as `value_head_shape` gives them.
         placed: whether the rows have places all the same, in front of all tokens: then the model's masks and biases
             fall on them as on so many tokens more. Cross-attention knows no places.
         biases: of the distance, where the model looks them up in parameters and the rows have no places: "kept" leaves
@@ -104,15 +105,15 @@ def prepend(
     return _computed(m, op, keys_1GLD, values_1GLD, shares)
 
 
-def attend(m: Match, op: Builder, keys_1GLD: fx.Node, values_1GLD: fx.Node) -> fx.Node:
+def attend_to(m: Match, op: Builder, keys_1GLD: fx.Node, values_1GLD: fx.Node) -> fx.Node:
     """What the queries of an attention get from L rows of keys and values alone: softmax(q P_K^T) P_V, scaled as the
     model scales its own scores.
 
     Args:
         m: a match of `attention.core`.
         op: the builder of the edit.
-        keys_1GLD: (1, G, L, D), G and D as `key_heads` gives them.
-        values_1GLD: (1, G, L, D), as `value_heads` gives them.
+        keys_1GLD: (1, G, L, D), G and D as `key_head_shape` gives them.
+        values_1GLD: (1, G, L, D), as `value_head_shape` gives them.
 
     Raises:
         PeftGraphError: the attention is written in a form that rows cannot be led into.
@@ -120,14 +121,14 @@ def attend(m: Match, op: Builder, keys_1GLD: fx.Node, values_1GLD: fx.Node) -> f
     return _computed(m, op, keys_1GLD, values_1GLD, None)
 
 
-def each_head(m: Match, op: Builder, value: fx.Node, change: Callable[[fx.Node], fx.Node]) -> fx.Node:
+def per_head(m: Match, op: Builder, value: fx.Node, change: Callable[[fx.Node], fx.Node]) -> fx.Node:
     """`change` of a value like an attention's output, with heads on an axis of their own, (B, H, S, F), whether or not
     the attention has them so."""
     return each_by_head(op, value, axes_of(m, "output"), change)
 
 
 def _computed(m: Match, op: Builder, keys: fx.Node, values: fx.Node, shares: Shares | None) -> fx.Node:
-    for heads in (key_heads, value_heads):
+    for heads in (key_head_shape, value_head_shape):
         heads(m)
     keys, values = op.in_dtype_of(keys, m.value("k")), op.in_dtype_of(values, m.value("v"))
     core = m.names[m.site.op]

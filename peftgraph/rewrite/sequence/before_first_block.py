@@ -11,7 +11,7 @@ from torch import fx
 from peftgraph.errors import PeftGraphError
 from peftgraph.ir.builder import Builder
 from peftgraph.rewrite.match import INPUT, RESULT, Match
-from peftgraph.rewrite.sequence.following import Following
+from peftgraph.rewrite.sequence.axis_propagation import Following
 from peftgraph.rewrite.sequence.longer import slice_of
 from peftgraph.rewrite.sequence.places import refusal
 from peftgraph.rewrite.sequence.shapes import told
@@ -20,7 +20,7 @@ from peftgraph.sites import embedding
 aten = torch.ops.aten
 
 
-def starts_a_stack(m: Match) -> bool:
+def is_first_block_without_embedding(m: Match) -> bool:
     """Whether a site is the first block of a stack that no embedding feeds."""
     if m.site.role != "block" or m.site.layer != 0:
         return False

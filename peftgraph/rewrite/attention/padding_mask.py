@@ -16,7 +16,7 @@ FUSED = aten.scaled_dot_product_attention.default
 HIDDEN = -5e3  # what hides a key lowers its score to -1e4 at most, and no model's own scores reach half of that
 
 
-def real_positions(m: Match, op: Builder) -> fx.Node:
+def token_mask(m: Match, op: Builder) -> fx.Node:
     """(B, S) booleans: which positions hold tokens, in the sequence that a site of the stack has.
 
     A position is real if its own query may see its own key: no causal mask, window or position bias hides that one, and
@@ -56,7 +56,7 @@ def _sees_itself(core: Match, op: Builder) -> fx.Node:
     return own_BS if own_BS.meta["val"].dtype == torch.bool else op.call(aten.gt.Scalar, own_BS, HIDDEN)
 
 
-def first_and_last(op: Builder, real_BS: fx.Node, first: int, last: int) -> tuple[fx.Node, fx.Node]:
+def first_and_last_masks(op: Builder, real_BS: fx.Node, first: int, last: int) -> tuple[fx.Node, fx.Node]:
     """Twice (B, S) booleans: the `first` and the `last` ones among the positions that `real_BS` holds true.
 
     No position is both: it belongs to the end that is nearer, the middle one to the last.

@@ -30,7 +30,7 @@ LOSSES = {"cross_entropy_loss", "nll_loss", "nll_loss_nd"}
 
 
 @dataclass(frozen=True)
-class Mask:
+class PaddingMask:
     """An input that hides padding.
 
     Attributes:
@@ -43,7 +43,7 @@ class Mask:
 
 
 @dataclass(frozen=True)
-class Inputs:
+class TokenInputs:
     """The inputs that run along one length, by the names of their placeholders.
 
     Attributes:
@@ -58,12 +58,12 @@ class Inputs:
     along: tuple[str, ...]
     positions: frozenset[str]
     labels: tuple[tuple[str, int], ...]
-    mask: Mask | None
+    mask: PaddingMask | None
     tables: tuple[tuple[str, int], ...]
     whole: tuple[str, ...] = ()
 
 
-def inputs_along(m: Match, length: Any, total: Any = None) -> Inputs:
+def find_token_inputs(m: Match, length: Any, total: Any = None) -> TokenInputs:
     """The inputs of the graph that `m` stands in whose second axis has the size `length`.
 
     Args:
@@ -82,7 +82,7 @@ def inputs_along(m: Match, length: Any, total: Any = None) -> Inputs:
     whole = [] if total is None else [node for node in m.inputs if _runs_along_all(m.now(node), total)]
     hiding = [node for node in (*along, *whole) if node.name not in {*positions, *tables}]
     masks = [mask for node in hiding if (mask := _mask(m, node)) is not None]
-    return Inputs(
+    return TokenInputs(
         tuple(node.name for node in along),
         frozenset(positions),
         tuple((node.name, ignored) for node, ignored in labels),
@@ -108,12 +108,12 @@ def of_tokens(m: Match, name: str) -> fx.Node:
     return value
 
 
-def tokens(m: Match, op: Builder, mask: Mask) -> fx.Node:
+def read_token_mask(m: Match, op: Builder, mask: PaddingMask) -> fx.Node:
     """(B, T) booleans: which positions hold tokens, as an input says it."""
     return op.call(aten.eq.Scalar if mask.hides else aten.ne.Scalar, m.value(INPUT + mask.name), 0)
 
 
-def beside(op: Builder, x: fx.Node, value: fx.Node) -> fx.Node:
+def to_device_of(op: Builder, x: fx.Node, value: fx.Node) -> fx.Node:
     """x on the device of `value`; a model of meta tensors may be traced with inputs that are none."""
     device = value.meta["val"].device
     return x if x.meta["val"].device == device else op.call(aten.to.device, x, device, x.meta["val"].dtype)
@@ -193,7 +193,7 @@ def _mentions(size: Any, length: Any) -> bool:
 # masks
 
 
-def _mask(m: Match, node: fx.Node) -> Mask | None:
+def _mask(m: Match, node: fx.Node) -> PaddingMask | None:
     """The input as a mask, when what the model's values meet differs between a mask of ones and one of zeros.
 
     Where there are no values, on the meta device, a mask that hides with its zeros is assumed, as nearly all do.
@@ -203,13 +203,13 @@ def _mask(m: Match, node: fx.Node) -> Mask | None:
     seeds = {other: m.example[other.name] for other in m.inputs if other.name in m.example}
     for value, user in _meetings(m, m.now(node)):
         if m.table.device.type == "meta":
-            return Mask(node.name, hides=False)
+            return PaddingMask(node.name, hides=False)
         one, zero = (
             _openness(evaluate(value, seeds | {node: torch.full_like(seeds[node], fill)}, m.table), user)
             for fill in (1, 0)
         )
         if one != zero:
-            return Mask(node.name, hides=one < zero)
+            return PaddingMask(node.name, hides=one < zero)
     return None
 
 

@@ -13,8 +13,8 @@ from peftgraph.errors import PeftGraphError
 from peftgraph.ir.builder import Builder
 from peftgraph.rewrite.match import INPUT, RESULT, Match
 from peftgraph.rewrite.sequence.growth import checked_inputs, earlier_keys
-from peftgraph.rewrite.sequence.inputs import Inputs, reached, same_size
 from peftgraph.rewrite.sequence.longer import Longer, slice_of
+from peftgraph.rewrite.sequence.token_inputs import TokenInputs, reached, same_size
 from peftgraph.sites import block
 
 aten = torch.ops.aten
@@ -28,7 +28,7 @@ class Behind:
 
     def __init__(self, m: Match, op: Builder, rows: int, after: int) -> None:
         self.m, self.op, self.rows, self.after = m, op, rows, after
-        self.embedded = _finished(m)
+        self.embedded = _embedding_output(m)
 
     def inserted(self, rows_LD: fx.Node) -> dict[str, fx.Node]:
         """The embeddings with the rows, and all else that follows from the inputs and is read behind them, by port.
@@ -65,7 +65,7 @@ class Behind:
                 shorter[RESULT + name] = value
         return shorter
 
-    def _checked(self) -> Inputs:
+    def _checked(self) -> TokenInputs:
         inputs, site = checked_inputs(self.m), self.m.site.id
         if earlier_keys(self.m) is not None:
             raise PeftGraphError(
@@ -92,7 +92,7 @@ class Behind:
         return INPUT + self.m.edits.below(node.name)
 
 
-def finished(m: Match) -> str:
+def embedding_output_port(m: Match) -> str:
     """The port of the finished embeddings: of what the first block reads of the embedded tokens, in their own width.
 
     Args:
@@ -101,10 +101,10 @@ def finished(m: Match) -> str:
     Raises:
         PeftGraphError: no block reads them.
     """
-    return INPUT + m.edits.below(_finished(m).name)
+    return INPUT + m.edits.below(_embedding_output(m).name)
 
 
-def _finished(m: Match) -> fx.Node:
+def _embedding_output(m: Match) -> fx.Node:
     """What the first block reads of the embedded tokens, before it is taken to another width.
 
     Raises:

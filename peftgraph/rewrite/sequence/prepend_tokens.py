@@ -20,10 +20,10 @@ from peftgraph.errors import PeftGraphError
 from peftgraph.ir.builder import Builder
 from peftgraph.rewrite.match import OUTERMOST, RESULT, Match
 from peftgraph.rewrite.rule import Replace, Rule
-from peftgraph.rewrite.sequence.behind import Behind
+from peftgraph.rewrite.sequence.after_embedding import Behind
+from peftgraph.rewrite.sequence.before_first_block import InFront, is_first_block_without_embedding
 from peftgraph.rewrite.sequence.growth import Growth, checked_inputs
-from peftgraph.rewrite.sequence.in_front import InFront, starts_a_stack
-from peftgraph.rewrite.sequence.inputs import inputs_along, same_size
+from peftgraph.rewrite.sequence.token_inputs import find_token_inputs, same_size
 from peftgraph.sites.dataflow import ops
 from peftgraph.sites.selectors.select import Selector
 
@@ -31,7 +31,7 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Lengthening:
+class PrependTokens:
     """L rows in front of the tokens that a table lookup embeds.
 
     A graph that continues earlier calls puts them in front of the first one, whose keys and values it passes on: of L
@@ -39,14 +39,14 @@ class Lengthening:
 
     Attributes:
         rows: L.
-        after: how many tokens stay in front of the rows: 0, or 1 for a model that reads its answer at the first one.
-        behind: whether the rows stand behind the finished embeddings, without positions, types or a norm of theirs;
-            the tokens then keep their positions, and the rows are in front of padding as well.
+        start: how many tokens stay in front of the rows: 0, or 1 for a model that reads its answer at the first one.
+        after_embedding: whether the rows stand behind the finished embeddings, without positions, types or a norm of
+            theirs; the tokens then keep their positions, and the rows are in front of padding as well.
     """
 
     rows: int
-    after: int = 0
-    behind: bool = False
+    start: int = 0
+    after_embedding: bool = False
 
     def inputs(self, m: Match, op: Builder) -> dict[str, fx.Node]:
         """Every input that runs along the tokens, longer by the rows, by its port.
@@ -62,12 +62,12 @@ class Lengthening:
             PeftGraphError: the length is fixed, or an input runs along it in a form that rows do not fit in.
         """
         checked_inputs(m)
-        growth = Growth(m, op, self.rows, self.after)
+        growth = Growth(m, op, self.rows, self.start)
         return growth.whole() | growth.along() | growth.labels()
 
     def embedded(self, m: Match, op: Builder, rows_LD: fx.Node) -> dict[str, fx.Node]:
         """The embedded sequence with the rows in their places, once the inputs are longer, by its port."""
-        return {"output": Growth(m, op, self.rows, self.after).embedded(rows_LD)}
+        return {"output": Growth(m, op, self.rows, self.start).embedded(rows_LD)}
 
     def results(self, m: Match, op: Builder) -> dict[str, fx.Node]:
         """What the model returns for each token, without what it gives for the rows, by its port.
@@ -75,7 +75,7 @@ class Lengthening:
         Raises:
             PeftGraphError: a result has the tokens on its first axis.
         """
-        growth, length = Growth(m, op, self.rows, self.after), m.output.meta["val"].shape[1]
+        growth, length = Growth(m, op, self.rows, self.start), m.output.meta["val"].shape[1]
         shorter: dict[str, fx.Node] = {}
         for leaf in m.graph.output_node().all_input_nodes:
             base = m.names[m.edits.below(leaf.name)]
@@ -94,7 +94,7 @@ def embeds_tokens(m: Match) -> bool:
     shape = m.output.meta["val"].shape
     if m.site.role != "embedding" or len(shape) != 3 or isinstance(shape[1], int):
         return False
-    inputs = inputs_along(m, shape[1])
+    inputs = find_token_inputs(m, shape[1])
     source = m.value("input")
     while source.op == "call_function" and ops.name(source) in ops.LAYOUT | ops.CAST:
         source = source.all_input_nodes[0]
@@ -103,8 +103,8 @@ def embeds_tokens(m: Match) -> bool:
     return name in rows and (rows[name] >= m.example[name].shape[1] or rows[name] == max(rows.values()))
 
 
-def lengthened(
-    at: Selector, place: Lengthening, rows: Callable[[Match, Builder], fx.Node], reason: str, *, cut: bool
+def prepend_token_rules(
+    at: Selector, place: PrependTokens, rows: Callable[[Match, Builder], fx.Node], reason: str, *, trim_results: bool
 ) -> list[Rule]:
     """The rules that put rows in front of the tokens that the sites at `at` embed.
 
@@ -113,7 +113,7 @@ def lengthened(
         place: where, and how many.
         rows: builds the rows, (L, D).
         reason: why they do not fold.
-        cut: whether the model's results are those of the tokens alone.
+        trim_results: whether the model's results are those of the tokens alone.
     """
 
     def inputs(m: Match, op: Builder) -> Mapping[str, fx.Node]:
@@ -122,27 +122,27 @@ def lengthened(
 
     def behind(m: Match, op: Builder) -> Mapping[str, fx.Node]:
         if m.site.role == "block":
-            return InFront(m, op, place.rows, place.after).inserted(rows(m, op), cut)
+            return InFront(m, op, place.rows, place.start).inserted(rows(m, op), trim_results)
         _check_alone(m, at)
-        return Behind(m, op, place.rows, place.after).inserted(rows(m, op))
+        return Behind(m, op, place.rows, place.start).inserted(rows(m, op))
 
     def results_behind(m: Match, op: Builder) -> Mapping[str, fx.Node]:
-        return Behind(m, op, place.rows, place.after).results()
+        return Behind(m, op, place.rows, place.start).results()
 
     def embedded(m: Match, op: Builder) -> Mapping[str, fx.Node]:
         values = place.embedded(m, op, rows(m, op))
-        return values | place.results(m, op) if cut else values
+        return values | place.results(m, op) if trim_results else values
 
     lacking = "embeds tokens that are an input of the model"
-    level = OUTERMOST if place.behind else 1
+    level = OUTERMOST if place.after_embedding else 1
     more: dict[str, Any] = {"at": at, "fold": reason, "where": embeds_tokens, "lacking": lacking, "level": level}
-    if place.behind:
+    if place.after_embedding:
         lacking += ", or is the first block of a stack that no embedding feeds"
-        more |= {"where": lambda m: embeds_tokens(m) or starts_a_stack(m), "lacking": lacking}
+        more |= {"where": lambda m: embeds_tokens(m) or is_first_block_without_embedding(m), "lacking": lacking}
         found = [Rule(delta=behind, join=Replace("input"), **more)]
         more |= {"where": embeds_tokens, "optional": True}
         cutting = Rule(delta=results_behind, join=Replace(anew=False), **more)
-        return [*found, cutting] if cut else found
+        return [*found, cutting] if trim_results else found
     return [
         Rule(delta=inputs, join=Replace("input"), **more),
         Rule(delta=embedded, join=Replace(anew=False), **more),
@@ -159,7 +159,7 @@ def _check_alone(m: Match, at: Selector) -> None:
         raise PeftGraphError(f"{' and '.join(twins)} embed one sequence of tokens; choose one of them with at=.")
 
 
-def at_tokens(at: Selector, token: int, rows: Callable[[Match, Builder], fx.Node], reason: str) -> Rule:
+def replace_token_rule(at: Selector, token: int, rows: Callable[[Match, Builder], fx.Node], reason: str) -> Rule:
     """The rule that embeds the k-th `token` of each example as the k-th row, and those beyond the last row as before.
 
     Args:
