@@ -37,6 +37,7 @@ from peftgraph.runtime.submodule_module import surround
 from peftgraph.runtime.transformers_module import hosted
 from peftgraph.sites import Absent, Pattern, Selector, Sites, as_selector, find_sites
 from peftgraph.sites.assign.naming import sections, titles
+from peftgraph.sites.patterns.pattern import patterns_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +91,7 @@ class Program(Copied, ProgramData):
         known = {one.pattern.name: one.pattern for one in self.sites.searched}
         count = len(known)
         for one in patterns:
-            for pattern in (one,) if isinstance(one, Pattern) else as_selector(one).patterns():
+            for pattern in (one,) if isinstance(one, Pattern) else patterns_of(as_selector(one)):
                 if known.setdefault(pattern.name, pattern) != pattern:
                     raise Conflict(f"Two patterns are called {pattern.name!r}:\n  {known[pattern.name]}\n  {pattern}")
         if len(known) == count:

@@ -17,7 +17,7 @@ CODE = re.compile(r"`[^`\n]*`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ +(.*)$", flags=re.MULTILINE)
 # A public name that is a module's too, and where the reference finds what is meant.
-ELSEWHERE = {"peftgraph.facade.attention": "peftgraph.sites.selectors.select.attention"}
+ELSEWHERE = {"peftgraph.facade.attention": "peftgraph.sites.selectors.selector.attention"}
 PUBLIC = re.compile(r"^from \S+ import \w+ as (\w+)$", flags=re.MULTILINE)
 
 

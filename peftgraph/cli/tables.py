@@ -11,21 +11,14 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from peftgraph.sites.roles import role_of
+
 if TYPE_CHECKING:
     import peftgraph as pg
     from peftgraph.draw import Outline
     from peftgraph.draw.parts import Part
     from peftgraph.draw.rows import Section
 
-COLOURS = {
-    "attention": "cyan",
-    "ffn": "green",
-    "norm": "magenta",
-    "bias": "yellow",
-    "embedding": "blue",
-    "head": "red",
-    "router": "yellow",
-}
 HEADINGS = ("role", "weight", "out x in", "heads", "notes")
 
 
@@ -145,8 +138,9 @@ def _alike(sites: Sequence[pg.Site], every: bool) -> list[list[pg.Site]]:
 
 
 def colour(role: str) -> str:
-    """The colour of a role."""
-    return COLOURS.get(role.split(".")[0], "white")
+    """Return the colour of a role in a terminal."""
+    known = role_of(role)
+    return known.colour if known is not None and known.colour else "white"
 
 
 def count_table(count: Any) -> Table:

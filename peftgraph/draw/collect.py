@@ -13,9 +13,9 @@ from peftgraph.draw.parts import Block, Group, Outline, Part, Slot, Stack, Subla
 from peftgraph.ir.parameters import Entry
 from peftgraph.ir.program import ProgramData
 from peftgraph.sites import Site, Sites
+from peftgraph.sites.roles import is_structure, with_slot
 
-QKV = ("attention.q", "attention.k", "attention.v")
-STRUCTURE = ("block", "attention", "ffn", "attention.core", "ffn.hidden")
+QKV = with_slot(("input",))
 
 
 def outline(program: ProgramData, sites: Sites) -> Outline:
@@ -79,7 +79,7 @@ class _Collector:
         """Whether a site is a part: no sublayer or block, and no bias that another site has for its own."""
         if site.role == "bias" and site.bias is not None:
             return site.bias.parameter not in self.owned
-        return site.role not in STRUCTURE
+        return not is_structure(site.role)
 
     def _parameters(self) -> Iterable[Entry]:
         return (entry for entry in self.program.table.values() if entry.kind == "parameter" and not entry.added)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from peftgraph.draw.parts import Part, Sublayer
 from peftgraph.draw.shapes import Box, Circle, Shape, Words, row, wire
+from peftgraph.sites.roles import with_slot
 
 WIDTH = 224.0
 GAP = 15.0  # between what follows each other
@@ -101,7 +102,7 @@ def norms(parts: Sequence[Drawn], *slots: str) -> list[Drawn]:
 
 def attention(column: Column, parts: Sequence[Drawn], one: Sublayer) -> None:
     """q, k and v into the core, and o."""
-    inputs = pick(parts, "attention.q", "attention.k", "attention.v")
+    inputs = pick(parts, *with_slot(("input",)))
     _latents(column, pick(parts, "attention.latent"), norms(parts, "latent"))
     if inputs:
         _operands(column, inputs, norms(parts, "q", "k", "v"), one)
@@ -224,7 +225,7 @@ def _weighed(column: Column, spoken: float) -> None:
 
 def _gated(column: Column, parts: Sequence[Drawn], piled: bool) -> None:
     """gate and up side by side, their product, down."""
-    wide = pick(parts, "ffn.gate", "ffn.up")
+    wide = pick(parts, *with_slot(("gate", "wide")))
     width = WIDTH - (24 if piled else 0)
     x = column.x + (12 if piled else 0)
     middle = x + width / 2

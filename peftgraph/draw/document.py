@@ -11,25 +11,9 @@ from peftgraph.draw.figure import figure, kinds
 from peftgraph.draw.parts import Outline, Part, Stack
 from peftgraph.draw.rows import Section, notes, sections
 from peftgraph.draw.svg import style
+from peftgraph.sites.roles import ROLES
 
-KEY = {
-    "attention.q": "--q",
-    "attention.k": "--k",
-    "attention.v": "--v",
-    "attention.o": "--o",
-    "attention.latent": "--latent",
-    "ffn.gate": "--gate",
-    "ffn.up": "--up",
-    "ffn.down": "--down",
-    "router": "--router",
-    "norm": "--norm",
-    "projection": "--none",
-    "conv": "--none",
-    "matrix": "--none",
-    "bias": "--none",
-    "embedding": "--ends",
-    "head": "--ends",
-}
+KEY = {one.name: f"--{one.fill}" for one in ROLES if one.fill}
 
 
 def page(outline: Outline, footer: str = "") -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from peftgraph.draw.columns import GAP, NARROW, WIDTH, Column, Drawn, attention, drawn, feedforward, norms, other
 from peftgraph.draw.parts import Block, Group, Outline, Part, Stack, Sublayer, skeleton
 from peftgraph.draw.shapes import Box, Circle, Shape, Words, mirrored, moved, wire
-from peftgraph.draw.svg import svg
+from peftgraph.draw.svg import css_class, svg
 from peftgraph.sites.explanations.listing import ranges
 
 STREAM, LEFT, RIGHT = 44.0, 92.0, 26.0  # in a block: the stream, the columns' left side, what is right of them
@@ -129,7 +129,7 @@ def _end(canvas: Canvas, part: Part) -> None:
     """What stands before or after the blocks, over the whole width."""
     height = NARROW if part.role == "norm" else ENDS
     one = Drawn((part,))
-    kind = "head-out" if part.role == "head" else part.role.replace(".", "-")
+    kind = css_class(part.role)
     detail = one.sizes if part.role != "norm" else ""
     if part.tied:
         detail += ", tied"

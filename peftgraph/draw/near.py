@@ -7,8 +7,10 @@ from collections.abc import Iterable, Sequence
 from torch import fx
 
 from peftgraph.sites import Site, Sites
+from peftgraph.sites.roles import ROLES
 
-INSIDE = ("block", "bias", "attention", "ffn", "ffn.hidden")  # their outputs are other sites' outputs, or joins
+# Roles whose outputs are other sites' outputs, or residual sums.
+INSIDE = {one.name for one in ROLES if one.level} | {"bias", "ffn.hidden"}
 
 
 class Near:

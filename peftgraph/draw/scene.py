@@ -14,8 +14,9 @@ from peftgraph.draw.parts import Block, Part, Stack, Sublayer
 from peftgraph.draw.placement import Placement
 from peftgraph.ir.program import Edit, ProgramData
 from peftgraph.sites import Site, Sites
+from peftgraph.sites.roles import with_slot
 
-QKV = ("attention.q", "attention.k", "attention.v")
+QKV = with_slot(("input",))
 
 
 @dataclass
@@ -234,7 +235,9 @@ class _Plan:
         return line
 
     def _feedforward(self, line: Line, parts: Sequence[tuple[Part, Site]]) -> None:
-        wide = [(part, site) for role in ("router", "ffn.gate", "ffn.up") for part, site in parts if part.role == role]
+        wide = [
+            (part, site) for role in with_slot(("router", "gate", "wide")) for part, site in parts if part.role == role
+        ]
         hidden = next(self._sites("ffn.hidden"), None)
         value = hidden.ports["output"] if hidden is not None else ""
         if len(wide) > 1:

@@ -7,6 +7,7 @@ from html import escape
 from importlib.resources import files
 
 from peftgraph.draw.shapes import Box, Circle, Shape, Wire, Words
+from peftgraph.sites.roles import ROLES
 
 RADIUS = 8
 SIGNS = {
@@ -18,8 +19,14 @@ SIGNS = {
 
 
 def style() -> str:
-    """The CSS of the drawings."""
-    return files("peftgraph.draw").joinpath("figure.css").read_text(encoding="utf-8")
+    """Return the CSS of the drawings: the style sheet, and the colour of each role."""
+    colours = [f".figure .{css_class(one.name)} {{ --hue: var(--{one.fill}); }}\n" for one in ROLES if one.fill]
+    return files("peftgraph.draw").joinpath("figure.css").read_text(encoding="utf-8") + "".join(colours)
+
+
+def css_class(role: str) -> str:
+    """Return the CSS class of a role's boxes; `head` is that of arrows."""
+    return "head-out" if role == "head" else role.replace(".", "-")
 
 
 def svg(shapes: Iterable[Shape], width: float, height: float, label: str, standalone: bool = False) -> str:

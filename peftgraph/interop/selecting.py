@@ -14,12 +14,13 @@ from peftgraph.errors import AdapterError
 from peftgraph.ir.program import ProgramData
 from peftgraph.rewrite.weight_views import weight_view
 from peftgraph.sites import Selector, Site, Sites
-from peftgraph.sites.selectors.select import FAMILIES, WORDS, Role
+from peftgraph.sites.roles import ROLES
+from peftgraph.sites.selectors.selector import RoleSelector
 
 
 def owners(sites: Sites, parameter: str) -> list[Site]:
     """The sites that multiply by a stored weight; several where it is fused, or used more than once."""
-    roles = [role for role in WORDS if role not in ("ffn.hidden", *FAMILIES)]
+    roles = [one.name for one in ROLES if one.owns_weight]
     return [site for site in sites if site.weight and site.weight.parameter == parameter and site.role in roles]
 
 
@@ -67,7 +68,8 @@ def rows_of(site: Site) -> Any:
 def selector_of(sites: Sites, chosen: Iterable[Site]) -> Selector:
     """A selector that means `chosen` and nothing else: by their roles, narrowed by their paths where these say more."""
     wanted = list(dict.fromkeys(chosen))
-    roles = [Role(role) for role in sorted({site.role for site in wanted}, key=WORDS.index)]
+    wanted_roles = {site.role for site in wanted}
+    roles = [RoleSelector(one.name) for one in ROLES if one.name in wanted_roles]
     anywhere: Selector = reduce(or_, roles)
     paths = list(dict.fromkeys(re.escape(site.path) for site in wanted))
     by_layer = list(dict.fromkeys(re.sub(r"(?<![^.])\d+(?=\\\.|$)", r"\\d+", path) for path in paths))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from peftgraph.sites import Site, Sites
-from peftgraph.sites.selectors.select import WORDS
+from peftgraph.sites.roles import WORDS
 
 
 def same(own: Tensor, value: Tensor) -> bool:

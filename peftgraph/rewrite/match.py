@@ -16,6 +16,7 @@ from peftgraph.ir.parameters import Table
 from peftgraph.ir.program import Applied, Edits, ProgramData
 from peftgraph.rewrite.weight_views import Bound, View, bias_view, bind, rows_view, weight_view
 from peftgraph.sites import Columns, Equation, Lettered, Site, Sites
+from peftgraph.sites.roles import ROLES, level_of
 from peftgraph.sites.site import Form
 
 aten = torch.ops.aten
@@ -33,14 +34,11 @@ CONVOLUTIONS = TRANSPOSED | {
 }
 POINTWISE = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}  # by the axes they run along
 
-# How deep a role's value is nested: a projection's own output lies inside its sublayer's, that inside its block's.
-LEVELS = {"attention": 1, "ffn": 1, "block": 2}
-
 # The level of an edit that changes what a site itself computes: below the edits of all other passes.
 INNERMOST = -1
 
 # The level of an edit that changes what all that stands within a site's own computation gives.
-OUTERMOST = max(LEVELS.values())
+OUTERMOST = max(one.level for one in ROLES)
 
 # Ports whose value the site gives to all its users; at every other port the site reads a value that others may read
 # too.
@@ -111,7 +109,7 @@ class Match:
     @property
     def level(self) -> int:
         """The nesting level of the edit: that of the site's values, unless the rule has another."""
-        return LEVELS.get(self.site.role, 0) if self.level_of_rule is None else self.level_of_rule
+        return level_of(self.site.role) if self.level_of_rule is None else self.level_of_rule
 
     # values
 
@@ -183,7 +181,7 @@ class Match:
     @property
     def _turned(self) -> bool:
         """Whether the site is a sublayer or block with its features on another axis than the last, as in images."""
-        return self.site.role in LEVELS and self.site.feature_axis != -1
+        return level_of(self.site.role) > 0 and self.site.feature_axis != -1
 
     def features_last(self, value: fx.Node) -> fx.Node:
         """A value of the site with its features last, while an edit is built; that value itself for all other sites."""

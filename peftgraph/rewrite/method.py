@@ -16,7 +16,7 @@ from peftgraph.rewrite.options import check_name, hints, plain
 from peftgraph.rewrite.rule import Rule
 from peftgraph.rewrite.spec import build, parse_specs, print_value
 from peftgraph.sites import Pattern
-from peftgraph.sites.selectors.select import Selector
+from peftgraph.sites.selectors.selector import Selector
 
 GROUP = "peftgraph.passes"
 QUIET = "quiet"

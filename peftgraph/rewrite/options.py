@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from peftgraph.sites.selectors.select import Selector, as_selector
+from peftgraph.sites.selectors.selector import Selector, as_selector
 
 LARGEST = 2**63  # of a whole number
 

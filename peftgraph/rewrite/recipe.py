@@ -17,6 +17,7 @@ from peftgraph.errors import PeftGraphError, RecipeError, shortened
 from peftgraph.rewrite.method import Pass, Pipeline, find_pass, parse_pass
 from peftgraph.rewrite.spec import build, print_value
 from peftgraph.sites import Pattern
+from peftgraph.sites.patterns.pattern import patterns_of
 from peftgraph.utils.atomic_files import read_regular
 
 
@@ -67,7 +68,7 @@ def _from_document(document: dict[str, Any], where: str) -> Pass:
             found.append(build(find_pass(word), table, patterns))
         except RecipeError as error:
             raise RecipeError(f"{where}: [[pass]] number {number}: {error}") from None
-    used = {pattern.name for part in found for pattern in patterns_of(part)}
+    used = {pattern.name for part in found for pattern in patterns_of_pass(part)}
     idle = next((name for name in patterns if name not in used), None)
     if idle is not None:
         raise RecipeError(f"{where}: the pattern {idle!r} is used by no pass.")
@@ -86,14 +87,14 @@ def _patterns(table: Any, where: str) -> dict[str, Pattern]:
     return found
 
 
-def patterns_of(method: Pass) -> tuple[Pattern, ...]:
+def patterns_of_pass(method: Pass) -> tuple[Pattern, ...]:
     """The patterns that a pass speaks of, each once."""
-    return tuple(dict.fromkeys(pattern for rule in method.rules() for pattern in rule.at.patterns()))
+    return tuple(dict.fromkeys(pattern for rule in method.rules() for pattern in patterns_of(rule.at)))
 
 
 def to_toml(method: Pass) -> str:
     """The recipe file of a pass; `load_recipe` reads it back."""
-    patterns = patterns_of(method)
+    patterns = patterns_of_pass(method)
     lines = [f"{_toml(p.name)} = {_toml(str(p).partition(': ')[2])}" for p in patterns]
     lines = ["[patterns]", *lines, ""] if lines else []
     for part in method.passes():

@@ -20,7 +20,7 @@ from peftgraph.ir.builder import Builder
 from peftgraph.rewrite.match import Match, Own
 from peftgraph.rewrite.weight_views import Bound
 from peftgraph.sites import Site
-from peftgraph.sites.selectors.select import Selector
+from peftgraph.sites.selectors.selector import Selector
 
 aten = torch.ops.aten
 

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from peftgraph.errors import PeftGraphError, RecipeError, pointed, shortened
-from peftgraph.sites.selectors.select import Selector, as_selector
+from peftgraph.sites.selectors.selector import Selector, as_selector
 
 if TYPE_CHECKING:
     from peftgraph.rewrite.method import Pass

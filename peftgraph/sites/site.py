@@ -1,4 +1,4 @@
-"""What a search returns: sites, the weights they own, and the sequence that holds them."""
+"""Sites: the recognised parts of a model, with the weights they own and the ports they have. Data alone."""
 
 from __future__ import annotations
 
@@ -7,19 +7,10 @@ import string
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal, overload
+from typing import Literal
 
 import torch
 from torch import fx
-
-from peftgraph.errors import PeftGraphError
-
-if TYPE_CHECKING:
-    from peftgraph.sites.explanations.explanation import Explanation
-    from peftgraph.sites.explanations.origin import Origin
-    from peftgraph.sites.explanations.unmatched import Unmatched
-    from peftgraph.sites.patterns import Pattern
-    from peftgraph.sites.patterns.search import PatternSearch
 
 Layout = Literal["pre", "post", "sandwich"]
 
@@ -342,120 +333,3 @@ class Absent:
 
     def __str__(self) -> str:
         return f"{self.site}: {self.reason}"
-
-
-@dataclass(frozen=True)
-class Sites(Sequence[Site]):
-    """The sites of one graph, in graph order. Immutable."""
-
-    items: tuple[Site, ...]
-    misses: tuple[NearMiss, ...] = ()
-    searched: tuple[PatternSearch, ...] = ()
-    origin: Origin | None = field(default=None, compare=False, repr=False)
-    absent: tuple[Absent, ...] = ()
-
-    def __copy__(self) -> Sites:
-        return self
-
-    def __deepcopy__(self, memo: dict[int, object]) -> Sites:
-        return self  # a value: copies of what holds it share it
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "origin": None}  # serialised without the graph; it is compared without it too
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    @overload
-    def __getitem__(self, index: int) -> Site: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[Site, ...]: ...
-    def __getitem__(self, index: int | slice) -> Site | tuple[Site, ...]:
-        return self.items[index]
-
-    @property
-    def layers(self) -> int:
-        """The number of layers (of the deepest stack)."""
-        return 1 + max((site.layer for site in self.items if site.layer is not None), default=-1)
-
-    def select(self, selector: object) -> tuple[Site, ...]:
-        """The sites a selector (or its text) matches; possibly none."""
-        from peftgraph.sites.selectors.select import as_selector
-
-        chosen = as_selector(selector)
-        for pattern in chosen.patterns():
-            self.search_of(pattern)
-        return tuple(site for site in self.items if chosen.matches(site))
-
-    def lacking(self, selector: object) -> tuple[Absent, ...]:
-        """The sites that a selector would match if the graph had them: attentions that a pass on attentions leaves
-        out."""
-        from peftgraph.sites.selectors.select import as_selector
-
-        chosen = as_selector(selector)
-        return tuple(one for one in self.absent if chosen.matches(one.site))
-
-    def search_of(self, pattern: Pattern) -> PatternSearch:
-        """What became of a pattern on this graph.
-
-        Raises:
-            PeftGraphError: it was not searched for.
-        """
-        found = next((one for one in self.searched if one.pattern == pattern), None)
-        if found is None:
-            raise PeftGraphError(
-                f"these sites were not searched for the pattern {pattern.name}. program.apply(...) does so by itself; "
-                "program.with_patterns(...).sites are the sites to look at."
-            )
-        return found
-
-    def require(self, selector: object) -> tuple[Site, ...]:
-        """Like select, but no match is an error that says why, and an alternative that never matched a warning."""
-        from peftgraph.sites.explanations.explain import require
-
-        return require(self, selector)
-
-    def explain(
-        self,
-        selector: object,
-        *,
-        layer: int | None = None,
-        stack: str | None = None,
-        kind: str | None = None,
-        expert: int | None = None,
-        path: str | None = None,
-    ) -> Explanation:
-        """Why these are sites, node by node; or, where nothing matches, the nearest miss.
-
-        Args:
-            selector: a selector or its text.
-            layer: narrow to one layer, -1 for the last.
-            stack: narrow to one stack, such as "decoder".
-            kind: narrow to "self" or "cross" attention.
-            expert: narrow to one expert.
-            path: narrow to the paths that match a regular expression as a whole.
-
-        Returns:
-            What was found and why; it prints as text with an excerpt of the graph.
-        """
-        from peftgraph.sites.explanations.explain import explain
-        from peftgraph.sites.selectors.filters import narrowed
-
-        return explain(self, narrowed(selector, layer, stack, kind, expert, path))
-
-    @property
-    def unmatched(self) -> Unmatched:
-        """The projections that belong to no site, each with the closest role and where it failed; prints as a table."""
-        from peftgraph.sites.explanations.unmatched import unmatched
-
-        return unmatched(self)
-
-    def _repr_html_(self) -> str:
-        from peftgraph.sites.explanations.listing import as_html
-
-        return as_html(self.items)
-
-    def __str__(self) -> str:
-        from peftgraph.sites.explanations.listing import as_text
-
-        return as_text(self.items)

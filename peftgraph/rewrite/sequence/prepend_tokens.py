@@ -25,7 +25,7 @@ from peftgraph.rewrite.sequence.before_first_block import InFront, is_first_bloc
 from peftgraph.rewrite.sequence.growth import Growth, checked_inputs
 from peftgraph.rewrite.sequence.token_inputs import find_token_inputs, same_size
 from peftgraph.sites.dataflow import ops
-from peftgraph.sites.selectors.select import Selector
+from peftgraph.sites.selectors.selector import Selector
 
 aten = torch.ops.aten
 

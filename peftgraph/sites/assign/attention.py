@@ -10,15 +10,16 @@ import torch
 from torch import fx
 
 from peftgraph.sites.dataflow import ops
-from peftgraph.sites.dataflow.tags import Tagger, along, in_order, squeeze_constant, varies
+from peftgraph.sites.dataflow.tags import in_order, squeeze_constant, varies
 from peftgraph.sites.matchers.anatomy import Anatomy
+from peftgraph.sites.matchers.arrivals import arrivals, by_row, columns_of, split
 from peftgraph.sites.matchers.attention_cores import CONDITIONS, Core
 from peftgraph.sites.matchers.projections import Projection
 from peftgraph.sites.site import Bias, Columns, NearMiss, Weight
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class ProjectionPart:
     """Features of a projection that play one role; `columns` None means all, in order."""
 
     role: str
@@ -31,68 +32,38 @@ class Part:
     @property
     def weight(self) -> Weight:
         stored = self.projection.weight
-        return replace(stored, window=narrow(stored.window, self.columns))
+        return replace(stored, window=window_of(stored.window, self.columns))
 
     @property
     def bias(self) -> Bias | None:
         bias = self.projection.bias
-        return None if bias is None else Bias(bias.parameter, narrow(bias.window, self.columns))
+        return None if bias is None else Bias(bias.parameter, window_of(bias.window, self.columns))
 
 
 @dataclass(frozen=True, eq=False)
 class Attention:
     core: Core
-    parts: tuple[Part, ...]
+    parts: tuple[ProjectionPart, ...]
     kind: str
 
-    def role(self, role: str) -> tuple[Part, ...]:
+    def role(self, role: str) -> tuple[ProjectionPart, ...]:
         return tuple(part for part in self.parts if part.role == f"attention.{role}")
 
 
-def narrow(window: Columns | None, columns: Columns | None) -> Columns | None:
+def window_of(window: Columns | None, columns: Columns | None) -> Columns | None:
     """The window of a window."""
     if window is None or columns is None:
         return columns if window is None else window
     return Columns.from_indices(window.index()[columns.index()])
 
 
-def columns_of(projection: Projection, features: torch.Tensor) -> Columns | None:
-    """None where the features are all of them in order."""
-    return None if torch.equal(features, torch.arange(projection.width)) else Columns.from_indices(features)
-
-
-def arrivals(
-    anatomy: Anatomy, goal: fx.Node, sources: Sequence[Projection], last: bool = False
-) -> tuple[torch.Tensor, list[int]]:
-    """Run the features of `sources` to `goal`: the tags there, and each source's base (tag = base + feature
-    + 1)."""
-    seeds: dict[fx.Node, torch.Tensor] = {}
-    bases: list[int] = []
-    base = 0
-    for source in sources:
-        shape = anatomy.flow.shape(source.output)
-        axes = source.axes if len(shape) == len(anatomy.flow.shape(source.node)) else (-1,)
-        seeds[source.output] = along(shape, axes, base)
-        bases.append(base)
-        base += source.width
-    return Tagger(anatomy.flow, seeds, last).run(goal), bases
-
-
-def split(tags: torch.Tensor, sources: Sequence[Projection], bases: Sequence[int]) -> list[torch.Tensor]:
-    """The features of each source among the tags, in the order of arrival."""
-    return [
-        tags[(base < tags) & (tags <= base + source.width)] - base - 1
-        for source, base in zip(sources, bases, strict=True)
-    ]
-
-
 def find_attention(anatomy: Anatomy) -> tuple[list[Attention], list[NearMiss]]:
     """The attention of every core; and where a core's operand leads to no projection, the reason."""
-    found: list[tuple[Core, list[Part]]] = []
+    found: list[tuple[Core, list[ProjectionPart]]] = []
     misses: list[NearMiss] = []
     inputs: set[Projection] = set()
     for core in anatomy.cores:
-        parts: list[Part] = []
+        parts: list[ProjectionPart] = []
         for role, operand, axes in zip("qkv", (core.q, core.k, core.v), core.features, strict=True):
             played = _parts(anatomy, f"attention.{role}", operand, axes)
             if not played:
@@ -104,8 +75,10 @@ def find_attention(anatomy: Anatomy) -> tuple[list[Attention], list[NearMiss]]:
     return [_attention(anatomy, core, parts, outputs) for core, parts in found], misses
 
 
-def _attention(anatomy: Anatomy, core: Core, parts: list[Part], outputs: dict[fx.Node, list[Projection]]) -> Attention:
-    last = [Part("attention.o", reader, None) for reader in outputs.get(core.output, [])]
+def _attention(
+    anatomy: Anatomy, core: Core, parts: list[ProjectionPart], outputs: dict[fx.Node, list[Projection]]
+) -> Attention:
+    last = [ProjectionPart("attention.o", reader, None) for reader in outputs.get(core.output, [])]
     return Attention(core, (*parts, *last), _kind(anatomy, core, parts))
 
 
@@ -120,7 +93,7 @@ def attended(anatomy: Anatomy, found: Sequence[Attention]) -> set[fx.Node]:
     return roots
 
 
-def _parts(anatomy: Anatomy, role: str, operand: fx.Node, axes: Sequence[int]) -> list[Part]:
+def _parts(anatomy: Anatomy, role: str, operand: fx.Node, axes: Sequence[int]) -> list[ProjectionPart]:
     """The features that make an operand; `axes`: those of the operand that hold the features of a head."""
     sources = anatomy.frontier(operand).projections
     if not sources:
@@ -134,23 +107,13 @@ def _parts(anatomy: Anatomy, role: str, operand: fx.Node, axes: Sequence[int]) -
     if kept.dim() and bool((kept.diff(dim=-1) == 0).any()):
         kept = _completed(kept, tags, by_row(arrivals(anatomy, operand, sources, last=True)[0], axes))
     arrived = split(in_order(kept), sources, bases)
-    parts: list[Part] = []
+    parts: list[ProjectionPart] = []
     for source, base, features in zip(sources, bases, arrived, strict=True):
         if len(features):
             heads = _heads(torch.where((base < tags) & (tags <= base + source.width), tags, 0), len(features))
             width = len(features) // heads if heads else None
-            parts.append(Part(role, source, columns_of(source, features), heads, width))
+            parts.append(ProjectionPart(role, source, columns_of(source, features), heads, width))
     return parts
-
-
-def by_row(tags: torch.Tensor, axes: Sequence[int]) -> torch.Tensor:
-    """Tags with the features of a head on the last axis."""
-    last = [axis % tags.dim() for axis in axes if -tags.dim() <= axis < tags.dim()]
-    if not last:
-        return tags
-    first = [axis for axis in range(tags.dim()) if axis not in last]
-    moved = tags.permute([*first, *last])
-    return moved if len(last) == 1 else moved.flatten(len(first))
 
 
 def _heads(tags: torch.Tensor, features: int) -> int | None:
@@ -219,7 +182,7 @@ def _reads_apart(anatomy: Anatomy, one: Projection, other: Projection) -> bool:
     return all(any(ops.name(node) in ops.CUT for node in cut) for cut in (mine - others, others - mine))
 
 
-def _kind(anatomy: Anatomy, core: Core, parts: Sequence[Part]) -> str:
+def _kind(anatomy: Anatomy, core: Core, parts: Sequence[ProjectionPart]) -> str:
     """self: q and k come from the same place on the same stream; linear, whatever they are, without a softmax."""
     if core.linear:
         return "linear"
@@ -256,7 +219,7 @@ def origins(anatomy: Anatomy, nodes: Sequence[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def find_latents(anatomy: Anatomy, attentions: Sequence[Attention]) -> list[tuple[Attention, Part]]:
+def find_latents(anatomy: Anatomy, attentions: Sequence[Attention]) -> list[tuple[Attention, ProjectionPart]]:
     """Projections whose features reach q, k or v of one attention through further projections only.
 
     Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1) compresses its keys and values so. What
@@ -268,13 +231,13 @@ def find_latents(anatomy: Anatomy, attentions: Sequence[Attention]) -> list[tupl
             frontier = anatomy.frontier(value)
             for latent in () if frontier.nonlinear or frontier.stops else frontier.projections:
                 readers.setdefault(latent, {}).setdefault(one, []).append(value)
-    found: list[tuple[Attention, Part]] = []
+    found: list[tuple[Attention, ProjectionPart]] = []
     for latent, reading in readers.items():
         one, values = next(iter(reading.items()))
         if len(reading) == 1 and not _before_stream(anatomy, latent, one):
             arrived = [in_order(arrivals(anatomy, value, [latent])[0]) for value in values]
             features = torch.unique(torch.cat(arrived)) - 1
-            found.append((one, Part("attention.latent", latent, columns_of(latent, features))))
+            found.append((one, ProjectionPart("attention.latent", latent, columns_of(latent, features))))
     return found
 
 

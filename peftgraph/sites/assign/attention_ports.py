@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from peftgraph.sites.assign.attention import Attention
-from peftgraph.sites.assign.collect import Ports
+from peftgraph.sites.assign.collection import Ports
 from peftgraph.sites.assign.operand_axes import operand_axes
 from peftgraph.sites.dataflow.flow import Flow
 from peftgraph.sites.dataflow.grouped import rows_by_head, untransposed

@@ -7,7 +7,7 @@ from typing import Final
 
 from torch import fx
 
-from peftgraph.sites.assign.attention import Part
+from peftgraph.sites.assign.attention import ProjectionPart
 from peftgraph.sites.assign.gates import sources_of, ups
 from peftgraph.sites.assign.position_wise import mixed
 from peftgraph.sites.dataflow import ops
@@ -30,7 +30,7 @@ class FeedForward:
     """The feed-forward on one join: all its parts, and the values that enter its downs."""
 
     join: Join
-    parts: tuple[Part, ...]
+    parts: tuple[ProjectionPart, ...]
     downs: tuple[Projection, ...]
 
 
@@ -54,7 +54,7 @@ def find_feedforward(
         ]
         downs += carried
         misses += [] if carried else [miss]
-    parts = [part for down in downs for part in (*ups(anatomy, down), Part(ROLE, down, None))]
+    parts = [part for down in downs for part in (*ups(anatomy, down), ProjectionPart(ROLE, down, None))]
     return (FeedForward(join, tuple(parts), tuple(downs)) if downs else None), misses
 
 

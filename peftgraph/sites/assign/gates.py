@@ -5,16 +5,17 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from peftgraph.sites.assign.attention import Part, arrivals, columns_of, split
+from peftgraph.sites.assign.attention import ProjectionPart
 from peftgraph.sites.dataflow import ops
 from peftgraph.sites.dataflow.tags import in_order
 from peftgraph.sites.matchers.anatomy import Anatomy
+from peftgraph.sites.matchers.arrivals import arrivals, columns_of, split
 from peftgraph.sites.matchers.projections import Projection
 
 Side = tuple[str, torch.Tensor, list[int], str]  # of a gating product: role, tags, bases, note
 
 
-def ups(anatomy: Anatomy, down: Projection) -> list[Part]:
+def ups(anatomy: Anatomy, down: Projection) -> list[ProjectionPart]:
     """The parts up and gate of a feed-forward, or up alone where nothing gates it."""
     sources = sources_of(anatomy, down)
     gated = gating(anatomy, down, sources)
@@ -22,15 +23,15 @@ def ups(anatomy: Anatomy, down: Projection) -> list[Part]:
         tags, bases = arrivals(anatomy, down.input, sources)
         arrived = split(in_order(tags), sources, bases)
         return [
-            Part("ffn.up", source, columns_of(source, features))
+            ProjectionPart("ffn.up", source, columns_of(source, features))
             for source, features in zip(sources, arrived, strict=True)
             if len(features)
         ]
-    parts: list[Part] = []
+    parts: list[ProjectionPart] = []
     for role, tags, bases, note in gated[1]:
         for source, features in zip(sources, split(tags, sources, bases), strict=True):
             if len(features):
-                parts.append(Part(role, source, columns_of(source, features), note=note))
+                parts.append(ProjectionPart(role, source, columns_of(source, features), note=note))
     return sorted(parts, key=lambda part: anatomy.flow.order[part.projection.node])
 
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from torch import fx
 
 from peftgraph.sites.dataflow import ops
 from peftgraph.sites.dataflow.products import MixedTagger, factors, is_product, spelled
 from peftgraph.sites.dataflow.tags import along, varies
+from peftgraph.sites.matchers.anatomy import Anatomy
+from peftgraph.sites.matchers.arrivals import arrivals
 from peftgraph.sites.matchers.attention_cores import Core
-
-if TYPE_CHECKING:
-    from peftgraph.sites.matchers.anatomy import Anatomy
 
 # What may stand between the two products: elementwise weights, decay and masks, sums over earlier positions.
 THROUGH: Final = (
@@ -21,9 +20,9 @@ THROUGH: Final = (
 )  # which weights as a softmax does
 
 
-def find_linear(anatomy: Anatomy, known: Sequence[Core]) -> list[Core]:
-    """The cores without a softmax, among the products that no core in `known` is made of."""
-    taken = {node for core in known for node in (core.output, *core.products)}
+def find_linear(anatomy: Anatomy) -> list[Core]:
+    """Find the cores without a softmax, among the products that no known core is made of."""
+    taken = {node for core in anatomy.cores for node in (core.output, *core.products)}
     found: list[Core] = []
     for node in anatomy.flow.nodes:
         if node in anatomy.products and node not in taken:
@@ -53,7 +52,6 @@ class _Factor:
     """A factor of a product, and which of its axes hold features of projections."""
 
     def __init__(self, anatomy: Anatomy, value: fx.Node) -> None:
-        from peftgraph.sites.assign.attention import arrivals
 
         self.value = value
         frontier = anatomy.frontier(value)

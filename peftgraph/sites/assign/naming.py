@@ -3,40 +3,25 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import fx
 
-from peftgraph.sites.site import Site, Sites
-
-NAMED = (
-    "embedding",
-    "norm",
-    "attention.q",
-    "attention.k",
-    "attention.v",
-    "attention.o",
-    "attention.core",
-    "ffn.up",
-    "ffn.gate",
-    "ffn.down",
-    "ffn.hidden",
-    "head",
-    "projection",
-    "router",
-)
+from peftgraph.sites.roles import ROLES
+from peftgraph.sites.site import Site
 
 
-def titles(sites: Sites) -> dict[str, str]:
+def titles(sites: Iterable[Site]) -> dict[str, str]:
     """Node name -> printed name: a site's id for its output, `0.attention.q+k+v` for a fused projection."""
+    ranks = {one.name: one.title for one in ROLES if one.title is not None}
     owners: dict[str, list[Site]] = defaultdict(list)
     for site in sites:
-        if site.role in NAMED and "output" in site.ports:
+        if site.role in ranks and "output" in site.ports:
             owners[site.ports["output"]].append(site)
     found: dict[str, str] = {}
     taken: set[str] = set()
     for node, group in owners.items():
-        first = min(group, key=lambda site: NAMED.index(site.role))
+        first = min(group, key=lambda site: ranks[site.role])
         same = [site for site in group if site.op == first.op]
         title = first.id + "".join(f"+{site.role.rpartition('.')[2]}" for site in same if site is not first)
         if title not in taken:
@@ -45,7 +30,7 @@ def titles(sites: Sites) -> dict[str, str]:
     return found
 
 
-def sections(sites: Sites) -> dict[str, str]:
+def sections(sites: Iterable[Site]) -> dict[str, str]:
     """Node name -> prefix of the values from there on: the block it stands in, or the part around the blocks."""
     found: dict[str, str] = {}
     for site in sites:

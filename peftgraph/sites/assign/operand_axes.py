@@ -9,11 +9,12 @@ from functools import cached_property
 import torch
 from torch import fx
 
-from peftgraph.sites.assign.attention import Attention, arrivals, by_row
+from peftgraph.sites.assign.attention import Attention
 from peftgraph.sites.dataflow.flow import Flow
 from peftgraph.sites.dataflow.products import MixedTagger, Spelled, factors, spelled
 from peftgraph.sites.dataflow.tags import Tags, varies
 from peftgraph.sites.matchers.anatomy import Anatomy
+from peftgraph.sites.matchers.arrivals import arrivals, by_row
 from peftgraph.sites.site import Axes
 
 

@@ -12,32 +12,20 @@ from peftgraph.sites.dataflow import ops
 from peftgraph.sites.explanations.evidence import cuts
 from peftgraph.sites.explanations.explanation import Explanation, Reasons, nearest, reasons_for
 from peftgraph.sites.explanations.near_misses import mixing
-from peftgraph.sites.explanations.origin import Origin
-from peftgraph.sites.patterns import PatternRole, explain_pattern
-from peftgraph.sites.selectors.filters import Expert, Kind, Layers, Stack, Where
-from peftgraph.sites.selectors.select import Both, Either, Not, Role, Selector, as_selector, quoted
-from peftgraph.sites.site import Site, Sites
+from peftgraph.sites.explanations.patterns import explain_pattern
+from peftgraph.sites.found import FoundSites
+from peftgraph.sites.origin import Origin
+from peftgraph.sites.patterns.pattern import PatternRole
+from peftgraph.sites.roles import absent
+from peftgraph.sites.selectors.filters import Expert, Kind, Layers, Stack
+from peftgraph.sites.selectors.selector import Both, Either, Not, RoleSelector, Selector, Where, as_selector, quoted
+from peftgraph.sites.site import Site
 
 MOST_IN_FULL = 4  # of more sites, the first of each role is explained
 NO_GRAPH = "the graph it was found in is not at hand"
-ABSENT = {
-    "attention": "no softmax, no scaled_dot_product_attention and no two products of signals one after the other",
-    "ffn": "no projection reads another one through a nonlinearity",
-    "norm": "no normalisation operator, and no multiplication or division of two signals",
-    "block": "no add of two signals",
-    "embedding": "no table lookup",
-    "head": "no projection",
-    "router": "no projection whose result passes a top-k, softmax or sigmoid",
-    "projection": "every projection plays another role, or there is none",
-    "linear": "no projection, or heads and routers alone",
-    "conv": "no convolution",
-    "weight": "no stored matrix",
-    "matrix": "every stored matrix is a projection's, an embedding's or a convolution's",
-    "bias": "no stored vector is added to a projection, convolution or norm",
-}
 
 
-def require(sites: Sites, selector: object) -> tuple[Site, ...]:
+def require(sites: FoundSites, selector: object) -> tuple[Site, ...]:
     """The matches. An alternative of the selector that matches nothing beside others that do is a PeftGraphWarning.
 
     Raises:
@@ -73,7 +61,7 @@ def _refuse_ambiguous(chosen: Selector, found: tuple[Site, ...]) -> None:
             )
 
 
-def explain(sites: Sites, selector: object) -> Explanation:
+def explain(sites: FoundSites, selector: object) -> Explanation:
     """Why the matches are sites; or what killed the match and where it got furthest."""
     chosen = as_selector(selector)
     found = sites.select(chosen)
@@ -86,7 +74,7 @@ def explain(sites: Sites, selector: object) -> Explanation:
     return Explanation(str(chosen), tuple(reasons_for(sites.origin, site) for site in full), others)
 
 
-def _problem(sites: Sites, chosen: Selector) -> str:
+def _problem(sites: FoundSites, chosen: Selector) -> str:
     """Why nothing matches, in a headline and indented lines."""
     where = "" if sites.origin is None else f" in {sum(1 for _ in calls(sites.origin.graph))} nodes"
     return f"{chosen}: 0 sites{where}\n{_indented(_reason(sites, chosen))}"
@@ -96,7 +84,7 @@ def _indented(text: str) -> str:
     return "\n".join(line if line.startswith("    ") else f"    {line}" for line in text.splitlines())
 
 
-def _reason(sites: Sites, chosen: Selector) -> str:
+def _reason(sites: FoundSites, chosen: Selector) -> str:
     if isinstance(chosen, PatternRole):
         return explain_pattern(sites, chosen)
     if isinstance(chosen, Either):
@@ -105,7 +93,7 @@ def _reason(sites: Sites, chosen: Selector) -> str:
         return _no_overlap(sites, chosen)
     if isinstance(chosen, Where):
         return _no_path(sites, chosen)
-    if isinstance(chosen, Role):
+    if isinstance(chosen, RoleSelector):
         return _no_role(sites, chosen)
     if isinstance(chosen, Not):
         return f"every site matches {chosen.inner}"
@@ -134,7 +122,7 @@ def _conjuncts(selector: Selector) -> list[Selector]:
     return [selector]
 
 
-def _no_overlap(sites: Sites, chosen: Both) -> str:
+def _no_overlap(sites: FoundSites, chosen: Both) -> str:
     """Name the conjunct that left nothing."""
     left = sites.items
     for part in _conjuncts(chosen):
@@ -162,7 +150,7 @@ def _features(left: tuple[Site, ...]) -> str:
     return "; ".join(facts)
 
 
-def _no_path(sites: Sites, chosen: Where) -> str:
+def _no_path(sites: FoundSites, chosen: Where) -> str:
     inner = sites.select(chosen.inner)
     if not inner:
         return _reason(sites, chosen.inner)
@@ -176,11 +164,11 @@ def _no_path(sites: Sites, chosen: Where) -> str:
     return f"{removed}; their shapes (out x in): {', '.join(list(shapes)[:6]) or 'none'}"
 
 
-def _no_filter(sites: Sites, chosen: Selector) -> str:
+def _no_filter(sites: FoundSites, chosen: Selector) -> str:
     if isinstance(chosen, Layers):
         if not sites.layers:
             return f"{chosen} selects nothing: no layers were found"
-        how = [] if sites.origin is None else map(sites.origin.say, cuts(sites.origin.finder))
+        how = [] if sites.origin is None else map(sites.origin.say, cuts(sites.origin.structure))
         return "\n".join([f"{chosen} lies beyond the model, which has layers 0 to {sites.layers - 1}", *how])
     known = {
         Stack: sorted({site.stack for site in sites if site.stack}),
@@ -190,7 +178,7 @@ def _no_filter(sites: Sites, chosen: Selector) -> str:
     return f"{chosen} matches no site; the model has {', '.join(known) or 'none'}"
 
 
-def _beyond(sites: Sites, chosen: Selector) -> str | None:
+def _beyond(sites: FoundSites, chosen: Selector) -> str | None:
     for part in _flatten(chosen):
         if not isinstance(part, Layers):
             continue
@@ -208,7 +196,7 @@ def _flatten(selector: Selector) -> Iterator[Selector]:
             yield from _flatten(part)
 
 
-def _no_role(sites: Sites, chosen: Role) -> str:
+def _no_role(sites: FoundSites, chosen: RoleSelector) -> str:
     """The nearest miss of a role that nothing plays, and the roles there are."""
     counts = Counter(site.role for site in sites)
     present = ", ".join(f"{role} ({count})" for role, count in counts.items()) or "none"
@@ -218,10 +206,10 @@ def _no_role(sites: Sites, chosen: Role) -> str:
     return "\n".join([f"nothing plays {chosen.name}", *near, f"    roles found: {present}"])
 
 
-def _absent(origin: Origin, chosen: Role) -> str:
+def _absent(origin: Origin, chosen: RoleSelector) -> str:
     """What a graph lacks that holds nothing near a role."""
-    family = chosen.name.partition(".")[0]
-    if family == "attention" and (mixed := mixing(origin.finder)):
+    reason, family = absent(chosen.name), chosen.name.partition(".")[0]
+    if family == "attention" and (mixed := mixing(origin.structure)):
         shown = ", ".join(f"%{node.name} ({ops.name(node)})" for node in mixed[:3])
-        return origin.say(f"{ABSENT[family]}; what mixes positions is {shown}{', ...' if len(mixed) > 3 else ''}")
-    return ABSENT.get(family, "nothing of that structure is in the graph")
+        return origin.say(f"{reason}; what mixes positions is {shown}{', ...' if len(mixed) > 3 else ''}")
+    return reason

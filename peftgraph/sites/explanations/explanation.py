@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from peftgraph.sites.explanations.evidence import steps
 from peftgraph.sites.explanations.near_misses import near_misses
-from peftgraph.sites.explanations.origin import Origin
+from peftgraph.sites.origin import Origin
 from peftgraph.sites.site import NearMiss, Site
 
 MOST_LINES = 16  # lines of one excerpt around a near miss
@@ -64,7 +64,7 @@ class Explanation:
 
 def reasons_for(origin: Origin, site: Site) -> Reasons:
     """The evidence of one site, with printed names."""
-    found = steps(origin.finder, site)
+    found = steps(origin.structure, site)
     names = [name for step in found for name in step.nodes]
     return Reasons(site, tuple(origin.say(step.claim) for step in found), tuple(origin.lines(names)))
 
@@ -72,7 +72,7 @@ def reasons_for(origin: Origin, site: Site) -> Reasons:
 def nearest(origin: Origin, role: str) -> list[str]:
     """The nearest miss of a role as indented lines, with the excerpt of the graph around it; none where nothing came
     near."""
-    misses = near_misses(origin.finder, role)
+    misses = near_misses(origin.structure, role)
     return [] if not misses else [*describe(origin, misses[0]), *_runners_up(origin, misses)]
 
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, overload
+from typing import overload
 
 from torch import fx
 
+from peftgraph.sites.assign.structure import Structure
 from peftgraph.sites.dataflow import ops
+from peftgraph.sites.found import FoundSites
 from peftgraph.sites.matchers.projections import Projection
-from peftgraph.sites.site import Site, Sites
-
-if TYPE_CHECKING:
-    from peftgraph.sites.assign.find import Finder
+from peftgraph.sites.site import Site
 
 
 @dataclass(frozen=True)
@@ -59,26 +58,26 @@ class Unmatched(Sequence[Loose]):
         return "\n".join(line.rstrip() for line in lines)
 
 
-def unmatched(sites: Sites) -> Unmatched:
+def unmatched(sites: FoundSites) -> Unmatched:
     """The projections of some sites that play no role, with reasons where the graph is at hand."""
     loose = [site for site in sites if site.role == "projection"]
     if sites.origin is None:
         return Unmatched(tuple(Loose(site, "", "") for site in loose))
-    say, finder = sites.origin.say, sites.origin.finder
+    say, structure = sites.origin.say, sites.origin.structure
     found: list[Loose] = []
     for site in loose:
-        closest, reason = _closest(finder, finder.anatomy.projection_at[sites.origin.nodes[site.op]])
+        closest, reason = _closest(structure, structure.anatomy.projection_at[sites.origin.nodes[site.op]])
         found.append(Loose(site, closest, say(reason)))
     return Unmatched(tuple(found))
 
 
-def _closest(finder: Finder, one: Projection) -> tuple[str, str]:
+def _closest(structure: Structure, one: Projection) -> tuple[str, str]:
     """(role, why not): what the searches recorded about a projection; else what its result runs into."""
-    recorded = next((miss for miss in finder.misses if miss.node == one.node.name), None)
+    recorded = next((miss for miss in structure.misses if miss.node == one.node.name), None)
     if recorded is not None:
         return recorded.role, recorded.reason
-    ends = _ends(finder, one)
-    cores = {node: core for core in finder.anatomy.cores for node in (core.output, *core.products)}
+    ends = _ends(structure, one)
+    cores = {node: core for core in structure.anatomy.cores for node in (core.output, *core.products)}
     for end in ends:
         if end in cores:
             return (
@@ -86,22 +85,22 @@ def _closest(finder: Finder, one: Projection) -> tuple[str, str]:
                 f"its result reaches the attention %{cores[end].node.name}, but none of its columns arrive in order",
             )
     for end in ends:
-        if end in finder.anatomy.projection_at:
-            reader = finder.anatomy.projection_at[end]
+        if end in structure.anatomy.projection_at:
+            reader = structure.anatomy.projection_at[end]
             return "ffn.up", f"%{reader.node.name} reads its result, but is no down projection of a feed-forward"
     for end in ends:
-        if end in finder.anatomy.products:
+        if end in structure.anatomy.products:
             return "attention", f"its result enters the product %{end.name}, which belongs to no attention"
         if ops.name(end) in ops.CONV | ops.POOLING:
             return "", f"its result enters %{end.name} ({ops.name(end)})"
-        if end in finder.anatomy.join_at:
+        if end in structure.anatomy.join_at:
             return "ffn.down", f"its result reaches %{end.name}, but not as the branch of that residual add"
     return "", "its result reaches no residual add, attention or projection"
 
 
-def _ends(finder: Finder, one: Projection) -> list[fx.Node]:
+def _ends(structure: Structure, one: Projection) -> list[fx.Node]:
     """What the result runs into first, on every way forward, in graph order."""
-    anatomy = finder.anatomy
+    anatomy = structure.anatomy
     ends: set[fx.Node] = set()
     todo, seen = [one.output], set[fx.Node]()
     while todo:
@@ -112,4 +111,4 @@ def _ends(finder: Finder, one: Projection) -> list[fx.Node]:
             elif user not in seen:
                 todo.append(user)
             seen.add(user)
-    return sorted(ends - {one.node}, key=lambda node: finder.flow.order[node])
+    return sorted(ends - {one.node}, key=lambda node: structure.flow.order[node])

@@ -3,14 +3,13 @@ value."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import fx
 
-from peftgraph.sites.assign.linear_attention import find_linear
 from peftgraph.sites.dataflow import ops
 from peftgraph.sites.dataflow.flow import Flow
 from peftgraph.sites.dataflow.products import is_product, spelled
@@ -63,7 +62,10 @@ class Anatomy:
         self.join_at: dict[fx.Node, Join] = {join.node: join for join in self.joins}
         self._norm_inside = self._inside_norms()
         self._frontiers: dict[fx.Node, Frontier] = {}
-        self.cores = sorted([*self.cores, *find_linear(self, self.cores)], key=lambda core: flow.order[core.output])
+
+    def add_cores(self, more: Sequence[Core]) -> None:
+        """Take in attention cores that only the finished anatomy could tell: those without a softmax."""
+        self.cores = sorted([*self.cores, *more], key=lambda core: self.flow.order[core.output])
         self.core_at = {core.output: core for core in self.cores}
 
     def _classify(self, node: fx.Node) -> None:

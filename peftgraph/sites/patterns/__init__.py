@@ -6,7 +6,6 @@ A pattern is named equations over the values of a graph. `docs/patterns.md` is i
 of a graph and nothing above it, so that the search for built-in roles may use it; `search.py` makes sites of matches.
 """
 
-from peftgraph.sites.patterns.explain import explain_pattern as explain_pattern
 from peftgraph.sites.patterns.match import Matcher as Matcher
 from peftgraph.sites.patterns.outcome import Miss as Miss
 from peftgraph.sites.patterns.pattern import Pattern as Pattern

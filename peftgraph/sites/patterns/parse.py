@@ -17,7 +17,19 @@ from typing import Final, NoReturn
 
 from peftgraph.errors import PeftGraphError, pointed, shortened
 from peftgraph.sites.patterns.conditions import RELATIONS, Condition, Quantity
-from peftgraph.sites.patterns.terms import Call, Constant, Either, Literal, Scalar, Term, Through, Var, Window, Word
+from peftgraph.sites.patterns.terms import (
+    Call,
+    Constant,
+    Either,
+    Literal,
+    Scalar,
+    Term,
+    Through,
+    Var,
+    Window,
+    Word,
+    read_texts_with,
+)
 
 DEPTH: Final = 64  # brackets and ~ within one another
 DIGITS: Final = 18  # of a whole number
@@ -283,3 +295,6 @@ class Parser:
 
 def _shown(token: Token) -> str:
     return {"end": "the end", "line": "the end of the line"}.get(token.kind, repr(token.text))
+
+
+read_texts_with(parse_term)

@@ -10,7 +10,8 @@ from peftgraph.sites.patterns.conditions import Condition
 from peftgraph.sites.patterns.parse import Statement, parse_statements
 from peftgraph.sites.patterns.terms import Call, Either, Named, Term, Through, Var, Window, Word, inside, rebuilt
 from peftgraph.sites.patterns.vocabulary import IDENTIFIER, WHOLES, check_operator
-from peftgraph.sites.selectors.select import FILTERS, WORDS, Selector, quoted
+from peftgraph.sites.roles import WORDS
+from peftgraph.sites.selectors.selector import FILTERS, Selector, quoted
 from peftgraph.sites.site import Site
 
 
@@ -77,6 +78,15 @@ class Pattern:
         """How the text of a selector carries the whole pattern."""
         return f"pattern({quoted(str(self))})"
 
+    @property
+    def selector(self) -> Selector:
+        """The selector of its only value.
+
+        Raises:
+            PeftGraphError: it has several.
+        """
+        return self[self.parts[0] if len(self.parts) == 1 else ""]
+
     def __getitem__(self, part: str) -> Selector:
         """The sites of one value, or of all, by "*"."""
         return PatternRole(self, part)
@@ -121,11 +131,14 @@ class PatternRole(Selector):
     def matches(self, site: Site) -> bool:
         return site.role in self.roles
 
-    def patterns(self) -> tuple[Pattern, ...]:
-        return (self.pattern,)
-
     def __str__(self) -> str:
         return f"{self.pattern.reference}.{self.part}"
+
+
+def patterns_of(selector: Selector) -> tuple[Pattern, ...]:
+    """Return the patterns whose sites a selector speaks of, each once."""
+    own = (selector.pattern,) if isinstance(selector, PatternRole) else ()
+    return tuple(dict.fromkeys([*own, *(one for part in selector.parts() for one in patterns_of(part))]))
 
 
 def _statements(part: Term | str) -> list[Statement]:

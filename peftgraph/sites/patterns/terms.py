@@ -259,14 +259,20 @@ def literal_text(value: Constant) -> str:
     return f"'{value}'" if isinstance(value, str) else repr(value)
 
 
+_reader: list[Callable[[str], Term]] = []  # the parser of terms' text, which stands above this module
+
+
+def read_texts_with(reader: Callable[[str], Term]) -> None:
+    """Say who parses the text that stands in the place of a term."""
+    _reader[:] = [reader]
+
+
 def as_term(value: TermLike) -> Term:
     """A term; text is read as one, a number stands for itself."""
     if isinstance(value, Term):
         return value
     if isinstance(value, str):
-        from peftgraph.sites.patterns.parse import parse_term
-
-        return parse_term(value)
+        return _reader[0](value)
     if isinstance(value, Real) or value is None:
         return Literal(plain(value))
     raise PeftGraphError(f"a term is an object like op.linear(x), its text, or a number, not {type(value).__name__}")

@@ -1,4 +1,4 @@
-"""A recursive-descent parser for selectors.
+"""Read the text of selectors, by recursive descent.
 
 either := both ("|" both)*      both := prefix ("&" prefix)*      prefix := "~" prefix | suffixed
 suffixed := primary (".where(" option ("," option)* ")")*
@@ -14,14 +14,13 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import Any, Final, NoReturn
 
 from peftgraph.errors import PeftGraphError, pointed, shortened
+from peftgraph.sites.patterns.pattern import Pattern
+from peftgraph.sites.roles import WORDS
 from peftgraph.sites.selectors.filters import Expert, Kind, Layers, Stack, layers
-from peftgraph.sites.selectors.select import FILTERS, WORDS, Both, Either, Not, Selector, role, suggestion
-
-if TYPE_CHECKING:
-    from peftgraph.sites.patterns import Pattern
+from peftgraph.sites.selectors.selector import FILTERS, Both, Either, Not, Selector, read_texts_with, role, suggestion
 
 DEPTH: Final = 64  # brackets and ~ within one another
 TERMS: Final = 200  # of a selector, which are matched one within the other
@@ -181,8 +180,6 @@ class Parser:
 
     def _pattern(self) -> Selector:
         """A pattern that stands in the selector itself, and the value of it that is meant."""
-        from peftgraph.sites.patterns import Pattern
-
         self._expect("(")
         at = self._peek()
         try:
@@ -230,3 +227,21 @@ class Parser:
             self._fail(token, f"expected text in quotes, found {token.text!r}")
         quote = token.text[0]
         return token.text[1:-1].replace(f"\\{quote}", quote)
+
+
+def parse_selector(text: str, patterns: Mapping[str, Pattern] = MappingProxyType({})) -> Selector:
+    """Read a selector from its text: the inverse of `str(selector)`.
+
+    Args:
+        text: such as "attention.q|ffn.*&layers(0,4)".
+        patterns: the patterns that the text may call by name.
+
+    Raises:
+        PeftGraphError: it cannot be read; the message shows the place.
+    """
+    if not isinstance(text, str):
+        raise PeftGraphError(f"a selector is an object like attention.q or its text, not {type(text).__name__}")
+    return Parser(text, patterns).parse()
+
+
+read_texts_with(parse_selector)

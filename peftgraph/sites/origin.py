@@ -1,4 +1,4 @@
-"""Where sites were found: what it takes to explain them later."""
+"""The graph that sites were found in: what it takes to explain them later."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
 from peftgraph.ir.printer import Printer, assign_labels
 from peftgraph.sites.assign.naming import sections, titles
-from peftgraph.sites.site import Sites
-
-if TYPE_CHECKING:
-    from peftgraph.sites.assign.find import Finder
+from peftgraph.sites.assign.structure import Structure
+from peftgraph.sites.search import Search
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,22 +37,21 @@ class Origin:
         return cls(graph, integers, sizes)
 
     @cached_property
-    def finder(self) -> Finder:
-        """The search, run once more when somebody asks: sites are found far more often than explained."""
-        from peftgraph.sites.assign.find import Finder
-        from peftgraph.sites.matchers.anatomy import Anatomy
+    def structure(self) -> Structure:
+        """What the graph is made of: searched once more when somebody asks, since sites are found far more often than
+        explained."""
+        return self._search.structure
 
+    @cached_property
+    def _search(self) -> Search:
         stored: dict[str, Any] = {str(n.target): n.meta["val"] for n in self.graph.nodes if n.op == "get_attr"}
-        with torch.device("cpu"):
-            finder = Finder(Anatomy(self.graph, stored | dict(self.integers)))
-            finder.sites()
-        return finder
+        return Search(self.graph, stored | dict(self.integers))
 
     @cached_property
     def printer(self) -> Printer:
         """The printer of the graph's lines; a graph that nobody printed yet gets its names now."""
         if any(node.op == "call_function" and "label" not in node.meta for node in self.graph.nodes):
-            found = Sites(self.finder.into.in_order())
+            found = self._search.sites
             assign_labels(self.graph, titles(found), sections(found))
         return Printer(self.sizes)
 

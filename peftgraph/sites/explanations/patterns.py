@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from peftgraph.sites.finders.patterns import PatternSearch
+from peftgraph.sites.found import FoundSites
 from peftgraph.sites.patterns.pattern import PatternRole
-from peftgraph.sites.site import Sites
-
-if TYPE_CHECKING:
-    from peftgraph.sites.patterns.search import PatternSearch
 
 
-def explain_pattern(sites: Sites, chosen: PatternRole) -> str:
+def explain_pattern(sites: FoundSites, chosen: PatternRole) -> str:
     """The reason for no site, with the line of the graph at which the nearest match failed."""
     return describe(sites.search_of(chosen.pattern), chosen)
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from torch import fx
 
-from peftgraph.sites.assign.attention import Attention, Part, find_latents
+from peftgraph.sites.assign.attention import Attention, ProjectionPart, find_latents
+from peftgraph.sites.assign.evidence import Step, joined, step, stored, through
+from peftgraph.sites.assign.structure import Structure
 from peftgraph.sites.dataflow import ops
-from peftgraph.sites.explanations.steps import Step, joined, step, stored, through
 from peftgraph.sites.matchers.anatomy import Anatomy
 from peftgraph.sites.matchers.attention_cores import Core
 from peftgraph.sites.matchers.projections import Projection
 from peftgraph.sites.site import Site
-
-if TYPE_CHECKING:
-    from peftgraph.sites.assign.find import Finder
 
 RUNS: Final = {
     "q": ", the factor along whose axis the softmax does not run",
@@ -23,21 +21,21 @@ RUNS: Final = {
 }
 
 
-def attention_steps(finder: Finder, site: Site, node: fx.Node) -> list[Step]:
+def attention_evidence(structure: Structure, site: Site, node: fx.Node) -> list[Step]:
     if site.role == "attention.core":
-        one = next(one for one in finder.attentions if one.core.node is node)
-        return [_core(one.core), *(_operand(finder, one, part) for part in one.parts[:3]), _kind(finder, one)]
-    latents = find_latents(finder.anatomy, finder.attentions) if site.role == "attention.latent" else []
+        one = next(one for one in structure.attentions if one.core.node is node)
+        return [_core(one.core), *(_operand(structure, one, part) for part in one.parts[:3]), _kind(structure, one)]
+    latents = find_latents(structure.anatomy, structure.attentions) if site.role == "attention.latent" else []
     one, part = next(
         (one, part)
-        for one, part in [*((one, part) for one in finder.attentions for part in one.parts), *latents]
+        for one, part in [*((one, part) for one in structure.attentions for part in one.parts), *latents]
         if part.role == site.role and part.projection.node is node and part.columns == site.columns
     )
     if site.role == "attention.o":
-        return [_core(one.core), _reader(finder.anatomy, one.core, part.projection), *_entry(finder, node)]
+        return [_core(one.core), _reader(structure.anatomy, one.core, part.projection), *_entry(structure, node)]
     if site.role == "attention.latent":
         return [_core(one.core), _latent(one, part)]
-    return [_core(one.core), _operand(finder, one, part), _arrival(finder.anatomy, part), _kind(finder, one)]
+    return [_core(one.core), _operand(structure, one, part), _arrival(structure.anatomy, part), _kind(structure, one)]
 
 
 def _core(core: Core) -> Step:
@@ -56,11 +54,11 @@ def _core(core: Core) -> Step:
     )
 
 
-def _operand(finder: Finder, one: Attention, part: Part) -> Step:
+def _operand(structure: Structure, one: Attention, part: ProjectionPart) -> Step:
     letter = part.role[-1]
     operand = {"q": one.core.q, "k": one.core.k, "v": one.core.v}[letter]
     output = part.projection.output
-    way = finder.flow.between(output, operand)
+    way = structure.flow.between(output, operand)
     fused = letter == "v" or one.core.linear or ops.name(one.core.node) in ops.SDPA
     reason = f"{letter} is %{operand.name}" + ("" if fused else RUNS[letter])
     source = f"a projection by {stored(part.projection)}"
@@ -70,7 +68,7 @@ def _operand(finder: Finder, one: Attention, part: Part) -> Step:
     return step(lead, part.projection.node, output, way, operand)
 
 
-def _latent(one: Attention, part: Part) -> Step:
+def _latent(one: Attention, part: ProjectionPart) -> Step:
     output = part.projection.output
     readers = [p.projection for p in one.parts if p.role != "attention.o" and p.projection is not part.projection]
     shown = ", ".join(f"%{reader.node.name}" for reader in dict.fromkeys(readers))
@@ -82,7 +80,7 @@ def _latent(one: Attention, part: Part) -> Step:
     )
 
 
-def _arrival(anatomy: Anatomy, part: Part) -> Step:
+def _arrival(anatomy: Anatomy, part: ProjectionPart) -> Step:
     width = part.projection.width
     own = f"all {width} of its columns arrive" if part.columns is None else f"columns {part.columns} of {width} arrive"
     heads = f", as {part.heads} heads of {part.head_dim}" if part.heads and part.head_dim else ""
@@ -92,7 +90,7 @@ def _arrival(anatomy: Anatomy, part: Part) -> Step:
     return step(f"{own} there{heads}; the projection reads %{value.name}{what}", value, part.projection.node)
 
 
-def _kind(finder: Finder, one: Attention) -> Step:
+def _kind(structure: Structure, one: Attention) -> Step:
     q, k = one.role("q"), one.role("k")
     reads = [part.projection.input for part in (*q[:1], *k[:1])]
     if len(reads) == 2 and reads[0] is reads[1]:
@@ -115,6 +113,6 @@ def _reader(anatomy: Anatomy, core: Core, reader: Projection) -> Step:
     )
 
 
-def _entry(finder: Finder, node: fx.Node) -> list[Step]:
-    join = finder.blocks.around(node)
-    return [] if join is None else [joined(finder.anatomy, join, node)]
+def _entry(structure: Structure, node: fx.Node) -> list[Step]:
+    join = structure.blocks.around(node)
+    return [] if join is None else [joined(structure.anatomy, join, node)]

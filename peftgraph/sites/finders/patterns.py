@@ -1,4 +1,4 @@
-"""From the matches of a pattern to what its sites are: which node, which columns, which weight."""
+"""Sites of patterns: the values of their matches, each with its columns and its weight."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from peftgraph.sites.assign.attention import Part, arrivals, columns_of, split
+from peftgraph.sites.assign.attention import ProjectionPart
+from peftgraph.sites.assign.evidence import Step, step
 from peftgraph.sites.assign.naming import module_of
+from peftgraph.sites.assign.structure import Structure
 from peftgraph.sites.dataflow.tags import in_order
 from peftgraph.sites.matchers.anatomy import Anatomy
+from peftgraph.sites.matchers.arrivals import arrivals, columns_of, split
 from peftgraph.sites.matchers.projections import Projection
 from peftgraph.sites.patterns.arguments import excerpt
 from peftgraph.sites.patterns.match import Matcher, Wholes
 from peftgraph.sites.patterns.outcome import Match, Miss
 from peftgraph.sites.patterns.pattern import Pattern
 from peftgraph.sites.patterns.terms import Window
-from peftgraph.sites.site import Columns
+from peftgraph.sites.site import Columns, NearMiss, Site
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +30,7 @@ class Found:
 
     role: str
     node: fx.Node
-    part: Part | None
+    part: ProjectionPart | None
     tags: tuple[str, ...]
     values: tuple[tuple[str, str], ...]
 
@@ -49,6 +52,32 @@ class PatternSearch:
     miss: Miss | None = None
     shown: str = ""
     path: str = ""
+
+
+def find(structure: Structure, pattern: Pattern) -> PatternSearch:
+    """Add the sites of a pattern, and return what became of the search for it."""
+    found, report = search(structure.anatomy, pattern)
+    for one in found:
+        place = structure.into.place(one.node)
+        if one.part is not None:
+            structure.into.part(one.part, place, tags=one.tags, values=one.values)
+        else:
+            structure.into.value(one.role, one.node, place, tags=one.tags, values=one.values)
+    return report
+
+
+def evidence(structure: Structure, site: Site, node: fx.Node) -> list[Step]:
+    """Say in which match of which pattern a value stands."""
+    pattern, _, part = site.role.rpartition(".")
+    others = [(name, value) for name, value in site.values if name != part]
+    shown = f", where {', '.join(f'{name} is %{value}' for name, value in others)}" if others else ""
+    nodes = [one for one in structure.flow.nodes if one.name in dict(others).values()]
+    return [step(f"%{node.name} is `{part}` in a match of the pattern {pattern}{shown}", nodes, node)]
+
+
+def near_misses(structure: Structure, role: str) -> Iterator[NearMiss]:
+    """Find nothing: the search for a pattern keeps its own nearest attempt (`PatternSearch.miss`)."""
+    return iter(())
 
 
 def search(anatomy: Anatomy, pattern: Pattern) -> tuple[list[Found], PatternSearch]:
@@ -88,7 +117,7 @@ def _values(anatomy: Anatomy, pattern: Pattern, match: Match) -> Iterator[Found]
             continue
         term = terms[name]
         columns = _cut(one, term) if isinstance(term, Window) else _arriving(anatomy, one, match.places[name])
-        yield Found(role, one.node, Part(role, one, columns), match.tags, values)
+        yield Found(role, one.node, ProjectionPart(role, one, columns), match.tags, values)
 
 
 def _cut(one: Projection, window: Window) -> Columns | None:

@@ -8,45 +8,20 @@ from typing import Any
 
 from torch import fx
 
-from peftgraph.sites.assign.attention import Part
+from peftgraph.sites.assign.attention import ProjectionPart
 from peftgraph.sites.assign.blocks import Blocks, Place
 from peftgraph.sites.assign.naming import module_of
 from peftgraph.sites.dataflow import ops
 from peftgraph.sites.matchers.anatomy import Anatomy
 from peftgraph.sites.matchers.projections import Projection
+from peftgraph.sites.roles import ROLES
 from peftgraph.sites.site import Bias, Columns, Site
 
 Ports = dict[str, fx.Node | None]
-# The order of sites on one operation.
-RANK = (
-    "block",
-    "attention",
-    "ffn",
-    "norm",
-    "attention.q",
-    "attention.k",
-    "attention.v",
-    "attention.core",
-    "attention.o",
-    "attention.latent",
-    "ffn.gate",
-    "ffn.up",
-    "ffn.hidden",
-    "ffn.down",
-    "router",
-    "side.down",
-    "side.up",
-    "projection",
-    "conv",
-    "head",
-    "embedding",
-    "matrix",
-    "bias",
-)
 
 
 class Collection:
-    """The sites found so far, and where each operation stands."""
+    """Hold the sites found so far, and in which layer each operation stands."""
 
     def __init__(self, anatomy: Anatomy, blocks: Blocks) -> None:
         self.anatomy, self.flow, self.blocks = anatomy, anatomy.flow, blocks
@@ -59,8 +34,9 @@ class Collection:
     def in_order(self) -> tuple[Site, ...]:
         """The sites in the order of the graph, those of one name numbered."""
         order = {node.name: i for i, node in enumerate(self.flow.nodes)}
-        rank = {role: i for i, role in enumerate(RANK)}
-        self.found.sort(key=lambda site: (order[site.op], rank.get(site.role, len(RANK))))
+        last = 1 + max(one.rank for one in ROLES)
+        ranks = {one.name: one.rank for one in ROLES}
+        self.found.sort(key=lambda site: (order[site.op], ranks.get(site.role, last)))
         return tuple(_numbered(self.found))
 
     def add(self, role: str, op: fx.Node, path: str, place: Place | None, ports: Ports, **more: Any) -> None:
@@ -75,7 +51,7 @@ class Collection:
         join = self.blocks.around(node)
         return self.blocks.places.get(join) if join is not None else None
 
-    def part(self, part: Part, place: Place | None, **more: Any) -> None:
+    def part(self, part: ProjectionPart, place: Place | None, **more: Any) -> None:
         """A site for one part of a projection."""
         one = part.projection
         self.played.add((part.role, one.node, part.columns))

@@ -54,3 +54,9 @@ def joined(anatomy: Anatomy, join: Join, node: fx.Node) -> Step:
         way if len(way) <= MOST_SHOWN else (),
         join.node,
     )
+
+
+def readers(node: fx.Node) -> str:
+    """Name the operators that read a value."""
+    users = [user for user in node.users if user.op != "output"]
+    return ", ".join(f"%{user.name} ({ops.name(user)})" for user in users[:3]) or "the model's output"
