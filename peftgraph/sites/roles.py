@@ -62,7 +62,7 @@ class Role:
         owns_weight: whether the weight that a site of the role speaks of is its own, and not that of a neighbour.
         colour: its colour in terminals, a style of `rich`.
         fill: the colour variable of its boxes in drawings, without its dashes; "" for what has no box of its own.
-        slot: where drawings of a sublayer put it: "latent", "input", "core", "router", "gate", "wide",
+        slot: where drawings of a sublayer put it: "latent", "input", "core", "result gate", "router", "gate", "wide",
             "inside", "output" or "norm"; "" where it stands in no sublayer.
     """
 
@@ -234,6 +234,19 @@ ROLES: Final[tuple[Role, ...]] = (
         colour="cyan",
         fill="latent",
         slot="latent",
+    ),
+    Role(
+        name="attention.gate",
+        meaning="the projection of a gate that weighs an attention's result before its output projection",
+        finder="attention_gates",
+        ports=_PROJECTION,
+        words=_ATTENTION,
+        absent=_NO_ATTENTION,
+        rank=55,
+        title=45,
+        colour="cyan",
+        fill="gate",
+        slot="result gate",
     ),
     Role(
         name="ffn",
