@@ -153,7 +153,7 @@ class Match:
         """The node that reads a port's value."""
         if port.startswith(RESULT):
             return self.graph.output_node().name
-        return self.site.ports.get(f"{port}.reader", self.site.op)
+        return self.site.readers.get(port, self.site.op)
 
     def value(self, port: str) -> fx.Node:
         """The current value at a port: what the site reads, or what it gives at its own level of nesting; the features

@@ -400,6 +400,16 @@ ROLES: Final[tuple[Role, ...]] = (
         fill="none",
     ),
     Role(
+        name="conv.depthwise",
+        meaning="a convolution in which each input channel has kernels of its own; `conv` selects it too",
+        finder="convolutions",
+        ports=("input", "output", "weight"),
+        words=("conv",),
+        absent="no convolution",
+        rank=171,
+        fill="none",
+    ),
+    Role(
         name="matrix",
         meaning="a stored matrix that is no projection's, embedding's or convolution's",
         finder="matrices",

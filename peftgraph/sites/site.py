@@ -241,6 +241,7 @@ class Site:
     bias: Bias | None = None
     scale: str | None = None  # the multiplicative parameter of a norm
     port_items: tuple[tuple[str, str], ...] = ()
+    reader_items: tuple[tuple[str, str], ...] = ()  # of ports that another node than `op` reads for the site
     heads: int | None = None
     head_dim: int | None = None
     layout: Layout | None = None
@@ -265,6 +266,11 @@ class Site:
     def ports(self) -> Mapping[str, str]:
         """Port -> node name."""
         return MappingProxyType(dict(self.port_items))
+
+    @property
+    def readers(self) -> Mapping[str, str]:
+        """Port -> the node that reads its value for the site, where that is not `op`."""
+        return MappingProxyType(dict(self.reader_items))
 
     @property
     def id(self) -> str:

@@ -13,6 +13,7 @@ from torch import nn
 
 from peftgraph.capture import capture
 from peftgraph.sites import Sites, find_sites
+from peftgraph.sites.roles import BY_NAME
 
 B, S, T = 3, 7, 5
 PLAIN = {
@@ -94,7 +95,12 @@ def trace(model: nn.Module, example: object) -> Sites:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = capture(model, example)  # pyright: ignore[reportArgumentType]
-    return find_sites(program.graph, program.table.tensors())
+    found = find_sites(program.graph, program.table.tensors())
+    for site in found:
+        known = BY_NAME[site.role]
+        assert site.ports.keys() | site.readers.keys() <= set(known.ports), site
+        assert site.weight is None or not known.owns_weight or "weight" in known.ports, site
+    return found
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Gates of an attention's result: found in every spelling, adapted, folded, explained and drawn as any projection is."""
+"""Gates of an attention's result: found in every spelling, adapted, folded and explained as any projection is."""
 
 from __future__ import annotations
 

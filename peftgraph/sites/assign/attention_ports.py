@@ -14,8 +14,8 @@ from peftgraph.sites.matchers.attention_cores import Core
 from peftgraph.sites.site import Axes
 
 
-def operands_of(anatomy: Anatomy, one: Attention) -> tuple[Ports, dict[str, Axes]]:
-    """The ports of a core, and the axes of some of them.
+def operands_of(anatomy: Anatomy, one: Attention) -> tuple[Ports, Ports, dict[str, Axes]]:
+    """Return the ports of a core, who reads them where it is written out, and the axes of some of them.
 
     `q`, `k`, `v`, `mask` and `output` are what scaled_dot_product_attention has of them: `k` is not transposed for the
     product, where it is `scored`. `keys` and `values` are k and v before they are repeated for the queries that share
@@ -27,24 +27,23 @@ def operands_of(anatomy: Anatomy, one: Attention) -> tuple[Ports, dict[str, Axes
     ports |= {f"product{i}" if i else "product": node for i, node in enumerate(core.products)}
     if core.products:
         ports |= {"k": untransposed(flow, core.k), "scored": core.k, "scores": core.scores}
-        ports |= _readers(flow, core)
     if "scored" in axes:
         words = axes["scored"].words
         swapped = bool(core.products) and ports["k"] is not core.k
         axes["k"] = Axes((*words[:-2], words[-1], words[-2]) if swapped else words, axes["scored"].heads)
     ports |= {"keys": rows_by_head(flow, core.k), "values": rows_by_head(flow, core.v)}
-    return ports, axes
+    return ports, _readers(flow, core) if core.products else {}, axes
 
 
 def _readers(flow: Flow, core: Core) -> Ports:
-    """Who reads the operands of an attention that is written out."""
+    """Return who reads the operands of an attention that is written out."""
     start, product = untransposed(flow, core.k), core.products[0]
     way = [*flow.between(start, core.k), core.k] if start is not core.k else [product]
-    found: Ports = {"q.reader": product, "k.reader": next(one for one in way if start in one.all_input_nodes)}
-    found["v.reader"] = core.output
+    found: Ports = {"q": product, "k": next(one for one in way if start in one.all_input_nodes)}
+    found["v"] = core.output
     if core.mask is not None:
         masked = [user for user in core.mask.users if _between(flow, user, core)]
-        found["mask.reader"] = max(masked, key=flow.order.__getitem__, default=None)
+        found["mask"] = max(masked, key=flow.order.__getitem__, default=None)
     return found
 
 

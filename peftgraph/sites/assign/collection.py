@@ -40,7 +40,7 @@ class Collection:
         return tuple(_numbered(self.found))
 
     def add(self, role: str, op: fx.Node, path: str, place: Place | None, ports: Ports, **more: Any) -> None:
-        items = tuple((port, node.name) for port, node in ports.items() if node is not None)
+        items = named(ports)
         where = {} if place is None else {"layer": place.layer, "depth": place.depth, "stack": place.stack}
         self.found.append(Site(role=role, path=path, op=op.name, port_items=items, **where, **more))
         if self.found[-1].weight is not None:
@@ -100,6 +100,11 @@ class Collection:
     def common(self, members: Sequence[fx.Node], fallback: fx.Node) -> str:
         paths = [path for node in dict.fromkeys(members) for path in self.paths.get(node.name, ())]
         return common(paths) if paths else module_of(fallback)
+
+
+def named(ports: Ports) -> tuple[tuple[str, str], ...]:
+    """Return ports with the names of their nodes, without those that are not there."""
+    return tuple((port, node.name) for port, node in ports.items() if node is not None)
 
 
 def owner(parameter: str, experts: int | None = None) -> str:

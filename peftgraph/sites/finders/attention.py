@@ -11,7 +11,7 @@ from torch import fx
 from peftgraph.sites.assign.attention import Attention, ProjectionPart, find_latents
 from peftgraph.sites.assign.attention_ports import operands_of
 from peftgraph.sites.assign.blocks import Place
-from peftgraph.sites.assign.collection import common, owner
+from peftgraph.sites.assign.collection import common, named, owner
 from peftgraph.sites.assign.evidence import Step, readers
 from peftgraph.sites.assign.structure import Structure
 from peftgraph.sites.dataflow import ops
@@ -59,11 +59,11 @@ def _add(structure: Structure, one: Attention) -> None:
     core, q = one.core, one.role("q")
     if core.linear:
         return  # there is no softmax to put keys beside
-    ports, axes = operands_of(structure.anatomy, one)
+    ports, readers_of, axes = operands_of(structure.anatomy, one)
     path = common([owner(part.weight.parameter, part.weight.experts) for part in one.parts])
     heads = q[0].heads if q else None
     reads = structure.into.weights([part.projection.node for part in one.parts])
-    more = {"heads": heads, "axis_items": tuple(axes.items()), "reads": reads}
+    more = {"heads": heads, "axis_items": tuple(axes.items()), "reads": reads, "reader_items": named(readers_of)}
     structure.into.add("attention.core", core.node, path, place, ports, kind=one.kind, **more)
 
 

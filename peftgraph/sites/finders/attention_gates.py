@@ -73,7 +73,7 @@ def evidence(structure: Structure, site: Site, node: fx.Node) -> list[Step]:
 
 def near_misses(structure: Structure, role: str) -> Iterator[NearMiss]:
     """Find attentions whose result is multiplied by something else than a gate, or by nothing."""
-    for one, output, product, value in _products(structure):
+    for _, output, product, value in _products(structure):
         frontier = structure.anatomy.frontier(value)
         passed = 2 if not frontier.projections else 3
         if not (frontier.projections and frontier.nonlinear):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Final
 
 from torch import fx
 
@@ -11,6 +12,9 @@ from peftgraph.sites.assign.evidence import Step, step
 from peftgraph.sites.assign.structure import Structure
 from peftgraph.sites.dataflow import ops
 from peftgraph.sites.site import Bias, MatrixAxes, NearMiss, Site, Weight
+
+DEPTHWISE: Final = "conv.depthwise"
+CONDITIONS: Final = ("a convolution of a signal with a stored kernel", "a group of its own for each input channel")
 
 
 def find(structure: Structure) -> None:
@@ -23,12 +27,24 @@ def find(structure: Structure) -> None:
 def evidence(structure: Structure, site: Site, node: fx.Node) -> list[Step]:
     """Say which kernel a convolution reads."""
     assert site.weight is not None
-    return [step(f"%{node.name} convolves a signal with the stored kernel @{site.weight.parameter}", node)]
+    found = [step(f"%{node.name} convolves a signal with the stored kernel @{site.weight.parameter}", node)]
+    alone = step("it has one input channel for each group: it mixes positions and no features, a depthwise convolution")
+    return [*found, alone] if site.role == DEPTHWISE else found
 
 
 def near_misses(structure: Structure, role: str) -> Iterator[NearMiss]:
-    """Find nothing: a graph has a convolution or it has none."""
-    return iter(())
+    """Find the convolutions that mix features, where a depthwise one is asked for."""
+    for site in structure.into.found if role == DEPTHWISE else ():
+        if site.role == "conv":
+            node = structure.node(site.op)
+            kernel = structure.flow.shape(structure.flow.operands(node)[1])
+            shown = " x ".join(map(str, kernel))
+            yield NearMiss.at(DEPTHWISE, node, CONDITIONS, 1, f"a kernel of {shown} in {_groups(node)} groups")
+
+
+def _groups(node: fx.Node) -> int:
+    groups = ops.argument(node, 6, "groups")
+    return groups if isinstance(groups, int) else 1
 
 
 def _add(structure: Structure, node: fx.Node) -> None:
@@ -40,8 +56,7 @@ def _add(structure: Structure, node: fx.Node) -> None:
     if leaf is None or leaf.op != "get_attr":
         return
     sizes, turned = flow.shape(leaf), "transpose" in ops.name(node)
-    groups = ops.argument(node, 6, "groups")
-    grouped = groups if isinstance(groups, int) else 1
+    grouped = _groups(node)
     spatial = tuple(range(2, len(sizes)))
     if not turned:
         axes = None
@@ -55,7 +70,7 @@ def _add(structure: Structure, node: fx.Node) -> None:
     stored = bias and flow.leaf(bias)
     structure.into.place_of[node] = structure.into.place(node)
     structure.into.add(
-        "conv",
+        DEPTHWISE if flow.channelwise(node) else "conv",
         node,
         owner(weight.parameter),
         structure.into.place(node),
