@@ -18,7 +18,7 @@ from peftgraph.sites import Site, Sites, find_sites
 from tests.support import zoo
 
 aten = torch.ops.aten
-LAW = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+LAW = settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 MODELS = st.tuples(st.sampled_from(zoo.NAMES), st.sampled_from(zoo.ATTENTIONS))
 CHANCE = st.randoms(use_true_random=False)
 
@@ -202,8 +202,8 @@ PARTS = ["ffn", "softmax gate", "pooled by softmax", "product", "softmax of a pr
 PARTS += ["mixed", "recurrent", "no residual"]
 
 
-@settings(LAW, max_examples=4)
-@given(st.lists(st.sampled_from(PARTS), min_size=1, max_size=5), st.sampled_from([10, 12]))
+@settings(LAW, max_examples=3, derandomize=True)
+@given(st.lists(st.sampled_from(PARTS), min_size=1, max_size=3, unique=True), st.sampled_from([10, 12]))
 @example(["no residual", "product"], 10)
 def test_networks_without_attention_have_none(parts: list[str], width: int) -> None:
     sites = pg.trace(Drawn(parts, width), (torch.randn(3, 7, width),)).sites
