@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.sweeps import pytest_collection_modifyitems as pytest_collection_modifyitems
+from tests import fast, sweeps
+from tests.fast import pytest_configure as pytest_configure
 from tests.zoo import summary
 from tests.zoo.summary import pytest_sessionfinish as pytest_sessionfinish
 from tests.zoo.summary import pytest_terminal_summary as pytest_terminal_summary
@@ -22,6 +23,11 @@ sys.path.insert(0, str(Path(__file__).parent / "support"))  # makes `import zoo`
 def pytest_addoption(parser: pytest.Parser) -> None:
     summary.pytest_addoption(parser)
     parser.addoption("--sweeps", action="store_true", help="also what tests/sweeps.txt keeps out of an ordinary run")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    fast.mark(items)
+    sweeps.leave_out(config, items)
 
 
 @pytest.fixture(autouse=True)

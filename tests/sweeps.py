@@ -35,7 +35,7 @@ def _sweep(line: str) -> Sweep:
     return Sweep(re.compile(line)) if share is None else Sweep(re.compile(line[share.end() :]), int(share[1]))
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves the sweeps out, unless they are asked for or a test is named by its own id."""
     if config.getoption("--sweeps") or any("::" in str(one) for one in config.args):
         return
