@@ -14,6 +14,7 @@ from peftgraph.draw.document import KEY
 from peftgraph.draw.svg import css_class, style
 from peftgraph.sites.roles import BY_NAME, GROUPS, PORTS, ROLES, WORDS, PortKind, Role, absent, selected_by
 from peftgraph.sites.search import finder_of, finders
+from tests.support.role_table import PAGE, rewritten
 
 EACH = pytest.mark.parametrize("role", ROLES, ids=lambda role: role.name)
 
@@ -102,3 +103,8 @@ def test_depthwise_convolutions_are_convolutions_too() -> None:
     plain = pg.trace(nn.Sequential(nn.Conv1d(4, 4, 3)).eval(), torch.randn(2, 4, 8))
     with pytest.raises(pg.NoMatch, match="a group of its own for each input channel, found a kernel of 4 x 4 x 3 in 1"):
         plain.sites.require("conv.depthwise")
+
+
+def test_the_manual_has_the_tables_of_the_registry() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert rewritten(page) == page, "run python tests/support/role_table.py"
