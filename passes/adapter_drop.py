@@ -21,14 +21,15 @@ import torch
 from torch import fx
 
 import peftgraph as pg
+from peftgraph.authoring import Add, AddProduct, Builder, Match, Pass, Rule
 
 aten = torch.ops.aten
 
-Build = Callable[[pg.Match, pg.Builder], "fx.Node | Mapping[str, fx.Node]"]
+Build = Callable[[Match, Builder], "fx.Node | Mapping[str, fx.Node]"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterDrop(pg.Pass):
+class AdapterDrop(Pass):
     """Another method's adapters at some of the depths.
 
     Attributes:
@@ -38,7 +39,7 @@ class AdapterDrop(pg.Pass):
     """
 
     word = "adapter_drop"
-    adapter: pg.Pass
+    adapter: Pass
     layers: int = 0
     random: bool = False
 
@@ -49,25 +50,25 @@ class AdapterDrop(pg.Pass):
         self.require(self.adapter.passes() == (self.adapter,), "it takes one method, not several in one.")
         self.require(not self.adapter.name, "give the name to adapter_drop, not to the adapter inside.")
 
-    def rules(self) -> list[pg.Rule]:
+    def rules(self) -> list[Rule]:
         """The adapter's own rules, narrowed to the upper blocks and gated."""
         return [rule if rule.delta is None else self.dropped(rule) for rule in self.adapter.rules()]
 
-    def dropped(self, rule: pg.Rule) -> pg.Rule:
+    def dropped(self, rule: Rule) -> Rule:
         """A rule without its lowest blocks."""
         # every stack drops its own lowest blocks; where() says that this is meant and not an ambiguity
         at = (rule.at & ~pg.layers(0, self.layers)).where(path=".*") if self.layers else rule.at
         if not self.random:
             return replace(rule, at=at)
         self.require(
-            isinstance(rule.join, pg.Add | pg.AddProduct),
+            isinstance(rule.join, Add | AddProduct),
             f"random=true needs a method that adds; {self.adapter} does not.",
         )
         reason = "the depth it runs at is drawn at every step of training"
         assert rule.delta is not None
         return replace(rule, at=at, delta=partial(self.gated, rule.delta), fold=reason)
 
-    def gated(self, delta: Build, m: pg.Match, op: pg.Builder) -> Mapping[str, fx.Node] | fx.Node:
+    def gated(self, delta: Build, m: Match, op: Builder) -> Mapping[str, fx.Node] | fx.Node:
         """The adapter's delta, times whether this step's depth reaches the block."""
         layer, stack = m.site.layer, m.site.stack
         blocks = [one.site.layer for one in m.related(pg.block) if one.site.stack == stack]

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, fx
 
 import peftgraph as pg
+from peftgraph.authoring import Add, Builder, Match, Pass, Rule
+from peftgraph.authoring.modules import Bottleneck, init
 
 aten = torch.ops.aten
 PARTS = ("down_weight", "down_bias", "up_weight", "up_bias")
@@ -31,14 +33,14 @@ def near_identity(tensor: Tensor) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterFusion(pg.Pass):
+class AdapterFusion(Pass):
     """Attention over frozen adapters.
 
     Attributes:
         adapters: the names of the first stage's adapters, at least two.
         at: sublayers; the feed-forward by default.
         width: M of every adapter.
-        activation: of every adapter; a word of `pg.ACTIVATIONS`.
+        activation: of every adapter; a word of `peftgraph.authoring.ACTIVATIONS`.
         dropout: on the scores, in training.
         value: whether there is a V.
     """
@@ -57,23 +59,23 @@ class AdapterFusion(pg.Pass):
         self.require(len(names) >= 2, f"it mixes at least two adapters, got {len(names)}.")
         self.require(all(name.isidentifier() for name in names), f"names must be identifiers, got {list(names)}.")
         self.require(len(set(names)) == len(names), f"every adapter needs a name of its own, got {list(names)}.")
-        pg.Bottleneck(width=self.width, activation=self.activation, dropout=self.dropout).check(self)
+        Bottleneck(width=self.width, activation=self.activation, dropout=self.dropout).check(self)
 
-    def rules(self) -> list[pg.Rule]:
+    def rules(self) -> list[Rule]:
         """One rule: add the mixture to the residual sum."""
-        return [pg.Rule(at=self.at, delta=self.delta, join=pg.Add("join"), fold="its mixture depends on the input")]
+        return [Rule(at=self.at, delta=self.delta, join=Add("join"), fold="its mixture depends on the input")]
 
-    def delta(self, m: pg.Match, op: pg.Builder) -> fx.Node:
+    def delta(self, m: Match, op: Builder) -> fx.Node:
         """sum_n p_n V z_n."""
         self.require_sublayer(m)
         x, d = m.normed(op, m.value("join")), m.features
-        start = pg.init.normal(0.02)
-        frozen = pg.Bottleneck(width=self.width, activation=self.activation, down=start, up=start, trainable=False)
+        start = init.normal(0.02)
+        frozen = Bottleneck(width=self.width, activation=self.activation, down=start, up=start, trainable=False)
         z_ND = op.call(aten.stack.default, [frozen.build(op, x, d, f"{name}_") for name in self.adapters], -2)
 
         def linear(name: str, value: fx.Node) -> fx.Node:
             weight = op.param(f"{name}_weight", (d, d), start)
-            return op.linear(value, weight, op.param(f"{name}_bias", (d,), pg.init.zeros))
+            return op.linear(value, weight, op.param(f"{name}_bias", (d,), init.zeros))
 
         q_1D, k_ND = op.call(aten.unsqueeze.default, linear("query", x), -2), linear("key", z_ND)
         scores_N = op.dropout(op.call(aten.sum.dim_IntList, op.mul(k_ND, q_1D), [-1]), self.dropout)

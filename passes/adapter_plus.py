@@ -22,20 +22,22 @@ import torch
 from torch import fx
 
 import peftgraph as pg
+from peftgraph.authoring import Builder, Match, Pass, Rule
+from peftgraph.authoring.modules import Bottleneck, init
 
 aten = torch.ops.aten
 
-UP = {"houlsby": pg.init.truncated_normal(1e-2), "identity": pg.init.zeros}
+UP = {"houlsby": init.truncated_normal(1e-2), "identity": init.zeros}
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterPlus(pg.Pass):
+class AdapterPlus(Pass):
     """A scaled bottleneck behind the residual sum.
 
     Attributes:
         at: sublayers; the feed-forward by default.
         width: M, the size of the bottleneck; the paper's are 1 to 32.
-        activation: a word of `pg.ACTIVATIONS`.
+        activation: a word of `peftgraph.authoring.ACTIVATIONS`.
         drop_path: how often an example goes without the adapter, in training.
         dropout: on the bottleneck, in training.
         init: how W_up starts: "houlsby" or "identity" (zero).
@@ -56,25 +58,25 @@ class AdapterPlus(pg.Pass):
         self.bottleneck.check(self)
 
     @property
-    def bottleneck(self) -> pg.Bottleneck:
+    def bottleneck(self) -> Bottleneck:
         """W_up drop(act(W_down s + b_down)) + b_up."""
-        down, up = pg.init.truncated_normal(1e-2), UP[self.init]
-        return pg.Bottleneck(width=self.width, activation=self.activation, dropout=self.dropout, down=down, up=up)
+        down, up = init.truncated_normal(1e-2), UP[self.init]
+        return Bottleneck(width=self.width, activation=self.activation, dropout=self.dropout, down=down, up=up)
 
-    def rules(self) -> list[pg.Rule]:
+    def rules(self) -> list[Rule]:
         """One rule: add the scaled bottleneck to the residual sum, or to the norm that follows it."""
-        return [pg.Rule(at=self.at, delta=self.delta, fold="its nonlinearity stands between it and every weight")]
+        return [Rule(at=self.at, delta=self.delta, fold="its nonlinearity stands between it and every weight")]
 
-    def delta(self, m: pg.Match, op: pg.Builder) -> Mapping[str, fx.Node]:
+    def delta(self, m: Match, op: Builder) -> Mapping[str, fx.Node]:
         """c times the bottleneck of s, by the port where it enters."""
         self.require_sublayer(m)
         self.require_own_join(m, self.at)
         port = "normed" if m.has("normed") else "join"
         s = m.value(port)
-        scale_D = op.param("scale", (m.features,), pg.init.ones)
+        scale_D = op.param("scale", (m.features,), init.ones)
         return {port: self.sometimes(op, op.mul(self.bottleneck.build(op, s, m.features), scale_D))}
 
-    def sometimes(self, op: pg.Builder, delta: fx.Node) -> fx.Node:
+    def sometimes(self, op: Builder, delta: fx.Node) -> fx.Node:
         """delta, left out for some examples in training."""
         if not self.drop_path:
             return delta

@@ -20,25 +20,27 @@ from dataclasses import dataclass
 from torch import Tensor, fx
 
 import peftgraph as pg
+from peftgraph.authoring import Builder, Match, ParameterValue, Params, Pass, Rule, Train, omit_default
+from peftgraph.authoring.modules import init
 
 
-def in_a_slice(m: pg.Match) -> bool:
+def in_a_slice(m: Match) -> bool:
     """Whether the bias is a part of a longer stored one."""
     return m.site.bias is not None and m.site.bias.window is not None
 
 
-def missing(m: pg.Match) -> bool:
+def missing(m: Match) -> bool:
     """Whether there is no bias."""
     return m.site.bias is None
 
 
-def whole(m: pg.Match) -> bool:
+def whole(m: Match) -> bool:
     """Whether the bias is all that is stored under its name."""
     return not missing(m) and not in_a_slice(m)
 
 
 @dataclass(frozen=True, kw_only=True)
-class BitFit(pg.Pass):
+class BitFit(Pass):
     """Bias-term fine-tuning.
 
     Attributes:
@@ -51,26 +53,26 @@ class BitFit(pg.Pass):
 
     word = "bitfit"
     at: pg.Selector = pg.bias
-    zero: bool = pg.quiet(False)
-    norms: bool = pg.quiet(False)
-    head: bool = pg.quiet(False)
+    zero: bool = omit_default(False)
+    norms: bool = omit_default(False)
+    head: bool = omit_default(False)
 
-    def rules(self) -> list[pg.Rule]:
+    def rules(self) -> list[Rule]:
         """Train the biases in place, or beside a slice; add those that are missing."""
         no_bias = "there is no bias to fold it into"
         biases = [
-            pg.Train(self.at, own="bias", where=whole, optional=True),
-            pg.Rule(at=self.at, delta=self.delta, fold=self.fold, where=in_a_slice, optional=True),
+            Train(self.at, bias_only=True, where=whole, optional=True),
+            Rule(at=self.at, delta=self.delta, fold=self.fold, where=in_a_slice, optional=True),
         ]
-        added = pg.Rule(at=self.at, delta=self.delta, fold=no_bias, where=missing, optional=True)
-        also = [pg.Train(at) for at, wanted in ((pg.norm, self.norms), (pg.head, self.head)) if wanted]
+        added = Rule(at=self.at, delta=self.delta, fold=no_bias, where=missing, optional=True)
+        also = [Train(at) for at, wanted in ((pg.norm, self.norms), (pg.head, self.head)) if wanted]
         return [*biases, *([added] if self.zero else []), *also]
 
-    def delta(self, m: pg.Match, op: pg.Builder) -> fx.Node:
+    def delta(self, m: Match, op: Builder) -> fx.Node:
         """d, shaped to broadcast over the value."""
-        return m.along_features(op, op.param("bitfit_d", (*m.experts, m.features), pg.init.zeros))
+        return m.along_features(op, op.param("bitfit_d", (*m.experts, m.features), init.zeros))
 
-    def fold(self, m: pg.Match, p: pg.Params) -> Mapping[pg.Bound, Tensor]:
+    def fold(self, m: Match, p: Params) -> Mapping[ParameterValue, Tensor]:
         """b + d."""
         assert m.bias is not None
         return {m.bias: m.bias.value + p.bitfit_d}

@@ -21,12 +21,14 @@ from typing import Literal
 from torch import fx
 
 import peftgraph as pg
+from peftgraph.authoring import Add, Builder, Match, Pass, Rule
+from peftgraph.authoring.modules import Bottleneck, init
 
-UP = {"xavier_uniform": pg.init.xavier_uniform(), "identity": pg.init.zeros}
+UP = {"xavier_uniform": init.xavier_uniform(), "identity": init.zeros}
 
 
 @dataclass(frozen=True, kw_only=True)
-class CIAT(pg.Pass):
+class CIAT(Pass):
     """Counter-interference adapters.
 
     Attributes:
@@ -35,7 +37,7 @@ class CIAT(pg.Pass):
         layer_norm: whether the layer adapters have a norm of their own.
         embedding: whether there are embedding adapters, one for each stack.
         embedding_width: M of those; none for D / 2.
-        activation: a word of `pg.ACTIVATIONS`.
+        activation: a word of `peftgraph.authoring.ACTIVATIONS`.
         dropout: on the bottleneck, in training.
         init: how W_up starts: "xavier_uniform" or "identity" (zero).
     """
@@ -56,31 +58,31 @@ class CIAT(pg.Pass):
         for width in (self.width, self.embedding_width):
             self.bottleneck(1 if width is None else width).check(self)
 
-    def bottleneck(self, width: int) -> pg.Bottleneck:
+    def bottleneck(self, width: int) -> Bottleneck:
         """B."""
-        down, up = pg.init.xavier_uniform(), UP[self.init]
-        return pg.Bottleneck(width=width, activation=self.activation, dropout=self.dropout, down=down, up=up)
+        down, up = init.xavier_uniform(), UP[self.init]
+        return Bottleneck(width=width, activation=self.activation, dropout=self.dropout, down=down, up=up)
 
-    def rules(self) -> list[pg.Rule]:
+    def rules(self) -> list[Rule]:
         """Add B(LN(x)) to every sublayer's output, and B(LN(e)) to what enters the first block of every stack."""
         reason = "its nonlinearity stands between it and every weight"
-        layers = pg.Rule(at=self.at, delta=self.layer, fold=reason)
+        layers = Rule(at=self.at, delta=self.layer, fold=reason)
         first = pg.block & pg.layers(0)
-        embedding = pg.Rule(at=first.where(path=".*"), delta=self.embedded, join=pg.Add("embedded"), fold=reason)
+        embedding = Rule(at=first.where(path=".*"), delta=self.embedded, join=Add("embedded"), fold=reason)
         return [embedding, layers] if self.embedding else [layers]
 
-    def layer(self, m: pg.Match, op: pg.Builder) -> fx.Node:
+    def layer(self, m: Match, op: Builder) -> fx.Node:
         """B(LN(x))."""
         self.require_sublayer(m)
         x = self.normed(op, m.input, m.features) if self.layer_norm else m.input
         return self.bottleneck(self.width or m.features // 2).build(op, x, m.features)
 
-    def embedded(self, m: pg.Match, op: pg.Builder) -> fx.Node:
+    def embedded(self, m: Match, op: Builder) -> fx.Node:
         """B(LN(e))."""
         e = self.normed(op, m.value("embedded"), m.features)
         return self.bottleneck(self.embedding_width or m.features // 2).build(op, e, m.features)
 
-    def normed(self, op: pg.Builder, x: fx.Node, features: int) -> fx.Node:
+    def normed(self, op: Builder, x: fx.Node, features: int) -> fx.Node:
         """LN(x), with the adapter's own scale and shift and the authors' epsilon."""
-        scale_D = op.param("norm_weight", (features,), pg.init.ones)
-        return op.layer_norm(x, scale_D, op.param("norm_bias", (features,), pg.init.zeros), eps=1e-6)
+        scale_D = op.param("norm_weight", (features,), init.ones)
+        return op.layer_norm(x, scale_D, op.param("norm_bias", (features,), init.zeros), eps=1e-6)

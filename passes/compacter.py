@@ -24,15 +24,17 @@ import torch
 from torch import fx
 
 import peftgraph as pg
+from peftgraph.authoring import Add, Builder, Match, Pass, Rule, Train
+from peftgraph.authoring.modules import Bottleneck, init
 
 aten = torch.ops.aten
 
-STARTS = {"xavier_uniform": pg.init.xavier_uniform(math.sqrt(2)), "xavier_normal": pg.init.xavier_normal(1.0)}
+STARTS = {"xavier_uniform": init.xavier_uniform(math.sqrt(2)), "xavier_normal": init.xavier_normal(1.0)}
 PORTS = {"before_dropout": "undropped", "after_dropout": "output", "residual_sum": "join"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compacter(pg.Pass):
+class Compacter(Pass):
     """Hypercomplex bottlenecks.
 
     Attributes:
@@ -41,7 +43,7 @@ class Compacter(pg.Pass):
         n: N, the number of Kronecker products and the size of the rule.
         rank: R of the second factors; none keeps them whole.
         shared: whether one rule serves all adapters and both projections; else each projection has one.
-        activation: a word of `pg.ACTIVATIONS`.
+        activation: a word of `peftgraph.authoring.ACTIVATIONS`.
         dropout: on the bottleneck, in training.
         init: "xavier_uniform" (the authors' code) or "xavier_normal" (the adapters library).
         place: "before_dropout" (the authors' code) or "after_dropout" of the sublayer; or "residual_sum", where
@@ -65,18 +67,18 @@ class Compacter(pg.Pass):
         """Refuses unknown words, sizes below 1, a width that n does not divide, and what a bottleneck refuses."""
         self.require_one_of("init", STARTS)
         self.require_one_of("place", PORTS)
-        pg.Bottleneck(width=self.width, activation=self.activation, dropout=self.dropout).check(self)
+        Bottleneck(width=self.width, activation=self.activation, dropout=self.dropout).check(self)
         self.require(self.n >= 1, f"n must be at least 1, got {self.n}.")
         self.require(self.rank is None or self.rank >= 1, f"rank must be at least 1 or none, got {self.rank}.")
         self.require(self.width % self.n == 0, f"n={self.n} does not divide width={self.width}.")
 
-    def rules(self) -> list[pg.Rule]:
+    def rules(self) -> list[Rule]:
         """Add the bottleneck of the sublayer's output to it; train the norms."""
         reason = "its nonlinearity stands between it and every weight"
-        adapter = pg.Rule(at=self.at, delta=self.delta, join=pg.Add(PORTS[self.place]), fold=reason)
-        return [adapter, pg.Train(pg.norm)] if self.norms else [adapter]
+        adapter = Rule(at=self.at, delta=self.delta, join=Add(PORTS[self.place]), fold=reason)
+        return [adapter, Train(pg.norm)] if self.norms else [adapter]
 
-    def delta(self, m: pg.Match, op: pg.Builder) -> fx.Node:
+    def delta(self, m: Match, op: Builder) -> fx.Node:
         """U act(D h + b_down) + b_up."""
         self.require_sublayer(m)
         self.require(m.features % self.n == 0, f"n={self.n} does not divide the {m.features} features of {m.site.id}.")
@@ -86,13 +88,13 @@ class Compacter(pg.Pass):
         narrow = op.dropout(op.activation(self.activation, narrow), self.dropout)
         return self.product(op, "up", narrow, self.width, m.features)
 
-    def product(self, op: pg.Builder, side: str, x: fx.Node, inner: int, out: int) -> fx.Node:
+    def product(self, op: Builder, side: str, x: fx.Node, inner: int, out: int) -> fx.Node:
         """x (..., I) -> x W + b (..., O), through N rows of I/N features."""
         n, start = self.n, STARTS[self.init]
         std = 1e-4 if self.shared else 1e-2
         make = op.shared if self.shared else op.param
-        rule_NNN = make("phm_rule" if self.shared else f"{side}_rule", (n, n, n), pg.init.normal(std))
-        bias_O = op.param(f"{side}_bias", (out,), pg.init.zeros)
+        rule_NNN = make("phm_rule" if self.shared else f"{side}_rule", (n, n, n), init.normal(std))
+        bias_O = op.param(f"{side}_bias", (out,), init.zeros)
         rows = op.call(aten.unflatten.int, x, -1, [n, inner // n])
         if self.rank is None:
             whole = op.param(f"{side}_weight", (n, inner // n, out // n), start)

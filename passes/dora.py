@@ -26,12 +26,14 @@ import torch
 from torch import Tensor, fx
 
 import peftgraph as pg
+from peftgraph.authoring import AddProduct, Builder, Match, ParameterValue, Params, Pass, Rule, omit_default
+from peftgraph.authoring.modules import LowRank
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True, kw_only=True)
-class DoRA(pg.Pass):
+class DoRA(Pass):
     """Weight-decomposed low-rank adaptation.
 
     Attributes:
@@ -49,9 +51,9 @@ class DoRA(pg.Pass):
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
-    rank_stabilised: bool = pg.quiet(False)
-    norm_gradient: bool = pg.quiet(False)
-    form: Literal["paper", "adapters"] = pg.quiet("paper")
+    rank_stabilised: bool = omit_default(False)
+    norm_gradient: bool = omit_default(False)
+    form: Literal["paper", "adapters"] = omit_default("paper")
 
     def check(self) -> None:
         """Refuses a rank below 1, a dropout outside [0, 1) and an unknown form."""
@@ -59,9 +61,9 @@ class DoRA(pg.Pass):
         self.require_one_of("form", ("paper", "adapters"))
 
     @property
-    def path(self) -> pg.LowRank:
+    def path(self) -> LowRank:
         """(drop(x) A^T) B^T."""
-        return pg.LowRank(rank=self.rank, dropout=self.dropout)
+        return LowRank(rank=self.rank, dropout=self.dropout)
 
     @property
     def scale(self) -> float:
@@ -73,16 +75,16 @@ class DoRA(pg.Pass):
         """What B A is multiplied by in ||V||."""
         return self.scale if self.form == "paper" else 1.0
 
-    def rules(self) -> list[pg.Rule]:
+    def rules(self) -> list[Rule]:
         """One rule: add what turns x W^T into x W'^T."""
-        join = pg.AddProduct()
-        return [pg.Rule(at=self.at, delta=self.delta, join=join, fold=self.fold, by_row=self.by_row, check=self.fits)]
+        join = AddProduct()
+        return [Rule(at=self.at, delta=self.delta, join=join, fold=self.fold, row_axes=self.row_axes, check=self.fits)]
 
     def fits(self, sites: Sequence[pg.Site]) -> None:
         """Refuses a rank that no site has."""
         self.path.fits(self, sites)
 
-    def delta(self, m: pg.Match, op: pg.Builder) -> fx.Node:
+    def delta(self, m: Match, op: Builder) -> fx.Node:
         """(g - 1) (y - b) + g s (drop(x) A^T) B^T."""
         scales_bias = self.form == "adapters" and m.form == "weight" and m.bias is not None
         self.require(
@@ -101,7 +103,7 @@ class DoRA(pg.Pass):
         low = op.mul(self.path.build(self, m, op, a_RI, b_OR), self.scale)
         return op.add(op.mul(op.call(aten.sub.Tensor, g, 1), y), op.mul(low, g))
 
-    def start(self, m: pg.Match, tensor: Tensor) -> None:
+    def start(self, m: Match, tensor: Tensor) -> None:
         """||W||, to the last bit what the graph computes, which layout and dtype decide; refuses rows of zeros."""
         norm_O = torch.linalg.vector_norm(m.weight.value.to(tensor.dtype).contiguous(), 2, -1)
         zeros = int((norm_O == 0).sum())
@@ -112,13 +114,13 @@ class DoRA(pg.Pass):
         )
         tensor.copy_(norm_O)
 
-    def fold(self, m: pg.Match, p: pg.Params) -> Mapping[pg.Bound, Tensor]:
+    def fold(self, m: Match, p: Params) -> Mapping[ParameterValue, Tensor]:
         """g (W + s B A), and g b where the form has it."""
         weight, change_OI = m.weight, p.lora_B @ p.lora_A
         g_O = p.dora_m / torch.linalg.vector_norm(weight.value + self.weighs * change_OI, 2, -1)
         folded = {weight: g_O.unsqueeze(-1) * (weight.value + self.scale * change_OI)}
         return folded if m.bias is None or self.form == "paper" else folded | {m.bias: g_O * m.bias.value}
 
-    def by_row(self, m: pg.Match) -> Mapping[str, int]:
+    def row_axes(self, m: Match) -> Mapping[str, int]:
         """B and m have the features of the output; the norm is of one row."""
         return {"lora_B": -2, "dora_m": -1}

@@ -14,10 +14,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import peftgraph as pg
+from peftgraph.authoring import Pass, Rule, Train
 
 
 @dataclass(frozen=True, kw_only=True)
-class Freeze(pg.Pass):
+class Freeze(Pass):
     """Training of some of the model's own parameters.
 
     Attributes:
@@ -35,7 +36,7 @@ class Freeze(pg.Pass):
         """Refuses a number of blocks below 1."""
         self.require(self.top is None or self.top >= 1, f"top must be at least 1 or none, got {self.top}.")
 
-    def rules(self) -> list[pg.Rule]:
+    def rules(self) -> list[Rule]:
         """Train the chosen parameters."""
         at = self.at if self.top is None else self.at & pg.layers(-self.top, None)
-        return [pg.Train(at), pg.Train(pg.head)] if self.head else [pg.Train(at)]
+        return [Train(at), Train(pg.head)] if self.head else [Train(at)]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 import peftgraph as pg
+from peftgraph.authoring import Builder, Match, ParameterValue, Params, Pass, Replace, Rule
 
 aten = torch.ops.aten
 
@@ -25,7 +26,7 @@ USES_BATCH = 5  # the position of the argument that says whether they use the st
 
 
 @dataclass(frozen=True, kw_only=True)
-class FreezeStatistics(pg.Pass):
+class FreezeStatistics(Pass):
     """Batch norms that only read their running statistics.
 
     Attributes:
@@ -35,28 +36,28 @@ class FreezeStatistics(pg.Pass):
     word = "freeze_statistics"
     at: pg.Selector = pg.norm
 
-    def rules(self) -> list[pg.Rule]:
+    def rules(self) -> list[Rule]:
         """One rule: the norm as it is in evaluation, in the place of the one that writes."""
-        lacking = "keeps running statistics"
-        join = pg.Replace(anew=False)
+        where_message = "keeps running statistics"
+        join = Replace(exclusive=False)
         return [
-            pg.Rule(
+            Rule(
                 at=self.at,
                 delta=self.delta,
                 join=join,
                 fold=self.fold,
                 where=self.keeps,
-                lacking=lacking,
+                where_message=where_message,
                 training_only=True,
             )
         ]
 
-    def keeps(self, m: pg.Match) -> bool:
+    def keeps(self, m: Match) -> bool:
         """Whether a norm keeps running statistics."""
         node = m.names[m.site.op]
         return node.target in BATCH_NORMS and node.args[3] is not None
 
-    def delta(self, m: pg.Match, op: pg.Builder) -> fx.Node:
+    def delta(self, m: Match, op: Builder) -> fx.Node:
         """The norm of x by its running statistics."""
         norm = m.names[m.site.op]
         assert not isinstance(norm.target, str)
@@ -66,7 +67,7 @@ class FreezeStatistics(pg.Pass):
             op.silence(node)
         return op.silence(fixed)
 
-    def counts(self, m: pg.Match, norm: fx.Node) -> list[fx.Node]:
+    def counts(self, m: Match, norm: fx.Node) -> list[fx.Node]:
         """What counts the batches that the statistics of a norm have seen: it adds to an integer beside them."""
         mean = norm.args[3]
         assert isinstance(mean, fx.Node)
@@ -79,6 +80,6 @@ class FreezeStatistics(pg.Pass):
         ]
         return [user for user in found if user.target is aten.add_.Tensor]
 
-    def fold(self, m: pg.Match, p: pg.Params) -> Mapping[pg.Bound, Tensor]:
+    def fold(self, m: Match, p: Params) -> Mapping[ParameterValue, Tensor]:
         """Nothing changes."""
         return {}

@@ -20,19 +20,21 @@ from typing import Literal
 from torch import fx
 
 import peftgraph as pg
+from peftgraph.authoring import Add, Builder, Match, Pass, Rule, Train
+from peftgraph.authoring.modules import Bottleneck, init
 
 STD = {"paper": 1e-2, "code": 1e-3}
 PORTS = {"after_dropout": "output", "before_dropout": "undropped"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Houlsby(pg.Pass):
+class Houlsby(Pass):
     """Two bottlenecks in a block.
 
     Attributes:
         at: sublayers; self-attention and feed-forward by default, so that a decoder's block has two as well.
         width: M, the size of the bottleneck.
-        activation: a word of `pg.ACTIVATIONS`.
+        activation: a word of `peftgraph.authoring.ACTIVATIONS`.
         dropout: on the bottleneck, in training.
         init: "paper" (std 1e-2) or "code" (std 1e-3).
         place: "after_dropout" or "before_dropout" of the sublayer.
@@ -55,22 +57,22 @@ class Houlsby(pg.Pass):
         self.bottleneck.check(self)
 
     @property
-    def bottleneck(self) -> pg.Bottleneck:
+    def bottleneck(self) -> Bottleneck:
         """W_up act(W_down h + b_down) + b_up."""
-        start = pg.init.truncated_normal(STD[self.init])
-        return pg.Bottleneck(width=self.width, activation=self.activation, dropout=self.dropout, down=start, up=start)
+        start = init.truncated_normal(STD[self.init])
+        return Bottleneck(width=self.width, activation=self.activation, dropout=self.dropout, down=start, up=start)
 
-    def rules(self) -> list[pg.Rule]:
+    def rules(self) -> list[Rule]:
         """Add the bottleneck of the sublayer's output to it; train the norms."""
         reason = "its nonlinearity stands between it and every weight"
-        adapter = pg.Rule(at=self.at, delta=self.delta, join=pg.Add(PORTS[self.place]), fold=reason, reads=self.read)
-        return [adapter, pg.Train(pg.norm)] if self.norms else [adapter]
+        adapter = Rule(at=self.at, delta=self.delta, join=Add(PORTS[self.place]), fold=reason, gate_input=self.read)
+        return [adapter, Train(pg.norm)] if self.norms else [adapter]
 
-    def read(self, m: pg.Match, op: pg.Builder) -> fx.Node:
+    def read(self, m: Match, op: Builder) -> fx.Node:
         """h."""
         return m.value(PORTS[self.place])
 
-    def delta(self, m: pg.Match, op: pg.Builder) -> fx.Node:
+    def delta(self, m: Match, op: Builder) -> fx.Node:
         """The bottleneck of h."""
         self.require_sublayer(m)
         return self.bottleneck.build(op, self.read(m, op), m.features)

@@ -19,10 +19,12 @@ from typing import Literal
 from torch import Tensor, fx
 
 import peftgraph as pg
+from peftgraph.authoring import Builder, Match, Multiply, ParameterValue, Params, Pass, Rule, omit_default
+from peftgraph.authoring.modules import init
 
 
 @dataclass(frozen=True, kw_only=True)
-class IA3(pg.Pass):
+class IA3(Pass):
     """Infused Adapter by Inhibiting and Amplifying Inner Activations.
 
     Attributes:
@@ -32,32 +34,32 @@ class IA3(pg.Pass):
 
     word = "ia3"
     at: pg.Selector = pg.attention.k | pg.attention.v | pg.ffn.hidden
-    side: Literal["output", "input"] = pg.quiet("output")
+    side: Literal["output", "input"] = omit_default("output")
 
     def check(self) -> None:
         """Refuses an unknown side."""
         self.require_one_of("side", ("output", "input"))
 
-    def rules(self) -> list[pg.Rule]:
+    def rules(self) -> list[Rule]:
         """One rule: multiply the value by a learned vector."""
-        return [pg.Rule(at=self.at, delta=self.delta, join=pg.Multiply(self.side), fold=self.fold, by_row=self.by_row)]
+        return [Rule(at=self.at, delta=self.delta, join=Multiply(self.side), fold=self.fold, row_axes=self.row_axes)]
 
-    def delta(self, m: pg.Match, op: pg.Builder) -> fx.Node:
+    def delta(self, m: Match, op: Builder) -> fx.Node:
         """The vector l, shaped to broadcast over the value."""
         self.require(
             m.site.weight is not None,
             f"{m.site.id} has no weight to fold a scale into; choose projections or ffn.hidden.",
         )
         if self.side == "output":
-            return m.along_features(op, op.param("ia3_l", (*m.experts, m.features), pg.init.ones))
+            return m.along_features(op, op.param("ia3_l", (*m.experts, m.features), init.ones))
         plain = not m.experts and m.site.columns is None and m.site.feature_axis == -1
         self.require(
             plain and m.site.role not in ("ffn.hidden", "embedding"),
             f"the input of {m.site.id} is no vector of its own; choose whole projections, or side=output.",
         )
-        return op.param("ia3_l", (m.shape[1],), pg.init.ones)
+        return op.param("ia3_l", (m.shape[1],), init.ones)
 
-    def fold(self, m: pg.Match, p: pg.Params) -> Mapping[pg.Bound, Tensor]:
+    def fold(self, m: Match, p: Params) -> Mapping[ParameterValue, Tensor]:
         """Rows of the weight and the bias for an output, columns of the weight for what it reads."""
         weight = m.weight
         if self.at_input(m):
@@ -65,10 +67,10 @@ class IA3(pg.Pass):
         scaled = {weight: weight.value * p.ia3_l.unsqueeze(-1)}
         return scaled if m.bias is None else scaled | {m.bias: m.bias.value * p.ia3_l}
 
-    def by_row(self, m: pg.Match) -> Mapping[str, int]:
+    def row_axes(self, m: Match) -> Mapping[str, int]:
         """l has the features of the output, unless it scales those of the input."""
         return {} if self.at_input(m) else {"ia3_l": -1}
 
-    def at_input(self, m: pg.Match) -> bool:
+    def at_input(self, m: Match) -> bool:
         """Whether what is scaled is what the site's weight reads."""
         return self.side == "input" or m.site.role == "ffn.hidden"

@@ -27,81 +27,84 @@ import torch
 from torch import fx
 
 import peftgraph as pg
+from peftgraph.authoring import ACTIVATIONS, Builder, Match, Nesting, Pass, Replace, Rule, omit_default
+from peftgraph.authoring.modules import init
+from peftgraph.authoring.sequence import embedding_output_port, is_token_embedding
 
 aten = torch.ops.aten
 
-UP = {"bert": pg.init.normal(0.02), "identity": pg.init.zeros}
+UP = {"bert": init.normal(0.02), "identity": init.zeros}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Invertible(pg.Pass):
+class Invertible(Pass):
     """A coupling of the two halves of every embedded token, and its inverse.
 
     Attributes:
         at: embeddings of tokens.
         reduction: how many times narrower F and G are than what they read.
-        activation: a word of `pg.ACTIVATIONS`.
+        activation: a word of `peftgraph.authoring.ACTIVATIONS`.
         init: how W_up starts: "bert" (normal, std 0.02) or "identity" (zero).
         inverse: whether the output embedding reads the inverse.
     """
 
     word = "invertible"
     at: pg.Selector = pg.embedding & ~pg.stack("decoder")
-    reduction: float = pg.quiet(2.0)
-    activation: str = pg.quiet("relu")
-    init: Literal["bert", "identity"] = pg.quiet("bert")
-    inverse: bool = pg.quiet(True)
+    reduction: float = omit_default(2.0)
+    activation: str = omit_default("relu")
+    init: Literal["bert", "identity"] = omit_default("bert")
+    inverse: bool = omit_default(True)
 
     def check(self) -> None:
         """Refuses a reduction that is no factor, and unknown words."""
         self.require(self.reduction > 0, f"reduction must be above 0, got {self.reduction}.")
-        self.require_one_of("activation", pg.ACTIVATIONS)
+        self.require_one_of("activation", ACTIVATIONS)
         self.require_one_of("init", UP)
 
-    def rules(self) -> list[pg.Rule]:
+    def rules(self) -> list[Rule]:
         """Couple the finished embeddings; take that back before the output embedding, where there is one."""
         reason = "its nonlinearities stand between it and every weight"
-        lacking = "embeds the tokens of a sequence"
-        there = pg.Rule(
+        where_message = "embeds the tokens of a sequence"
+        there = Rule(
             at=self.at,
             delta=self.coupled,
-            join=pg.Replace(anew=False),
+            join=Replace(exclusive=False),
             fold=reason,
-            where=pg.is_token_embedding,
-            lacking=lacking,
-            level=pg.OUTERMOST,
+            where=is_token_embedding,
+            where_message=where_message,
+            nesting=Nesting.OUTERMOST,
         )
-        back = pg.Rule(
+        back = Rule(
             at=pg.head | pg.projection,
             delta=self.uncoupled,
-            join=pg.Replace("input", anew=False),
+            join=Replace("input", exclusive=False),
             fold=reason,
             where=self.gives_tokens,
             optional=True,
         )
         return [there, back] if self.inverse else [there]
 
-    def tables(self, m: pg.Match) -> list[pg.Match]:
+    def tables(self, m: Match) -> list[Match]:
         """The tables of tokens whose embeddings are coupled."""
-        return [one for one in m.related(self.at) if pg.is_token_embedding(one)]
+        return [one for one in m.related(self.at) if is_token_embedding(one)]
 
-    def gives_tokens(self, m: pg.Match) -> bool:
+    def gives_tokens(self, m: Match) -> bool:
         """Whether a projection is the output embedding."""
         tables = self.tables(m) if m.site.columns is None else []
         return any(m.shares_weight(one) or m.shape == one.shape[::-1] for one in tables)
 
-    def coupled(self, m: pg.Match, op: pg.Builder) -> Mapping[str, fx.Node]:
+    def coupled(self, m: Match, op: Builder) -> Mapping[str, fx.Node]:
         """[e1 + F(e2); e2 + G(o1)]."""
-        port, tables = pg.embedding_output_port(m), self.tables(m)
+        port, tables = embedding_output_port(m), self.tables(m)
         widths = {one.shape[0] for one in tables}
         self.require(len(widths) == 1, f"F and G have one width, and the embeddings have {sorted(widths)}. Choose one.")
-        twins = [one.site.id for one in tables if pg.embedding_output_port(one) == port]
+        twins = [one.site.id for one in tables if embedding_output_port(one) == port]
         self.require(len(twins) == 1, f"{' and '.join(twins)} embed one sequence of tokens; choose one with at=.")
         e1, e2 = self.halves(op, m.value(port))
         o1 = op.add(e1, self.shift(op, "f", e2, e1))
         return {port: op.call(aten.cat.default, [o1, op.add(e2, self.shift(op, "g", o1, e2))], -1)}
 
-    def uncoupled(self, m: pg.Match, op: pg.Builder) -> fx.Node:
+    def uncoupled(self, m: Match, op: Builder) -> fx.Node:
         """[o1 - F(e2); o2 - G(o1)]."""
         for edit in m.edits:
             other, here = m.history[edit.application].method, edit.site == m.site.id
@@ -118,18 +121,18 @@ class Invertible(pg.Pass):
         e2 = op.call(aten.sub.Tensor, o2, self.shift(op, "g", o1, o2))
         return op.call(aten.cat.default, [op.call(aten.sub.Tensor, o1, self.shift(op, "f", e2, o1)), e2], -1)
 
-    def halves(self, op: pg.Builder, x: fx.Node) -> tuple[fx.Node, fx.Node]:
+    def halves(self, op: Builder, x: fx.Node) -> tuple[fx.Node, fx.Node]:
         """The two parts of the features; of an odd number of them the second has one more."""
         width = int(x.meta["val"].shape[-1])
         return op.call(aten.slice.Tensor, x, -1, 0, width // 2), op.call(aten.slice.Tensor, x, -1, width // 2, width)
 
-    def shift(self, op: pg.Builder, name: str, x: fx.Node, like: fx.Node) -> fx.Node:
+    def shift(self, op: Builder, name: str, x: fx.Node, like: fx.Node) -> fx.Node:
         """F or G of one part of the features, as wide as the other."""
         inner, out = (int(one.meta["val"].shape[-1]) for one in (x, like))
         width = int(inner // self.reduction)
         self.require(width >= 1, f"reduction={self.reduction} leaves nothing of {inner} features.")
-        down_MI = op.shared(f"{name}_down_weight", (width, inner), pg.init.normal(0.02))
-        down_M = op.shared(f"{name}_down_bias", (width,), pg.init.zeros)
+        down_MI = op.shared(f"{name}_down_weight", (width, inner), init.normal(0.02))
+        down_M = op.shared(f"{name}_down_bias", (width,), init.zeros)
         up_OM = op.shared(f"{name}_up_weight", (out, width), UP[self.init])
-        up_O = op.shared(f"{name}_up_bias", (out,), pg.init.zeros)
+        up_O = op.shared(f"{name}_up_bias", (out,), init.zeros)
         return op.linear(op.activation(self.activation, op.linear(x, down_MI, down_M)), up_OM, up_O)

@@ -31,6 +31,8 @@ import torch
 from torch import Tensor, fx
 
 import peftgraph as pg
+from peftgraph.authoring import AddProduct, Builder, Match, ParameterValue, Params, Pass, Rule, Train, omit_default
+from peftgraph.authoring.modules import LowRank, init
 
 aten = torch.ops.aten
 
@@ -41,7 +43,7 @@ BIASES = ("none", "all", "lora_only")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRA(pg.Pass):
+class LoRA(Pass):
     """Low-rank adaptation.
 
     Attributes:
@@ -61,9 +63,9 @@ class LoRA(pg.Pass):
     alpha: float = 16.0
     dropout: float = 0.0
     init: Literal["kaiming", "gaussian", "pissa", "olora"] = "kaiming"
-    rank_stabilised: bool = pg.quiet(False)
-    bias: Literal["none", "all", "lora_only"] = pg.quiet("none")
-    weight: float = pg.quiet(1.0)
+    rank_stabilised: bool = omit_default(False)
+    bias: Literal["none", "all", "lora_only"] = omit_default("none")
+    weight: float = omit_default(1.0)
 
     def check(self) -> None:
         """Refuses a rank below 1, a dropout outside [0, 1), unknown words and a weight that is no number."""
@@ -73,9 +75,9 @@ class LoRA(pg.Pass):
         self.require(math.isfinite(self.weight), f"weight must be finite, got {self.weight}.")
 
     @property
-    def path(self) -> pg.LowRank:
+    def path(self) -> LowRank:
         """(drop(x) A^T) B^T."""
-        return pg.LowRank(rank=self.rank, dropout=self.dropout)
+        return LowRank(rank=self.rank, dropout=self.dropout)
 
     @property
     def scale(self) -> float:
@@ -91,24 +93,30 @@ class LoRA(pg.Pass):
         """The same pass with w times as much."""
         return replace(self, weight=self.weight * weight)
 
-    def rules(self) -> list[pg.Rule]:
+    def rules(self) -> list[Rule]:
         """Add the low-rank path to the projection's output; train biases."""
-        rank = 2 * self.rank if self.moved else self.rank
-        join = pg.AddProduct(turns=True)
-        path = pg.Rule(
-            at=self.at, delta=self.delta, join=join, fold=self.fold, rank=rank, by_row=self.by_row, check=self.fits
+        max_rank = 2 * self.rank if self.moved else self.rank
+        join = AddProduct(turns=True)
+        path = Rule(
+            at=self.at,
+            delta=self.delta,
+            join=join,
+            fold=self.fold,
+            max_rank=max_rank,
+            row_axes=self.row_axes,
+            check=self.fits,
         )
-        biases = {"none": [], "all": [pg.Train(pg.bias)], "lora_only": [pg.Train(self.at, own="bias")]}
+        biases = {"none": [], "all": [Train(pg.bias)], "lora_only": [Train(self.at, bias_only=True)]}
         return [path, *biases[self.bias]]
 
     def fits(self, sites: Sequence[pg.Site]) -> None:
         """Refuses a rank that no site has, or that one lacks whose start is made of its own directions."""
         self.path.fits(self, sites, everywhere=self.moved)
 
-    def delta(self, m: pg.Match, op: pg.Builder) -> fx.Node:
+    def delta(self, m: Match, op: Builder) -> fx.Node:
         """w s (drop(x) A^T) B^T, less its start where that is not zero."""
         if not self.moved:
-            start = pg.init.kaiming if self.init == "kaiming" else pg.init.normal(1 / self.rank)
+            start = init.kaiming if self.init == "kaiming" else init.normal(1 / self.rank)
             y = self.path.build(self, m, op, *self.path.factors(m, op, down=start))
         else:
             down, up = self.start(m)
@@ -117,19 +125,19 @@ class LoRA(pg.Pass):
             y = op.call(aten.sub.Tensor, y, replace(self.path, dropout=0.0).build(self, m, op, *frozen))
         return op.mul(y, self.weight * self.scale)
 
-    def start(self, m: pg.Match) -> tuple[Start, Start]:
+    def start(self, m: Match) -> tuple[Start, Start]:
         """How A and B start from the weight."""
         if self.init == "pissa":
-            return pg.init.principal(m.weight.value, self.rank, self.scale)
-        return pg.init.orthonormal_columns(m.weight.value, self.rank)
+            return init.principal(m.weight.value, self.rank, self.scale)
+        return init.orthonormal_columns(m.weight.value, self.rank)
 
-    def fold(self, m: pg.Match, p: pg.Params) -> Mapping[pg.Bound, Tensor]:
+    def fold(self, m: Match, p: Params) -> Mapping[ParameterValue, Tensor]:
         """W + w s B A, less its start where that is not zero."""
         weight, change = m.weight, p.lora_B @ p.lora_A
         if self.moved:
             change = change - p.lora_B0 @ p.lora_A0
         return {weight: weight.value + self.weight * self.scale * change}
 
-    def by_row(self, m: pg.Match) -> Mapping[str, int]:
+    def row_axes(self, m: Match) -> Mapping[str, int]:
         """B has the features of the output."""
         return {"lora_B": -2, "lora_B0": -2}

@@ -31,12 +31,15 @@ import torch
 from torch import Tensor, fx
 
 import peftgraph as pg
+from peftgraph.authoring import ACTIVATIONS, Builder, Match, Pass, Replace, Rule, omit_default
+from peftgraph.authoring.modules import init, orthonormalise, orthonormalise_tensor
+from peftgraph.authoring.sequence import first_and_last_masks, token_mask
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoReFT(pg.Pass):
+class LoReFT(Pass):
     """An edit of the hidden state in a subspace of few dimensions, at few positions.
 
     Attributes:
@@ -47,7 +50,7 @@ class LoReFT(pg.Pass):
         tied: whether prefix and suffix share one edit.
         orthogonal: whether R has orthonormal rows.
         subtract: whether R h is taken off.
-        activation: on W h + b; a word of `pg.ACTIVATIONS`, or none.
+        activation: on W h + b; a word of `peftgraph.authoring.ACTIVATIONS`, or none.
         dropout: on the edited hidden state, in training.
         start: "paper" or "identity".
         skip_padding: whether first and last are counted among the tokens, or among all positions.
@@ -61,7 +64,7 @@ class LoReFT(pg.Pass):
     tied: bool = True
     orthogonal: bool = True
     subtract: bool = True
-    activation: str | None = pg.quiet(None)
+    activation: str | None = omit_default(None)
     dropout: float = 0.0
     start: Literal["paper", "identity"] = "paper"
     skip_padding: bool = True
@@ -79,19 +82,19 @@ class LoReFT(pg.Pass):
         self.require(self.tied or bool(self.prefix and self.suffix), "tied=false needs both a prefix and a suffix.")
         self.require_one_of("start", ("paper", "identity"))
         if self.activation is not None:
-            self.require_one_of("activation", pg.ACTIVATIONS)
+            self.require_one_of("activation", ACTIVATIONS)
             self.require(self.start == "paper", 'an activation has no identity to start at; give start="paper".')
 
-    def rules(self) -> list[pg.Rule]:
+    def rules(self) -> list[Rule]:
         """One rule: the edited hidden state instead of h."""
         reason = "its edit holds at some positions only, and no one weight gives the hidden state"
-        return [pg.Rule(at=self.at, delta=self.delta, join=pg.Replace(anew=False), fold=reason)]
+        return [Rule(at=self.at, delta=self.delta, join=Replace(exclusive=False), fold=reason)]
 
     def finalized(self) -> Self:
         """The same edit with R itself as a parameter."""
         return replace(self, orthogonal=False)
 
-    def delta(self, m: pg.Match, op: pg.Builder) -> fx.Node:
+    def delta(self, m: Match, op: Builder) -> fx.Node:
         """h, edited at the chosen positions."""
         h_BSD = m.output
         sequence = h_BSD.meta["val"].dim() == 3 and m.site.feature_axis == -1 and m.site.columns is None
@@ -108,22 +111,22 @@ class LoReFT(pg.Pass):
             result_BSD = op.call(aten.where.self, here_BS1, self.edited(op, h_BSD, name), result_BSD)
         return result_BSD
 
-    def ends(self, m: pg.Match, op: pg.Builder) -> fx.Node:
+    def ends(self, m: Match, op: Builder) -> fx.Node:
         """(1, B, S, 1) booleans, where the edit holds; untied (2, B, S, 1), the prefix's and the suffix's."""
         if self.skip_padding:
-            real_BS = pg.token_mask(m, op)
+            real_BS = token_mask(m, op)
         else:
             sizes = [op.call(aten.sym_size.int, m.output, axis) for axis in (0, 1)]
             real_BS = op.call(aten.ones.default, sizes, dtype=torch.bool, device=op.device)
-        first_BS, last_BS = pg.first_and_last_masks(op, real_BS, self.prefix or 0, self.suffix)
+        first_BS, last_BS = first_and_last_masks(op, real_BS, self.prefix or 0, self.suffix)
         edits = [op.call(aten.logical_or.default, first_BS, last_BS)] if self.tied else [first_BS, last_BS]
         return op.call(aten.unsqueeze.default, op.call(aten.stack.default, edits), -1)
 
-    def edited(self, op: pg.Builder, h_BSD: fx.Node, name: str) -> fx.Node:
+    def edited(self, op: Builder, h_BSD: fx.Node, name: str) -> fx.Node:
         """drop(h + R^T (W h + b - R h)), with parameters of its own, called `{name}weight` and so on."""
         width = int(h_BSD.meta["val"].shape[-1])
         w_RD, r_RD = self.matrices(op, (self.rank, width), name)
-        b_R = op.param(f"{name}bias", (self.rank,), pg.init.uniform(width**-0.5) if self.drawn else pg.init.zeros)
+        b_R = op.param(f"{name}bias", (self.rank,), init.uniform(width**-0.5) if self.drawn else init.zeros)
         if self.activation is not None:
             source_BSR = op.activation(self.activation, op.linear(h_BSD, w_RD, b_R))
             if self.subtract:
@@ -132,23 +135,23 @@ class LoReFT(pg.Pass):
             source_BSR = op.linear(h_BSD, op.call(aten.sub.Tensor, w_RD, r_RD) if self.subtract else w_RD, b_R)
         return op.dropout(op.add(h_BSD, op.call(aten.matmul.default, source_BSR, r_RD)), self.dropout)
 
-    def matrices(self, op: pg.Builder, shape: tuple[int, int], name: str) -> tuple[fx.Node, fx.Node]:
+    def matrices(self, op: Builder, shape: tuple[int, int], name: str) -> tuple[fx.Node, fx.Node]:
         """W and R."""
         first: list[Tensor] = []
 
         def draw(tensor: Tensor) -> None:
-            (pg.init.orthonormal if self.orthogonal else pg.init.kaiming)(tensor)
+            (init.orthonormal if self.orthogonal else init.kaiming)(tensor)
             first.append(tensor)
 
         def same(tensor: Tensor) -> None:
-            tensor.copy_(pg.orthonormal(first[0]) if self.orthogonal else first[0])
+            tensor.copy_(orthonormalise_tensor(first[0]) if self.orthogonal else first[0])
 
         if self.orthogonal:
-            r_RD = op.derived(f"{name}projection", pg.orthonormal_rows(op, op.param(f"{name}directions", shape, draw)))
+            r_RD = op.derived(f"{name}projection", orthonormalise(op, op.param(f"{name}directions", shape, draw)))
         else:
             r_RD = op.param(f"{name}projection", shape, draw)
-        identity = same if self.subtract else pg.init.zeros
-        return op.param(f"{name}weight", shape, pg.init.kaiming if self.drawn else identity), r_RD
+        identity = same if self.subtract else init.zeros
+        return op.param(f"{name}weight", shape, init.kaiming if self.drawn else identity), r_RD
 
     @property
     def drawn(self) -> bool:

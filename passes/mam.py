@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import peftgraph as pg
+from peftgraph.authoring import Pass, Rule
 
 from .parallel_adapter import ParallelAdapter
 from .prefix import Prefix
 
 
 @dataclass(frozen=True, kw_only=True)
-class MAM(pg.Pass):
+class MAM(Pass):
     """Prefix and parallel adapter.
 
     Attributes:
@@ -49,12 +50,12 @@ class MAM(pg.Pass):
         """Refuses what a part refuses."""
         self.passes()
 
-    def passes(self) -> tuple[pg.Pass, ...]:
+    def passes(self) -> tuple[Pass, ...]:
         """The prefix and the adapter."""
         prefix = Prefix(at=self.attention, length=self.length, hidden=self.hidden, name=self.name)
         adapter = ParallelAdapter(at=self.ffn, width=self.width, scale=self.scale, input=self.input, name=self.name)
         return (prefix, adapter)
 
-    def rules(self) -> list[pg.Rule]:
+    def rules(self) -> list[Rule]:
         """Those of both."""
         return [rule for part in self.passes() for rule in part.rules()]

@@ -23,15 +23,17 @@ import torch
 from torch import fx
 
 import peftgraph as pg
+from peftgraph.authoring import Builder, Match, Pass, Rule
+from peftgraph.authoring.modules import Bottleneck, init
 
 aten = torch.ops.aten
 
-STARTS = {"lora": (pg.init.kaiming, pg.init.zeros), "bert": (pg.init.normal(0.02), pg.init.normal(0.02))}
+STARTS = {"lora": (init.kaiming, init.zeros), "bert": (init.normal(0.02), init.normal(0.02))}
 INPUTS = {"normed": "input", "residual": "residual"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParallelAdapter(pg.Pass):
+class ParallelAdapter(Pass):
     """A bottleneck beside a sublayer.
 
     Attributes:
@@ -41,7 +43,7 @@ class ParallelAdapter(pg.Pass):
         learned: whether s trains.
         input: "normed" or "residual".
         layer_norm: whether the adapter has a layer norm of its own on x.
-        activation: a word of `pg.ACTIVATIONS`.
+        activation: a word of `peftgraph.authoring.ACTIVATIONS`.
         dropout: on the bottleneck, in training.
         init: "lora" or "bert".
     """
@@ -64,22 +66,22 @@ class ParallelAdapter(pg.Pass):
         self.bottleneck.check(self)
 
     @property
-    def bottleneck(self) -> pg.Bottleneck:
+    def bottleneck(self) -> Bottleneck:
         """W_up drop(act(W_down x + b_down)) + b_up."""
         down, up = STARTS[self.init]
-        return pg.Bottleneck(width=self.width, activation=self.activation, dropout=self.dropout, down=down, up=up)
+        return Bottleneck(width=self.width, activation=self.activation, dropout=self.dropout, down=down, up=up)
 
-    def rules(self) -> list[pg.Rule]:
+    def rules(self) -> list[Rule]:
         """One rule: add the scaled bottleneck of the sublayer's input to its output, or to the heads."""
         reason = "its nonlinearity stands between it and every weight"
-        return [pg.Rule(at=self.at, delta=self.delta, fold=reason, reads=self.read)]
+        return [Rule(at=self.at, delta=self.delta, fold=reason, gate_input=self.read)]
 
-    def read(self, m: pg.Match, op: pg.Builder) -> fx.Node:
+    def read(self, m: Match, op: Builder) -> fx.Node:
         """x."""
         sublayer = self.sublayer(m) if m.site.role == "attention.o" else m
         return sublayer.value(INPUTS[self.input])
 
-    def delta(self, m: pg.Match, op: pg.Builder) -> Mapping[str, fx.Node]:
+    def delta(self, m: Match, op: Builder) -> Mapping[str, fx.Node]:
         """s times the bottleneck of x, by the port where it enters."""
         heads = m.site.role == "attention.o"
         sublayer = self.sublayer(m) if heads else m
@@ -88,16 +90,16 @@ class ParallelAdapter(pg.Pass):
         features = m.shape[1] if heads else m.features
         if self.layer_norm:
             width = int(x.meta["val"].shape[-1])
-            scale_D = op.param("norm_weight", (width,), pg.init.ones)
-            x = op.layer_norm(x, scale_D, op.param("norm_bias", (width,), pg.init.zeros))
+            scale_D = op.param("norm_weight", (width,), init.ones)
+            x = op.layer_norm(x, scale_D, op.param("norm_bias", (width,), init.zeros))
         delta = self.bottleneck.build(op, x, features)
-        s = op.param("scale", (1,), pg.init.constant(self.scale)) if self.learned else self.scale
+        s = op.param("scale", (1,), init.constant(self.scale)) if self.learned else self.scale
         delta = op.mul(delta, s)
         if heads and m.input.meta["val"].dim() == 2:  # some projections read all rows of the batch as one matrix
             delta = op.call(aten.flatten.using_ints, delta, 0, -2)
         return {"input" if heads else "output": delta}
 
-    def sublayer(self, m: pg.Match) -> pg.Match:
+    def sublayer(self, m: Match) -> Match:
         """The attention whose output projection m is."""
         same = [one for one in m.related(pg.attention, same_layer=True) if one.site.kind == m.site.kind]
         self.require(len(same) == 1, f"{len(same)} attentions of its kind share the layer of {m.site.id}, not one.")

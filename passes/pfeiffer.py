@@ -20,18 +20,20 @@ from typing import Literal
 from torch import fx
 
 import peftgraph as pg
+from peftgraph.authoring import Add, Builder, Match, Pass, Rule
+from peftgraph.authoring.modules import Bottleneck, init
 
-UP = {"bert": pg.init.normal(0.02), "identity": pg.init.zeros}
+UP = {"bert": init.normal(0.02), "identity": init.zeros}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pfeiffer(pg.Pass):
+class Pfeiffer(Pass):
     """One bottleneck in a block.
 
     Attributes:
         at: sublayers; the feed-forward by default.
         width: M, the size of the bottleneck (the library's is D / 16).
-        activation: a word of `pg.ACTIVATIONS`.
+        activation: a word of `peftgraph.authoring.ACTIVATIONS`.
         dropout: on the bottleneck, in training.
         init: how W_up starts: "bert" (normal, std 0.02) or "identity" (zero).
     """
@@ -49,26 +51,26 @@ class Pfeiffer(pg.Pass):
         self.bottleneck.check(self)
 
     @property
-    def bottleneck(self) -> pg.Bottleneck:
+    def bottleneck(self) -> Bottleneck:
         """W_up act(W_down N(s) + b_down) + b_up."""
-        return pg.Bottleneck(
+        return Bottleneck(
             width=self.width,
             activation=self.activation,
             dropout=self.dropout,
-            down=pg.init.normal(0.02),
+            down=init.normal(0.02),
             up=UP[self.init],
         )
 
-    def rules(self) -> list[pg.Rule]:
+    def rules(self) -> list[Rule]:
         """One rule: add the bottleneck of the normed residual sum to the residual sum."""
         reason = "its nonlinearity stands between it and every weight"
-        return [pg.Rule(at=self.at, delta=self.delta, join=pg.Add("join"), fold=reason, reads=self.normed)]
+        return [Rule(at=self.at, delta=self.delta, join=Add("join"), fold=reason, gate_input=self.normed)]
 
-    def normed(self, m: pg.Match, op: pg.Builder) -> fx.Node:
+    def normed(self, m: Match, op: Builder) -> fx.Node:
         """N(s)."""
         return op.once(f"{m.site.id}.normed", lambda: m.normed(op, m.value("join")))
 
-    def delta(self, m: pg.Match, op: pg.Builder) -> fx.Node:
+    def delta(self, m: Match, op: Builder) -> fx.Node:
         """The bottleneck of N(s)."""
         self.require_sublayer(m)
         self.require_own_join(m, self.at)

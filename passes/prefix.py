@@ -31,12 +31,15 @@ import torch
 from torch import fx
 
 import peftgraph as pg
+from peftgraph.authoring import Builder, Match, Pass, Rule, omit_default
+from peftgraph.authoring.attention import PrependKV, key_head_shape, value_head_shape
+from peftgraph.authoring.modules import init
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prefix(pg.Pass):
+class Prefix(Pass):
     """Rows of keys and values in front of an attention's own.
 
     Attributes:
@@ -53,8 +56,8 @@ class Prefix(pg.Pass):
     length: int = 10
     hidden: int | None = 512
     dropout: float = 0.0
-    placed: bool = pg.quiet(False)
-    biases: Literal["kept", "shifted", "dropped"] = pg.quiet("kept")
+    placed: bool = omit_default(False)
+    biases: Literal["kept", "shifted", "dropped"] = omit_default("kept")
 
     def check(self) -> None:
         """Refuses sizes below 1, a dropout outside [0, 1), and two ways to place the rows at once."""
@@ -64,19 +67,19 @@ class Prefix(pg.Pass):
         self.require_one_of("biases", ("kept", "shifted", "dropped"))
         self.require(not self.placed or self.biases == "kept", "placed=true says already where biases fall.")
 
-    def rules(self) -> list[pg.Rule]:
+    def rules(self) -> list[Rule]:
         """One rule: put the rows in front of the keys and values."""
         reason = "the prefix is attended to, and no weight holds rows of keys or values"
-        join = pg.PrependKV(placed=self.placed, biases=self.biases)
-        return [pg.Rule(at=self.at, delta=self.delta, join=join, fold=reason, reads=self.attended)]
+        join = PrependKV(placed=self.placed, biases=self.biases)
+        return [Rule(at=self.at, delta=self.delta, join=join, fold=reason, gate_input=self.attended)]
 
     def finalized(self) -> Self:
         """The same prefix without the MLP."""
         return replace(self, hidden=None)
 
-    def delta(self, m: pg.Match, op: pg.Builder) -> dict[str, fx.Node]:
+    def delta(self, m: Match, op: Builder) -> dict[str, fx.Node]:
         """P_K and P_V by head, (1, G, L, F)."""
-        sizes = {"prefix_k": pg.key_head_shape(m), "prefix_v": pg.value_head_shape(m)}
+        sizes = {"prefix_k": key_head_shape(m), "prefix_v": value_head_shape(m)}
         rows = self.direct(op, sizes) if self.hidden is None else self.projected(m, op, sizes)
         by_head: dict[str, fx.Node] = {}
         for port, name in (("keys", "prefix_k"), ("values", "prefix_v")):
@@ -86,39 +89,39 @@ class Prefix(pg.Pass):
             by_head[port] = op.call(aten.transpose.int, apart_1LGF, 1, 2)
         return by_head
 
-    def direct(self, op: pg.Builder, sizes: Mapping[str, tuple[int, int]]) -> dict[str, fx.Node]:
+    def direct(self, op: Builder, sizes: Mapping[str, tuple[int, int]]) -> dict[str, fx.Node]:
         """P_K and P_V, (L, G F) each, as parameters."""
-        return {name: op.param(name, (self.length, g * f), pg.init.normal(1.0)) for name, (g, f) in sizes.items()}
+        return {name: op.param(name, (self.length, g * f), init.normal(1.0)) for name, (g, f) in sizes.items()}
 
-    def projected(self, m: pg.Match, op: pg.Builder, sizes: Mapping[str, tuple[int, int]]) -> dict[str, fx.Node]:
+    def projected(self, m: Match, op: Builder, sizes: Mapping[str, tuple[int, int]]) -> dict[str, fx.Node]:
         """P_K and P_V, (L, G F) each, out of the MLP of the site's kind."""
         assert self.hidden is not None
         family = "_".join(part for part in (m.site.stack, m.site.kind) if part)
         width = self.width(m)
 
         def hidden() -> fx.Node:
-            start_LD = op.shared(f"{family}_embedding", (self.length, width), pg.init.normal(1.0))
-            weight = op.shared(f"{family}_down_weight", (self.hidden or 0, width), pg.init.kaiming)
-            bias = op.shared(f"{family}_down_bias", (self.hidden or 0,), pg.init.uniform(width**-0.5))
+            start_LD = op.shared(f"{family}_embedding", (self.length, width), init.normal(1.0))
+            weight = op.shared(f"{family}_down_weight", (self.hidden or 0, width), init.kaiming)
+            bias = op.shared(f"{family}_down_bias", (self.hidden or 0,), init.uniform(width**-0.5))
             return op.activation("tanh", op.linear(start_LD, weight, bias))
 
         hidden_LM = op.once(f"{family}_hidden", hidden)
         found: dict[str, fx.Node] = {}
         for name, (heads, features) in sizes.items():
-            weight = op.param(f"{name[-1]}_weight", (heads * features, self.hidden), pg.init.kaiming)
-            bias = op.param(f"{name[-1]}_bias", (heads * features,), pg.init.uniform(self.hidden**-0.5))
+            weight = op.param(f"{name[-1]}_weight", (heads * features, self.hidden), init.kaiming)
+            bias = op.param(f"{name[-1]}_bias", (heads * features,), init.uniform(self.hidden**-0.5))
             found[name] = op.derived(name, op.linear(hidden_LM, weight, bias))
         return found
 
-    def width(self, m: pg.Match) -> int:
+    def width(self, m: Match) -> int:
         """D: the features that the first projection of queries reads."""
         return self.queries(m, same_layer=False).shape[1]
 
-    def attended(self, m: pg.Match, op: pg.Builder) -> fx.Node:
+    def attended(self, m: Match, op: Builder) -> fx.Node:
         """What the attention's queries are made of."""
         return self.queries(m, same_layer=True).input
 
-    def queries(self, m: pg.Match, same_layer: bool) -> pg.Match:
+    def queries(self, m: Match, same_layer: bool) -> Match:
         """The first projection of queries of the site's kind, or of any."""
         queries = m.related(pg.attention.q, same_layer)
         self.require(bool(queries), f"no projection gives the queries of {m.site.id}; use hidden=none.")

@@ -33,6 +33,9 @@ import torch
 from torch import Tensor, fx
 
 import peftgraph as pg
+from peftgraph.authoring import Builder, Match, Pass, Rule, omit_default
+from peftgraph.authoring.modules import init
+from peftgraph.authoring.sequence import PrependTokens, prepend_token_rules
 
 START_INDEX = {"front": 0, "after_first": 1}
 
@@ -42,11 +45,11 @@ def upper_half(rows: Tensor) -> None:
     rows.uniform_(0.0, 0.5)
 
 
-INITIALIZERS = {"uniform": pg.init.uniform(0.5), "code": upper_half, "normal": pg.init.normal(1.0)}
+INITIALIZERS = {"uniform": init.uniform(0.5), "code": upper_half, "normal": init.normal(1.0)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prompt(pg.Pass):
+class Prompt(Pass):
     """Rows in front of the tokens.
 
     Attributes:
@@ -64,11 +67,11 @@ class Prompt(pg.Pass):
     at: pg.Selector = pg.embedding & ~pg.stack("decoder")
     length: int = 100
     init: Literal["uniform", "code", "normal", "vocabulary", "classes"] = "uniform"
-    vocabulary: int = pg.quiet(5000)
-    classes: tuple[tuple[int, ...], ...] = pg.quiet(())
-    place: Literal["front", "after_first"] = pg.quiet("front")
-    onto: Literal["tokens", "embeddings"] = pg.quiet("tokens")
-    returns: Literal["tokens", "all"] = pg.quiet("tokens")
+    vocabulary: int = omit_default(5000)
+    classes: tuple[tuple[int, ...], ...] = omit_default(())
+    place: Literal["front", "after_first"] = omit_default("front")
+    onto: Literal["tokens", "embeddings"] = omit_default("tokens")
+    returns: Literal["tokens", "all"] = omit_default("tokens")
 
     def check(self) -> None:
         """Refuses a length below 1, unknown words, and classes that do not fit."""
@@ -86,22 +89,20 @@ class Prompt(pg.Pass):
         )
 
     @property
-    def plan(self) -> pg.PrependTokens:
+    def plan(self) -> PrependTokens:
         """L more places in front of the tokens."""
-        return pg.PrependTokens(
-            rows=self.length, start=START_INDEX[self.place], after_embedding=self.onto == "embeddings"
-        )
+        return PrependTokens(rows=self.length, start=START_INDEX[self.place], after_embedding=self.onto == "embeddings")
 
-    def rules(self) -> list[pg.Rule]:
+    def rules(self) -> list[Rule]:
         """Make the inputs longer; put the rows in front of the embedded tokens, and cut them out of the results."""
         reason = "the rows are attended to, and no weight holds rows of a sequence"
-        return pg.prepend_token_rules(self.at, self.plan, self.prompt, reason, trim_results=self.returns == "tokens")
+        return prepend_token_rules(self.at, self.plan, self.prompt, reason, trim_results=self.returns == "tokens")
 
-    def prompt(self, m: pg.Match, op: pg.Builder) -> fx.Node:
+    def prompt(self, m: Match, op: Builder) -> fx.Node:
         """P, (L, D)."""
         return op.param("prompt", (self.length, m.features), INITIALIZERS.get(self.init) or self.from_table(m))
 
-    def from_table(self, m: pg.Match) -> Callable[[Tensor], None]:
+    def from_table(self, m: Match) -> Callable[[Tensor], None]:
         """P from rows of the embedding."""
         tokens = [token for word in self.classes for token in word]
         self.require(

@@ -25,12 +25,15 @@ import torch
 from torch import fx
 
 import peftgraph as pg
+from peftgraph.authoring import Builder, Match, Pass, Rule
+from peftgraph.authoring.modules import init
+from peftgraph.authoring.sequence import PrependTokens, prepend_token_rules, replace_token_rule
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True, kw_only=True)
-class PTuning(pg.Pass):
+class PTuning(Pass):
     """Rows that an encoder makes, at the pseudo tokens of a template.
 
     Attributes:
@@ -55,31 +58,29 @@ class PTuning(pg.Pass):
         self.require_one_of("encoder", ("lstm", "mlp", "none"))
         self.require(self.hidden is None or self.hidden >= 1, f"hidden must be at least 1 or none, got {self.hidden}.")
 
-    def rules(self) -> list[pg.Rule]:
+    def rules(self) -> list[Rule]:
         """Embed the pseudo tokens as rows of h; or put these in front of the tokens."""
         reason = "the rows are attended to, and no weight holds rows of a sequence"
         if self.token is None:
-            return pg.prepend_token_rules(
-                self.at, pg.PrependTokens(rows=self.length), self.rows, reason, trim_results=True
-            )
-        return [pg.replace_token_rule(self.at, self.token, self.rows, reason)]
+            return prepend_token_rules(self.at, PrependTokens(rows=self.length), self.rows, reason, trim_results=True)
+        return [replace_token_rule(self.at, self.token, self.rows, reason)]
 
     def finalized(self) -> Self:
         """The same rows without their encoder."""
         return replace(self, encoder="none", hidden=None)
 
-    def rows(self, m: pg.Match, op: pg.Builder) -> fx.Node:
+    def rows(self, m: Match, op: Builder) -> fx.Node:
         """h, (L, D)."""
         if self.encoder == "none":
-            return op.param("prompt", (self.length, m.features), pg.init.normal(1.0))
-        start_LD = op.param("start", (self.length, m.features), pg.init.normal(1.0))
+            return op.param("prompt", (self.length, m.features), init.normal(1.0))
+        start_LD = op.param("start", (self.length, m.features), init.normal(1.0))
         encode = self.through_lstm if self.encoder == "lstm" else self.through_mlp
         return op.derived("prompt", encode(op, start_LD, m.features))
 
-    def through_lstm(self, op: pg.Builder, start_LD: fx.Node, width: int) -> fx.Node:
+    def through_lstm(self, op: Builder, start_LD: fx.Node, width: int) -> fx.Node:
         """W_2 relu(W_1 BiLSTM(P) + b_1) + b_2."""
         hidden = self.hidden or width // 2
-        drawn = pg.init.uniform(hidden**-0.5)
+        drawn = init.uniform(hidden**-0.5)
         weights: list[fx.Node] = []
         for layer in range(2):
             for way in ("", "_reverse"):
@@ -93,16 +94,16 @@ class PTuning(pg.Pass):
         states_LM = op.call(aten.squeeze.dim, op.call(operator.getitem, run, 0), 0)
         return self.layers(op, states_LM, (2 * hidden, 2 * hidden, width))
 
-    def through_mlp(self, op: pg.Builder, start_LD: fx.Node, width: int) -> fx.Node:
+    def through_mlp(self, op: Builder, start_LD: fx.Node, width: int) -> fx.Node:
         """W_3 relu(W_2 relu(W_1 P + b_1) + b_2) + b_3."""
         hidden = self.hidden or width
         return self.layers(op, start_LD, (width, hidden, hidden, width))
 
     @staticmethod
-    def layers(op: pg.Builder, x: fx.Node, sizes: tuple[int, ...]) -> fx.Node:
+    def layers(op: Builder, x: fx.Node, sizes: tuple[int, ...]) -> fx.Node:
         """Linear layers with a relu between them."""
         for i, (inner, outer) in enumerate(pairwise(sizes)):
-            weight = op.param(f"layer{i}_weight", (outer, inner), pg.init.kaiming)
-            bias = op.param(f"layer{i}_bias", (outer,), pg.init.uniform(inner**-0.5))
+            weight = op.param(f"layer{i}_weight", (outer, inner), init.kaiming)
+            bias = op.param(f"layer{i}_bias", (outer,), init.uniform(inner**-0.5))
             x = op.linear(op.activation("relu", x) if i else x, weight, bias)
         return x

@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from torch import fx
 
 import peftgraph as pg
+from peftgraph.authoring import Builder, Match, Pass, Rule
+from peftgraph.authoring.modules import Bottleneck, init
 
 
 @dataclass(frozen=True, kw_only=True)
-class SerialAdapter(pg.Pass):
+class SerialAdapter(Pass):
     """A bottleneck after a sublayer.
 
     Attributes:
@@ -44,20 +46,20 @@ class SerialAdapter(pg.Pass):
         self.require(self.std > 0, f"std must be positive, got {self.std}.")
 
     @property
-    def bottleneck(self) -> pg.Bottleneck:
+    def bottleneck(self) -> Bottleneck:
         """W_up act(W_down h + b_down) + b_up."""
-        down = pg.init.truncated_normal(self.std)
-        return pg.Bottleneck(width=self.width, activation=self.activation, dropout=self.dropout, down=down)
+        down = init.truncated_normal(self.std)
+        return Bottleneck(width=self.width, activation=self.activation, dropout=self.dropout, down=down)
 
-    def rules(self) -> list[pg.Rule]:
+    def rules(self) -> list[Rule]:
         """One rule: add the bottleneck of the output to the output."""
         reason = "its nonlinearity stands between it and every weight"
-        return [pg.Rule(at=self.at, delta=self.delta, fold=reason, reads=self.read)]
+        return [Rule(at=self.at, delta=self.delta, fold=reason, gate_input=self.read)]
 
-    def read(self, m: pg.Match, op: pg.Builder) -> fx.Node:
+    def read(self, m: Match, op: Builder) -> fx.Node:
         """h."""
         return m.output
 
-    def delta(self, m: pg.Match, op: pg.Builder) -> fx.Node:
+    def delta(self, m: Match, op: Builder) -> fx.Node:
         """The bottleneck of h."""
         return self.bottleneck.build(op, self.read(m, op), m.features)

@@ -24,12 +24,14 @@ import torch
 from torch import Tensor, fx
 
 import peftgraph as pg
+from peftgraph.authoring import Builder, Match, Nesting, ParameterValue, Params, Pass, Replace, Rule
+from peftgraph.authoring.sequence import is_token_embedding
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainableTokens(pg.Pass):
+class TrainableTokens(Pass):
     """Training of some tokens' rows.
 
     Attributes:
@@ -50,31 +52,31 @@ class TrainableTokens(pg.Pass):
         twice = next((one for one in self.tokens if self.tokens.count(one) > 1), None)
         self.require(twice is None, f"token {twice} is named twice.")
 
-    def rules(self) -> list[pg.Rule]:
+    def rules(self) -> list[Rule]:
         """Put the rows in the place of the table's own, wherever the table is read."""
         others = (pg.embedding | pg.head | pg.projection) & ~self.at
-        lacking = "embeds the tokens of a sequence, nor is it an output head"
+        where_message = "embeds the tokens of a sequence, nor is it an output head"
         return [
-            self.rule(at=self.at, where=self.names_tokens, lacking=lacking),
+            self.rule(at=self.at, where=self.names_tokens, where_message=where_message),
             self.rule(at=others, where=lambda m: any(map(m.shares_weight, self.chosen(m))), optional=True),
         ]
 
-    def rule(self, **more: Any) -> pg.Rule:
+    def rule(self, **more: Any) -> Rule:
         """One of both, below the edits of all other passes at the same sites."""
-        join = pg.Replace(anew=False)
-        rows = {"rows": self.tokens, "rank": len(self.tokens), "level": pg.INNERMOST}
-        return pg.Rule(delta=self.delta, fold=self.fold, join=join, **rows, **more)
+        join = Replace(exclusive=False)
+        rows = {"table_rows": self.tokens, "max_rank": len(self.tokens), "nesting": Nesting.INNERMOST}
+        return Rule(delta=self.delta, fold=self.fold, join=join, **rows, **more)
 
-    def names_tokens(self, m: pg.Match) -> bool:
+    def names_tokens(self, m: Match) -> bool:
         """Whether the rows of a site's table are those of tokens."""
-        embeds = m.site.role == "embedding" and pg.is_token_embedding(m)
+        embeds = m.site.role == "embedding" and is_token_embedding(m)
         return embeds or (m.site.role == "head" and m.site.columns is None)
 
-    def chosen(self, m: pg.Match) -> list[pg.Match]:
+    def chosen(self, m: Match) -> list[Match]:
         """The sites whose table is meant."""
         return [one for one in m.related(self.at) if self.names_tokens(one)]
 
-    def delta(self, m: pg.Match, op: pg.Builder) -> fx.Node:
+    def delta(self, m: Match, op: Builder) -> fx.Node:
         """The value with the rows in it."""
         self.fits(m)
         base = m.rows(self.tokens)
@@ -85,7 +87,7 @@ class TrainableTokens(pg.Pass):
         low = m.down(op, m.input, change_ND)
         return m.on_columns(op, m.output, lambda part: op.add(part, low), base.view.window)
 
-    def embedded(self, m: pg.Match, op: pg.Builder, rows_ND: fx.Node) -> fx.Node:
+    def embedded(self, m: Match, op: Builder, rows_ND: fx.Node) -> fx.Node:
         """E'[x]: the k-th row for the k-th token, and E[x] for the others, which are numbered -1."""
         slots_V1 = torch.full((m.shape[1], 1), -1)
         slots_V1[list(self.tokens), 0] = torch.arange(len(self.tokens))
@@ -95,7 +97,7 @@ class TrainableTokens(pg.Pass):
         row_BTD = op.call(aten.embedding.default, rows_ND, slot_BT, *padding)
         return op.call(aten.where.self, op.call(aten.ge.Scalar, slot_BT1, 0), row_BTD, m.output)
 
-    def fits(self, m: pg.Match) -> None:
+    def fits(self, m: Match) -> None:
         """Refuses tokens outside of the table or in another pass, and tables that are not one."""
         apart = next((one for one in self.chosen(m) if not m.shares_weight(one)), None)
         self.require(
@@ -118,6 +120,6 @@ class TrainableTokens(pg.Pass):
                 if both is not None:
                     raise pg.Conflict(f"{self} and {other} both train token {both} (at {m.site.id}). Choose one.")
 
-    def fold(self, m: pg.Match, p: pg.Params) -> Mapping[pg.Bound, Tensor]:
+    def fold(self, m: Match, p: Params) -> Mapping[ParameterValue, Tensor]:
         """The rows themselves."""
         return {m.rows(self.tokens): p.tokens}

@@ -22,18 +22,20 @@ from typing import Literal, Self
 
 from torch import Tensor, fx
 
-import peftgraph as pg
+from peftgraph.authoring import Builder, Match, Pass, Rule
+from peftgraph.authoring.gates import Gate, gated, masked_mean
+from peftgraph.authoring.modules import init
 
 from .lora import LoRA
 from .pfeiffer import Pfeiffer
 from .prefix import Prefix
 
 Make = Callable[[str, Sequence[int], Callable[[Tensor], None]], fx.Node]
-PARTS: tuple[pg.Pass, ...] = (LoRA(rank=8, alpha=8.0), Prefix(length=10, hidden=512), Pfeiffer(width=48))
+PARTS: tuple[Pass, ...] = (LoRA(rank=8, alpha=8.0), Prefix(length=10, hidden=512), Pfeiffer(width=48))
 
 
 @dataclass(frozen=True, kw_only=True)
-class UniPELT(pg.Pass):
+class UniPELT(Pass):
     """Gates over methods.
 
     Attributes:
@@ -43,7 +45,7 @@ class UniPELT(pg.Pass):
     """
 
     word = "unipelt"
-    methods: tuple[pg.Pass, ...] = PARTS
+    methods: tuple[Pass, ...] = PARTS
     gates: Literal["method", "site", "shared"] = "method"
     tokens_only: bool = False
 
@@ -56,22 +58,20 @@ class UniPELT(pg.Pass):
         labels = [(one.word, one.name) for one in self.methods]
         self.require(len(set(labels)) == len(labels), "two of its methods are of one sort; give them different names.")
 
-    def rules(self) -> list[pg.Rule]:
+    def rules(self) -> list[Rule]:
         """The rules of all methods, gated; parameters of the model that a method trains train as they do alone."""
         return [
-            rule if rule.delta is None else pg.gated(rule, self.gate(one))
-            for one in self.methods
-            for rule in one.rules()
+            rule if rule.delta is None else gated(rule, self.gate(one)) for one in self.methods for rule in one.rules()
         ]
 
     def finalized(self) -> Self:
         """The same gates over the methods as they are after training."""
         return replace(self, methods=tuple(one.finalized() for one in self.methods))
 
-    def gate(self, method: pg.Pass) -> pg.Gate:
+    def gate(self, method: Pass) -> Gate:
         """G of one method."""
 
-        def gate(m: pg.Match, op: pg.Builder, x_BTD: fx.Node) -> fx.Node:
+        def gate(m: Match, op: Builder, x_BTD: fx.Node) -> fx.Node:
             who = "" if self.gates == "shared" else "_".join(part for part in (method.word, method.name) if part)
             if self.gates == "site":
                 return self.opening(m, op, x_BTD, op.param, f"{who}_gate")
@@ -82,9 +82,9 @@ class UniPELT(pg.Pass):
 
         return gate
 
-    def opening(self, m: pg.Match, op: pg.Builder, x_BTD: fx.Node, make: Make, name: str) -> fx.Node:
+    def opening(self, m: Match, op: Builder, x_BTD: fx.Node, make: Make, name: str) -> fx.Node:
         """The mean of sigmoid(w x + b) over positions, (B,)."""
         width = int(x_BTD.meta["val"].shape[-1])
-        weight_1D = make(f"{name}_weight", (1, width), pg.init.kaiming)
-        bias_1 = make(f"{name}_bias", (1,), pg.init.uniform(width**-0.5))
-        return pg.mean_over(m, op, op.activation("sigmoid", op.linear(x_BTD, weight_1D, bias_1)), self.tokens_only)
+        weight_1D = make(f"{name}_weight", (1, width), init.kaiming)
+        bias_1 = make(f"{name}_bias", (1,), init.uniform(width**-0.5))
+        return masked_mean(m, op, op.activation("sigmoid", op.linear(x_BTD, weight_1D, bias_1)), self.tokens_only)

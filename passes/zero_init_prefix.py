@@ -22,12 +22,15 @@ import torch
 from torch import fx
 
 import peftgraph as pg
+from peftgraph.authoring import Builder, Match, Pass, Rule
+from peftgraph.authoring.attention import attend_to, key_head_shape, per_head, value_head_shape
+from peftgraph.authoring.modules import init
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True, kw_only=True)
-class ZeroInitPrefix(pg.Pass):
+class ZeroInitPrefix(Pass):
     """Rows that each attention projects itself, behind a gate.
 
     Attributes:
@@ -48,12 +51,12 @@ class ZeroInitPrefix(pg.Pass):
         self.require(self.length >= 1, f"length must be at least 1, got {self.length}.")
         self.require_one_of("gate", ("head", "layer"))
 
-    def rules(self) -> list[pg.Rule]:
+    def rules(self) -> list[Rule]:
         """One rule: add to the heads what the queries get from the rows."""
         reason = "the rows are attended to, and no weight holds rows of keys or values"
-        return [pg.Rule(at=self.at, delta=self.delta, fold=reason)]
+        return [Rule(at=self.at, delta=self.delta, fold=reason)]
 
-    def delta(self, m: pg.Match, op: pg.Builder) -> fx.Node:
+    def delta(self, m: Match, op: Builder) -> fx.Node:
         """g softmax(q P_K^T) P_V, as the core gives its heads; side by side behind a whole attention."""
         if m.site.role != "attention":
             return self.attended(m, op)
@@ -65,35 +68,35 @@ class ZeroInitPrefix(pg.Pass):
         )
         return op.call(aten.flatten.using_ints, op.call(aten.transpose.int, heads, 1, 2), 2)
 
-    def attended(self, m: pg.Match, op: pg.Builder) -> fx.Node:
+    def attended(self, m: Match, op: Builder) -> fx.Node:
         """g softmax(q P_K^T) P_V at a core."""
         keys, values = self.one_of(m, pg.attention.k), self.one_of(m, pg.attention.v)
         self.require(
             keys.shape[1] == values.shape[1],
             f"the keys of {m.site.id} are made of {keys.shape[1]} features and its values of {values.shape[1]}.",
         )
-        rows_LD = op.param("prefix", (self.length, keys.shape[1]), pg.init.normal(1.0))
-        heads = pg.attend_to(
+        rows_LD = op.param("prefix", (self.length, keys.shape[1]), init.normal(1.0))
+        heads = attend_to(
             m,
             op,
-            self.projected(op, keys, rows_LD, pg.key_head_shape(m)),
-            self.projected(op, values, rows_LD, pg.value_head_shape(m)),
+            self.projected(op, keys, rows_LD, key_head_shape(m)),
+            self.projected(op, values, rows_LD, value_head_shape(m)),
         )
-        return pg.per_head(m, op, heads, lambda value: op.mul(value, self.opening(op, value)))
+        return per_head(m, op, heads, lambda value: op.mul(value, self.opening(op, value)))
 
-    def opening(self, op: pg.Builder, heads: fx.Node) -> fx.Node:
+    def opening(self, op: Builder, heads: fx.Node) -> fx.Node:
         """g, (H, 1, 1) or (1, 1, 1)."""
         count = int(heads.meta["val"].shape[1]) if self.gate == "head" else 1
-        gate = op.param("gate", (count,), pg.init.zeros)
+        gate = op.param("gate", (count,), init.zeros)
         return op.call(aten.view.default, op.activation("tanh", gate) if self.tanh else gate, [count, 1, 1])
 
-    def one_of(self, m: pg.Match, role: pg.Selector) -> pg.Match:
+    def one_of(self, m: Match, role: pg.Selector) -> Match:
         """The one projection that gives the keys, or the values, of an attention; or its core."""
         found = [one for one in m.related(role, same_layer=True) if one.site.kind == m.site.kind]
         self.require(len(found) == 1, f"{m.site.id} has {len(found)} sites at {role}, and the rows go through one.")
         return found[0]
 
-    def projected(self, op: pg.Builder, one: pg.Match, rows_LD: fx.Node, sizes: tuple[int, int]) -> fx.Node:
+    def projected(self, op: Builder, one: Match, rows_LD: fx.Node, sizes: tuple[int, int]) -> fx.Node:
         """P W^T + b, (1, G, L, F)."""
         heads, features = sizes
         self.require(

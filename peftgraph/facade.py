@@ -1,4 +1,7 @@
-"""Every public name, once: what `peftgraph` hands out on first use. Importing this file imports torch."""
+"""Every public name for users, once: what `peftgraph` hands out on first use. Importing this file imports torch.
+
+What writers of passes need besides is in `peftgraph.authoring`.
+"""
 
 from peftgraph import losses as losses
 from peftgraph import prompts as prompts
@@ -15,48 +18,13 @@ from peftgraph.errors import PeftGraphError as PeftGraphError
 from peftgraph.errors import PeftGraphWarning as PeftGraphWarning
 from peftgraph.errors import RecipeError as RecipeError
 from peftgraph.errors import TraceError as TraceError
-from peftgraph.ir.builder import ACTIVATIONS as ACTIVATIONS
-from peftgraph.ir.builder import Builder as Builder
 from peftgraph.program import Program as Program
 from peftgraph.program import fold as fold
 from peftgraph.program import trace as trace
-from peftgraph.rewrite.attention.padding_mask import first_and_last_masks as first_and_last_masks
-from peftgraph.rewrite.attention.padding_mask import token_mask as token_mask
-from peftgraph.rewrite.attention.prepend_kv import PrependKV as PrependKV
-from peftgraph.rewrite.attention.prepend_kv import attend_to as attend_to
-from peftgraph.rewrite.attention.prepend_kv import attend_with_rows as attend_with_rows
-from peftgraph.rewrite.attention.prepend_kv import key_head_shape as key_head_shape
-from peftgraph.rewrite.attention.prepend_kv import per_head as per_head
-from peftgraph.rewrite.attention.prepend_kv import value_head_shape as value_head_shape
-from peftgraph.rewrite.match import INNERMOST as INNERMOST
-from peftgraph.rewrite.match import OUTERMOST as OUTERMOST
-from peftgraph.rewrite.match import Match as Match
-from peftgraph.rewrite.method import Pass as Pass
 from peftgraph.rewrite.method import Pipeline as Pipeline
-from peftgraph.rewrite.method import parse_pass as parse_pass
-from peftgraph.rewrite.method import quiet as quiet
-from peftgraph.rewrite.modules import init as init
-from peftgraph.rewrite.modules.bottleneck import Bottleneck as Bottleneck
-from peftgraph.rewrite.modules.gate import Gate as Gate
-from peftgraph.rewrite.modules.gate import gated as gated
-from peftgraph.rewrite.modules.gate import mean_over as mean_over
-from peftgraph.rewrite.modules.low_rank import LowRank as LowRank
-from peftgraph.rewrite.modules.orthonormal import orthonormal as orthonormal
-from peftgraph.rewrite.modules.orthonormal import orthonormal_rows as orthonormal_rows
 from peftgraph.rewrite.recipe import load_recipe as load_recipe
-from peftgraph.rewrite.rule import Add as Add
-from peftgraph.rewrite.rule import AddProduct as AddProduct
-from peftgraph.rewrite.rule import Multiply as Multiply
-from peftgraph.rewrite.rule import Params as Params
-from peftgraph.rewrite.rule import Replace as Replace
-from peftgraph.rewrite.rule import Rule as Rule
-from peftgraph.rewrite.rule import Train as Train
-from peftgraph.rewrite.sequence.after_embedding import embedding_output_port as embedding_output_port
-from peftgraph.rewrite.sequence.prepend_tokens import PrependTokens as PrependTokens
-from peftgraph.rewrite.sequence.prepend_tokens import prepend_token_rules as prepend_token_rules
-from peftgraph.rewrite.sequence.prepend_tokens import replace_token_rule as replace_token_rule
-from peftgraph.rewrite.sequence.token_embedding import is_token_embedding as is_token_embedding
-from peftgraph.rewrite.weight_views import Bound as Bound
+from peftgraph.rewrite.registry import register as register
+from peftgraph.rewrite.spec import parse_pass as parse_pass
 from peftgraph.sites import Pattern as Pattern
 from peftgraph.sites import Selector as Selector
 from peftgraph.sites import Site as Site

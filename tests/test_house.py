@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import FunctionType
 
 import pytest
 
@@ -16,6 +18,8 @@ import peftgraph.passes
 
 ENGINE = Path(peftgraph.__file__).parent
 PASSES = Path(peftgraph.passes.__file__).parent
+TOPICS = ("attention", "gates", "modules", "sequence")
+AUTHORING = ["peftgraph.authoring", *(f"peftgraph.authoring.{topic}" for topic in TOPICS)]
 ROOMS = ("utils", "ir", "capture", "sites", "draw", "rewrite", "folding", "runtime", "interop", "cli", "demo")
 
 
@@ -53,10 +57,11 @@ def test_the_engine_never_imports_a_pass() -> None:
         assert not any(name.startswith("peftgraph.passes") for name in imports(path)), path
 
 
-def test_passes_import_only_the_facade_and_the_passes_they_are_made_of() -> None:
-    passes = {f"peftgraph.passes.{path.stem}" for path in PASSES.glob("*.py")}
+def test_passes_import_only_the_public_surfaces_and_the_passes_they_are_made_of() -> None:
+    allowed = {"peftgraph", "peftgraph.authoring"} | {f"peftgraph.passes.{path.stem}" for path in PASSES.glob("*.py")}
+    allowed |= {f"peftgraph.authoring.{path.stem}" for path in (ENGINE / "authoring").glob("*.py")}
     for path in PASSES.glob("*.py"):
-        inner = [name for name in imports(path) if name.startswith("peftgraph.") and name not in passes]
+        inner = [name for name in imports(path) if name.startswith("peftgraph") and name not in allowed]
         assert path.name == "__init__.py" or not inner, f"{path.name} imports {inner}"
 
 
@@ -99,10 +104,10 @@ def test_help_and_wrong_usage_are_answered_without_torch(arguments: list[str]) -
 def test_the_facade_is_the_same_whatever_was_imported_first(first: str) -> None:
     code = (
         f"import {first}, peftgraph as pg, types\n"
-        "from peftgraph import trace, fold, Program, init\n"
+        "from peftgraph import trace, fold, Program, losses\n"
         "assert pg.trace is trace and pg.fold is fold and not isinstance(trace, types.ModuleType)\n"
-        "assert {'trace', 'fold', 'Program', 'attention', 'init'} <= set(dir(pg))\n"
-        "assert pg.init is init and isinstance(init, types.ModuleType)"
+        "assert {'trace', 'fold', 'Program', 'attention', 'losses'} <= set(dir(pg))\n"
+        "assert pg.losses is losses and isinstance(losses, types.ModuleType)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -113,10 +118,25 @@ def test_an_unknown_name_is_refused() -> None:
 
 
 def test_every_public_name_is_documented() -> None:
-    for name in dir(peftgraph):
-        item = getattr(peftgraph, name)
-        if not name.startswith("_") and callable(item):
+    surfaces = [peftgraph, *(importlib.import_module(name) for name in AUTHORING)]
+    for name, item in ((name, getattr(surface, name)) for surface in surfaces for name in dir(surface)):
+        if not name.startswith("_") and isinstance(item, type | FunctionType):
             assert item.__doc__, name
+
+
+def test_the_two_surfaces_share_no_name() -> None:
+    users = {name for name in dir(peftgraph) if not name.startswith("_")}
+    writers = {name for surface in AUTHORING for name, _ in exported(surface)}
+    modules = {surface.rpartition(".")[2] for surface in AUTHORING}
+    assert users & writers - modules == set()
+
+
+def exported(surface: str) -> list[tuple[str, str]]:
+    """The names that a module of a public surface exports, each with its source."""
+    path = ENGINE.joinpath(*surface.split(".")[1:])
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    nodes = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.ImportFrom)]
+    return [(alias.name, f"{node.module}") for node in nodes for alias in node.names]
 
 
 def test_every_package_is_installed() -> None:

@@ -24,8 +24,8 @@ from peftgraph.ir.parameters import Table
 from peftgraph.ir.program import Applied, Edit, Edits, ProgramData, copy_graph
 from peftgraph.rewrite.apply import undo
 from peftgraph.rewrite.count import rule_of, short_params
+from peftgraph.rewrite.joins import Add, AddProduct
 from peftgraph.rewrite.match import Match
-from peftgraph.rewrite.rule import Add, AddProduct
 from peftgraph.rewrite.weight_views import View, bias_view, rows_view, weight_view
 from peftgraph.sites import Site, Sites, Weight
 
@@ -107,7 +107,7 @@ class Folding:
         """What edits have in common that fold together: those of one rule at the uses of one weight, which share their
         parameters; those of a pass that trains the rows of a table."""
         rule = rule_of(self.program, edit)
-        if rule.rows is not None:
+        if rule.table_rows is not None:
             return (edit.application,)
         site = self._by_id[edit.site]
         weight = site.weight and (self.program.table.tied(site.weight.parameter)[0], site.weight.window)
@@ -151,7 +151,7 @@ class Folding:
             if self._at_weight(one):
                 continue
             reason = self._form.weight_reason(site)
-            if reason is None and rule.rows is None and not self._reads(one, site):
+            if reason is None and rule.table_rows is None and not self._reads(one, site):
                 reason = self._addend_reason(one, site, makers, adders)
             if reason is not None:
                 return reason
@@ -161,7 +161,7 @@ class Folding:
         """Who else reads what would change."""
         edit = group[0]
         view, site = self._window(edit), self._by_id[edit.site]
-        if len(group) == 1 and rule_of(self.program, edit).rows is None:
+        if len(group) == 1 and rule_of(self.program, edit).table_rows is None:
             readers = self._multiplied[site.weight] if self._reads(edit, site) else {site.op}
             return self._sharing.reason(view, makers, readers)
         assert view is not None
@@ -213,7 +213,7 @@ class Folding:
 
     def _window(self, edit: Edit) -> View | None:
         """What an edit's fold may change of its site's weight."""
-        site, rows = self._by_id[edit.site], rule_of(self.program, edit).rows
+        site, rows = self._by_id[edit.site], rule_of(self.program, edit).table_rows
         return weight_view(site) if rows is None else rows_view(site, rows)
 
     def _order_reason(self, edit: Edit, site: Site) -> str | None:
@@ -275,7 +275,7 @@ class Folding:
         site, rule = self._by_id[edit.site], rule_of(self.program, edit)
         at_weight = self._at_weight(edit)
         match = Match(site, self.sites, self.graph, self.program.table, self.edits, self._names, at_weight=at_weight)
-        joint = at_weight or rule.rows is not None or len(self._group(edit)) > 1
+        joint = at_weight or rule.table_rows is not None or len(self._group(edit)) > 1
         return Write(match, rule, short_params(edit), joint)
 
     def _take(self, step: Step) -> None:

@@ -83,7 +83,7 @@ class Write:
         """Whether parts of the weight fold on their own."""
         weight, *rest = self.views.values()
         turned = weight.transposed and weight.experts is None and table[weight.parameter].tensor.dim() > 2
-        if self.rule.by_row is None or weight.axes is not None or turned:
+        if self.rule.row_axes is None or weight.axes is not None or turned:
             return False
         return all(view.window == weight.window for view in rest)  # else features of one are not those of the other
 
@@ -126,8 +126,8 @@ class Write:
         return table, written
 
     def _rows(self, match: Match) -> Mapping[str, int]:
-        assert self.rule.by_row is not None
-        return self.rule.by_row(match)
+        assert self.rule.row_axes is not None
+        return self.rule.row_axes(match)
 
 
 class Recording(Table):

@@ -26,7 +26,8 @@ from peftgraph.interop.documents import read_json, read_tensors
 from peftgraph.interop.filling import applied, check_fit, renamed
 from peftgraph.interop.fingerprint import fingerprint, first_difference
 from peftgraph.ir.program import ProgramData
-from peftgraph.rewrite.method import Pass, parse_pass
+from peftgraph.rewrite.method import Pass
+from peftgraph.rewrite.spec import parse_pass
 from peftgraph.utils.atomic_files import atomic, locked
 
 FORMAT = 2

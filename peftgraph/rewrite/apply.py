@@ -22,9 +22,10 @@ from peftgraph.ir.program import Applied, Edit, Edits, Move, ProgramData, copy_g
 from peftgraph.ir.shape_inference import Inference, fake_mode_of, quiet_symbols, same_meta
 from peftgraph.ir.tensor_names import TensorNames
 from peftgraph.ir.verifier import verify
+from peftgraph.rewrite.joins import AddProduct
 from peftgraph.rewrite.match import Match, is_given, match_all
 from peftgraph.rewrite.method import Pass
-from peftgraph.rewrite.rule import AddProduct, Replace, Rule
+from peftgraph.rewrite.rule import Rule
 from peftgraph.rewrite.sequence.size_limits import adjust_size_limits
 from peftgraph.rewrite.shared_weights import Use, uses
 from peftgraph.sites import Columns, Site, Sites
@@ -147,7 +148,7 @@ def _chosen(program: ProgramData, sites: Sites, method: Pass) -> list[tuple[int,
 
 
 def _none_left(method: Pass, rule: Rule, sites: int) -> NoMatch:
-    return NoMatch(f"{method}: none of the {sites} sites at {rule.at} {rule.lacking}.")
+    return NoMatch(f"{method}: none of the {sites} sites at {rule.at} {rule.where_message}.")
 
 
 def _check_conflicts(program: ProgramData, method: Pass, chosen: list[tuple[int, Rule, Site]]) -> None:
@@ -162,7 +163,7 @@ def _check_conflicts(program: ProgramData, method: Pass, chosen: list[tuple[int,
     for _, rule, site in chosen:
         if rule.delta is None:
             _check_trained(program, method, rule, site)
-        elif isinstance(rule.join, Replace) and rule.join.anew:
+        elif rule.join.exclusive:
             key = (site.id, rule.join.port)
             if key in replaced:
                 raise Conflict(
@@ -189,14 +190,14 @@ def _replaced(program: ProgramData) -> dict[tuple[str, str], Pass]:
     rules = [applied.method.rules() for applied in program.history]
     for edit in program.edits:
         join = rules[edit.application][edit.rule].join
-        if edit.moves and isinstance(join, Replace) and join.anew:
+        if edit.moves and join.exclusive:
             found[edit.site, join.port] = program.history[edit.application].method
     return found
 
 
 def _own_names(site: Site, rule: Rule) -> list[str]:
     own = [site.weight and site.weight.parameter, site.scale, site.bias and site.bias.parameter]
-    return [name for name in (own[2:] if "bias" in (site.role, rule.own) else own) if name]
+    return [name for name in (own[2:] if rule.bias_only or site.role == "bias" else own) if name]
 
 
 @dataclass
@@ -231,7 +232,7 @@ class _Work:
         number, rule, site = use.number, use.rule, use.site
         history = (*self.program.history, Applied(self.method, dtype=self.dtype))
         match = Match(site, self.sites, self.graph, self.program.table, self.edits, self.names, history=history)
-        match = replace(match, example=self.program.examples, level_of_rule=rule.level)
+        match = replace(match, example=self.program.examples, nesting_of_rule=rule.nesting)
         at_weight = isinstance(rule.join, AddProduct) and (use.at_weight or site.form == "weight")
         match = replace(match, at_weight=at_weight, transposed=use.transposed)
         if rule.delta is not None:
@@ -246,7 +247,7 @@ class _Work:
     def _train(self, number: int, rule: Rule, match: Match) -> Edit | None:
         """Makes the site's own parameters trainable: copies, so that the base keeps its values."""
         claimed: list[str] = []
-        for view in match.own_parameters(rule.own):
+        for view in match.own_parameters(rule.bias_only):
             group = self.program.table.tied(view.parameter)
             if view.parameter in self.entries:
                 continue  # one tensor at several sites is claimed once
@@ -263,7 +264,7 @@ class _Work:
         builder = self._builder(match, rule)
         moves: list[Move] = []
         installed: list[tuple[str, str]] = []
-        for view in match.own_parameters(rule.own):
+        for view in match.own_parameters(rule.bias_only):
             name = self.program.table.tied(view.parameter)[0]
             if name in self._installed:
                 continue  # one tensor at several sites is installed once
@@ -296,7 +297,7 @@ class _Work:
         with quiet_symbols(self.common.inference.mode):  # a rule that takes a symbol for a number fixes it for no other
             delta = rule.delta(match, builder)
             count = len(builder.nodes)
-            values = rule.join.entered(match, builder, delta)
+            values = rule.join.combine(match, builder, delta)
         self._made[use] = builder
         moves: list[Move] = []
         resized: list[fx.Node] = []
@@ -344,9 +345,9 @@ class _Work:
         anchor = match.anchor(port)
         if not is_given(port):
             self.names[match.reader(port)].replace_input_with(old, new)
-            return Move(anchor, match.level, new.name, 1)
+            return Move(anchor, match.nesting, new.name, 1)
         uses = builder.redirect(old, new, keep=builder.held.union(builder.nodes))
-        return Move(anchor, match.level, new.name, uses)
+        return Move(anchor, match.nesting, new.name, uses)
 
     @cached_property
     def _kind(self) -> tuple[torch.dtype, torch.dtype, torch.device]:

@@ -128,13 +128,13 @@ def changes_of(program: ProgramData, sites: Sites) -> tuple[Change, ...]:
             results = rule.fold(match, params)
         for bound, value in results.items():
             window = program.table.tied(bound.view.parameter)[0], bound.view.window
-            together = (*window, edit.application, () if rule.rows is not None else (edit.rule, edit.parameters))
+            together = (*window, edit.application, () if rule.table_rows is not None else (edit.rule, edit.parameters))
             if together in seen:
                 continue
             seen.add(together)
             largest = None if bound.view.vector else min(value.shape[-2:])
-            rank = largest if largest is None or rule.rank is None else min(largest, rule.rank)
-            full = rank is not None and rule.rank is None
+            rank = largest if largest is None or rule.max_rank is None else min(largest, rule.max_rank)
+            full = rank is not None and rule.max_rank is None
             found.append(Change(edit.site, bound.view, value.numel(), rank, full))
     return tuple(found)
 

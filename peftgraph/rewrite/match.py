@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
 from torch import fx
@@ -14,14 +13,13 @@ from peftgraph.ir.builder import Builder
 from peftgraph.ir.modes import DROPOUTS
 from peftgraph.ir.parameters import Table
 from peftgraph.ir.program import Applied, Edits, ProgramData
-from peftgraph.rewrite.weight_views import Bound, View, bias_view, bind, rows_view, weight_view
+from peftgraph.rewrite.nesting import Nesting, nesting_of
+from peftgraph.rewrite.weight_views import ParameterValue, View, bias_view, bind, rows_view, weight_view
 from peftgraph.sites import Columns, Equation, Lettered, Site, Sites
-from peftgraph.sites.roles import ROLES, level_of
+from peftgraph.sites.roles import level_of
 from peftgraph.sites.site import Form
 
 aten = torch.ops.aten
-
-Own = Literal["all", "bias"]
 
 TRANSPOSED = {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
 CONVOLUTIONS = TRANSPOSED | {
@@ -33,12 +31,6 @@ CONVOLUTIONS = TRANSPOSED | {
     aten.conv3d.padding,
 }
 POINTWISE = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}  # by the axes they run along
-
-# The level of an edit that changes what a site itself computes: below the edits of all other passes.
-INNERMOST = -1
-
-# The level of an edit that changes what all that stands within a site's own computation gives.
-OUTERMOST = max(one.level for one in ROLES)
 
 # Ports whose value the site gives to all its users; at every other port the site reads a value that others may read
 # too.
@@ -75,7 +67,7 @@ class Match:
     names: Mapping[str, fx.Node] = field(repr=False)
     precision: torch.dtype | None = None
     example: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
-    level_of_rule: int | None = None
+    nesting_of_rule: Nesting | None = None
     history: Sequence[Applied] = field(default=(), repr=False)
     at_weight: bool = False
     transposed: bool = False
@@ -107,9 +99,9 @@ class Match:
         return [f"{STORED}{name}" for name in self.table.tied(parameter) if self._readers_of(name)]
 
     @property
-    def level(self) -> int:
-        """The nesting level of the edit: that of the site's values, unless the rule has another."""
-        return level_of(self.site.role) if self.level_of_rule is None else self.level_of_rule
+    def nesting(self) -> Nesting:
+        """How deep the edit is nested: as deep as the site's role, unless the rule says otherwise."""
+        return nesting_of(self.site.role) if self.nesting_of_rule is None else self.nesting_of_rule
 
     # values
 
@@ -164,7 +156,7 @@ class Match:
         """The current value at a port, in the model's own layout."""
         node = self.port(port)
         if is_given(port):
-            return self._latest(node, self.level)
+            return self._latest(node, self.nesting)
         inside = self.edits.chain(self.anchor(port))
         return self.names[inside[-1].after] if inside else self._read(node, self.names[self.reader(port)])
 
@@ -172,7 +164,7 @@ class Match:
         """What `reader` reads in the place of a value of the base: the latest, or what an edit held it to."""
         afters = [self.names[move.after] for move in self.edits.chain(node)]
         read = next((after for after in reversed(afters) if after in reader.all_input_nodes), self.names[node])
-        return read if read in reader.all_input_nodes else self._latest(node, OUTERMOST)
+        return read if read in reader.all_input_nodes else self._latest(node, Nesting.OUTERMOST)
 
     def _latest(self, node: str, level: int) -> fx.Node:
         moves = [move for move in self.edits.chain(node) if move.level <= level]
@@ -205,7 +197,7 @@ class Match:
 
     def now(self, node: fx.Node) -> fx.Node:
         """What stands in the place of a value of the base after every edit so far."""
-        return self._latest(node.name, OUTERMOST)
+        return self._latest(node.name, Nesting.OUTERMOST)
 
     @property
     def input(self) -> fx.Node:
@@ -242,7 +234,7 @@ class Match:
     # weights
 
     @property
-    def weight(self) -> Bound:
+    def weight(self) -> ParameterValue:
         """The site's weight, (O, I), or (E, O, I) for stacked experts."""
         return bind(self._weight_view(), self.table, self.precision)
 
@@ -255,7 +247,7 @@ class Match:
             )
         return view
 
-    def rows(self, numbers: Sequence[int]) -> Bound:
+    def rows(self, numbers: Sequence[int]) -> ParameterValue:
         """Rows of the site's table, (N, D): of the tokens that an embedding looks up, or a projection's outputs."""
         self._weight_view()
         return bind(rows_view(self.site, numbers), self.table, self.precision)
@@ -266,7 +258,7 @@ class Match:
         return mine is not None and theirs is not None and theirs.parameter in self.table.tied(mine.parameter)
 
     @property
-    def bias(self) -> Bound | None:
+    def bias(self) -> ParameterValue | None:
         """The site's bias, (O,) or (E, O); None when it has none."""
         view = bias_view(self.site)
         return None if view is None else bind(view, self.table, self.precision)
@@ -295,10 +287,10 @@ class Match:
             return inner if self.site.role == "ffn.hidden" else out
         return int(self.raw_value("output").meta["val"].shape[self.site.feature_axis])
 
-    def own_parameters(self, own: Own = "all") -> Iterable[View]:
+    def own_parameters(self, bias_only: bool = False) -> Iterable[View]:
         """The stored tensors of the site itself: weight, scale of a norm, bias; the bias alone for a `bias` site."""
         bias = bias_view(self.site)
-        if own == "bias" or self.site.role == "bias":
+        if bias_only or self.site.role == "bias":
             return [] if bias is None else [bias]
         scale = None if self.site.scale is None else View(self.site.scale, vector=True)
         return [view for view in (weight_view(self.site), scale, bias) if view is not None]
@@ -448,7 +440,7 @@ class Match:
             y if self.bias is None else op.call(aten.sub.Tensor, y, self.along_features(op, self.read(op, self.bias)))
         )
 
-    def read(self, op: Builder, bound: Bound) -> fx.Node:
+    def read(self, op: Builder, bound: ParameterValue) -> fx.Node:
         """The window of a stored tensor as a value in the graph, shaped like `bound.value`, in the stored dtype."""
         view = bound.view
         full = self._stored_value(op, view)

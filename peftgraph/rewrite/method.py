@@ -1,31 +1,30 @@
-"""The base of all passes, the registry that finds them by word, and the pipeline."""
+"""The base class of all passes, and the pipeline of several."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import entry_points
-from types import MappingProxyType
-from typing import Any, ClassVar, Self, TypeVar, cast
+from typing import Any, ClassVar, Self, TypeVar
 
-from peftgraph.errors import PeftGraphError, RecipeError, shortened
+from peftgraph.errors import PeftGraphError, RecipeError
 from peftgraph.rewrite.match import Match
 from peftgraph.rewrite.options import check_name, hints, plain
 from peftgraph.rewrite.rule import Rule
-from peftgraph.rewrite.spec import build, parse_specs, print_value
-from peftgraph.sites import Pattern
+from peftgraph.rewrite.spec_text import print_value
 from peftgraph.sites.selectors.selector import Selector
 
-GROUP = "peftgraph.passes"
-QUIET = "quiet"
+OMIT = "omit_default"
 T = TypeVar("T")
 
 
-def quiet(default: T) -> T:
-    """The default of an option that a spec shows only where it differs: `weight: float = quiet(1.0)`."""
-    return dataclasses.field(default=default, metadata={QUIET: True})
+def omit_default(default: T) -> T:
+    """Declares an option of a pass that its spec leaves out while it has the default.
+
+    Example:
+        With `weight: float = omit_default(1.0)` a pass prints as `lora{rank=8}`, or as `lora{rank=8 weight=0.5}`.
+    """
+    return dataclasses.field(default=default, metadata={OMIT: True})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +44,9 @@ class Pass:
     def __post_init__(self) -> None:
         known = hints(type(self))
         for item in dataclasses.fields(self):
-            hint = known.get(item.name, Selector if isinstance(item.default, Selector) else Any)
             value = getattr(self, item.name)
             try:
-                object.__setattr__(self, item.name, plain(value, hint))
+                object.__setattr__(self, item.name, plain(value, known[item.name]))
             except PeftGraphError:
                 raise
             except ValueError as error:
@@ -76,7 +74,7 @@ class Pass:
         return self
 
     def __str__(self) -> str:
-        shown = [f for f in _ordered_fields(self) if not f.metadata.get(QUIET) or getattr(self, f.name) != f.default]
+        shown = [f for f in _ordered_fields(self) if not f.metadata.get(OMIT) or getattr(self, f.name) != f.default]
         options = [f"{f.name}={print_value(getattr(self, f.name))}" for f in shown]
         return f"{self.word}{{{' '.join(options)}}}"
 
@@ -156,42 +154,3 @@ class Pipeline(Pass):
 
     def __repr__(self) -> str:
         return f"Pipeline({list(self.parts)!r})"
-
-
-def find_pass(word: str) -> type[Pass]:
-    """The pass of that word, from the installed distributions.
-
-    Raises:
-        RecipeError: there is none.
-    """
-    points = {point.name: point for point in entry_points(group=GROUP)}
-    if word not in points:
-        close = difflib.get_close_matches(shortened(word), points, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise RecipeError(f"There is no pass {shortened(word)!r}.{hint} Known passes: {', '.join(sorted(points))}.")
-    try:
-        return cast(type[Pass], points[word].load())
-    except (ImportError, AttributeError) as error:
-        raise RecipeError(
-            f"The pass {word!r}, which {points[word].value} is to be, cannot be loaded: {error}."
-        ) from None
-
-
-def parse_pass(text: str, patterns: Mapping[str, Pattern] = MappingProxyType({})) -> Pass:
-    """The pass that a spec spells; several specs give a `Pipeline`. The inverse of `str(method)`.
-
-    Args:
-        text: the specs.
-        patterns: the patterns that selectors may call by name.
-
-    Raises:
-        RecipeError: the text cannot be read.
-    """
-    if not isinstance(text, str):
-        raise RecipeError(f"A spec is text such as lora{{rank=8}}, got {type(text).__name__}.")
-    specs = parse_specs(text)
-    if not specs:
-        raise RecipeError("An empty recipe: expected a spec such as lora{rank=8}.")
-    classes = {word: find_pass(word) for word in dict.fromkeys(word for word, _ in specs)}
-    found = [build(classes[word], dict(options), patterns) for word, options in specs]
-    return found[0] if len(found) == 1 else Pipeline(found)

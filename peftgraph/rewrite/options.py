@@ -6,11 +6,15 @@ bool where a number belongs) is refused.
 
 from __future__ import annotations
 
+import builtins
+import dataclasses
 import enum
+import inspect
 import keyword
 import math
 import numbers
 import operator
+import sys
 import types
 import typing
 from functools import cache
@@ -57,11 +61,25 @@ def plain(value: Any, hint: Any) -> Any:
 
 @cache
 def hints(cls: type) -> dict[str, Any]:
-    """The annotations of a pass's options; none where they name what is only known where the class was made."""
+    """Returns the types of the options of a pass, by name.
+
+    Annotations that name what only the scope of a function knows, as where a class is made within one, cannot be
+    evaluated: such an option has the type of its default where that is a selector, else any type.
+    """
     try:
         return typing.get_type_hints(cls)
     except NameError:
-        return {}
+        return {item.name: _evaluated(cls, item) for item in dataclasses.fields(cls)}
+
+
+def _evaluated(cls: type, item: dataclasses.Field[Any]) -> Any:
+    if not isinstance(item.type, str):
+        return item.type
+    owner = next((base for base in cls.__mro__ if item.name in inspect.get_annotations(base)), cls)
+    try:
+        return eval(item.type, vars(sys.modules.get(owner.__module__, builtins)))  # as typing.get_type_hints does
+    except NameError:
+        return Selector if isinstance(item.default, Selector) else Any
 
 
 def check_name(name: str) -> None:

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from peftgraph.errors import PeftGraphError, RecipeError, shortened
-from peftgraph.rewrite.method import Pass, Pipeline, find_pass, parse_pass
-from peftgraph.rewrite.spec import build, print_value
+from peftgraph.rewrite.method import Pass, Pipeline
+from peftgraph.rewrite.registry import find_pass
+from peftgraph.rewrite.spec import build, parse_pass
+from peftgraph.rewrite.spec_text import print_value
 from peftgraph.sites import Pattern
 from peftgraph.sites.patterns.pattern import patterns_of
 from peftgraph.utils.atomic_files import read_regular

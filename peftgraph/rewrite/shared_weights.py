@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from peftgraph.errors import Conflict
 from peftgraph.ir.parameters import Table
 from peftgraph.ir.program import ProgramData, stored
-from peftgraph.rewrite.rule import AddProduct, Rule
+from peftgraph.rewrite.joins import AddProduct
+from peftgraph.rewrite.rule import Rule
 from peftgraph.rewrite.weight_readers import readers
 from peftgraph.sites import Site
 

@@ -7,47 +7,37 @@ import difflib
 import json
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from peftgraph.errors import PeftGraphError, RecipeError, pointed, shortened
+from peftgraph.errors import PeftGraphError, RecipeError
+from peftgraph.rewrite.method import Pass, Pipeline
+from peftgraph.rewrite.options import hints
+from peftgraph.rewrite.registry import find_pass
+from peftgraph.rewrite.spec_text import parse_specs, split_items
+from peftgraph.sites import Pattern
 from peftgraph.sites.selectors.selector import Selector, as_selector
 
-if TYPE_CHECKING:
-    from peftgraph.rewrite.method import Pass
-    from peftgraph.sites import Pattern
 
+def parse_pass(text: str, patterns: Mapping[str, Pattern] = MappingProxyType({})) -> Pass:
+    """Reads a pass from its spec, or a `Pipeline` from several; the inverse of `str(method)`.
 
-def print_value(value: Any) -> str:
-    """One value of a spec."""
-    if isinstance(value, str):
-        return json.dumps(value)
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "none"}[value]
-    if isinstance(value, tuple | list):
-        return f"[{', '.join(print_value(item) for item in value)}]"
-    return repr(value) if isinstance(value, int | float) else str(value)
-
-
-def parse_specs(text: str) -> list[tuple[str, dict[str, str]]]:
-    """The passes of a text as (word, options as text); the specs stand one after the other, by spaces, commas or lines.
+    Args:
+        text: the specs.
+        patterns: the patterns that selectors may call by name.
 
     Raises:
-        RecipeError: the text is no list of specs; the message shows the place.
+        RecipeError: the text cannot be read.
     """
-    found: list[tuple[str, dict[str, str]]] = []
-    position = _skip(text, 0)
-    while position < len(text):
-        word, position = _word(text, position)
-        if position >= len(text) or text[position] != "{":
-            raise _error(text, position, f"expected '{{' after {word!r}")
-        body, position = _balanced(text, position)
-        if len(found) == PASSES:
-            raise _error(text, position, f"more than {PASSES} passes")
-        found.append((word, dict(_options(text, body, position - len(body) - 1))))
-        position = _skip(text, position)
-    return found
+    if not isinstance(text, str):
+        raise RecipeError(f"A spec is text such as lora{{rank=8}}, got {type(text).__name__}.")
+    specs = parse_specs(text)
+    if not specs:
+        raise RecipeError("An empty recipe: expected a spec such as lora{rank=8}.")
+    classes = {word: find_pass(word) for word in dict.fromkeys(word for word, _ in specs)}
+    found = [build(classes[word], dict(options), patterns) for word, options in specs]
+    return found[0] if len(found) == 1 else Pipeline(found)
 
 
 def build(cls: type[Pass], options: dict[str, Any], patterns: Mapping[str, Pattern] = MappingProxyType({})) -> Pass:
@@ -61,7 +51,7 @@ def build(cls: type[Pass], options: dict[str, Any], patterns: Mapping[str, Patte
     Raises:
         RecipeError: an option is unknown or has a value of the wrong kind.
     """
-    hints = typing.get_type_hints(cls)
+    known = hints(cls)
     fields = {f.name for f in dataclasses.fields(cls)}
     values: dict[str, Any] = {}
     for key, raw in options.items():
@@ -70,7 +60,7 @@ def build(cls: type[Pass], options: dict[str, Any], patterns: Mapping[str, Patte
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise RecipeError(f"{cls.word} has no option {key!r}.{hint} Its options: {', '.join(sorted(fields))}.")
         try:
-            values[key] = _convert(raw, hints[key], patterns)
+            values[key] = _convert(raw, known[key], patterns)
         except RecipeError:
             raise
         except (PeftGraphError, ValueError, TypeError) as error:
@@ -95,8 +85,8 @@ def _convert(raw: Any, hint: Any, patterns: Mapping[str, Pattern]) -> Any:
         return _convert_tuple(raw, typing.get_args(kinds[0])[0], patterns)
     if kind is Selector or (isinstance(kind, type) and issubclass(kind, Selector)):
         return as_selector(json.loads(raw) if isinstance(raw, str) and raw.startswith('"') else raw, patterns)
-    if hasattr(kind, "word"):
-        return raw if isinstance(raw, kind) else _one(str(raw), patterns)
+    if isinstance(kind, type) and issubclass(kind, Pass):
+        return raw if isinstance(raw, kind) else parse_pass(str(raw), patterns)
     return _convert_scalar(raw, kind)
 
 
@@ -120,94 +110,5 @@ def _convert_tuple(raw: Any, kind: Any, patterns: Mapping[str, Pattern]) -> tupl
     if isinstance(raw, str):
         if not (raw.startswith("[") and raw.endswith("]")):
             raise ValueError("expected a list [..., ...]")
-        raw = [item for item in _split(raw[1:-1]) if item]
+        raw = [item for item in split_items(raw[1:-1]) if item]
     return tuple(_convert(item, kind, patterns) for item in raw)
-
-
-def _one(text: str, patterns: Mapping[str, Pattern]) -> Pass:
-    from peftgraph.rewrite.method import parse_pass
-
-    return parse_pass(text, patterns)
-
-
-# the scanner: words, balanced brackets, quoted strings
-
-PAIRS = {"{": "}", "(": ")", "[": "]"}
-PASSES = 256  # of a text
-DEPTH = 64  # brackets within brackets
-
-
-def _skip(text: str, position: int) -> int:
-    while position < len(text) and (text[position].isspace() or text[position] in ",;"):
-        position += 1
-    return position
-
-
-def _word(text: str, position: int) -> tuple[str, int]:
-    start = position
-    while position < len(text) and (text[position].isalnum() or text[position] == "_"):
-        position += 1
-    if start == position:
-        raise _error(text, position, "expected the name of a pass")
-    return text[start:position], position
-
-
-def _balanced(text: str, position: int) -> tuple[str, int]:
-    """The text inside the bracket that opens at `position`, and the position after its closing one."""
-    start, closing = position, [PAIRS[text[position]]]
-    position += 1
-    while closing:
-        if position >= len(text):
-            raise _error(text, start, f"no closing {closing[-1]!r}")
-        char = text[position]
-        if char == '"':
-            position = _end_of_string(text, position)
-            continue
-        if char in PAIRS:
-            closing.append(PAIRS[char])
-            if len(closing) > DEPTH:
-                raise _error(text, position, f"more than {DEPTH} brackets within one another")
-        elif char in PAIRS.values() and closing.pop() != char:
-            raise _error(text, position, f"unexpected {char!r}")
-        position += 1
-    return text[start + 1 : position - 1], position
-
-
-def _end_of_string(text: str, position: int) -> int:
-    start = position
-    position += 1
-    while position < len(text) and text[position] != '"':
-        position += 2 if text[position] == "\\" else 1
-    if position >= len(text):
-        raise _error(text, start, "no closing quote")
-    return position + 1
-
-
-def _split(body: str) -> Iterator[str]:
-    """The items of a body, at spaces and commas outside of brackets and strings."""
-    start = position = _skip(body, 0)
-    while position < len(body):
-        char = body[position]
-        if char.isspace() or char in ",;":
-            yield body[start:position]
-            start = position = _skip(body, position)
-        elif char == '"':
-            position = _end_of_string(body, position)
-        elif char in PAIRS:
-            position = _balanced(body, position)[1]
-        else:
-            position += 1
-    if start < len(body):
-        yield body[start:]
-
-
-def _options(text: str, body: str, offset: int) -> Iterator[tuple[str, str]]:
-    for item in _split(body):
-        key, equals, value = item.partition("=")
-        if not equals or not key.isidentifier() or not value:
-            raise _error(text, offset + body.find(item), f"expected key=value, found {item!r}")
-        yield key, value
-
-
-def _error(text: str, position: int, what: str) -> RecipeError:
-    return RecipeError(f"{shortened(what)}:\n{pointed(text, position)}")

@@ -104,8 +104,15 @@ class View:
 
 
 @dataclass(frozen=True, eq=False)
-class Bound:
-    """A view with the values of a program behind it, in the dtype that folding accumulates in."""
+class ParameterValue:
+    """A view of a stored parameter with its current value, in the dtype that folding accumulates in.
+
+    What `Match.weight`, `Match.bias` and `Match.rows` give. `Rule.fold` maps each that changes to its new value.
+
+    Attributes:
+        view: which part of which stored parameter.
+        value: (O, I) or (E, O, I) for a weight, (O,) or (E, O) for a bias, whatever the stored layout.
+    """
 
     view: View
     value: Tensor
@@ -141,7 +148,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def bind(view: View, table: Table, precision: torch.dtype | None = None) -> Bound:
+def bind(view: View, table: Table, precision: torch.dtype | None = None) -> ParameterValue:
     """`view` with the values that `table` holds now, in `precision` or what folding accumulates in by default."""
     full = table[view.parameter].tensor.detach()
-    return Bound(view, view.get(full).to(precision or accumulation_dtype(full.dtype)))
+    return ParameterValue(view, view.get(full).to(precision or accumulation_dtype(full.dtype)))

@@ -11,39 +11,41 @@ import zoo
 from torch import Tensor, fx
 
 import peftgraph as pg
+from peftgraph.authoring import Builder, Match, Multiply, ParameterValue, Params, Pass, Rule
+from peftgraph.authoring.modules import init
 from peftgraph.folding.proof import ProofError
 from peftgraph.passes import IA3, BitFit, LoRA, SerialAdapter
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gate(pg.Pass):
+class Gate(Pass):
     """y -> y * sigmoid(y): a rewrite that cannot fold."""
 
     word = "gate"
     at: pg.Selector = pg.attention.q
 
-    def rules(self) -> list[pg.Rule]:
-        return [pg.Rule(at=self.at, delta=self.delta, join=pg.Multiply(), fold="the gate depends on the input")]
+    def rules(self) -> list[Rule]:
+        return [Rule(at=self.at, delta=self.delta, join=Multiply(), fold="the gate depends on the input")]
 
-    def delta(self, m: pg.Match, op: pg.Builder) -> fx.Node:
-        weight = m.along_features(op, op.param("g", (m.features,), pg.init.zeros))
+    def delta(self, m: Match, op: Builder) -> fx.Node:
+        weight = m.along_features(op, op.param("g", (m.features,), init.zeros))
         if m.site.columns is not None:
             return op.activation("sigmoid", weight)
         return op.activation("sigmoid", op.add(m.output, weight))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reader(pg.Pass):
+class Reader(Pass):
     """down(h) -> down(h) + V h: reads the hidden value and cannot fold."""
 
     word = "reader"
     at: pg.Selector = pg.ffn.down
 
-    def rules(self) -> list[pg.Rule]:
-        return [pg.Rule(at=self.at, delta=self.delta, fold="kept apart on purpose")]
+    def rules(self) -> list[Rule]:
+        return [Rule(at=self.at, delta=self.delta, fold="kept apart on purpose")]
 
-    def delta(self, m: pg.Match, op: pg.Builder) -> fx.Node:
-        return op.linear(m.input, op.param("v", m.shape, pg.init.zeros))
+    def delta(self, m: Match, op: Builder) -> fx.Node:
+        return op.linear(m.input, op.param("v", m.shape, init.zeros))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,7 @@ class WrongScale(LoRA):
 
     word = "wrong"
 
-    def fold(self, m: pg.Match, p: pg.Params) -> Mapping[pg.Bound, Tensor]:
+    def fold(self, m: Match, p: Params) -> Mapping[ParameterValue, Tensor]:
         return {m.weight: m.weight.value + 0.5 * self.scale * (p.lora_B @ p.lora_A)}
 
 
@@ -62,7 +64,7 @@ class Leaky(LoRA):
 
     word = "leaky"
 
-    def fold(self, m: pg.Match, p: pg.Params) -> Mapping[pg.Bound, Tensor]:
+    def fold(self, m: Match, p: Params) -> Mapping[ParameterValue, Tensor]:
         assert m.bias is not None
         return {m.weight: m.weight.value + self.scale * (p.lora_B @ p.lora_A), m.bias: m.bias.value + 1e-3}
 

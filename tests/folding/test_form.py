@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv1d, linear
 
 import peftgraph as pg
+from peftgraph.authoring import Pass
 from peftgraph.passes import IA3, DoRA, LoRA
 
 Form = Callable[["Odd", Tensor], Tensor]
@@ -35,7 +36,7 @@ def traced(form: Form, device: str) -> pg.Program:
     return pg.trace(Odd(form).to(device).eval(), (torch.randn(2, 5, 6, device=device),))
 
 
-def tuned(form: Form, method: pg.Pass, device: str = "cpu") -> pg.Program:
+def tuned(form: Form, method: Pass, device: str = "cpu") -> pg.Program:
     program = traced(form, device).apply(method)
     if device == "cpu":
         with torch.no_grad():
@@ -101,7 +102,7 @@ PLAIN: dict[str, Form] = {
 
 @pytest.mark.parametrize("form", PLAIN.values(), ids=list(PLAIN))
 @pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
-def test_other_spellings_of_the_same_fold(form: Form, method: pg.Pass) -> None:
+def test_other_spellings_of_the_same_fold(form: Form, method: Pass) -> None:
     assert pg.fold(tuned(form, method)).proof is not None
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import peftgraph as pg
+from peftgraph.authoring import Match, ParameterValue, Params
 from peftgraph.folding.engine import Folding
 from peftgraph.folding.proof import ProofError, prove
 from peftgraph.ir.program import copy_graph
@@ -80,7 +81,7 @@ class Undefined(LoRA):
 
     word = "undefined"
 
-    def fold(self, m: pg.Match, p: pg.Params) -> Mapping[pg.Bound, Tensor]:
+    def fold(self, m: Match, p: Params) -> Mapping[ParameterValue, Tensor]:
         (weight, value), *_ = super().fold(m, p).items()
         hole = torch.zeros_like(value)
         hole[-1, -1] = NAN

@@ -15,6 +15,7 @@ import zoo
 from torch import nn
 
 import peftgraph as pg
+from peftgraph.authoring import Pass
 from peftgraph.passes import IA3, DoRA, Freeze, LoRA, TrainableTokens
 
 TOKENS = [60, 3, *range(20, 50, 2)]
@@ -94,7 +95,7 @@ def test_outputs_are_pefts(case: str, tmp_path: Path) -> None:
 
 
 ROWS = TrainableTokens(tokens=tuple(TOKENS))
-WRITE: dict[str, tuple[str, tuple[pg.Pass, ...]]] = {
+WRITE: dict[str, tuple[str, tuple[Pass, ...]]] = {
     **{name: (name, (ROWS,)) for name in ("llama", "gpt2", "t5", "bert", "bart", "nano", "untied", "masked")},
     **{f"lora-{name}": (name, (ROWS, LoRA(rank=3))) for name in ("llama", "t5", "gpt2", "nano", "masked")},
     "both": ("untied", (ROWS, TrainableTokens(tokens=tuple(TOKENS), at="head", name="h"))),
@@ -137,7 +138,7 @@ def test_the_bias_of_a_tied_head_is_spoken_of(tmp_path: Path) -> None:
 
 # what is refused
 
-NOT_WRITTEN: dict[str, tuple[str, tuple[pg.Pass, ...], str]] = {
+NOT_WRITTEN: dict[str, tuple[str, tuple[Pass, ...], str]] = {
     "scales": ("llama", (ROWS, IA3()), "one method in a directory, and these are trainable_tokens and ia3"),
     "head": (
         "untied",

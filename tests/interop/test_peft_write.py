@@ -12,6 +12,7 @@ import torch
 import zoo
 
 import peftgraph as pg
+from peftgraph.authoring import Pass
 from peftgraph.passes import (
     IA3,
     BitFit,
@@ -27,7 +28,7 @@ from peftgraph.passes import (
 )
 
 ALL = "attention.*|ffn.*"
-CASES: dict[str, tuple[str, tuple[pg.Pass, ...]]] = {
+CASES: dict[str, tuple[str, tuple[Pass, ...]]] = {
     "two": ("llama", (LoRA(rank=3),)),
     "all": ("bert", (LoRA(at=ALL, rank=3, alpha=5.0),)),
     "layers": ("llama", (LoRA(at="attention.q&layers(1)", rank=3),)),
@@ -82,7 +83,7 @@ def test_peft_answers_alike_and_it_is_read_back(case: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("method", [
     LoRA(at="attention.q", rank=3), LoRA(rank=2, alpha=4.0), DoRA(at="attention.v", rank=3), IA3(),
 ], ids=lambda method: method.word)  # fmt: skip
-def test_a_part_of_a_fused_weight_comes_back_as_the_part(method: pg.Pass, tmp_path: Path) -> None:
+def test_a_part_of_a_fused_weight_comes_back_as_the_part(method: Pass, tmp_path: Path) -> None:
     tuned = zoo.randomise(zoo.traced("gpt2").apply(method), 0.2)
     again = zoo.traced("gpt2").load_adapter(tuned.save_adapter(tmp_path / "adapter", format="peft"))
     assert str(again.recipe) == str(tuned.recipe)
@@ -90,7 +91,7 @@ def test_a_part_of_a_fused_weight_comes_back_as_the_part(method: pg.Pass, tmp_pa
         assert torch.equal(again.table[name].tensor, parameter), name
 
 
-PROMPTS: dict[str, tuple[str, pg.Pass]] = {
+PROMPTS: dict[str, tuple[str, Pass]] = {
     "llama": ("llama", Prompt(length=4)),
     "gpt2": ("gpt2", PTuning(length=4, hidden=6)),
     "bert": ("bert", PTuning(length=4, encoder="mlp")),
@@ -132,7 +133,7 @@ def test_a_prefix(hidden: int | None, tmp_path: Path) -> None:
 
 # what peft's format cannot say
 
-REFUSED: dict[str, tuple[str, tuple[pg.Pass, ...], str]] = {
+REFUSED: dict[str, tuple[str, tuple[Pass, ...], str]] = {
     "no-such-method": ("nano", (LoRA(), ParallelAdapter()), "parallel_adapter{.* at 0.ffn at stack.0 cannot be written "
                        "for peft, which has no parallel_adapter"),
     "gated": ("llama", (UniPELT(),), "cannot be written for peft, which has no unipelt"),

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import peftgraph as pg
 from peftgraph import passes
+from peftgraph.authoring import Pass
 
 F64 = torch.float64
 SLOW = settings(  # an example takes seconds: a failing one is shown as it was drawn
@@ -37,7 +38,7 @@ WIDE = {"at": SUBLAYERS, "width": SMALL, "name": NAMES}
 BIASES = st.sampled_from([pg.bias, pg.bias & pg.layers(0)])
 GATED = (passes.LoRA(rank=1, alpha=1.0), passes.Prefix(length=2, hidden=3), passes.SerialAdapter(width=2))
 AWAY = passes.Prefix | passes.Prompt | passes.PTuning | passes.UniPELT
-DRAWN: dict[type[pg.Pass], st.SearchStrategy[pg.Pass]] = {
+DRAWN: dict[type[Pass], st.SearchStrategy[Pass]] = {
     passes.LoRA: st.builds(passes.LoRA, **RANKS, init=st.sampled_from(["kaiming", "pissa", "olora"])),
     passes.DoRA: st.builds(passes.DoRA, **RANKS),
     passes.IA3: st.builds(passes.IA3, at=selectors().map(lambda at: at | pg.ffn.hidden), name=NAMES),
@@ -94,7 +95,7 @@ def bases(draw: st.DrawFn) -> laws.Base:
     return laws.Base.of("nano", attn, program, zoo.example("nano", draw(SMALL), length))
 
 
-def composed(base: laws.Base, recipe: tuple[pg.Pass, ...]) -> pg.Program:
+def composed(base: laws.Base, recipe: tuple[Pass, ...]) -> pg.Program:
     """The recipe without those of its passes that conflict with earlier ones, or with themselves, which they must say
     clearly."""
     program = base.program
@@ -112,7 +113,7 @@ def composed(base: laws.Base, recipe: tuple[pg.Pass, ...]) -> pg.Program:
 
 @SLOW
 @given(bases(), RECIPES, st.lists(st.integers(0, 3), min_size=4, max_size=4))
-def test_every_law_on_a_drawn_composition(base: laws.Base, recipe: tuple[pg.Pass, ...], order: list[int]) -> None:
+def test_every_law_on_a_drawn_composition(base: laws.Base, recipe: tuple[Pass, ...], order: list[int]) -> None:
     torch.manual_seed(0)
     program = composed(base, recipe)
     methods = tuple(applied.method for applied in program.history)
@@ -136,12 +137,12 @@ NEEDS_BATCH_NORMS = {passes.FreezeStatistics}  # no model here has one: tests/re
 
 
 def test_every_pass_is_drawn() -> None:
-    known = {one for one in vars(passes).values() if isinstance(one, type) and issubclass(one, pg.Pass)}
+    known = {one for one in vars(passes).values() if isinstance(one, type) and issubclass(one, Pass)}
     assert set(DRAWN) == known - NEEDS_BATCH_NORMS
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(RECIPES)
-def test_drawn_recipes_print_and_parse(recipe: tuple[pg.Pass, ...]) -> None:
+def test_drawn_recipes_print_and_parse(recipe: tuple[Pass, ...]) -> None:
     text = "\n".join(map(str, recipe))
     assert pg.parse_pass(text).passes() == pg.Pipeline(recipe).passes()

@@ -11,6 +11,7 @@ import zoo
 
 import peftgraph as pg
 from peftgraph import passes
+from peftgraph.authoring import Pass
 from peftgraph.passes import IA3, LoRA, SerialAdapter
 
 F64 = torch.float64
@@ -20,7 +21,7 @@ def test_every_architecture_and_every_pass_has_its_laws() -> None:
     files = [(Path(__file__).parent / f"test_{file}.py").read_text() for file in ("encoders", "decoders", "seq2seq")]
     assert all("".join(files).count(f'"{name}"') == 1 for name in zoo.ALL)
     held = {type(one) for line in laws.LINES.values() for one in line.passes}
-    assert held == {one for one in vars(passes).values() if isinstance(one, type) and issubclass(one, pg.Pass)}
+    assert held == {one for one in vars(passes).values() if isinstance(one, type) and issubclass(one, Pass)}
 
 
 @pytest.mark.parametrize("name", zoo.NAMES)

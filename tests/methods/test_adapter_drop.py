@@ -10,6 +10,7 @@ import zoo
 from torch import Tensor
 
 import peftgraph as pg
+from peftgraph.authoring import Pass
 from peftgraph.passes import IA3, AdapterDrop, Compacter, Houlsby, LoRA, ParallelAdapter, Pfeiffer
 
 F64 = torch.float64
@@ -31,7 +32,7 @@ def answer(program: pg.Program, training: bool = False) -> Tensor:
     return program.module().train(training)(**INPUTS)["logits"]
 
 
-def at_depth(program: pg.Program, method: pg.Pass, n: int) -> pg.Program:
+def at_depth(program: pg.Program, method: Pass, n: int) -> pg.Program:
     """The same adapters without the lowest n blocks' ones."""
     fixed = base().apply(AdapterDrop(adapter=method, layers=n)) if n else None
     if fixed is None:
@@ -43,7 +44,7 @@ def at_depth(program: pg.Program, method: pg.Pass, n: int) -> pg.Program:
 
 
 @pytest.mark.parametrize("method", [Pfeiffer(width=3), Houlsby(width=3, norms=False), ParallelAdapter(width=3)])
-def test_training_draws_one_depth_for_the_whole_model(method: pg.Pass) -> None:
+def test_training_draws_one_depth_for_the_whole_model(method: Pass) -> None:
     tuned = zoo.randomise(base().apply(AdapterDrop(adapter=method, random=True)), 0.3)
     depths = [answer(at_depth(tuned, method, n)).detach() for n in range(LAYERS)]
     seen = set()

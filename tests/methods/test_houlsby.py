@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import peftgraph as pg
+from peftgraph.authoring import ACTIVATIONS
 from peftgraph.passes import BitFit, Houlsby
 
 F64 = torch.float64
@@ -89,7 +90,7 @@ def test_it_refuses(bench: Any) -> None:
 @settings(max_examples=30)
 @given(
     width=st.integers(1, 512),
-    activation=st.sampled_from(sorted(pg.ACTIVATIONS)),
+    activation=st.sampled_from(sorted(ACTIVATIONS)),
     init=st.sampled_from(["paper", "code"]),
     place=st.sampled_from(["after_dropout", "before_dropout"]),
     norms=st.booleans(),

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import peftgraph as pg
+from peftgraph.authoring import ACTIVATIONS, Pass
 from peftgraph.passes import Invertible, LoRA, Pfeiffer, Prompt, TrainableTokens
 
 F64 = torch.float64
@@ -289,7 +290,7 @@ def test_what_does_not_fold_says_why() -> None:
 
 
 @pytest.mark.parametrize("other", [LoRA(at="head", rank=2), TrainableTokens(tokens=(3, 5))])
-def test_what_reads_the_heads_input_comes_later(other: pg.Pass) -> None:
+def test_what_reads_the_heads_input_comes_later(other: Pass) -> None:
     base, inputs = traced("BertForMaskedLM"), call("Bert")
     with pytest.raises(pg.Conflict, match="reads what head reads, so that invertible.* Apply invertible first"):
         base.apply(other, Invertible())
@@ -364,7 +365,7 @@ def test_it_refuses(case: str) -> None:
 @settings(max_examples=30)
 @given(
     reduction=st.floats(0.1, 64),
-    activation=st.sampled_from(list(pg.ACTIVATIONS)),
+    activation=st.sampled_from(list(ACTIVATIONS)),
     init=st.sampled_from(["bert", "identity"]),
     inverse=st.booleans(),
 )

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import peftgraph as pg
+from peftgraph.authoring import Builder, Match, Multiply, Pass, Rule
+from peftgraph.authoring.modules import init
 from peftgraph.passes import Prefix, SerialAdapter, ZeroInitPrefix
 
 Core = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -81,7 +83,7 @@ class Attention(nn.Module):
         return x + self.o(self.core(self.q(x), self.k(x), self.v(x)))
 
 
-def tuned(model: nn.Module, method: pg.Pass) -> pg.Program:
+def tuned(model: nn.Module, method: Pass) -> pg.Program:
     torch.manual_seed(1)
     return zoo.randomise(pg.trace(model, (torch.randn(2, 7, D, dtype=torch.float64),)).apply(method), 0.5)
 
@@ -161,19 +163,19 @@ def test_causal_rows_lie_in_memory_as_the_model_views_them() -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scaled(pg.Pass):
+class Scaled(Pass):
     """One operand of an attention times a vector over heads, (H, 1, 1), or over features."""
 
     word = "scaled"
     port: str
     over_features: bool = False
 
-    def rules(self) -> list[pg.Rule]:
-        def delta(m: pg.Match, op: pg.Builder):
+    def rules(self) -> list[Rule]:
+        def delta(m: Match, op: Builder):
             sizes = (D // H,) if self.over_features else (H, 1, 1)
-            return op.param("scale", sizes, pg.init.normal(1.0))
+            return op.param("scale", sizes, init.normal(1.0))
 
-        return [pg.Rule(at=pg.attention.core, delta=delta, join=pg.Multiply(port=self.port), fold="no")]
+        return [Rule(at=pg.attention.core, delta=delta, join=Multiply(port=self.port), fold="no")]
 
 
 @pytest.mark.parametrize("port", ["q", "k", "v"])
@@ -197,14 +199,14 @@ def test_the_mask_of_written_attention_is_a_port() -> None:
         return joined((apart(q) @ apart(k).mT + bias).softmax(-1) @ apart(v))
 
     @dataclass(frozen=True, kw_only=True)
-    class Shift(pg.Pass):
+    class Shift(Pass):
         word = "shift"
 
-        def rules(self) -> list[pg.Rule]:
-            def delta(m: pg.Match, op: pg.Builder):
-                return op.param("by", (H, 1, 1), pg.init.zeros)
+        def rules(self) -> list[Rule]:
+            def delta(m: Match, op: Builder):
+                return op.param("by", (H, 1, 1), init.zeros)
 
-            return [pg.Rule(at=pg.attention.core, delta=delta, join=pg.Multiply(port="mask"), fold="no")]
+            return [Rule(at=pg.attention.core, delta=delta, join=Multiply(port="mask"), fold="no")]
 
     model = Attention(core).double().eval()
     program = pg.trace(model, (torch.randn(2, 7, D, dtype=torch.float64),)).apply(Shift())

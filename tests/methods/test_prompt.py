@@ -10,6 +10,7 @@ import zoo
 from torch import Tensor, nn
 
 import peftgraph as pg
+from peftgraph.authoring import Pass
 from peftgraph.passes import IA3, LoRA, Prefix, Prompt, PTuning
 
 F64 = torch.float64
@@ -146,7 +147,7 @@ def test_one_sequence_takes_one_prompt() -> None:
     "others", [(LoRA(at="embedding|attention.q", rank=2), IA3()), (Prefix(length=2, hidden=None),)]
 )
 @pytest.mark.parametrize("onto", ["tokens", "embeddings"])
-def test_other_passes_come_before_or_after(others: tuple[pg.Pass, ...], onto: Any) -> None:
+def test_other_passes_come_before_or_after(others: tuple[Pass, ...], onto: Any) -> None:
     base, inputs = zoo.traced("bert", "sdpa", F64), zoo.example("bert", 2, 9, F64)
     results, prompt = [], Prompt(length=3, onto=onto)
     for recipe in ((prompt, *others), (*others, prompt)):

@@ -15,6 +15,7 @@ import zoo
 from torch import Tensor, nn
 
 import peftgraph as pg
+from peftgraph.authoring import Pass
 from peftgraph.passes import LoRA, LoReFT, Prefix, Prompt
 
 F64 = torch.float64
@@ -247,7 +248,7 @@ def test_a_saved_prompt_answers_the_same(place: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("others", [(LoRA(at="attention.q", rank=2),), (Prefix(length=2, hidden=None),), (LoReFT(),)])
 @pytest.mark.parametrize("name", ["vit", "beit"])
-def test_other_passes_come_before_or_after(name: str, others: tuple[pg.Pass, ...]) -> None:
+def test_other_passes_come_before_or_after(name: str, others: tuple[Pass, ...]) -> None:
     base, results = traced(name), []
     for recipe in ((visual("after_first"), *others), (*others, visual("after_first"))):
         program = base.apply(*recipe)

@@ -7,8 +7,8 @@ import method_pages
 import pytest
 from published import MODELS, ROWS, SHALLOW, Row, rounds_to, traced, trainable
 
-import peftgraph as pg
 from peftgraph import passes
+from peftgraph.authoring import Pass
 from peftgraph.passes import LoRA
 
 
@@ -45,7 +45,7 @@ def test_the_pages_in_the_documentation_are_what_the_passes_say_and_do() -> None
 
 
 def test_every_pass_has_a_page() -> None:
-    exported = {item for item in vars(passes).values() if isinstance(item, type) and issubclass(item, pg.Pass)}
+    exported = {item for item in vars(passes).values() if isinstance(item, type) and issubclass(item, Pass)}
     assert {type(method) for page in method_pages.PAGES for method in page.methods} == exported
 
 

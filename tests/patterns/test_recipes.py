@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import peftgraph as pg
+from peftgraph.authoring import Pass, Rule
 from peftgraph.passes import IA3, LoRA, SerialAdapter
 from peftgraph.rewrite.recipe import to_toml
 
@@ -48,7 +49,7 @@ at = "my.fused.u | my.fused.out"
     ],
     ids=["columns", "two", "scale", "three"],
 )
-def test_the_identity_at_start_training_and_a_proven_fold(fused: pg.Program, method: pg.Pass) -> None:
+def test_the_identity_at_start_training_and_a_proven_fold(fused: pg.Program, method: Pass) -> None:
     x = torch.randn(2, 5, 12, dtype=torch.float64)
     base, tuned = fused.module(), fused.apply(method)
     net = tuned.module()
@@ -87,9 +88,9 @@ def test_an_adapter_after_a_value_that_is_no_projection(fused: pg.Program) -> No
 def test_a_hand_written_norm_trains_in_place(gated_norm: pg.Program) -> None:
     pattern = pg.Pattern("own", "y = linear(n); n = norm(x)")
 
-    class Train(pg.Pass):
-        def rules(self) -> list[pg.Rule]:
-            return [pg.Train(pattern["n"])]
+    class Train(Pass):
+        def rules(self) -> list[Rule]:
+            return [Train(pattern["n"])]
 
     tuned = gated_norm.apply(Train())
     assert set(tuned.table.trainable) == {"gain"}

@@ -16,6 +16,7 @@ import zoo
 from torch import Tensor, nn
 
 import peftgraph as pg
+from peftgraph.authoring import Pass
 
 WIDE = {"vocab_size": zoo.VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 EXTRA: dict[str, tuple[str, dict[str, Any]]] = {  # families that only these tests need
@@ -152,7 +153,7 @@ def wrap(name: str, config: peft.PeftConfig, dtype: torch.dtype) -> Any:
     return peft.get_peft_model(build(name, dtype), config).eval()
 
 
-def tune(name: str, method: pg.Pass, config: peft.PeftConfig, dtype: torch.dtype = torch.float64) -> Pair:
+def tune(name: str, method: Pass, config: peft.PeftConfig, dtype: torch.dtype = torch.float64) -> Pair:
     """Applies the method in both libraries and fills both with the same random values."""
     tuned = traced(name, dtype).apply(method)
     theirs = wrap(name, config, dtype)

@@ -19,6 +19,7 @@ from recorded_models import TOLERANCE, answer, build, distance, part, recorded, 
 from torch import Tensor
 
 import peftgraph as pg
+from peftgraph.authoring import Pass
 from peftgraph.passes import (
     MAM,
     AdapterFusion,
@@ -34,7 +35,7 @@ from peftgraph.passes import (
     UniPELT,
 )
 
-METHODS: dict[str, pg.Pass] = {
+METHODS: dict[str, Pass] = {
     "houlsby": Houlsby(width=4, activation="silu", norms=False),
     "fusion": AdapterFusion(adapters=("one", "two"), width=4),
     "pfeiffer": Pfeiffer(width=4),
@@ -59,7 +60,7 @@ RECORDED = [
 ]
 
 
-def configured(method: str, name: str) -> pg.Pass:
+def configured(method: str, name: str) -> Pass:
     """Our pass; of T5, with the biases that the library has beside a prefix, and edits of the first tokens alone, for
     it cannot find the last ones of the decoder."""
     if name != "t5":
@@ -69,7 +70,7 @@ def configured(method: str, name: str) -> pg.Pass:
     return shifted(METHODS[method])
 
 
-def shifted(method: pg.Pass) -> pg.Pass:
+def shifted(method: Pass) -> Pass:
     """A pass whose prefixes have biases="shifted"."""
     match method:
         case Prefix():
@@ -98,7 +99,7 @@ def short_names(program: pg.Program) -> dict[str, str]:
     return found
 
 
-def with_values(name: str, method: pg.Pass, values: dict[str, Tensor]) -> tuple[pg.Program, dict[str, Tensor]]:
+def with_values(name: str, method: Pass, values: dict[str, Tensor]) -> tuple[pg.Program, dict[str, Tensor]]:
     """The program after `method`, with the library's values, and its parameters by the recording's names."""
     tuned = traced(name).apply(method)
     named = {short: tuned.table[full].tensor for short, full in short_names(tuned).items()}

@@ -15,6 +15,7 @@ import zoo
 from torch import Tensor, nn
 
 import peftgraph as pg
+from peftgraph.authoring import Pass
 from peftgraph.passes import IA3, DoRA, LoRA
 
 TIED = "ignore:Model has `tie_word_embeddings=True` and a tied layer is part of the adapter:UserWarning"
@@ -31,22 +32,22 @@ PAPER_BERT = r".*(key|value|encoder\.layer\.\d+\.output\.dense)"
 PAPER_PROJ = (["k_proj", "v_proj", "fc2"], ["fc2"])
 
 
-def lora(name: str, at: str, targets: Any, ours: Any = None, **more: Any) -> tuple[str, pg.Pass, type, dict[str, Any]]:
+def lora(name: str, at: str, targets: Any, ours: Any = None, **more: Any) -> tuple[str, Pass, type, dict[str, Any]]:
     options = {"target_modules": targets, "r": 3, "lora_alpha": 5, **more}
     return name, LoRA(at=at, rank=3, alpha=5.0, **(ours or {})), peft.LoraConfig, options
 
 
-def dora(name: str, at: str, targets: Any) -> tuple[str, pg.Pass, type, dict[str, Any]]:
+def dora(name: str, at: str, targets: Any) -> tuple[str, Pass, type, dict[str, Any]]:
     options = {"target_modules": targets, "r": 3, "lora_alpha": 5, "use_dora": True}
     return name, DoRA(at=at, rank=3, alpha=5.0), peft.LoraConfig, options
 
 
-def ia3(name: str, targets: Any = None, inside: Any = None) -> tuple[str, pg.Pass, type, dict[str, Any]]:
+def ia3(name: str, targets: Any = None, inside: Any = None) -> tuple[str, Pass, type, dict[str, Any]]:
     return name, IA3(), peft.IA3Config, {"target_modules": targets, "feedforward_modules": inside}
 
 
 # None as targets: peft's own default for the family.
-CASES: dict[str, tuple[str, pg.Pass, type, dict[str, Any]]] = {
+CASES: dict[str, tuple[str, Pass, type, dict[str, Any]]] = {
     "lora-bert": lora("bert", "attention.q|attention.v", None),
     "lora-bert-all": lora("bert", LINEARS, ALL_BERT),
     "lora-llama-grouped-heads": lora("llama", "attention.q|attention.v", None),

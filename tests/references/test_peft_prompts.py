@@ -11,6 +11,7 @@ import zoo
 from torch import Tensor, nn
 
 import peftgraph as pg
+from peftgraph.authoring import Pass
 from peftgraph.passes import Prompt, PTuning, ZeroInitPrefix
 
 F64 = torch.float64
@@ -47,7 +48,7 @@ def given(name: str, program: pg.Program, theirs: nn.Module) -> dict[str, Tensor
     return found
 
 
-CASES: dict[str, tuple[pg.Pass, Any]] = {
+CASES: dict[str, tuple[Pass, Any]] = {
     "prompt": (Prompt(length=LENGTH), lambda task: peft.PromptTuningConfig(task_type=task, num_virtual_tokens=LENGTH)),
     "lstm": (
         PTuning(length=LENGTH, hidden=HIDDEN),

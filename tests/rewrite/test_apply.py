@@ -8,6 +8,7 @@ import zoo
 from torch import fx
 
 import peftgraph as pg
+from peftgraph.authoring import Builder, Match, Pass
 from peftgraph.passes import IA3, BitFit, LoRA, SerialAdapter
 
 
@@ -38,7 +39,7 @@ from peftgraph.passes import IA3, BitFit, LoRA, SerialAdapter
     ],
 )
 def test_what_cannot_be_applied_says_why(
-    name: str, methods: tuple[pg.Pass, ...], error: type[Exception], words: str
+    name: str, methods: tuple[Pass, ...], error: type[Exception], words: str
 ) -> None:
     base = zoo.traced(name)
     text = base.text()
@@ -49,7 +50,7 @@ def test_what_cannot_be_applied_says_why(
 
 def test_a_computation_that_is_not_defined_names_its_operands() -> None:
     class Doubled(LoRA):
-        def delta(self, m: pg.Match, op: pg.Builder) -> fx.Node:
+        def delta(self, m: Match, op: Builder) -> fx.Node:
             y = super().delta(m, op)
             return op.call(torch.ops.aten.mm.default, y, y)
 

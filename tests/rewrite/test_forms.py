@@ -12,6 +12,7 @@ import zoo
 from torch import Tensor, nn
 
 import peftgraph as pg
+from peftgraph.authoring import Pass, Rule, Train
 from peftgraph.passes import IA3, LoRA
 
 
@@ -91,13 +92,13 @@ def test_lora_and_ia3_fold_in_every_form(form: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Norms(pg.Pass):
+class Norms(Pass):
     """Only the norms train."""
 
     word = "norms"
 
-    def rules(self) -> list[pg.Rule]:
-        return [pg.Train(pg.norm)]
+    def rules(self) -> list[Rule]:
+        return [Train(pg.norm)]
 
 
 @pytest.mark.parametrize(("name", "vectors"), [("bert", 2 * 5), ("llama", 5)])

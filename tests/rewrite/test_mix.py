@@ -10,6 +10,7 @@ import zoo
 from torch import Tensor
 
 import peftgraph as pg
+from peftgraph.authoring import Pass
 from peftgraph.passes import IA3, BitFit, DoRA, LoRA, Prefix
 
 F64 = torch.float64
@@ -118,7 +119,7 @@ def crew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pg.Program:
     return loaded
 
 
-def alone(crew: pg.Program, *methods: pg.Pass) -> pg.Program:
+def alone(crew: pg.Program, *methods: Pass) -> pg.Program:
     """These methods put on the base afresh, with the parameters of the crew."""
     assert crew.base is not None
     program = zoo.traced("nano", dtype=F64).apply(*methods)
@@ -129,7 +130,7 @@ def alone(crew: pg.Program, *methods: pg.Pass) -> pg.Program:
 
 
 @pytest.mark.parametrize("method", CREW, ids=lambda method: method.name)
-def test_each_of_one_directory_is_switched_to_and_deleted(crew: pg.Program, method: pg.Pass, tmp_path: Path) -> None:
+def test_each_of_one_directory_is_switched_to_and_deleted(crew: pg.Program, method: Pass, tmp_path: Path) -> None:
     inputs, others = zoo.example("nano"), [one for one in CREW if one is not method]
     text, hashes = crew.text(), crew.table.hashes()
     for program, wanted in (

@@ -11,6 +11,7 @@ import zoo
 from torch import nn
 
 import peftgraph as pg
+from peftgraph.authoring import Pass
 from peftgraph.passes import IA3, DoRA, LoRA, Prefix, Prompt, SerialAdapter
 
 BF16 = torch.bfloat16
@@ -27,7 +28,7 @@ EVERY = [
 
 
 @pytest.mark.parametrize("method", EVERY, ids=lambda method: method.word)
-def test_parameters_are_float32_and_values_the_base_s(method: pg.Pass) -> None:
+def test_parameters_are_float32_and_values_the_base_s(method: Pass) -> None:
     program = zoo.traced("nano", "sdpa", BF16)
     tuned = program.apply(method)
     assert {p.dtype for p in tuned.table.trainable.values()} == {torch.float32}

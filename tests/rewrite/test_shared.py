@@ -11,6 +11,8 @@ import zoo
 from torch import Tensor, fx
 
 import peftgraph as pg
+from peftgraph.authoring import Builder, Match, Multiply, ParameterValue, Params, Pass, Rule
+from peftgraph.authoring.modules import init
 from peftgraph.ir.modes import evaluated
 
 F64 = torch.float64
@@ -18,34 +20,34 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tied(pg.Pass):
+class Tied(Pass):
     """W -> diag(exp(l)) W at every site, with one l for all of them."""
 
     word = "tied"
     at: pg.Selector = pg.attention.o | pg.ffn.down
 
-    def rules(self) -> list[pg.Rule]:
-        return [pg.Rule(at=self.at, delta=self.delta, join=pg.Multiply(), fold=self.fold)]
+    def rules(self) -> list[Rule]:
+        return [Rule(at=self.at, delta=self.delta, join=Multiply(), fold=self.fold)]
 
-    def delta(self, m: pg.Match, op: pg.Builder) -> fx.Node:
-        return op.call(aten.exp.default, op.shared("l", (m.features,), pg.init.zeros))
+    def delta(self, m: Match, op: Builder) -> fx.Node:
+        return op.call(aten.exp.default, op.shared("l", (m.features,), init.zeros))
 
-    def fold(self, m: pg.Match, p: pg.Params) -> Mapping[pg.Bound, Tensor]:
+    def fold(self, m: Match, p: Params) -> Mapping[ParameterValue, Tensor]:
         scale = p.l.exp()
         assert m.bias is not None
         return {m.weight: scale[:, None] * m.weight.value, m.bias: scale * m.bias.value}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lottery(pg.Pass):
+class Lottery(Pass):
     """One draw for all sublayers: their outputs double, or stay; under eval() they double."""
 
     word = "lottery"
 
-    def rules(self) -> list[pg.Rule]:
-        return [pg.Rule(at=pg.attention | pg.ffn, delta=self.delta, fold="it is drawn")]
+    def rules(self) -> list[Rule]:
+        return [Rule(at=pg.attention | pg.ffn, delta=self.delta, fold="it is drawn")]
 
-    def delta(self, m: pg.Match, op: pg.Builder) -> fx.Node:
+    def delta(self, m: Match, op: Builder) -> fx.Node:
         draw = op.once("draw", lambda: op.call(aten.randint.default, 2, [1], dtype=F64, device=op.device))
         return op.gated_in_training(m.output, draw)
 

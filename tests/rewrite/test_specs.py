@@ -8,6 +8,7 @@ import pytest
 import zoo
 
 import peftgraph as pg
+from peftgraph.authoring import Pass
 from peftgraph.passes import IA3, BitFit, LoRA, SerialAdapter
 from peftgraph.rewrite.recipe import to_toml
 
@@ -39,7 +40,7 @@ def test_a_pass_prints_as_its_spec() -> None:
         ("  serial_adapter{ width=3\n activation=relu }", SerialAdapter(width=3, activation="relu")),
     ],
 )
-def test_specs_are_read(text: str, method: pg.Pass) -> None:
+def test_specs_are_read(text: str, method: Pass) -> None:
     assert pg.parse_pass(text) == method
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import peftgraph as pg
+from peftgraph.authoring import Pass
 from peftgraph.passes import IA3, DoRA, Freeze, LoRA, Prefix, SerialAdapter
 
 F64 = torch.float64
@@ -224,7 +225,7 @@ class TwoAttentions(nn.Module):
 
 
 @pytest.mark.parametrize("method", [LoRA(at="attention.q", rank=2), DoRA(at="attention.q", rank=2)], ids=str)
-def test_two_attentions_in_one_matrix_have_parameters_of_their_own(method: pg.Pass) -> None:
+def test_two_attentions_in_one_matrix_have_parameters_of_their_own(method: Pass) -> None:
     torch.manual_seed(0)
     model, x = TwoAttentions().eval(), torch.randn(2, 6, 8, dtype=F64)
     tuned = pg.trace(model, x).apply(method)
@@ -251,7 +252,7 @@ class BothWays(nn.Module):
 
 
 @pytest.mark.parametrize("method", [LoRA(at="attention.*", rank=2), IA3(at="attention.*")], ids=str)
-def test_one_value_in_two_roles_is_adapted_once(method: pg.Pass) -> None:
+def test_one_value_in_two_roles_is_adapted_once(method: Pass) -> None:
     torch.manual_seed(0)
     model, inputs = BothWays().eval(), (torch.randn(2, 5, 6, dtype=F64), torch.randn(2, 7, 6, dtype=F64))
     program = pg.trace(model, inputs)

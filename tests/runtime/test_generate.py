@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
 import peftgraph as pg
+from peftgraph.authoring import Pass
 from peftgraph.passes import IA3, LoRA, ParallelAdapter, Prefix, Prompt, PTuning
 
 F64 = torch.float64
@@ -114,7 +115,7 @@ def test_sites_and_parameters_are_those_of_the_plain_trace(name: str) -> None:
     assert list(cached.apply(*methods).table) == list(plain.apply(*methods).table)
 
 
-METHODS: dict[str, pg.Pass] = {
+METHODS: dict[str, Pass] = {
     "lora": LoRA(at="attention.*|ffn.*", rank=2),
     "ia3": IA3(),
     "adapter": ParallelAdapter(width=4),
@@ -229,7 +230,7 @@ def test_rows_in_front_of_the_tokens_are_read_at_every_step(name: str) -> None:
     assert beams.shape == (6, 16)
 
 
-def with_rows(name: str, dtype: torch.dtype, *passes: pg.Pass) -> tuple[pg.Program, pg.Program]:
+def with_rows(name: str, dtype: torch.dtype, *passes: Pass) -> tuple[pg.Program, pg.Program]:
     """Programs without and with a cache, of the same weights."""
     given = prompt()
     counted = {"position_ids": torch.arange(7).expand(3, -1).clone()}
@@ -242,7 +243,7 @@ def with_rows(name: str, dtype: torch.dtype, *passes: pg.Pass) -> tuple[pg.Progr
 
 
 # Of rows fewer, and more, than the earlier tokens of the example that was traced.
-ROWS: dict[str, tuple[pg.Pass, ...]] = {
+ROWS: dict[str, tuple[Pass, ...]] = {
     "llama": (Prompt(length=4, init="normal"), LoRA(rank=2)),
     "gpt2": (Prompt(length=9, init="normal"),),
     "falcon": (PTuning(length=6, hidden=8),),

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from peftgraph.errors import Ambiguous, NoMatch, PeftGraphError, PeftGraphWarning
 from peftgraph.passes import LoRA
-from peftgraph.rewrite.method import parse_pass
 from peftgraph.rewrite.recipe import load_recipe, to_toml
+from peftgraph.rewrite.spec import parse_pass
 from peftgraph.sites import (
     Selector,
     Site,

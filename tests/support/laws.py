@@ -19,6 +19,7 @@ import zoo
 from torch import Tensor
 
 import peftgraph as pg
+from peftgraph.authoring import Pass
 from peftgraph.passes import (
     CIAT,
     IA3,
@@ -65,7 +66,7 @@ class Line:
         meaningless: the architectures where it has no meaning, each with the error and its words.
     """
 
-    passes: tuple[pg.Pass, ...]
+    passes: tuple[Pass, ...]
     folds: bool = True
     near: tuple[str, ...] = ()
     away: bool = False

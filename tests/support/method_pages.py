@@ -20,8 +20,9 @@ from published import ROWS, Row, traced
 
 import peftgraph as pg
 from peftgraph import passes
+from peftgraph.authoring import Pass
 from peftgraph.rewrite.count import Count
-from peftgraph.rewrite.spec import print_value
+from peftgraph.rewrite.spec_text import print_value
 
 DOCS = Path(__file__).parents[2] / "docs"
 HAND = "## Where other libraries differ"
@@ -40,7 +41,7 @@ class Page:
     """
 
     title: str
-    methods: tuple[pg.Pass, ...]
+    methods: tuple[Pass, ...]
     model: str = MODEL
 
     @property
@@ -134,20 +135,18 @@ says so, and the tests hold both. Percentages are of the number of parameters th
 """
 
 
-def _linked(page: Page, method: pg.Pass) -> str:
+def _linked(page: Page, method: Pass) -> str:
     spec = _cell(f"`{_short(method)}`") if "{" in _short(method) or len(page.methods) > 1 else ""
     return f"[{page.title}](methods/{page.name}.md) {spec}".strip()
 
 
-def _short(method: pg.Pass) -> str:
+def _short(method: Pass) -> str:
     """The spec without the options that are as they are by default; it parses back too."""
     if isinstance(method, pg.Pipeline):
         return "; ".join(map(_short, method.passes()))
     shown = [f for f in dataclasses.fields(method) if getattr(method, f.name) != f.default]
     values = ((f.name, getattr(method, f.name)) for f in shown)
-    options = [
-        f"{name}={_short(value) if isinstance(value, pg.Pass) else print_value(value)}" for name, value in values
-    ]
+    options = [f"{name}={_short(value) if isinstance(value, Pass) else print_value(value)}" for name, value in values]
     return method.word + (f"{{{' '.join(options)}}}" if options else "")
 
 
@@ -251,7 +250,7 @@ def _parts(doc: str) -> tuple[str, str, str, str]:
     return title, algebra, text.strip(), source.strip()
 
 
-def _options(cls: type[pg.Pass]) -> str:
+def _options(cls: type[Pass]) -> str:
     documented = {}
     for one in reversed(cls.__mro__):
         documented |= dict(_attributes(one.__doc__ or ""))

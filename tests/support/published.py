@@ -16,6 +16,7 @@ import torch
 import transformers
 
 import peftgraph as pg
+from peftgraph.authoring import Pass
 from peftgraph.passes import (
     IA3,
     MAM,
@@ -92,7 +93,7 @@ class Row:
     """
 
     model: str
-    method: pg.Pass
+    method: Pass
     exact: int
     printed: str
     source: str
@@ -107,7 +108,7 @@ ADALORA, MAHABADI, LIBRARY = "AdaLoRA, table 1", "Compacter, table 1", "adapters
 SIZED = "in units of 2^20"
 GPT3 = "LoRA, table 4"
 LORA_NLG, BITFIT, TFEW = "LoRA, table 3", "BitFit, table 1", "T-Few, table 1"
-AP: tuple[pg.Pass, ...] = (Prefix(hidden=None), Pfeiffer(width=48))
+AP: tuple[Pass, ...] = (Prefix(hidden=None), Pfeiffer(width=48))
 LINEARS, T0_3B = pg.attention.all | pg.ffn.all, 2_849_757_184
 
 ROWS = [

@@ -20,7 +20,8 @@ from peftgraph.interop.adapterhub.saved import TENSORS, Saved
 from peftgraph.interop.filling import COMMON, Filled, Key
 from peftgraph.interop.peft.config import CONFIG
 from peftgraph.interop.selecting import selector_of
-from peftgraph.rewrite.method import Pass, find_pass
+from peftgraph.rewrite.method import Pass
+from peftgraph.rewrite.registry import find_pass
 from peftgraph.sites import Site, Sites
 
 NAMES = {

@@ -17,7 +17,7 @@ from torch import Tensor
 from peftgraph.errors import AdapterError
 from peftgraph.interop.adapterhub.saved import TENSORS, Saved
 from peftgraph.interop.filling import COMMON, Filled, Key
-from peftgraph.rewrite.method import find_pass
+from peftgraph.rewrite.registry import find_pass
 
 KIND = "invertible_adapters"
 NAMES = {f"{side}.{number}.{leaf}": f"{side.lower()}_{end}_{leaf}" for side in ("F", "G")

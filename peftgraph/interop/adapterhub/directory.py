@@ -28,7 +28,7 @@ from peftgraph.interop.documents import read_json
 from peftgraph.interop.filling import Filled, Key, fill, renamed
 from peftgraph.interop.peft.config import CONFIG
 from peftgraph.ir.program import ProgramData
-from peftgraph.rewrite.method import find_pass
+from peftgraph.rewrite.registry import find_pass
 from peftgraph.sites import Sites
 
 P = TypeVar("P", bound=ProgramData)

@@ -18,7 +18,7 @@ from peftgraph.interop.filling import Filled, Key
 from peftgraph.interop.selecting import selector_of
 from peftgraph.interop.stored import holders, parameters_of, same
 from peftgraph.ir.program import ProgramData
-from peftgraph.rewrite.method import find_pass
+from peftgraph.rewrite.registry import find_pass
 from peftgraph.sites import Sites
 
 HEAD = "head_config.json"

@@ -22,7 +22,7 @@ from peftgraph.interop.filling import Filled, Key
 from peftgraph.interop.peft.scales import departures
 from peftgraph.interop.selecting import adapted_sites, selector_of
 from peftgraph.ir.program import ProgramData
-from peftgraph.rewrite.method import find_pass
+from peftgraph.rewrite.registry import find_pass
 from peftgraph.sites import Site, Sites
 
 NAMES = {

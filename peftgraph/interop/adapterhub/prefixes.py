@@ -22,7 +22,7 @@ from peftgraph.errors import AdapterError
 from peftgraph.interop.adapterhub.saved import TENSORS, Saved
 from peftgraph.interop.filling import COMMON, Filled, Key
 from peftgraph.interop.selecting import selector_of
-from peftgraph.rewrite.method import find_pass
+from peftgraph.rewrite.registry import find_pass
 from peftgraph.sites import Site, Sites
 
 KINDS = {

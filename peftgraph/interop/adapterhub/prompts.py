@@ -16,7 +16,7 @@ from peftgraph.interop.filling import Filled
 from peftgraph.interop.selecting import selector_of
 from peftgraph.ir.program import ProgramData
 from peftgraph.rewrite.match import match_all
-from peftgraph.rewrite.method import find_pass
+from peftgraph.rewrite.registry import find_pass
 from peftgraph.rewrite.sequence.before_first_block import is_first_block_without_embedding
 from peftgraph.sites import Site, Sites
 

@@ -17,7 +17,7 @@ from peftgraph.errors import AdapterError
 from peftgraph.interop.adapterhub.saved import TENSORS, Saved
 from peftgraph.interop.filling import Filled, Key
 from peftgraph.interop.selecting import selector_of
-from peftgraph.rewrite.method import find_pass
+from peftgraph.rewrite.registry import find_pass
 from peftgraph.sites import Site, Sites
 
 NAMES = {"learned_source.weight": "weight", "learned_source.bias": "bias", "projection.weight": "projection"}

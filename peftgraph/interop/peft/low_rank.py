@@ -28,7 +28,7 @@ from peftgraph.interop.peft.tensors import PeftTensors, by_expert
 from peftgraph.interop.peft.tokens import TOKENS
 from peftgraph.interop.selecting import adapted_sites, rows_of, selector_of
 from peftgraph.ir.program import ProgramData
-from peftgraph.rewrite.method import find_pass
+from peftgraph.rewrite.registry import find_pass
 from peftgraph.rewrite.weight_views import weight_view
 from peftgraph.sites import Site, Sites
 

@@ -18,7 +18,8 @@ from peftgraph.interop.peft.config import PeftConfig
 from peftgraph.interop.peft.tensors import PeftTensors
 from peftgraph.interop.selecting import adapted_sites, selector_of
 from peftgraph.ir.program import ProgramData
-from peftgraph.rewrite.method import Pass, find_pass
+from peftgraph.rewrite.method import Pass
+from peftgraph.rewrite.registry import find_pass
 from peftgraph.rewrite.weight_views import weight_view
 from peftgraph.sites import Site, Sites
 

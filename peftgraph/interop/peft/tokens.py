@@ -18,7 +18,7 @@ from peftgraph.interop.peft.config import CONFIG, PeftConfig
 from peftgraph.interop.peft.tensors import PeftTensors
 from peftgraph.interop.selecting import owners, selector_of
 from peftgraph.ir.program import ProgramData
-from peftgraph.rewrite.method import find_pass
+from peftgraph.rewrite.registry import find_pass
 from peftgraph.sites import Site, Sites
 
 TOKENS = "tokens"

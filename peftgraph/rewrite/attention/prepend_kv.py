@@ -13,6 +13,7 @@ from peftgraph.ir.builder import Builder
 from peftgraph.rewrite.attention.biases import Biases, Shares, shares_of
 from peftgraph.rewrite.attention.eager_attention import Written, refusal
 from peftgraph.rewrite.attention.layout import axes_of, each_by_head, laid_out, size_of_head
+from peftgraph.rewrite.joins import Join
 from peftgraph.rewrite.match import Match
 from peftgraph.sites.dataflow import ops
 from peftgraph.sites.dataflow.flow import hint
@@ -43,7 +44,7 @@ def _heads_of(m: Match, port: str) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class PrependKV:
+class PrependKV(Join):
     """Keys and values in front of an attention's own: the delta gives both, `{"keys": ..., "values": ...}`.
 
     Both are (1, G, L, D), or (B, G, L, D) for rows that differ by example; `key_head_shape` and `value_head_shape` give
@@ -51,20 +52,22 @@ class PrependKV:
 
     Attributes:
         port: the attention's output.
+        exclusive: of two on one attention one would undo the other.
         placed: whether the rows have places, in front of all tokens; see `attend_with_rows`.
         biases: what becomes of the model's biases of the distance; see `attend_with_rows`.
     """
 
     port: str = "output"
+    exclusive: bool = True
     placed: bool = False
     biases: Biases = "kept"
 
-    def entered(self, m: Match, op: Builder, delta: fx.Node | Mapping[str, fx.Node]) -> dict[str, fx.Node]:
+    def combine(self, m: Match, op: Builder, delta: fx.Node | Mapping[str, fx.Node]) -> dict[str, fx.Node]:
         """The attention's output over the longer keys and values."""
         assert isinstance(delta, Mapping), "rows are keys and values"
         return {self.port: attend_with_rows(m, op, delta["keys"], delta["values"], self.placed, self.biases)}
 
-    def gated(self, m: Match, op: Builder, delta: fx.Node | Mapping[str, fx.Node], gate: fx.Node) -> dict[str, fx.Node]:
+    def gate(self, m: Match, op: Builder, delta: fx.Node | Mapping[str, fx.Node], gate: fx.Node) -> dict[str, fx.Node]:
         """Both times the gate."""
         assert isinstance(delta, Mapping), "rows are keys and values"
         return {name: op.mul(rows, gate) for name, rows in delta.items()}

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import fx
 
-from peftgraph import init
 from peftgraph.ir.builder import ACTIVATIONS, Builder, Initializer
-
-if TYPE_CHECKING:
-    from peftgraph.rewrite.method import Pass
+from peftgraph.rewrite.method import Pass
+from peftgraph.rewrite.modules import init
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,7 +49,7 @@ def gated(rule: Rule, gate: Gate) -> Rule:
         change = build(m, op)
         if not m.has(rule.join.port):
             raise PeftGraphError(f"{m.site} gives no value of its own that a gate could weigh. Choose other sites.")
-        x_BTD = _sequence(m, m.input if rule.reads is None else rule.reads(m, op))
+        x_BTD = _sequence(m, m.input if rule.gate_input is None else rule.gate_input(m, op))
         parts = [change] if isinstance(change, fx.Node) else change.values()
         axes = max(part.meta["val"].dim() for part in (*parts, m.value(rule.join.port)))
         opening = gate(m, op, x_BTD)
@@ -57,9 +57,9 @@ def gated(rule: Rule, gate: Gate) -> Rule:
             sizes = [op.call(aten.sym_size.int, x_BTD, axis) for axis in (0, 1)]
             opening = op.call(aten.expand.default, op.call(aten.unsqueeze.default, opening, 1), sizes)
         opening = op.call(aten.reshape.default, opening, [-1, *[1] * (axes - 1)])
-        return rule.join.gated(m, op, change, opening)
+        return rule.join.gate(m, op, change, opening)
 
-    return replace(rule, delta=delta, fold="a gate that reads the input stands before it", rank=None)
+    return replace(rule, delta=delta, fold="a gate that reads the input stands before it", max_rank=None)
 
 
 def _sequence(m: Match, x: fx.Node) -> fx.Node:
@@ -76,7 +76,7 @@ def _sequence(m: Match, x: fx.Node) -> fx.Node:
     )
 
 
-def mean_over(m: Match, op: Builder, x_BT1: fx.Node, tokens_only: bool) -> fx.Node:
+def masked_mean(m: Match, op: Builder, x_BT1: fx.Node, tokens_only: bool) -> fx.Node:
     """The mean of x (B, T, 1) over the positions, (B,): over all of them, or over those that hold tokens.
 
     All hold tokens where the model has no input that says otherwise.

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
 
-from peftgraph import init
 from peftgraph.ir.builder import Builder, Initializer
 from peftgraph.rewrite.match import Match
+from peftgraph.rewrite.method import Pass
+from peftgraph.rewrite.modules import init
 from peftgraph.sites import Site
-
-if TYPE_CHECKING:
-    from peftgraph.rewrite.method import Pass
-
 
 aten = torch.ops.aten
 

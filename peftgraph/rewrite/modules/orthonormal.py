@@ -12,8 +12,8 @@ from peftgraph.ir.builder import Builder
 aten = torch.ops.aten
 
 
-def orthonormal_rows(op: Builder, x_RI: fx.Node) -> fx.Node:
-    """The rows of x (R, I), R at most I, made orthonormal one after the other (Gram and Schmidt, by Householder's QR).
+def orthonormalise(op: Builder, x_RI: fx.Node) -> fx.Node:
+    """Makes the rows of x (R, I), R at most I, orthonormal in order (Gram-Schmidt, computed by Householder's QR).
 
     Row r is what of x's row r the rows before it do not span, at unit length; so orthonormal rows stay as they are.
     Computed in float32 where the parameters are narrower. The gradient is exact where the rows are independent.
@@ -24,7 +24,7 @@ def orthonormal_rows(op: Builder, x_RI: fx.Node) -> fx.Node:
     return op.cast(op.call(aten.t.default, op.mul(q_IR, signs_R)), "dtype")
 
 
-def orthonormal(x_RI: Tensor) -> Tensor:
-    """What `orthonormal_rows` computes, for a value, to the last bit."""
+def orthonormalise_tensor(x_RI: Tensor) -> Tensor:
+    """Makes the rows of a tensor (R, I) orthonormal, to the bit as `orthonormalise` does in the graph."""
     q_IR, triangle_RR = torch.linalg.qr(x_RI.to(torch.promote_types(x_RI.dtype, torch.float32)).t())
     return (q_IR * triangle_RR.diagonal().sign()).t().to(x_RI.dtype)

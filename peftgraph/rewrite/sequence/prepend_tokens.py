@@ -18,8 +18,10 @@ from torch import fx
 
 from peftgraph.errors import PeftGraphError
 from peftgraph.ir.builder import Builder
-from peftgraph.rewrite.match import OUTERMOST, RESULT, Match
-from peftgraph.rewrite.rule import Replace, Rule
+from peftgraph.rewrite.joins import Replace
+from peftgraph.rewrite.match import RESULT, Match
+from peftgraph.rewrite.nesting import Nesting
+from peftgraph.rewrite.rule import Rule
 from peftgraph.rewrite.sequence.after_embedding import Behind
 from peftgraph.rewrite.sequence.before_first_block import InFront, is_first_block_without_embedding
 from peftgraph.rewrite.sequence.growth import Growth, checked_inputs
@@ -133,19 +135,25 @@ def prepend_token_rules(
         values = place.embedded(m, op, rows(m, op))
         return values | place.results(m, op) if trim_results else values
 
-    lacking = "embeds tokens that are an input of the model"
-    level = OUTERMOST if place.after_embedding else 1
-    more: dict[str, Any] = {"at": at, "fold": reason, "where": embeds_tokens, "lacking": lacking, "level": level}
+    message = "embeds tokens that are an input of the model"
+    nesting = Nesting.OUTERMOST if place.after_embedding else Nesting.SUBLAYER
+    more: dict[str, Any] = {
+        "at": at,
+        "fold": reason,
+        "where": embeds_tokens,
+        "where_message": message,
+        "nesting": nesting,
+    }
     if place.after_embedding:
-        lacking += ", or is the first block of a stack that no embedding feeds"
-        more |= {"where": lambda m: embeds_tokens(m) or is_first_block_without_embedding(m), "lacking": lacking}
-        found = [Rule(delta=behind, join=Replace("input"), **more)]
+        message += ", or is the first block of a stack that no embedding feeds"
+        more |= {"where": lambda m: embeds_tokens(m) or is_first_block_without_embedding(m), "where_message": message}
+        found = [Rule(delta=behind, join=Replace("input", resizes=True), **more)]
         more |= {"where": embeds_tokens, "optional": True}
-        cutting = Rule(delta=results_behind, join=Replace(anew=False), **more)
+        cutting = Rule(delta=results_behind, join=Replace(exclusive=False, resizes=True), **more)
         return [*found, cutting] if trim_results else found
     return [
-        Rule(delta=inputs, join=Replace("input"), **more),
-        Rule(delta=embedded, join=Replace(anew=False), **more),
+        Rule(delta=inputs, join=Replace("input", resizes=True), **more),
+        Rule(delta=embedded, join=Replace(exclusive=False, resizes=True), **more),
     ]
 
 
@@ -181,7 +189,13 @@ def replace_token_rule(at: Selector, token: int, rows: Callable[[Match, Builder]
         known = {"input": op.call(aten.clamp.default, tokens_BT, None, size - 1)} if token >= size else {}
         return known | {"output": embedded}
 
-    lacking = "embeds tokens that are an input of the model"
+    message = "embeds tokens that are an input of the model"
     return Rule(
-        at=at, delta=placed, join=Replace(anew=False), fold=reason, where=embeds_tokens, lacking=lacking, level=1
+        at=at,
+        delta=placed,
+        join=Replace(exclusive=False),
+        fold=reason,
+        where=embeds_tokens,
+        where_message=message,
+        nesting=Nesting.SUBLAYER,
     )

@@ -1,0 +1,182 @@
+"""Joins: how what a rule computes is combined with the values at its site's ports.
+
+A join of one's own subclasses `PortByPort`, or `Join` where the ports depend on one another, and passes as
+`Rule(join=...)`. What it returns is checked when the pass is applied.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from peftgraph.errors import PeftGraphError
+from peftgraph.ir.builder import Builder
+from peftgraph.rewrite.match import Match
+
+aten = torch.ops.aten
+
+Delta = fx.Node | Mapping[str, fx.Node]
+
+
+class Join(ABC):
+    """Combines a delta with the values at the ports of a site.
+
+    Attributes:
+        port: where the delta enters when it is a single node and not a mapping from ports to nodes.
+        exclusive: whether the new values ignore the old ones, so that of two such joins at one port one would undo the
+            other; applying both is a `Conflict`.
+        resizes: whether a new value may have other sizes than the old one, as a sequence with prepended rows has. The
+            sizes of everything that reads it are then inferred anew.
+    """
+
+    port: str = "output"
+    exclusive: bool = False
+    resizes: bool = False
+
+    @abstractmethod
+    def combine(self, m: Match, op: Builder, delta: Delta) -> Mapping[str, fx.Node]:
+        """Returns, by port, the value that the users there read from now on."""
+
+    @abstractmethod
+    def gate(self, m: Match, op: Builder, delta: Delta, gate: fx.Node) -> Delta:
+        """Returns the delta scaled by a gate: with 0 nothing changes, with 1 `delta` enters as it is.
+
+        Args:
+            m: the match.
+            op: the builder of the edit.
+            delta: what the rule computed.
+            gate: (batch, 1, ..., 1), with as many axes as the delta.
+        """
+
+
+class PortByPort(Join):
+    """A join that combines each port's value with that port's part of the delta, independently of other ports.
+
+    Example:
+        ```python
+        @dataclass(frozen=True)
+        class Subtract(PortByPort):
+            port: str = "output"
+
+            def combine_port(self, m, op, value, delta):
+                return op.call(torch.ops.aten.sub.Tensor, value, delta)
+
+            def gate_port(self, m, op, value, delta, gate):
+                return op.mul(delta, gate)
+        ```
+    """
+
+    @abstractmethod
+    def combine_port(self, m: Match, op: Builder, value: fx.Node, delta: fx.Node) -> fx.Node:
+        """Returns what the port's users read instead of `value`."""
+
+    @abstractmethod
+    def gate_port(self, m: Match, op: Builder, value: fx.Node, delta: fx.Node, gate: fx.Node) -> fx.Node:
+        """Returns the port's part of the delta, scaled by the gate."""
+
+    def combine(self, m: Match, op: Builder, delta: Delta) -> dict[str, fx.Node]:
+        """Combines every port's value."""
+        return {port: self.combine_port(m, op, m.value(port), part) for port, part in self._parts(delta).items()}
+
+    def gate(self, m: Match, op: Builder, delta: Delta, gate: fx.Node) -> dict[str, fx.Node]:
+        """Gates every port's part."""
+        return {port: self.gate_port(m, op, m.value(port), part, gate) for port, part in self._parts(delta).items()}
+
+    def _parts(self, delta: Delta) -> Mapping[str, fx.Node]:
+        return {self.port: delta} if isinstance(delta, fx.Node) else delta
+
+
+@dataclass(frozen=True)
+class Add(PortByPort):
+    """y -> y + delta, on the site's own columns."""
+
+    port: str = "output"
+
+    def combine_port(self, m: Match, op: Builder, value: fx.Node, delta: fx.Node) -> fx.Node:
+        """Computes y + delta."""
+        return m.on_columns(op, value, lambda part: op.add(part, delta))
+
+    def gate_port(self, m: Match, op: Builder, value: fx.Node, delta: fx.Node, gate: fx.Node) -> fx.Node:
+        """Computes g delta."""
+        return op.mul(delta, gate)
+
+
+@dataclass(frozen=True)
+class AddProduct(Join):
+    """y -> y + x D^T for a change D of the site's weight: delta is x D^T, on the site's own columns. Where a change can
+    only enter the weight itself, W -> W + D, delta is D (O, I), and every reader of the weight reads the changed one.
+
+    Attributes:
+        port: where x D^T enters.
+        turns: whether the delta is also right where another site multiplies by the transpose of the same weight, with
+            the same parameters (`Match.transposed`).
+    """
+
+    port: str = "output"
+    turns: bool = False
+
+    def combine(self, m: Match, op: Builder, delta: Delta) -> dict[str, fx.Node]:
+        """Computes the new output; or the new weight, for each name that it is read under."""
+        assert isinstance(delta, fx.Node)
+        if m.form == "output":
+            return {"output": m.on_columns(op, m.value("output"), lambda part: op.add(part, delta))}
+        changed = m.changed_weight(op, m.value("weight"), delta)
+        first, *others = m.ports_of_weight()
+        return {first: changed, **{port: op.call(aten.alias.default, changed) for port in others}}
+
+    def gate(self, m: Match, op: Builder, delta: Delta, gate: fx.Node) -> fx.Node:
+        """Computes g delta.
+
+        Raises:
+            PeftGraphError: the change enters the weight, which all rows of a batch share.
+        """
+        assert isinstance(delta, fx.Node)
+        if m.form == "weight":
+            raise PeftGraphError(
+                f"{m.site.id}: a change of {m.weight.view} enters the weight itself, which all rows of a batch share, "
+                "so no gate can weigh it by row. Choose other sites for the gated pass."
+            )
+        return op.mul(delta, gate)
+
+
+@dataclass(frozen=True)
+class Multiply(PortByPort):
+    """y -> y * delta, on the site's own columns."""
+
+    port: str = "output"
+
+    def combine_port(self, m: Match, op: Builder, value: fx.Node, delta: fx.Node) -> fx.Node:
+        """Computes y * delta."""
+        return m.on_columns(op, value, lambda part: op.mul(part, delta))
+
+    def gate_port(self, m: Match, op: Builder, value: fx.Node, delta: fx.Node, gate: fx.Node) -> fx.Node:
+        """Computes 1 + g (delta - 1)."""
+        return op.call(aten.add.Scalar, op.mul(op.call(aten.sub.Scalar, delta, 1.0), gate), 1.0)
+
+
+@dataclass(frozen=True)
+class Replace(PortByPort):
+    """y -> delta.
+
+    Attributes:
+        port: where.
+        exclusive: whether delta ignores y. With `exclusive=False` it is computed from y, so that other passes may
+            replace y as well.
+        resizes: whether delta may have other sizes than y.
+    """
+
+    port: str = "output"
+    exclusive: bool = True
+    resizes: bool = False
+
+    def combine_port(self, m: Match, op: Builder, value: fx.Node, delta: fx.Node) -> fx.Node:
+        """Returns delta."""
+        return delta
+
+    def gate_port(self, m: Match, op: Builder, value: fx.Node, delta: fx.Node, gate: fx.Node) -> fx.Node:
+        """Computes y + g (delta - y)."""
+        return op.add(value, op.mul(op.call(aten.sub.Tensor, delta, value), gate))

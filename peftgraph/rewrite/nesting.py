@@ -1,0 +1,33 @@
+"""How deep the value that an edit changes is nested."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from peftgraph.sites.roles import level_of
+
+
+class Nesting(IntEnum):
+    """Orders the edits of one value: an edit enters inside of those with a higher level, whatever was applied first.
+
+    A projection's own output lies within its sublayer's, and that within its block's, though all three may be one node
+    of the graph. A rule takes the level of its site's role unless it sets `Rule.nesting`.
+
+    Attributes:
+        INNERMOST: changes what the site itself computes, inside of the edits of all other passes.
+        PROJECTION: the output of one operation.
+        SUBLAYER: the output of an attention or a feed-forward.
+        BLOCK: the output of a block.
+        OUTERMOST: outside of every edit within the site's own computation.
+    """
+
+    INNERMOST = -1
+    PROJECTION = 0
+    SUBLAYER = 1
+    BLOCK = 2
+    OUTERMOST = BLOCK
+
+
+def nesting_of(role: str) -> Nesting:
+    """Returns the level of the values of a site of that role."""
+    return Nesting(level_of(role))
