@@ -79,7 +79,7 @@ class AdapterDrop(Pass):
             return op.call(aten.randint.low, self.layers, len(blocks), [1], device=op.device)
 
         def gate(value: fx.Node) -> fx.Node:
-            return op.gated_in_training(value, op.call(aten.le.Scalar, op.once(f"depth {stack}", draw), layer))
+            return op.scale_in_training(value, op.call(aten.le.Scalar, op.shared_value(f"depth {stack}", draw), layer))
 
         made = delta(m, op)
         return gate(made) if isinstance(made, fx.Node) else {port: gate(value) for port, value in made.items()}

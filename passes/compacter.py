@@ -92,7 +92,7 @@ class Compacter(Pass):
         """x (..., I) -> x W + b (..., O), through N rows of I/N features."""
         n, start = self.n, STARTS[self.init]
         std = 1e-4 if self.shared else 1e-2
-        make = op.shared if self.shared else op.param
+        make = op.shared_param if self.shared else op.param
         rule_NNN = make("phm_rule" if self.shared else f"{side}_rule", (n, n, n), init.normal(std))
         bias_O = op.param(f"{side}_bias", (out,), init.zeros)
         rows = op.call(aten.unflatten.int, x, -1, [n, inner // n])

@@ -64,8 +64,8 @@ class FreezeStatistics(Pass):
         before, after = norm.args[1:USES_BATCH], norm.args[USES_BATCH + 1 :]
         fixed = op.call(norm.target, m.input, *before, False, *after)
         for node in (norm, *self.counts(m, norm)):
-            op.silence(node)
-        return op.silence(fixed)
+            op.disable_write(node)
+        return op.disable_write(fixed)
 
     def counts(self, m: Match, norm: fx.Node) -> list[fx.Node]:
         """What counts the batches that the statistics of a norm have seen: it adds to an integer beside them."""

@@ -104,7 +104,7 @@ class LoReFT(Pass):
         )
         if self.prefix is None:
             return self.edited(op, h_BSD, "")
-        ends_NBS1 = op.once(f"{m.site.stack} ends", partial(self.ends, m, op))
+        ends_NBS1 = op.shared_value(f"{m.site.stack} ends", partial(self.ends, m, op))
         result_BSD = h_BSD
         for i, name in enumerate([""] if self.tied else ["prefix_", "suffix_"]):
             here_BS1 = op.call(aten.select.int, ends_NBS1, 0, i)
@@ -147,7 +147,7 @@ class LoReFT(Pass):
             tensor.copy_(orthonormalise_tensor(first[0]) if self.orthogonal else first[0])
 
         if self.orthogonal:
-            r_RD = op.derived(f"{name}projection", orthonormalise(op, op.param(f"{name}directions", shape, draw)))
+            r_RD = op.mark_derived(f"{name}projection", orthonormalise(op, op.param(f"{name}directions", shape, draw)))
         else:
             r_RD = op.param(f"{name}projection", shape, draw)
         identity = same if self.subtract else init.zeros

@@ -68,7 +68,7 @@ class Pfeiffer(Pass):
 
     def normed(self, m: Match, op: Builder) -> fx.Node:
         """N(s)."""
-        return op.once(f"{m.site.id}.normed", lambda: m.normed(op, m.value("join")))
+        return op.shared_value(f"{m.site.id}.normed", lambda: m.normed(op, m.value("join")))
 
     def delta(self, m: Match, op: Builder) -> fx.Node:
         """The bottleneck of N(s)."""

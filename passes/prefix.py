@@ -100,17 +100,17 @@ class Prefix(Pass):
         width = self.width(m)
 
         def hidden() -> fx.Node:
-            start_LD = op.shared(f"{family}_embedding", (self.length, width), init.normal(1.0))
-            weight = op.shared(f"{family}_down_weight", (self.hidden or 0, width), init.kaiming)
-            bias = op.shared(f"{family}_down_bias", (self.hidden or 0,), init.uniform(width**-0.5))
+            start_LD = op.shared_param(f"{family}_embedding", (self.length, width), init.normal(1.0))
+            weight = op.shared_param(f"{family}_down_weight", (self.hidden or 0, width), init.kaiming)
+            bias = op.shared_param(f"{family}_down_bias", (self.hidden or 0,), init.uniform(width**-0.5))
             return op.activation("tanh", op.linear(start_LD, weight, bias))
 
-        hidden_LM = op.once(f"{family}_hidden", hidden)
+        hidden_LM = op.shared_value(f"{family}_hidden", hidden)
         found: dict[str, fx.Node] = {}
         for name, (heads, features) in sizes.items():
             weight = op.param(f"{name[-1]}_weight", (heads * features, self.hidden), init.kaiming)
             bias = op.param(f"{name[-1]}_bias", (heads * features,), init.uniform(self.hidden**-0.5))
-            found[name] = op.derived(name, op.linear(hidden_LM, weight, bias))
+            found[name] = op.mark_derived(name, op.linear(hidden_LM, weight, bias))
         return found
 
     def width(self, m: Match) -> int:

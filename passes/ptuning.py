@@ -75,7 +75,7 @@ class PTuning(Pass):
             return op.param("prompt", (self.length, m.features), init.normal(1.0))
         start_LD = op.param("start", (self.length, m.features), init.normal(1.0))
         encode = self.through_lstm if self.encoder == "lstm" else self.through_mlp
-        return op.derived("prompt", encode(op, start_LD, m.features))
+        return op.mark_derived("prompt", encode(op, start_LD, m.features))
 
     def through_lstm(self, op: Builder, start_LD: fx.Node, width: int) -> fx.Node:
         """W_2 relu(W_1 BiLSTM(P) + b_1) + b_2."""

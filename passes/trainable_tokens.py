@@ -80,7 +80,7 @@ class TrainableTokens(Pass):
         """The value with the rows in it."""
         self.fits(m)
         base = m.rows(self.tokens)
-        rows_ND = op.shared("tokens", base.value.shape, lambda rows: rows.copy_(base.value))
+        rows_ND = op.shared_param("tokens", base.value.shape, lambda rows: rows.copy_(base.value))
         if m.site.role == "embedding":
             return self.embedded(m, op, rows_ND)
         change_ND = op.call(aten.sub.Tensor, rows_ND, m.read(op, base))

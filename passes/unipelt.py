@@ -78,7 +78,7 @@ class UniPELT(Pass):
             where = [m.site.stack, None if m.site.layer is None else f"layer{m.site.layer}"]
             where += [m.site.kind] if self.gates == "method" else []
             name = "_".join(part for part in (*where, who, "gate") if part)
-            return op.once(name, lambda: self.opening(m, op, x_BTD, op.shared, name))
+            return op.shared_value(name, lambda: self.opening(m, op, x_BTD, op.shared_param, name))
 
         return gate
 

@@ -221,15 +221,15 @@ class Program(Copied, ProgramData):
         """
         self.require_one_adapter()
         blocks = spans(self, self.sites)
-        if self.surrounding is not None:
-            return surround(self, blocks, self.surrounding)
-        if self.host is None:
+        if self.enclosing_model is not None:
+            return surround(self, blocks, self.enclosing_model)
+        if self.model_class is None:
             return GraphModule(self, blocks)
 
         def save(trained: Mapping[str, Tensor], directory: Path) -> None:
             native.save_trained(self, trained, directory)
 
-        return hosted(self, blocks, self.host, save)
+        return hosted(self, blocks, self.model_class, save)
 
     def export(self, path: str | PathLike[str]) -> Path:
         """Writes the graph by suffix: `.pt2` (torch.export) or `.onnx`.
@@ -286,7 +286,7 @@ class Program(Copied, ProgramData):
     def __str__(self) -> str:
         passes = "; ".join(str(applied.method) for applied in self.history) or "no passes"
         kept = f"Program of {self.model}: {len(self.graph.nodes)} nodes, {len(self.sites)} sites, {passes}"
-        return kept if self.checked is None else f"{kept}; {self.checked.summary()} when it was traced"
+        return kept if self.comparison is None else f"{kept}; {self.comparison.summary()} when it was traced"
 
     def __repr__(self) -> str:
         return f"<{self}>"

@@ -19,9 +19,9 @@ from torch.overrides import TorchFunctionMode
 from peftgraph.capture.diagnosis import is_model_code
 from peftgraph.errors import TraceError
 from peftgraph.ir.assumption import Assumption
-from peftgraph.ir.dead_code import drop_dead
-from peftgraph.ir.parameters import Entry
-from peftgraph.ir.program import stored
+from peftgraph.ir.dead_code import remove_dead_nodes
+from peftgraph.ir.graphs import stored_tensor_nodes
+from peftgraph.ir.tensor_table import TensorEntry
 
 ASKING = {"__bool__", "item"}
 
@@ -54,7 +54,7 @@ class Assuming(TorchFunctionMode):
 
 
 def split(
-    graph: fx.Graph, asked: Sequence[tuple[Any, str, bool, str]], entries: Mapping[str, Entry]
+    graph: fx.Graph, asked: Sequence[tuple[Any, str, bool, str]], entries: Mapping[str, TensorEntry]
 ) -> tuple[Assumption, ...]:
     """Takes the last outputs of a canonical graph, in place, for what they are: one assumption each.
 
@@ -69,7 +69,7 @@ def split(
     found: dict[tuple[str, str], Assumption] = {}
     for answer, (_, place, side, source) in zip(answers, asked, strict=True):
         own = _above(answer)
-        read = [str(node.target) for node in stored(own)]
+        read = [str(node.target) for node in stored_tensor_nodes(own)]
         weights = [name for name in read if entries[name].kind == "parameter"]
         if weights:
             raise TraceError(
@@ -79,7 +79,7 @@ def split(
         tensors = {name: entries[name].tensor for name in read}
         found.setdefault((place, str(own)), Assumption(place, side, source, own, tensors))
     output.args = (leaves[: len(leaves) - len(asked)],)
-    drop_dead(graph)
+    remove_dead_nodes(graph)
     return tuple(found.values())
 
 
@@ -89,7 +89,7 @@ def all_used(sides: Mapping[str, bool], found: Iterable[Assumption]) -> None:
     Raises:
         TraceError: one was not.
     """
-    unused = set(sides) - {one.place for one in found}
+    unused = set(sides) - {one.location for one in found}
     if unused:
         raise TraceError(
             f"assume names {min(unused)!r}, but no tensor's truth is asked for at such a line. Name the file and the "

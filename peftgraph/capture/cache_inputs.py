@@ -20,7 +20,7 @@ from peftgraph.capture.export_run import markers_of
 from peftgraph.capture.fake_model import compiling, ghost_arguments, ghost_of
 from peftgraph.capture.submodule import frozen_copy
 from peftgraph.errors import TraceError
-from peftgraph.ir.kv_cache import Past, fill
+from peftgraph.ir.kv_cache import KVCacheSpec, default_input
 
 NAMES = ("cache", "past_key_values")  # what versions of transformers call it
 
@@ -43,12 +43,12 @@ def with_past(model: nn.Module, example: Example, own: torch.dtype) -> Example:
     if example.arguments.get("use_cache") is not True or argument is None or argument in example.arguments:
         return example
     paired = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-    tokens = example.arguments.get(Past(argument, (), paired).tokens)
+    tokens = example.arguments.get(KVCacheSpec(argument, (), paired).tokens)
     if not isinstance(tokens, Tensor) or tokens.dim() != 2:
         raise TraceError("An example that asks for a cache needs input_ids (decoder_input_ids): batch x length.")
     marker = markers_of(model, own)[0] or own
     layers = _layers(model, example, argument, paired, (own, marker))
-    past, shapes = Past(argument, tuple(layers), paired), list(layers.values())
+    past, shapes = KVCacheSpec(argument, tuple(layers), paired), list(layers.values())
     length = tokens.shape[1]
     if any(len(one) != 4 or one[-2] != length for pair in shapes for one, _ in pair):
         raise TraceError(
@@ -58,9 +58,9 @@ def with_past(model: nn.Module, example: Example, own: torch.dtype) -> Example:
     before = _free_size(example, shapes, length)
     generator = torch.Generator().manual_seed(0)
     tensors = [_random((*one[:-2], before, one[-1]), own, device, generator) for pair in shapes for one, device in pair]
-    fills = {} if paired else {"attention_mask": "ones", "position_ids": _positions(model, example, argument)}
+    defaults = {} if paired else {"attention_mask": "ones", "position_ids": _positions(model, example, argument)}
     arguments = {**_prefixed(example, tokens, before, paired), argument: tuple(tensors)}
-    return replace(example, past=past, fills=fills).with_arguments(arguments)
+    return replace(example, kv_cache=past, defaults=defaults).with_arguments(arguments)
 
 
 def _layers(
@@ -70,7 +70,7 @@ def _layers(
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     ghost = ghost_of(model, mode, *dtypes).eval()
     arguments = ghost_arguments(dict(example.arguments), mode, *dtypes)
-    cache = Past(argument, (), paired).cache()
+    cache = KVCacheSpec(argument, (), paired).cache()
     args, kwargs = example.call({**arguments, argument: cache})
     try:
         with torch.no_grad(), mode, quiet(), compiling():
@@ -100,7 +100,7 @@ def _positions(model: nn.Module, example: Example, argument: str) -> str | None:
 
     expected = answer()
     for name in ("range", "counted"):
-        found = answer(position_ids=fill(name, mask, 0, tokens.shape[1], torch.long))
+        found = answer(position_ids=default_input(name, mask, 0, tokens.shape[1], torch.long))
         if all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(found, expected, strict=True)):
             return name
     return None

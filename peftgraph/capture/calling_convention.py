@@ -13,9 +13,10 @@ from torch.utils import _pytree as pytree
 from peftgraph.capture.example_inputs import Example
 from peftgraph.capture.export_run import Exported
 from peftgraph.capture.size_decisions import Decisions, condition
+from peftgraph.ir.arguments import leaves_with_keys
 from peftgraph.ir.assumption import Assumption
-from peftgraph.ir.shape_inference import number_of
-from peftgraph.ir.signature import BY_CALLER, Condition, Input, Signature, keyed_leaves
+from peftgraph.ir.shape_inference import concrete_size
+from peftgraph.ir.signature import FIXED_BY_CALLER, InputSpec, Signature, SizeCondition
 
 Symbols = dict[str, tuple[sympy.Basic | None, ...]]  # what each size of an input was as the export began, by its name
 
@@ -42,10 +43,10 @@ def signature_of(
         dims = tuple(map(sizes.name, node.meta["val"].shape))
         parameter = parameters.get(leaf.argument)
         optional = parameter is None or parameter.default is not parameter.empty
-        fill = bound.fills.get(leaf.argument)
-        fixed = sizes.fixed(node, exported.decisions) | dict.fromkeys(bound.fixed.get(leaf.key, ()), BY_CALLER)
-        inputs.append(Input(node.name, leaf.key, leaf.argument, leaf.value.dtype, dims, optional, fill, fixed))
-        node.meta |= {"label": leaf.key, "fill": fill}
+        fill = bound.defaults.get(leaf.argument)
+        fixed = sizes.fixed(node, exported.decisions) | dict.fromkeys(bound.fixed.get(leaf.key, ()), FIXED_BY_CALLER)
+        inputs.append(InputSpec(node.name, leaf.key, leaf.argument, leaf.value.dtype, dims, optional, fill, fixed))
+        node.meta |= {"label": leaf.key, "default": fill}
     ranges = {}
     for symbol, span in exported.program.range_constraints.items():
         if str(symbol) in sizes.names:
@@ -55,7 +56,7 @@ def signature_of(
     constants = {leaf.key: leaf.value for leaf in bound.leaves if not isinstance(leaf.value, Tensor)}
     spec = exported.outputs
     keys, asked = _output_keys(spec), (sizes.conditions(exported.decisions), assumptions)
-    return Signature(bound.forward, tuple(inputs), constants, ranges, spec, keys, bound.assumed, bound.past, *asked)
+    return Signature(bound.forward, tuple(inputs), constants, ranges, spec, keys, bound.assumed, bound.kv_cache, *asked)
 
 
 @dataclass(frozen=True)
@@ -82,13 +83,13 @@ class _Sizes:
             for axis, (size, symbol) in enumerate(zip(node.meta["val"].shape, given[node.name], strict=True)):
                 if symbol is not None:
                     now[symbol] = sympy.Integer(size) if isinstance(size, int) else size.node.expr
-                if number_of(size) is None and str(size) not in names:
+                if concrete_size(size) is None and str(size) not in names:
                     names[str(size)] = next(lengths if axis else batches)
         return cls(names, given, now)
 
     def name(self, size: int | torch.SymInt) -> int | str:
         """The name of a size; a number where the model's code fixed it, whatever the exporter holds it as."""
-        number = number_of(size)
+        number = concrete_size(size)
         return self.names[str(size)] if number is None else number
 
     def fixed(self, node: fx.Node, decisions: Decisions) -> dict[int, str]:
@@ -96,7 +97,7 @@ class _Sizes:
         lines = {axis: decisions.fixed.get(symbol, "") for axis, symbol in enumerate(self.given[node.name]) if symbol}
         return {axis: line for axis, line in lines.items() if line}
 
-    def conditions(self, decisions: Decisions) -> tuple[Condition, ...]:
+    def conditions(self, decisions: Decisions) -> tuple[SizeCondition, ...]:
         """What the code's branches ask of the sizes, and what sizes that are made of others are."""
         known: dict[sympy.Basic, sympy.Basic] = {}
         made: list[tuple[sympy.Symbol, sympy.Basic]] = []
@@ -118,5 +119,5 @@ class _Sizes:
 
 def _output_keys(spec: pytree.TreeSpec) -> tuple[str, ...]:
     leaves = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
-    keys = [key for key, _ in keyed_leaves("", leaves)]
+    keys = [key for key, _ in leaves_with_keys("", leaves)]
     return tuple(key.replace("['", ".").replace("']", "").removeprefix(".") or "output" for key in keys)

@@ -21,11 +21,11 @@ from peftgraph.capture.first_difference import parting
 from peftgraph.capture.probe_inputs import allowed, other_masks, other_sizes, resized, sizes_of, smallest
 from peftgraph.capture.submodule import frozen_copy
 from peftgraph.errors import TraceError
-from peftgraph.ir.checked import Checked
-from peftgraph.ir.interpreter import contractions, run_in_mode
-from peftgraph.ir.parameters import Table
+from peftgraph.ir.comparison_report import ComparisonReport
+from peftgraph.ir.dtypes import short_dtype
+from peftgraph.ir.interpreter import count_matrix_products, run_in_mode
 from peftgraph.ir.program import ProgramData
-from peftgraph.ir.signature import short_dtype
+from peftgraph.ir.tensor_table import TensorTable
 
 Level = Literal["off", "example", "sizes"]
 OTHERS = 4  # how many other sizes are tried until the model takes one
@@ -54,7 +54,9 @@ def compared(model: nn.Module, program: ProgramData, example: Example, level: Le
         comparison.on_other_sizes()
         ranges = comparison.smallest_sizes()
         program = program.evolve(signature=replace(program.signature, ranges=ranges))
-    return program.evolve(checked=Checked(tuple(comparison.runs), comparison.values, tuple(comparison.left)))
+    return program.evolve(
+        comparison=ComparisonReport(tuple(comparison.runs), comparison.values, tuple(comparison.skipped))
+    )
 
 
 class Differs(TraceError):
@@ -84,7 +86,7 @@ class Comparison:
         example: the call that was traced.
         values: whether the weights have values; else both run on fake tensors.
         runs: see `Checked`.
-        left: see `Checked`.
+        skipped: see `Checked`.
         lows: the smallest sizes that a call may have, where the program stops below them.
     """
 
@@ -93,7 +95,7 @@ class Comparison:
     example: Example
     values: bool
     runs: list[str] = field(default_factory=list)
-    left: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
     lows: dict[str, int] = field(default_factory=dict)
 
     def on_example(self) -> None:
@@ -110,7 +112,7 @@ class Comparison:
             )
         refused = self.compare(self.example, training=True)
         if refused is not None:
-            self.left.append(f"training, where the model raises {refused.reason}")
+            self.skipped.append(f"training, where the model raises {refused.reason}")
 
     def on_other_masks(self) -> None:
         """In evaluation, with masks that hide something where the example's hide nothing, and the other way.
@@ -134,7 +136,7 @@ class Comparison:
             refused = self.compare(call, training=training)
             if refused is not None:
                 mode = "training" if training else "evaluation"
-                self.left.append(f"{mode} at {_told(call)}: on shapes alone the model raises {refused.reason}")
+                self.skipped.append(f"{mode} at {_told(call)}: on shapes alone the model raises {refused.reason}")
 
     def on_other_sizes(self) -> None:
         """In both modes, with every free size another one, if the model takes one that the signature allows.
@@ -155,14 +157,14 @@ class Comparison:
                 continue
             if refused is None:
                 if self.compare(call, training=True) is not None:
-                    self.left.append(f"training at {_told(call)}")
+                    self.skipped.append(f"training at {_told(call)}")
                 return
         why = (
             "the signature allows none that differ in every free size"
             if refused is None
             else (f"at those that were tried the model raises {refused.reason}")
         )
-        self.left.append(f"other sizes: {why}")
+        self.skipped.append(f"other sizes: {why}")
 
     def _is_too_small(self, sizes: dict[str, int]) -> bool:
         """Takes sizes below the example's, at which the program stops, out of those that a call may have: what is made
@@ -237,7 +239,7 @@ class Comparison:
         }
         inputs = [ghost_tensor(tensor, mode, *SAME) for tensor in call.tensors]
         with quiet(), mode:
-            return Answer(run_in_mode(self.program.evolve(table=Table(entries)), inputs, training=training), {})
+            return Answer(run_in_mode(self.program.evolve(table=TensorTable(entries)), inputs, training=training), {})
 
     def _run(self, program: ProgramData, call: Example, training: bool) -> Answer:
         buffers: dict[str, Tensor] = {}
@@ -255,7 +257,7 @@ class Comparison:
         program, model = self.program, self.model
         values = sum(parameter.numel() for parameter in model.parameters())
         if (
-            not program.marked
+            not program.can_change_dtype
             or program.table.dtype == torch.float64
             or values > LARGE
             or not math.isfinite(difference)
@@ -292,7 +294,7 @@ def _difference(program: ProgramData, found: Answer, expected: Answer, values: b
     pairs = list(zip(keys, found.leaves, expected.leaves, strict=True))
     written = [name for name in found.buffers if name in expected.buffers]
     pairs += [(f"the buffer {name} afterwards", found.buffers[name], expected.buffers[name]) for name in written]
-    depth = max(1, contractions(program.graph))
+    depth = max(1, count_matrix_products(program.graph))
     for key, ours, theirs in pairs:
         if not isinstance(ours, Tensor) or not isinstance(theirs, Tensor):
             if values and (type(ours) is not type(theirs) or ours != theirs):
@@ -342,7 +344,7 @@ def _in_float64(program: ProgramData) -> ProgramData:
         for name, entry in program.table.items()
         if entry.kind != "constant"
     }
-    return program.evolve(table=program.table.with_(entries))
+    return program.evolve(table=program.table.updated(entries))
 
 
 def _double(value: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from peftgraph.errors import TraceError
-from peftgraph.ir.kv_cache import Past
-from peftgraph.ir.signature import arguments_of, keyed_leaves
+from peftgraph.ir.arguments import bind_arguments, leaves_with_keys
+from peftgraph.ir.kv_cache import KVCacheSpec
 
 CACHES = ("use_cache", "use_mems")
 PRIMES = (3, 5, 7, 11, 13, 17, 19, 23)
@@ -37,8 +37,8 @@ class Example:
         arguments: the arguments by parameter name; tensors are clones that alias nothing.
         leaves: every leaf of the arguments, in order.
         assumed: arguments that the caller did not give.
-        past: how the model takes keys and values of earlier calls; the argument is a tuple of tensors here.
-        fills: what stands for an argument that a call leaves out, by its name (see `Input.fill`).
+        kv_cache: how the model takes keys and values of earlier calls; the argument is a tuple of tensors here.
+        defaults: what stands for an argument that a call leaves out, by its name (see `Input.fill`).
         fixed: the axes whose sizes stay the example's, by the key of a leaf.
         assume: the truth that tensors have at lines of the model's code.
     """
@@ -47,8 +47,8 @@ class Example:
     arguments: Mapping[str, Any]
     leaves: tuple[Leaf, ...]
     assumed: frozenset[str] = frozenset()
-    past: Past | None = None
-    fills: Mapping[str, str] = field(default_factory=dict)
+    kv_cache: KVCacheSpec | None = None
+    defaults: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, frozenset[int]] = field(default_factory=dict)
     assume: Mapping[str, bool] = field(default_factory=dict)
 
@@ -63,8 +63,8 @@ class Example:
         spread = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
         args: list[Any] = []
         rest = dict(arguments)
-        if self.past is not None:
-            rest[self.past.argument] = self.past.cache(rest[self.past.argument])
+        if self.kv_cache is not None:
+            rest[self.kv_cache.argument] = self.kv_cache.cache(rest[self.kv_cache.argument])
         for parameter in parameters:
             if parameter.kind is parameter.VAR_POSITIONAL:
                 args += rest.pop(parameter.name, ())
@@ -75,8 +75,8 @@ class Example:
 
     def result(self, output: Any) -> Any:
         """What a call gave, with plain tensors in place of a cache, in the order in which the argument has them."""
-        if self.past is not None:
-            output[self.past.argument] = tuple(self.past.read(output[self.past.argument]))
+        if self.kv_cache is not None:
+            output[self.kv_cache.argument] = tuple(self.kv_cache.read(output[self.kv_cache.argument]))
         return output
 
     def with_fixed(self, fixed: Mapping[str, Sequence[int]]) -> Example:
@@ -121,7 +121,7 @@ def bind_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     """As `bind_example`, for a call with positional and keyword arguments."""
     forward = inspect.signature(model.forward)
     try:
-        arguments = arguments_of(forward, args, kwargs)
+        arguments = bind_arguments(forward, args, kwargs)
     except TypeError as error:
         raise TraceError(f"The example does not fit {type(model).__name__}.forward{forward}: {error}.") from None
     assumed = frozenset(name for name in CACHES if name in forward.parameters and name not in arguments)
@@ -154,7 +154,9 @@ def _clone(value: Any) -> Any:
 
 
 def _leaves(arguments: Mapping[str, Any]) -> tuple[Leaf, ...]:
-    return tuple(Leaf(key, name, leaf) for name, value in arguments.items() for key, leaf in keyed_leaves(name, value))
+    return tuple(
+        Leaf(key, name, leaf) for name, value in arguments.items() for key, leaf in leaves_with_keys(name, value)
+    )
 
 
 def with_distinct_batch(example: Example) -> Example:

@@ -24,7 +24,7 @@ from peftgraph.capture.size_decisions import Decisions, decisions_watched
 from peftgraph.capture.slow_warning import told_when_slow
 from peftgraph.capture.transformers_patches import library_patches, masks_broadcast
 from peftgraph.errors import PeftGraphError
-from peftgraph.ir.parameters import Entry
+from peftgraph.ir.tensor_table import TensorEntry
 
 # bfloat16 shows which literals follow and promotes as low precision does; a model with an operation that has
 # no bfloat16 form is traced in float64.
@@ -59,11 +59,11 @@ class Exported:
         return spec.child(0)
 
     @property
-    def constants(self) -> dict[str, Entry]:
+    def constants(self) -> dict[str, TensorEntry]:
         """The tensor literals of the model's code."""
         lifted = self.program.graph_signature.lifted_tensor_constants
         return {
-            name: Entry(value, "constant", persistent=False)
+            name: TensorEntry(value, "constant", persistent=False)
             for name, value in self.program.constants.items()
             if isinstance(value, Tensor) and name in lifted
         }

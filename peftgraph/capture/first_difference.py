@@ -13,9 +13,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftgraph.capture.diagnosis import place_of
+from peftgraph.ir.graphs import call_nodes
 from peftgraph.ir.interpreter import run_in_mode
-from peftgraph.ir.modes import evaluated, trained
-from peftgraph.ir.program import ProgramData, calls
+from peftgraph.ir.modes import evaluation_graph, training_graph
+from peftgraph.ir.program import ProgramData
 
 CLOSE = 1e-4  # of the mean magnitude: what two fingerprints of one value may differ by
 Fingerprint = tuple[float, ...]
@@ -42,8 +43,8 @@ def parting(program: ProgramData, inputs: Sequence[Tensor], training: bool, eage
             known[node.name] = seen.holds(value)
 
     run_in_mode(program, inputs, training=training, watcher=look)
-    graph = (trained if training else evaluated)(program.graph)
-    for node in calls(graph):
+    graph = (training_graph if training else evaluation_graph)(program.graph)
+    for node in call_nodes(graph):
         reads_known = all(known.get(operand.name, True) for operand in node.all_input_nodes)
         if known.get(node.name) is False and reads_known and not any(known.get(user.name) for user in node.users):
             return f"{place_of([node])}  from %{node.name} = {_name(node)}({', '.join(map(str, node.args))}) on\n"

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftgraph.ir.program import Child, Host
+from peftgraph.ir.source_model import ModelClass, SubmoduleState
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), enum.Enum, torch.dtype, torch.device, torch.Size)
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
-def host_of(model: nn.Module) -> Host | None:
+def host_of(model: nn.Module) -> ModelClass | None:
     """The class of a transformers model and what it holds beside tensors and modules; None for any other model."""
     library = sys.modules.get("transformers.modeling_utils")  # imported, if the model is one of its classes
     if library is None or not isinstance(model, library.PreTrainedModel):
@@ -24,16 +24,16 @@ def host_of(model: nn.Module) -> Host | None:
     own = vars(nn.Module())
     state = {name: value for name, value in vars(model).items() if name not in own and not isinstance(value, Tensor)}
     state.pop("forward", None)  # one that was put on the instance, such as a hook's
-    return Host(type(model), copy.deepcopy(state))
+    return ModelClass(type(model), copy.deepcopy(state))
 
 
-def children_of(model: nn.Module) -> dict[str, Child]:
+def children_of(model: nn.Module) -> dict[str, SubmoduleState]:
     """The submodules of a model, by path, in its own order: what code around the model may read of them."""
     library: Any = sys.modules.get("transformers.configuration_utils")
     configurations = () if library is None else (library.PreTrainedConfig,)
     memo: dict[int, Any] = {}  # what several share, such as a configuration, is copied once
     own = vars(nn.Module()).keys()
-    found: dict[str, Child] = {}
+    found: dict[str, SubmoduleState] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if path:
             state = {
@@ -43,7 +43,7 @@ def children_of(model: nn.Module) -> dict[str, Child]:
             }
             slots = {**module._parameters, **module._buffers}
             absent = tuple(name for name, value in slots.items() if value is None)
-            found[path] = Child(_class_of(module), state, absent)
+            found[path] = SubmoduleState(_class_of(module), state, absent)
     return found
 
 

@@ -19,9 +19,9 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from peftgraph.errors import TraceError
-from peftgraph.ir.dead_code import live
-from peftgraph.ir.modes import DROPOUTS, by_mode, evaluated, trained
-from peftgraph.ir.program import calls, copy_graph
+from peftgraph.ir.dead_code import live_nodes
+from peftgraph.ir.graphs import call_nodes, copy_graph
+from peftgraph.ir.modes import DROPOUTS, by_mode, evaluation_graph, training_graph
 
 
 def merge(training: fx.Graph, evaluation: fx.Graph, names: Mapping[str, str]) -> fx.Graph:
@@ -35,12 +35,12 @@ def merge(training: fx.Graph, evaluation: fx.Graph, names: Mapping[str, str]) ->
     Raises:
         TraceError: the result is not proven.
     """
-    wanted = evaluated(evaluation)
+    wanted = evaluation_graph(evaluation)
     work = _Merge(copy_graph(training), names)
-    work.align(evaluated(training), wanted)
+    work.align(evaluation_graph(training), wanted)
     work.place(wanted)
     work.sweep()
-    if not _same(evaluated(work.graph), wanted, names) or not _same(trained(work.graph), training, {}):
+    if not _same(evaluation_graph(work.graph), wanted, names) or not _same(training_graph(work.graph), training, {}):
         raise TraceError(
             "The model's code runs differently in training and in evaluation, and the two cannot be told apart "
             "operation by operation. Trace a part of the model that does not."
@@ -69,14 +69,14 @@ class _Merge:
     def align(self, training: fx.Graph, evaluation: fx.Graph) -> None:
         """Lays the operations of both modes side by side."""
         by_name = {node.name: node for node in self.graph.nodes}
-        ours, theirs = list(calls(training)), list(calls(evaluation))
+        ours, theirs = list(call_nodes(training)), list(call_nodes(evaluation))
         matcher = SequenceMatcher(None, [_key(n) for n in ours], [_key(n) for n in theirs], autojunk=False)
         for start, other, size in matcher.get_matching_blocks():
             for a, b in zip(ours[start : start + size], theirs[other : other + size], strict=True):
                 self.partner[b] = by_name[a.name]
         kept = {by_name[node.name] for node in ours}
         # What evaluated() took out of training's own graph follows the mode by itself.
-        self.shared = set(self.partner.values()) | {node for node in calls(self.graph) if node not in kept}
+        self.shared = set(self.partner.values()) | {node for node in call_nodes(self.graph) if node not in kept}
 
     def place(self, evaluation: fx.Graph) -> None:
         """Gives every value of evaluation a node in the result."""
@@ -172,8 +172,8 @@ def _same(graph: fx.Graph, wanted: fx.Graph, names: Mapping[str, str]) -> bool:
     for node in wanted.nodes:
         if node.op == "get_attr":
             twin[node] = names.get(str(node.target), str(node.target))
-    ours = [node for node in live(graph) if node.op != "get_attr"]
-    theirs = [node for node in live(wanted) if node.op != "get_attr"]
+    ours = [node for node in live_nodes(graph) if node.op != "get_attr"]
+    theirs = [node for node in live_nodes(wanted) if node.op != "get_attr"]
     if len(ours) != len(theirs):
         return False
     for a, b in zip(ours, theirs, strict=True):

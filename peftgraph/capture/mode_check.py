@@ -28,7 +28,7 @@ from peftgraph.capture.diagnosis import Place, describe_place, is_model_code, qu
 from peftgraph.capture.example_inputs import Example
 from peftgraph.capture.fake_model import compiling, ghost_arguments, ghost_of
 from peftgraph.errors import TraceError
-from peftgraph.ir.dtype_literals import FORMS
+from peftgraph.ir.dtype_literals import LITERAL_FORMS
 
 FOLLOWED = {
     "dropout",
@@ -118,7 +118,7 @@ def _same_step(ours: Step, theirs: Step, alike: set[tuple[str, str]]) -> bool:
 
 def _literals_of(own: torch.dtype, marker: torch.dtype) -> set[tuple[str, str]]:
     """The literals that follow the dtype, under each of the two."""
-    forms = {name: form for name, form in FORMS.items() if name != "wide"}
+    forms = {name: form for name, form in LITERAL_FORMS.items() if name != "wide"}
     if torch.bfloat16 in (own, marker):  # which has no complex form
         del forms["complex"]
     return {(repr(form(own)), repr(form(marker))) for form in forms.values()}

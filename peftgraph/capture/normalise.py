@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from peftgraph.capture.autograd_functions import Call, as_nodes
 from peftgraph.capture.diagnosis import place_of
 from peftgraph.errors import TraceError
-from peftgraph.ir.dead_code import drop_dead, is_mutation
+from peftgraph.ir.dead_code import remove_dead_nodes, writes_in_place
 
 aten = torch.ops.aten
 STORED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
@@ -93,7 +93,7 @@ class _Normaliser:
         user = self.exported.graph.output_node()
         self.graph.output([self._fetch(v, user) if isinstance(v, _Stored) else v for v in kept])
         self._canonical_experts()
-        drop_dead(self.graph)
+        remove_dead_nodes(self.graph)
         return self.graph
 
     def _check_signature(self) -> None:
@@ -206,7 +206,7 @@ class _Normaliser:
         new = self.graph.node_copy(node, lambda old: self._operand(old, node, env))
         new.meta = {key: node.meta[key] for key in ("val", "nn_module_stack", "stack_trace") if key in node.meta}
         self.first = self.first or new
-        if is_mutation(new) and _is_batch_norm(node):
+        if writes_in_place(new) and _is_batch_norm(node):
             new.meta["training_only"] = True  # it counts batches
         if _is_floating(new) and not self.differentiable.isdisjoint(new.all_input_nodes):
             self.differentiable.add(new)

@@ -28,7 +28,7 @@ from torch.fx.experimental.symbolic_shapes import (
 from torch.utils._sympy.printers import PythonPrinter
 
 from peftgraph.capture.diagnosis import is_model_code, line_of
-from peftgraph.ir.signature import Condition
+from peftgraph.ir.signature import SizeCondition
 
 COMPARISONS = ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__")
 # Between a size and the code that compares it; and Python code of torch that chooses by sizes as a model's does.
@@ -48,13 +48,13 @@ class Decisions:
     fixed: dict[sympy.Basic, str] = field(default_factory=dict)
     branches: dict[sympy.Basic, str] = field(default_factory=dict)
 
-    def conditions(self, names: Mapping[sympy.Basic, sympy.Basic]) -> tuple[Condition, ...]:
+    def conditions(self, names: Mapping[sympy.Basic, sympy.Basic]) -> tuple[SizeCondition, ...]:
         """The branches as conditions on sizes by their names.
 
         Args:
             names: for the symbols of the inputs, a symbol with the printed name, or the number that it is.
         """
-        found = dict[str, Condition]()
+        found = dict[str, SizeCondition]()
         for branch, place in self.branches.items():
             if branch.free_symbols <= set(names):
                 named = branch.xreplace(dict(names))
@@ -64,10 +64,10 @@ class Decisions:
         return tuple(found.values())
 
 
-def condition(expression: sympy.Basic, place: str) -> Condition:
+def condition(expression: sympy.Basic, place: str) -> SizeCondition:
     """An expression over sizes that must hold, with the line that asks for it."""
     sizes = tuple(sorted(str(symbol) for symbol in expression.free_symbols))
-    return Condition(PythonPrinter().doprint(expression), sizes, place)
+    return SizeCondition(PythonPrinter().doprint(expression), sizes, place)
 
 
 @contextmanager

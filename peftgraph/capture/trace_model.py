@@ -32,13 +32,22 @@ from peftgraph.capture.progress import Progress, silent
 from peftgraph.capture.submodule import bound_calls, serves
 from peftgraph.capture.transformers_patches import difference
 from peftgraph.errors import TraceError
-from peftgraph.ir.builder import number
-from peftgraph.ir.dtype_literals import mark, retarget
-from peftgraph.ir.interpreter import run
-from peftgraph.ir.parameters import Entry, Table
-from peftgraph.ir.program import ProgramData, Surrounding, calls, stored
-from peftgraph.ir.shape_inference import fake_like, fake_mode_of, is_recastable, propagate, recast, settled
+from peftgraph.ir.dtype_literals import convert_literals, record_literals
+from peftgraph.ir.graphs import call_nodes, stored_tensor_nodes
+from peftgraph.ir.interpreter import run_in_evaluation
+from peftgraph.ir.ordering import record_order
+from peftgraph.ir.program import ProgramData
+from peftgraph.ir.shape_inference import (
+    can_replace_dtype,
+    fake_like,
+    fake_mode_of,
+    infer_values,
+    replace_dtype,
+    with_concrete_sizes,
+)
 from peftgraph.ir.signature import Signature
+from peftgraph.ir.source_model import EnclosingModel
+from peftgraph.ir.tensor_table import TensorEntry, TensorTable
 
 
 @dataclass(frozen=True)
@@ -77,7 +86,7 @@ def capture(
         table = _table_of(model)
         given = _with_options(bind_example(model, example), options)
         _, program = _with_best_batch(model, given, table, options, lambda one: with_past(model, one, table.dtype))
-        return replace(program, host=host_of(model), children=children_of(model))
+        return replace(program, model_class=host_of(model), submodules=children_of(model))
 
 
 def capture_part(
@@ -109,8 +118,8 @@ def capture_part(
         serves(program.signature, root, seen)
         constants = {name: entry for name, entry in program.table.items() if entry.kind == "constant"}
         _prefix(program.graph, root, constants)
-        whole = Surrounding(around, root, outer.assumed)
-        return replace(program, model=type(model).__name__, table=table.with_(constants), surrounding=whole)
+        whole = EnclosingModel(around, root, outer.assumed)
+        return replace(program, model=type(model).__name__, table=table.updated(constants), enclosing_model=whole)
 
 
 def _with_options(example: Example, options: Options) -> Example:
@@ -120,7 +129,7 @@ def _with_options(example: Example, options: Options) -> Example:
 def _with_best_batch(
     model: nn.Module,
     given: Example,
-    table: Table,
+    table: TensorTable,
     options: Options,
     completed: Callable[[Example], Example] = lambda one: one,
 ) -> tuple[Example, ProgramData]:
@@ -138,7 +147,7 @@ def _with_best_batch(
 def _compared(
     model: nn.Module,
     bound: Example,
-    table: Table,
+    table: TensorTable,
     options: Options,
     serves: Callable[[Signature], bool] = lambda signature: True,
 ) -> ProgramData | None:
@@ -155,7 +164,7 @@ def _compared(
     try:
         return compared(model, program, bound, options.verify)
     except Differs:
-        if not program.marked or markers[0] == table.dtype:
+        if not program.can_change_dtype or markers[0] == table.dtype:
             raise
         program = _in_both_modes(model, bound, table, [None], options.progress)
         return compared(model, program, bound, options.verify)
@@ -167,7 +176,7 @@ def _takes(signature: Signature, given: Example) -> bool:
     return all(isinstance(size, str) or size == own for size, own in fixed)
 
 
-def _prefix(graph: fx.Graph, root: str, constants: Mapping[str, Entry]) -> None:
+def _prefix(graph: fx.Graph, root: str, constants: Mapping[str, TensorEntry]) -> None:
     """Gives tensors and module paths, in place, the names they have in the whole model."""
     for node in graph.nodes:
         if node.op == "get_attr" and node.target not in constants:
@@ -179,19 +188,19 @@ def _prefix(graph: fx.Graph, root: str, constants: Mapping[str, Entry]) -> None:
 
 
 def _program(model: str, traced: _Traced, bound: Example) -> ProgramData:
-    number(traced.graph)
+    record_order(traced.graph)
     return ProgramData(
         model=model,
         graph=traced.graph,
         table=traced.table,
         signature=traced.signature,
         example=bound.tensors,
-        marked=traced.marker is not None,
+        can_change_dtype=traced.marker is not None,
     )
 
 
 def _in_both_modes(
-    model: nn.Module, bound: Example, table: Table, markers: Sequence[torch.dtype | None], progress: Progress
+    model: nn.Module, bound: Example, table: TensorTable, markers: Sequence[torch.dtype | None], progress: Progress
 ) -> ProgramData:
     progress("comparing training with evaluation", 0, 0)
     look = look_at(model, bound)
@@ -206,7 +215,9 @@ def _in_both_modes(
         traced = _with_evaluation(model, traced, evaluation)
     if traced.patched:
         progress("comparing the patched model with its own code", 0, 0)
-        reason = difference(model, bound, run(_program(type(model).__name__, traced, bound), bound.tensors))
+        reason = difference(
+            model, bound, run_in_evaluation(_program(type(model).__name__, traced, bound), bound.tensors)
+        )
         if reason is not None:
             raise TraceError(f"{type(model).__name__} cannot be traced as it stands, and {reason}.")
     return _program(type(model).__name__, traced, bound)
@@ -217,7 +228,7 @@ class _Traced:
     """What a model does in one mode; without a marker no literal follows. `patched`: see Exported."""
 
     graph: fx.Graph
-    table: Table
+    table: TensorTable
     signature: Signature
     marker: torch.dtype | None
     patched: bool
@@ -226,7 +237,7 @@ class _Traced:
 def _trace(
     model: nn.Module,
     bound: Example,
-    table: Table,
+    table: TensorTable,
     progress: Progress,
     *,
     training: bool,
@@ -235,30 +246,30 @@ def _trace(
 ) -> _Traced:
     exported = export_ghost(model, bound, table.dtype, training, markers, progress, faithful)
     progress("normalising", 0, 0)
-    table = table.with_(exported.constants)
+    table = table.updated(exported.constants)
     marker = exported.marker
     graph = canonical(exported.program, _names_of_ties(model), exported.functions)
     if marker is not None:
         _cast_numbers(graph, exported.constants, marker)
-        mark(graph, marker)
+        record_literals(graph, marker)
     symbols = symbols_of(graph)
     try:
         _restore_dtype(graph, table, bound, marker)
     except Exception as error:
         raise explain(model, error) from error
     assumptions = split(graph, exported.asked, table)
-    used = {str(node.target) for node in stored(graph)}
-    table = Table((name, entry) for name, entry in table.items() if entry.kind != "constant" or name in used)
+    used = {str(node.target) for node in stored_tensor_nodes(graph)}
+    table = TensorTable((name, entry) for name, entry in table.items() if entry.kind != "constant" or name in used)
     signature = signature_of(graph, exported, bound, symbols, assumptions)
     out_of_place(graph)
     return _Traced(graph, table, signature, marker, exported.patched)
 
 
-def _cast_numbers(graph: fx.Graph, constants: Mapping[str, Entry], marker: torch.dtype) -> None:
+def _cast_numbers(graph: fx.Graph, constants: Mapping[str, TensorEntry], marker: torch.dtype) -> None:
     """Casts the tensor literals that the model's code made in its own dtype, so that they follow it. One that is a
     limit of that dtype is filled in, for a cast would take it beyond the limits of another."""
     info = torch.finfo(marker)
-    for node in list(stored(graph)):
+    for node in list(stored_tensor_nodes(graph)):
         entry = constants.get(str(node.target))
         if entry is None or entry.tensor.dtype != marker:
             continue
@@ -301,7 +312,7 @@ def _with_evaluation(model: nn.Module, training: _Traced, evaluation: _Traced) -
     graph = merge(training.graph, evaluation.graph, names)
     try:
         with quiet():
-            propagate(calls(graph), fake_mode_of(graph))
+            infer_values(call_nodes(graph), fake_mode_of(graph))
     except Exception as error:  # whatever an operator says of sizes that each mode knows in symbols of its own
         raise TraceError(
             f"{type(model).__name__} computes with other sizes in training than in evaluation ({error}); a program has "
@@ -309,22 +320,22 @@ def _with_evaluation(model: nn.Module, training: _Traced, evaluation: _Traced) -
             'pg.trace(model, example, root="...").'
         ) from error
     patched = training.patched or evaluation.patched
-    return replace(training, graph=graph, table=training.table.with_(added), patched=patched, signature=signature)
+    return replace(training, graph=graph, table=training.table.updated(added), patched=patched, signature=signature)
 
 
-def _table_of(model: nn.Module) -> Table:
+def _table_of(model: nn.Module) -> TensorTable:
     frozen: dict[int, Tensor] = {}
-    entries: dict[str, Entry] = {}
+    entries: dict[str, TensorEntry] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         tensor = frozen.setdefault(id(parameter), parameter.detach())
-        entries[name] = Entry(tensor, "parameter")
+        entries[name] = TensorEntry(tensor, "parameter")
     for prefix, module in model.named_modules(remove_duplicate=False):  # a module of several names is one of each
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 full = f"{prefix}.{name}" if prefix else name
                 persistent = name not in module._non_persistent_buffers_set
-                entries[full] = Entry(frozen.setdefault(id(buffer), buffer.detach()), "buffer", persistent)
-    return Table(entries)
+                entries[full] = TensorEntry(frozen.setdefault(id(buffer), buffer.detach()), "buffer", persistent)
+    return TensorTable(entries)
 
 
 def _names_of_ties(model: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -336,20 +347,22 @@ def _names_of_ties(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return {name: (name, *(n for n in names if n != name)) for names in groups.values() for name in names}
 
 
-def _restore_dtype(graph: fx.Graph, table: Table, bound: Example, marker: torch.dtype | None) -> None:
+def _restore_dtype(graph: fx.Graph, table: TensorTable, bound: Example, marker: torch.dtype | None) -> None:
     """Brings a graph traced under `marker` to the dtype of the model's own weights."""
-    retarget(graph, table.dtype, None)
+    convert_literals(graph, table.dtype, None)
     mode = fake_mode_of(graph)
     tensors = iter(bound.tensors)
     for node in graph.nodes:
         if node.op == "placeholder":
             value = node.meta["val"]
-            node.meta["val"] = settled(mode, value, next(tensors).dtype) if isinstance(value, Tensor) else value
+            node.meta["val"] = (
+                with_concrete_sizes(mode, value, next(tensors).dtype) if isinstance(value, Tensor) else value
+            )
         elif node.op == "get_attr":
             node.meta["val"] = fake_like(mode, table[str(node.target)].tensor)
     with quiet():
         both = (marker, table.dtype) == (torch.bfloat16, torch.float32)  # which promote alike
-        if both and is_recastable(calls(graph)):
-            recast(calls(graph), mode, torch.bfloat16, torch.float32)
+        if both and can_replace_dtype(call_nodes(graph)):
+            replace_dtype(call_nodes(graph), mode, torch.bfloat16, torch.float32)
         else:
-            propagate(calls(graph), mode)
+            infer_values(call_nodes(graph), mode)

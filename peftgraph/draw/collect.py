@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from peftgraph.draw.masks import masks
 from peftgraph.draw.near import Near, around, reads
 from peftgraph.draw.parts import Block, Group, Outline, Part, Slot, Stack, Sublayer, Unmatched
-from peftgraph.ir.parameters import Entry
 from peftgraph.ir.program import ProgramData
+from peftgraph.ir.tensor_table import TensorEntry
 from peftgraph.sites import Site, Sites
 from peftgraph.sites.roles import is_structure, with_slot
 
@@ -81,7 +81,7 @@ class _Collector:
             return site.bias.parameter not in self.owned
         return not is_structure(site.role)
 
-    def _parameters(self) -> Iterable[Entry]:
+    def _parameters(self) -> Iterable[TensorEntry]:
         return (entry for entry in self.program.table.values() if entry.kind == "parameter" and not entry.added)
 
     def _groups(self, numbered: Mapping[int, Sequence[Site]]) -> tuple[Group, ...]:

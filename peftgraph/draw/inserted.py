@@ -10,7 +10,8 @@ from torch import fx
 
 from peftgraph.draw.algebra import ATOM, Made, formula, number, parameter
 from peftgraph.draw.operators import FRESH, LOOKS_UP, MOVES, PRODUCTS, SCATTERS, alike, differences, operand, operator
-from peftgraph.ir.program import Edit, Edits, Move, ProgramData
+from peftgraph.ir.edits import Edit, EditLog, Move
+from peftgraph.ir.program import ProgramData
 from peftgraph.sites import Sites
 
 Sign = Literal["plus", "times", "concat", "replace"]
@@ -97,7 +98,7 @@ def insertions(program: ProgramData, sites: Sites, edits: Iterable[Edit]) -> lis
     context = _Context(program, sites)
     found = [one for edit in edits for move in edit.moves for one in _Analysis(context, edit).entering(move)]
     anchors = {move.anchor for edit in program.edits for move in edit.moves}
-    place = {move.after: i for anchor in anchors for i, move in enumerate(context.edits.chain(anchor))}
+    place = {move.after: i for anchor in anchors for i, move in enumerate(context.edits.moves_at(anchor))}
     return sorted(found, key=lambda one: place.get(one.after, 0))
 
 
@@ -107,7 +108,7 @@ class _Context:
     def __init__(self, program: ProgramData, sites: Sites) -> None:
         base = program.base or program
         self.program = program
-        self.edits = Edits(program.edits)
+        self.edits = EditLog(program.edits)
         self.nodes = {node.name: node for node in program.graph.nodes}
         self.base = {node.name: node for node in base.graph.nodes}
         self.carriers = {move.after for edit in program.edits for move in edit.moves}
@@ -121,7 +122,7 @@ class _Context:
 
     def below(self, move: Move) -> str:
         """The value that an edit's result stands on."""
-        chain = self.edits.chain(move.anchor)
+        chain = self.edits.moves_at(move.anchor)
         place = chain.index(move)
         return chain[place - 1].after if place else move.anchor.partition("@")[0]
 

@@ -12,7 +12,8 @@ from peftgraph.draw.items import NARROWEST, BendItem, BoxItem, BranchItem, GapIt
 from peftgraph.draw.lines import Line
 from peftgraph.draw.parts import Block, Part, Stack, Sublayer
 from peftgraph.draw.placement import Placement
-from peftgraph.ir.program import Edit, ProgramData
+from peftgraph.ir.edits import Edit
+from peftgraph.ir.program import ProgramData
 from peftgraph.sites import Site, Sites
 from peftgraph.sites.roles import with_slot
 

@@ -6,7 +6,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from torch import fx
 
-from peftgraph.ir.program import ProgramData, stored
+from peftgraph.ir.graphs import stored_tensor_nodes
+from peftgraph.ir.program import ProgramData
 from peftgraph.rewrite.weight_readers import readers
 from peftgraph.rewrite.weight_views import View, bias_view, weight_view
 from peftgraph.sites import Site, Sites
@@ -27,7 +28,7 @@ class Sharing:
         self._stored: dict[str, list[fx.Node]] = {}
         self._sites: dict[str, list[Site]] = {}
         self._biased: dict[str, list[Site]] = {}  # by the operators that may add their biases
-        for node in stored(graph):
+        for node in stored_tensor_nodes(graph):
             self._stored.setdefault(str(node.target), []).append(node)
         for site in sites:
             self._sites.setdefault(site.op, []).append(site)

@@ -19,9 +19,12 @@ from torch import Tensor, fx
 from peftgraph.folding.aliasing import Sharing
 from peftgraph.folding.linear_form import Form
 from peftgraph.folding.steps import Install, Settle, Step, Write
-from peftgraph.ir.builder import erase, sort
-from peftgraph.ir.parameters import Table
-from peftgraph.ir.program import Applied, Edit, Edits, ProgramData, copy_graph
+from peftgraph.ir.builder import erase_nodes
+from peftgraph.ir.edits import Edit, EditLog
+from peftgraph.ir.graphs import copy_graph
+from peftgraph.ir.ordering import in_canonical_order
+from peftgraph.ir.program import AppliedPass, ProgramData
+from peftgraph.ir.tensor_table import TensorTable
 from peftgraph.rewrite.apply import undo
 from peftgraph.rewrite.count import rule_of, short_params
 from peftgraph.rewrite.joins import Add, AddProduct
@@ -68,8 +71,8 @@ class Folding:
 
     def __post_init__(self) -> None:
         self.graph: fx.Graph = copy_graph(self.program.graph)
-        self.table: Table = self.program.table
-        self.edits: Edits = Edits(self.program.edits)
+        self.table: TensorTable = self.program.table
+        self.edits: EditLog = EditLog(self.program.edits)
         self._names: dict[str, fx.Node] = {node.name: node for node in self.graph.nodes}
         self._by_id: dict[str, Site] = {site.id: site for site in self.sites}
         self._sharing = Sharing(self.program, self.graph, self.sites, self.untie)
@@ -183,7 +186,7 @@ class Folding:
     def _only_adds(self, edit: Edit, site: Site) -> bool:
         """Whether what an edit adds to a site's output does not depend on that output."""
         output = site.ports.get("output", site.op)
-        values = {output, *(move.after for move in self.edits.chain(output))}
+        values = {output, *(move.after for move in self.edits.moves_at(output))}
         return isinstance(rule_of(self.program, edit).join, Add | AddProduct) and self._read_by(edit).isdisjoint(values)
 
     def _touched(self, edit: Edit) -> set[str]:
@@ -192,10 +195,10 @@ class Folding:
         return step.touched(self._shapes)
 
     @cached_property
-    def _shapes(self) -> Table:
+    def _shapes(self) -> TensorTable:
         """The program's table on the meta device."""
         table = self.program.table
-        return Table((n, replace(e, tensor=torch.empty_like(e.tensor, device="meta"))) for n, e in table.items())
+        return TensorTable((n, replace(e, tensor=torch.empty_like(e.tensor, device="meta"))) for n, e in table.items())
 
     def _reads(self, edit: Edit, site: Site) -> bool:
         """Whether an edit changes what its site's weight reads."""
@@ -218,11 +221,11 @@ class Folding:
 
     def _order_reason(self, edit: Edit, site: Site) -> str | None:
         """What stands between the edit and its projection, on the same columns."""
-        for move, other in self.edits.into(site.op).items():
-            if any(self._names[self.edits.under(move)] in self._inputs(name) for name in edit.nodes):
+        for move, other in self.edits.moves_into(site.op).items():
+            if any(self._names[self.edits.predecessor(move)] in self._inputs(name) for name in edit.nodes):
                 return f"its projection reads what {self._word(other)} changed, which it does not read itself"
         for move in edit.moves:
-            line = self.edits.chain(move.anchor)
+            line = self.edits.moves_at(move.anchor)
             for below in line[: line.index(move)]:
                 other = self.edits.owner(below)
                 if _share_columns(self._by_id[other.site], site) and not self._beside(edit, other, move.anchor):
@@ -235,12 +238,12 @@ class Folding:
         joins = [rule_of(self.program, one).join for one in (edit, below)]
         if not all(isinstance(join, Add | AddProduct) for join in joins):
             return False
-        given = {move.after for move in self.edits.chain(anchor)}
+        given = {move.after for move in self.edits.moves_at(anchor)}
         return self._read_by(edit).isdisjoint(given) and self._read_by(below).isdisjoint({anchor, *given})
 
     def _read_by(self, edit: Edit) -> set[str]:
         """What the delta of an edit is made of."""
-        made = [name for name in edit.nodes if name not in edit.joining]
+        made = [name for name in edit.nodes if name not in edit.join_nodes]
         return {operand.name for name in made for operand in self._inputs(name)}
 
     def _reader_reason(self, edit: Edit, site: Site) -> str | None:
@@ -295,12 +298,12 @@ class Folding:
             dtype = self.precision or stored_tensor(program, name).dtype
             table = table.with_tensor(name, rounded.setdefault(id(tensor), tensor.to(dtype)))
         if not len(self.edits):
-            table = table.with_({name: replace(table[name], before=None) for name in table.state})
-        erase(self.graph, _unread(self.graph))
+            table = table.updated({name: replace(table[name], base_tensor=None) for name in table.state})
+        erase_nodes(self.graph, _unread(self.graph))
         used = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
         table = table.without(name for name, entry in table.items() if entry.added and name not in used)
         history, edits = _without_finished(program, self.edits)
-        return program.evolve(graph=sort(self.graph), table=table, edits=edits, history=history)
+        return program.evolve(graph=in_canonical_order(self.graph), table=table, edits=edits, history=history)
 
     def _word(self, edit: Edit) -> str:
         return self.program.history[edit.application].method.word
@@ -309,7 +312,7 @@ class Folding:
 def stored_tensor(program: ProgramData, name: str) -> Tensor:
     """The tensor that the base holds under `name`."""
     entry = program.table[name]
-    return entry.tensor if entry.before is None else entry.before
+    return entry.tensor if entry.base_tensor is None else entry.base_tensor
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:
@@ -341,7 +344,7 @@ def _unread(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if node.op == "get_attr" and not node.users]
 
 
-def _without_finished(program: ProgramData, edits: Edits) -> tuple[tuple[Applied, ...], tuple[Edit, ...]]:
+def _without_finished(program: ProgramData, edits: EditLog) -> tuple[tuple[AppliedPass, ...], tuple[Edit, ...]]:
     """The history and edits without the passes that are folded whole."""
     alive = sorted({edit.application for edit in edits})
     index = {old: new for new, old in enumerate(alive)}

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
-from peftgraph.ir.program import ProgramData, stored
+from peftgraph.ir.graphs import stored_tensor_nodes
+from peftgraph.ir.program import ProgramData
 from peftgraph.rewrite.weight_views import View, bias_view, weight_view
 from peftgraph.sites import Site
 from peftgraph.sites.dataflow import ops
@@ -34,7 +35,7 @@ class Form:
         base = program.base if program.base is not None else program
         self._table = base.table
         self._nodes: dict[str, fx.Node] = {node.name: node for node in base.graph.nodes}
-        self._stored = {node: str(node.target) for node in stored(base.graph)}
+        self._stored = {node: str(node.target) for node in stored_tensor_nodes(base.graph)}
 
     def weight_reason(self, site: Site) -> str | None:
         """Why a change of a site's weight is not that of its output; None when it is."""

@@ -18,8 +18,8 @@ from peftgraph.errors import NoFold
 from peftgraph.folding.engine import Folding, stored_tensor
 from peftgraph.folding.proof import Proof, check_finite, prove
 from peftgraph.folding.steps import Recording, Settle, Step, Write, cut
-from peftgraph.ir.parameters import Entry, Table
 from peftgraph.ir.program import ProgramData
+from peftgraph.ir.tensor_table import TensorEntry, TensorTable
 from peftgraph.ir.verifier import verify
 from peftgraph.rewrite.weight_views import View
 from peftgraph.sites import Sites
@@ -107,10 +107,10 @@ class Plan:
         stored = self._stored(needed, name)
         for one in stored:  # what was tied stays so, and is read once
             tensor = read(one)
-            table = table.with_({tied: replace(table[tied], tensor=tensor) for tied in self.program.table.tied(one)})
+            table = table.updated({tied: replace(table[tied], tensor=tensor) for tied in self.program.table.tied(one)})
         own = {full for step in steps if isinstance(step, Write) for full in step.parameters.values()}
-        trained = {one for one in needed if self.program.table[one].before is not None}
-        table = table.with_({one: self._trained(one) for one in own | trained})
+        trained = {one for one in needed if self.program.table[one].base_tensor is not None}
+        table = table.updated({one: self._trained(one) for one in own | trained})
         if _splits(steps, needed, table):
             return _in_place(name, steps, needed, table, expert)
         for step in steps:
@@ -130,19 +130,19 @@ class Plan:
         """Those that start from what is stored and no trained copy; of tied ones one, `wanted` if it is of them."""
         table = self.program.table
         groups: dict[str, str] = {table.tied(wanted)[0]: wanted}
-        start = sorted(name for name in names if table[name].before is None)
+        start = sorted(name for name in names if table[name].base_tensor is None)
         for name in start:
             groups.setdefault(table.tied(name)[0], name)
         return tuple(name for name in start if groups[table.tied(name)[0]] == name)
 
-    def _trained(self, name: str) -> Entry:
+    def _trained(self, name: str) -> TensorEntry:
         entry = self.program.table[name]
         value = self.trained[self.program.table.tied(name)[0]]
-        kind = None if entry.before is None else torch.empty(0, dtype=entry.before.dtype)
-        return replace(entry, tensor=value, before=kind)
+        kind = None if entry.base_tensor is None else torch.empty(0, dtype=entry.base_tensor.dtype)
+        return replace(entry, tensor=value, base_tensor=kind)
 
 
-def _splits(steps: Sequence[Step], needed: Collection[str], table: Table) -> TypeGuard[Sequence[Write]]:
+def _splits(steps: Sequence[Step], needed: Collection[str], table: TensorTable) -> TypeGuard[Sequence[Write]]:
     """Whether steps fold one weight, part by part, and no other tensor but the bias beside it."""
     for step in steps:
         if not isinstance(step, Write) or not step.splits(table) or not set(needed) <= step.views.keys():
@@ -155,7 +155,9 @@ def _weight(step: Step) -> View:
     return next(iter(step.views.values()))
 
 
-def _in_place(name: str, steps: Sequence[Write], needed: Collection[str], table: Table, expert: int | None) -> Tensor:
+def _in_place(
+    name: str, steps: Sequence[Write], needed: Collection[str], table: TensorTable, expert: int | None
+) -> Tensor:
     """The new value of a tensor of `table`, computed in its memory: a part is wide at a time."""
     params = [(step, step.params(table, None)) for step in steps]
     views = {one: view for one, view in steps[0].views.items() if one in needed}

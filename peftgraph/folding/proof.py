@@ -18,7 +18,7 @@ from torch import Tensor
 
 from peftgraph.errors import PeftGraphError
 from peftgraph.folding.engine import Folding, stored_tensor
-from peftgraph.ir.interpreter import contractions, run, run_wide
+from peftgraph.ir.interpreter import count_matrix_products, run_in_evaluation, run_in_float64
 from peftgraph.ir.printer import print_program
 from peftgraph.ir.program import ProgramData
 from peftgraph.rewrite.weight_views import View
@@ -158,7 +158,7 @@ def _compare_tensors(program: ProgramData, folding: Folding, folded: ProgramData
             continue
         before = stored_tensor(program, name)
         if name not in folding.changed:
-            own = program.table[name].before is not None and program.table[name].tensor is entry.tensor
+            own = program.table[name].base_tensor is not None and program.table[name].tensor is entry.tensor
             if entry.tensor is not before and not own:  # what trains, or is the adapted program's own state
                 raise ProofError(f"{name} was not to change, but is another tensor now.")
             continue
@@ -202,11 +202,14 @@ def _rounding(folded: ProgramData, exact: ProgramData, program: ProgramData, nam
 
 
 def _probe(program: ProgramData, folded: ProgramData, exact: ProgramData, changed: Iterable[str]) -> list[Probe]:
-    depth, dtype = max(1, contractions(program.graph)), program.table.dtype
+    depth, dtype = max(1, count_matrix_products(program.graph)), program.table.dtype
     base = program.base if program.base is not None else program
     stored = {dtype, *(folded.table[name].tensor.dtype for name in changed)}  # what changed is rounded to its own
     bounds = torch.float64, max(stored, key=lambda kind: torch.finfo(kind).eps)
-    runs: list[tuple[Runner, ProgramData, torch.dtype]] = [(run_wide, exact, torch.float64), (run, folded, dtype)]
+    runs: list[tuple[Runner, ProgramData, torch.dtype]] = [
+        (run_in_float64, exact, torch.float64),
+        (run_in_evaluation, folded, dtype),
+    ]
     found: list[Probe] = []
     for inputs in probe_inputs(program):
         what = ", ".join("x".join(map(str, value.shape)) for value in inputs)

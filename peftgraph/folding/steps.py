@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from peftgraph.folding.chunks import Part, parts_of
-from peftgraph.ir.parameters import Entry, Table
+from peftgraph.ir.tensor_table import TensorEntry, TensorTable
 from peftgraph.rewrite.match import Match
 from peftgraph.rewrite.rule import Params, Rule
 from peftgraph.rewrite.weight_views import View, accumulation_dtype, bias_view, weight_view
@@ -41,7 +41,7 @@ class Write:
         found = (weight_view(self.match.site), bias_view(self.match.site))
         return {view.parameter: view for view in found if view is not None}
 
-    def run(self, table: Table, precision: torch.dtype | None) -> tuple[Table, list[View]]:
+    def run(self, table: TensorTable, precision: torch.dtype | None) -> tuple[TensorTable, list[View]]:
         """The table with the new values, in the dtype that folding accumulates in, and the windows they are in."""
         params, views = self.params(table, precision), self.views
         new: dict[str, Tensor] = {}
@@ -59,11 +59,11 @@ class Write:
             table, written = self.take(table, params, precision)
         for name, value in new.items():
             names = table.tied(name) if self.joint else (name,)
-            table = table.with_({one: replace(table[one], tensor=value) for one in names})
+            table = table.updated({one: replace(table[one], tensor=value) for one in names})
             written |= {one: replace(written[name], parameter=one) for one in names}
         return table, list(written.values())
 
-    def touched(self, table: Table) -> set[str]:
+    def touched(self, table: TensorTable) -> set[str]:
         """The stored tensors that the fold reads or writes, found by taking the step on shapes alone.
 
         Args:
@@ -73,13 +73,13 @@ class Write:
         _, written = self.run(shapes, None)
         return shapes.read | {view.parameter for view in written}
 
-    def params(self, table: Table, precision: torch.dtype | None) -> dict[str, Tensor]:
+    def params(self, table: TensorTable, precision: torch.dtype | None) -> dict[str, Tensor]:
         """The edit's parameters by short name, where the weight is, in the dtype that folding accumulates in."""
         weight = table[next(iter(self.views))].tensor
         kind = {"device": weight.device, "dtype": precision or accumulation_dtype(weight.dtype)}
         return {short: table[full].tensor.detach().to(**kind) for short, full in self.parameters.items()}
 
-    def splits(self, table: Table) -> bool:
+    def splits(self, table: TensorTable) -> bool:
         """Whether parts of the weight fold on their own."""
         weight, *rest = self.views.values()
         turned = weight.transposed and weight.experts is None and table[weight.parameter].tensor.dim() > 2
@@ -87,15 +87,15 @@ class Write:
             return False
         return all(view.window == weight.window for view in rest)  # else features of one are not those of the other
 
-    def parts(self, table: Table) -> list[Part]:
+    def parts(self, table: TensorTable) -> list[Part]:
         """The parts of the weight that fold on their own; none where it folds as a whole, as on shapes alone."""
         weight = next(iter(self.views.values()))
         full = table[weight.parameter].tensor
         return parts_of(full, weight) if full.device.type != "meta" and self.splits(table) else []
 
     def take(
-        self, table: Table, params: Mapping[str, Tensor], precision: torch.dtype | None, part: Part | None = None
-    ) -> tuple[Table, dict[str, View]]:
+        self, table: TensorTable, params: Mapping[str, Tensor], precision: torch.dtype | None, part: Part | None = None
+    ) -> tuple[TensorTable, dict[str, View]]:
         """The table with the new values, and the windows they are in, by parameter.
 
         Args:
@@ -120,7 +120,7 @@ class Write:
             stored = bound.view.stored(full, value) if part is not None else None  # copied from there in the end
             new = bound.view.put(full, value, value.dtype) if stored is None else stored
             names = table.tied(name) if self.joint else (name,)
-            table = table.with_({one: replace(table[one], tensor=new) for one in names})
+            table = table.updated({one: replace(table[one], tensor=new) for one in names})
             for one in names:
                 written[one] = replace(bound.view, parameter=one) if part is None else self.views[one]
         return table, written
@@ -130,22 +130,22 @@ class Write:
         return self.rule.row_axes(match)
 
 
-class Recording(Table):
+class Recording(TensorTable):
     """A table that remembers which entries were looked at."""
 
-    def __init__(self, table: Table) -> None:
+    def __init__(self, table: TensorTable) -> None:
         super().__init__(table)
         self.read: set[str] = set()
 
-    def __getitem__(self, name: str) -> Entry:
+    def __getitem__(self, name: str) -> TensorEntry:
         self.read.add(name)
         return super().__getitem__(name)
 
 
-def cut(table: Table, views: Mapping[str, View], part: Part) -> Table:
+def cut(table: TensorTable, views: Mapping[str, View], part: Part) -> TensorTable:
     """A table with a part of some stored tensors alone, in their memory."""
     own = {name: (table[name], part.of(table[name].tensor.detach(), view)) for name, view in views.items()}
-    return Table({name: replace(entry, tensor=tensor) for name, (entry, tensor) in own.items()})
+    return TensorTable({name: replace(entry, tensor=tensor) for name, (entry, tensor) in own.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,17 +158,17 @@ class Settle:
 
     names: Sequence[str]
 
-    def run(self, table: Table, precision: torch.dtype | None) -> tuple[Table, list[View]]:
+    def run(self, table: TensorTable, precision: torch.dtype | None) -> tuple[TensorTable, list[View]]:
         """The table with the trained values, in the dtype that folding accumulates in, and what they cover."""
         values: dict[int, Tensor] = {}
         written: list[View] = []
         for name in self.names:
             entry = table[name]
-            assert entry.before is not None
-            dtype = precision or accumulation_dtype(entry.before.dtype)
-            trained = entry.tensor.detach().to(device=entry.before.device, dtype=dtype, copy=True)
+            assert entry.base_tensor is not None
+            dtype = precision or accumulation_dtype(entry.base_tensor.dtype)
+            trained = entry.tensor.detach().to(device=entry.base_tensor.device, dtype=dtype, copy=True)
             value = values.setdefault(id(entry.tensor), trained)
-            table = table.with_({name: replace(entry, tensor=value, trainable=False, before=None)})
+            table = table.updated({name: replace(entry, tensor=value, trainable=False, base_tensor=None)})
             written.append(View(name, vector=value.dim() == 1))
         return table, written
 
@@ -183,7 +183,7 @@ class Install:
 
     installed: Mapping[str, str]
 
-    def run(self, table: Table, precision: torch.dtype | None) -> tuple[Table, list[View]]:
+    def run(self, table: TensorTable, precision: torch.dtype | None) -> tuple[TensorTable, list[View]]:
         """The table with the trained values, in the dtype that folding accumulates in, and what they cover."""
         written: list[View] = []
         for name, parameter in self.installed.items():
@@ -191,7 +191,7 @@ class Install:
             dtype = precision or accumulation_dtype(old.dtype)
             value = table[parameter].tensor.detach().to(device=old.device, dtype=dtype, copy=True)
             names = table.tied(name)
-            table = table.with_({one: replace(table[one], tensor=value) for one in names})
+            table = table.updated({one: replace(table[one], tensor=value) for one in names})
             written += [View(one, vector=value.dim() == 1) for one in names]
         return table, written
 

@@ -95,7 +95,7 @@ def save_trained(program: ProgramData, trained: Mapping[str, Tensor], directory:
         PeftGraphError: as `save`.
     """
     changes = {name: replace(program.table[name], tensor=tensor) for name, tensor in trained.items()}
-    save(program.evolve(table=program.table.with_(changes)), directory)
+    save(program.evolve(table=program.table.updated(changes)), directory)
     with atomic(directory / "model.safetensors") as temporary:
         shutil.copyfile(directory / read_document(directory)["tensors"]["file"], temporary)
 
@@ -208,7 +208,7 @@ def check_can_save(program: ProgramData) -> None:
     base = program.base if program.base is not None else program
     for name, entry in base.table.items():
         now = program.table[name]
-        if (now.tensor if now.before is None else now.before) is not entry.tensor:
+        if (now.tensor if now.base_tensor is None else now.base_tensor) is not entry.tensor:
             raise AdapterError(
                 f"A partial fold changed {name}, so the passes that are left fit no stored base. Save the "
                 "adapter before folding."

@@ -18,15 +18,15 @@ class Assumption:
     """What a branch of the model's code asks of the inputs' values, and the answer that was traced.
 
     Attributes:
-        place: the line of the model's code, as `assume` spells it: "modeling_esm.py:412".
-        side: the answer.
+        location: the line of the model's code, as `assume` spells it: "modeling_esm.py:412".
+        expected: the answer.
         source: the line.
         graph: computes the answer from inputs and from `tensors`.
         tensors: the buffers and constants that the graph reads.
     """
 
-    place: str
-    side: bool
+    location: str
+    expected: bool
     source: str
     graph: fx.Graph
     tensors: Mapping[str, Tensor]
@@ -46,7 +46,7 @@ class Assumption:
                 elif node.op == "get_attr":
                     values[node] = self.tensors[str(node.target)].to(device)
                 elif node.op == "output":
-                    return bool(values[node.all_input_nodes[0]]) == self.side
+                    return bool(values[node.all_input_nodes[0]]) == self.expected
                 else:
                     args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
                     assert callable(node.target)
@@ -61,9 +61,10 @@ class Assumption:
         """
         if not self.holds(given):
             raise CallError(
-                f"These inputs take another branch than the one that was traced: assume={{{self.place!r}: "
-                f"{self.side}}} does not hold at {self.source!r}. Trace the model again with the other side for them."
+                f"These inputs take another branch than the one that was traced: assume={{{self.location!r}: "
+                f"{self.expected}}} does not hold at {self.source!r}. Trace the model again with the other side for "
+                "them."
             )
 
     def __str__(self) -> str:
-        return f"{self.place} is {self.side}: {self.source}"
+        return f"{self.location} is {self.expected}: {self.source}"

@@ -5,7 +5,7 @@ It sets the value metadata and the origin of every node it makes and counts what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from peftgraph.errors import Conflict, PeftGraphError
-from peftgraph.ir.dead_code import SILENT
-from peftgraph.ir.dtype_literals import FORMS
-from peftgraph.ir.parameters import Entry
-from peftgraph.ir.program import Stretch, copy_graph
-from peftgraph.ir.shape_inference import Inference, fake_like, same_meta
+from peftgraph.ir.dead_code import WRITE_DISABLED
+from peftgraph.ir.dtype_literals import LITERAL_FORMS
+from peftgraph.ir.edits import SizeIncrease
+from peftgraph.ir.shape_inference import ShapeInference, fake_like
 from peftgraph.ir.tensor_names import TensorNames
+from peftgraph.ir.tensor_table import TensorEntry
 
 aten = torch.ops.aten
 
@@ -34,11 +34,11 @@ ACTIVATIONS: dict[str, Callable[..., Any]] = {
 }
 
 # What takes the dtype, device or shape of an operand, and nothing else of it.
-LENT = {aten.to.other, aten.type_as.default, aten.view_as.default, aten.expand_as.default}
+BORROWING_OPERATORS = {aten.to.other, aten.type_as.default, aten.view_as.default, aten.expand_as.default}
 
 
 @dataclass
-class Common:
+class ApplicationContext:
     """What the edits of one application of a pass have in common.
 
     Attributes:
@@ -50,8 +50,8 @@ class Common:
     """
 
     owner: str
-    inference: Inference
-    entries: dict[str, Entry] = field(default_factory=dict)
+    inference: ShapeInference
+    entries: dict[str, TensorEntry] = field(default_factory=dict)
     nodes: dict[str, fx.Node] = field(default_factory=dict)
     labels: dict[str, int] = field(default_factory=dict)
 
@@ -68,15 +68,15 @@ class Builder:
         dtype: of the base.
         adapter_dtype: of new parameters; where it is wider than the base's, products are computed in it.
         device: of new parameters.
-        taken: the names already in use, and who made them.
-        maker: the spec of the pass that builds.
+        tensor_names: the names already in use, and who made them.
+        pass_spec: the spec of the pass that builds.
         order: the `meta["order"]` that those of new nodes begin with.
         cursor: new nodes go after it.
-        common: what all edits of the pass share.
-        held: nodes that go on reading what they read, whatever the edit puts in its place.
-        stretched: the numbers in calls of others that the edit made larger.
-        silenced: the writes of others that the edit made to stop.
-        reused: the parameters of another use of the same weight, by full name, which are those of this use too.
+        context: what all edits of the pass share.
+        pinned_users: nodes that go on reading what they read, whatever the edit puts in its place.
+        size_increases: the numbers in calls of others that the edit made larger.
+        disabled_writes: the writes of others that the edit made to stop.
+        shared_parameters: those of another use of the same weight, by full name, which this use reads too.
     """
 
     graph: fx.Graph
@@ -86,17 +86,17 @@ class Builder:
     dtype: torch.dtype
     adapter_dtype: torch.dtype
     device: torch.device
-    taken: TensorNames
-    maker: str
+    tensor_names: TensorNames
+    pass_spec: str
     order: tuple[int, ...]
     cursor: fx.Node
-    common: Common
+    context: ApplicationContext
     nodes: list[fx.Node] = field(default_factory=list)
-    entries: dict[str, Entry] = field(default_factory=dict)
-    held: set[fx.Node] = field(default_factory=set)
-    stretched: list[Stretch] = field(default_factory=list)
-    silenced: list[str] = field(default_factory=list)
-    reused: Mapping[str, Entry] = field(default_factory=dict)
+    entries: dict[str, TensorEntry] = field(default_factory=dict)
+    pinned_users: set[fx.Node] = field(default_factory=set)
+    size_increases: list[SizeIncrease] = field(default_factory=list)
+    disabled_writes: list[str] = field(default_factory=list)
+    shared_parameters: Mapping[str, TensorEntry] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -112,71 +112,71 @@ class Builder:
             Conflict: the name is taken.
         """
         full = f"{self.owner}.{name}"
-        known = self.reused.get(full)
+        known = self.shared_parameters.get(full)
         self.entries[full] = self._new(full, shape, init, trainable) if known is None else known
         return self._read(full, name)
 
-    def shared(self, name: str, shape: Sequence[int], init: Initializer) -> fx.Node:
+    def shared_param(self, name: str, shape: Sequence[int], init: Initializer) -> fx.Node:
         """A trainable parameter that every site of the pass reads, made at the first of them.
 
         Raises:
             Conflict: the name is taken by another pass or by the model.
         """
-        full = f"{self.common.owner}.{name}"
-        if full not in self.common.entries:
-            self.common.entries[full] = self._new(full, shape, init)
-        self.entries[full] = self.common.entries[full]
+        full = f"{self.context.owner}.{name}"
+        if full not in self.context.entries:
+            self.context.entries[full] = self._new(full, shape, init)
+        self.entries[full] = self.context.entries[full]
         return self._read(full, name)
 
-    def once(self, key: str, build: Callable[[], fx.Node]) -> fx.Node:
+    def shared_value(self, key: str, build: Callable[[], fx.Node]) -> fx.Node:
         """A value that every site of the pass reads, built at the first of them; a pass with one does not fold."""
-        if key not in self.common.nodes:
-            self.common.nodes[key] = build()
-        return self.common.nodes[key]
+        if key not in self.context.nodes:
+            self.context.nodes[key] = build()
+        return self.context.nodes[key]
 
-    def derived(self, name: str, value: fx.Node) -> fx.Node:
+    def mark_derived(self, name: str, value: fx.Node) -> fx.Node:
         """Marks a value that depends on parameters alone; in the pass's `finalized` form it is the parameter
         `owner.name`."""
         value.meta["derived"] = f"{self.owner}.{name}"
         return value
 
-    def _new(self, full: str, shape: Sequence[int], init: Initializer, trainable: bool = True) -> Entry:
-        if full in self.taken:
+    def _new(self, full: str, shape: Sequence[int], init: Initializer, trainable: bool = True) -> TensorEntry:
+        if full in self.tensor_names:
             raise Conflict(
-                f"{self.maker} would make the parameter {full} at {self.site}, which exists already (made by "
-                f'{self.taken.maker(full)}). Two adapters at one site need names of their own: name="...".'
+                f"{self.pass_spec} would make the parameter {full} at {self.site}, which exists already (made by "
+                f'{self.tensor_names.made_by(full)}). Two adapters at one site need names of their own: name="...".'
             )
-        inner = self.taken.clashing(full)
+        inner = self.tensor_names.conflicting(full)
         if inner is not None:
             raise Conflict(
-                f"{self.maker} would make the parameter {full} at {self.site}, and {inner} is a parameter already: one "
-                'name would be that of a module and of a tensor. Give the pass another name: name="...".'
+                f"{self.pass_spec} would make the parameter {full} at {self.site}, and {inner} is a parameter already: "
+                'one name would be that of a module and of a tensor. Give the pass another name: name="...".'
             )
         value = torch.empty(tuple(shape), dtype=self.adapter_dtype, device=self.device)
         if self.device.type != "meta":
             with torch.no_grad():
                 init(value)
-        self.taken.add(full, self.maker)
-        return Entry(nn.Parameter(value, requires_grad=trainable), "parameter", trainable=trainable, added=True)
+        self.tensor_names.add(full, self.pass_spec)
+        return TensorEntry(nn.Parameter(value, requires_grad=trainable), "parameter", trainable=trainable, added=True)
 
     def _read(self, full: str, hint: str) -> fx.Node:
         return self._insert(
-            "get_attr", full, (), {}, hint, fake_like(self.common.inference.mode, self.entries[full].tensor)
+            "get_attr", full, (), {}, hint, fake_like(self.context.inference.mode, self.entries[full].tensor)
         )
 
-    def stored(self, full: str, tensor: Tensor) -> fx.Node:
+    def stored_tensor(self, full: str, tensor: Tensor) -> fx.Node:
         """A tensor that the program stores already, by its full name."""
         hint = full.rpartition(".")[2]
-        return self._insert("get_attr", full, (), {}, hint, fake_like(self.common.inference.mode, tensor))
+        return self._insert("get_attr", full, (), {}, hint, fake_like(self.context.inference.mode, tensor))
 
     def constant(self, name: str, value: Tensor) -> fx.Node:
         """A non-persistent buffer `owner.name`, such as an index table; equal ones of the same name are shared."""
         full = f"{self.owner}.{name}"
-        if full not in self.taken:
-            self.taken.add(full, self.maker)
-            self.entries[full] = Entry(value.to(self.device), "buffer", persistent=False, added=True)
+        if full not in self.tensor_names:
+            self.tensor_names.add(full, self.pass_spec)
+            self.entries[full] = TensorEntry(value.to(self.device), "buffer", persistent=False, added=True)
         return self._insert(
-            "get_attr", full, (), {}, name, fake_like(self.common.inference.mode, value.to(self.device))
+            "get_attr", full, (), {}, name, fake_like(self.context.inference.mode, value.to(self.device))
         )
 
     # computation
@@ -186,7 +186,7 @@ class Builder:
 
         Floating operands of several widths are brought to the widest first, where parameters are wider than the base.
         """
-        if self.adapter_dtype != self.dtype and target not in LENT:
+        if self.adapter_dtype != self.dtype and target not in BORROWING_OPERATORS:
             args, kwargs = self._promoted(args, kwargs)
         return self._insert("call_function", target, args, kwargs, _opname(target), None)
 
@@ -230,34 +230,34 @@ class Builder:
 
     def cast(self, x: fx.Node, form: str) -> fx.Node:
         """x in a dtype that follows the parameters': "dtype" is their own, "wide" float32 where that is narrower."""
-        cast = self.call(aten.to.dtype, x, FORMS[form](self.dtype))
+        cast = self.call(aten.to.dtype, x, LITERAL_FORMS[form](self.dtype))
         cast.meta["follows"] = ((("args", 1), form),)
         return cast
 
-    def gated_in_training(self, x: fx.Node, gate: fx.Node) -> fx.Node:
+    def scale_in_training(self, x: fx.Node, gate: fx.Node) -> fx.Node:
         """x * gate under train(); x alone under eval()."""
         product = self.call(aten.mul.Tensor, x, gate)
         product.meta["evaluates_to_first_operand"] = True
         return product
 
-    def again(self, start: fx.Node, stop: fx.Node, x: fx.Node) -> fx.Node:
+    def recompute(self, start: fx.Node, stop: fx.Node, x: fx.Node) -> fx.Node:
         """What lies between the values `start` and `stop` once more, from `x` instead of `start`.
 
         Stored tensors are read where they are; everything else that `stop` depends on must come from `start`.
         """
         copies = {start: x}
-        for node in self.between(start, stop):
-            copies[node] = self.copy(node, copies)
+        for node in self.nodes_between(start, stop):
+            copies[node] = self.copy_call(node, copies)
         return copies[stop]
 
-    def copy(self, node: fx.Node, instead: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    def copy_call(self, node: fx.Node, instead: Mapping[fx.Node, fx.Node]) -> fx.Node:
         """The call of `node` once more, with other operands instead of some."""
         arguments, keywords = fx.map_arg((node.args, node.kwargs), lambda operand: instead.get(operand, operand))
         assert not isinstance(node.target, str), f"{node.name} is no call"
         return self.call(node.target, *arguments, **keywords)
 
     @staticmethod
-    def between(start: fx.Node, stop: fx.Node) -> list[fx.Node]:
+    def nodes_between(start: fx.Node, stop: fx.Node) -> list[fx.Node]:
         """The nodes on the ways from `start` to `stop`, in order, `stop` included."""
         after, todo = set[fx.Node](), [start]
         while todo:
@@ -276,7 +276,7 @@ class Builder:
         return list(order)
 
     @staticmethod
-    def above(value: fx.Node) -> set[fx.Node]:
+    def nodes_from_inputs(value: fx.Node) -> set[fx.Node]:
         """The inputs of the model that a value depends on, and what lies between them and it."""
         order, todo = dict[fx.Node, None](), [value]
         while todo:
@@ -284,7 +284,7 @@ class Builder:
             order |= dict.fromkeys(new)
             todo += new
         found = {node for node in order if node.op == "placeholder"}
-        return found | {node for start in found for node in Builder.between(start, value)} - {value}
+        return found | {node for start in found for node in Builder.nodes_between(start, value)} - {value}
 
     def mul(self, x: fx.Node, y: fx.Node | float) -> fx.Node:
         """x * y; a factor of exactly 1 adds nothing."""
@@ -298,16 +298,16 @@ class Builder:
 
     # structure
 
-    def stretch(self, node: fx.Node, argument: int, index: int | None, by: int) -> None:
+    def enlarge_size(self, node: fx.Node, argument: int, index: int | None, by: int) -> None:
         """Makes a size that is written as a number in a call larger, in place."""
-        self.stretched.append(Stretch(node.name, argument, index, by))
-        stretch(node, self.stretched[-1])
+        self.size_increases.append(SizeIncrease(node.name, argument, index, by))
+        enlarge_size(node, self.size_increases[-1])
 
-    def silence(self, node: fx.Node) -> fx.Node:
+    def disable_write(self, node: fx.Node) -> fx.Node:
         """Keeps a node from writing into its operands; one that nothing else needs is not run any more."""
-        node.meta[SILENT] = True
+        node.meta[WRITE_DISABLED] = True
         if node not in self.nodes:
-            self.silenced.append(node.name)
+            self.disabled_writes.append(node.name)
         return node
 
     def redirect(self, old: fx.Node, new: fx.Node, keep: set[fx.Node]) -> int:
@@ -337,18 +337,18 @@ class Builder:
             PeftGraphError: the operator does not take these operands.
         """
         try:
-            return self.common.inference.value_of(node)
+            return self.context.inference.value_of(node)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:  # what torch says of operands
             target: Any = node.target
             operands = ", ".join(f"%{one.name} {_size(one.meta['val'])}" for one in node.all_input_nodes)
             raise PeftGraphError(
-                f"{self.maker} at {self.site} computes {_opname(target)}({operands}), which is not defined: "
+                f"{self.pass_spec} at {self.site} computes {_opname(target)}({operands}), which is not defined: "
                 f"{str(error).rstrip('.')}. Leave this site out."
             ) from error
 
     def _unique_label(self, hint: str) -> str:
         base = f"{self.label}.{hint}"
-        count = self.common.labels[base] = self.common.labels.get(base, 0) + 1
+        count = self.context.labels[base] = self.context.labels.get(base, 0) + 1
         return base if count == 1 else f"{base}#{count}"
 
 
@@ -357,7 +357,7 @@ def _floats(node: fx.Node) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def stretch(node: fx.Node, one: Stretch, sign: int = 1) -> None:
+def enlarge_size(node: fx.Node, one: SizeIncrease, sign: int = 1) -> None:
     """Adds to a number in a call, in place, what an edit adds there; with sign -1 takes it off."""
     value: Any = node.args[one.argument]
     if one.index is None:
@@ -366,55 +366,10 @@ def stretch(node: fx.Node, one: Stretch, sign: int = 1) -> None:
         node.update_arg(one.argument, [n + sign * one.by if i == one.index else n for i, n in enumerate(value)])
 
 
-def erase(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
+def erase_nodes(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
     """Erases nodes that nothing outside `nodes` uses."""
     for node in sorted(nodes, reverse=True):  # by position in the graph
         graph.erase_node(node)
-
-
-def sort(graph: fx.Graph) -> fx.Graph:
-    """The graph in canonical order: operands before users and, among what is possible, by each node's `meta["order"]`.
-
-    Base nodes carry their position in the traced graph and new ones the position they were inserted after, so the order
-    does not depend on the way there: taking a pass out restores the base's own order.
-    """
-    return copy_graph(graph, in_order(graph))
-
-
-def in_order(graph: fx.Graph) -> Iterator[fx.Node]:
-    """The nodes of a graph in canonical order."""
-    import networkx as nx  # here and not above: importing peftgraph stays light
-
-    uses = nx.DiGraph()
-    uses.add_nodes_from(graph.nodes)
-    uses.add_edges_from((operand, node) for node in graph.nodes for operand in node.all_input_nodes)
-    return nx.lexicographical_topological_sort(uses, key=lambda node: node.meta["order"])
-
-
-def refresh(
-    graph: fx.Graph, resized: Iterable[fx.Node], inference: Inference, stretched: Container[fx.Node] = ()
-) -> None:
-    """Infers, in place, the values that follow from nodes that give another shape than before.
-
-    The nodes need not be in order. `stretched` are calls whose own arguments changed.
-    """
-    changed = set(resized)
-    if not changed and not stretched:
-        return
-    for node in in_order(graph):
-        concerned = node in stretched or not changed.isdisjoint(node.all_input_nodes)
-        if node.op == "call_function" and concerned:
-            value = inference.value_of(node)
-            if not same_meta(value, node.meta["val"]) or not isinstance(value, Tensor):
-                node.meta["val"] = value
-                changed.add(node)
-
-
-def number(graph: fx.Graph) -> None:
-    """Records the order of a base graph's nodes, in place."""
-    last = len(graph.nodes)
-    for i, node in enumerate(graph.nodes):
-        node.meta["order"] = (0 if node.op == "placeholder" else last if node.op == "output" else i,)
 
 
 def _size(value: Any) -> str:

@@ -6,44 +6,50 @@ import torch
 from torch import fx
 
 aten = torch.ops.aten
-ALL = 2**63 - 1  # how the exporter writes an open end
-SILENT = "silent"  # the metadata of a node that no longer writes, such as a batch norm that only reads its statistics
+END_OF_AXIS = 2**63 - 1  # how the exporter writes an open end
+WRITE_DISABLED = (
+    "silent"  # the metadata of a node that no longer writes, such as a batch norm that only reads its statistics
+)
 
 
-def drop_dead(graph: fx.Graph, ignored: str = "") -> None:
+def remove_dead_nodes(graph: fx.Graph, ignored: str = "") -> None:
     """Erases, in place, what reaches no output; inputs stay, and so does what writes in place.
 
     Writes whose metadata holds `ignored` do not stay for being writes.
     """
-    needed = set(live(graph, ignored))
+    needed = set(live_nodes(graph, ignored))
     for node in reversed(list(graph.nodes)):
         if node not in needed:
             graph.erase_node(node)
 
 
-def skip_whole_slices(graph: fx.Graph) -> None:
+def bypass_full_slices(graph: fx.Graph) -> None:
     """Gives the readers of a slice of everything, in place, what it is a slice of."""
     for node in list(graph.nodes):
-        if node.target is aten.slice.Tensor and tuple(node.args[2:]) == (0, ALL) and not node.kwargs:
+        if node.target is aten.slice.Tensor and tuple(node.args[2:]) == (0, END_OF_AXIS) and not node.kwargs:
             source = node.args[0]
             assert isinstance(source, fx.Node)
             node.replace_all_uses_with(source)
             graph.erase_node(node)
 
 
-def live(graph: fx.Graph, ignored: str = "") -> list[fx.Node]:
+def live_nodes(graph: fx.Graph, ignored: str = "") -> list[fx.Node]:
     """The nodes that matter, in order: inputs, the output, what reaches it, and writes (not `ignored`)."""
     needed: set[fx.Node] = set()
     for node in reversed(graph.nodes):
-        if node.op in ("placeholder", "output") or node in needed or (is_mutation(node) and not node.meta.get(ignored)):
+        if (
+            node.op in ("placeholder", "output")
+            or node in needed
+            or (writes_in_place(node) and not node.meta.get(ignored))
+        ):
             needed.add(node)
             needed.update(node.all_input_nodes)
     return [node for node in graph.nodes if node in needed]
 
 
-def is_mutation(node: fx.Node) -> bool:
+def writes_in_place(node: fx.Node) -> bool:
     """Whether a node writes into one of its operands, and is not kept from it."""
-    if node.meta.get(SILENT):
+    if node.meta.get(WRITE_DISABLED):
         return False
     return isinstance(node.target, torch._ops.OpOverload) and (
         node.target._schema.is_mutable or node.target in (aten.batch_norm.default, aten.instance_norm.default)

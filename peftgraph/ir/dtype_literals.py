@@ -16,7 +16,7 @@ from torch import fx
 
 # How a literal is computed from the model's dtype, by the name that is recorded. "wide" is never read off a trace:
 # passes ask for it where an operation has no half precision.
-FORMS: dict[str, Callable[[torch.dtype], Any]] = {
+LITERAL_FORMS: dict[str, Callable[[torch.dtype], Any]] = {
     "dtype": lambda dtype: dtype,
     "wide": lambda dtype: torch.promote_types(dtype, torch.float32),
     "complex": lambda dtype: dtype.to_complex(),
@@ -29,9 +29,9 @@ FORMS: dict[str, Callable[[torch.dtype], Any]] = {
 Path = tuple[str, int | str]  # ("args", position) or ("kwargs", name)
 
 
-def mark(graph: fx.Graph, marker: torch.dtype) -> None:
+def record_literals(graph: fx.Graph, marker: torch.dtype) -> None:
     """Records on every node which literals are `marker` or one of its limits."""
-    values = {form: compute(marker) for form, compute in FORMS.items() if form not in ("complex", "wide")}
+    values = {form: compute(marker) for form, compute in LITERAL_FORMS.items() if form not in ("complex", "wide")}
     if marker in (torch.float16, torch.float32, torch.float64):
         values["complex"] = marker.to_complex()
     for node in graph.nodes:
@@ -45,25 +45,25 @@ def mark(graph: fx.Graph, marker: torch.dtype) -> None:
             node.meta["follows"] = found
 
 
-def retarget(graph: fx.Graph, dtype: torch.dtype | None, device: torch.device | None) -> None:
+def convert_literals(graph: fx.Graph, dtype: torch.dtype | None, device: torch.device | None) -> None:
     """Sets, in place, the literals that follow: to `dtype` where marked, every device literal to `device`."""
     for node in graph.nodes:
         if dtype is not None:
             for path, form in node.meta.get("follows", ()):
-                _set(node, path, FORMS[form](dtype))
+                _set(node, path, LITERAL_FORMS[form](dtype))
         if device is not None:
             for path, value in _literals(node):
                 if isinstance(value, torch.device):
                     _set(node, path, device)
 
 
-def widen(graph: fx.Graph) -> None:
+def widen_literals(graph: fx.Graph) -> None:
     """Turns, in place, every floating dtype literal into float64, so that a proof is not blurred by meant upcasts."""
     for node in graph.nodes:
         for path, value in _literals(node):
             if isinstance(value, torch.dtype) and value.is_floating_point:
                 _set(node, path, torch.float64)
-    retarget(graph, torch.float64, None)
+    convert_literals(graph, torch.float64, None)
 
 
 def _literals(node: fx.Node) -> list[tuple[Path, Any]]:

@@ -11,13 +11,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from peftgraph.ir.dtype_literals import retarget, widen
-from peftgraph.ir.modes import evaluated, mutated_buffers, trained
-from peftgraph.ir.parameters import Entry, Table
-from peftgraph.ir.program import ProgramData, calls, stored
+from peftgraph.ir.dtype_literals import convert_literals, widen_literals
+from peftgraph.ir.graphs import call_nodes, stored_tensor_nodes
+from peftgraph.ir.modes import evaluation_graph, training_graph, written_buffers
+from peftgraph.ir.program import ProgramData
+from peftgraph.ir.tensor_table import TensorEntry, TensorTable
 
 aten = torch.ops.aten
-CONTRACTIONS = {
+MATRIX_PRODUCTS = {
     "linear",
     "addmm",
     "matmul",
@@ -32,16 +33,16 @@ CONTRACTIONS = {
 }
 
 
-Watcher = Callable[[fx.Node, Any], None]  # told of every value as it is computed
+ValueObserver = Callable[[fx.Node, Any], None]  # told of every value as it is computed
 
 
-def run(program: ProgramData, inputs: Sequence[Tensor]) -> list[Tensor]:
+def run_in_evaluation(program: ProgramData, inputs: Sequence[Tensor]) -> list[Tensor]:
     """The tensor outputs of a program under eval(), for inputs in placeholder order."""
     return [leaf for leaf in run_in_mode(program, inputs, training=False) if isinstance(leaf, Tensor)]
 
 
 def run_in_mode(
-    program: ProgramData, inputs: Sequence[Tensor], *, training: bool, watcher: Watcher | None = None
+    program: ProgramData, inputs: Sequence[Tensor], *, training: bool, watcher: ValueObserver | None = None
 ) -> list[Any]:
     """The leaves of a program's outputs in one mode, for inputs in placeholder order.
 
@@ -51,11 +52,11 @@ def run_in_mode(
         training: whether dropout and what else training does is part of it.
         watcher: told of every value, of stored tensors too: of one that the graph writes, the copy that is written.
     """
-    graph = trained(program.graph) if training else evaluated(program.graph)
+    graph = training_graph(program.graph) if training else evaluation_graph(program.graph)
     dtype, device = program.table.dtype, program.table.device
-    if program.marked:
-        retarget(graph, dtype, device)
-    recorded = {str(node.target): node.meta["val"].dtype for node in stored(graph)}
+    if program.can_change_dtype:
+        convert_literals(graph, dtype, device)
+    recorded = {str(node.target): node.meta["val"].dtype for node in stored_tensor_nodes(graph)}
     moved: dict[int, Tensor] = {}
     for name, entry in program.table.items():
         if id(entry.tensor) not in moved or name in recorded:
@@ -64,11 +65,11 @@ def run_in_mode(
     return _interpret(graph, tensors, [value.to(device) for value in inputs], watcher)
 
 
-def run_wide(program: ProgramData, inputs: Sequence[Tensor]) -> list[Tensor]:
+def run_in_float64(program: ProgramData, inputs: Sequence[Tensor]) -> list[Tensor]:
     """The outputs in float64 throughout: weights, inputs, the upcasts of the model's own code, and what torch makes of
     integers, which is float32 wherever a weight had no part in it."""
-    graph = evaluated(program.graph)
-    widen(graph)
+    graph = evaluation_graph(program.graph)
+    widen_literals(graph)
     device = program.table.device
     doubled = {id(entry.tensor): _double(entry.tensor).to(device) for entry in program.table.values()}
     tensors = {name: doubled[id(entry.tensor)] for name, entry in program.table.items()}
@@ -77,7 +78,7 @@ def run_wide(program: ProgramData, inputs: Sequence[Tensor]) -> list[Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
-def evaluate(wanted: fx.Node, known: Mapping[fx.Node, Any], table: Mapping[str, Entry]) -> Any:
+def compute_node(wanted: fx.Node, known: Mapping[fx.Node, Any], table: Mapping[str, TensorEntry]) -> Any:
     """The value of one node, from the values of others and the stored tensors; only what it depends on is run."""
     values = dict(known)
     todo = [wanted]
@@ -100,27 +101,27 @@ def evaluate(wanted: fx.Node, known: Mapping[fx.Node, Any], table: Mapping[str, 
     return values[wanted]
 
 
-def fake_table(table: Table, mode: FakeTensorMode) -> Table:
+def fake_table(table: TensorTable, mode: FakeTensorMode) -> TensorTable:
     """The stored tensors as shapes and dtypes alone."""
 
-    def fake(entry: Entry) -> Entry:
+    def fake(entry: TensorEntry) -> TensorEntry:
         with mode:
             tensor = torch.empty(entry.tensor.shape, dtype=entry.tensor.dtype)
-        return Entry(tensor, entry.kind)
+        return TensorEntry(tensor, entry.kind)
 
-    return Table((name, fake(entry)) for name, entry in table.items())
+    return TensorTable((name, fake(entry)) for name, entry in table.items())
 
 
-def contractions(graph: fx.Graph) -> int:
+def count_matrix_products(graph: fx.Graph) -> int:
     """How many matrix products a graph computes."""
     return sum(
-        node.target._schema.name.split("::")[-1] in CONTRACTIONS
-        for node in calls(graph)
+        node.target._schema.name.split("::")[-1] in MATRIX_PRODUCTS
+        for node in call_nodes(graph)
         if isinstance(node.target, torch._ops.OpOverload)
     )
 
 
-def _beside(entry: Entry, dtype: torch.dtype) -> Tensor:
+def _beside(entry: TensorEntry, dtype: torch.dtype) -> Tensor:
     """A tensor in the dtype that the graph reads it in: a trainable one may have moved with a module that was
     converted."""
     return entry.tensor.to(dtype) if entry.trainable and entry.tensor.is_floating_point() else entry.tensor
@@ -134,14 +135,14 @@ def _interpret(
     graph: fx.Graph,
     tensors: Mapping[str, Tensor],
     inputs: Sequence[Tensor],
-    watcher: Watcher | None = None,
+    watcher: ValueObserver | None = None,
     wide: bool = False,
 ) -> list[Any]:
     values: dict[fx.Node, Any] = {}
     last_use = {operand: node for node in graph.nodes for operand in node.all_input_nodes}
     arguments = iter(inputs)
     # Names that share a tensor share the copy that is written.
-    copies = {id(tensors[name]): tensors[name].detach().clone() for name in mutated_buffers(graph)}
+    copies = {id(tensors[name]): tensors[name].detach().clone() for name in written_buffers(graph)}
     with torch.no_grad():
         for node in graph.nodes:
             if node.op == "output":

@@ -39,7 +39,7 @@ def _ahead() -> type[Any]:
 
 
 @dataclass(frozen=True)
-class Past:
+class KVCacheSpec:
     """How a program speaks of earlier calls.
 
     Attributes:
@@ -92,7 +92,7 @@ class Past:
             )
         return [tensor for layer in held for tensor in (layer.keys, layer.values)]
 
-    def rows(self, cache: Any) -> int:
+    def prepended_rows(self, cache: Any) -> int:
         """How many rows that are no tokens stand in front of what is cached."""
         return max((getattr(layer, "rows", 0) for layer in self._own(cache).layers), default=0)
 
@@ -125,7 +125,7 @@ class Past:
         return own
 
 
-def fill(name: str, mask: Tensor, before: int, length: int, dtype: torch.dtype) -> Tensor:
+def default_input(name: str, mask: Tensor, before: int, length: int, dtype: torch.dtype) -> Tensor:
     """What a model takes for an input that a call with a cache leaves out.
 
     Args:

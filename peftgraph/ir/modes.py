@@ -15,8 +15,8 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from peftgraph.errors import CallError
-from peftgraph.ir.dead_code import drop_dead, is_mutation
-from peftgraph.ir.program import copy_graph
+from peftgraph.ir.dead_code import remove_dead_nodes, writes_in_place
+from peftgraph.ir.graphs import copy_graph
 
 T = TypeVar("T")
 aten = torch.ops.aten
@@ -39,7 +39,7 @@ TRAINING_ARGUMENTS: dict[Callable[..., object], tuple[int, str, object]] = {
 # Norms by the statistics of a batch: under eval() as well where they keep none (their fourth operand is None).
 BATCH_STATISTICS = {aten.batch_norm.default: "training", aten.instance_norm.default: "use_input_stats"}
 
-ROWS = 2  # the axis of keys and values of earlier calls along which there is one row a token
+SEQUENCE_AXIS = 2  # the axis of keys and values of earlier calls along which there is one row a token
 
 
 def by_mode(evaluation: T, training: T) -> T:
@@ -47,12 +47,12 @@ def by_mode(evaluation: T, training: T) -> T:
     return training
 
 
-def trained(graph: fx.Graph) -> fx.Graph:
+def training_graph(graph: fx.Graph) -> fx.Graph:
     """A copy of `graph` as it runs under train()."""
     return _one_side(graph, 1, "evaluation_only")
 
 
-def evaluated(graph: fx.Graph) -> fx.Graph:
+def evaluation_graph(graph: fx.Graph) -> fx.Graph:
     """A copy of `graph` as it runs under eval()."""
     new = _one_side(graph, 0, "training_only")
     for node in list(new.nodes):
@@ -67,7 +67,7 @@ def evaluated(graph: fx.Graph) -> fx.Graph:
             _set_argument(node, 5, BATCH_STATISTICS[node.target], node.args[3] is None)
         elif node.target in TRAINING_ARGUMENTS:
             _set_argument(node, *TRAINING_ARGUMENTS[node.target])
-    drop_dead(new)
+    remove_dead_nodes(new)
     return new
 
 
@@ -80,7 +80,7 @@ def _one_side(graph: fx.Graph, side: int, other: str) -> fx.Graph:
             assert isinstance(value, fx.Node)
             node.replace_all_uses_with(value)
             new.erase_node(node)
-    drop_dead(new, other)
+    remove_dead_nodes(new, other)
     return new
 
 
@@ -115,11 +115,11 @@ def without_inputs(graph: fx.Graph, missing: Set[str]) -> tuple[fx.Graph, tuple[
             and (node.op != "placeholder" or node.name in missing)
         ):
             new.erase_node(node)
-    drop_dead(new)
+    remove_dead_nodes(new)
     return new, kept
 
 
-def without_past(graph: fx.Graph, past: Set[str]) -> fx.Graph:
+def without_cached_inputs(graph: fx.Graph, past: Set[str]) -> fx.Graph:
     """A copy of `graph` for a first call: it does not take the inputs in `past`, of which there are no rows."""
     new = copy_graph(graph)
     inputs = [node for node in new.nodes if node.op == "placeholder"]
@@ -132,10 +132,10 @@ def without_past(graph: fx.Graph, past: Set[str]) -> fx.Graph:
                 _skip_single(user)
             else:
                 assert user.target is aten.sym_size.int, user
-                if user.args[1] == ROWS:
+                if user.args[1] == SEQUENCE_AXIS:
                     _replace(user, 0)
                 else:
-                    measure(user, [one for one in inputs if one.name not in past])
+                    read_size_from(user, [one for one in inputs if one.name not in past])
         new.erase_node(node)
     return new
 
@@ -149,7 +149,7 @@ def _skip_single(cat: fx.Node) -> None:
         cat.graph.erase_node(cat)
 
 
-def measure(size: fx.Node, inputs: list[fx.Node]) -> None:
+def read_size_from(size: fx.Node, inputs: list[fx.Node]) -> None:
     """Reads a size, in place, off the first of `inputs` that has it; it stays as it is where none has."""
     symbol = str(size.meta["val"])
     for node in inputs:
@@ -165,9 +165,9 @@ def _replace(node: fx.Node, value: int) -> None:
     node.graph.erase_node(node)
 
 
-def mutated_buffers(graph: fx.Graph) -> set[str]:
+def written_buffers(graph: fx.Graph) -> set[str]:
     """The names of the stored tensors that the graph writes into, such as running statistics; through views too."""
-    roots = (_root(value) for node in graph.nodes if is_mutation(node) for value in _written(node))
+    roots = (_root(value) for node in graph.nodes if writes_in_place(node) for value in _written(node))
     return {str(root.target) for root in roots if root.op == "get_attr"}
 
 

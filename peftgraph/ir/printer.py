@@ -17,9 +17,9 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from peftgraph.ir.dead_code import live
+from peftgraph.ir.dead_code import live_nodes
+from peftgraph.ir.dtypes import short_dtype
 from peftgraph.ir.program import ProgramData
-from peftgraph.ir.signature import short_dtype
 
 LAST = sys.maxsize
 
@@ -59,7 +59,7 @@ def print_program(program: ProgramData) -> str:
     ]
     lines = [f"{program.model}({signature.describe()}) -> {{{', '.join(results)}}}"]
     lines += [f"  assumes {one}" for one in signature.assumptions]
-    lines += [f"  {printer.line(node)}" for node in live(program.graph) if node.op == "call_function"]
+    lines += [f"  {printer.line(node)}" for node in live_nodes(program.graph) if node.op == "call_function"]
     lines.append(f"  return {printer.operand(outputs)}")
     return "\n".join(lines) + "\n"
 
@@ -67,13 +67,13 @@ def print_program(program: ProgramData) -> str:
 def print_diff(before: ProgramData, after: ProgramData) -> str:
     """What turned `before` into `after`: the new values around each edited one, in text order, and the totals."""
     old, new = Printer.of(before), Printer.of(after)
-    more = {size: count - before.grown().get(size, 0) for size, count in after.grown().items()}
+    more = {size: count - before.prepended_lengths().get(size, 0) for size, count in after.prepended_lengths().items()}
     as_before = Printer(new.sizes, new.trainable, more)
-    was = {node.name: old.line(node) for node in live(before.graph) if node.op in ("call_function", "output")}
+    was = {node.name: old.line(node) for node in live_nodes(before.graph) if node.op in ("call_function", "output")}
     lines: list[str] = []
     added = moved = longer = 0
     context: str | None = None
-    present = live(after.graph)
+    present = live_nodes(after.graph)
     for node in present:
         if node.op not in ("call_function", "output"):
             continue

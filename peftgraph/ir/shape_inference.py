@@ -70,16 +70,16 @@ def _einsum_shape(equation: str, operands: Sequence[Tensor]) -> list[int | torch
 
 
 # Shape rules of our own, where torch's take a hundred times longer on symbolic sizes: 18 ms for one linear.
-RULES: dict[Callable[..., Any], Callable[..., Any]] = {
+SHAPE_RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten.linear.default: _linear,
     torch.ops.aten.einsum.default: _einsum,
 }
 
 
-MEMORY = "peftgraph_calls"  # of a fake mode: what calls gave
+CACHE_ATTRIBUTE = "peftgraph_calls"  # of a fake mode: what calls gave
 
 
-class Inference:
+class ShapeInference:
     """What calls give under fake tensors. Of calls that are alike, in isomorphic blocks, one is run.
 
     Two calls are alike when their targets and literals are equal and their operands have equal sizes (the same
@@ -90,7 +90,9 @@ class Inference:
     def __init__(self, mode: FakeTensorMode) -> None:
         self.mode = mode
         mode.cache_enabled = False  # torch's own memory of calls doubles their time here
-        self._known: dict[Hashable, Any] = vars(mode).setdefault(MEMORY, {})  # it holds the mode, and goes with it
+        self._known: dict[Hashable, Any] = vars(mode).setdefault(
+            CACHE_ATTRIBUTE, {}
+        )  # it holds the mode, and goes with it
         self._descriptions: dict[int, tuple[Any, Hashable]] = {}  # by identity; the value is held so that it keeps it
 
     def value_of(self, node: fx.Node) -> Any:
@@ -119,8 +121,8 @@ class Inference:
         return self._call(node.target, args, kwargs)
 
     def _call(self, target: Any, args: Any, kwargs: Any) -> Any:
-        with self.mode, quiet_symbols(self.mode), enable_python_dispatcher():  # its kernels take symbolic sizes
-            rule: Any = RULES.get(target, target)
+        with self.mode, guards_suppressed(self.mode), enable_python_dispatcher():  # its kernels take symbolic sizes
+            rule: Any = SHAPE_RULES.get(target, target)
             return rule(*args, **kwargs)
 
     def _of_recorded_size(self, node: fx.Node) -> Any:
@@ -134,7 +136,7 @@ class Inference:
             return value
         if not isinstance(value, Tensor) or not isinstance(known, Tensor) or value.dim() != known.dim():
             return value
-        with self.mode, quiet_symbols(self.mode):
+        with self.mode, guards_suppressed(self.mode):
             return torch.empty_strided(known.shape, known.stride(), dtype=value.dtype, device=value.device)
 
     def describe(self, value: Any) -> Hashable:
@@ -169,7 +171,7 @@ def _expression(size: Any) -> Hashable:
 
 
 @contextmanager
-def quiet_symbols(mode: FakeTensorMode) -> Iterator[None]:
+def guards_suppressed(mode: FakeTensorMode) -> Iterator[None]:
     """Keeps shape inference from adding guards on the symbols of the traced graph."""
     env = mode.shape_env
     if env is None:
@@ -179,15 +181,15 @@ def quiet_symbols(mode: FakeTensorMode) -> Iterator[None]:
         yield
 
 
-def propagate(nodes: Iterable[fx.Node], mode: FakeTensorMode) -> None:
+def infer_values(nodes: Iterable[fx.Node], mode: FakeTensorMode) -> None:
     """Recomputes `meta["val"]` of every call among `nodes`, in order."""
-    inference = Inference(mode)
+    inference = ShapeInference(mode)
     for node in nodes:
         if node.op == "call_function":
             node.meta["val"] = inference.value_of(node)
 
 
-def is_recastable(nodes: Iterable[fx.Node]) -> bool:
+def can_replace_dtype(nodes: Iterable[fx.Node]) -> bool:
     """Whether `recast` holds for `nodes`: torch's own operators and sizes alone, no size a count of values."""
     return not any("operators" in node.meta or _sizes_by_values(node) for node in nodes)
 
@@ -197,10 +199,10 @@ def _sizes_by_values(node: fx.Node) -> bool:
     return varying and "val" in node.meta and bool(free_unbacked_symbols(node.meta["val"]))
 
 
-def recast(nodes: Iterable[fx.Node], mode: FakeTensorMode, old: torch.dtype, new: torch.dtype) -> None:
+def replace_dtype(nodes: Iterable[fx.Node], mode: FakeTensorMode, old: torch.dtype, new: torch.dtype) -> None:
     """Gives recorded values of dtype `old` the dtype `new`. That is what running the calls again would give, and much
     cheaper, where every operation takes `new` and promotes it as it promoted `old`."""
-    inference = Inference(mode)
+    inference = ShapeInference(mode)
     cast: dict[Hashable, Tensor] = {}
 
     def value_of(value: Any) -> Any:
@@ -210,14 +212,14 @@ def recast(nodes: Iterable[fx.Node], mode: FakeTensorMode, old: torch.dtype, new
             return value
         alike = inference.describe(value)
         if alike not in cast:
-            cast[alike] = settled(mode, value, new if value.dtype == old else value.dtype)
+            cast[alike] = with_concrete_sizes(mode, value, new if value.dtype == old else value.dtype)
         return cast[alike]
 
     for node in nodes:
         node.meta["val"] = value_of(node.meta["val"])
 
 
-def same_meta(a: Any, b: Any, broadcast: bool = False) -> bool:
+def same_metadata(a: Any, b: Any, broadcast: bool = False) -> bool:
     """Whether two recorded values have the same structure, shapes, dtypes and devices.
 
     Sizes are one where their expressions are. With `broadcast` also where they are equal at the example's sizes, which
@@ -228,19 +230,19 @@ def same_meta(a: Any, b: Any, broadcast: bool = False) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.dtype == b.dtype and a.device == b.device and _same_shape(a.shape, b.shape, broadcast)
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(same_meta(x, y, broadcast) for x, y in zip(a, b, strict=True))
+        return len(a) == len(b) and all(same_metadata(x, y, broadcast) for x, y in zip(a, b, strict=True))
     return not isinstance(a, Tensor) and not isinstance(b, Tensor)
 
 
 def _same_shape(a: torch.Size, b: torch.Size, broadcast: bool) -> bool:
     def same(x: int | torch.SymInt, y: int | torch.SymInt) -> bool:
-        known = size_in_example(x) if broadcast else None
-        return _expression(x) == _expression(y) or (known is not None and known == size_in_example(y))
+        known = example_size(x) if broadcast else None
+        return _expression(x) == _expression(y) or (known is not None and known == example_size(y))
 
     return len(a) == len(b) and all(map(same, a, b))
 
 
-def number_of(size: int | torch.SymInt) -> int | None:
+def concrete_size(size: int | torch.SymInt) -> int | None:
     """The number that a size is, be it a symbolic one that became a number; None where it is free."""
     if isinstance(size, int):
         return size
@@ -248,23 +250,23 @@ def number_of(size: int | torch.SymInt) -> int | None:
     return int(expression) if expression.is_Integer else None
 
 
-def settled(mode: FakeTensorMode, value: Tensor, dtype: torch.dtype) -> Tensor:
+def with_concrete_sizes(mode: FakeTensorMode, value: Tensor, dtype: torch.dtype) -> Tensor:
     """A recorded value of another dtype, with plain numbers for symbolic sizes that became numbers."""
     sizes, strides = ([_plain(one) for one in many] for many in (value.shape, value.stride()))
-    with mode, quiet_symbols(mode):
+    with mode, guards_suppressed(mode):
         return torch.empty_strided(sizes, strides, dtype=dtype, device=value.device)
 
 
 def _became_number(size: int | torch.SymInt) -> bool:
-    return not isinstance(size, int) and number_of(size) is not None
+    return not isinstance(size, int) and concrete_size(size) is not None
 
 
 def _plain(size: int | torch.SymInt) -> int | torch.SymInt:
-    number = number_of(size)
+    number = concrete_size(size)
     return size if number is None else number
 
 
-def size_in_example(size: int | torch.SymInt) -> int | None:
+def example_size(size: int | torch.SymInt) -> int | None:
     """A size as the example has it; None where it counts values."""
     return size if isinstance(size, int) else size.node.hint
 

@@ -14,45 +14,47 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from peftgraph.errors import CallError
+from peftgraph.ir.arguments import bind_arguments, leaves_with_keys
 from peftgraph.ir.assumption import Assumption
-from peftgraph.ir.kv_cache import Past
+from peftgraph.ir.dtypes import dtype_kind, short_dtype
+from peftgraph.ir.kv_cache import KVCacheSpec
 
 # What the printed form of an expression over sizes may call.
-SPELLED = {"math": math, "torch": torch, "max": max, "min": min, "abs": abs, "round": round}
-BY_CALLER = "fixed="  # in the place of a line: who called for the trace fixed the size
+EXPRESSION_NAMES = {"math": math, "torch": torch, "max": max, "min": min, "abs": abs, "round": round}
+FIXED_BY_CALLER = "fixed="  # in the place of a line: who called for the trace fixed the size
 
 
 @dataclass(frozen=True)
-class Condition:
+class SizeCondition:
     """What holds of the sizes of every call, because the model's code chose a branch by it.
 
     Attributes:
         code: an expression of Python over names of sizes.
         sizes: the names in it.
-        place: the line of the model's code.
-        more: by how much passes make the sizes larger on their way to that line.
+        location: the line of the model's code.
+        offsets: by how much passes make the sizes larger on their way to that line.
     """
 
     code: str
     sizes: tuple[str, ...]
-    place: str
-    more: tuple[int, ...] = ()
+    location: str
+    offsets: tuple[int, ...] = ()
 
     def holds(self, sizes: Mapping[str, int]) -> bool:
         """Whether it holds of `sizes`, or speaks of one that is not among them."""
         if any(name not in sizes for name in self.sizes):
             return True
-        more = self.more or (0,) * len(self.sizes)
+        more = self.offsets or (0,) * len(self.sizes)
         return _holds(self.code, tuple((name, sizes[name] + n) for name, n in zip(self.sizes, more, strict=True)))
 
 
 @lru_cache(maxsize=4096)
 def _holds(code: str, sizes: tuple[tuple[str, int], ...]) -> bool:
-    return bool(eval(code, {"__builtins__": {}, **SPELLED}, dict(sizes)))
+    return bool(eval(code, {"__builtins__": {}, **EXPRESSION_NAMES}, dict(sizes)))
 
 
 @dataclass(frozen=True)
-class Input:
+class InputSpec:
     """One tensor input of the graph.
 
     Attributes:
@@ -62,7 +64,7 @@ class Input:
         dtype: what it was traced with; another dtype of the same kind (integer, floating, bool) is accepted.
         dims: one entry a dimension: an int that the model's own code fixed, or a symbol's name.
         optional: whether `forward` has a default for it.
-        fill: what stands for it in a call that leaves it out, by the name that `past.fill` knows; None: nothing.
+        default: what stands for it in a call that leaves it out, by the name that `past.fill` knows; None: nothing.
         fixed: what fixed the dimensions that are numbers: by dimension, a line of the model's code or BY_CALLER.
     """
 
@@ -72,7 +74,7 @@ class Input:
     dtype: torch.dtype
     dims: tuple[int | str, ...]
     optional: bool
-    fill: str | None = None
+    default: str | None = None
     fixed: Mapping[int, str] = field(default_factory=dict)
 
 
@@ -88,29 +90,31 @@ class Signature:
         outputs: the tree of the outputs.
         output_keys: one readable name for each leaf of the outputs, such as `logits`.
         assumed: constants that hold though the caller did not give them.
-        past: how keys and values of earlier calls are taken and given, by a program that was traced with them.
+        kv_cache: how keys and values of earlier calls are taken and given, by a program that was traced with them.
         conditions: what holds of the sizes of every call beside that.
         assumptions: what holds of its values.
     """
 
     forward: inspect.Signature
-    inputs: tuple[Input, ...]
+    inputs: tuple[InputSpec, ...]
     constants: Mapping[str, Any]
     ranges: Mapping[str, tuple[int, int | None]]
     outputs: pytree.TreeSpec
     output_keys: tuple[str, ...]
     assumed: frozenset[str] = frozenset()
-    past: Past | None = None
-    conditions: tuple[Condition, ...] = ()
+    kv_cache: KVCacheSpec | None = None
+    conditions: tuple[SizeCondition, ...] = ()
     assumptions: tuple[Assumption, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Signature:
         return self  # a value: copies of a module share it
 
     @property
-    def past_inputs(self) -> frozenset[str]:
+    def cache_inputs(self) -> frozenset[str]:
         """The names of the inputs that are keys and values of earlier calls."""
-        return frozenset(s.name for s in self.inputs if self.past is not None and s.argument == self.past.argument)
+        return frozenset(
+            s.name for s in self.inputs if self.kv_cache is not None and s.argument == self.kv_cache.argument
+        )
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor | None]:
         """The tensors of a call in placeholder order; None for an optional input that was left out.
@@ -119,7 +123,7 @@ class Signature:
             CallError: an argument is unknown, missing, of another kind of dtype, or of a shape the graph does not take.
         """
         try:
-            arguments = arguments_of(self.forward, args, kwargs)
+            arguments = bind_arguments(self.forward, args, kwargs)
         except TypeError as error:
             raise CallError(f"{error}. The model's signature is forward{self.forward}.") from None
         return self.tensors_of(arguments)
@@ -135,7 +139,7 @@ class Signature:
             if isinstance(value, Tensor):
                 given[name] = value
             else:
-                given |= dict(keyed_leaves(name, value))
+                given |= dict(leaves_with_keys(name, value))
         tensors = [given.pop(spec.key, None) for spec in self.inputs]
         self._check_constants(given)
         self._check_tensors(tensors)
@@ -192,15 +196,17 @@ class Signature:
                 given = ", ".join(f"{name} = {known[name]}" for name in one.sizes)
                 raise CallError(
                     f"The model's code takes another branch at {given} than the one that was traced, where {one.code}"
-                    f"{_at(one.place)}. Trace the model again with inputs of these sizes."
+                    f"{_at(one.location)}. Trace the model again with inputs of these sizes."
                 )
 
-    def _check_size(self, spec: Input, axis: int, size: int, dim: int | str, sizes: dict[str, tuple[int, str]]) -> None:
+    def _check_size(
+        self, spec: InputSpec, axis: int, size: int, dim: int | str, sizes: dict[str, tuple[int, str]]
+    ) -> None:
         if isinstance(dim, int):
             if size != dim:
                 place = spec.fixed.get(axis, "")
                 by = f"the model's own code fixes it to {dim}{_at(place)}"
-                if place == BY_CALLER:
+                if place == FIXED_BY_CALLER:
                     by = f"it was traced with fixed={{{spec.key!r}: ...}}, which keeps it at {dim}"
                 raise CallError(f"{spec.key} has size {size} in dimension {axis}; {by}.")
             return
@@ -217,74 +223,9 @@ class Signature:
         return ", ".join(f"{s.key}{'?' if s.optional else ''}: {_shape_text(s)}" for s in self.inputs)
 
 
-def arguments_of(forward: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by parameter name; what `**kwargs` collects stands under its own names.
-
-    Raises:
-        TypeError: the call does not fit the signature.
-    """
-    bound = forward.bind(*args, **kwargs)
-    arguments: dict[str, Any] = {}
-    for name, value in bound.arguments.items():
-        if forward.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
-            arguments.update(value)
-        else:
-            arguments[name] = value
-    return arguments
+def _at(location: str) -> str:
+    return f", at {location}" if location else ""
 
 
-def keyed_leaves(name: str, value: Any) -> list[tuple[str, Any]]:
-    """The leaves of a nested value with readable keys, in pytree's order: `past[0]`, `out.sample`, `batch['x']`.
-
-    Classes are registered with pytree with or without keys of their children; without, what the class keeps beside its
-    children is their names where it is one string for each, as in a dict, and otherwise they are counted.
-    """
-    if pytree.tree_is_leaf(value):
-        return [(name, value)]
-    node = pytree.SUPPORTED_NODES[pytree._get_node_type(value)]
-    if node.flatten_with_keys_fn is not None:
-        children = [(name + str(key), child) for key, child in node.flatten_with_keys_fn(value)[0]]
-    else:
-        plain, context = node.flatten_fn(value)
-        named = isinstance(context, list | tuple) and len(context) == len(plain)
-        keys = [f"[{key!r}]" for key in context] if named else [f"[{i}]" for i in range(len(plain))]
-        children = [(name + key, child) for key, child in zip(keys, plain, strict=True)]
-    return [leaf for key, child in children for leaf in keyed_leaves(key, child)]
-
-
-def dtype_kind(dtype: torch.dtype) -> str:
-    """The kind of a dtype: "bool", "integer", "floating" or "complex"."""
-    if dtype == torch.bool:
-        return "bool"
-    if dtype.is_complex:
-        return "complex"
-    return "floating" if dtype.is_floating_point else "integer"
-
-
-SHORT = {
-    torch.float64: "f64",
-    torch.float32: "f32",
-    torch.float16: "f16",
-    torch.bfloat16: "bf16",
-    torch.bool: "bool",
-    torch.int64: "i64",
-    torch.int32: "i32",
-    torch.int16: "i16",
-    torch.int8: "i8",
-    torch.uint8: "u8",
-    torch.complex64: "c64",
-    torch.complex128: "c128",
-}
-
-
-def short_dtype(dtype: torch.dtype) -> str:
-    """A dtype in the printer's spelling: f32, bf16, i64, bool."""
-    return SHORT.get(dtype, str(dtype).removeprefix("torch."))
-
-
-def _at(place: str) -> str:
-    return f", at {place}" if place else ""
-
-
-def _shape_text(spec: Input) -> str:
+def _shape_text(spec: InputSpec) -> str:
     return f"{short_dtype(spec.dtype)}[{', '.join(str(dim) for dim in spec.dims)}]"

@@ -27,11 +27,11 @@ class TensorNames:
         for module in _modules(name):
             self._first.setdefault(module, name)
 
-    def maker(self, name: str) -> str:
+    def made_by(self, name: str) -> str:
         """Names who made a tensor."""
         return self._makers[name]
 
-    def clashing(self, name: str) -> str | None:
+    def conflicting(self, name: str) -> str | None:
         """The tensor that would be a module of `name`, or one that `name` would be a module of; None where none is."""
         inner = next((module for module in _modules(name) if module in self._makers), None)
         return inner or self._first.get(name)

@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterator
 from torch import fx, nn
 
 from peftgraph.errors import VerifyError
-from peftgraph.ir.program import ProgramData, calls, contested, stored
-from peftgraph.ir.shape_inference import Inference, fake_mode_of, same_meta
+from peftgraph.ir.edits import competing_copies
+from peftgraph.ir.graphs import call_nodes, stored_tensor_nodes
+from peftgraph.ir.program import ProgramData
+from peftgraph.ir.shape_inference import ShapeInference, fake_mode_of, same_metadata
 
-Rule = Callable[[ProgramData], Iterator[str]]
+Check = Callable[[ProgramData], Iterator[str]]
 
 
-def verify(program: ProgramData, previous: ProgramData | None = None, inference: Inference | None = None) -> None:
+def verify(program: ProgramData, previous: ProgramData | None = None, inference: ShapeInference | None = None) -> None:
     """Checks every rule; given a verified `previous`, re-derives the values of changed nodes only.
 
     `inference` remembers what calls give, by their operands: one that has seen some of them saves their time.
@@ -21,9 +23,9 @@ def verify(program: ProgramData, previous: ProgramData | None = None, inference:
     Raises:
         VerifyError: the program breaks a rule; the message lists every breach.
     """
-    breaches = [breach for rule in RULES for breach in rule(program)]
+    breaches = [breach for rule in CHECKS for breach in rule(program)]
     if not breaches:
-        breaches += list(values_rederive(program, previous, inference or Inference(fake_mode_of(program.graph))))
+        breaches += list(values_rederive(program, previous, inference or ShapeInference(fake_mode_of(program.graph))))
     if breaches:
         raise VerifyError("The program is not valid:\n  " + "\n  ".join(breaches))
 
@@ -41,7 +43,7 @@ def operands_come_first(program: ProgramData) -> Iterator[str]:
 def names_are_unique(program: ProgramData) -> Iterator[str]:
     """No two values print under one name, and every value has a name."""
     seen: set[str] = set()
-    for node in calls(program.graph):
+    for node in call_nodes(program.graph):
         label = node.meta.get("label")
         if label is None:
             yield f"%{node.name} has no printed name"
@@ -53,7 +55,7 @@ def names_are_unique(program: ProgramData) -> Iterator[str]:
 
 def stored_tensors_exist(program: ProgramData) -> Iterator[str]:
     """Every stored tensor that is read is in the table, with the recorded shape."""
-    for node in stored(program.graph):
+    for node in stored_tensor_nodes(program.graph):
         entry = program.table.get(str(node.target))
         if entry is None:
             yield f"@{node.target} is not in the table"
@@ -78,16 +80,18 @@ def trainables_are_claimed(program: ProgramData) -> Iterator[str]:
 
 def trainables_reach_the_output(program: ProgramData) -> Iterator[str]:
     """Every trainable parameter that the graph reads leads to the output, or would but for another named adapter."""
-    hidden = {name for several in contested(program.edits).values() for edit in several for name in edit.parameters}
+    hidden = {
+        name for several in competing_copies(program.edits).values() for edit in several for name in edit.parameters
+    }
     alive: set[fx.Node] = set()
     for node in reversed(program.graph.nodes):
         if node.op == "output" or node in alive:
             alive.update(node.all_input_nodes)
-    for node in stored(program.graph):
+    for node in stored_tensor_nodes(program.graph):
         entry = program.table.get(str(node.target))
         if entry is not None and entry.trainable and node not in alive and node.target not in hidden:
             yield f"@{node.target} trains but reaches no output"
-    read = {str(node.target) for node in stored(program.graph)}
+    read = {str(node.target) for node in stored_tensor_nodes(program.graph)}
     for name, entry in program.table.items():
         if entry.trainable and not any(other in read for other in program.table.tied(name)):
             yield f"@{name} trains but the graph does not read it"
@@ -106,7 +110,7 @@ def edits_stand(program: ProgramData) -> Iterator[str]:
             yield f"%{node.name} was made by {node.meta['origin']}, but no edit lists it"
 
 
-RULES: tuple[Rule, ...] = (
+CHECKS: tuple[Check, ...] = (
     operands_come_first,
     names_are_unique,
     stored_tensors_exist,
@@ -116,10 +120,10 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def values_rederive(program: ProgramData, previous: ProgramData | None, inference: Inference) -> Iterator[str]:
+def values_rederive(program: ProgramData, previous: ProgramData | None, inference: ShapeInference) -> Iterator[str]:
     """Shapes and dtypes, derived again under fake tensors, are the recorded ones."""
     known = {node.name: node for node in previous.graph.nodes} if previous is not None else {}
-    for node in calls(program.graph):
+    for node in call_nodes(program.graph):
         twin = known.get(node.name)
         if twin is not None and _same_call(node, twin):
             continue
@@ -128,7 +132,7 @@ def values_rederive(program: ProgramData, previous: ProgramData | None, inferenc
         except Exception as error:  # whatever an operator says of its operands is the breach
             yield f"%{node.meta.get('label', node.name)} cannot be computed: {error}"
             return
-        if not same_meta(value, node.meta["val"], broadcast=True):
+        if not same_metadata(value, node.meta["val"], broadcast=True):
             yield f"%{node.meta.get('label', node.name)} gives {value}, recorded is {node.meta['val']}"
 
 
@@ -138,4 +142,4 @@ def _same_call(node: fx.Node, twin: fx.Node) -> bool:
         return False
     return all(
         a.meta["val"] is b.meta["val"] for a, b in zip(node.all_input_nodes, twin.all_input_nodes, strict=True)
-    ) and same_meta(node.meta["val"], twin.meta["val"])
+    ) and same_metadata(node.meta["val"], twin.meta["val"])

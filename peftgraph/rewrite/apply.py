@@ -14,13 +14,16 @@ import torch
 from torch import fx, nn
 
 from peftgraph.errors import Conflict, NoMatch, PeftGraphError, RecipeError
-from peftgraph.ir.builder import Builder, Common, erase, refresh, sort, stretch
-from peftgraph.ir.dead_code import SILENT
-from peftgraph.ir.modes import mutated_buffers
-from peftgraph.ir.parameters import Entry, Table
-from peftgraph.ir.program import Applied, Edit, Edits, Move, ProgramData, copy_graph
-from peftgraph.ir.shape_inference import Inference, fake_mode_of, quiet_symbols, same_meta
+from peftgraph.ir.builder import ApplicationContext, Builder, enlarge_size, erase_nodes
+from peftgraph.ir.dead_code import WRITE_DISABLED
+from peftgraph.ir.edits import Edit, EditLog, Move
+from peftgraph.ir.graphs import copy_graph
+from peftgraph.ir.modes import written_buffers
+from peftgraph.ir.ordering import in_canonical_order, infer_changed_values
+from peftgraph.ir.program import AppliedPass, ProgramData
+from peftgraph.ir.shape_inference import ShapeInference, fake_mode_of, guards_suppressed, same_metadata
 from peftgraph.ir.tensor_names import TensorNames
+from peftgraph.ir.tensor_table import TensorEntry, TensorTable
 from peftgraph.ir.verifier import verify
 from peftgraph.rewrite.joins import AddProduct
 from peftgraph.rewrite.match import Match, is_given, match_all
@@ -59,44 +62,46 @@ def apply(program: P, sites: Sites, methods: tuple[Pass, ...], dtype: torch.dtyp
 def remove(program: P, sites: Sites, which: int) -> P:
     """The program without the pass at index `which` of its history; the other passes keep their parameters."""
     graph = copy_graph(program.graph)
-    table, inference = program.table, Inference(fake_mode_of(graph))
+    table, inference = program.table, ShapeInference(fake_mode_of(graph))
     gone = [edit for edit in program.edits if edit.application == which]
-    edits = Edits(program.edits)
+    edits = EditLog(program.edits)
     names = {node.name: node for node in graph.nodes}
     for edit in reversed(gone):
-        moved = [(names[move.after].meta["val"], edits.left(move)) for move in edit.moves]
+        moved = [(names[move.after].meta["val"], edits.value_after_removal(move)) for move in edit.moves]
         undo(graph, names, edits, edit)
         edits.remove(edit)
-        resized = [names[below] for value, below in moved if not same_meta(value, names[below].meta["val"])]
-        refresh(graph, resized, inference, {names[one.node] for one in edit.stretched})
+        resized = [names[below] for value, below in moved if not same_metadata(value, names[below].meta["val"])]
+        infer_changed_values(graph, resized, inference, {names[one.node] for one in edit.size_increases})
     made = {name for edit in gone for name in edit.parameters}
-    table = table.with_({name: _before(table[name]) for name in made if not table[name].added})
+    table = table.updated({name: _before(table[name]) for name in made if not table[name].added})
     table = table.without(name for name in made if table[name].added)
-    kept = tuple(replace(e, application=e.application - (e.application > which)).within(names) for e in edits)
+    kept = tuple(replace(e, application=e.application - (e.application > which)).pruned(names) for e in edits)
     history = program.history[:which] + program.history[which + 1 :]
     used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     table = table.without(name for name, entry in table.items() if entry.added and name not in used)
     if not history:
-        table = table.with_({name: _before(table[name]) for name in table.state})
-    result = adjust_size_limits(program.evolve(graph=sort(graph), table=table, edits=kept, history=history))
+        table = table.updated({name: _before(table[name]) for name in table.state})
+    result = adjust_size_limits(
+        program.evolve(graph=in_canonical_order(graph), table=table, edits=kept, history=history)
+    )
     verify(result, program, inference)
     return result
 
 
-def undo(graph: fx.Graph, names: dict[str, fx.Node], edits: Edits, edit: Edit) -> None:
+def undo(graph: fx.Graph, names: dict[str, fx.Node], edits: EditLog, edit: Edit) -> None:
     """Takes one edit out of `graph` and its `names`, in place: its users get back the value below it.
 
     What another edit made of its nodes for their users goes with them.
     """
     for move in edit.moves:
-        below = edits.left(move)
+        below = edits.value_after_removal(move)
         users = [user for user in names[move.after].users if user.name not in edit.nodes]
         for user in users:
             user.replace_input_with(names[move.after], names[below])
-    for one in edit.stretched:
-        stretch(names[one.node], one, -1)
-    for name in edit.silenced:
-        del names[name].meta[SILENT]
+    for one in edit.size_increases:
+        enlarge_size(names[one.node], one, -1)
+    for name in edit.disabled_writes:
+        del names[name].meta[WRITE_DISABLED]
     gone = dict.fromkeys(names[name] for name in edit.nodes)
     todo = list(gone)
     while todo:
@@ -106,12 +111,12 @@ def undo(graph: fx.Graph, names: dict[str, fx.Node], edits: Edits, edit: Edit) -
     assert all("origin" in node.meta for node in gone), f"the edit at {edit.site} is still read by the model"
     for node in gone:
         del names[node.name]
-    erase(graph, gone)
+    erase_nodes(graph, gone)
 
 
-def _before(entry: Entry) -> Entry:
-    assert entry.before is not None
-    return replace(entry, tensor=entry.before, trainable=False, before=None)
+def _before(entry: TensorEntry) -> TensorEntry:
+    assert entry.base_tensor is not None
+    return replace(entry, tensor=entry.base_tensor, trainable=False, base_tensor=None)
 
 
 def _apply_one(program: P, sites: Sites, method: Pass, dtype: torch.dtype | None) -> P:
@@ -209,11 +214,11 @@ class _Work:
     application: int
     graph: fx.Graph
     names: dict[str, fx.Node]
-    edits: Edits
-    entries: dict[str, Entry]
+    edits: EditLog
+    entries: dict[str, TensorEntry]
     taken: TensorNames
     program: ProgramData
-    common: Common
+    common: ApplicationContext
     dtype: torch.dtype | None = None
     _made: dict[Use, Builder] = field(default_factory=dict)
     _installed: set[str] = field(default_factory=set)
@@ -224,13 +229,15 @@ class _Work:
         makers = {name: str(program.history[e.application].method) for e in program.edits for name in e.parameters}
         taken = TensorNames({name: makers.get(name, "the model itself") for name in program.table})
         names = {node.name: node for node in graph.nodes}
-        common = Common(f"{method.word}.{method.name}" if method.name else method.word, Inference(fake_mode_of(graph)))
-        edits = Edits(program.edits)
+        common = ApplicationContext(
+            f"{method.word}.{method.name}" if method.name else method.word, ShapeInference(fake_mode_of(graph))
+        )
+        edits = EditLog(program.edits)
         return cls(method, sites, len(program.history), graph, names, edits, {}, taken, program, common, dtype)
 
     def rewrite(self, use: Use) -> None:
         number, rule, site = use.number, use.rule, use.site
-        history = (*self.program.history, Applied(self.method, dtype=self.dtype))
+        history = (*self.program.history, AppliedPass(self.method, dtype=self.dtype))
         match = Match(site, self.sites, self.graph, self.program.table, self.edits, self.names, history=history)
         match = replace(match, example=self.program.examples, nesting_of_rule=rule.nesting)
         at_weight = isinstance(rule.join, AddProduct) and (use.at_weight or site.form == "weight")
@@ -255,7 +262,7 @@ class _Work:
             copy = nn.Parameter(entry.tensor.detach().clone())
             for name in group:
                 known = self.program.table[name]
-                self.entries[name] = replace(known, tensor=copy, trainable=True, before=known.tensor)
+                self.entries[name] = replace(known, tensor=copy, trainable=True, base_tensor=known.tensor)
                 claimed.append(name)
         return Edit(self.application, number, match.site.id, (), (), tuple(claimed)) if claimed else None
 
@@ -270,7 +277,7 @@ class _Work:
                 continue  # one tensor at several sites is installed once
             self._installed.add(name)
             entry = self.program.table[name]
-            stored = entry.tensor if entry.before is None else entry.before
+            stored = entry.tensor if entry.base_tensor is None else entry.base_tensor
             builder.adapter_dtype = stored.dtype
             new = builder.param(name.rpartition(".")[2], stored.shape, lambda value, old=stored: value.copy_(old))
             installed.append((name, str(new.target)))
@@ -292,9 +299,11 @@ class _Work:
         builder = self._builder(match, rule)
         leader = None if use.leader is None else self._made[use.leader]
         if leader is not None:
-            builder.owner, builder.reused = leader.owner, leader.entries
+            builder.owner, builder.shared_parameters = leader.owner, leader.entries
         match = replace(match, builder=builder)
-        with quiet_symbols(self.common.inference.mode):  # a rule that takes a symbol for a number fixes it for no other
+        with guards_suppressed(
+            self.common.inference.mode
+        ):  # a rule that takes a symbol for a number fixes it for no other
             delta = rule.delta(match, builder)
             count = len(builder.nodes)
             values = rule.join.combine(match, builder, delta)
@@ -307,9 +316,11 @@ class _Work:
             if isinstance(old.meta["val"], torch.Tensor):  # parameters may be wider than the base
                 new = builder.in_dtype_of(new, old)
             moves.append(self._redirect(match, port, old, new, builder))
-            if not same_meta(old.meta["val"], new.meta["val"]) or _are_other_sizes(old.meta["val"], new.meta["val"]):
+            if not same_metadata(old.meta["val"], new.meta["val"]) or _are_other_sizes(
+                old.meta["val"], new.meta["val"]
+            ):
                 resized.append(new)
-        stretched = tuple(builder.stretched)
+        stretched = tuple(builder.size_increases)
         self._refresh(match, resized, {self.names[one.node] for one in stretched})
         self._keep(builder)
         nodes = tuple(node.name for node in builder.nodes)
@@ -322,8 +333,8 @@ class _Work:
             nodes,
             parameters,
             stretched,
-            joining=frozenset(nodes[count:]),
-            silenced=tuple(builder.silenced),
+            join_nodes=frozenset(nodes[count:]),
+            disabled_writes=tuple(builder.disabled_writes),
         )
 
     def _keep(self, builder: Builder) -> None:
@@ -334,7 +345,7 @@ class _Work:
     def _refresh(self, match: Match, resized: list[fx.Node], stretched: set[fx.Node]) -> None:
         """Infers what follows from values that changed their shapes."""
         try:
-            refresh(self.graph, resized, self.common.inference, stretched)
+            infer_changed_values(self.graph, resized, self.common.inference, stretched)
         except RuntimeError as error:  # what torch says of sizes that do not fit
             raise PeftGraphError(
                 f"{self.method} at {match.site.id} makes sizes that the model does not take, with the example that it "
@@ -346,7 +357,7 @@ class _Work:
         if not is_given(port):
             self.names[match.reader(port)].replace_input_with(old, new)
             return Move(anchor, match.nesting, new.name, 1)
-        uses = builder.redirect(old, new, keep=builder.held.union(builder.nodes))
+        uses = builder.redirect(old, new, keep=builder.pinned_users.union(builder.nodes))
         return Move(anchor, match.nesting, new.name, uses)
 
     @cached_property
@@ -380,33 +391,33 @@ class _Work:
             dtype=dtype,
             adapter_dtype=adapter_dtype,
             device=device,
-            taken=self.taken,
-            maker=str(self.method),
+            tensor_names=self.taken,
+            pass_spec=str(self.method),
             order=(place.meta["order"][0], self.application, len(self.edits)),
             cursor=place,
-            common=self.common,
+            context=self.common,
         )
 
     def result(self, program: P) -> P:
         changed = program.evolve(
-            graph=sort(self.graph),
-            table=_with_state(program.table, self.graph).with_(self.entries),
+            graph=in_canonical_order(self.graph),
+            table=_with_state(program.table, self.graph).updated(self.entries),
             edits=tuple(self.edits),
-            history=(*program.history, Applied(self.method, self.method.name, self.dtype)),
+            history=(*program.history, AppliedPass(self.method, self.method.name, self.dtype)),
         )
         return adjust_size_limits(changed)
 
 
-def _with_state(table: Table, graph: fx.Graph) -> Table:
+def _with_state(table: TensorTable, graph: fx.Graph) -> TensorTable:
     """The table with copies of the buffers that training writes: they belong to the adapted program."""
     copies: dict[int, torch.Tensor] = {}
-    state: dict[str, Entry] = {}
-    for name in mutated_buffers(graph):
+    state: dict[str, TensorEntry] = {}
+    for name in written_buffers(graph):
         entry = table[name]
-        if entry.kind == "buffer" and entry.before is None and not entry.added:
+        if entry.kind == "buffer" and entry.base_tensor is None and not entry.added:
             copy = copies.setdefault(id(entry.tensor), entry.tensor.detach().clone())
-            state |= {one: replace(table[one], tensor=copy, before=entry.tensor) for one in table.tied(name)}
-    return table.with_(state)
+            state |= {one: replace(table[one], tensor=copy, base_tensor=entry.tensor) for one in table.tied(name)}
+    return table.updated(state)
 
 
 def _are_other_sizes(a: object, b: object) -> bool:

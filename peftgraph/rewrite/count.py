@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from peftgraph.ir.edits import Edit
 from peftgraph.ir.interpreter import fake_table
-from peftgraph.ir.parameters import Entry, Table
-from peftgraph.ir.program import Edit, ProgramData
+from peftgraph.ir.program import ProgramData
+from peftgraph.ir.tensor_table import TensorEntry, TensorTable
 from peftgraph.rewrite.match import match_all
 from peftgraph.rewrite.rule import Params, Rule
 from peftgraph.rewrite.weight_views import View
@@ -143,5 +144,5 @@ def _full_rank(tensor: torch.Tensor) -> int | None:
     return None if tensor.dim() < 2 else min(tensor.shape[-2:])
 
 
-def _unique(table: Table, keep: Callable[[Entry], bool]) -> list[torch.Tensor]:
+def _unique(table: TensorTable, keep: Callable[[TensorEntry], bool]) -> list[torch.Tensor]:
     return list({id(entry.tensor): entry.tensor for entry in table.values() if keep(entry)}.values())

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from peftgraph.errors import PeftGraphError
-from peftgraph.ir.interpreter import evaluate
-from peftgraph.ir.modes import evaluated
+from peftgraph.ir.interpreter import compute_node
+from peftgraph.ir.modes import evaluation_graph
 from peftgraph.ir.program import ProgramData
 from peftgraph.rewrite.apply import apply, remove
 from peftgraph.sites import Sites
@@ -44,6 +44,6 @@ def finalize(program: P, sites: Sites) -> P:
 
 
 def derived_values(program: ProgramData) -> dict[str, Tensor]:
-    """The values that `Builder.derived` marked, by the names they get as parameters."""
-    nodes = [node for node in evaluated(program.graph).nodes if "derived" in node.meta]
-    return {node.meta["derived"]: evaluate(node, {}, program.table) for node in nodes}
+    """The values that `Builder.mark_derived` marked, by the names they get as parameters."""
+    nodes = [node for node in evaluation_graph(program.graph).nodes if "derived" in node.meta]
+    return {node.meta["derived"]: compute_node(node, {}, program.table) for node in nodes}

@@ -10,9 +10,10 @@ from torch import fx
 
 from peftgraph.errors import PeftGraphError
 from peftgraph.ir.builder import Builder
+from peftgraph.ir.edits import EditLog
 from peftgraph.ir.modes import DROPOUTS
-from peftgraph.ir.parameters import Table
-from peftgraph.ir.program import Applied, Edits, ProgramData
+from peftgraph.ir.program import AppliedPass, ProgramData
+from peftgraph.ir.tensor_table import TensorTable
 from peftgraph.rewrite.nesting import Nesting, nesting_of
 from peftgraph.rewrite.weight_views import ParameterValue, View, bias_view, bind, rows_view, weight_view
 from peftgraph.sites import Columns, Equation, Lettered, Site, Sites
@@ -62,13 +63,13 @@ class Match:
     site: Site
     sites: Sites
     graph: fx.Graph
-    table: Table
-    edits: Edits
+    table: TensorTable
+    edits: EditLog
     names: Mapping[str, fx.Node] = field(repr=False)
     precision: torch.dtype | None = None
     example: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
     nesting_of_rule: Nesting | None = None
-    history: Sequence[Applied] = field(default=(), repr=False)
+    history: Sequence[AppliedPass] = field(default=(), repr=False)
     at_weight: bool = False
     transposed: bool = False
     builder: Builder | None = None
@@ -138,7 +139,7 @@ class Match:
             return self.site.ports[name]
         node = self.names[self.site.ports[BEFORE_DROPOUT[name]]]
         while node.target in DROPOUTS:
-            node = self.names[self.edits.below(node.all_input_nodes[0].name)]
+            node = self.names[self.edits.base_value(node.all_input_nodes[0].name)]
         return node.name
 
     def reader(self, port: str) -> str:
@@ -157,17 +158,17 @@ class Match:
         node = self.port(port)
         if is_given(port):
             return self._latest(node, self.nesting)
-        inside = self.edits.chain(self.anchor(port))
+        inside = self.edits.moves_at(self.anchor(port))
         return self.names[inside[-1].after] if inside else self._read(node, self.names[self.reader(port)])
 
     def _read(self, node: str, reader: fx.Node) -> fx.Node:
         """What `reader` reads in the place of a value of the base: the latest, or what an edit held it to."""
-        afters = [self.names[move.after] for move in self.edits.chain(node)]
+        afters = [self.names[move.after] for move in self.edits.moves_at(node)]
         read = next((after for after in reversed(afters) if after in reader.all_input_nodes), self.names[node])
         return read if read in reader.all_input_nodes else self._latest(node, Nesting.OUTERMOST)
 
     def _latest(self, node: str, level: int) -> fx.Node:
-        moves = [move for move in self.edits.chain(node) if move.level <= level]
+        moves = [move for move in self.edits.moves_at(node) if move.level <= level]
         return self.names[moves[-1].after if moves else node]
 
     @property
@@ -215,7 +216,7 @@ class Match:
         block, with its own weights; x itself where none follows."""
         if "normed" not in self.site.ports:
             return x
-        normed = op.again(self.raw_value("join"), self.names[self.site.ports["normed"]], self.features_back(op, x))
+        normed = op.recompute(self.raw_value("join"), self.names[self.site.ports["normed"]], self.features_back(op, x))
         return self.features_last(normed)
 
     def changed_by(self, port: str) -> object | None:
@@ -452,9 +453,9 @@ class Match:
         """A stored tensor, or the weight that is computed from it, after the edits of it so far."""
         weight = self.site.weight
         if weight is None or weight.parameter != view.parameter:
-            return op.stored(view.parameter, self.table[view.parameter].tensor)
-        if weight.computed is None and not self.edits.chain(self.port("weight")):
-            return op.stored(view.parameter, self.table[view.parameter].tensor)
+            return op.stored_tensor(view.parameter, self.table[view.parameter].tensor)
+        if weight.computed is None and not self.edits.moves_at(self.port("weight")):
+            return op.stored_tensor(view.parameter, self.table[view.parameter].tensor)
         return self.value("weight")
 
     def changed_weight(self, op: Builder, full: fx.Node, change_OI: fx.Node) -> fx.Node:
@@ -504,5 +505,5 @@ def _window(op: Builder, value: fx.Node, columns: Columns | None, axis: int, nam
 def match_all(program: ProgramData, sites: Sites, chosen: Iterable[Site]) -> list[Match]:
     """Matches of `chosen` in the program's own graph."""
     names = {node.name: node for node in program.graph.nodes}
-    edits = Edits(program.edits)
+    edits = EditLog(program.edits)
     return [Match(site, sites, program.graph, program.table, edits, names, example=program.examples) for site in chosen]

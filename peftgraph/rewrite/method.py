@@ -70,7 +70,7 @@ class Pass:
         return (self,)
 
     def finalized(self) -> Pass:
-        """The pass as it stands once training is over: every value that `Builder.derived` names is a parameter."""
+        """The pass as it stands once training is over: every value that `Builder.mark_derived` names is a parameter."""
         return self
 
     def __str__(self) -> str:

@@ -39,9 +39,9 @@ def mix(program: P, sites: Sites, weights: Mapping[str, float]) -> P:
         mixed = bare
         for applied, method in zip(kept, methods, strict=True):
             mixed = apply(mixed, sites, (method,), applied.dtype)
-    kept_entries = (name for name, entry in mixed.table.items() if entry.added or entry.before is not None)
+    kept_entries = (name for name, entry in mixed.table.items() if entry.added or entry.base_tensor is not None)
     own = {name: program.table[name] for name in kept_entries}
-    return mixed.evolve(table=mixed.table.with_(own))
+    return mixed.evolve(table=mixed.table.updated(own))
 
 
 def _weight(name: str, weight: float) -> float:

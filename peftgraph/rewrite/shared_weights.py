@@ -11,8 +11,9 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 from peftgraph.errors import Conflict
-from peftgraph.ir.parameters import Table
-from peftgraph.ir.program import ProgramData, stored
+from peftgraph.ir.graphs import stored_tensor_nodes
+from peftgraph.ir.program import ProgramData
+from peftgraph.ir.tensor_table import TensorTable
 from peftgraph.rewrite.joins import AddProduct
 from peftgraph.rewrite.rule import Rule
 from peftgraph.rewrite.weight_readers import readers
@@ -68,7 +69,7 @@ def uses(program: ProgramData, chosen: Sequence[Chosen]) -> Iterator[Use]:
         yield use
 
 
-def _each_value_once(table: Table, chosen: Sequence[Chosen]) -> Iterator[Chosen]:
+def _each_value_once(table: TensorTable, chosen: Sequence[Chosen]) -> Iterator[Chosen]:
     """The sites without those that give the very same value of one weight, as a projection that is the queries of one
     attention and the keys of another."""
     seen: set[Hashable] = set()
@@ -85,7 +86,7 @@ def _is_shared(rule: Rule, site: Site) -> bool:
     return rule.delta is not None and not (site.role == "embedding" and isinstance(rule.fold, str))
 
 
-def _mixed(table: Table, chosen: Sequence[Chosen]) -> dict[Hashable, list[Site]]:
+def _mixed(table: TensorTable, chosen: Sequence[Chosen]) -> dict[Hashable, list[Site]]:
     """The sites of windows of weights that can only change as a whole for all of them, by rule and window."""
     groups: dict[Hashable, list[Site]] = {}
     rules: dict[Hashable, AddProduct] = {}
@@ -109,13 +110,13 @@ def _turned(site: Site) -> bool:
     return site.weight is not None and site.weight.transposed
 
 
-def _window(table: Table, site: Site) -> Hashable:
+def _window(table: TensorTable, site: Site) -> Hashable:
     """The part of a stored tensor that a site multiplies by; one expert of a stack is no other's."""
     weight = site.weight
     return None if weight is None else (table.tied(weight.parameter)[0], weight.computed, weight.window, site.expert)
 
 
-def _identity(table: Table, site: Site) -> Hashable:
+def _identity(table: TensorTable, site: Site) -> Hashable:
     """What two sites have in common that are one part of the model, used twice; a site's own id where nothing says."""
     if site.weight is not None:
         return site.role, site.kind, _window(table, site)
@@ -130,12 +131,14 @@ def _check_readers(program: ProgramData, use: Use, together: Sequence[Site]) -> 
     weight, chosen = use.site.weight, {site.op for site in together}
     assert weight is not None
     whole = {site.weight.parameter for site in together if site.weight is not None and site.role == "matrix"}
-    chosen |= {one.name for one in readers(node for node in stored(program.graph) if node.target in whole)}
+    chosen |= {one.name for one in readers(node for node in stored_tensor_nodes(program.graph) if node.target in whole)}
     if weight.computed is not None:
         read = [program.node(weight.computed)]
     else:
         names = program.table.tied(weight.parameter)
-        read = [node for node in stored(program.graph) if node.target in names and "origin" not in node.meta]
+        read = [
+            node for node in stored_tensor_nodes(program.graph) if node.target in names and "origin" not in node.meta
+        ]
     for reader in readers(read):
         if "origin" not in reader.meta and reader.name not in chosen:
             raise Conflict(

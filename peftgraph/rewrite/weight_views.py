@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftgraph.ir.parameters import Table
+from peftgraph.ir.tensor_table import TensorTable
 from peftgraph.sites import Columns, MatrixAxes, Site
 
 Read = Callable[[str], Tensor]
@@ -148,7 +148,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def bind(view: View, table: Table, precision: torch.dtype | None = None) -> ParameterValue:
+def bind(view: View, table: TensorTable, precision: torch.dtype | None = None) -> ParameterValue:
     """`view` with the values that `table` holds now, in `precision` or what folding accumulates in by default."""
     full = table[view.parameter].tensor.detach()
     return ParameterValue(view, view.get(full).to(precision or accumulation_dtype(full.dtype)))

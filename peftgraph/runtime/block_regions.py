@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from peftgraph.ir.dead_code import is_mutation, live
-from peftgraph.ir.program import Edits, ProgramData
+from peftgraph.ir.dead_code import live_nodes, writes_in_place
+from peftgraph.ir.edits import EditLog
+from peftgraph.ir.program import ProgramData
 from peftgraph.sites import Sites
 
 KEY = "block"  # in a node's metadata: the number of its block
@@ -25,11 +26,11 @@ class Span:
 
 def spans(program: ProgramData, sites: Sites) -> list[Span]:
     """The blocks of a program with the values that passes left there; those without a path of their own are none."""
-    edits, found = Edits(program.edits), list[Span]()
+    edits, found = EditLog(program.edits), list[Span]()
     for site in sites:
         if site.role == "block" and site.path and {"input", "output"} <= site.ports.keys():
             ends = (site.ports["input"], site.ports["output"])
-            first, last = (line[-1].after if (line := edits.chain(name)) else name for name in ends)
+            first, last = (line[-1].after if (line := edits.moves_at(name)) else name for name in ends)
             found.append(Span(site.path, first, last))
     return found
 
@@ -40,7 +41,7 @@ def mark(graph: fx.Graph, blocks: Sequence[Span]) -> None:
     No value leaves a block and comes back into it: what is marked is what depends on its input and leads to its output,
     and what nothing else reads.
     """
-    order = live(graph)
+    order = live_nodes(graph)
     place = {node.name: i for i, node in enumerate(order)}
     for number, block in enumerate(blocks):
         if block.input in place and block.output in place:
@@ -86,7 +87,7 @@ def _writers(order: Sequence[fx.Node]) -> set[int]:
         node.meta[KEY]
         for node in order
         if KEY in node.meta
-        and is_mutation(node)
+        and writes_in_place(node)
         and any(operand.meta.get(KEY) != node.meta[KEY] for operand in node.all_input_nodes)
     }
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from peftgraph.ir.program import copy_graph
+from peftgraph.ir.graphs import copy_graph
 from peftgraph.runtime.direct_calls import call_directly
 
 Code = Callable[..., list[Any]]

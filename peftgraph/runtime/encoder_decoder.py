@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from peftgraph.errors import CallError
-from peftgraph.ir.dead_code import drop_dead
-from peftgraph.ir.modes import measure
-from peftgraph.ir.program import copy_graph
+from peftgraph.ir.dead_code import remove_dead_nodes
+from peftgraph.ir.graphs import copy_graph
+from peftgraph.ir.modes import read_size_from
 from peftgraph.ir.signature import Signature
 from peftgraph.runtime.codegen import Code, compile_graph
 from peftgraph.runtime.execution import assemble, leaving_out
@@ -139,8 +139,8 @@ def _only(graph: fx.Graph, inputs: list[fx.Node]) -> fx.Graph:
     """`graph`, in place, with no other inputs: sizes are read off these."""
     for node in graph.nodes:
         if node.target is aten.sym_size.int and node.args[0] not in inputs:
-            measure(node, inputs)
-    drop_dead(graph)
+            read_size_from(node, inputs)
+    remove_dead_nodes(graph)
     for node in list(graph.nodes):
         if node.op == "placeholder" and node not in inputs:
             graph.erase_node(node)

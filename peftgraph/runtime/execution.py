@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from peftgraph.ir.dead_code import drop_dead, skip_whole_slices
-from peftgraph.ir.dtype_literals import retarget
-from peftgraph.ir.modes import evaluated, trained, without_inputs, without_past
-from peftgraph.ir.program import ProgramData, copy_graph
+from peftgraph.ir.dead_code import bypass_full_slices, remove_dead_nodes
+from peftgraph.ir.dtype_literals import convert_literals
+from peftgraph.ir.graphs import copy_graph
+from peftgraph.ir.modes import evaluation_graph, training_graph, without_cached_inputs, without_inputs
+from peftgraph.ir.program import ProgramData
 from peftgraph.ir.signature import Signature
 from peftgraph.runtime.block_calls import outline
 from peftgraph.runtime.block_regions import Span, mark
@@ -26,7 +27,7 @@ class Execution:
         signature: how the module is called.
         graph: of both modes.
         title: the name of the model.
-        marked: whether it is known which casts follow the weights.
+        can_change_dtype: whether it is known which casts follow the weights.
         target: the dtype and device of the weights.
         constants: the names of tensor literals.
         state: the buffers that training writes and the program shares, by name.
@@ -36,7 +37,7 @@ class Execution:
         self.signature: Signature = program.signature
         self.graph = copy_graph(program.graph)
         self.title = program.model
-        self.marked = program.marked
+        self.can_change_dtype = program.can_change_dtype
         self.target = (program.table.dtype, program.table.device)
         self.blocks = tuple(blocks)
         self.constants: list[str] = []
@@ -70,16 +71,16 @@ class Execution:
         Raises:
             CallError: every output depends on a missing input.
         """
-        graph = trained(self.graph) if training else evaluated(self.graph)
-        drop_dead(graph)
-        skip_whole_slices(graph)
+        graph = training_graph(self.graph) if training else evaluation_graph(self.graph)
+        remove_dead_nodes(graph)
+        bypass_full_slices(graph)
         return leaving_out(graph, self.signature, missing)
 
     def move(self, dtype: torch.dtype, device: torch.device) -> None:
         """Follows the weights to another dtype or device."""
         if (dtype, device) != self.target:
             self.target = (dtype, device)
-            retarget(self.graph, dtype, device)
+            convert_literals(self.graph, dtype, device)
             self._codes.clear()
             self._sources.clear()
 
@@ -93,9 +94,9 @@ def leaving_out(graph: fx.Graph, signature: Signature, missing: frozenset[str]) 
     Raises:
         CallError: every output depends on a missing input.
     """
-    past = missing & signature.past_inputs
+    past = missing & signature.cache_inputs
     if past:
-        graph = without_past(graph, past)
+        graph = without_cached_inputs(graph, past)
     if missing == past:
         return graph, (True,) * len(signature.output_keys)
     return without_inputs(graph, missing - past)

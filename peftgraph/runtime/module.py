@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from peftgraph.errors import PeftGraphError
-from peftgraph.ir.modes import mutated_buffers
-from peftgraph.ir.parameters import Entry
-from peftgraph.ir.program import Child, ProgramData
+from peftgraph.ir.modes import written_buffers
+from peftgraph.ir.program import ProgramData
+from peftgraph.ir.source_model import SubmoduleState
+from peftgraph.ir.tensor_table import TensorEntry
 from peftgraph.runtime.block_module import keep, recompute
 from peftgraph.runtime.block_regions import Span
 from peftgraph.runtime.copying import Copied
@@ -33,7 +34,7 @@ class GraphModule(Copied, nn.Module):
     def __init__(self, program: ProgramData, blocks: Sequence[Span] = ()) -> None:
         nn.Module.__init__(self)  # beside another class of modules, none of that one's own set-up
         self._peftgraph = Execution(program, blocks)
-        self._peftgraph_register(program.table, program.children)
+        self._peftgraph_register(program.table, program.submodules)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the graph with the traced model's own arguments and returns its own output type.
@@ -94,9 +95,9 @@ class GraphModule(Copied, nn.Module):
     def _peftgraph_prepare(self, missing: frozenset[str]) -> None:
         self._peftgraph.prepare(self, missing)
 
-    def _peftgraph_register(self, table: Mapping[str, Entry], known: Mapping[str, Child]) -> None:
+    def _peftgraph_register(self, table: Mapping[str, TensorEntry], known: Mapping[str, SubmoduleState]) -> None:
         run = self._peftgraph
-        written = {id(table[name].tensor) for name in mutated_buffers(run.graph)}
+        written = {id(table[name].tensor) for name in written_buffers(run.graph)}
         made: dict[int, nn.Parameter] = {}  # tied entries become one parameter
         copies: dict[int, Tensor] = {}  # and one buffer
         children = Children(self, known, {block.path for block in run.blocks})
@@ -122,7 +123,7 @@ class GraphModule(Copied, nn.Module):
         run = self._peftgraph
         dtype, device = run.target
         probe = fn(torch.empty(0, dtype=dtype, device=device))
-        if probe.dtype != dtype and not run.marked:
+        if probe.dtype != dtype and not run.can_change_dtype:
             raise PeftGraphError(
                 f"{run.title} mixes floating dtypes, so it is not known which casts of its code follow its "
                 f"weights; it cannot be moved to {probe.dtype}. Convert the model first and trace it again."

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from peftgraph.ir.program import copy_graph
+from peftgraph.ir.graphs import copy_graph
 
 aten = torch.ops.aten
 

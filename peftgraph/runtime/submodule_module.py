@@ -12,13 +12,14 @@ from typing import Any
 
 from torch import nn
 
-from peftgraph.ir.program import ProgramData, Surrounding
+from peftgraph.ir.program import ProgramData
+from peftgraph.ir.source_model import EnclosingModel
 from peftgraph.runtime.block_regions import Span
 from peftgraph.runtime.copying import Copied
 from peftgraph.runtime.module import GraphModule
 
 
-def surround(program: ProgramData, blocks: Sequence[Span], around: Surrounding) -> nn.Module:
+def surround(program: ProgramData, blocks: Sequence[Span], around: EnclosingModel) -> nn.Module:
     """The traced model with the program in the place of its submodule; only new parameters require grad."""
     graph = GraphModule(program, blocks)
     memo: dict[int, Any] = {}

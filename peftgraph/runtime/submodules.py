@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from peftgraph.errors import CallError
-from peftgraph.ir.program import Child
+from peftgraph.ir.source_model import SubmoduleState
 from peftgraph.runtime.block_module import Block
 
 
@@ -21,7 +21,7 @@ class Children:
         blocks: the paths of its blocks.
     """
 
-    def __init__(self, root: nn.Module, known: Mapping[str, Child], blocks: Set[str]) -> None:
+    def __init__(self, root: nn.Module, known: Mapping[str, SubmoduleState], blocks: Set[str]) -> None:
         self._root, self._known, self._blocks = root, known, blocks
 
     def make_all(self) -> None:

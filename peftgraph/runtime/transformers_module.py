@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from peftgraph.errors import CallError
-from peftgraph.ir.kv_cache import fill
-from peftgraph.ir.program import Host, ProgramData
-from peftgraph.ir.signature import arguments_of
+from peftgraph.ir.arguments import bind_arguments
+from peftgraph.ir.kv_cache import default_input
+from peftgraph.ir.program import ProgramData
+from peftgraph.ir.source_model import ModelClass
 from peftgraph.runtime.block_regions import Span
 from peftgraph.runtime.encoder_decoder import HIDDEN, Encoder, TwoSteps
 from peftgraph.runtime.module import GraphModule
@@ -59,7 +60,7 @@ class Hosted(GraphModule):
         Raises:
             CallError: a cache is asked for, and the program was traced without one.
         """
-        if self._peftgraph.signature.past is None and kwargs.setdefault("use_cache", False):
+        if self._peftgraph.signature.kv_cache is None and kwargs.setdefault("use_cache", False):
             raise CallError(
                 f"This program of {self._peftgraph.title} was traced without a cache. Trace it with use_cache=True in "
                 'the example, pg.trace(model, {**inputs, "use_cache": True}), or generate with use_cache=False.'
@@ -70,7 +71,7 @@ class Hosted(GraphModule):
         """The model's own inputs of the next step, with the mask of ones that generation leaves out."""
         inputs = cast(Any, super()).prepare_inputs_for_generation(*args, **kwargs)
         tokens = inputs.get("input_ids")
-        if self._peftgraph.signature.past is None and tokens is not None and inputs.get(MASK) is None:
+        if self._peftgraph.signature.kv_cache is None and tokens is not None and inputs.get(MASK) is None:
             inputs |= {
                 spec.key: torch.ones_like(tokens) for spec in self._peftgraph.signature.inputs if spec.key == MASK
             }
@@ -102,7 +103,7 @@ class Hosted(GraphModule):
         arguments, signature = self._arguments(args, kwargs), self._peftgraph.signature
         as_tuple = _take(arguments, "return_dict", signature.constants) is False
         kept = _take(arguments, "logits_to_keep", signature.constants)
-        output = self._cached(arguments) if signature.past else self._peftgraph_run(signature.tensors_of(arguments))
+        output = self._cached(arguments) if signature.kv_cache else self._peftgraph_run(signature.tensors_of(arguments))
         if kept is not None and not (isinstance(kept, int) and kept == 0):
             output["logits"] = output["logits"][:, slice(-kept, None) if isinstance(kept, int) else kept]
         return output.to_tuple() if as_tuple else output
@@ -110,7 +111,7 @@ class Hosted(GraphModule):
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         signature = self._peftgraph.signature
         try:
-            arguments = arguments_of(signature.forward, args, kwargs)
+            arguments = bind_arguments(signature.forward, args, kwargs)
         except TypeError as error:
             raise CallError(f"{error}. The model's signature is forward{signature.forward}.") from None
         count = next((spec for spec in signature.inputs if spec.key == COUNT), None)
@@ -120,15 +121,15 @@ class Hosted(GraphModule):
 
     def _cached(self, arguments: dict[str, Any]) -> Any:
         signature = self._peftgraph.signature
-        past = signature.past
+        past = signature.kv_cache
         assert past is not None
         cache = arguments.pop(past.argument, None)
         wanted = arguments.pop("use_cache", self.config.use_cache)
         earlier = [] if cache is None else past.read(cache)
-        ahead = past.rows(cache) if earlier else 0
+        ahead = past.prepended_rows(cache) if earlier else 0
         encoded = arguments.pop("encoder_outputs", None)
         tensors = signature.tensors_of(arguments)
-        rows, names = iter(earlier), signature.past_inputs
+        rows, names = iter(earlier), signature.cache_inputs
         specs = signature.inputs
         tensors = [next(rows, None) if s.name in names else t for s, t in zip(specs, tensors, strict=True)]
         self._fill(tensors, int(earlier[0].shape[-2]) - ahead if earlier else 0)
@@ -150,7 +151,7 @@ class Hosted(GraphModule):
         Raises:
             CallError: the program was traced without a cache, or of another kind of model.
         """
-        if self._peftgraph.signature.past is None or HIDDEN not in self._peftgraph.signature.output_keys:
+        if self._peftgraph.signature.kv_cache is None or HIDDEN not in self._peftgraph.signature.output_keys:
             raise CallError(f"This program of {self._peftgraph.title} has no encoder apart from the rest.")
         return Encoder(self._encoded, self._peftgraph.signature, self._two_steps().halves.inputs)
 
@@ -174,13 +175,13 @@ class Hosted(GraphModule):
         """Gives inputs that were left out, in place, what the model takes for them."""
         like = mask = next(value for value in tensors if value is not None)
         specs = sorted(
-            enumerate(self._peftgraph.signature.inputs), key=lambda one: one[1].fill != "ones"
+            enumerate(self._peftgraph.signature.inputs), key=lambda one: one[1].default != "ones"
         )  # the mask comes first
         for i, spec in specs:
             value = tensors[i]
-            if value is None and spec.fill is not None:
-                value = tensors[i] = fill(spec.fill, mask, before, like.shape[1], spec.dtype)
-            mask = value if spec.fill == "ones" and value is not None else mask
+            if value is None and spec.default is not None:
+                value = tensors[i] = default_input(spec.default, mask, before, like.shape[1], spec.dtype)
+            mask = value if spec.default == "ones" and value is not None else mask
 
 
 def _is_off(name: str, value: Any) -> bool:
@@ -197,7 +198,7 @@ def _take(arguments: dict[str, Any], name: str, traced: Any) -> Any:
     return None if name in traced else arguments.pop(name, None)
 
 
-def hosted(program: ProgramData, blocks: Sequence[Span], host: Host, save: Save) -> Hosted:
+def hosted(program: ProgramData, blocks: Sequence[Span], host: ModelClass, save: Save) -> Hosted:
     """The program as an instance of the class of the traced model.
 
     Args:

@@ -78,7 +78,7 @@ def test_a_program_that_is_not_its_model_is_refused(cls: Any, words: str) -> Non
     with pytest.raises(pg.TraceError, match=words) as caught:
         pg.trace(cls(), X)
     assert f"{cls.__name__} cannot be traced: the program that comes of it is not the model" in str(caught.value)
-    assert pg.trace(cls(), X, verify="off").checked is None
+    assert pg.trace(cls(), X, verify="off").comparison is None
 
 
 def test_the_first_value_that_differs_is_named_with_its_line() -> None:
@@ -98,7 +98,7 @@ def test_buffers_that_training_writes_are_compared() -> None:
 
 
 def test_levels() -> None:
-    assert pg.trace(Longer(), X, verify="example").checked.runs == (  # pyright: ignore[reportOptionalMemberAccess]
+    assert pg.trace(Longer(), X, verify="example").comparison.runs == (  # pyright: ignore[reportOptionalMemberAccess]
         "evaluation at input 3x7x6",
         "training at input 3x7x6",
     )
@@ -131,7 +131,7 @@ def test_the_evidence() -> None:
             return nn.Linear.forward(self, input) * mask[..., None]
 
     program = pg.trace(Masked(6, 5), (X, torch.ones(3, 7, dtype=torch.bool)))
-    assert str(program.checked).splitlines() == [
+    assert str(program.comparison).splitlines() == [
         "equal to the model: evaluation at input 3x7x6, mask 3x7",
         "equal to the model: training at input 3x7x6, mask 3x7",
         "equal to the model: evaluation at input 3x7x6, mask 3x7 with other values at the end of mask",
@@ -151,12 +151,12 @@ def test_sizes_that_the_model_does_not_take() -> None:
                 raise IndexError("no such position")
             return y
 
-    assert "evaluation at input 2x5x6" in pg.trace(Positions(), X).checked.runs  # pyright: ignore
+    assert "evaluation at input 2x5x6" in pg.trace(Positions(), X).comparison.runs  # pyright: ignore
     model = Positions()
     model.limits = (7, 7)
-    checked = pg.trace(model, X).checked
+    checked = pg.trace(model, X).comparison
     assert checked is not None
-    assert checked.left == ("other sizes: at those that were tried the model raises IndexError: no such position",)
+    assert checked.skipped == ("other sizes: at those that were tried the model raises IndexError: no such position",)
     model.limits = (8, 9)
     with pytest.raises(pg.TraceError, match=r"cannot be run on the example.*IndexError: no such position"):
         pg.trace(model, X)
@@ -174,7 +174,7 @@ def test_what_rounding_makes_is_no_difference() -> None:
 def test_without_weights_sizes_are_compared() -> None:
     with torch.device("meta"):
         layer, wrong, x = nn.Linear(6, 5), Shape(), torch.empty(3, 7, 6)
-    checked = pg.trace(layer, x).checked
+    checked = pg.trace(layer, x).comparison
     assert checked is not None
     assert (checked.values, checked.runs) == (False, ("evaluation at input 2x11x6", "training at input 2x11x6"))
     assert str(checked).startswith("of the model's sizes: evaluation at")
@@ -232,7 +232,7 @@ class Follows(Layer):
 def test_code_that_branches_on_the_dtype_runs_its_own_branch(cls: Any, marked: bool) -> None:
     model = cls().requires_grad_(False)
     program = pg.trace(model, X, verify="off")
-    assert program.marked is marked
+    assert program.can_change_dtype is marked
     assert torch.equal(program.module()(X), model(X))
 
 
@@ -264,5 +264,5 @@ def test_weights_of_two_dtypes() -> None:
 
     model, x = Mixed().requires_grad_(False), X.half()
     program = pg.trace(model, x)
-    assert not program.marked
+    assert not program.can_change_dtype
     assert torch.equal(program.module()(x), model(x))

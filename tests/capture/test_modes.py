@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import peftgraph as pg
-from peftgraph.ir.modes import evaluated, trained
+from peftgraph.ir.modes import evaluation_graph, training_graph
 from peftgraph.passes.lora import LoRA
 
 X = torch.randn(5, 7, 6, generator=torch.Generator().manual_seed(1))
@@ -122,12 +122,12 @@ def test_neither_mode_runs_what_is_the_others(cls: Any) -> None:
     program = pg.trace(cls(), X)
     operators = {
         face: {str(node.target) for node in face(program.graph).nodes if node.op == "call_function"}
-        for face in (trained, evaluated)
+        for face in (training_graph, evaluation_graph)
     }
     assert not any("by_mode" in name for names in operators.values() for name in names)
     random = ("rand", "bernoulli", "dropout")
-    assert not any(word in name for name in operators[evaluated] for word in random)
-    assert not any("tanh" in name or "abs" in name for name in operators[trained])
+    assert not any(word in name for name in operators[evaluation_graph] for word in random)
+    assert not any("tanh" in name or "abs" in name for name in operators[training_graph])
 
 
 @pytest.mark.parametrize("cls", [Divided, Multiplied, Noise, Scales, Averages])  # the others use a weight twice

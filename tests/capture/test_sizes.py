@@ -132,7 +132,7 @@ def test_a_condition_moves_with_rows_that_a_pass_puts_in_front() -> None:
     assert (condition.holds({"S": 7}), condition.holds({"S": 8}), condition.holds({})) == (True, False, True)
     from dataclasses import replace
 
-    moved = replace(condition, more=(3,))
+    moved = replace(condition, offsets=(3,))
     assert (moved.holds({"S": 7}), moved.holds({"S": 8})) == (False, True)
 
 

@@ -13,7 +13,7 @@ import peftgraph as pg
 from peftgraph.authoring import Match, ParameterValue, Params
 from peftgraph.folding.engine import Folding
 from peftgraph.folding.proof import ProofError, prove
-from peftgraph.ir.program import copy_graph
+from peftgraph.ir.graphs import copy_graph
 from peftgraph.passes import LoRA, TrainableTokens
 
 NAN, INF = float("nan"), float("inf")

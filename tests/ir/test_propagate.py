@@ -10,12 +10,12 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from peftgraph.ir.shape_inference import Inference, same_meta
+from peftgraph.ir.shape_inference import ShapeInference, same_metadata
 
 aten = torch.ops.aten
 
 
-class Counted(Inference):
+class Counted(ShapeInference):
     """Counts the calls that are run."""
 
     runs = 0
@@ -112,7 +112,7 @@ def test_einsum_has_the_shape_that_torch_gives(equation: str, shapes: tuple[tupl
         node.meta["val"] = mode.from_tensor(torch.empty(shape))
     node = graph.call_function(aten.einsum.default, (equation, operands))
     expected = torch.einsum(equation, *(torch.empty(shape) for shape in shapes)).shape
-    assert tuple(Inference(mode).value_of(node).shape) == tuple(expected)
+    assert tuple(ShapeInference(mode).value_of(node).shape) == tuple(expected)
 
 
 def test_an_einsum_of_sizes_that_differ_is_refused() -> None:
@@ -122,7 +122,7 @@ def test_an_einsum_of_sizes_that_differ_is_refused() -> None:
     for node, shape in zip(operands, ((2, 3), (4, 5)), strict=True):
         node.meta["val"] = mode.from_tensor(torch.empty(shape))
     with pytest.raises(RuntimeError):
-        Inference(mode).value_of(graph.call_function(aten.einsum.default, ("bc,cd->bd", operands)))
+        ShapeInference(mode).value_of(graph.call_function(aten.einsum.default, ("bc,cd->bd", operands)))
 
 
 def test_sizes_that_were_broadcast_to_each_other_are_one() -> None:
@@ -130,6 +130,6 @@ def test_sizes_that_were_broadcast_to_each_other_are_one() -> None:
     whole, half = (mode.from_tensor(torch.empty(size, 3), static_shapes=False) for size in (14, 7))
     with mode:
         same, other = torch.empty(half.shape[0] * 2, 3), torch.empty(half.shape[0] * 4, 3)
-    assert not same_meta(whole, same)
-    assert same_meta(whole, same, broadcast=True)
-    assert not same_meta(whole, other, broadcast=True)
+    assert not same_metadata(whole, same)
+    assert same_metadata(whole, same, broadcast=True)
+    assert not same_metadata(whole, other, broadcast=True)

@@ -17,12 +17,13 @@ from torch import fx, nn
 
 import peftgraph as pg
 from peftgraph.errors import VerifyError
-from peftgraph.ir.parameters import Entry
-from peftgraph.ir.program import Edit, copy_graph, find_node
-from peftgraph.ir.shape_inference import Inference, fake_mode_of
+from peftgraph.ir.edits import Edit
+from peftgraph.ir.graphs import copy_graph, find_node
+from peftgraph.ir.shape_inference import ShapeInference, fake_mode_of
+from peftgraph.ir.tensor_table import TensorEntry
 from peftgraph.ir.verifier import (
-    RULES,
-    Rule,
+    CHECKS,
+    Check,
     edits_stand,
     names_are_unique,
     operands_come_first,
@@ -110,8 +111,8 @@ def claim_of_nothing(program: pg.Program) -> pg.Program:
 
 
 def trainable_that_nothing_reads(program: pg.Program) -> pg.Program:
-    extra = Entry(nn.Parameter(torch.zeros(2)), "parameter", trainable=True, added=True)
-    program = program.evolve(table=program.table.with_({"extra": extra}))
+    extra = TensorEntry(nn.Parameter(torch.zeros(2)), "parameter", trainable=True, added=True)
+    program = program.evolve(table=program.table.updated({"extra": extra}))
     return with_first_edit(program, parameters=(*program.edits[0].parameters, "extra"))
 
 
@@ -155,7 +156,7 @@ def impossible_call(program: pg.Program) -> pg.Program:
     return program.evolve(graph=graph)
 
 
-BREACHES: list[tuple[Rule | Callable[..., object], Callable[[pg.Program], pg.Program], str]] = [
+BREACHES: list[tuple[Check | Callable[..., object], Callable[[pg.Program], pg.Program], str]] = [
     (operands_come_first, wrong_order, "which does not come before it"),
     (operands_come_first, foreign_operand, "which does not come before it"),
     (names_are_unique, same_label, "two values are printed as"),
@@ -178,19 +179,19 @@ BREACHES: list[tuple[Rule | Callable[..., object], Callable[[pg.Program], pg.Pro
 
 
 @pytest.mark.parametrize(("rule", "breach", "words"), BREACHES, ids=lambda item: getattr(item, "__name__", ""))
-def test_a_broken_program_is_refused(rule: Rule, breach: Callable[[pg.Program], pg.Program], words: str) -> None:
+def test_a_broken_program_is_refused(rule: Check, breach: Callable[[pg.Program], pg.Program], words: str) -> None:
     program = tuned()
     verify(program)
     broken = breach(program)
     with pytest.raises(VerifyError, match=words) as caught:
         verify(broken)
-    if rule in RULES:
+    if rule in CHECKS:
         assert set(rule(broken)) <= {line.strip() for line in str(caught.value).splitlines()}
         assert any(re.search(words, one) for one in rule(broken))
 
 
-@pytest.mark.parametrize("rule", [*RULES, values_rederive], ids=lambda rule: rule.__name__)
-def test_every_breach_that_a_rule_yields_has_a_broken_program(rule: Rule) -> None:
+@pytest.mark.parametrize("rule", [*CHECKS, values_rederive], ids=lambda rule: rule.__name__)
+def test_every_breach_that_a_rule_yields_has_a_broken_program(rule: Check) -> None:
     tree = ast.parse(textwrap.dedent(inspect.getsource(rule)))
     messages = sum(isinstance(node, ast.Yield) for node in ast.walk(tree))
     words = {words for one, _, words in BREACHES if one is rule}
@@ -200,7 +201,7 @@ def test_every_breach_that_a_rule_yields_has_a_broken_program(rule: Rule) -> Non
 def test_what_a_verified_program_has_already_is_not_derived_again() -> None:
     program = tuned()
 
-    class Inferring(Inference):
+    class Inferring(ShapeInference):
         def value_of(self, node: fx.Node) -> Any:
             seen.append(node.name)
             return super().value_of(node)

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 import peftgraph as pg
 from peftgraph.authoring import Builder, Match, Multiply, ParameterValue, Params, Pass, Rule
 from peftgraph.authoring.modules import init
-from peftgraph.ir.modes import evaluated
+from peftgraph.ir.modes import evaluation_graph
 
 F64 = torch.float64
 aten = torch.ops.aten
@@ -30,7 +30,7 @@ class Tied(Pass):
         return [Rule(at=self.at, delta=self.delta, join=Multiply(), fold=self.fold)]
 
     def delta(self, m: Match, op: Builder) -> fx.Node:
-        return op.call(aten.exp.default, op.shared("l", (m.features,), init.zeros))
+        return op.call(aten.exp.default, op.shared_param("l", (m.features,), init.zeros))
 
     def fold(self, m: Match, p: Params) -> Mapping[ParameterValue, Tensor]:
         scale = p.l.exp()
@@ -48,8 +48,8 @@ class Lottery(Pass):
         return [Rule(at=pg.attention | pg.ffn, delta=self.delta, fold="it is drawn")]
 
     def delta(self, m: Match, op: Builder) -> fx.Node:
-        draw = op.once("draw", lambda: op.call(aten.randint.default, 2, [1], dtype=F64, device=op.device))
-        return op.gated_in_training(m.output, draw)
+        draw = op.shared_value("draw", lambda: op.call(aten.randint.default, 2, [1], dtype=F64, device=op.device))
+        return op.scale_in_training(m.output, draw)
 
 
 def answer(program: pg.Program, training: bool = False) -> Tensor:
@@ -110,7 +110,7 @@ def test_a_shared_value_is_drawn_once_in_training_and_absent_under_eval() -> Non
                 linear.bias *= 2
     wanted = doubled.eval()(idx=torch.arange(12).view(2, 6))["logits"]
     torch.testing.assert_close(answer(tuned), wanted, rtol=1e-12, atol=1e-12)
-    assert not any(node.target is aten.randint.default for node in evaluated(tuned.graph).nodes)
+    assert not any(node.target is aten.randint.default for node in evaluation_graph(tuned.graph).nodes)
     assert tuned.remove().text() == base.text()
 
 

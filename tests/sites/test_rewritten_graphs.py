@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import fx, nn
 
 import peftgraph as pg
-from peftgraph.ir.program import copy_graph
+from peftgraph.ir.graphs import copy_graph
 from peftgraph.sites import Site, Sites, find_sites
 from tests.support import zoo
 

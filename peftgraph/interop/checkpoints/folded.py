@@ -17,8 +17,8 @@ from peftgraph.interop import native
 from peftgraph.interop.checkpoints.layout import Layout, Piece, Stored
 from peftgraph.interop.checkpoints.tensor_file import FLOATS
 from peftgraph.interop.checkpoints.updates import Read, stored_as
-from peftgraph.ir.parameters import Entry, Table
 from peftgraph.ir.program import ProgramData
+from peftgraph.ir.tensor_table import TensorEntry, TensorTable
 from peftgraph.sites import Sites
 
 P = TypeVar("P", bound=ProgramData)
@@ -86,20 +86,20 @@ def folded_updates(program: P, sites: Sites, apply: Callable[..., P], directory:
     return Folded(decided, found)
 
 
-def _stored_as(table: Table, kinds: Mapping[str, torch.dtype | None]) -> Table:
+def _stored_as(table: TensorTable, kinds: Mapping[str, torch.dtype | None]) -> TensorTable:
     """The table of a program on the meta device with the base's tensors in the dtypes of a checkpoint; ties stay."""
     made: dict[int, Tensor] = {}
 
     def converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
         return made.setdefault(id(tensor), tensor if tensor.dtype == dtype else tensor.detach().to(dtype))
 
-    changes: dict[str, Entry] = {}
+    changes: dict[str, TensorEntry] = {}
     for name, dtype in kinds.items():
         entry = table[name]
         if dtype is None:
             continue
-        if entry.before is None:
+        if entry.base_tensor is None:
             changes[name] = replace(entry, tensor=converted(entry.tensor, dtype))
         else:
-            changes[name] = replace(entry, before=converted(entry.before, dtype))
-    return table.with_(changes)
+            changes[name] = replace(entry, base_tensor=converted(entry.base_tensor, dtype))
+    return table.updated(changes)

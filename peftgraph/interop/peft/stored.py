@@ -16,7 +16,7 @@ from peftgraph.interop.peft.config import PeftConfig
 from peftgraph.interop.peft.tensors import PeftTensors
 from peftgraph.interop.selecting import selector_of
 from peftgraph.interop.stored import holders, parameters_of, same
-from peftgraph.ir.modes import mutated_buffers
+from peftgraph.ir.modes import written_buffers
 from peftgraph.ir.program import ProgramData
 from peftgraph.rewrite.registry import find_pass
 from peftgraph.sites import Site, Sites
@@ -46,7 +46,7 @@ def stored_parts(program: ProgramData, sites: Sites, config: PeftConfig, tensors
     for name, d in moved.items():
         start = wanted.get(name, program.table[name].tensor.detach())
         wanted[name] = start.to(torch.promote_types(start.dtype, d.dtype)) + d.to(start.device)
-    state = mutated_buffers(program.graph)
+    state = written_buffers(program.graph)
     buffers = {name: wanted.pop(name) for name in list(wanted) if name in state}
     chosen = holders(sites, set(wanted))
     _check(program, config, wanted, chosen)

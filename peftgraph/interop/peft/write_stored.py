@@ -26,7 +26,7 @@ def trained_values(program: ProgramData, shifted: Places) -> dict[str, Tensor]:
     Raises:
         AdapterError: there is no bias to add to.
     """
-    values = {name: entry.tensor.detach() for name, entry in program.table.items() if entry.before is not None}
+    values = {name: entry.tensor.detach() for name, entry in program.table.items() if entry.base_tensor is not None}
     for method, site, tensors in shifted:
         view = bias_view(site)
         if view is None:

@@ -98,5 +98,5 @@ def token_tables(program: ProgramData, places: Places) -> Mapping[str, Rows]:
 
 
 def _ties(program: ProgramData) -> bool:
-    config = None if program.host is None else program.host.state.get("config")
+    config = None if program.model_class is None else program.model_class.state.get("config")
     return bool(getattr(config, "tie_word_embeddings", False))

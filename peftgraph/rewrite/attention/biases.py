@@ -111,13 +111,13 @@ class _Apart(Shares, ABC):
         if inner is None:
             return self.of_rows(mask)
         front = self.front(inner)
-        return self.op.copy(mask, {inner: front}) if front is not None and ops.name(mask) in SAME else front
+        return self.op.copy_call(mask, {inner: front}) if front is not None and ops.name(mask) in SAME else front
 
     def own(self, mask: fx.Node) -> fx.Node:
         if not self._is_biased(mask):
             return mask
         inner = self._inner(mask)
-        return self.of_tokens(mask) if inner is None else self.op.copy(mask, {inner: self.own(inner)})
+        return self.of_tokens(mask) if inner is None else self.op.copy_call(mask, {inner: self.own(inner)})
 
     def _is_biased(self, mask: fx.Node) -> bool:
         """Whether a value is looked up in parameters of the model."""

@@ -91,13 +91,13 @@ class Written:
             own = op.call(aten.bmm.default, *([self.m.value("q"), rows] if side else [rows, self.m.value("q")]))
             own = op.mul(own, self.product.kwargs.get("alpha", 1))  # pyright: ignore[reportArgumentType]
         else:
-            own = op.copy(self.product, {k: rows})
+            own = op.copy_call(self.product, {k: rows})
         start = self.m.names[self.m.site.ports["k"]]
-        way = [start, *_tensors(op.between(start, k))] if start is not k else []
+        way = [start, *_tensors(op.nodes_between(start, k))] if start is not k else []
         for node in way[1:]:
             if ops.name(node) in SCALES and node.meta["val"].dim() == k.meta["val"].dim():
                 signal = next(one for one in node.all_input_nodes if one in way)
-                own = op.copy(node, {signal: own})
+                own = op.copy_call(node, {signal: own})
         return own, axis
 
     def _with_input(self, shares: Shares) -> fx.Node:
@@ -107,7 +107,7 @@ class Written:
         bias = self.product.args[0]
         assert isinstance(bias, fx.Node), self.product
         own = shares.own(bias)
-        return self.product if own is bias else self.op.copy(self.product, {bias: own})
+        return self.product if own is bias else self.op.copy_call(self.product, {bias: own})
 
     def _led(
         self, start: fx.Node, stop: fx.Node, copies: dict[fx.Node, fx.Node], axis: int, bias: Bias | None
@@ -117,7 +117,7 @@ class Written:
         axes = {start: axis}
         if start is stop:
             return copies[start], axis
-        for node in _tensors(self.op.between(start, stop)):
+        for node in _tensors(self.op.nodes_between(start, stop)):
             signals = [one for one in node.all_input_nodes if one in axes and axes[one] != GONE]
             if not signals:
                 axes[node], copies[node] = GONE, self._again(node, copies)
@@ -153,7 +153,7 @@ class Written:
     def _again(self, node: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> fx.Node:
         """The call of `node` with other operands, or `node` itself where they are the same."""
         same = all(copies.get(one, one) is one for one in node.all_input_nodes)
-        return node if same else self.op.copy(node, copies)
+        return node if same else self.op.copy_call(node, copies)
 
     def _viewed(self, node: fx.Node, source: fx.Node, copies: Mapping[fx.Node, fx.Node], axis: int) -> fx.Node:
         """The view of a copy that has more keys, or fewer: its axes are joined or parted, the keys' stays apart."""

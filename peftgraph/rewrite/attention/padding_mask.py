@@ -32,7 +32,7 @@ def token_mask(m: Match, op: Builder) -> fx.Node:
         raise PeftGraphError(
             f"No self-attention stands in the stack of {m.site.id}, so nothing tells which positions hold padding."
         )
-    return op.once(f"{stack} real positions", lambda: _sees_itself(cores[0], op))
+    return op.shared_value(f"{stack} real positions", lambda: _sees_itself(cores[0], op))
 
 
 def _sees_itself(core: Match, op: Builder) -> fx.Node:

@@ -101,7 +101,7 @@ def attend_with_rows(
     other = m.changed_by("output")
     if other is not None:
         raise Conflict(
-            f"{op.maker} and {other} both replace the output of {m.site.id}, and one would undo the other. "
+            f"{op.pass_spec} and {other} both replace the output of {m.site.id}, and one would undo the other. "
             "Apply one of them."
         )
     shares = shares_of(m, op, int(keys_1GLD.meta["val"].shape[2]), placed, biases)

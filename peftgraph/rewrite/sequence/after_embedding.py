@@ -37,8 +37,8 @@ class Behind:
             PeftGraphError: the model has no first block, continues earlier calls, fixes the length, has inputs that
                 rows do not fit in, or reads unfinished embeddings elsewhere.
         """
-        inputs, before = self._checked(), self.op.above(self.embedded)
-        self.op.held |= before | {self.embedded}
+        inputs, before = self._checked(), self.op.nodes_from_inputs(self.embedded)
+        self.op.pinned_users |= before | {self.embedded}
         longer = Longer(self.m, self.op, inputs, self.embedded.meta["val"].shape[1], self.rows, self.after)
         ports = {INPUT + name: longer.again(self.m.value(INPUT + name)) for name in inputs.along}
         ports |= {INPUT + name: longer.labels(name, ignored) for name, ignored in inputs.labels}
@@ -73,7 +73,7 @@ class Behind:
                 "cache."
             )
         follow = reached([self.m.output]).keys()
-        unfinished = self.op.above(self.embedded) & follow
+        unfinished = self.op.nodes_from_inputs(self.embedded) & follow
         elsewhere = follow - unfinished - {self.embedded}
         read = next((node for node in unfinished if not elsewhere.isdisjoint(node.users)), None)
         if read is not None:
@@ -89,7 +89,7 @@ class Behind:
         return self.op.call(aten.expand.default, rows_1LD, [batch, -1, -1])
 
     def _port(self, node: fx.Node) -> str:
-        return INPUT + self.m.edits.below(node.name)
+        return INPUT + self.m.edits.base_value(node.name)
 
 
 def embedding_output_port(m: Match) -> str:
@@ -101,7 +101,7 @@ def embedding_output_port(m: Match) -> str:
     Raises:
         PeftGraphError: no block reads them.
     """
-    return INPUT + m.edits.below(_embedding_output(m).name)
+    return INPUT + m.edits.base_value(_embedding_output(m).name)
 
 
 def _embedding_output(m: Match) -> fx.Node:
@@ -111,11 +111,11 @@ def _embedding_output(m: Match) -> fx.Node:
         PeftGraphError: no block reads them.
     """
     inputs = [one.input for one in m.related(block)]
-    reading = [x for x in inputs if m.output in Builder.above(x) | {x}]
+    reading = [x for x in inputs if m.output in Builder.nodes_from_inputs(x) | {x}]
     if not reading:
         raise PeftGraphError(f"No block reads what {m.site.id} embeds; choose the embedding of the tokens with at=.")
     value = min(reading, key=lambda x: x.meta["order"])
-    width, way = m.output.meta["val"].shape[-1], {m.output, *Builder.between(m.output, value)}
+    width, way = m.output.meta["val"].shape[-1], {m.output, *Builder.nodes_between(m.output, value)}
     while value.meta["val"].shape[-1] != width:
         value = next(one for one in value.all_input_nodes if one in way)
     return value

@@ -18,8 +18,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from peftgraph.ir.builder import Builder, in_order
-from peftgraph.ir.shape_inference import size_in_example
+from peftgraph.ir.builder import Builder
+from peftgraph.ir.ordering import canonical_order
+from peftgraph.ir.shape_inference import example_size
 from peftgraph.rewrite.match import Match
 from peftgraph.rewrite.sequence.longer import END
 from peftgraph.rewrite.sequence.places import COPIES, PIECEWISE, Axes, Places, along, refusal, tensors
@@ -83,7 +84,7 @@ class Following:
         self._readers: dict[fx.Node, set[fx.Node]] = {}
         self._joined: dict[fx.Node, Joined] = {}
         self._places = Places(m, op, self.length, rows, self._inside)
-        for node in list(in_order(m.graph)):
+        for node in list(canonical_order(m.graph)):
             if node in self._inside and node.op == "call_function":
                 self._visit(node)
         self._hold()
@@ -114,7 +115,7 @@ class Following:
         instead = self._readied(node) if isinstance(before, Tensor | list | tuple) else {}
         values = ChainMap({old: new.meta["val"] for old, new in instead.items()}, self.now)
         try:
-            after = self.op.common.inference.value_with(node, values)
+            after = self.op.context.inference.value_with(node, values)
         except RuntimeError as error:  # what torch says of sizes that do not fit
             raise refusal(self.m, node, f"does not take {self.rows} places more: {error}") from None
         if isinstance(before, Tensor):
@@ -203,7 +204,7 @@ class Following:
         """Makes the sizes on some axes larger, where they do not follow by themselves."""
         instead: Instead = {}
         kept: set[fx.Node] = set()
-        joined, length = self._joined.get(node), size_in_example(self.length) or 1
+        joined, length = self._joined.get(node), example_size(self.length) or 1
         for axis, size in enumerate(cast("Iterable[Any]", node.args[1])):
             times = joined is not None and axis == joined.axis
             if axis not in axes and not times:
@@ -211,7 +212,7 @@ class Following:
             elif isinstance(size, fx.Node) and size not in self.now:
                 instead[size] = self._joined_size(size) if times else self._places.size(size)
             elif not isinstance(size, fx.Node) and size != -1:
-                self.op.stretch(node, 1, axis, self.rows * (size // length if times else 1))
+                self.op.enlarge_size(node, 1, axis, self.rows * (size // length if times else 1))
         wrong = next((size for size in kept if size in instead or size in self.now), None)
         if wrong is not None:
             raise refusal(self.m, node, "takes the number of places for another size as well")
@@ -225,7 +226,7 @@ class Following:
             times = self.op.call(operator.floordiv, size, length)
             return self.op.call(operator.add, size, self.op.call(operator.mul, times, self.rows))
 
-        return self.op.once(f"{size.name} and {self.rows} more in each", build)
+        return self.op.shared_value(f"{size.name} and {self.rows} more in each", build)
 
     def _pass_on(self, node: fx.Node, before: Sequence[Size], after: Sequence[Size]) -> None:
         """Finds a joined axis in what a call gives that reads one."""
@@ -248,7 +249,7 @@ class Following:
 
     def _check_sum(self, node: fx.Node) -> None:
         """Refuses a mean that is written as a sum and a division: the number of places stands in it."""
-        length = size_in_example(self.length) or 1
+        length = example_size(self.length) or 1
         for user in node.users:
             if ops.name(user) in COPIES:
                 self._check_sum(user)
@@ -332,7 +333,7 @@ class Following:
                 raise refusal(
                     self.m, both, f"reads %{value.meta.get('label', value.name)} for {told(self.length)} places"
                 )
-            self.op.held |= others
+            self.op.pinned_users |= others
 
 
 def _after(start: fx.Node) -> set[fx.Node]:
@@ -351,7 +352,7 @@ def _are_same(sizes: Sequence[Size], others: Sequence[Size]) -> bool:
 
 def _is_less(number: int, size: Size) -> bool:
     """Whether a number is less than a size, as the traced example has it; a fixed length may stand as a number."""
-    known = size_in_example(size)
+    known = example_size(size)
     return known is not None and number < known
 
 

@@ -24,7 +24,7 @@ def is_first_block_without_embedding(m: Match) -> bool:
     """Whether a site is the first block of a stack that no embedding feeds."""
     if m.site.role != "block" or m.site.layer != 0:
         return False
-    before = {m.input, *Builder.above(m.input)}
+    before = {m.input, *Builder.nodes_from_inputs(m.input)}
     return all(one.output not in before for one in m.related(embedding))
 
 
@@ -75,8 +75,8 @@ class InFront:
                 ends = [slice_of(self.op, value, axis, 0, self.after), behind]
                 value = self.op.call(aten.cat.default, ends, axis) if self.after else behind
             if axes:
-                shorter[RESULT + self.m.edits.below(leaf.name)] = value
+                shorter[RESULT + self.m.edits.base_value(leaf.name)] = value
         return shorter
 
     def _port(self, node: fx.Node) -> str:
-        return INPUT + self.m.edits.below(node.name)
+        return INPUT + self.m.edits.base_value(node.name)

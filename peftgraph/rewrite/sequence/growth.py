@@ -14,7 +14,7 @@ from torch import fx
 
 from peftgraph.errors import PeftGraphError
 from peftgraph.ir.builder import Builder
-from peftgraph.ir.modes import ROWS
+from peftgraph.ir.modes import SEQUENCE_AXIS
 from peftgraph.rewrite.match import INPUT, Match
 from peftgraph.rewrite.sequence.longer import END
 from peftgraph.rewrite.sequence.token_inputs import (
@@ -54,7 +54,7 @@ def checked_inputs(m: Match) -> TokenInputs:
 
 def inputs_of(m: Match) -> TokenInputs:
     length, past = m.output.meta["val"].shape[1], earlier_keys(m)
-    return find_token_inputs(m, length, None if past is None else length + past.meta["val"].shape[ROWS])
+    return find_token_inputs(m, length, None if past is None else length + past.meta["val"].shape[SEQUENCE_AXIS])
 
 
 def earlier_keys(m: Match) -> fx.Node | None:
@@ -74,7 +74,7 @@ def earlier_keys(m: Match) -> fx.Node | None:
             continue
         for node in m.inputs:
             shape = node.meta["val"].shape
-            if len(shape) == 4 and same_size(shape[ROWS], keys - queries):
+            if len(shape) == 4 and same_size(shape[SEQUENCE_AXIS], keys - queries):
                 return node
         raise PeftGraphError(
             f"{core.site.id} reads {keys} keys for {queries} queries, and no input holds the others, so it is not "
@@ -158,7 +158,7 @@ class Growth:
         """P."""
         assert self._earlier is not None
         earlier = self.m.value(INPUT + self._earlier.name)
-        return self._once("before", lambda: self.op.call(aten.sym_size.int, earlier, ROWS))
+        return self._once("before", lambda: self.op.call(aten.sym_size.int, earlier, SEQUENCE_AXIS))
 
     def _added(self) -> fx.Node | int:
         """L in a first call, 0 in later ones: the rows behind the first P."""
@@ -247,7 +247,7 @@ class Growth:
     # small pieces
 
     def _once(self, name: str, build: Callable[[], fx.Node]) -> fx.Node:
-        return self.op.once(f"{self.m.site.id}.{name}", build)
+        return self.op.shared_value(f"{self.m.site.id}.{name}", build)
 
     def _gathered(self, x: fx.Node, index: fx.Node) -> fx.Node:
         return self.op.call(aten.gather.default, x, 1, self._for_batch(index, x))

@@ -62,7 +62,7 @@ class Longer:
         Raises:
             PeftGraphError: it depends on them by way of the model's layers.
         """
-        return self.op.once(f"{node.name} for {self.rows} more", lambda: self._again(node))
+        return self.op.shared_value(f"{node.name} for {self.rows} more", lambda: self._again(node))
 
     def _again(self, node: fx.Node) -> fx.Node:
         if node in self._given:
@@ -78,7 +78,7 @@ class Longer:
             return self.op.call(operator.add, node, self.rows)
         operands = [one for one in node.all_input_nodes if node.target is not aten.sym_size.int or one in self._given]
         copies = {operand: self.again(operand) for operand in operands}
-        return node if all(old is new for old, new in copies.items()) else self.op.copy(node, copies)
+        return node if all(old is new for old, new in copies.items()) else self.op.copy_call(node, copies)
 
     def _shift(self, longer: fx.Node) -> fx.Node:
         """How many rows stand before each place, (1, L + T)."""

@@ -76,13 +76,13 @@ class Places:
             PeftGraphError: it is not known for more places.
         """
         key = f"{node.name} on {sorted(axes)} for {self.rows} more places, compared: {compared}"
-        return self.op.once(key, lambda: self._checked(node, axes, compared))
+        return self.op.shared_value(key, lambda: self._checked(node, axes, compared))
 
     def size(self, size: Any) -> Any:
         """A size with L more: a number, or a value of the graph; -1 stays what it is."""
         if isinstance(size, fx.Node):
             key = f"{size.name} and {self.rows} more"
-            return self.op.once(key, lambda: self.op.call(operator.add, size, self.rows))
+            return self.op.shared_value(key, lambda: self.op.call(operator.add, size, self.rows))
         return size if size == -1 else size + self.rows
 
     def _checked(self, node: fx.Node, axes: Axes, compared: bool) -> fx.Node:

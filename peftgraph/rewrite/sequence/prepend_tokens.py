@@ -80,7 +80,7 @@ class PrependTokens:
         growth, length = Growth(m, op, self.rows, self.start), m.output.meta["val"].shape[1]
         shorter: dict[str, fx.Node] = {}
         for leaf in m.graph.output_node().all_input_nodes:
-            base = m.names[m.edits.below(leaf.name)]
+            base = m.names[m.edits.base_value(leaf.name)]
             sizes = base.meta["val"].shape if isinstance(base.meta["val"], torch.Tensor) else ()
             axes = [axis for axis, size in enumerate(sizes) if same_size(size, length)]
             value = m.value(RESULT + base.name)
@@ -100,7 +100,7 @@ def embeds_tokens(m: Match) -> bool:
     source = m.value("input")
     while source.op == "call_function" and ops.name(source) in ops.LAYOUT | ops.CAST:
         source = source.all_input_nodes[0]
-    name = m.edits.below(source.name)
+    name = m.edits.base_value(source.name)
     rows = {table: size for table, size in inputs.tables if table not in inputs.positions}
     return name in rows and (rows[name] >= m.example[name].shape[1] or rows[name] == max(rows.values()))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from peftgraph.ir.shape_inference import size_in_example
+from peftgraph.ir.shape_inference import example_size
 from peftgraph.rewrite.sequence.token_inputs import same_size
 
 Size = Any  # int or torch.SymInt
@@ -24,7 +24,7 @@ def grown(before: Sequence[Size], after: Sequence[Size], rows: int) -> frozenset
 def groups(before: Sequence[Size], after: Sequence[Size]) -> list[tuple[list[int], list[int]]]:
     """The axes of a view that belong together, in the operand and in the result; those of size 1 belong to none."""
     old, new = (
-        [(axis, size_in_example(size) or 0) for axis, size in enumerate(sizes) if size_in_example(size) != 1]
+        [(axis, example_size(size) or 0) for axis, size in enumerate(sizes) if example_size(size) != 1]
         for sizes in (before, after)
     )
     found: list[tuple[list[int], list[int]]] = []
@@ -43,7 +43,7 @@ def groups(before: Sequence[Size], after: Sequence[Size]) -> list[tuple[list[int
 
 def told(*sizes: Size) -> str:
     """Sizes for a message, as the traced example has them."""
-    return " x ".join(str(size_in_example(size) or size) for size in sizes)
+    return " x ".join(str(example_size(size) or size) for size in sizes)
 
 
 def _difference(before: Size, after: Size) -> int | None:

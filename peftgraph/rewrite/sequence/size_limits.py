@@ -9,17 +9,18 @@ from typing import TypeVar, cast
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from peftgraph.ir.interpreter import fake_table, run
-from peftgraph.ir.program import Edits, ProgramData
-from peftgraph.ir.shape_inference import size_in_example
-from peftgraph.ir.signature import Condition
+from peftgraph.ir.edits import EditLog
+from peftgraph.ir.interpreter import fake_table, run_in_evaluation
+from peftgraph.ir.program import ProgramData
+from peftgraph.ir.shape_inference import example_size
+from peftgraph.ir.signature import SizeCondition
 
 P = TypeVar("P", bound=ProgramData)
 
 
 def adjust_size_limits(program: P) -> P:
     """The program with the sizes that its inputs may have: rows that a pass puts in front of them take their room."""
-    base, grown = program.base or program, program.grown()
+    base, grown = program.base or program, program.prepended_lengths()
     ranges = {dim: _room(program, dim, span, grown.get(dim, 0)) for dim, span in base.signature.ranges.items()}
     conditions = tuple(moved for one in base.signature.conditions for moved in _moved(program, one, grown))
     if (ranges, conditions) == (program.signature.ranges, program.signature.conditions):
@@ -27,7 +28,7 @@ def adjust_size_limits(program: P) -> P:
     return program.evolve(signature=replace(program.signature, ranges=ranges, conditions=conditions))
 
 
-def _moved(program: ProgramData, one: Condition, grown: Mapping[str, int]) -> list[Condition]:
+def _moved(program: ProgramData, one: SizeCondition, grown: Mapping[str, int]) -> list[SizeCondition]:
     """A condition on sizes as they arrive at the model's line, and as they are where the model reads both."""
     more = tuple(grown.get(dim, 0) for dim in one.sizes)
     if not any(more):
@@ -49,9 +50,9 @@ def _room(program: ProgramData, dim: str, span: tuple[int, int | None], more: in
 
 
 def _is_read_as_it_is(program: ProgramData, dim: str) -> bool:
-    edits = Edits(program.edits)
+    edits = EditLog(program.edits)
     own = {name for edit in program.edits for name in edit.nodes}
-    inputs = [spec.name for spec in program.signature.inputs if dim in spec.dims and edits.chain(spec.name)]
+    inputs = [spec.name for spec in program.signature.inputs if dim in spec.dims and edits.moves_at(spec.name)]
     return any(user.name not in own for name in inputs for user in program.node(name).users)
 
 
@@ -60,7 +61,7 @@ def _takes(program: ProgramData, dim: str, size: int) -> bool:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     shapes = {
         spec.name: [
-            size if one == dim else cast("int", size_in_example(now))
+            size if one == dim else cast("int", example_size(now))
             for one, now in zip(spec.dims, program.node(spec.name).meta["val"].shape, strict=True)
         ]
         for spec in program.signature.inputs
@@ -68,7 +69,7 @@ def _takes(program: ProgramData, dim: str, size: int) -> bool:
     with mode:
         inputs = [torch.zeros(shapes[spec.name], dtype=spec.dtype) for spec in program.signature.inputs]
         try:
-            run(program.evolve(table=fake_table(program.table, mode)), inputs)
+            run_in_evaluation(program.evolve(table=fake_table(program.table, mode)), inputs)
         except RuntimeError:  # what torch says of sizes that do not fit
             return False
     return True

@@ -22,7 +22,7 @@ def is_token_embedding(m: Match) -> bool:
     source = m.value("input")
     while source.op == "call_function" and ops.name(source) in ops.LAYOUT | ops.CAST:
         source = source.all_input_nodes[0]
-    name = m.edits.below(source.name)
+    name = m.edits.base_value(source.name)
     given = next((node for node in m.inputs if node.name == name), None)
     if given is None or given.meta["val"].dim() < 2:
         return True

@@ -17,8 +17,8 @@ from torch import Tensor, fx
 
 from peftgraph.errors import PeftGraphError
 from peftgraph.ir.builder import Builder
-from peftgraph.ir.interpreter import evaluate
-from peftgraph.ir.shape_inference import size_in_example
+from peftgraph.ir.interpreter import compute_node
+from peftgraph.ir.shape_inference import example_size
 from peftgraph.rewrite.match import INPUT, Match
 from peftgraph.sites.dataflow import ops
 
@@ -133,7 +133,7 @@ def _runs_along_all(value: fx.Node, total: Any) -> bool:
     """Whether a value runs along the tokens of all calls: by the example's sizes, of which each is like no other, for
     a mask that positions index has a length of its own."""
     shape = value.meta["val"].shape
-    return len(shape) > 1 and any(size_in_example(size) == size_in_example(total) for size in shape[1:])
+    return len(shape) > 1 and any(example_size(size) == example_size(total) for size in shape[1:])
 
 
 def _ways(start: fx.Node, through: Collection[str]) -> Iterator[tuple[fx.Node, fx.Node]]:
@@ -205,7 +205,7 @@ def _mask(m: Match, node: fx.Node) -> PaddingMask | None:
         if m.table.device.type == "meta":
             return PaddingMask(node.name, hides=False)
         one, zero = (
-            _openness(evaluate(value, seeds | {node: torch.full_like(seeds[node], fill)}, m.table), user)
+            _openness(compute_node(value, seeds | {node: torch.full_like(seeds[node], fill)}, m.table), user)
             for fill in (1, 0)
         )
         if one != zero:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from peftgraph.errors import Ambiguous, NoMatch, PeftGraphWarning, warn
-from peftgraph.ir.program import calls
+from peftgraph.ir.graphs import call_nodes
 from peftgraph.sites.dataflow import ops
 from peftgraph.sites.explanations.evidence import cuts
 from peftgraph.sites.explanations.explanation import Explanation, Reasons, nearest, reasons_for
@@ -76,7 +76,7 @@ def explain(sites: FoundSites, selector: object) -> Explanation:
 
 def _problem(sites: FoundSites, chosen: Selector) -> str:
     """Why nothing matches, in a headline and indented lines."""
-    where = "" if sites.origin is None else f" in {sum(1 for _ in calls(sites.origin.graph))} nodes"
+    where = "" if sites.origin is None else f" in {sum(1 for _ in call_nodes(sites.origin.graph))} nodes"
     return f"{chosen}: 0 sites{where}\n{_indented(_reason(sites, chosen))}"
 
 

@@ -68,7 +68,7 @@ def _looks_up_input(index: fx.Node) -> bool:
     while todo:
         node = todo.pop()
         if node.op == "placeholder":
-            return not node.meta.get("fill")
+            return not node.meta.get("default")
         if node not in seen and ops.name(node) in through:
             seen.add(node)
             todo.extend(node.all_input_nodes if ops.name(node) != "where" else node.all_input_nodes[1:])

@@ -6,28 +6,28 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Checked:
+class ComparisonReport:
     """The evidence that a program is its model.
 
     Attributes:
         runs: the calls on which both gave the same, such as "evaluation at input_ids 3x7".
         values: whether values were compared; without weights (the meta device) sizes and dtypes are.
-        left: what was not compared, with the reason.
+        skipped: what was not compared, with the reason.
     """
 
     runs: tuple[str, ...] = ()
     values: bool = True
-    left: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
 
     def summary(self) -> str:
         """One line on it."""
         what = "equal to the model" if self.values else "of the model's sizes"
         count = f"{what} in {len(self.runs)} run{'' if len(self.runs) == 1 else 's'}"
-        return count if not self.left else f"{count}, {len(self.left)} not compared"
+        return count if not self.skipped else f"{count}, {len(self.skipped)} not compared"
 
     def __str__(self) -> str:
-        if not self.runs and not self.left:
+        if not self.runs and not self.skipped:
             return "not compared with the model"
         what = "equal to the model" if self.values else "of the model's sizes"
-        lines = [f"{what}: {run}" for run in self.runs] + [f"not compared: {reason}" for reason in self.left]
+        lines = [f"{what}: {run}" for run in self.runs] + [f"not compared: {reason}" for reason in self.skipped]
         return "\n".join(lines)

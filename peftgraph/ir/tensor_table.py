@@ -19,7 +19,7 @@ Kind = Literal["parameter", "buffer", "constant"]
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """One stored tensor.
 
     Attributes:
@@ -28,7 +28,7 @@ class Entry:
         persistent: whether it belongs to the state dict.
         trainable: whether training moves it.
         added: whether a pass made it; the base has no such name.
-        before: the base's tensor, where a program has a copy of its own: a trainable one, or state.
+        base_tensor: the base's tensor, where a program has a copy of its own: a trainable one, or state.
     """
 
     tensor: Tensor
@@ -36,21 +36,21 @@ class Entry:
     persistent: bool = True
     trainable: bool = False
     added: bool = False
-    before: Tensor | None = None
+    base_tensor: Tensor | None = None
 
     @property
     def is_state(self) -> bool:
         """Whether it is an adapted program's own copy of a buffer that training writes, such as running statistics."""
-        return self.kind == "buffer" and self.before is not None
+        return self.kind == "buffer" and self.base_tensor is not None
 
 
-class Table(Mapping[str, Entry]):
+class TensorTable(Mapping[str, TensorEntry]):
     """An immutable, ordered mapping from dotted name to `Entry`."""
 
-    def __init__(self, entries: Mapping[str, Entry] | Iterable[tuple[str, Entry]] = ()) -> None:
+    def __init__(self, entries: Mapping[str, TensorEntry] | Iterable[tuple[str, TensorEntry]] = ()) -> None:
         self._entries = dict(entries)
 
-    def __getitem__(self, name: str) -> Entry:
+    def __getitem__(self, name: str) -> TensorEntry:
         return self._entries[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -59,18 +59,18 @@ class Table(Mapping[str, Entry]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def with_(self, changes: Mapping[str, Entry]) -> Table:
+    def updated(self, changes: Mapping[str, TensorEntry]) -> TensorTable:
         """A table in which `changes` are added or put in the place of entries of the same name."""
-        return Table({**self._entries, **changes})
+        return TensorTable({**self._entries, **changes})
 
-    def without(self, names: Iterable[str]) -> Table:
+    def without(self, names: Iterable[str]) -> TensorTable:
         """A table that lacks `names`."""
         gone = set(names)
-        return Table((name, entry) for name, entry in self._entries.items() if name not in gone)
+        return TensorTable((name, entry) for name, entry in self._entries.items() if name not in gone)
 
-    def with_tensor(self, name: str, tensor: Tensor) -> Table:
+    def with_tensor(self, name: str, tensor: Tensor) -> TensorTable:
         """A table in which `name` holds `tensor`; every other name keeps its own, so a tie to `name` is cut."""
-        return self.with_({name: replace(self._entries[name], tensor=tensor)})
+        return self.updated({name: replace(self._entries[name], tensor=tensor)})
 
     def tensors(self) -> dict[str, Tensor]:
         """The plain tensors by name."""

@@ -1,0 +1,158 @@
+"""Records of what passes did to a graph: edits, the values they replaced, and the order in which values stack up."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Move:
+    """A value that an edit replaced for its users.
+
+    Attributes:
+        anchor: the base graph's node whose value it is; `value@user` when only one user was given the new value.
+        level: the nesting of the edit there: 0 at a projection, 1 at a sublayer, 2 at a block.
+        after: the node that carries the value from here on.
+        uses: how many uses were moved.
+    """
+
+    anchor: str
+    level: int
+    after: str
+    uses: int
+
+
+@dataclass(frozen=True)
+class SizeIncrease:
+    """A size that is written as a number in a call, and that an edit made larger.
+
+    Attributes:
+        node: the call.
+        argument: the position of the argument.
+        index: the position in it, where it is a list; else None.
+        by: how much was added.
+    """
+
+    node: str
+    argument: int
+    index: int | None
+    by: int
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One rewrite at one site.
+
+    Attributes:
+        application: index into the program's history.
+        rule: index of the rule in its pass.
+        site: id of the site.
+        moves: the values it replaced; none when it only makes parameters of the base trainable.
+        nodes: every node it made, those of the delta first.
+        parameters: the names of the parameters it made or made trainable.
+        size_increases: the numbers it made larger.
+        join_nodes: which of the nodes put the delta in its place.
+        disabled_writes: the writes of the model that it made to stop.
+        installed: for each stored tensor that a parameter of the edit stands for, by name, that parameter.
+    """
+
+    application: int
+    rule: int
+    site: str
+    moves: tuple[Move, ...]
+    nodes: tuple[str, ...]
+    parameters: tuple[str, ...]
+    size_increases: tuple[SizeIncrease, ...] = ()
+    join_nodes: frozenset[str] = frozenset()
+    disabled_writes: tuple[str, ...] = ()
+    installed: tuple[tuple[str, str], ...] = ()
+
+    def pruned(self, names: Container[str]) -> Edit:
+        """The edit without what it made of nodes that exist no longer, those of an edit that was taken out."""
+        return replace(
+            self,
+            moves=tuple(
+                one for one in self.moves if all(name in names for name in (*one.anchor.split("@"), one.after))
+            ),
+            nodes=tuple(name for name in self.nodes if name in names),
+            size_increases=tuple(one for one in self.size_increases if one.node in names),
+        )
+
+
+class EditLog:
+    """The edits of a graph that is being rewritten, in order, with the moves of each anchor at hand."""
+
+    def __init__(self, edits: Iterable[Edit] = ()) -> None:
+        self._edits: dict[int, Edit] = {}  # by identity: taking one out costs nothing
+        self._moves: dict[str, list[Move]] = {}
+        self._anchors: dict[str, str] = {}
+        self._owners: dict[Move, Edit] = {}
+        self._into: dict[str, dict[Move, Edit]] = {}
+        for edit in edits:
+            self.append(edit)
+
+    def __iter__(self) -> Iterator[Edit]:
+        return iter(self._edits.values())
+
+    def __len__(self) -> int:
+        return len(self._edits)
+
+    def __contains__(self, edit: object) -> bool:
+        return id(edit) in self._edits
+
+    def append(self, edit: Edit) -> None:
+        """Puts an edit last."""
+        self._edits[id(edit)] = edit
+        for move in edit.moves:
+            self._moves.setdefault(move.anchor, []).append(move)
+            self._anchors[move.after] = move.anchor
+            self._owners[move] = edit
+            self._into.setdefault(move.anchor.partition("@")[2], {})[move] = edit
+
+    def remove(self, edit: Edit) -> None:
+        """Takes an edit out."""
+        del self._edits[id(edit)]
+        for move in edit.moves:
+            self._moves[move.anchor].remove(move)
+            self._anchors.pop(move.after, None)
+            del self._owners[move], self._into[move.anchor.partition("@")[2]][move]
+
+    def owner(self, move: Move) -> Edit:
+        """The edit that a move belongs to."""
+        return self._owners[move]
+
+    def moves_into(self, reader: str) -> Mapping[Move, Edit]:
+        """The moves of what the node `reader` alone reads, each with its edit."""
+        return self._into.get(reader, {})
+
+    def moves_at(self, anchor: str) -> list[Move]:
+        """The moves at `anchor`, innermost first: by level, then in order of application."""
+        return sorted(self._moves.get(anchor, ()), key=lambda move: move.level)
+
+    def predecessor(self, move: Move) -> str:
+        """The value that an edit replaced: the one that is there without it."""
+        line = self.moves_at(move.anchor)
+        position = line.index(move)
+        return line[position - 1].after if position else move.anchor.partition("@")[0]
+
+    def value_after_removal(self, move: Move) -> str:
+        """The value that is there once the edit of a move is taken out, whatever was edited after it."""
+        value = self.predecessor(move)
+        own = self.owner(move)
+        line = [one for one in self.moves_at(value) if self.owner(one) is not own] if "@" in move.anchor else []
+        return line[-1].after if line else value
+
+    def base_value(self, name: str) -> str:
+        """The base's value in whose place the value called `name` stands: itself, if no edit put it there."""
+        return self._anchors.get(name, name).partition("@")[0]
+
+
+def competing_copies(edits: Iterable[Edit]) -> dict[str, list[Edit]]:
+    """The edits that put a parameter in the place of one and the same stored tensor, by its name: those of several
+    named adapters, of which the last is read."""
+    found: dict[str, list[Edit]] = {}
+    for edit in edits:
+        for name, _ in edit.installed:
+            found.setdefault(name, []).append(edit)
+    return {name: several for name, several in found.items() if len(several) > 1}

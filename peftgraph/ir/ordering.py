@@ -1,0 +1,55 @@
+"""The canonical order of a graph's nodes, which does not depend on the way a graph came about."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Iterator
+
+from torch import Tensor, fx
+
+from peftgraph.ir.graphs import copy_graph
+from peftgraph.ir.shape_inference import ShapeInference, same_metadata
+
+
+def in_canonical_order(graph: fx.Graph) -> fx.Graph:
+    """The graph in canonical order: operands before users and, among what is possible, by each node's `meta["order"]`.
+
+    Base nodes carry their position in the traced graph and new ones the position they were inserted after, so the order
+    does not depend on the way there: taking a pass out restores the base's own order.
+    """
+    return copy_graph(graph, canonical_order(graph))
+
+
+def canonical_order(graph: fx.Graph) -> Iterator[fx.Node]:
+    """The nodes of a graph in canonical order."""
+    import networkx as nx  # here and not above: importing peftgraph stays light
+
+    uses = nx.DiGraph()
+    uses.add_nodes_from(graph.nodes)
+    uses.add_edges_from((operand, node) for node in graph.nodes for operand in node.all_input_nodes)
+    return nx.lexicographical_topological_sort(uses, key=lambda node: node.meta["order"])
+
+
+def infer_changed_values(
+    graph: fx.Graph, resized: Iterable[fx.Node], inference: ShapeInference, stretched: Container[fx.Node] = ()
+) -> None:
+    """Infers, in place, the values that follow from nodes that give another shape than before.
+
+    The nodes need not be in order. `stretched` are calls whose own arguments changed.
+    """
+    changed = set(resized)
+    if not changed and not stretched:
+        return
+    for node in canonical_order(graph):
+        concerned = node in stretched or not changed.isdisjoint(node.all_input_nodes)
+        if node.op == "call_function" and concerned:
+            value = inference.value_of(node)
+            if not same_metadata(value, node.meta["val"]) or not isinstance(value, Tensor):
+                node.meta["val"] = value
+                changed.add(node)
+
+
+def record_order(graph: fx.Graph) -> None:
+    """Records the order of a base graph's nodes, in place."""
+    last = len(graph.nodes)
+    for i, node in enumerate(graph.nodes):
+        node.meta["order"] = (0 if node.op == "placeholder" else last if node.op == "output" else i,)

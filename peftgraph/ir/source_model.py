@@ -1,0 +1,52 @@
+"""What a program keeps of the model it was traced from, for the module that takes its place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True, eq=False)
+class EnclosingModel:
+    """The model around a traced submodule.
+
+    Attributes:
+        model: a frozen copy of the whole model; it shares the storage of the parameters.
+        root: the dotted name of the submodule in it.
+        assumed: arguments of the model that are False where a call does not give them.
+    """
+
+    model: nn.Module
+    root: str
+    assumed: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, eq=False)
+class ModelClass:
+    """The library's class that a traced model is an instance of, for a module that stands in its place.
+
+    Attributes:
+        cls: the class.
+        state: what an instance of it holds beside tensors and submodules, such as its configuration; copies.
+    """
+
+    cls: type[nn.Module]
+    state: Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class SubmoduleState:
+    """What a submodule of the traced model is beside its tensors, for the module in its place.
+
+    Attributes:
+        cls: its class, where a module of that class can stand there without its own set-up; else `nn.Module`.
+        state: its plain attributes, such as `stride` or `out_features`.
+        absent: the parameters and buffers that it has a name for and no tensor, such as a `bias` of None.
+    """
+
+    cls: type[nn.Module]
+    state: Mapping[str, Any]
+    absent: tuple[str, ...]
