@@ -1,1 +1,2 @@
-"""The program's data: graph, table, signature, edits; its printer, builder and verifier."""
+"""Holds the data of a program (graph, tensor table, signature, edits) with its builder, verifier, printer and
+interpreter."""

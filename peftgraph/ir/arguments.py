@@ -1,4 +1,4 @@
-"""Arguments of a call: bound to a signature by name, and flattened into leaves with readable keys."""
+"""Binds arguments of a call to a signature by name, and flattens nested ones into leaves with readable keys."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 
 def bind_arguments(forward: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by parameter name; what `**kwargs` collects stands under its own names.
+    """Returns the arguments of a call by parameter name; those collected by `**kwargs` appear under their own names.
 
     Raises:
         TypeError: the call does not fit the signature.
@@ -26,10 +26,11 @@ def bind_arguments(forward: inspect.Signature, args: tuple[Any, ...], kwargs: Ma
 
 
 def leaves_with_keys(name: str, value: Any) -> list[tuple[str, Any]]:
-    """The leaves of a nested value with readable keys, in pytree's order: `past[0]`, `out.sample`, `batch['x']`.
+    """Returns the leaves of a nested value with readable keys, in pytree's order: `past[0]`, `out.sample`,
+    `batch['x']`.
 
-    Classes are registered with pytree with or without keys of their children; without, what the class keeps beside its
-    children is their names where it is one string for each, as in a dict, and otherwise they are counted.
+    Classes are registered with pytree with or without keys of their children. Without keys, the context that the
+    class stores is used where it is one string for each child, as for a dict; otherwise the children are numbered.
     """
     if pytree.tree_is_leaf(value):
         return [(name, value)]

@@ -1,4 +1,4 @@
-"""Truths of the inputs that a program takes for granted, and checks at every call."""
+"""Conditions on input values that a program assumes and checks at every call (`pg.trace(..., assume=...)`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peftgraph.errors import CallError
 
 @dataclass(frozen=True, eq=False)
 class Assumption:
-    """What a branch of the model's code asks of the inputs' values, and the answer that was traced.
+    """Records a branch of the model's code on tensor values, and the outcome that was traced.
 
     Attributes:
         location: the line of the model's code, as `assume` spells it: "modeling_esm.py:412".
@@ -32,8 +32,8 @@ class Assumption:
     tensors: Mapping[str, Tensor]
 
     def holds(self, given: Mapping[str, Tensor | None]) -> bool:
-        """Whether inputs, by their names in the graph, have the answer that was traced. Where an input that is asked
-        for is left out, the branch is no part of the program."""
+        """Returns True if the condition has the traced outcome for these inputs, given by their names in the graph.
+        It holds where an input that it depends on is left out, since the branch is then not part of the program."""
         values: dict[fx.Node, Any] = {}
         device = next((value.device for value in given.values() if value is not None), torch.device("cpu"))
         with torch.no_grad():
@@ -54,7 +54,7 @@ class Assumption:
         raise AssertionError("a graph without an output")
 
     def check(self, given: Mapping[str, Tensor | None]) -> None:
-        """Checks a call.
+        """Raises an error unless the condition has the traced outcome.
 
         Raises:
             CallError: it has the other answer.

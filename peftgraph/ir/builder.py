@@ -1,6 +1,6 @@
-"""The builder: the only place that makes, redirects and erases nodes of a program's graph.
+"""Makes, redirects and erases nodes of a program's graph; nothing else in the library does.
 
-It sets the value metadata and the origin of every node it makes and counts what it did.
+The builder sets the value metadata and the origin of every node that it makes, and records what it did.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ BORROWING_OPERATORS = {aten.to.other, aten.type_as.default, aten.view_as.default
 
 @dataclass
 class ApplicationContext:
-    """What the edits of one application of a pass have in common.
+    """Holds what all edits of one application of a pass share.
 
     Attributes:
         owner: the dotted prefix of shared parameters: the pass's word and, if it has one, its name.
@@ -59,6 +59,8 @@ class ApplicationContext:
 @dataclass
 class Builder:
     """Builds one edit in `graph`, inserting after `cursor`.
+
+    This is the `op` of a pass's `delta`. Every method returns an fx node whose shape and dtype are inferred at once.
 
     Attributes:
         graph: a copy of a program's graph, owned by the caller.
@@ -100,13 +102,14 @@ class Builder:
 
     @property
     def label(self) -> str:
-        """The prefix of the printed names of new nodes."""
+        """Returns the prefix of the printed names of new nodes."""
         return f"{self.site}.{self.word}"
 
     # parameters
 
     def param(self, name: str, shape: Sequence[int], init: Initializer, trainable: bool = True) -> fx.Node:
-        """A new parameter `owner.name`, filled in place by `init`; a frozen one is saved with the adapter all the same.
+        """Makes the parameter `owner.name` and reads it; `init` fills it in place. A frozen one is saved with the
+        adapter too.
 
         Raises:
             Conflict: the name is taken.
@@ -117,7 +120,7 @@ class Builder:
         return self._read(full, name)
 
     def shared_param(self, name: str, shape: Sequence[int], init: Initializer) -> fx.Node:
-        """A trainable parameter that every site of the pass reads, made at the first of them.
+        """Makes a trainable parameter at the first site of the pass, and reads the same one at every further site.
 
         Raises:
             Conflict: the name is taken by another pass or by the model.
@@ -129,13 +132,14 @@ class Builder:
         return self._read(full, name)
 
     def shared_value(self, key: str, build: Callable[[], fx.Node]) -> fx.Node:
-        """A value that every site of the pass reads, built at the first of them; a pass with one does not fold."""
+        """Builds a value at the first site of the pass, and returns the same node at every further site. A pass that
+        uses one does not fold."""
         if key not in self.context.nodes:
             self.context.nodes[key] = build()
         return self.context.nodes[key]
 
     def mark_derived(self, name: str, value: fx.Node) -> fx.Node:
-        """Marks a value that depends on parameters alone; in the pass's `finalized` form it is the parameter
+        """Marks a value that depends on parameters alone: `Program.finalized` replaces it by the parameter
         `owner.name`."""
         value.meta["derived"] = f"{self.owner}.{name}"
         return value
@@ -165,12 +169,13 @@ class Builder:
         )
 
     def stored_tensor(self, full: str, tensor: Tensor) -> fx.Node:
-        """A tensor that the program stores already, by its full name."""
+        """Reads a tensor that the program already stores, by its full name."""
         hint = full.rpartition(".")[2]
         return self._insert("get_attr", full, (), {}, hint, fake_like(self.context.inference.mode, tensor))
 
     def constant(self, name: str, value: Tensor) -> fx.Node:
-        """A non-persistent buffer `owner.name`, such as an index table; equal ones of the same name are shared."""
+        """Reads a new non-persistent buffer `owner.name`, such as an index table; sites that use the same name share
+        one."""
         full = f"{self.owner}.{name}"
         if full not in self.tensor_names:
             self.tensor_names.add(full, self.pass_spec)
@@ -182,9 +187,9 @@ class Builder:
     # computation
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        """A node that calls an aten overload; its value is inferred under fake tensors.
+        """Calls an aten overload and infers the result under fake tensors.
 
-        Floating operands of several widths are brought to the widest first, where parameters are wider than the base.
+        Where parameters are wider than the base, floating operands of several widths are cast to the widest first.
         """
         if self.adapter_dtype != self.dtype and target not in BORROWING_OPERATORS:
             args, kwargs = self._promoted(args, kwargs)
@@ -204,46 +209,47 @@ class Builder:
         return fx.map_arg((args, kwargs), cast)
 
     def in_dtype_of(self, x: fx.Node, other: fx.Node) -> fx.Node:
-        """x in the dtype of another value, whatever that is moved to later."""
+        """Casts x to the dtype of another value, also after the module has been moved to another dtype."""
         if x.meta["val"].dtype == other.meta["val"].dtype:
             return x
         return self._insert("call_function", aten.to.other, (x, other), {}, "to", None)
 
     def linear(self, x: fx.Node, weight: fx.Node, bias: fx.Node | None = None) -> fx.Node:
-        """x (..., I) with weight (O, I), bias (O) -> (..., O)."""
+        """Computes x W^T + b: x (..., I), weight (O, I), bias (O) -> (..., O)."""
         return self.call(aten.linear.default, x, weight, *([] if bias is None else [bias]))
 
     def dropout(self, x: fx.Node, p: float) -> fx.Node:
-        """Dropout that follows train() and eval(); p = 0 adds nothing."""
+        """Applies dropout in training mode; p = 0 adds no node."""
         return x if p == 0 else self.call(aten.dropout.default, x, p, True)
 
     def activation(self, name: str, x: fx.Node) -> fx.Node:
-        """An elementwise nonlinearity by its name in `ACTIVATIONS`."""
+        """Applies an elementwise nonlinearity by its name in `ACTIVATIONS`."""
         function = ACTIVATIONS[name]
         if isinstance(function, partial):
             return self.call(function.func, x, **function.keywords)
         return self.call(function, x)
 
     def layer_norm(self, x: fx.Node, weight: fx.Node, bias: fx.Node, eps: float = 1e-5) -> fx.Node:
-        """x (..., D) centred and scaled to unit variance over its last axis, then weight * x + bias."""
+        """Normalises x (..., D) to zero mean and unit variance over its last axis, then computes weight * x + bias."""
         return self.call(aten.layer_norm.default, x, [int(weight.meta["val"].shape[0])], weight, bias, eps)
 
     def cast(self, x: fx.Node, form: str) -> fx.Node:
-        """x in a dtype that follows the parameters': "dtype" is their own, "wide" float32 where that is narrower."""
+        """Casts x to a dtype that follows the parameters': "dtype" is theirs, "wide" is float32 where theirs is
+        narrower."""
         cast = self.call(aten.to.dtype, x, LITERAL_FORMS[form](self.dtype))
         cast.meta["follows"] = ((("args", 1), form),)
         return cast
 
     def scale_in_training(self, x: fx.Node, gate: fx.Node) -> fx.Node:
-        """x * gate under train(); x alone under eval()."""
+        """Computes x * gate in training mode and returns x in evaluation mode."""
         product = self.call(aten.mul.Tensor, x, gate)
         product.meta["evaluates_to_first_operand"] = True
         return product
 
     def recompute(self, start: fx.Node, stop: fx.Node, x: fx.Node) -> fx.Node:
-        """What lies between the values `start` and `stop` once more, from `x` instead of `start`.
+        """Copies the computation from `start` to `stop`, reading `x` in place of `start`.
 
-        Stored tensors are read where they are; everything else that `stop` depends on must come from `start`.
+        Stored tensors are read where they are; every other operand of the computation must depend on `start`.
         """
         copies = {start: x}
         for node in self.nodes_between(start, stop):
@@ -251,14 +257,14 @@ class Builder:
         return copies[stop]
 
     def copy_call(self, node: fx.Node, instead: Mapping[fx.Node, fx.Node]) -> fx.Node:
-        """The call of `node` once more, with other operands instead of some."""
+        """Copies the call of `node`, with some operands replaced."""
         arguments, keywords = fx.map_arg((node.args, node.kwargs), lambda operand: instead.get(operand, operand))
         assert not isinstance(node.target, str), f"{node.name} is no call"
         return self.call(node.target, *arguments, **keywords)
 
     @staticmethod
     def nodes_between(start: fx.Node, stop: fx.Node) -> list[fx.Node]:
-        """The nodes on the ways from `start` to `stop`, in order, `stop` included."""
+        """Returns the nodes on paths from `start` to `stop` in topological order, `stop` included."""
         after, todo = set[fx.Node](), [start]
         while todo:
             node = todo.pop()
@@ -277,7 +283,7 @@ class Builder:
 
     @staticmethod
     def nodes_from_inputs(value: fx.Node) -> set[fx.Node]:
-        """The inputs of the model that a value depends on, and what lies between them and it."""
+        """Returns the model inputs that a value depends on, and all nodes on paths from them to it."""
         order, todo = dict[fx.Node, None](), [value]
         while todo:
             new = [one for one in todo.pop().all_input_nodes if one not in order]
@@ -287,31 +293,31 @@ class Builder:
         return found | {node for start in found for node in Builder.nodes_between(start, value)} - {value}
 
     def mul(self, x: fx.Node, y: fx.Node | float) -> fx.Node:
-        """x * y; a factor of exactly 1 adds nothing."""
+        """Computes x * y; a factor of exactly 1 adds no node."""
         if isinstance(y, fx.Node):
             return self.call(aten.mul.Tensor, x, y)
         return x if y == 1 else self.call(aten.mul.Tensor, x, y)
 
     def add(self, x: fx.Node, y: fx.Node) -> fx.Node:
-        """x + y."""
+        """Computes x + y."""
         return self.call(aten.add.Tensor, x, y)
 
     # structure
 
     def enlarge_size(self, node: fx.Node, argument: int, index: int | None, by: int) -> None:
-        """Makes a size that is written as a number in a call larger, in place."""
+        """Increases a literal size in the arguments of a call, in place."""
         self.size_increases.append(SizeIncrease(node.name, argument, index, by))
         enlarge_size(node, self.size_increases[-1])
 
     def disable_write(self, node: fx.Node) -> fx.Node:
-        """Keeps a node from writing into its operands; one that nothing else needs is not run any more."""
+        """Stops a node from writing into its operands; it is removed where nothing reads its result."""
         node.meta[WRITE_DISABLED] = True
         if node not in self.nodes:
             self.disabled_writes.append(node.name)
         return node
 
     def redirect(self, old: fx.Node, new: fx.Node, keep: set[fx.Node]) -> int:
-        """Moves the uses of `old` to `new`, except in `keep`; returns how many moved."""
+        """Moves the uses of `old` to `new`, except in `keep`; returns how many were moved."""
         users = [user for user in old.users if user not in keep]
         for user in users:
             user.replace_input_with(old, new)
@@ -331,7 +337,7 @@ class Builder:
         return node
 
     def _value_of(self, node: fx.Node) -> Any:
-        """What a new node gives.
+        """Infers the value of a new node.
 
         Raises:
             PeftGraphError: the operator does not take these operands.
@@ -358,7 +364,7 @@ def _floats(node: fx.Node) -> bool:
 
 
 def enlarge_size(node: fx.Node, one: SizeIncrease, sign: int = 1) -> None:
-    """Adds to a number in a call, in place, what an edit adds there; with sign -1 takes it off."""
+    """Adds the amount of a size increase to the literal in a call, in place; sign -1 subtracts it."""
     value: Any = node.args[one.argument]
     if one.index is None:
         node.update_arg(one.argument, value + sign * one.by)
@@ -367,13 +373,13 @@ def enlarge_size(node: fx.Node, one: SizeIncrease, sign: int = 1) -> None:
 
 
 def erase_nodes(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
-    """Erases nodes that nothing outside `nodes` uses."""
+    """Erases nodes that have no users outside `nodes`."""
     for node in sorted(nodes, reverse=True):  # by position in the graph
         graph.erase_node(node)
 
 
 def _size(value: Any) -> str:
-    """How a value is told in a message: a tensor by its shape and dtype."""
+    """Formats a value for a message: a tensor as its shape and dtype."""
     return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else str(value)
 
 

@@ -1,4 +1,4 @@
-"""What of a program was compared with the model that it was traced from."""
+"""The report of comparing a program with the model that it was traced from."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ComparisonReport:
-    """The evidence that a program is its model.
+    """Lists the runs on which a program and its model gave the same outputs, and what was not compared.
 
     Attributes:
         runs: the calls on which both gave the same, such as "evaluation at input_ids 3x7".
@@ -20,7 +20,7 @@ class ComparisonReport:
     skipped: tuple[str, ...] = ()
 
     def summary(self) -> str:
-        """One line on it."""
+        """Returns the report in one line."""
         what = "equal to the model" if self.values else "of the model's sizes"
         count = f"{what} in {len(self.runs)} run{'' if len(self.runs) == 1 else 's'}"
         return count if not self.skipped else f"{count}, {len(self.skipped)} not compared"

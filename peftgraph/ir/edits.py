@@ -1,4 +1,4 @@
-"""Records of what passes did to a graph: edits, the values they replaced, and the order in which values stack up."""
+"""Records what passes did to a graph: edits, the values that they replaced, and the order of edits on one value."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Move:
-    """A value that an edit replaced for its users.
+    """Records that an edit redirected the users of a value to another one.
 
     Attributes:
         anchor: the base graph's node whose value it is; `value@user` when only one user was given the new value.
@@ -25,7 +25,7 @@ class Move:
 
 @dataclass(frozen=True)
 class SizeIncrease:
-    """A size that is written as a number in a call, and that an edit made larger.
+    """Records that an edit increased a literal size in the arguments of a call.
 
     Attributes:
         node: the call.
@@ -42,7 +42,7 @@ class SizeIncrease:
 
 @dataclass(frozen=True)
 class Edit:
-    """One rewrite at one site.
+    """Records one rewrite at one site.
 
     Attributes:
         application: index into the program's history.
@@ -69,7 +69,7 @@ class Edit:
     installed: tuple[tuple[str, str], ...] = ()
 
     def pruned(self, names: Container[str]) -> Edit:
-        """The edit without what it made of nodes that exist no longer, those of an edit that was taken out."""
+        """Returns the edit restricted to nodes that still exist, after another edit was removed."""
         return replace(
             self,
             moves=tuple(
@@ -81,7 +81,8 @@ class Edit:
 
 
 class EditLog:
-    """The edits of a graph that is being rewritten, in order, with the moves of each anchor at hand."""
+    """Holds the edits of a graph that is being rewritten, in order of application, indexed by the values they
+    replaced."""
 
     def __init__(self, edits: Iterable[Edit] = ()) -> None:
         self._edits: dict[int, Edit] = {}  # by identity: taking one out costs nothing
@@ -102,7 +103,7 @@ class EditLog:
         return id(edit) in self._edits
 
     def append(self, edit: Edit) -> None:
-        """Puts an edit last."""
+        """Appends an edit."""
         self._edits[id(edit)] = edit
         for move in edit.moves:
             self._moves.setdefault(move.anchor, []).append(move)
@@ -111,7 +112,7 @@ class EditLog:
             self._into.setdefault(move.anchor.partition("@")[2], {})[move] = edit
 
     def remove(self, edit: Edit) -> None:
-        """Takes an edit out."""
+        """Removes an edit."""
         del self._edits[id(edit)]
         for move in edit.moves:
             self._moves[move.anchor].remove(move)
@@ -119,38 +120,38 @@ class EditLog:
             del self._owners[move], self._into[move.anchor.partition("@")[2]][move]
 
     def owner(self, move: Move) -> Edit:
-        """The edit that a move belongs to."""
+        """Returns the edit that a move belongs to."""
         return self._owners[move]
 
     def moves_into(self, reader: str) -> Mapping[Move, Edit]:
-        """The moves of what the node `reader` alone reads, each with its edit."""
+        """Returns the moves that redirected an operand of `reader` alone, each with its edit."""
         return self._into.get(reader, {})
 
     def moves_at(self, anchor: str) -> list[Move]:
-        """The moves at `anchor`, innermost first: by level, then in order of application."""
+        """Returns the moves at `anchor`, innermost first: by level, then in order of application."""
         return sorted(self._moves.get(anchor, ()), key=lambda move: move.level)
 
     def predecessor(self, move: Move) -> str:
-        """The value that an edit replaced: the one that is there without it."""
+        """Returns the value that a move replaced: the next inner one at the same anchor."""
         line = self.moves_at(move.anchor)
         position = line.index(move)
         return line[position - 1].after if position else move.anchor.partition("@")[0]
 
     def value_after_removal(self, move: Move) -> str:
-        """The value that is there once the edit of a move is taken out, whatever was edited after it."""
+        """Returns the value that users read once the edit of a move is removed, whatever was applied after it."""
         value = self.predecessor(move)
         own = self.owner(move)
         line = [one for one in self.moves_at(value) if self.owner(one) is not own] if "@" in move.anchor else []
         return line[-1].after if line else value
 
     def base_value(self, name: str) -> str:
-        """The base's value in whose place the value called `name` stands: itself, if no edit put it there."""
+        """Returns the base value that the value called `name` replaces; `name` itself if it replaces none."""
         return self._anchors.get(name, name).partition("@")[0]
 
 
 def competing_copies(edits: Iterable[Edit]) -> dict[str, list[Edit]]:
-    """The edits that put a parameter in the place of one and the same stored tensor, by its name: those of several
-    named adapters, of which the last is read."""
+    """Returns, by stored tensor, the edits of named adapters that each train a copy of it; the graph reads the last
+    one."""
     found: dict[str, list[Edit]] = {}
     for edit in edits:
         for name, _ in edit.installed:

@@ -1,4 +1,4 @@
-"""Running a program's graph directly, without a module around it: for proofs and probes."""
+"""Runs a program's graph directly, without a module around it, for proofs and comparisons."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ ValueObserver = Callable[[fx.Node, Any], None]  # told of every value as it is c
 
 
 def run_in_evaluation(program: ProgramData, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The tensor outputs of a program under eval(), for inputs in placeholder order."""
+    """Returns the tensor outputs of a program in evaluation mode, for inputs in placeholder order."""
     return [leaf for leaf in run_in_mode(program, inputs, training=False) if isinstance(leaf, Tensor)]
 
 
 def run_in_mode(
     program: ProgramData, inputs: Sequence[Tensor], *, training: bool, watcher: ValueObserver | None = None
 ) -> list[Any]:
-    """The leaves of a program's outputs in one mode, for inputs in placeholder order.
+    """Returns the output leaves of a program in one mode, for inputs in placeholder order.
 
     Args:
         program: what to run; it is not changed, nor are its buffers.
@@ -66,8 +66,8 @@ def run_in_mode(
 
 
 def run_in_float64(program: ProgramData, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The outputs in float64 throughout: weights, inputs, the upcasts of the model's own code, and what torch makes of
-    integers, which is float32 wherever a weight had no part in it."""
+    """Returns the outputs computed in float64 throughout: weights, inputs, upcasts of the model's own code, and
+    float32 tensors that torch makes from integers."""
     graph = evaluation_graph(program.graph)
     widen_literals(graph)
     device = program.table.device
@@ -79,7 +79,7 @@ def run_in_float64(program: ProgramData, inputs: Sequence[Tensor]) -> list[Tenso
 
 
 def compute_node(wanted: fx.Node, known: Mapping[fx.Node, Any], table: Mapping[str, TensorEntry]) -> Any:
-    """The value of one node, from the values of others and the stored tensors; only what it depends on is run."""
+    """Computes the value of one node from known values and stored tensors; only its ancestors are run."""
     values = dict(known)
     todo = [wanted]
     with torch.no_grad():
@@ -102,7 +102,7 @@ def compute_node(wanted: fx.Node, known: Mapping[fx.Node, Any], table: Mapping[s
 
 
 def fake_table(table: TensorTable, mode: FakeTensorMode) -> TensorTable:
-    """The stored tensors as shapes and dtypes alone."""
+    """Returns the stored tensors as fake tensors of the same shapes and dtypes."""
 
     def fake(entry: TensorEntry) -> TensorEntry:
         with mode:
@@ -113,7 +113,7 @@ def fake_table(table: TensorTable, mode: FakeTensorMode) -> TensorTable:
 
 
 def count_matrix_products(graph: fx.Graph) -> int:
-    """How many matrix products a graph computes."""
+    """Counts the matrix products that a graph computes."""
     return sum(
         node.target._schema.name.split("::")[-1] in MATRIX_PRODUCTS
         for node in call_nodes(graph)
@@ -122,7 +122,7 @@ def count_matrix_products(graph: fx.Graph) -> int:
 
 
 def _beside(entry: TensorEntry, dtype: torch.dtype) -> Tensor:
-    """A tensor in the dtype that the graph reads it in: a trainable one may have moved with a module that was
+    """Casts a tensor to the dtype that the graph reads it in; a trainable one may have moved with a module that was
     converted."""
     return entry.tensor.to(dtype) if entry.trainable and entry.tensor.is_floating_point() else entry.tensor
 

@@ -1,7 +1,7 @@
-"""Keys and values of earlier calls: how a graph takes and gives them, and the transformers cache that holds them.
+"""Keys and values of earlier calls: how a graph takes and returns them, and the transformers cache that holds them.
 
-In a graph they are plain tensors, two for each layer; a cache is read before a call and written after it. The keys
-and values that cross-attention reads are no part of them: they come from the encoder alone, see `lower.encoded`.
+In a graph they are plain tensors, two for each layer; a cache is read before a call and written after it. Keys and
+values of cross-attention are not among them: they depend on the encoder alone (`runtime/encoder_decoder.py`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from peftgraph.errors import CallError
 
 @functools.cache
 def _ahead() -> type[Any]:
-    """The class of cache layers in which rows that are no tokens stand in front of all that is cached."""
+    """Returns the class of cache layers that hold rows of no token in front of the cached tokens."""
     from transformers.cache_utils import DynamicLayer
 
     class Ahead(DynamicLayer):
@@ -40,7 +40,7 @@ def _ahead() -> type[Any]:
 
 @dataclass(frozen=True)
 class KVCacheSpec:
-    """How a program speaks of earlier calls.
+    """Describes how a program takes and returns the keys and values of earlier calls.
 
     Attributes:
         argument: the parameter of `forward`, and the field of its output, that holds the cache.
@@ -54,15 +54,16 @@ class KVCacheSpec:
 
     @property
     def tokens(self) -> str:
-        """The parameter of `forward` whose tokens are cached."""
+        """Returns the parameter of `forward` that holds the tokens being cached."""
         return "decoder_input_ids" if self.paired else "input_ids"
 
     def cache(self, tensors: Sequence[Tensor] = ()) -> Any:
-        """A transformers cache with these keys and values, in turn for each layer; an empty one without any."""
+        """Makes a transformers cache that holds these keys and values, alternating by layer; an empty one if there
+        are none."""
         from transformers import DynamicCache, EncoderDecoderCache
 
         class Passing(DynamicCache):
-            """Of cross-attention: keeps nothing, so that each call computes what the encoder's output gives."""
+            """Stores nothing for cross-attention, so that each call computes it from the encoder's output."""
 
             def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
                 return key_states, value_states
@@ -73,7 +74,7 @@ class KVCacheSpec:
         return cache
 
     def read(self, cache: Any) -> list[Tensor]:
-        """The keys and values in a cache, in turn for each layer; none of an empty one.
+        """Returns the keys and values in a cache, alternating by layer; an empty list for an empty cache.
 
         Raises:
             CallError: it keeps them in a form that the graph does not take.
@@ -93,11 +94,12 @@ class KVCacheSpec:
         return [tensor for layer in held for tensor in (layer.keys, layer.values)]
 
     def prepended_rows(self, cache: Any) -> int:
-        """How many rows that are no tokens stand in front of what is cached."""
+        """Returns how many cached rows belong to no token; they precede those of tokens."""
         return max((getattr(layer, "rows", 0) for layer in self._own(cache).layers), default=0)
 
     def write(self, cache: Any, tensors: Sequence[Tensor], rows: int = 0) -> None:
-        """Puts keys and values into a cache, in place; a layer that would drop old ones becomes one that keeps them.
+        """Writes keys and values into a cache, in place; a layer that would drop old ones is replaced by one that
+        keeps them.
 
         Args:
             cache: a transformers cache.
@@ -126,7 +128,7 @@ class KVCacheSpec:
 
 
 def default_input(name: str, mask: Tensor, before: int, length: int, dtype: torch.dtype) -> Tensor:
-    """What a model takes for an input that a call with a cache leaves out.
+    """Returns the value that a model uses for an input which a call with a cache leaves out.
 
     Args:
         name: "ones", a mask that hides nothing; "range", positions from the earlier tokens on; "counted", positions

@@ -1,4 +1,4 @@
-"""The canonical order of a graph's nodes, which does not depend on the way a graph came about."""
+"""Sorts a graph's nodes in a canonical order that does not depend on the order of rewrites."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from peftgraph.ir.shape_inference import ShapeInference, same_metadata
 
 
 def in_canonical_order(graph: fx.Graph) -> fx.Graph:
-    """The graph in canonical order: operands before users and, among what is possible, by each node's `meta["order"]`.
+    """Returns a copy of the graph in canonical order: operands before users and, among valid orders, by
+    `meta["order"]`.
 
-    Base nodes carry their position in the traced graph and new ones the position they were inserted after, so the order
-    does not depend on the way there: taking a pass out restores the base's own order.
+    Base nodes carry their position in the traced graph and new ones the position they were inserted after. Removing
+    a pass therefore restores the base's own order.
     """
     return copy_graph(graph, canonical_order(graph))
 
 
 def canonical_order(graph: fx.Graph) -> Iterator[fx.Node]:
-    """The nodes of a graph in canonical order."""
+    """Yields the nodes of a graph in canonical order."""
     import networkx as nx  # here and not above: importing peftgraph stays light
 
     uses = nx.DiGraph()
@@ -32,7 +33,7 @@ def canonical_order(graph: fx.Graph) -> Iterator[fx.Node]:
 def infer_changed_values(
     graph: fx.Graph, resized: Iterable[fx.Node], inference: ShapeInference, stretched: Container[fx.Node] = ()
 ) -> None:
-    """Infers, in place, the values that follow from nodes that give another shape than before.
+    """Infers again, in place, the values that depend on nodes whose shape has changed.
 
     The nodes need not be in order. `stretched` are calls whose own arguments changed.
     """
@@ -49,7 +50,7 @@ def infer_changed_values(
 
 
 def record_order(graph: fx.Graph) -> None:
-    """Records the order of a base graph's nodes, in place."""
+    """Records the position of a base graph's nodes in their metadata, in place."""
     last = len(graph.nodes)
     for i, node in enumerate(graph.nodes):
         node.meta["order"] = (0 if node.op == "placeholder" else last if node.op == "output" else i,)

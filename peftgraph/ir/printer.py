@@ -1,8 +1,8 @@
-"""The deterministic printer: the text of a program, and the difference between two programs.
+"""Prints a program as deterministic text, and the difference between two programs.
 
-Every value has a printed name (`meta["label"]`) that comes from the sites around it or from the edit that made it,
-never from FX's counters, and it stays the same when a pass rewrites the graph elsewhere. `assign_labels` gives the base
-its names.
+Every value has a printed name (`meta["label"]`) derived from the sites around it or from the edit that made it,
+never from FX's counters; it stays the same when a pass rewrites the graph elsewhere. `assign_labels` names the
+values of the base.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def assign_labels(graph: fx.Graph, titles: Mapping[str, str], sections: Mapping[
 
 
 def print_program(program: ProgramData) -> str:
-    """The text of a program: its calling convention, then one line a value, in graph order."""
+    """Returns the text of a program: its calling convention, then one line for each value, in graph order."""
     printer = Printer.of(program)
     signature = program.signature
     outputs = program.graph.output_node().args[0]
@@ -65,7 +65,7 @@ def print_program(program: ProgramData) -> str:
 
 
 def print_diff(before: ProgramData, after: ProgramData) -> str:
-    """What turned `before` into `after`: the new values around each edited one, in text order, and the totals."""
+    """Returns the difference between two programs: the new values around each edited one, in text order, and totals."""
     old, new = Printer.of(before), Printer.of(after)
     more = {size: count - before.prepended_lengths().get(size, 0) for size, count in after.prepended_lengths().items()}
     as_before = Printer(new.sizes, new.trainable, more)
@@ -121,7 +121,7 @@ def _many(count: int, noun: str) -> str:
 
 
 class Printer:
-    """Prints single lines.
+    """Prints single lines of a program.
 
     Args:
         sizes: symbol of a symbolic size -> its printed name.
@@ -142,7 +142,7 @@ class Printer:
         return cls(size_names(program), program.table.trainable)
 
     def line(self, node: fx.Node) -> str:
-        """The line of a labelled node."""
+        """Returns the line of a labelled node."""
         if node.op == "output":
             return f"return {self.operand(node.args[0])}"
         arguments = [self.operand(value) for value in node.args]
@@ -187,7 +187,7 @@ class Printer:
 
 
 def size_names(program: ProgramData) -> dict[str, str]:
-    """The printed name of each symbolic size of the inputs, by its symbol."""
+    """Returns the printed name of each symbolic size of the inputs, by its symbol."""
     placeholders = (node for node in program.graph.nodes if node.op == "placeholder")
     table: dict[str, str] = {}
     for node, spec in zip(placeholders, program.signature.inputs, strict=True):

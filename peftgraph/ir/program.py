@@ -1,7 +1,7 @@
 """The data of a program: a graph, the table of its tensors, its calling convention, and the edits that made it.
 
-A `ProgramData` is a value: nothing in it changes once it is made. Rooms that rewrite copy the graph first
-(`copy_graph`). The public `peftgraph.Program` adds the verbs.
+`ProgramData` is immutable. Code that rewrites copies the graph first (`copy_graph`). The public `peftgraph.Program`
+adds methods.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from peftgraph.ir.tensor_table import TensorTable
 
 @dataclass(frozen=True)
 class AppliedPass:
-    """One pass of a program's history.
+    """Records one pass of a program's history.
 
     Attributes:
         method: the pass.
@@ -40,7 +40,7 @@ class AppliedPass:
 
 @dataclass(frozen=True, eq=False)
 class ProgramData:
-    """A traced model and what passes made of it.
+    """Holds a traced model and the edits that passes made to it.
 
     Attributes:
         model: the class name of the traced model.
@@ -76,17 +76,17 @@ class ProgramData:
     comparison: ComparisonReport | None = None
 
     def evolve(self, **changes: Any) -> Self:
-        """A program with some fields replaced."""
+        """Returns a program with some fields replaced."""
         return replace(self, **changes)
 
     @property
     def examples(self) -> dict[str, torch.Tensor]:
-        """What the model was traced with, by the names of the inputs in the graph."""
+        """Returns the tensors of the traced call, by the names of the inputs in the graph."""
         return dict(zip((spec.name for spec in self.signature.inputs), self.example, strict=True))
 
     def prepended_lengths(self) -> dict[str, int]:
-        """By how much passes make sizes of the inputs larger on their way into the model, by the sizes' names; in a
-        first call, where a graph continues earlier ones."""
+        """Returns by how much passes enlarge sizes of the inputs, by the sizes' names; for a graph with a cache, in
+        a first call."""
         edits, more = EditLog(self.edits), dict[str, int]()
         for spec in self.signature.inputs:
             line = edits.moves_at(spec.name)
@@ -97,7 +97,7 @@ class ProgramData:
         return more
 
     def require_one_adapter(self) -> None:
-        """Refuses a program in which several named adapters have trained copies of one tensor: one must be chosen.
+        """Refuses a program in which several named adapters have trained copies of one tensor.
 
         Raises:
             Conflict: names the tensor and the adapters.
@@ -109,5 +109,5 @@ class ProgramData:
             )
 
     def node(self, name: str) -> fx.Node:
-        """The node of that name."""
+        """Returns the node of that name, which must exist."""
         return find_node(self.graph, name)

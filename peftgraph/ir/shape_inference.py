@@ -1,4 +1,4 @@
-"""Shapes and dtypes: every node carries in `meta["val"]` what it gives under fake tensors with symbolic sizes."""
+"""Infers shapes and dtypes: every node records in `meta["val"]` its value under fake tensors with symbolic sizes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.fx.node import map_arg
 
 
 def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
-    """The fake mode that the graph's values belong to."""
+    """Returns the fake mode that the graph's values belong to."""
     for node in graph.nodes:
         value = node.meta.get("val")
         if isinstance(value, FakeTensor):
@@ -25,7 +25,7 @@ def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
 
 
 def fake_like(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
-    """A fake tensor of the same shape, dtype and device, without data."""
+    """Returns a fake tensor of the same shape, dtype and device."""
     with mode:
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device, requires_grad=tensor.requires_grad)
 
@@ -50,7 +50,7 @@ def _einsum(equation: str, operands: Sequence[Tensor]) -> Tensor:
 
 
 def _einsum_shape(equation: str, operands: Sequence[Tensor]) -> list[int | torch.SymInt] | None:
-    """The shape of the result where it can be read off the equation."""
+    """Reads the shape of the result off the equation; None where that is not possible."""
     if EINSUM.fullmatch(equation) is None:
         return None
     inputs, _, output = equation.partition("->")
@@ -80,11 +80,12 @@ CACHE_ATTRIBUTE = "peftgraph_calls"  # of a fake mode: what calls gave
 
 
 class ShapeInference:
-    """What calls give under fake tensors. Of calls that are alike, in isomorphic blocks, one is run.
+    """Infers the results of calls under fake tensors, and caches them: of equal calls, as in isomorphic blocks, one
+    is run.
 
-    Two calls are alike when their targets and literals are equal and their operands have equal sizes (the same
-    expressions of the same symbols), strides, dtypes, devices and `requires_grad`. The memory is the mode's, and so one
-    for all programs that come from one trace.
+    Two calls are equal when their targets and literals are, and their operands have equal sizes (the same
+    expressions of the same symbols), strides, dtypes, devices and `requires_grad`. The cache belongs to the fake
+    mode, so all programs that come from one trace share it.
     """
 
     def __init__(self, mode: FakeTensorMode) -> None:
@@ -96,7 +97,7 @@ class ShapeInference:
         self._descriptions: dict[int, tuple[Any, Hashable]] = {}  # by identity; the value is held so that it keeps it
 
     def value_of(self, node: fx.Node) -> Any:
-        """What `node` gives when its operands' recorded values go in."""
+        """Infers the result of `node` from its operands' recorded values."""
         if not _is_repeatable(node):
             return self._of_recorded_size(node)
         key = (node.target, self.describe(node.args), self.describe(node.kwargs))
@@ -105,7 +106,7 @@ class ShapeInference:
         return self._known[key]
 
     def value_with(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-        """What `node` would give if some operands had other values than the recorded ones."""
+        """Infers the result of `node` with other values for some operands."""
         args, kwargs = map_arg(
             (node.args, node.kwargs), lambda operand: values[operand] if operand in values else operand.meta["val"]
         )
@@ -126,8 +127,8 @@ class ShapeInference:
             return rule(*args, **kwargs)
 
     def _of_recorded_size(self, node: fx.Node) -> Any:
-        """What `node` gives, with the sizes recorded before where they are or count values: what the exporter knows of
-        such a size, it knows of the symbol that it made for it."""
+        """Infers the result of `node`, keeping recorded sizes that count values: what the exporter knows of such a
+        size is attached to the symbol that it made."""
         known = node.meta.get("val")
         if isinstance(known, torch.SymInt) and free_unbacked_symbols(known):
             return known
@@ -140,7 +141,8 @@ class ShapeInference:
             return torch.empty_strided(known.shape, known.stride(), dtype=value.dtype, device=value.device)
 
     def describe(self, value: Any) -> Hashable:
-        """An argument as what the result can depend on; a type stands beside a number, for 1 == 1.0 == True."""
+        """Returns a hashable description of an argument, complete for shape inference; a number is paired with its
+        type, since 1 == 1.0 == True."""
         if isinstance(value, fx.Node):
             recorded = value.meta["val"]
             if id(recorded) not in self._descriptions:
@@ -159,7 +161,7 @@ class ShapeInference:
 
 
 def _is_repeatable(node: fx.Node) -> bool:
-    """Whether equal operands give equal sizes: not where sizes depend on values, or operands are written."""
+    """Returns True if equal operands give equal sizes: not where sizes depend on values, or operands are written."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return True
     varying = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
@@ -172,7 +174,7 @@ def _expression(size: Any) -> Hashable:
 
 @contextmanager
 def guards_suppressed(mode: FakeTensorMode) -> Iterator[None]:
-    """Keeps shape inference from adding guards on the symbols of the traced graph."""
+    """Prevents shape inference from adding guards on the symbols of the traced graph."""
     env = mode.shape_env
     if env is None:
         yield
@@ -190,7 +192,8 @@ def infer_values(nodes: Iterable[fx.Node], mode: FakeTensorMode) -> None:
 
 
 def can_replace_dtype(nodes: Iterable[fx.Node]) -> bool:
-    """Whether `recast` holds for `nodes`: torch's own operators and sizes alone, no size a count of values."""
+    """Returns True if `replace_dtype` is valid for `nodes`: only torch's own operators, and no size that counts
+    values."""
     return not any("operators" in node.meta or _sizes_by_values(node) for node in nodes)
 
 
@@ -200,8 +203,8 @@ def _sizes_by_values(node: fx.Node) -> bool:
 
 
 def replace_dtype(nodes: Iterable[fx.Node], mode: FakeTensorMode, old: torch.dtype, new: torch.dtype) -> None:
-    """Gives recorded values of dtype `old` the dtype `new`. That is what running the calls again would give, and much
-    cheaper, where every operation takes `new` and promotes it as it promoted `old`."""
+    """Replaces dtype `old` by `new` in recorded values. This equals running the calls again, and is much cheaper,
+    where every operation accepts `new` and promotes it as it promotes `old`."""
     inference = ShapeInference(mode)
     cast: dict[Hashable, Tensor] = {}
 
@@ -220,10 +223,10 @@ def replace_dtype(nodes: Iterable[fx.Node], mode: FakeTensorMode, old: torch.dty
 
 
 def same_metadata(a: Any, b: Any, broadcast: bool = False) -> bool:
-    """Whether two recorded values have the same structure, shapes, dtypes and devices.
+    """Returns True if two recorded values have the same structure, shapes, dtypes and devices.
 
-    Sizes are one where their expressions are. With `broadcast` also where they are equal at the example's sizes, which
-    are like no other: of two that were broadcast to each other either may be recorded.
+    Sizes are equal where their expressions are. With `broadcast` they are also equal where the example's sizes are,
+    which are distinct: of two sizes that were broadcast to each other, either may be recorded.
     """
     if a is b:
         return True
@@ -243,7 +246,7 @@ def _same_shape(a: torch.Size, b: torch.Size, broadcast: bool) -> bool:
 
 
 def concrete_size(size: int | torch.SymInt) -> int | None:
-    """The number that a size is, be it a symbolic one that became a number; None where it is free."""
+    """Returns the number that a size has, also for a symbolic one that was specialised; None where it is free."""
     if isinstance(size, int):
         return size
     expression = size.node.expr
@@ -251,7 +254,7 @@ def concrete_size(size: int | torch.SymInt) -> int | None:
 
 
 def with_concrete_sizes(mode: FakeTensorMode, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """A recorded value of another dtype, with plain numbers for symbolic sizes that became numbers."""
+    """Returns a recorded value in another dtype, with plain numbers for symbolic sizes that were specialised."""
     sizes, strides = ([_plain(one) for one in many] for many in (value.shape, value.stride()))
     with mode, guards_suppressed(mode):
         return torch.empty_strided(sizes, strides, dtype=dtype, device=value.device)
@@ -267,10 +270,10 @@ def _plain(size: int | torch.SymInt) -> int | torch.SymInt:
 
 
 def example_size(size: int | torch.SymInt) -> int | None:
-    """A size as the example has it; None where it counts values."""
+    """Returns a size in the example; None where it counts values."""
     return size if isinstance(size, int) else size.node.hint
 
 
 def constant_term(size: int | torch.SymInt) -> int:
-    """What is left of a size where every symbol in it is 0."""
+    """Evaluates a size with every symbol set to 0."""
     return size if isinstance(size, int) else int(size.node.expr.subs(dict.fromkeys(size.node.expr.free_symbols, 0)))

@@ -1,4 +1,4 @@
-"""How a program is called: the model's own signature, what was given when tracing, and the tree it returns."""
+"""The calling convention of a program: the model's own signature, the arguments of the trace, and the output tree."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FIXED_BY_CALLER = "fixed="  # in the place of a line: who called for the trace f
 
 @dataclass(frozen=True)
 class SizeCondition:
-    """What holds of the sizes of every call, because the model's code chose a branch by it.
+    """Describes a condition on the sizes of every call, because the model's code branches on it.
 
     Attributes:
         code: an expression of Python over names of sizes.
@@ -41,7 +41,7 @@ class SizeCondition:
     offsets: tuple[int, ...] = ()
 
     def holds(self, sizes: Mapping[str, int]) -> bool:
-        """Whether it holds of `sizes`, or speaks of one that is not among them."""
+        """Returns True if the condition holds for `sizes`, or depends on a size that is not among them."""
         if any(name not in sizes for name in self.sizes):
             return True
         more = self.offsets or (0,) * len(self.sizes)
@@ -55,7 +55,7 @@ def _holds(code: str, sizes: tuple[tuple[str, int], ...]) -> bool:
 
 @dataclass(frozen=True)
 class InputSpec:
-    """One tensor input of the graph.
+    """Describes one tensor input of the graph.
 
     Attributes:
         name: the placeholder's name in the graph.
@@ -80,7 +80,7 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class Signature:
-    """The calling convention of a program.
+    """Describes how a program is called, and checks calls.
 
     Attributes:
         forward: the signature of the traced model's `forward`.
@@ -111,13 +111,13 @@ class Signature:
 
     @property
     def cache_inputs(self) -> frozenset[str]:
-        """The names of the inputs that are keys and values of earlier calls."""
+        """Returns the names of the inputs that are cached keys and values."""
         return frozenset(
             s.name for s in self.inputs if self.kv_cache is not None and s.argument == self.kv_cache.argument
         )
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor | None]:
-        """The tensors of a call in placeholder order; None for an optional input that was left out.
+        """Returns the tensors of a call in placeholder order; None for an optional input that is left out.
 
         Raises:
             CallError: an argument is unknown, missing, of another kind of dtype, or of a shape the graph does not take.
@@ -129,7 +129,7 @@ class Signature:
         return self.tensors_of(arguments)
 
     def tensors_of(self, arguments: Mapping[str, Any]) -> list[Tensor | None]:
-        """As `bind`, of arguments by name; None too for the keys and values of earlier calls.
+        """Does the same as `bind` for arguments by name; None also for cached keys and values.
 
         Raises:
             CallError: as `bind` does.
@@ -219,7 +219,7 @@ class Signature:
             raise CallError(f"{spec.key} has size {size} in dimension {axis}; the model takes {limit}.")
 
     def describe(self) -> str:
-        """The inputs as text: `input_ids: i64[B, S], attention_mask?: i64[B, S]`."""
+        """Formats the inputs: `input_ids: i64[B, S], attention_mask?: i64[B, S]`."""
         return ", ".join(f"{s.key}{'?' if s.optional else ''}: {_shape_text(s)}" for s in self.inputs)
 
 

@@ -1,4 +1,4 @@
-"""What a program keeps of the model it was traced from, for the module that takes its place."""
+"""What a program keeps of the model that it was traced from, so that a module can take its place."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 @dataclass(frozen=True, eq=False)
 class EnclosingModel:
-    """The model around a traced submodule.
+    """Holds the whole model of which one submodule was traced.
 
     Attributes:
         model: a frozen copy of the whole model; it shares the storage of the parameters.
@@ -26,7 +26,7 @@ class EnclosingModel:
 
 @dataclass(frozen=True, eq=False)
 class ModelClass:
-    """The library's class that a traced model is an instance of, for a module that stands in its place.
+    """Holds the transformers class of a traced model, and the state of an instance.
 
     Attributes:
         cls: the class.
@@ -39,7 +39,7 @@ class ModelClass:
 
 @dataclass(frozen=True, eq=False)
 class SubmoduleState:
-    """What a submodule of the traced model is beside its tensors, for the module in its place.
+    """Holds what a submodule of the traced model is besides its tensors.
 
     Attributes:
         cls: its class, where a module of that class can stand there without its own set-up; else `nn.Module`.

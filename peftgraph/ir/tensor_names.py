@@ -1,4 +1,4 @@
-"""The names of a program's tensors, and who made them."""
+"""The names of a program's tensors, and which pass made them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 
 class TensorNames:
-    """The dotted names that are in use, each with its maker, and the modules that they imply.
+    """Holds the dotted names in use, each with what made it, and the module paths that they imply.
 
     Args:
         makers: who made each tensor, by its name.
@@ -22,21 +22,21 @@ class TensorNames:
         return name in self._makers
 
     def add(self, name: str, maker: str) -> None:
-        """Takes a name for a new tensor."""
+        """Reserves a name for a new tensor."""
         self._makers[name] = maker
         for module in _modules(name):
             self._first.setdefault(module, name)
 
     def made_by(self, name: str) -> str:
-        """Names who made a tensor."""
+        """Returns what made a tensor."""
         return self._makers[name]
 
     def conflicting(self, name: str) -> str | None:
-        """The tensor that would be a module of `name`, or one that `name` would be a module of; None where none is."""
+        """Returns a tensor whose name is a module path of `name`, or the other way round; None if there is none."""
         inner = next((module for module in _modules(name) if module in self._makers), None)
         return inner or self._first.get(name)
 
 
 def _modules(name: str) -> list[str]:
-    """The paths of the modules that a tensor of this name stands in, the outermost first."""
+    """Returns the module paths above a tensor name, outermost first."""
     return [name[:i] for i, letter in enumerate(name) if letter == "."]

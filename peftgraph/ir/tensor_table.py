@@ -1,7 +1,8 @@
-"""The parameter table: every stored tensor of a program, by its dotted name.
+"""The tensor table: every stored tensor of a program, by its dotted name.
 
 Entries that hold the same tensor object are tied. Frozen entries share storage with the model that was traced;
-trainable entries own an `nn.Parameter`, shared by every program and module that descends from the pass that made it.
+trainable entries hold an `nn.Parameter`, shared by every program and module that descends from the pass that made
+it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Kind = Literal["parameter", "buffer", "constant"]
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One stored tensor.
+    """Describes one stored tensor.
 
     Attributes:
         tensor: the value; an `nn.Parameter` that requires grad when `trainable`.
@@ -40,12 +41,13 @@ class TensorEntry:
 
     @property
     def is_state(self) -> bool:
-        """Whether it is an adapted program's own copy of a buffer that training writes, such as running statistics."""
+        """Returns True for an adapted program's own copy of a buffer that training writes, such as running
+        statistics."""
         return self.kind == "buffer" and self.base_tensor is not None
 
 
 class TensorTable(Mapping[str, TensorEntry]):
-    """An immutable, ordered mapping from dotted name to `Entry`."""
+    """Maps dotted names to `TensorEntry`; immutable and ordered."""
 
     def __init__(self, entries: Mapping[str, TensorEntry] | Iterable[tuple[str, TensorEntry]] = ()) -> None:
         self._entries = dict(entries)
@@ -60,33 +62,33 @@ class TensorTable(Mapping[str, TensorEntry]):
         return len(self._entries)
 
     def updated(self, changes: Mapping[str, TensorEntry]) -> TensorTable:
-        """A table in which `changes` are added or put in the place of entries of the same name."""
+        """Returns a table with `changes` added; entries of the same name are replaced."""
         return TensorTable({**self._entries, **changes})
 
     def without(self, names: Iterable[str]) -> TensorTable:
-        """A table that lacks `names`."""
+        """Returns a table without `names`."""
         gone = set(names)
         return TensorTable((name, entry) for name, entry in self._entries.items() if name not in gone)
 
     def with_tensor(self, name: str, tensor: Tensor) -> TensorTable:
-        """A table in which `name` holds `tensor`; every other name keeps its own, so a tie to `name` is cut."""
+        """Returns a table in which `name` holds `tensor`; other names keep theirs, so a tie to `name` is broken."""
         return self.updated({name: replace(self._entries[name], tensor=tensor)})
 
     def tensors(self) -> dict[str, Tensor]:
-        """The plain tensors by name."""
+        """Returns the plain tensors by name."""
         return {name: entry.tensor for name, entry in self._entries.items()}
 
     def tied(self, name: str) -> tuple[str, ...]:
-        """The names that hold the same tensor as `name`, itself included, in table order."""
+        """Returns the names that hold the same tensor as `name`, including itself, in table order."""
         return tuple(self._names[id(self._entries[name].tensor)])
 
     def ties(self) -> tuple[tuple[str, ...], ...]:
-        """The groups of two or more names that share one tensor."""
+        """Returns the groups of two or more names that share one tensor."""
         return tuple(tuple(names) for names in self._names.values() if len(names) > 1)
 
     @cached_property
     def _names(self) -> dict[int, list[str]]:
-        """The names of every tensor, by its identity."""
+        """Groups names by tensor identity."""
         groups: dict[int, list[str]] = {}
         for name, entry in self._entries.items():
             groups.setdefault(id(entry.tensor), []).append(name)
@@ -94,7 +96,7 @@ class TensorTable(Mapping[str, TensorEntry]):
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The parameters that training moves, by name."""
+        """Returns the trainable parameters, by name."""
         return {
             name: entry.tensor
             for name, entry in self._entries.items()
@@ -103,12 +105,12 @@ class TensorTable(Mapping[str, TensorEntry]):
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """The buffers of the program's own that training writes, by name."""
+        """Returns the program's own copies of buffers that training writes, by name."""
         return {name: entry.tensor for name, entry in self._entries.items() if entry.is_state}
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating dtype of the base's parameters (the most frequent one, by number of values)."""
+        """Returns the floating dtype of the base's parameters (the most frequent one, by number of values)."""
         sizes: dict[torch.dtype, int] = {}
         for entry in self._entries.values():
             if entry.tensor.is_floating_point() and entry.kind == "parameter" and not entry.added:
@@ -117,19 +119,19 @@ class TensorTable(Mapping[str, TensorEntry]):
 
     @property
     def device(self) -> torch.device:
-        """The device of the first base parameter (the default device when there is none)."""
+        """Returns the device of the first base parameter (the default device when there is none)."""
         for entry in self._entries.values():
             if entry.kind == "parameter" and not entry.added:
                 return entry.tensor.device
         return torch.get_default_device()
 
     def hashes(self) -> dict[str, str]:
-        """The sha256 of every tensor's bytes, shape and dtype, by name; meta tensors hash by shape and dtype."""
+        """Returns the sha256 of every tensor, by name (see `hash_tensor`)."""
         return {name: hash_tensor(entry.tensor) for name, entry in self._entries.items()}
 
 
 def hash_tensor(tensor: Tensor) -> str:
-    """The sha256 of a tensor's shape, dtype and (unless it is on the meta device) bytes."""
+    """Returns the sha256 of a tensor's shape, dtype and (unless it is on the meta device) bytes."""
     digest = hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
     if tensor.device.type != "meta":
         flat = tensor.detach().cpu().contiguous().reshape(-1)

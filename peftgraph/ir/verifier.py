@@ -1,4 +1,5 @@
-"""The verifier, as a list of rules, run before and after every pass: what it finds is a bug of a pass or the engine."""
+"""Verifies a program by a list of checks, before and after every pass; a violation is a bug of a pass or of the
+engine."""
 
 from __future__ import annotations
 
@@ -16,9 +17,10 @@ Check = Callable[[ProgramData], Iterator[str]]
 
 
 def verify(program: ProgramData, previous: ProgramData | None = None, inference: ShapeInference | None = None) -> None:
-    """Checks every rule; given a verified `previous`, re-derives the values of changed nodes only.
+    """Runs every check; given a verified `previous`, only the values of changed nodes are inferred again.
 
-    `inference` remembers what calls give, by their operands: one that has seen some of them saves their time.
+    `inference` is a cache of inferred results, keyed by target and operands; one that has seen some of the calls
+    saves time.
 
     Raises:
         VerifyError: the program breaks a rule; the message lists every breach.
@@ -31,7 +33,7 @@ def verify(program: ProgramData, previous: ProgramData | None = None, inference:
 
 
 def operands_come_first(program: ProgramData) -> Iterator[str]:
-    """Every operand stands before its use, in the same graph."""
+    """Checks that every operand precedes its use, in the same graph."""
     seen: set[fx.Node] = set()
     for node in program.graph.nodes:
         for operand in node.all_input_nodes:
@@ -41,7 +43,7 @@ def operands_come_first(program: ProgramData) -> Iterator[str]:
 
 
 def names_are_unique(program: ProgramData) -> Iterator[str]:
-    """No two values print under one name, and every value has a name."""
+    """Checks that every value has a printed name, and no two have the same."""
     seen: set[str] = set()
     for node in call_nodes(program.graph):
         label = node.meta.get("label")
@@ -54,7 +56,7 @@ def names_are_unique(program: ProgramData) -> Iterator[str]:
 
 
 def stored_tensors_exist(program: ProgramData) -> Iterator[str]:
-    """Every stored tensor that is read is in the table, with the recorded shape."""
+    """Checks that every stored tensor that is read is in the table, with the recorded shape."""
     for node in stored_tensor_nodes(program.graph):
         entry = program.table.get(str(node.target))
         if entry is None:
@@ -65,7 +67,7 @@ def stored_tensors_exist(program: ProgramData) -> Iterator[str]:
 
 
 def trainables_are_claimed(program: ProgramData) -> Iterator[str]:
-    """What requires grad was made or claimed by an edit; what an edit claims trains."""
+    """Checks that tensors that require grad are the parameters that some edit claims, and that claimed ones exist."""
     claimed = {name for edit in program.edits for name in edit.parameters}
     for name, entry in program.table.items():
         if entry.tensor.requires_grad != entry.trainable:
@@ -79,7 +81,8 @@ def trainables_are_claimed(program: ProgramData) -> Iterator[str]:
 
 
 def trainables_reach_the_output(program: ProgramData) -> Iterator[str]:
-    """Every trainable parameter that the graph reads leads to the output, or would but for another named adapter."""
+    """Checks that the graph reads every trainable parameter and that it reaches the output, unless another named
+    adapter replaces it."""
     hidden = {
         name for several in competing_copies(program.edits).values() for edit in several for name in edit.parameters
     }
@@ -98,7 +101,7 @@ def trainables_reach_the_output(program: ProgramData) -> Iterator[str]:
 
 
 def edits_stand(program: ProgramData) -> Iterator[str]:
-    """Every node that an edit lists exists, and every node that is no edit's belongs to the base."""
+    """Checks that every node that an edit lists exists, and that an edit lists every node that is not the base's."""
     names = {node.name for node in program.graph.nodes}
     for edit in program.edits:
         for name in (*edit.nodes, *(move.after for move in edit.moves)):
@@ -121,7 +124,7 @@ CHECKS: tuple[Check, ...] = (
 
 
 def values_rederive(program: ProgramData, previous: ProgramData | None, inference: ShapeInference) -> Iterator[str]:
-    """Shapes and dtypes, derived again under fake tensors, are the recorded ones."""
+    """Checks that shapes and dtypes, inferred again under fake tensors, equal the recorded ones."""
     known = {node.name: node for node in previous.graph.nodes} if previous is not None else {}
     for node in call_nodes(program.graph):
         twin = known.get(node.name)
@@ -137,7 +140,7 @@ def values_rederive(program: ProgramData, previous: ProgramData | None, inferenc
 
 
 def _same_call(node: fx.Node, twin: fx.Node) -> bool:
-    """Whether the operands of `node` have the values that its twin's have, so that its own value is known."""
+    """Returns True if `node` has the same operand values as its twin, so that its own value is known."""
     if node.target != twin.target or len(node.all_input_nodes) != len(twin.all_input_nodes):
         return False
     return all(
