@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peftgraph.capture import Options, capture, capture_part
-from peftgraph.capture.progress import Progress, silent
+from peftgraph.capture.progress import Progress, no_progress
 from peftgraph.draw import Diff, Picture, fragment, outline, page, picture
 from peftgraph.errors import AdapterError, Conflict, PeftGraphError, TraceError
 from peftgraph.folding import fold as _fold
@@ -29,19 +29,19 @@ from peftgraph.rewrite.finalize import finalize
 from peftgraph.rewrite.method import Pass, Pipeline
 from peftgraph.rewrite.mix import mix
 from peftgraph.rewrite.skipped_sites import warn_of
-from peftgraph.runtime.block_regions import spans
-from peftgraph.runtime.copying import Copied
+from peftgraph.runtime.block_regions import find_block_regions
+from peftgraph.runtime.copying import NotPicklable
 from peftgraph.runtime.export import export
 from peftgraph.runtime.module import GraphModule
-from peftgraph.runtime.submodule_module import surround
-from peftgraph.runtime.transformers_module import hosted
+from peftgraph.runtime.submodule_module import embed_in_model
+from peftgraph.runtime.transformers_module import make_transformers_module
 from peftgraph.sites import Absent, Pattern, Selector, Sites, as_selector, find_sites
 from peftgraph.sites.assign.naming import sections, titles
 from peftgraph.sites.patterns.pattern import patterns_of
 
 
 @dataclass(frozen=True, eq=False)
-class Program(Copied, ProgramData):
+class Program(NotPicklable, ProgramData):
     """A traced model, and what passes made of it. A value: every verb returns a new Program.
 
     Attributes:
@@ -220,16 +220,16 @@ class Program(Copied, ProgramData):
             Conflict: several named adapters train copies of one tensor; `only` chooses one.
         """
         self.require_one_adapter()
-        blocks = spans(self, self.sites)
+        blocks = find_block_regions(self, self.sites)
         if self.enclosing_model is not None:
-            return surround(self, blocks, self.enclosing_model)
+            return embed_in_model(self, blocks, self.enclosing_model)
         if self.model_class is None:
             return GraphModule(self, blocks)
 
         def save(trained: Mapping[str, Tensor], directory: Path) -> None:
             native.save_trained(self, trained, directory)
 
-        return hosted(self, blocks, self.model_class, save)
+        return make_transformers_module(self, blocks, self.model_class, save)
 
     def export(self, path: str | PathLike[str]) -> Path:
         """Writes the graph by suffix: `.pt2` (torch.export) or `.onnx`.
@@ -306,7 +306,7 @@ def trace(
     fixed: Mapping[str, Sequence[int]] | None = None,
     assume: Mapping[str, bool] | None = None,
     verify: Literal["off", "example", "sizes"] = "sizes",
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Program:
     """Traces a model into a Program.
 

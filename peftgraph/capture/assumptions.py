@@ -26,7 +26,7 @@ from peftgraph.ir.tensor_table import TensorEntry
 ASKING = {"__bool__", "item"}
 
 
-class Assuming(TorchFunctionMode):
+class AssumptionRecorder(TorchFunctionMode):
     """Answers the truth of tensors at the lines that `sides` names, and keeps what was asked.
 
     Attributes:
@@ -53,7 +53,7 @@ class Assuming(TorchFunctionMode):
         return [value != 0 for value, *_ in self.asked]
 
 
-def split(
+def extract_assumptions(
     graph: fx.Graph, asked: Sequence[tuple[Any, str, bool, str]], entries: Mapping[str, TensorEntry]
 ) -> tuple[Assumption, ...]:
     """Takes the last outputs of a canonical graph, in place, for what they are: one assumption each.
@@ -83,7 +83,7 @@ def split(
     return tuple(found.values())
 
 
-def all_used(sides: Mapping[str, bool], found: Iterable[Assumption]) -> None:
+def require_all_used(sides: Mapping[str, bool], found: Iterable[Assumption]) -> None:
     """Checks that every side was asked for.
 
     Raises:

@@ -23,12 +23,20 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from peftgraph.errors import TraceError
 
-HELD = (bool, int, float, str, torch.dtype, torch.device, type(None))  # what a graph holds beside tensors and sizes
+LITERAL_TYPES = (
+    bool,
+    int,
+    float,
+    str,
+    torch.dtype,
+    torch.device,
+    type(None),
+)  # what a graph holds beside tensors and sizes
 ADVICE = "Write it in plain operations, or as a torch.library.custom_op with register_autograd."
 
 
 @dataclass(frozen=True)
-class KeptFunction:
+class AutogradFunctionTarget:
     """The target of a graph's node: a call of `function`, an autograd function. Equal where the function is."""
 
     function: type[torch.autograd.Function]
@@ -51,7 +59,7 @@ class _Slot:
 
 
 @dataclass
-class Call:
+class RecordedCall:
     """A recorded call.
 
     Attributes:
@@ -68,14 +76,14 @@ class Call:
 
 
 @dataclass
-class Recording:
+class CallRecording:
     """The calls of one export, by number, and whether one of them is running."""
 
-    calls: list[Call] = field(default_factory=list)
+    calls: list[RecordedCall] = field(default_factory=list)
     running: bool = False
 
 
-_recordings: list[Recording] = []
+_recordings: list[CallRecording] = []
 _library = torch.library.Library("peftgraph", "DEF")
 _library.define("autograd_function(int number, Tensor[] tensors, SymInt[] sizes) -> Tensor[]")
 
@@ -113,7 +121,7 @@ class _Operators(TorchDispatchMode):
 
 
 @contextmanager
-def functions_kept() -> Iterator[Recording]:
+def record_autograd_calls() -> Iterator[CallRecording]:
     """Records the calls of custom autograd functions, and sees through reentrant gradient checkpointing.
 
     `apply` reads `forward` of the function's class, so that is where a call is met. `apply` itself is C code that a
@@ -126,7 +134,7 @@ def functions_kept() -> Iterator[Recording]:
             return value
         return _recorded_forward(recording, cls, value)
 
-    recording = Recording()
+    recording = CallRecording()
     _recordings.append(recording)
     metaclass = type(torch.autograd.Function)
     try:
@@ -141,11 +149,13 @@ def functions_kept() -> Iterator[Recording]:
             raise AssertionError("exports do not nest")
 
 
-def as_nodes(graph: fx.Graph, call: Call, tensors: Sequence[Any], sizes: Sequence[Any]) -> tuple[fx.Node, list[Any]]:
+def add_autograd_call(
+    graph: fx.Graph, call: RecordedCall, tensors: Sequence[Any], sizes: Sequence[Any]
+) -> tuple[fx.Node, list[Any]]:
     """Adds `call` to a graph: the node of the call, and one node for each tensor it gives (a getitem of several)."""
     given = {"tensor": tensors, "size": sizes}
     arguments = _filled(call.arguments, lambda slot: given[slot.kind][slot.index])
-    node = graph.call_function(KeptFunction(call.function), arguments)
+    node = graph.call_function(AutogradFunctionTarget(call.function), arguments)
     node.meta["operators"] = call.operators
     if isinstance(call.results, _Slot):
         return node, [node]
@@ -153,7 +163,7 @@ def as_nodes(graph: fx.Graph, call: Call, tensors: Sequence[Any], sizes: Sequenc
     return node, [graph.call_function(operator.getitem, (node, i)) for i in places]
 
 
-def _recorded_forward(recording: Recording, cls: type, forward: Callable[..., Any]) -> Callable[..., Any]:
+def _recorded_forward(recording: CallRecording, cls: type, forward: Callable[..., Any]) -> Callable[..., Any]:
     """`forward` as `apply` calls it while an export runs: the call is recorded in its place."""
     own_context = type.__getattribute__(cls, "setup_context") is not torch.autograd.Function.setup_context
 
@@ -166,7 +176,7 @@ def _recorded_forward(recording: Recording, cls: type, forward: Callable[..., An
     return call
 
 
-def _record(recording: Recording, cls: Any, args: tuple[Any, ...], plain: Callable[[], Any]) -> Any:
+def _record(recording: CallRecording, cls: Any, args: tuple[Any, ...], plain: Callable[[], Any]) -> Any:
     tensors: list[Tensor] = []
     sizes: list[torch.SymInt] = []
 
@@ -177,7 +187,7 @@ def _record(recording: Recording, cls: Any, args: tuple[Any, ...], plain: Callab
         if isinstance(value, torch.SymInt):
             sizes.append(value)
             return _Slot("size", len(sizes) - 1)
-        if isinstance(value, HELD):
+        if isinstance(value, LITERAL_TYPES):
             return value
         raise TraceError(
             f"The model gives its autograd function {_name(cls)} a {type(value).__name__}, which a graph cannot "
@@ -187,7 +197,7 @@ def _record(recording: Recording, cls: Any, args: tuple[Any, ...], plain: Callab
     arguments = _filled(args, slot)
     if not tensors:
         return plain()
-    call = Call(cls, arguments)
+    call = RecordedCall(cls, arguments)
     recording.calls.append(call)
     outputs = torch.ops.peftgraph.autograd_function(len(recording.calls) - 1, tensors, sizes)
     return _filled(call.results, lambda part: outputs[part.index] if isinstance(part, _Slot) else part)
@@ -199,7 +209,7 @@ def _filled(tree: Any, fill: Callable[[Any], Any]) -> Any:
         return type(tree)(_filled(value, fill) for value in tree)
     if type(tree) is dict:
         return {key: _filled(value, fill) for key, value in tree.items()}
-    return tree if isinstance(tree, HELD) else fill(tree)
+    return tree if isinstance(tree, LITERAL_TYPES) else fill(tree)
 
 
 def _slots_of(function: type, result: Any, outputs: list[Tensor]) -> Any:
@@ -209,7 +219,7 @@ def _slots_of(function: type, result: Any, outputs: list[Tensor]) -> Any:
         return _Slot("tensor", len(outputs) - 1)
     if type(result) is tuple and any(isinstance(part, Tensor) for part in result):
         return tuple(_slots_of(function, part, outputs) for part in result)
-    if isinstance(result, HELD):
+    if isinstance(result, LITERAL_TYPES):
         return result
     raise TraceError(f"The autograd function {_name(function)} returns a {type(result).__name__}. {ADVICE}")
 

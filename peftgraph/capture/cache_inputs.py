@@ -14,10 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
-from peftgraph.capture.diagnosis import explain, quiet
+from peftgraph.capture.diagnosis import explain, exporter_silenced
 from peftgraph.capture.example_inputs import PRIMES, Example
-from peftgraph.capture.export_run import markers_of
-from peftgraph.capture.fake_model import compiling, ghost_arguments, ghost_of
+from peftgraph.capture.export_run import marker_dtypes
+from peftgraph.capture.fake_model import compiling_flag_set, fake_arguments, fake_copy_of
 from peftgraph.capture.submodule import frozen_copy
 from peftgraph.errors import TraceError
 from peftgraph.ir.kv_cache import KVCacheSpec, default_input
@@ -25,7 +25,7 @@ from peftgraph.ir.kv_cache import KVCacheSpec, default_input
 NAMES = ("cache", "past_key_values")  # what versions of transformers call it
 
 
-def with_past(model: nn.Module, example: Example, own: torch.dtype) -> Example:
+def with_cached_tokens(model: nn.Module, example: Example, own: torch.dtype) -> Example:
     """The example as a later call, if it asks for a cache: with random keys and values of earlier tokens in front.
 
     The mask grows by them. A mask, and positions, that the model takes and the example does not give are added, since
@@ -46,7 +46,7 @@ def with_past(model: nn.Module, example: Example, own: torch.dtype) -> Example:
     tokens = example.arguments.get(KVCacheSpec(argument, (), paired).tokens)
     if not isinstance(tokens, Tensor) or tokens.dim() != 2:
         raise TraceError("An example that asks for a cache needs input_ids (decoder_input_ids): batch x length.")
-    marker = markers_of(model, own)[0] or own
+    marker = marker_dtypes(model, own)[0] or own
     layers = _layers(model, example, argument, paired, (own, marker))
     past, shapes = KVCacheSpec(argument, tuple(layers), paired), list(layers.values())
     length = tokens.shape[1]
@@ -68,12 +68,12 @@ def _layers(
 ) -> dict[int, list[tuple[torch.Size, torch.device]]]:
     """By layer: shape and device of the keys and of the values that a first call caches."""
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
-    ghost = ghost_of(model, mode, *dtypes).eval()
-    arguments = ghost_arguments(dict(example.arguments), mode, *dtypes)
+    ghost = fake_copy_of(model, mode, *dtypes).eval()
+    arguments = fake_arguments(dict(example.arguments), mode, *dtypes)
     cache = KVCacheSpec(argument, (), paired).cache()
     args, kwargs = example.call({**arguments, argument: cache})
     try:
-        with torch.no_grad(), mode, quiet(), compiling():
+        with torch.no_grad(), mode, exporter_silenced(), compiling_flag_set():
             ghost(*args, **kwargs)
     except Exception as error:  # whatever a model's code raises is explained to the user
         raise explain(model, error) from error

@@ -11,8 +11,8 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from peftgraph.capture.example_inputs import Example
-from peftgraph.capture.export_run import Exported
-from peftgraph.capture.size_decisions import Decisions, condition
+from peftgraph.capture.export_run import ExportResult
+from peftgraph.capture.size_decisions import SizeDecisions, size_condition
 from peftgraph.ir.arguments import leaves_with_keys
 from peftgraph.ir.assumption import Assumption
 from peftgraph.ir.shape_inference import concrete_size
@@ -21,7 +21,7 @@ from peftgraph.ir.signature import FIXED_BY_CALLER, InputSpec, Signature, SizeCo
 Symbols = dict[str, tuple[sympy.Basic | None, ...]]  # what each size of an input was as the export began, by its name
 
 
-def symbols_of(graph: fx.Graph) -> Symbols:
+def input_symbols(graph: fx.Graph) -> Symbols:
     """The symbols of the inputs of a graph whose recorded values are as they were exported."""
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     return {
@@ -30,8 +30,8 @@ def symbols_of(graph: fx.Graph) -> Symbols:
     }
 
 
-def signature_of(
-    graph: fx.Graph, exported: Exported, bound: Example, symbols: Symbols, assumptions: tuple[Assumption, ...]
+def derive_signature(
+    graph: fx.Graph, exported: ExportResult, bound: Example, symbols: Symbols, assumptions: tuple[Assumption, ...]
 ) -> Signature:
     """The signature of a canonical graph; its placeholders are told, in place, their keys and fills."""
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
@@ -92,12 +92,12 @@ class _Sizes:
         number = concrete_size(size)
         return self.names[str(size)] if number is None else number
 
-    def fixed(self, node: fx.Node, decisions: Decisions) -> dict[int, str]:
+    def fixed(self, node: fx.Node, decisions: SizeDecisions) -> dict[int, str]:
         """The lines that fixed the sizes of an input, by dimension."""
         lines = {axis: decisions.fixed.get(symbol, "") for axis, symbol in enumerate(self.given[node.name]) if symbol}
         return {axis: line for axis, line in lines.items() if line}
 
-    def conditions(self, decisions: Decisions) -> tuple[SizeCondition, ...]:
+    def conditions(self, decisions: SizeDecisions) -> tuple[SizeCondition, ...]:
         """What the code's branches ask of the sizes, and what sizes that are made of others are."""
         known: dict[sympy.Basic, sympy.Basic] = {}
         made: list[tuple[sympy.Symbol, sympy.Basic]] = []
@@ -113,7 +113,7 @@ class _Sizes:
         found = list(decisions.conditions(known))
         for name, expression in made:
             if expression.free_symbols <= set(known):
-                found.append(condition(sympy.Eq(name, expression.xreplace(known)), ""))
+                found.append(size_condition(sympy.Eq(name, expression.xreplace(known)), ""))
         return tuple(found)
 
 

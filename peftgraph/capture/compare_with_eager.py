@@ -13,12 +13,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_map_only
 
-from peftgraph.capture.diagnosis import quiet
-from peftgraph.capture.eager_run import Answer, answer, answer_in_shapes, as_traced, seeded
+from peftgraph.capture.diagnosis import exporter_silenced
+from peftgraph.capture.eager_run import EagerResult, run_eagerly, run_on_fake_tensors, seeded, tracing_conditions
 from peftgraph.capture.example_inputs import Example
-from peftgraph.capture.fake_model import ghost_tensor
-from peftgraph.capture.first_difference import parting
-from peftgraph.capture.probe_inputs import allowed, other_masks, other_sizes, resized, sizes_of, smallest
+from peftgraph.capture.fake_model import fake_tensor_like
+from peftgraph.capture.first_difference import find_first_difference
+from peftgraph.capture.probe_inputs import (
+    free_sizes,
+    other_masks,
+    other_sizes,
+    resize_example,
+    sizes_allowed,
+    smallest_free_sizes,
+)
 from peftgraph.capture.submodule import frozen_copy
 from peftgraph.errors import TraceError
 from peftgraph.ir.comparison_report import ComparisonReport
@@ -34,7 +41,7 @@ SHRINKS = 1e-4  # what is left in float64 of a difference that rounding in float
 LARGE = 200_000_000  # numbers in the weights beyond which no copy in float64 is made
 
 
-def compared(model: nn.Module, program: ProgramData, example: Example, level: Level) -> ProgramData:
+def compare_with_model(model: nn.Module, program: ProgramData, example: Example, level: Level) -> ProgramData:
     """The program with the ranges of its sizes and the evidence, as far as `level` asks for it.
 
     Raises:
@@ -44,7 +51,7 @@ def compared(model: nn.Module, program: ProgramData, example: Example, level: Le
     if level == "off":
         return program
     without_values = any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
-    comparison = Comparison(model, program, example, not without_values)
+    comparison = ModelComparison(model, program, example, not without_values)
     if without_values:
         comparison.by_shapes(level)
     else:
@@ -59,7 +66,7 @@ def compared(model: nn.Module, program: ProgramData, example: Example, level: Le
     )
 
 
-class Differs(TraceError):
+class ModelMismatch(TraceError):
     """The program is not the model: it gives another answer, or none.
 
     Attributes:
@@ -77,7 +84,7 @@ class _Refused:
 
 
 @dataclass
-class Comparison:
+class ModelComparison:
     """The comparison of one program with its model.
 
     Attributes:
@@ -130,8 +137,8 @@ class Comparison:
             TraceError: the program's outputs have other sizes than the model's.
         """
         found = other_sizes(self.program.signature, self.example) if level == "sizes" else iter(())
-        sizes = next(found, None) if sizes_of(self.program.signature, self.example) else None
-        call = self.example if sizes is None else resized(self.program.signature, self.example, sizes)
+        sizes = next(found, None) if free_sizes(self.program.signature, self.example) else None
+        call = self.example if sizes is None else resize_example(self.program.signature, self.example, sizes)
         for training in (False, True):
             refused = self.compare(call, training=training)
             if refused is not None:
@@ -144,14 +151,14 @@ class Comparison:
         Raises:
             TraceError: it answers otherwise than the program.
         """
-        if not sizes_of(self.program.signature, self.example):
+        if not free_sizes(self.program.signature, self.example):
             return
         refused: _Refused | None = None
         for sizes in islice(other_sizes(self.program.signature, self.example), OTHERS):
-            call = resized(self.program.signature, self.example, sizes)
+            call = resize_example(self.program.signature, self.example, sizes)
             try:
                 refused = self.compare(call, training=False)
-            except Differs as error:
+            except ModelMismatch as error:
                 if not (error.stopped and self._is_too_small(sizes)):
                     raise
                 continue
@@ -169,7 +176,7 @@ class Comparison:
     def _is_too_small(self, sizes: dict[str, int]) -> bool:
         """Takes sizes below the example's, at which the program stops, out of those that a call may have: what is made
         of them, such as the patches of a picture, may be a single one, which the exporter takes for another case."""
-        now = sizes_of(self.program.signature, self.example)
+        now = free_sizes(self.program.signature, self.example)
         smaller = [dim for dim in sizes if sizes[dim] < now[dim] and not dim.startswith("B")]
         self.lows |= {dim: now[dim] for dim in smaller}
         return bool(smaller)
@@ -178,12 +185,12 @@ class Comparison:
         """The ranges of the sizes: from 1 where the program is the model at 1, which the exporter takes for another
         case, and from 2 where it is not."""
         signature = self.program.signature
-        ranges, ones = dict(signature.ranges), smallest(signature, self.example)
+        ranges, ones = dict(signature.ranges), smallest_free_sizes(signature, self.example)
         ranges |= {dim: (low, ranges.get(dim, (1, None))[1]) for dim, low in self.lows.items()}
         if self.lows:
             return ranges
-        now = sizes_of(signature, self.example)
-        if ones == now or not allowed(signature, ones) or self._is_same(ones):
+        now = free_sizes(signature, self.example)
+        if ones == now or not sizes_allowed(signature, ones) or self._is_same(ones):
             return ranges
         for dim in [dim for dim in ones if ones[dim] != now[dim]]:
             if not self._is_same({**now, dim: 1}):
@@ -191,10 +198,10 @@ class Comparison:
         return ranges
 
     def _is_same(self, sizes: dict[str, int]) -> bool:
-        call = resized(self.program.signature, self.example, sizes)
+        call = resize_example(self.program.signature, self.example, sizes)
         try:
             return self.compare(call, training=False) is None
-        except Differs:
+        except ModelMismatch:
             return False
 
     def compare(self, call: Example, *, training: bool, what: str = "") -> _Refused | None:
@@ -226,31 +233,35 @@ class Comparison:
         self.runs.append(f"{mode} at {_told(call)}{what}")
         return None
 
-    def _expected(self, call: Example, training: bool) -> Answer:
-        return answer(self.model, call, training) if self.values else answer_in_shapes(self.model, call, training)
+    def _expected(self, call: Example, training: bool) -> EagerResult:
+        return (
+            run_eagerly(self.model, call, training) if self.values else run_on_fake_tensors(self.model, call, training)
+        )
 
-    def _found(self, call: Example, training: bool) -> Answer:
+    def _found(self, call: Example, training: bool) -> EagerResult:
         if self.values:
             return self._run(self.program, call, training)
         mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
         entries = {
-            name: replace(entry, tensor=ghost_tensor(entry.tensor, mode, *SAME))
+            name: replace(entry, tensor=fake_tensor_like(entry.tensor, mode, *SAME))
             for name, entry in self.program.table.items()
         }
-        inputs = [ghost_tensor(tensor, mode, *SAME) for tensor in call.tensors]
-        with quiet(), mode:
-            return Answer(run_in_mode(self.program.evolve(table=TensorTable(entries)), inputs, training=training), {})
+        inputs = [fake_tensor_like(tensor, mode, *SAME) for tensor in call.tensors]
+        with exporter_silenced(), mode:
+            return EagerResult(
+                run_in_mode(self.program.evolve(table=TensorTable(entries)), inputs, training=training), {}
+            )
 
-    def _run(self, program: ProgramData, call: Example, training: bool) -> Answer:
+    def _run(self, program: ProgramData, call: Example, training: bool) -> EagerResult:
         buffers: dict[str, Tensor] = {}
 
         def keep(node: Any, value: Any) -> None:
             if node.op == "get_attr":
                 buffers[str(node.target)] = value
 
-        with as_traced(), seeded(self.model):
+        with tracing_conditions(), seeded(self.model):
             leaves = run_in_mode(program, call.tensors, training=training, watcher=keep)
-        return Answer(leaves, buffers)
+        return EagerResult(leaves, buffers)
 
     def _is_rounding(self, call: Example, training: bool, difference: float) -> bool:
         """Whether a difference shrinks as numbers get more digits, as one that only rounding makes does."""
@@ -265,19 +276,21 @@ class Comparison:
             return False
         wide = call.with_arguments({k: tree_map_only(Tensor, _double, v) for k, v in call.arguments.items()})
         try:
-            expected = answer(frozen_copy(model).double(), wide, training)
+            expected = run_eagerly(frozen_copy(model).double(), wide, training)
             found = self._run(_in_float64(program), wide, training)
         except Exception:  # what has no float64 form decides nothing
             return False
         left = _difference(_in_float64(program), found, expected, True)
         return left is None or left[1] <= difference * SHRINKS
 
-    def _differs(self, call: Example, training: bool, what: str, reason: str, where: bool = False) -> Differs:
+    def _differs(self, call: Example, training: bool, what: str, reason: str, where: bool = False) -> ModelMismatch:
         mode = "training" if training else "evaluation"
         place = ""
         if where:
-            place = parting(self.program, call.tensors, training, lambda: answer(self.model, call, training))
-        return Differs(
+            place = find_first_difference(
+                self.program, call.tensors, training, lambda: run_eagerly(self.model, call, training)
+            )
+        return ModelMismatch(
             f"{type(self.model).__name__} cannot be traced: the program that comes of it is not the model. In {mode} "
             f"at {_told(call)}{what} {reason}.\n{place}"
             "  what to do: the code decides something there that a graph cannot hold: by values, by what an earlier "
@@ -286,7 +299,9 @@ class Comparison:
         )
 
 
-def _difference(program: ProgramData, found: Answer, expected: Answer, values: bool) -> tuple[str, float] | None:
+def _difference(
+    program: ProgramData, found: EagerResult, expected: EagerResult, values: bool
+) -> tuple[str, float] | None:
     """How two answers differ, in words and relative to the largest value; None: by rounding at most."""
     keys = program.signature.output_keys
     if len(found.leaves) != len(expected.leaves):

@@ -57,7 +57,7 @@ ADVICE = (
 )
 FRAME = re.compile(r'File "(.+)", line (\d+), in (.+)')  # of a formatted traceback
 # What makes a place in code: the code and the line.
-Place = tuple[CodeType, int]
+CodeLine = tuple[CodeType, int]
 OTHERWISE = (
     "Make that line work on tensors of symbolic size, or trace a part of the model without it: "
     'pg.trace(model, example, root="...").'
@@ -67,7 +67,7 @@ NOT_THE_MODEL = (
     str(Path(__file__).parent.parent),
     "<",
 )
-LOCK = threading.RLock()  # of what all threads share and the exporter, and what stands around it here, patch
+EXPORT_LOCK = threading.RLock()  # of what all threads share and the exporter, and what stands around it here, patch
 STANDARD_LIBRARY = sysconfig.get_path("stdlib")
 
 
@@ -77,7 +77,7 @@ def explain(model: nn.Module, error: BaseException) -> TraceError:
     advice = next((advice for pattern, advice in ADVICE if re.search(pattern, f"{reason}\n{error}")), OTHERWISE)
     places = _places(model, error)
     where = _where(model, places)
-    off = rates(model, places) if advice == ADVICE[0][1] else ""
+    off = random_rates(model, places) if advice == ADVICE[0][1] else ""
     if re.search(r"data-dependent expression Eq\(u\d+, 1\)", reason) and places:
         code, line = places[0]
         name = f"{Path(code.co_filename).name}:{line}"
@@ -89,35 +89,35 @@ def explain(model: nn.Module, error: BaseException) -> TraceError:
     return TraceError(f"{type(model).__name__} cannot be traced.\n{where}  why: {reason}\n  what to do: {advice}")
 
 
-def _where(model: nn.Module, places: Sequence[Place]) -> str:
+def _where(model: nn.Module, places: Sequence[CodeLine]) -> str:
     """The line of the model's own code, and the one of its library that it got to from there."""
     names = {type(module).__module__ for module in model.modules()}
     files = {getattr(sys.modules.get(name), "__file__", None) for name in names}
     own = next((place for place in places if place[0].co_filename in files), None)
     shown = places[:1] if own is None else list(dict.fromkeys((own, places[0])))
-    return "".join(describe_place(code.co_filename, line, code.co_name) for code, line in shown)
+    return "".join(describe_line(code.co_filename, line, code.co_name) for code, line in shown)
 
 
-def describe_place(file: str, line: int, function: str = "") -> str:
+def describe_line(file: str, line: int, function: str = "") -> str:
     """A line of code with its place, as a line and an excerpt of a message."""
     inside = f", in {function}" if function else ""
     return f"  at {file}:{line}{inside}\n      {linecache.getline(file, line).strip()}\n"
 
 
-def line_of(file: str, line: int, function: str) -> str:
+def source_line(file: str, line: int, function: str) -> str:
     """A line of code with its place, for the middle of a sentence."""
     source = linecache.getline(file, line).strip()
     return f"{file}:{line}, in {function}" + (f": {source}" if source else "")
 
 
-def place_of(nodes: Iterable[fx.Node]) -> str:
+def line_of_nodes(nodes: Iterable[fx.Node]) -> str:
     """The line of the model's code at which these exported nodes start, as `describe_place` has it; "" if unknown."""
     for node in nodes:
         frames = FRAME.findall(node.meta.get("stack_trace") or "")
         model = [frame for frame in frames if is_model_code(frame[0])]
         if model:
             file, line, function = model[-1]
-            return describe_place(file, int(line), function)
+            return describe_line(file, int(line), function)
     return ""
 
 
@@ -127,15 +127,15 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
-def _places(model: nn.Module, error: BaseException) -> list[Place]:
+def _places(model: nn.Module, error: BaseException) -> list[CodeLine]:
     """The failing lines of the model's package, innermost first; else of code that is neither torch's nor ours."""
     packages = {type(module).__module__.partition(".")[0] for module in model.modules()} - {"torch"}
-    fallback: list[Place] = []
+    fallback: list[CodeLine] = []
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
         seen.add(id(current))
-        found: list[Place] = []
+        found: list[CodeLine] = []
         for frame, line in reversed(list(traceback.walk_tb(current.__traceback__))):
             if not is_model_code(frame.f_code.co_filename) or not linecache.getline(frame.f_code.co_filename, line):
                 continue
@@ -148,7 +148,7 @@ def _places(model: nn.Module, error: BaseException) -> list[Place]:
     return fallback
 
 
-def rates(model: nn.Module, places: Sequence[Place]) -> str:
+def random_rates(model: nn.Module, places: Sequence[CodeLine]) -> str:
     """How to switch off what a line does at random: the rates of the model's configuration that it reads."""
     config = getattr(model, "config", None)
     values = {key: value for key, value in vars(config).items() if _is_rate(value)} if config is not None else {}
@@ -179,9 +179,9 @@ def is_model_code(file: str) -> bool:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def exporter_silenced() -> Iterator[None]:
     """Silences the exporter: its warnings, its log, and the graphs it prints when it fails. One thread at a time."""
-    with LOCK:
+    with EXPORT_LOCK:
         disabled = logging.root.manager.disable
         logging.disable(logging.ERROR)
         try:

@@ -15,51 +15,51 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
-from peftgraph.capture.diagnosis import quiet
+from peftgraph.capture.diagnosis import exporter_silenced
 from peftgraph.capture.example_inputs import Example
-from peftgraph.capture.fake_model import ask_for_no_cache, compiling, ghost_arguments, ghost_of
+from peftgraph.capture.fake_model import ask_for_no_cache, compiling_flag_set, fake_arguments, fake_copy_of
 from peftgraph.capture.submodule import frozen_copy
 
 SEED = 20260101
 
 
 @dataclass(frozen=True)
-class Answer:
+class EagerResult:
     """What a call gave: the leaves of its outputs, and the buffers of the module afterwards."""
 
     leaves: list[Any]
     buffers: dict[str, Tensor]
 
 
-def answer(model: nn.Module, example: Example, training: bool) -> Answer:
+def run_eagerly(model: nn.Module, example: Example, training: bool) -> EagerResult:
     """What a copy of `model` gives on `example`; whatever the model's code raises comes through."""
     copy = frozen_copy(model).train(training)
     ask_for_no_cache(copy)
     args, kwargs = example.call(_copies(dict(example.arguments)))
-    with as_traced(), seeded(model):
+    with tracing_conditions(), seeded(model):
         output = example.result(copy(*args, **kwargs))
     buffers = {name: buffer.detach() for name, buffer in copy.named_buffers(remove_duplicate=False)}
-    return Answer(pytree.tree_leaves(output), buffers)
+    return EagerResult(pytree.tree_leaves(output), buffers)
 
 
-def answer_in_shapes(model: nn.Module, example: Example, training: bool) -> Answer:
+def run_on_fake_tensors(model: nn.Module, example: Example, training: bool) -> EagerResult:
     """As `answer`, on fake tensors: sizes and dtypes alone."""
     same = (torch.float32, torch.float32)
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
-    ghost = ghost_of(model, mode, *same).train(training)
-    args, kwargs = example.call(ghost_arguments(dict(example.arguments), mode, *same))
-    with torch.no_grad(), seeded(model), quiet(), mode, compiling():
+    ghost = fake_copy_of(model, mode, *same).train(training)
+    args, kwargs = example.call(fake_arguments(dict(example.arguments), mode, *same))
+    with torch.no_grad(), seeded(model), exporter_silenced(), mode, compiling_flag_set():
         output = example.result(ghost(*args, **kwargs))
-    return Answer(pytree.tree_leaves(output), {})
+    return EagerResult(pytree.tree_leaves(output), {})
 
 
 @contextmanager
-def as_traced() -> Iterator[None]:
+def tracing_conditions() -> Iterator[None]:
     """What surrounds a call while it is traced: gradients are on, and layers take no shortcut of their own."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with quiet(), torch.enable_grad():
+        with exporter_silenced(), torch.enable_grad():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -68,7 +68,7 @@ def as_traced() -> Iterator[None]:
 @contextmanager
 def seeded(model: nn.Module) -> Iterator[None]:
     """One seed for every generator, and the generators as they were afterwards."""
-    with generators_kept(model):
+    with generators_restored(model):
         torch.default_generator.manual_seed(SEED)  # torch.manual_seed would seed devices that are none of the model's
         for device in _devices(model):
             module = torch.get_device_module(device)
@@ -82,7 +82,7 @@ def seeded(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def generators_kept(model: nn.Module) -> Iterator[None]:
+def generators_restored(model: nn.Module) -> Iterator[None]:
     """Gives the generators of torch, Python and NumPy their states back."""
     numpy, python = sys.modules.get("numpy"), random.getstate()
     arrays = None if numpy is None else numpy.random.get_state()

@@ -20,7 +20,7 @@ PRIMES = (3, 5, 7, 11, 13, 17, 19, 23)
 
 
 @dataclass(frozen=True)
-class Leaf:
+class ExampleLeaf:
     """One leaf of the example: its key, the parameter of `forward` it belongs to, and its value."""
 
     key: str
@@ -45,7 +45,7 @@ class Example:
 
     forward: inspect.Signature
     arguments: Mapping[str, Any]
-    leaves: tuple[Leaf, ...]
+    leaves: tuple[ExampleLeaf, ...]
     assumed: frozenset[str] = frozenset()
     kv_cache: KVCacheSpec | None = None
     defaults: Mapping[str, str] = field(default_factory=dict)
@@ -153,9 +153,9 @@ def _clone(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
-def _leaves(arguments: Mapping[str, Any]) -> tuple[Leaf, ...]:
+def _leaves(arguments: Mapping[str, Any]) -> tuple[ExampleLeaf, ...]:
     return tuple(
-        Leaf(key, name, leaf) for name, value in arguments.items() for key, leaf in leaves_with_keys(name, value)
+        ExampleLeaf(key, name, leaf) for name, value in arguments.items() for key, leaf in leaves_with_keys(name, value)
     )
 
 

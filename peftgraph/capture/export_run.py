@@ -14,15 +14,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from peftgraph.capture.assumptions import Assuming
-from peftgraph.capture.autograd_functions import Call, functions_kept
-from peftgraph.capture.diagnosis import explain, quiet
+from peftgraph.capture.assumptions import AssumptionRecorder
+from peftgraph.capture.autograd_functions import RecordedCall, record_autograd_calls
+from peftgraph.capture.diagnosis import explain, exporter_silenced
 from peftgraph.capture.example_inputs import Example
-from peftgraph.capture.fake_model import ghost_arguments, ghost_of
-from peftgraph.capture.progress import Progress, layers_told
-from peftgraph.capture.size_decisions import Decisions, decisions_watched
-from peftgraph.capture.slow_warning import told_when_slow
-from peftgraph.capture.transformers_patches import library_patches, masks_broadcast
+from peftgraph.capture.fake_model import fake_arguments, fake_copy_of
+from peftgraph.capture.progress import Progress, report_layers
+from peftgraph.capture.size_decisions import SizeDecisions, record_size_decisions
+from peftgraph.capture.slow_warning import warn_when_slow
+from peftgraph.capture.transformers_patches import broadcast_masks, library_patches
 from peftgraph.errors import PeftGraphError
 from peftgraph.ir.tensor_table import TensorEntry
 
@@ -32,7 +32,7 @@ MARKERS = (torch.bfloat16, torch.float64)
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportResult:
     """An exported ghost.
 
     Attributes:
@@ -45,9 +45,9 @@ class Exported:
     """
 
     program: ExportedProgram
-    functions: Sequence[Call]
+    functions: Sequence[RecordedCall]
     marker: torch.dtype | None
-    decisions: Decisions
+    decisions: SizeDecisions
     asked: Sequence[tuple[Any, str, bool, str]]
     patched: bool = False
 
@@ -69,7 +69,7 @@ class Exported:
         }
 
 
-def markers_of(model: nn.Module, own: torch.dtype) -> list[torch.dtype | None]:
+def marker_dtypes(model: nn.Module, own: torch.dtype) -> list[torch.dtype | None]:
     """The markers to try, best first; the last resort is none: the program stays in the model's own dtype."""
     if len({p.dtype for p in model.parameters() if p.is_floating_point()}) != 1:
         return [None]
@@ -78,7 +78,7 @@ def markers_of(model: nn.Module, own: torch.dtype) -> list[torch.dtype | None]:
     return [*(marker for marker in MARKERS if marker != own), None]
 
 
-def export_ghost(
+def export_fake_copy(
     model: nn.Module,
     bound: Example,
     own: torch.dtype,
@@ -86,7 +86,7 @@ def export_ghost(
     markers: Sequence[torch.dtype | None],
     progress: Progress,
     faithful: Callable[[torch.dtype], bool] = lambda marker: True,
-) -> Exported:
+) -> ExportResult:
     """The exported ghost of `model` under the first of `markers` that it takes: as it stands, else patched.
 
     Args:
@@ -122,11 +122,11 @@ def export_ghost(
 
 def _export(
     model: nn.Module, bound: Example, own: torch.dtype, training: bool, marker: torch.dtype | None, progress: Progress
-) -> Exported:
+) -> ExportResult:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    ghost = ghost_of(model, mode, own, marker or own).train(training)
-    arguments = ghost_arguments(dict(bound.arguments), mode, own, marker or own)
-    assuming = Assuming(bound.assume)
+    ghost = fake_copy_of(model, mode, own, marker or own).train(training)
+    arguments = fake_arguments(dict(bound.arguments), mode, own, marker or own)
+    assuming = AssumptionRecorder(bound.assume)
     trees = {name: pytree.tree_structure(value) for name, value in arguments.items() if not _is_plain(value)}
     arguments |= {name: pytree.tree_leaves(arguments[name]) for name in trees}
     _take_keywords(ghost, bound, assuming, trees)
@@ -142,11 +142,11 @@ def _export(
     shapes = {name: pytree.tree_map(free_axes, value) for name, value in arguments.items()}
     # torch's memory of calls under fake tensors is off: on symbolic sizes a hit costs more than the rule
     forgetful = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
-    told = told_when_slow(bound, progress)
-    with told, forgetful, quiet(), functions_kept() as recording, masks_broadcast() as broadcast:
-        with layers_told(ghost, "exporting", progress), decisions_watched() as decisions, assuming:
+    told = warn_when_slow(bound, progress)
+    with told, forgetful, exporter_silenced(), record_autograd_calls() as recording, broadcast_masks() as broadcast:
+        with report_layers(ghost, "exporting", progress), record_size_decisions() as decisions, assuming:
             program = torch.export.export(ghost, (), arguments, dynamic_shapes=shapes, strict=False)
-        return Exported(program, recording.calls, marker, decisions, assuming.asked, broadcast())
+        return ExportResult(program, recording.calls, marker, decisions, assuming.asked, broadcast())
 
 
 def _is_plain(value: Any) -> bool:
@@ -156,13 +156,15 @@ def _is_plain(value: Any) -> bool:
     return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
 
 
-def _rounded(exported: Exported) -> bool:
+def _rounded(exported: ExportResult) -> bool:
     """Was a number of the model's code stored as a tensor that has fewer digits than the model's own dtype?"""
     constants = [entry.tensor for entry in exported.constants.values()]
     return exported.marker == torch.bfloat16 and any(one.dtype == torch.bfloat16 for one in constants)
 
 
-def _take_keywords(ghost: nn.Module, bound: Example, assuming: Assuming, trees: Mapping[str, pytree.TreeSpec]) -> None:
+def _take_keywords(
+    ghost: nn.Module, bound: Example, assuming: AssumptionRecorder, trees: Mapping[str, pytree.TreeSpec]
+) -> None:
     """Gives `ghost` a forward of exactly the example's arguments: the exporter knows no *args, **kwargs. It returns
     what the model does, and the truths that were assumed on the way. Arguments that are made of other classes than
     Python's own come as lists of their leaves, and `trees` says what they were."""

@@ -18,7 +18,7 @@ from peftgraph.errors import TraceError
 CACHED = type(functools.lru_cache(len))
 
 
-def ghost_of(model: nn.Module, mode: FakeTensorMode, own: torch.dtype, marker: torch.dtype) -> nn.Module:
+def fake_copy_of(model: nn.Module, mode: FakeTensorMode, own: torch.dtype, marker: torch.dtype) -> nn.Module:
     """A deep copy of `model`, in training mode, whose tensors are fake and whose `own` dtype became `marker`.
 
     Ties survive, because one tensor becomes one fake tensor. Tensors that are plain attributes are constants
@@ -31,7 +31,7 @@ def ghost_of(model: nn.Module, mode: FakeTensorMode, own: torch.dtype, marker: t
     for module in model.modules():
         memo |= {id(value): value.detach() for value in vars(module).values() if isinstance(value, Tensor)}
     for tensor in [*model.parameters(), *model.buffers()]:
-        memo[id(tensor)] = ghost_tensor(tensor, mode, own, marker)
+        memo[id(tensor)] = fake_tensor_like(tensor, mode, own, marker)
     try:
         ghost = copy.deepcopy(model, memo)
     except Exception as error:
@@ -69,7 +69,7 @@ def give_own_caches(copied: nn.Module, memo: dict[int, Any]) -> None:
 
 
 @contextmanager
-def compiling() -> Iterator[None]:
+def compiling_flag_set() -> Iterator[None]:
     """Lets code know that its values are no real ones, as an export does: caches that all models share, such as a
     function's own, must not keep them."""
     before = torch.compiler._is_compiling_flag
@@ -80,7 +80,7 @@ def compiling() -> Iterator[None]:
         torch.compiler._is_compiling_flag = before
 
 
-def ghost_tensor(tensor: Tensor, mode: FakeTensorMode, own: torch.dtype, marker: torch.dtype) -> Tensor:
+def fake_tensor_like(tensor: Tensor, mode: FakeTensorMode, own: torch.dtype, marker: torch.dtype) -> Tensor:
     """A fake tensor of the same shape and device; dtype `own` becomes `marker`."""
     dtype = marker if tensor.dtype == own else tensor.dtype
     with mode:
@@ -90,12 +90,12 @@ def ghost_tensor(tensor: Tensor, mode: FakeTensorMode, own: torch.dtype, marker:
     return fake
 
 
-def ghost_arguments(
+def fake_arguments(
     arguments: dict[str, Any], mode: FakeTensorMode, own: torch.dtype, marker: torch.dtype
 ) -> dict[str, Any]:
     """The arguments of a call with fake tensors in place of real ones."""
 
     def fake(value: Any) -> Any:
-        return ghost_tensor(value, mode, own, marker) if isinstance(value, Tensor) else value
+        return fake_tensor_like(value, mode, own, marker) if isinstance(value, Tensor) else value
 
     return {name: pytree.tree_map(fake, value) for name, value in arguments.items()}

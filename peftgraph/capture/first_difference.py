@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peftgraph.capture.diagnosis import place_of
+from peftgraph.capture.diagnosis import line_of_nodes
 from peftgraph.ir.graphs import call_nodes
 from peftgraph.ir.interpreter import run_in_mode
 from peftgraph.ir.modes import evaluation_graph, training_graph
@@ -22,7 +22,9 @@ CLOSE = 1e-4  # of the mean magnitude: what two fingerprints of one value may di
 Fingerprint = tuple[float, ...]
 
 
-def parting(program: ProgramData, inputs: Sequence[Tensor], training: bool, eager: Callable[[], object]) -> str:
+def find_first_difference(
+    program: ProgramData, inputs: Sequence[Tensor], training: bool, eager: Callable[[], object]
+) -> str:
     """The first node whose value differs, and the line of the model's code that it comes from; "" where none is found.
 
     Args:
@@ -47,7 +49,7 @@ def parting(program: ProgramData, inputs: Sequence[Tensor], training: bool, eage
     for node in call_nodes(graph):
         reads_known = all(known.get(operand.name, True) for operand in node.all_input_nodes)
         if known.get(node.name) is False and reads_known and not any(known.get(user.name) for user in node.users):
-            return f"{place_of([node])}  from %{node.name} = {_name(node)}({', '.join(map(str, node.args))}) on\n"
+            return f"{line_of_nodes([node])}  from %{node.name} = {_name(node)}({', '.join(map(str, node.args))}) on\n"
     return ""
 
 

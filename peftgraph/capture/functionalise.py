@@ -26,7 +26,7 @@ VIEWS = (
 )
 
 
-def out_of_place(graph: fx.Graph) -> None:
+def functionalise_graph(graph: fx.Graph) -> None:
     """Replaces, in place, every operation in place whose effect can be told from the graph.
 
     What writes into a stored buffer stays (running statistics), and so does what writes through a view that may be

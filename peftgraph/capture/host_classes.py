@@ -16,7 +16,7 @@ PLAIN = (bool, int, float, complex, str, bytes, type(None), enum.Enum, torch.dty
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
-def host_of(model: nn.Module) -> ModelClass | None:
+def model_class_of(model: nn.Module) -> ModelClass | None:
     """The class of a transformers model and what it holds beside tensors and modules; None for any other model."""
     library = sys.modules.get("transformers.modeling_utils")  # imported, if the model is one of its classes
     if library is None or not isinstance(model, library.PreTrainedModel):
@@ -27,7 +27,7 @@ def host_of(model: nn.Module) -> ModelClass | None:
     return ModelClass(type(model), copy.deepcopy(state))
 
 
-def children_of(model: nn.Module) -> dict[str, SubmoduleState]:
+def submodule_states(model: nn.Module) -> dict[str, SubmoduleState]:
     """The submodules of a model, by path, in its own order: what code around the model may read of them."""
     library: Any = sys.modules.get("transformers.configuration_utils")
     configurations = () if library is None else (library.PreTrainedConfig,)

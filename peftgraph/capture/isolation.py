@@ -9,16 +9,16 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
-from peftgraph.capture.diagnosis import LOCK
-from peftgraph.capture.eager_run import generators_kept
+from peftgraph.capture.diagnosis import EXPORT_LOCK
+from peftgraph.capture.eager_run import generators_restored
 
 
 @contextmanager
-def alone(model: nn.Module) -> Iterator[None]:
+def isolated_trace(model: nn.Module) -> Iterator[None]:
     """Waits for other traces; gradients are on, autocast is off, and generators of random numbers are left alone."""
     devices = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} - {"meta"}
-    with LOCK, ExitStack() as stack:
-        stack.enter_context(generators_kept(model))
+    with EXPORT_LOCK, ExitStack() as stack:
+        stack.enter_context(generators_restored(model))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         for kind in sorted(devices | {"cpu"}):

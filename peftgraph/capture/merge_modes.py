@@ -24,7 +24,7 @@ from peftgraph.ir.graphs import call_nodes, copy_graph
 from peftgraph.ir.modes import DROPOUTS, by_mode, evaluation_graph, training_graph
 
 
-def merge(training: fx.Graph, evaluation: fx.Graph, names: Mapping[str, str]) -> fx.Graph:
+def merge_mode_graphs(training: fx.Graph, evaluation: fx.Graph, names: Mapping[str, str]) -> fx.Graph:
     """The graph that is `training` under train() and `evaluation` under eval().
 
     Args:

@@ -23,10 +23,10 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from peftgraph.capture.assumptions import Assuming
-from peftgraph.capture.diagnosis import Place, describe_place, is_model_code, quiet, rates
+from peftgraph.capture.assumptions import AssumptionRecorder
+from peftgraph.capture.diagnosis import CodeLine, describe_line, exporter_silenced, is_model_code, random_rates
 from peftgraph.capture.example_inputs import Example
-from peftgraph.capture.fake_model import compiling, ghost_arguments, ghost_of
+from peftgraph.capture.fake_model import compiling_flag_set, fake_arguments, fake_copy_of
 from peftgraph.errors import TraceError
 from peftgraph.ir.dtype_literals import LITERAL_FORMS
 
@@ -52,7 +52,7 @@ Step = tuple[str, tuple[str, ...]]  # an operation; the values it reads, and its
 
 
 @dataclass(frozen=True)
-class Look:
+class ModeCheck:
     """What a model does on a call, in its own dtypes.
 
     Attributes:
@@ -64,14 +64,14 @@ class Look:
     steps: tuple[list[Step], ...]
 
 
-def look_at(model: nn.Module, example: Example) -> Look:
+def compare_modes(model: nn.Module, example: Example) -> ModeCheck:
     """Runs a call on fake tensors in both modes.
 
     Raises:
         TraceError: the model draws numbers outside of torch; the message names the line.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
-    ghost = ghost_of(model, mode, torch.float32, torch.float32)
+    ghost = fake_copy_of(model, mode, torch.float32, torch.float32)
     found: list[_Recorder] = []
     whole = True
     for training in (True, False):
@@ -85,10 +85,12 @@ def look_at(model: nn.Module, example: Example) -> Look:
         whole = whole and complete
         found.append(recorder)
     agree = whole and found[0].steps == found[1].steps
-    return Look(agree, tuple(one.uncast.steps for one in (found[:1] if agree else found)))
+    return ModeCheck(agree, tuple(one.uncast.steps for one in (found[:1] if agree else found)))
 
 
-def agrees_under(model: nn.Module, example: Example, own: torch.dtype, marker: torch.dtype, look: Look) -> bool:
+def agrees_under_dtype(
+    model: nn.Module, example: Example, own: torch.dtype, marker: torch.dtype, look: ModeCheck
+) -> bool:
     """Whether the model's code runs the same operations where `marker` is in the place of its `own` dtype: not where it
     branches on the dtype, nor where it computes a number from the limits of one.
 
@@ -101,7 +103,7 @@ def agrees_under(model: nn.Module, example: Example, own: torch.dtype, marker: t
     """
     alike = _literals_of(own, marker)
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
-    ghost = ghost_of(model, mode, own, marker)
+    ghost = fake_copy_of(model, mode, own, marker)
     for ours, training in zip(look.steps, (True, False), strict=False):
         recorder = _Recorder()
         _runs(ghost.train(training), example, mode, recorder, (own, marker))
@@ -166,11 +168,18 @@ def _runs(
 ) -> bool:
     """Whether a call runs to its end; Python's and NumPy's random numbers are as before then. Tensors of the first of
     `dtypes` are given as ones of the second."""
-    args, kwargs = example.call(ghost_arguments(dict(example.arguments), mode, *dtypes))
+    args, kwargs = example.call(fake_arguments(dict(example.arguments), mode, *dtypes))
     before = _state()
     try:
         recorder.begin()
-        with torch.no_grad(), mode, Assuming(example.assume), recorder, quiet(), compiling():
+        with (
+            torch.no_grad(),
+            mode,
+            AssumptionRecorder(example.assume),
+            recorder,
+            exporter_silenced(),
+            compiling_flag_set(),
+        ):
             recorder.end(example.result(ghost(*args, **kwargs)))
     except Exception as error:  # what cannot run on fake tensors is traced in both modes; the export explains it
         recorder.look([(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)][::-1])
@@ -234,7 +243,7 @@ class _Recorder(TorchFunctionMode):
         self.every, self.uncast = _Trail(FOLLOWED), _Trail(FOLLOWED | CASTS)
         self.rates: list[float] = []  # literals of operations that follow the mode
         self.drew = False
-        self.drawn: list[Place] = []  # where it was seen first; empty where it was behind the last operation
+        self.drawn: list[CodeLine] = []  # where it was seen first; empty where it was behind the last operation
         self._before = _state()
 
     @property
@@ -253,7 +262,7 @@ class _Recorder(TorchFunctionMode):
             trail.record("return", result)
         self.look([])
 
-    def look(self, places: list[Place]) -> None:
+    def look(self, places: list[CodeLine]) -> None:
         """Keeps `places`, innermost first, when numbers were drawn since the last look."""
         if self.largest is not None:
             _draw_extremes(self.largest)
@@ -297,11 +306,11 @@ def _restore(state: list[Any]) -> None:
         sys.modules["numpy"].random.set_state(state[1])
 
 
-def _frozen(model: nn.Module, places: list[Place]) -> TraceError:
-    where = "".join(describe_place(code.co_filename, line, code.co_name) for code, line in places[:1])
+def _frozen(model: nn.Module, places: list[CodeLine]) -> TraceError:
+    where = "".join(describe_line(code.co_filename, line, code.co_name) for code, line in places[:1])
     return TraceError(
         f"{type(model).__name__} cannot be traced.\n{where}"
         "  why: the code draws random numbers with Python or NumPy here, or shortly before, and a graph would "
         "repeat what was drawn while tracing.\n"
-        f"  what to do: {rates(model, places) or 'Switch that behaviour off'}, or draw them with torch."
+        f"  what to do: {random_rates(model, places) or 'Switch that behaviour off'}, or draw them with torch."
     )

@@ -18,8 +18,8 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
-from peftgraph.capture.autograd_functions import Call, as_nodes
-from peftgraph.capture.diagnosis import place_of
+from peftgraph.capture.autograd_functions import RecordedCall, add_autograd_call
+from peftgraph.capture.diagnosis import line_of_nodes
 from peftgraph.errors import TraceError
 from peftgraph.ir.dead_code import remove_dead_nodes, writes_in_place
 
@@ -42,8 +42,8 @@ WRAPPERS = {
 }
 
 
-def canonical(
-    exported: ExportedProgram, aliases: Mapping[str, Sequence[str]], functions: Sequence[Call] = ()
+def normalise_graph(
+    exported: ExportedProgram, aliases: Mapping[str, Sequence[str]], functions: Sequence[RecordedCall] = ()
 ) -> fx.Graph:
     """The canonical graph of `exported`.
 
@@ -70,7 +70,7 @@ class _Stored:
 
 class _Normaliser:
     def __init__(
-        self, exported: ExportedProgram, aliases: Mapping[str, Sequence[str]], functions: Sequence[Call]
+        self, exported: ExportedProgram, aliases: Mapping[str, Sequence[str]], functions: Sequence[RecordedCall]
     ) -> None:
         self.exported = exported
         self.aliases = aliases
@@ -129,7 +129,7 @@ class _Normaliser:
         if name in WRAPPERS:
             return self._inline_call(node, name, env)
         if getattr(node.target, "__module__", "") == VMAP:
-            place = place_of(dropwhile(lambda one: one is not node, node.graph.nodes))
+            place = line_of_nodes(dropwhile(lambda one: one is not node, node.graph.nodes))
             raise TraceError(
                 "The model runs a part of itself under torch.vmap, whose levels are no part of a graph.\n"
                 f"{place}  what to do: Write it with a batch dimension of its own."
@@ -149,7 +149,7 @@ class _Normaliser:
         if name == "wrap_with_autocast" and options[2]:
             raise TraceError(
                 f"The model runs a part of itself under torch.autocast({options[0]!r}, {options[1]}), whose "
-                f"casts are no part of a graph.\n{place_of(body.graph.nodes)}"
+                f"casts are no part of a graph.\n{line_of_nodes(body.graph.nodes)}"
                 "  what to do: Write the casts out with .to(dtype), or trace that part without autocast."
             )
         inner = [inner for inner in body.graph.nodes if inner.op == "placeholder"]
@@ -192,7 +192,7 @@ class _Normaliser:
         assert isinstance(tensors, list | tuple)
         assert isinstance(sizes, list | tuple)
         given = [[self._operand(value, node, env) for value in values] for values in (tensors, sizes)]
-        call, results = as_nodes(self.graph, self.functions[number], *given)
+        call, results = add_autograd_call(self.graph, self.functions[number], *given)
         values = node.meta["val"]
         for new, value in [(call, tuple(values)), *zip(results, values, strict=True)]:
             new.meta |= {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}

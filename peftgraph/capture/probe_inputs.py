@@ -18,7 +18,7 @@ BATCHES = (2, 5, 4, 3, 7)
 TRIES = 20_000
 
 
-def sizes_of(signature: Signature, example: Example) -> dict[str, int]:
+def free_sizes(signature: Signature, example: Example) -> dict[str, int]:
     """The free sizes as the example has them, by name."""
     tensors = {leaf.key: leaf.value for leaf in example.leaves if isinstance(leaf.value, Tensor)}
     return {
@@ -32,25 +32,26 @@ def sizes_of(signature: Signature, example: Example) -> dict[str, int]:
 def other_sizes(signature: Signature, example: Example) -> Iterator[dict[str, int]]:
     """Other sizes for all that is free, which the signature allows, best first: larger and smaller
     than the example's in turn. Sizes that are equal in the example stay equal."""
-    now = sizes_of(signature, example)
+    now = free_sizes(signature, example)
     free = list(dict.fromkeys(now.values()))
     batches = {now[dim] for dim in now if dim.startswith("B")}
     candidates = [_candidates(size, size in batches) for size in free]
     for chosen in itertools.islice(itertools.product(*candidates), TRIES):
         renamed = dict(zip(free, chosen, strict=True))
         sizes = {dim: renamed[size] for dim, size in now.items()}
-        if len(set(chosen)) == len(chosen) and allowed(signature, sizes):
+        if len(set(chosen)) == len(chosen) and sizes_allowed(signature, sizes):
             yield sizes
 
 
-def smallest(signature: Signature, example: Example) -> dict[str, int]:
+def smallest_free_sizes(signature: Signature, example: Example) -> dict[str, int]:
     """1 for every free size that may be 1, the example's for the others."""
     return {
-        dim: 1 if signature.ranges.get(dim, (1, None))[0] <= 1 else n for dim, n in sizes_of(signature, example).items()
+        dim: 1 if signature.ranges.get(dim, (1, None))[0] <= 1 else n
+        for dim, n in free_sizes(signature, example).items()
     }
 
 
-def allowed(signature: Signature, sizes: Mapping[str, int]) -> bool:
+def sizes_allowed(signature: Signature, sizes: Mapping[str, int]) -> bool:
     """Whether a call may have these sizes."""
     for dim, size in sizes.items():
         low, high = signature.ranges.get(dim, (1, None))
@@ -59,7 +60,7 @@ def allowed(signature: Signature, sizes: Mapping[str, int]) -> bool:
     return all(one.holds(sizes) for one in signature.conditions)
 
 
-def resized(signature: Signature, example: Example, sizes: Mapping[str, int]) -> Example:
+def resize_example(signature: Signature, example: Example, sizes: Mapping[str, int]) -> Example:
     """The example with its tensors repeated or cut to `sizes`."""
     dims = {spec.key: spec.dims for spec in signature.inputs}
     keys = iter([leaf.key for leaf in example.leaves])

@@ -13,12 +13,12 @@ from torch import nn
 Progress = Callable[[str, int, int], None]
 
 
-def silent(phase: str, begun: int, total: int) -> None:
+def no_progress(phase: str, begun: int, total: int) -> None:
     """Tells nobody."""
 
 
 @contextmanager
-def layers_told(model: nn.Module, phase: str, progress: Progress) -> Iterator[None]:
+def report_layers(model: nn.Module, phase: str, progress: Progress) -> Iterator[None]:
     """Tells of every repeated child of `model` (a layer) when its forward begins."""
     layers = _repeated(model)
     progress(phase, 0, len(layers))

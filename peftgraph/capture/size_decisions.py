@@ -27,7 +27,7 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 from torch.utils._sympy.printers import PythonPrinter
 
-from peftgraph.capture.diagnosis import is_model_code, line_of
+from peftgraph.capture.diagnosis import is_model_code, source_line
 from peftgraph.ir.signature import SizeCondition
 
 COMPARISONS = ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__")
@@ -37,7 +37,7 @@ LIKE_A_MODEL = str(Path(str(torch.nn.__file__)).parent)
 
 
 @dataclass
-class Decisions:
+class SizeDecisions:
     """What the code of one export decided by sizes.
 
     Attributes:
@@ -59,22 +59,22 @@ class Decisions:
             if branch.free_symbols <= set(names):
                 named = branch.xreplace(dict(names))
                 if named not in (sympy.true, sympy.false):
-                    one = condition(named, place)
+                    one = size_condition(named, place)
                     found.setdefault(one.code, one)
         return tuple(found.values())
 
 
-def condition(expression: sympy.Basic, place: str) -> SizeCondition:
+def size_condition(expression: sympy.Basic, place: str) -> SizeCondition:
     """An expression over sizes that must hold, with the line that asks for it."""
     sizes = tuple(sorted(str(symbol) for symbol in expression.free_symbols))
     return SizeCondition(PythonPrinter().doprint(expression), sizes, place)
 
 
 @contextmanager
-def decisions_watched() -> Iterator[Decisions]:
+def record_size_decisions() -> Iterator[SizeDecisions]:
     """Notes what is decided by sizes. A comparison that a model's code makes is decided at once, since operators take
     no symbolic truth (`is_causal=n > 1`)."""
-    found = Decisions()
+    found = SizeDecisions()
     uninteresting_files().add(__file__)  # torch looks who asks: an `assert` of the model's code is none of a graph's
     replaced, truth = ShapeEnv._set_replacement, torch.SymBool.__bool__
 
@@ -141,4 +141,4 @@ def _line(frame: FrameType | None, wanted: Callable[[str], bool]) -> str:
     """The innermost line of `wanted` code at or above a frame."""
     while frame is not None and not wanted(frame.f_code.co_filename):
         frame = frame.f_back
-    return "" if frame is None else line_of(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
+    return "" if frame is None else source_line(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)

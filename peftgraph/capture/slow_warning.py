@@ -10,19 +10,19 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from peftgraph.capture.example_inputs import Example
-from peftgraph.capture.progress import Progress, silent
+from peftgraph.capture.progress import Progress, no_progress
 
 PATIENCE = 60.0  # seconds
 
 
 @contextmanager
-def told_when_slow(example: Example, progress: Progress) -> Iterator[None]:
+def warn_when_slow(example: Example, progress: Progress) -> Iterator[None]:
     """Tells `progress`, or standard error where it tells nobody, once what runs here has taken PATIENCE seconds. It is
     told from another thread: this one may be inside of one step of algebra for minutes."""
     stream, words = sys.stderr, _proposal(example)
 
     def tell() -> None:
-        if progress is silent:
+        if progress is no_progress:
             print(f"peftgraph: {words}", file=stream, flush=True)
         else:
             progress(words, 0, 0)

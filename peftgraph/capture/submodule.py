@@ -17,7 +17,7 @@ from peftgraph.ir.signature import Signature
 
 
 @dataclass(frozen=True)
-class Call:
+class SubmoduleCall:
     """One call of a module: its arguments, and whether gradients were recorded."""
 
     args: tuple[Any, ...]
@@ -40,7 +40,7 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     return copied
 
 
-def part_of(model: nn.Module, root: str) -> nn.Module:
+def require_submodule(model: nn.Module, root: str) -> nn.Module:
     """The submodule `root` of `model`.
 
     Raises:
@@ -53,16 +53,16 @@ def part_of(model: nn.Module, root: str) -> nn.Module:
     return model.get_submodule(root)
 
 
-def calls_of(model: nn.Module, root: str, example: Example) -> list[Call]:
+def record_submodule_calls(model: nn.Module, root: str, example: Example) -> list[SubmoduleCall]:
     """The calls that the submodule `root` of `model` gets when the model is run on `example`.
 
     Raises:
         TraceError: the model cannot be run on it, never calls the submodule, or calls it without gradients only.
     """
-    found: list[Call] = []
+    found: list[SubmoduleCall] = []
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append(Call(args, kwargs, torch.is_grad_enabled()))
+        found.append(SubmoduleCall(args, kwargs, torch.is_grad_enabled()))
 
     part = model.get_submodule(root)
     handle = part.register_forward_pre_hook(record, with_kwargs=True)
@@ -89,7 +89,7 @@ def calls_of(model: nn.Module, root: str, example: Example) -> list[Call]:
     return found
 
 
-def serves(signature: Signature, root: str, calls: list[Call]) -> None:
+def require_served(signature: Signature, root: str, calls: list[SubmoduleCall]) -> None:
     """Checks that a program of that signature serves every call.
 
     Raises:
@@ -105,9 +105,9 @@ def serves(signature: Signature, root: str, calls: list[Call]) -> None:
             ) from error
 
 
-def bound_calls(model: nn.Module, root: str, example: Any) -> tuple[nn.Module, Example, list[Call]]:
+def observe_calls(model: nn.Module, root: str, example: Any) -> tuple[nn.Module, Example, list[SubmoduleCall]]:
     """A frozen copy of `model`, the example bound to its signature, and the calls that `root` gets from it."""
-    part_of(model, root)
+    require_submodule(model, root)
     around = frozen_copy(model)
     bound = with_distinct_batch(bind_example(around, example))
-    return around, bound, calls_of(around, root, bound)
+    return around, bound, record_submodule_calls(around, root, bound)

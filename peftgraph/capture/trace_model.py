@@ -15,22 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from peftgraph.capture.assumptions import all_used, split
-from peftgraph.capture.cache_inputs import with_past
-from peftgraph.capture.calling_convention import signature_of, symbols_of
-from peftgraph.capture.compare_with_eager import Differs, Level, compared
-from peftgraph.capture.diagnosis import explain, quiet
+from peftgraph.capture.assumptions import extract_assumptions, require_all_used
+from peftgraph.capture.cache_inputs import with_cached_tokens
+from peftgraph.capture.calling_convention import derive_signature, input_symbols
+from peftgraph.capture.compare_with_eager import Level, ModelMismatch, compare_with_model
+from peftgraph.capture.diagnosis import explain, exporter_silenced
 from peftgraph.capture.example_inputs import Example, bind_call, bind_example, with_distinct_batch
-from peftgraph.capture.export_run import export_ghost, markers_of
-from peftgraph.capture.functionalise import out_of_place
-from peftgraph.capture.host_classes import children_of, host_of
-from peftgraph.capture.isolation import alone
-from peftgraph.capture.merge_modes import merge
-from peftgraph.capture.mode_check import agrees_under, look_at
-from peftgraph.capture.normalise import canonical
-from peftgraph.capture.progress import Progress, silent
-from peftgraph.capture.submodule import bound_calls, serves
-from peftgraph.capture.transformers_patches import difference
+from peftgraph.capture.export_run import export_fake_copy, marker_dtypes
+from peftgraph.capture.functionalise import functionalise_graph
+from peftgraph.capture.host_classes import model_class_of, submodule_states
+from peftgraph.capture.isolation import isolated_trace
+from peftgraph.capture.merge_modes import merge_mode_graphs
+from peftgraph.capture.mode_check import agrees_under_dtype, compare_modes
+from peftgraph.capture.normalise import normalise_graph
+from peftgraph.capture.progress import Progress, no_progress
+from peftgraph.capture.submodule import observe_calls, require_served
+from peftgraph.capture.transformers_patches import patch_difference
 from peftgraph.errors import TraceError
 from peftgraph.ir.dtype_literals import convert_literals, record_literals
 from peftgraph.ir.graphs import call_nodes, stored_tensor_nodes
@@ -64,7 +64,7 @@ class Options:
     fixed: Mapping[str, Sequence[int]] = field(default_factory=dict)
     assume: Mapping[str, bool] = field(default_factory=dict)
     verify: Level = "sizes"
-    progress: Progress = silent
+    progress: Progress = no_progress
 
 
 def capture(
@@ -82,11 +82,13 @@ def capture(
     Raises:
         TraceError: the model cannot be traced; the message names the line of its code and what to change.
     """
-    with alone(model):
+    with isolated_trace(model):
         table = _table_of(model)
         given = _with_options(bind_example(model, example), options)
-        _, program = _with_best_batch(model, given, table, options, lambda one: with_past(model, one, table.dtype))
-        return replace(program, model_class=host_of(model), submodules=children_of(model))
+        _, program = _with_best_batch(
+            model, given, table, options, lambda one: with_cached_tokens(model, one, table.dtype)
+        )
+        return replace(program, model_class=model_class_of(model), submodules=submodule_states(model))
 
 
 def capture_part(
@@ -106,16 +108,16 @@ def capture_part(
     Raises:
         TraceError: there is no such submodule, it is not called or in several ways, or it cannot be traced.
     """
-    with alone(model):
+    with isolated_trace(model):
         options.progress(f"running the model, to see how {root} is called", 0, 0)
-        around, outer, seen = bound_calls(model, root, example)
+        around, outer, seen = observe_calls(model, root, example)
         part, table = model.get_submodule(root), _table_of(model)
         own = _table_of(part)
         if own.dtype != table.dtype:
             raise TraceError(f"{root} is {own.dtype} in a model that is {table.dtype}. Convert one of them first.")
         given = _with_options(bind_call(part, seen[0].args, seen[0].kwargs), options)
         _, program = _with_best_batch(part, given, own, options)
-        serves(program.signature, root, seen)
+        require_served(program.signature, root, seen)
         constants = {name: entry for name, entry in program.table.items() if entry.kind == "constant"}
         _prefix(program.graph, root, constants)
         whole = EnclosingModel(around, root, outer.assumed)
@@ -155,19 +157,19 @@ def _compared(
 
     Where it differs from the model under another dtype than the model's own, that dtype is the first suspect.
     """
-    markers = markers_of(model, table.dtype)
+    markers = marker_dtypes(model, table.dtype)
     program = _in_both_modes(model, bound, table, markers, options.progress)
     if not serves(program.signature):
         return None
-    all_used(options.assume, program.signature.assumptions)
+    require_all_used(options.assume, program.signature.assumptions)
     options.progress("comparing the program with the model", 0, 0)
     try:
-        return compared(model, program, bound, options.verify)
-    except Differs:
+        return compare_with_model(model, program, bound, options.verify)
+    except ModelMismatch:
         if not program.can_change_dtype or markers[0] == table.dtype:
             raise
         program = _in_both_modes(model, bound, table, [None], options.progress)
-        return compared(model, program, bound, options.verify)
+        return compare_with_model(model, program, bound, options.verify)
 
 
 def _takes(signature: Signature, given: Example) -> bool:
@@ -203,11 +205,11 @@ def _in_both_modes(
     model: nn.Module, bound: Example, table: TensorTable, markers: Sequence[torch.dtype | None], progress: Progress
 ) -> ProgramData:
     progress("comparing training with evaluation", 0, 0)
-    look = look_at(model, bound)
+    look = compare_modes(model, bound)
 
     @cache
     def faithful(marker: torch.dtype) -> bool:
-        return agrees_under(model, bound, table.dtype, marker, look)
+        return agrees_under_dtype(model, bound, table.dtype, marker, look)
 
     traced = _trace(model, bound, table, progress, training=True, markers=markers, faithful=faithful)
     if not look.agree:
@@ -215,7 +217,7 @@ def _in_both_modes(
         traced = _with_evaluation(model, traced, evaluation)
     if traced.patched:
         progress("comparing the patched model with its own code", 0, 0)
-        reason = difference(
+        reason = patch_difference(
             model, bound, run_in_evaluation(_program(type(model).__name__, traced, bound), bound.tensors)
         )
         if reason is not None:
@@ -244,24 +246,24 @@ def _trace(
     markers: Sequence[torch.dtype | None],
     faithful: Callable[[torch.dtype], bool] = lambda marker: True,
 ) -> _Traced:
-    exported = export_ghost(model, bound, table.dtype, training, markers, progress, faithful)
+    exported = export_fake_copy(model, bound, table.dtype, training, markers, progress, faithful)
     progress("normalising", 0, 0)
     table = table.updated(exported.constants)
     marker = exported.marker
-    graph = canonical(exported.program, _names_of_ties(model), exported.functions)
+    graph = normalise_graph(exported.program, _names_of_ties(model), exported.functions)
     if marker is not None:
         _cast_numbers(graph, exported.constants, marker)
         record_literals(graph, marker)
-    symbols = symbols_of(graph)
+    symbols = input_symbols(graph)
     try:
         _restore_dtype(graph, table, bound, marker)
     except Exception as error:
         raise explain(model, error) from error
-    assumptions = split(graph, exported.asked, table)
+    assumptions = extract_assumptions(graph, exported.asked, table)
     used = {str(node.target) for node in stored_tensor_nodes(graph)}
     table = TensorTable((name, entry) for name, entry in table.items() if entry.kind != "constant" or name in used)
-    signature = signature_of(graph, exported, bound, symbols, assumptions)
-    out_of_place(graph)
+    signature = derive_signature(graph, exported, bound, symbols, assumptions)
+    functionalise_graph(graph)
     return _Traced(graph, table, signature, marker, exported.patched)
 
 
@@ -309,9 +311,9 @@ def _with_evaluation(model: nn.Module, training: _Traced, evaluation: _Traced) -
             added[names[name]] = entry
     conditions = tuple(dict.fromkeys((*ours.conditions, *theirs.conditions)))
     signature = replace(ours, conditions=conditions, assumptions=(*ours.assumptions, *theirs.assumptions))
-    graph = merge(training.graph, evaluation.graph, names)
+    graph = merge_mode_graphs(training.graph, evaluation.graph, names)
     try:
-        with quiet():
+        with exporter_silenced():
             infer_values(call_nodes(graph), fake_mode_of(graph))
     except Exception as error:  # whatever an operator says of sizes that each mode knows in symbols of its own
         raise TraceError(
@@ -360,7 +362,7 @@ def _restore_dtype(graph: fx.Graph, table: TensorTable, bound: Example, marker: 
             )
         elif node.op == "get_attr":
             node.meta["val"] = fake_like(mode, table[str(node.target)].tensor)
-    with quiet():
+    with exporter_silenced():
         both = (marker, table.dtype) == (torch.bfloat16, torch.float32)  # which promote alike
         if both and can_replace_dtype(call_nodes(graph)):
             replace_dtype(call_nodes(graph), mode, torch.bfloat16, torch.float32)

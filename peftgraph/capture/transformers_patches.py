@@ -100,7 +100,7 @@ def _attend_within(
 
 
 @contextmanager
-def masks_broadcast() -> Iterator[Callable[[], bool]]:
+def broadcast_masks() -> Iterator[Callable[[], bool]]:
     """Has the masks of custom functions made by broadcasting their indices, instead of under vmap, whose levels an
     exported graph loses. Gives a function that tells whether a mask was."""
     masking: Any = sys.modules.get("transformers.masking_utils")
@@ -123,7 +123,7 @@ def masks_broadcast() -> Iterator[Callable[[], bool]]:
         yield lambda: bool(made)
 
 
-def difference(model: nn.Module, example: Example, outputs: Sequence[Tensor]) -> str | None:
+def patch_difference(model: nn.Module, example: Example, outputs: Sequence[Tensor]) -> str | None:
     """How `outputs` differ from what the unpatched model gives in evaluation; None: by rounding at most."""
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         return "its weights are on the meta device, so its patched form cannot be compared with it"

@@ -77,10 +77,10 @@ def show(program: pg.Program, sites: tuple[pg.Site, ...], chosen: bool, every: b
 def write_page(program: pg.Program, path: Path, seconds: float) -> None:
     """Writes the page of a model; the file appears whole or not at all."""
     import peftgraph as pg
-    from peftgraph.utils.atomic_files import atomic
+    from peftgraph.utils.atomic_files import atomic_file
 
     text = program.html(f"Drawn by peftgraph {pg.__version__} from the structure alone, in {seconds:.1f} s.")
-    with atomic(path) as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

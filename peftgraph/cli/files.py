@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from peftgraph.errors import PeftGraphError
-from peftgraph.utils.atomic_files import atomic, flush, read_regular, whole_folder
+from peftgraph.utils.atomic_files import atomic_directory, atomic_file, read_regular_file, sync_to_disk
 
 WEIGHTS = (
     ".safetensors",
@@ -43,7 +43,7 @@ def atomic_folder(target: Path, force: bool = False, reads: Iterable[Path] = ())
     """
     reads = tuple(reads)
     check_target(target, force, reads)
-    with whole_folder(target, force) as fresh:
+    with atomic_directory(target, force) as fresh:
         yield fresh
         note_made(fresh, "")
         check_target(target, force, reads)
@@ -73,13 +73,13 @@ def check_target(target: Path, force: bool, reads: Iterable[Path] = ()) -> None:
 def note_made(folder: Path, job: str) -> None:
     """Says in a folder that this command made it, and of what."""
     (folder / MADE).write_text(json.dumps({"made_by": "peftgraph", "job": job}), encoding="utf-8")
-    flush(folder / MADE)
+    sync_to_disk(folder / MADE)
 
 
 def made_of(folder: Path) -> str | None:
     """What a folder says that this command made it of; None where it did not make it."""
     try:
-        found = json.loads(read_regular(folder / MADE))
+        found = json.loads(read_regular_file(folder / MADE))
     except (OSError, ValueError, RecursionError):
         return None
     job = found.get("job") if isinstance(found, dict) and found.get("made_by") == "peftgraph" else None
@@ -125,7 +125,7 @@ def copy_companions(source: Path, target: Path) -> list[str]:
             and not file.name.startswith(".")
             and not (target / file.name).exists()
         ):
-            with atomic(target / file.name) as temporary:
+            with atomic_file(target / file.name) as temporary:
                 shutil.copyfile(file, temporary)
             copied.append(file.name)
     return copied

@@ -139,10 +139,10 @@ def _config_path(source: Path) -> Path:
 
 def _document(path: Path) -> dict[str, Any]:
     from peftgraph.interop.documents import parse_json
-    from peftgraph.utils.atomic_files import read_regular
+    from peftgraph.utils.atomic_files import read_regular_file
 
     try:
-        document = parse_json(read_regular(path).decode())
+        document = parse_json(read_regular_file(path).decode())
     except (OSError, ValueError, RecursionError) as error:
         raise PeftGraphError(f"{path} cannot be read as JSON: {first_line(error)}") from None
     if not isinstance(document, dict):

@@ -15,7 +15,15 @@ from pathlib import Path
 
 from peftgraph.cli.files import check_target, made_of, note_made
 from peftgraph.errors import PeftGraphError
-from peftgraph.utils.atomic_files import MARK, SAVED, atomic, locked, put, read_regular, tidy
+from peftgraph.utils.atomic_files import (
+    MARK,
+    SAVED,
+    atomic_file,
+    folder_lock,
+    read_regular_file,
+    remove_leftovers,
+    swap_folder,
+)
 
 JOB = "job.json"
 
@@ -41,8 +49,8 @@ def unfinished_folder(
     new, old = work / "new", work / SAVED
     try:
         _check_work(work)
-        tidy(work.parent)
-        with locked(work, f"merging into {target}", 0.0):
+        remove_leftovers(work.parent)
+        with folder_lock(work, f"merging into {target}", 0.0):
             try:
                 if old.exists() and not target.exists():  # killed while the new folder took the place of the old one
                     old.replace(target)
@@ -52,7 +60,7 @@ def unfinished_folder(
                 yield new
                 note_made(new, job)
                 check_target(target, force, reads)
-                put(new, target.absolute(), old, force)
+                swap_folder(new, target.absolute(), old, force)
                 remove(work)
             finally:
                 with contextlib.suppress(OSError):
@@ -75,7 +83,7 @@ def is_finished(target: Path, job: str) -> bool:
     if not (work.exists() or _trash(work).exists()) or made_of(target) != job:
         return False
     _check_work(work)
-    with locked(work, f"merging into {target}", 0.0):
+    with folder_lock(work, f"merging into {target}", 0.0):
         remove(work)
     return True
 
@@ -113,7 +121,7 @@ def _is_unused(work: Path) -> bool:
 def _known(work: Path) -> str | None:
     """The job of a work folder; None where it says none."""
     try:
-        found = json.loads(read_regular(work / JOB))["job"]
+        found = json.loads(read_regular_file(work / JOB))["job"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return found if isinstance(found, str) else None
@@ -126,7 +134,7 @@ def _start(work: Path, job: str) -> None:
         return
     for path in work.iterdir():
         shutil.rmtree(path, ignore_errors=True)
-    with atomic(work / JOB) as temporary:
+    with atomic_file(work / JOB) as temporary:
         temporary.write_text(json.dumps({"job": job}), encoding="utf-8")
 
 

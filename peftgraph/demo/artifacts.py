@@ -16,7 +16,7 @@ from peftgraph.demo.encoder import encoder_folder
 from peftgraph.demo.rerun_exports import RUNNERS
 from peftgraph.demo.settings import Setup
 from peftgraph.rewrite.recipe import to_toml
-from peftgraph.utils.atomic_files import atomic
+from peftgraph.utils.atomic_files import atomic_file
 
 
 def write_artifacts(setup: Setup, tuned: pg.Program, merged: pg.Program, head: nn.Linear, scores_NC: Tensor) -> None:
@@ -34,14 +34,14 @@ def write_artifacts(setup: Setup, tuned: pg.Program, merged: pg.Program, head: n
 
     out = setup.settings.out
     out.mkdir(parents=True, exist_ok=True)
-    with atomic(out / "recipe.toml") as path:
+    with atomic_file(out / "recipe.toml") as path:
         path.write_text(to_toml(tuned.recipe), encoding="utf-8")
     tuned.save_adapter(out / "adapter")
     merged.write_back(setup.model)
     with working("writing the merged model"), atomic_folder(out / "merged", force=True) as folder:
         setup.model.save_pretrained(str(folder))
         copy_companions(encoder_folder(), folder)
-    with atomic(out / "head.safetensors") as path:
+    with atomic_file(out / "head.safetensors") as path:
         save_file({"weight": head.weight.detach().contiguous(), "bias": head.bias.detach().contiguous()}, path)
     reloaded = Classifier(AutoModel.from_pretrained(str(out / "merged"), local_files_only=True).eval(), head)
     with terminal.progress("testing the merged model, read back from disk", len(setup.parts["test"].ids)) as tick:

@@ -27,7 +27,7 @@ from peftgraph.demo.report import write_report
 from peftgraph.demo.settings import LONGEST, Settings, Setup
 from peftgraph.demo.splits import PARTS
 from peftgraph.demo.training import train
-from peftgraph.utils.atomic_files import atomic
+from peftgraph.utils.atomic_files import atomic_file
 
 MAPPED = (
     *("attention.q", "attention.k", "attention.v", "attention.o", "ffn.up", "ffn.gate", "ffn.hidden", "ffn.down"),
@@ -144,7 +144,7 @@ def fold(setup: Setup, tuned: pg.Program) -> pg.Program:
 def finish(setup: Setup) -> None:
     """Writes metrics.json and report.html."""
     out = setup.settings.out
-    with atomic(out / "metrics.json") as path:
+    with atomic_file(out / "metrics.json") as path:
         path.write_text(json.dumps(setup.metrics, indent=1), encoding="utf-8")
     write_report(setup.metrics, out / "report.html")
     terminal.closing(out, setup.metrics["seconds"])

@@ -11,13 +11,13 @@ from typing import Any
 
 from peftgraph.demo.charts import confusion, line_chart, paired_bars, ratio_bars, site_map
 from peftgraph.demo.terminal import export_line, ratio_text, verdict
-from peftgraph.utils.atomic_files import atomic
+from peftgraph.utils.atomic_files import atomic_file
 
 
 def write_report(metrics: Mapping[str, Any], path: Path) -> None:
     """Writes the report of a run; the file appears whole or not at all."""
     page = render(metrics)
-    with atomic(path) as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from peftgraph.errors import AdapterError, PeftGraphError
-from peftgraph.utils.atomic_files import read_regular
+from peftgraph.utils.atomic_files import read_regular_file
 
 DIGITS = 20  # of a whole number; sizes and tokens have fewer
 NAME = 1024  # characters of a tensor's name
@@ -32,7 +32,7 @@ def read_json(path: Path, missing: str, raises: type[PeftGraphError] = AdapterEr
         PeftGraphError: it is missing or unreadable.
     """
     try:
-        return parse_json(read_regular(path).decode())
+        return parse_json(read_regular_file(path).decode())
     except FileNotFoundError:
         raise raises(missing) from None
     except (OSError, ValueError, RecursionError) as error:
@@ -73,7 +73,7 @@ def read_tensors(path: Path, check: Callable[[bytes], None] = lambda content: No
         AdapterError: it is missing or unreadable.
     """
     try:
-        content = read_regular(path)
+        content = read_regular_file(path)
         check(content)
         tensors = safetensors.torch.load(content)
     except FileNotFoundError:

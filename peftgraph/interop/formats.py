@@ -12,7 +12,7 @@ from peftgraph.interop.peft.config import CONFIG
 from peftgraph.interop.peft.directory import load_peft
 from peftgraph.ir.program import ProgramData
 from peftgraph.sites import Sites
-from peftgraph.utils.atomic_files import tidy
+from peftgraph.utils.atomic_files import remove_leftovers
 
 P = TypeVar("P", bound=ProgramData)
 
@@ -32,7 +32,7 @@ def load_directory(program: P, sites: Sites, apply: Callable[..., P], directory:
         Conflict: an adapter of that name is there already.
     """
     if not directory.exists():
-        tidy(directory.absolute().parent)  # a writer may have been killed while it put another in its place
+        remove_leftovers(directory.absolute().parent)  # a writer may have been killed while it put another in its place
     if is_peft(directory):
         return load_peft(program, sites, apply, directory, name)
     if (directory / native.INDEX).exists() or not (directory / CONFIG).exists():

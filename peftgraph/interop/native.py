@@ -28,7 +28,7 @@ from peftgraph.interop.fingerprint import fingerprint, first_difference
 from peftgraph.ir.program import ProgramData
 from peftgraph.rewrite.method import Pass
 from peftgraph.rewrite.spec import parse_pass
-from peftgraph.utils.atomic_files import atomic, locked
+from peftgraph.utils.atomic_files import atomic_file, folder_lock
 
 FORMAT = 2
 INDEX = "adapter.json"
@@ -56,7 +56,7 @@ def save(program: ProgramData, directory: Path) -> Path:
     }
     document["sha256"] = checksum(document, content)
     try:
-        with locked(directory, f"saving to {directory}"):
+        with folder_lock(directory, f"saving to {directory}"):
             _write(directory, file, content, document)
     except OSError as error:
         raise PeftGraphError(f"{directory} cannot be written: {error.strerror or error}.") from error
@@ -67,9 +67,9 @@ def _write(directory: Path, file: Path, content: bytes, document: dict[str, Any]
     """Writes both files; an error leaves what was there."""
     old = _file_of(directory)
     try:
-        with atomic(file) as temporary:
+        with atomic_file(file) as temporary:
             temporary.write_bytes(content)
-        with atomic(directory / INDEX) as temporary:
+        with atomic_file(directory / INDEX) as temporary:
             temporary.write_text(json.dumps(document, indent=1), encoding="utf-8")
     except PeftGraphError:
         if file != old:
@@ -96,7 +96,7 @@ def save_trained(program: ProgramData, trained: Mapping[str, Tensor], directory:
     """
     changes = {name: replace(program.table[name], tensor=tensor) for name, tensor in trained.items()}
     save(program.evolve(table=program.table.updated(changes)), directory)
-    with atomic(directory / "model.safetensors") as temporary:
+    with atomic_file(directory / "model.safetensors") as temporary:
         shutil.copyfile(directory / read_document(directory)["tensors"]["file"], temporary)
 
 

@@ -20,7 +20,7 @@ from peftgraph.rewrite.spec import build, parse_pass
 from peftgraph.rewrite.spec_text import print_value
 from peftgraph.sites import Pattern
 from peftgraph.sites.patterns.pattern import patterns_of
-from peftgraph.utils.atomic_files import read_regular
+from peftgraph.utils.atomic_files import read_regular_file
 
 
 def load_recipe(source: str | Path) -> Pass:
@@ -38,7 +38,7 @@ def load_recipe(source: str | Path) -> Pass:
         raise RecipeError(f"A recipe is the path of a file, or a spec such as lora{{rank=8}}, got {source!r}.")
     try:
         path = Path(source)
-        text = read_regular(path).decode()
+        text = read_regular_file(path).decode()
     except (OSError, ValueError, TypeError) as error:
         raise RecipeError(f"The recipe {shortened(str(source))} cannot be read: {shortened(str(error))}") from None
     if path.suffix != ".toml":

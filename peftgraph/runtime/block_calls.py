@@ -14,15 +14,15 @@ from dataclasses import dataclass, field
 from torch import fx, nn
 from torch.fx.node import map_arg
 
-from peftgraph.runtime.block_module import Block
-from peftgraph.runtime.block_regions import KEY, Span
+from peftgraph.runtime.block_module import BlockModule
+from peftgraph.runtime.block_regions import BLOCK_KEY, BlockRegion
 from peftgraph.runtime.codegen import Code
 
 Unit = list[fx.Node]
 
 
 @dataclass
-class Piece:
+class BlockGraph:
     """The nodes of a block as a graph of its own, which reads the tensors below the block's path."""
 
     path: str
@@ -31,8 +31,8 @@ class Piece:
     outputs: list[fx.Node] = field(default_factory=list[fx.Node])
 
 
-def outline(
-    graph: fx.Graph, blocks: Sequence[Span], name: str, compiled: Callable[[fx.Graph], Code], root: nn.Module
+def outline_blocks(
+    graph: fx.Graph, blocks: Sequence[BlockRegion], name: str, compiled: Callable[[fx.Graph], Code], root: nn.Module
 ) -> fx.Graph:
     """`graph` with a call of a module in the place of each of its marked blocks; the modules get their code.
 
@@ -46,14 +46,14 @@ def outline(
     new, made = fx.Graph(), dict[fx.Node, fx.Node]()
     times: dict[str, int] = {}
     for unit in _in_order(_units(graph)):
-        number = unit[0].meta.get(KEY)
+        number = unit[0].meta.get(BLOCK_KEY)
         if number is None:
             made[unit[0]] = new.node_copy(unit[0], lambda operand: made[operand])
             continue
         piece = _piece(unit, blocks[number].path)
         count = times[piece.path] = times.get(piece.path, -1) + 1  # a block that several layers share runs often
         block = root.get_submodule(piece.path)
-        assert isinstance(block, Block)
+        assert isinstance(block, BlockModule)
         block._peftgraph_codes[f"{name}{count or ''}"] = compiled(piece.graph)
         inputs = [made[node] for node in piece.inputs]
         call = new.call_module(piece.path, (f"{name}{count or ''}", *inputs))
@@ -67,7 +67,7 @@ def _units(graph: fx.Graph) -> list[Unit]:
     together: dict[int, Unit] = {}
     found: list[Unit] = []
     for node in graph.nodes:
-        number = node.meta.get(KEY)
+        number = node.meta.get(BLOCK_KEY)
         if number in together:
             together[number].append(node)
             continue
@@ -81,9 +81,9 @@ def _in_order(units: list[Unit]) -> list[Unit]:
     """The units so that each comes after what it reads. Blocks that read one another are taken apart."""
     done, left = _sorted(units)
     while left:
-        torn = next(unit for unit in left if KEY in unit[0].meta)
+        torn = next(unit for unit in left if BLOCK_KEY in unit[0].meta)
         for node in torn:
-            del node.meta[KEY]
+            del node.meta[BLOCK_KEY]
         units = [unit for unit in units if unit is not torn] + [[node] for node in torn]
         order = {node: i for i, node in enumerate(torn[0].graph.nodes)}
         done, left = _sorted(sorted(units, key=lambda unit: order[unit[0]]))
@@ -112,10 +112,10 @@ def _sorted(units: list[Unit]) -> tuple[list[Unit], list[Unit]]:
     return [units[i] for i in done], [units[i] for i in sorted(rest)]
 
 
-def _piece(unit: Unit, path: str) -> Piece:
+def _piece(unit: Unit, path: str) -> BlockGraph:
     """The nodes of a block under names that say nothing of which block it is."""
     inside = set(unit)
-    piece = Piece(path, fx.Graph())
+    piece = BlockGraph(path, fx.Graph())
     piece.inputs = list(dict.fromkeys(o for node in unit for o in node.all_input_nodes if o not in inside))
     made = {node: piece.graph.placeholder(f"x{i}") for i, node in enumerate(piece.inputs)}
     for i, node in enumerate(unit):

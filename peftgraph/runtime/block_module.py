@@ -11,10 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 from peftgraph.errors import PeftGraphError
 from peftgraph.runtime.codegen import Code
-from peftgraph.runtime.copying import Copied
+from peftgraph.runtime.copying import NotPicklable
 
 
-class Block(Copied, nn.Module):
+class BlockModule(NotPicklable, nn.Module):
     """A block of a program: its tensors under their own names, and the code of each graph that runs it.
 
     Attributes:
@@ -35,7 +35,7 @@ class Block(Copied, nn.Module):
         return code(self, *values)
 
 
-def recompute(net: nn.Module, title: str, options: dict[str, Any], every: int, offload: bool) -> None:
+def enable_recomputation(net: nn.Module, title: str, options: dict[str, Any], every: int, offload: bool) -> None:
     """Computes every `every`-th block of a module again in training.
 
     Raises:
@@ -57,11 +57,11 @@ def recompute(net: nn.Module, title: str, options: dict[str, Any], every: int, o
         block.gradient_checkpointing, block._peftgraph_options = i % every == 0, options
 
 
-def keep(net: nn.Module) -> None:
+def disable_recomputation(net: nn.Module) -> None:
     """Keeps the values of all blocks in training."""
     for block in _blocks(net):
         block.gradient_checkpointing, block._peftgraph_options = False, {}
 
 
-def _blocks(net: nn.Module) -> Iterator[Block]:
-    return (module for module in net.modules() if isinstance(module, Block))
+def _blocks(net: nn.Module) -> Iterator[BlockModule]:
+    return (module for module in net.modules() if isinstance(module, BlockModule))

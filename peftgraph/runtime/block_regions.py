@@ -12,11 +12,11 @@ from peftgraph.ir.edits import EditLog
 from peftgraph.ir.program import ProgramData
 from peftgraph.sites import Sites
 
-KEY = "block"  # in a node's metadata: the number of its block
+BLOCK_KEY = "block"  # in a node's metadata: the number of its block
 
 
 @dataclass(frozen=True)
-class Span:
+class BlockRegion:
     """A block of a program: the path of its module, and the values that enter and leave its residual stream."""
 
     path: str
@@ -24,18 +24,18 @@ class Span:
     output: str
 
 
-def spans(program: ProgramData, sites: Sites) -> list[Span]:
+def find_block_regions(program: ProgramData, sites: Sites) -> list[BlockRegion]:
     """The blocks of a program with the values that passes left there; those without a path of their own are none."""
-    edits, found = EditLog(program.edits), list[Span]()
+    edits, found = EditLog(program.edits), list[BlockRegion]()
     for site in sites:
         if site.role == "block" and site.path and {"input", "output"} <= site.ports.keys():
             ends = (site.ports["input"], site.ports["output"])
             first, last = (line[-1].after if (line := edits.moves_at(name)) else name for name in ends)
-            found.append(Span(site.path, first, last))
+            found.append(BlockRegion(site.path, first, last))
     return found
 
 
-def mark(graph: fx.Graph, blocks: Sequence[Span]) -> None:
+def mark_block_regions(graph: fx.Graph, blocks: Sequence[BlockRegion]) -> None:
     """Writes into the metadata of every node of a block, in place, which block it belongs to.
 
     No value leaves a block and comes back into it: what is marked is what depends on its input and leads to its output,
@@ -47,7 +47,7 @@ def mark(graph: fx.Graph, blocks: Sequence[Span]) -> None:
         if block.input in place and block.output in place:
             window = order[place[block.input] : place[block.output] + 1]
             for node in _between(window):
-                node.meta.setdefault(KEY, number)
+                node.meta.setdefault(BLOCK_KEY, number)
     _mark_private(order, blocks)
     for number in _writers(order):
         _unmark(order, number)
@@ -68,31 +68,31 @@ def _between(window: Sequence[fx.Node]) -> Iterable[fx.Node]:
     return [node for node in window[1:] if node in below and node in above]
 
 
-def _mark_private(order: Sequence[fx.Node], blocks: Sequence[Span]) -> None:
+def _mark_private(order: Sequence[fx.Node], blocks: Sequence[BlockRegion]) -> None:
     """Marks what is read in one block alone, such as keys of its cross-attention; stored tensors where they are the
     block's own."""
     alive = set(order)
     for node in reversed(order):
-        readers: set[int | None] = {user.meta.get(KEY) for user in node.users if user in alive}
+        readers: set[int | None] = {user.meta.get(BLOCK_KEY) for user in node.users if user in alive}
         number = readers.pop() if len(readers) == 1 else None
-        if number is None or KEY in node.meta or node.op == "placeholder" or node.name == blocks[number].input:
+        if number is None or BLOCK_KEY in node.meta or node.op == "placeholder" or node.name == blocks[number].input:
             continue
         if node.op != "get_attr" or str(node.target).startswith(f"{blocks[number].path}."):
-            node.meta[KEY] = number
+            node.meta[BLOCK_KEY] = number
 
 
 def _writers(order: Sequence[fx.Node]) -> set[int]:
     """The blocks that write into a value from outside."""
     return {
-        node.meta[KEY]
+        node.meta[BLOCK_KEY]
         for node in order
-        if KEY in node.meta
+        if BLOCK_KEY in node.meta
         and writes_in_place(node)
-        and any(operand.meta.get(KEY) != node.meta[KEY] for operand in node.all_input_nodes)
+        and any(operand.meta.get(BLOCK_KEY) != node.meta[BLOCK_KEY] for operand in node.all_input_nodes)
     }
 
 
 def _unmark(order: Iterable[fx.Node], number: int) -> None:
     for node in order:
-        if node.meta.get(KEY) == number:
-            del node.meta[KEY]
+        if node.meta.get(BLOCK_KEY) == number:
+            del node.meta[BLOCK_KEY]

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NoReturn, Self
 from peftgraph.errors import NoPickle
 
 
-class Copied:
+class NotPicklable:
     """What holds code or graphs that no pickle could be loaded of.
 
     Attributes:

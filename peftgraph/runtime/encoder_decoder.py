@@ -20,14 +20,14 @@ from peftgraph.ir.graphs import copy_graph
 from peftgraph.ir.modes import read_size_from
 from peftgraph.ir.signature import Signature
 from peftgraph.runtime.codegen import Code, compile_graph
-from peftgraph.runtime.execution import assemble, leaving_out
+from peftgraph.runtime.execution import build_outputs, without_missing_inputs
 
 aten = torch.ops.aten
 HIDDEN = "encoder_last_hidden_state"
 
 
 @dataclass(frozen=True)
-class Halves:
+class EncoderDecoderGraphs:
     """A graph cut in two.
 
     Attributes:
@@ -53,7 +53,7 @@ class Halves:
         return [v.repeat_interleave(each, 0) if b else v for v, b in zip(values, self.batched, strict=True)]
 
 
-def halves(graph: fx.Graph, hidden: int) -> Halves:
+def split_encoder_decoder(graph: fx.Graph, hidden: int) -> EncoderDecoderGraphs:
     """Cuts an evaluated graph.
 
     Args:
@@ -69,7 +69,7 @@ def halves(graph: fx.Graph, hidden: int) -> Halves:
     carried = [n for n in graph.nodes if n in early and _is_tensor(n) and any(u not in early for u in n.users)]
     batches = {str(node.meta["val"].shape[0]) for node in inputs}
     names = [node.name for node in carried]
-    return Halves(
+    return EncoderDecoderGraphs(
         _encoder(graph, names, {node.name for node in inputs}),
         _decoder(graph, names, {node.name for node in early}),
         tuple(node.name for node in graph.nodes if node in inputs),
@@ -147,11 +147,11 @@ def _only(graph: fx.Graph, inputs: list[fx.Node]) -> fx.Graph:
     return graph
 
 
-class TwoSteps:
+class EncoderDecoderRunner:
     """A graph that runs in halves: one call of the encoder, then a call of the decoder for every token."""
 
     def __init__(self, graph: fx.Graph, signature: Signature, title: str) -> None:
-        self.halves = halves(graph, signature.output_keys.index(HIDDEN))
+        self.halves = split_encoder_decoder(graph, signature.output_keys.index(HIDDEN))
         self._signature = signature
         self._title = title
         self._encoder = compile_graph(self.halves.encoder, title)
@@ -185,18 +185,18 @@ class TwoSteps:
         rest = {name: value for name, value in self._by_name(tensors).items() if name not in self.halves.inputs}
         missing = frozenset(name for name, value in rest.items() if value is None)
         if missing not in self._decoders:
-            graph, kept = leaving_out(self.halves.decoder, self._signature, missing)
+            graph, kept = without_missing_inputs(self.halves.decoder, self._signature, missing)
             self._decoders[missing] = compile_graph(graph, self._title), kept
         code, kept = self._decoders[missing]
         given = [value for value in rest.values() if value is not None]
         leaves = code(module, *given, *self.halves.carried(encoded.carried, given[0].shape[0]))
-        return assemble(self._signature.outputs, leaves, kept)
+        return build_outputs(self._signature.outputs, leaves, kept)
 
     def _by_name(self, tensors: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
         return {spec.name: value for spec, value in zip(self._signature.inputs, tensors, strict=True)}
 
 
-class Encoder(nn.Module):
+class EncoderModule(nn.Module):
     """The encoder's half of a module, for whoever calls it apart; its parameters are that module's."""
 
     def __init__(self, encode: Callable[..., Any], signature: Signature, inputs: Sequence[str]) -> None:

@@ -15,8 +15,8 @@ from peftgraph.ir.graphs import copy_graph
 from peftgraph.ir.modes import evaluation_graph, training_graph, without_cached_inputs, without_inputs
 from peftgraph.ir.program import ProgramData
 from peftgraph.ir.signature import Signature
-from peftgraph.runtime.block_calls import outline
-from peftgraph.runtime.block_regions import Span, mark
+from peftgraph.runtime.block_calls import outline_blocks
+from peftgraph.runtime.block_regions import BlockRegion, mark_block_regions
 from peftgraph.runtime.codegen import Code, compile_graph
 
 
@@ -33,7 +33,7 @@ class Execution:
         state: the buffers that training writes and the program shares, by name.
     """
 
-    def __init__(self, program: ProgramData, blocks: Sequence[Span]) -> None:
+    def __init__(self, program: ProgramData, blocks: Sequence[BlockRegion]) -> None:
         self.signature: Signature = program.signature
         self.graph = copy_graph(program.graph)
         self.title = program.model
@@ -44,7 +44,7 @@ class Execution:
         self.state: dict[str, Tensor] = {}
         self._codes: dict[tuple[bool, frozenset[str]], tuple[Code, tuple[bool, ...]]] = {}
         self._sources: dict[str, Code] = {}
-        mark(self.graph, self.blocks)
+        mark_block_regions(self.graph, self.blocks)
 
     def missing(self, tensors: Sequence[Tensor | None]) -> frozenset[str]:
         """The names of the inputs that a call leaves out."""
@@ -54,7 +54,7 @@ class Execution:
         """The outputs of code that was made before."""
         code, kept = self._codes[net.training, missing]
         leaves = code(net, *(value for value in tensors if value is not None))
-        return assemble(self.signature.outputs, leaves, kept)
+        return build_outputs(self.signature.outputs, leaves, kept)
 
     def prepare(self, net: nn.Module, missing: frozenset[str]) -> None:
         """Makes the code that runs in the module's mode without the inputs in `missing`, once."""
@@ -62,7 +62,7 @@ class Execution:
         if key not in self._codes:
             graph, kept = self.graph_for(*key)
             name = "-".join(["training" if net.training else "evaluation", *sorted(missing)])
-            graph = outline(graph, self.blocks, name, self._compiled, net)
+            graph = outline_blocks(graph, self.blocks, name, self._compiled, net)
             self._codes[key] = (self._compiled(graph), kept)
 
     def graph_for(self, training: bool, missing: frozenset[str] = frozenset()) -> tuple[fx.Graph, tuple[bool, ...]]:
@@ -74,7 +74,7 @@ class Execution:
         graph = training_graph(self.graph) if training else evaluation_graph(self.graph)
         remove_dead_nodes(graph)
         bypass_full_slices(graph)
-        return leaving_out(graph, self.signature, missing)
+        return without_missing_inputs(graph, self.signature, missing)
 
     def move(self, dtype: torch.dtype, device: torch.device) -> None:
         """Follows the weights to another dtype or device."""
@@ -88,7 +88,9 @@ class Execution:
         return compile_graph(graph, self.title, self._sources)
 
 
-def leaving_out(graph: fx.Graph, signature: Signature, missing: frozenset[str]) -> tuple[fx.Graph, tuple[bool, ...]]:
+def without_missing_inputs(
+    graph: fx.Graph, signature: Signature, missing: frozenset[str]
+) -> tuple[fx.Graph, tuple[bool, ...]]:
     """`graph` without the inputs in `missing`, and which output leaves it gives.
 
     Raises:
@@ -102,7 +104,7 @@ def leaving_out(graph: fx.Graph, signature: Signature, missing: frozenset[str]) 
     return without_inputs(graph, missing - past)
 
 
-def assemble(spec: pytree.TreeSpec, leaves: list[Any], kept: tuple[bool, ...]) -> Any:
+def build_outputs(spec: pytree.TreeSpec, leaves: list[Any], kept: tuple[bool, ...]) -> Any:
     """The model's output tree; what depends on a missing input is left out, as the model does it.
 
     A dict or a tuple becomes shorter; any other class holds None there.

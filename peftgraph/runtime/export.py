@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from peftgraph.capture.diagnosis import quiet
+from peftgraph.capture.diagnosis import exporter_silenced
 from peftgraph.errors import ExportError
 from peftgraph.ir.program import ProgramData
 from peftgraph.runtime.codegen import compile_graph
 from peftgraph.runtime.module import GraphModule
-from peftgraph.runtime.plain_aten import portable
-from peftgraph.utils.atomic_files import atomic
+from peftgraph.runtime.plain_aten import in_plain_aten
+from peftgraph.utils.atomic_files import atomic_file
 
 EQUAL_SIZES = re.compile(r"L\['\w+'\]\.size\(\)\[\d+\] == L\['\w+'\]\.size\(\)\[\d+\]")
 LARGE = 1 << 30  # an ONNX file of this size keeps its weights beside it: protobuf ends at 2 GiB
@@ -40,7 +40,7 @@ def export(program: ProgramData, path: Path) -> Path:
     if program.table.device.type == "meta":
         raise ExportError(f"{program.model} was traced on the meta device and has no weights to export.")
     exported = to_exported(program)
-    with atomic(path) as temporary:
+    with atomic_file(path) as temporary:
         writers[path.suffix](exported, temporary)
     return path
 
@@ -58,7 +58,7 @@ def to_exported(program: ProgramData) -> ExportedProgram:
         for name, spec in zip(names, program.signature.inputs, strict=True)
     }
     try:
-        with quiet():
+        with exporter_silenced():
             exported = torch.export.export(module, (), inputs, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # the exporter raises many types; all mean that it refuses
         raise ExportError(f"torch.export refuses the program: {type(error).__name__}: {error}") from error
@@ -74,7 +74,7 @@ def _module(program: ProgramData) -> tuple[nn.Module, list[str]]:
     They are the model's own arguments; what is nested in one keeps the graph's name for it.
     """
     net = GraphModule(program).eval()
-    graph = portable(net._peftgraph.graph_for(training=False)[0])
+    graph = in_plain_aten(net._peftgraph.graph_for(training=False)[0])
     leaves = graph.output_node().args[0]
     assert isinstance(leaves, list | tuple)
     keys = [key for key, leaf in zip(program.signature.output_keys, leaves, strict=True) if leaf is not None]
@@ -96,7 +96,7 @@ def _module(program: ProgramData) -> tuple[nn.Module, list[str]]:
 
 
 def _write_pt2(exported: ExportedProgram, path: Path) -> None:
-    with quiet():
+    with exporter_silenced():
         torch.export.save(exported, path)
 
 
@@ -104,11 +104,11 @@ def _write_onnx(exported: ExportedProgram, path: Path) -> None:
     spec = exported.call_spec.out_spec
     assert spec is not None
     try:
-        with quiet():
+        with exporter_silenced():
             written = torch.onnx.export(exported, output_names=list(spec.context), dynamo=True, verbose=False)
     except Exception as error:
         raise ExportError(f"torch.onnx refuses the program: {type(error).__name__}: {error}") from error
     assert written is not None
     weights = sum(tensor.numel() * tensor.element_size() for tensor in exported.state_dict.values())
-    with quiet():
+    with exporter_silenced():
         written.save(path, external_data=weights > LARGE)

@@ -13,14 +13,14 @@ from peftgraph.ir.modes import written_buffers
 from peftgraph.ir.program import ProgramData
 from peftgraph.ir.source_model import SubmoduleState
 from peftgraph.ir.tensor_table import TensorEntry
-from peftgraph.runtime.block_module import keep, recompute
-from peftgraph.runtime.block_regions import Span
-from peftgraph.runtime.copying import Copied
+from peftgraph.runtime.block_module import disable_recomputation, enable_recomputation
+from peftgraph.runtime.block_regions import BlockRegion
+from peftgraph.runtime.copying import NotPicklable
 from peftgraph.runtime.execution import Execution
-from peftgraph.runtime.submodules import Children
+from peftgraph.runtime.submodules import SubmoduleFactory
 
 
-class GraphModule(Copied, nn.Module):
+class GraphModule(NotPicklable, nn.Module):
     """A program as a module.
 
     Only the parameters that passes added (or made trainable) require grad. They are shared with the program, as are
@@ -31,7 +31,7 @@ class GraphModule(Copied, nn.Module):
     name.
     """
 
-    def __init__(self, program: ProgramData, blocks: Sequence[Span] = ()) -> None:
+    def __init__(self, program: ProgramData, blocks: Sequence[BlockRegion] = ()) -> None:
         nn.Module.__init__(self)  # beside another class of modules, none of that one's own set-up
         self._peftgraph = Execution(program, blocks)
         self._peftgraph_register(program.table, program.submodules)
@@ -67,11 +67,13 @@ class GraphModule(Copied, nn.Module):
         Raises:
             PeftGraphError: the program has no blocks, or something is asked that is not offered.
         """
-        recompute(self, self._peftgraph.title, dict(activation_checkpointing_kwargs or {}), every_n_layers, offload)
+        enable_recomputation(
+            self, self._peftgraph.title, dict(activation_checkpointing_kwargs or {}), every_n_layers, offload
+        )
 
     def activation_checkpointing_disable(self) -> None:
         """From now on, training keeps what the gradients need."""
-        keep(self)
+        disable_recomputation(self)
 
     def gradient_checkpointing_enable(
         self,
@@ -84,7 +86,7 @@ class GraphModule(Copied, nn.Module):
 
     def gradient_checkpointing_disable(self) -> None:
         """The older name of `activation_checkpointing_disable`."""
-        keep(self)
+        disable_recomputation(self)
 
     def extra_repr(self) -> str:
         """The inputs and how much trains."""
@@ -100,7 +102,7 @@ class GraphModule(Copied, nn.Module):
         written = {id(table[name].tensor) for name in written_buffers(run.graph)}
         made: dict[int, nn.Parameter] = {}  # tied entries become one parameter
         copies: dict[int, Tensor] = {}  # and one buffer
-        children = Children(self, known, {block.path for block in run.blocks})
+        children = SubmoduleFactory(self, known, {block.path for block in run.blocks})
         children.make_all()
         for name, entry in table.items():
             path, _, leaf = name.rpartition(".")

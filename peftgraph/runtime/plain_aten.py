@@ -12,7 +12,7 @@ from peftgraph.ir.graphs import copy_graph
 aten = torch.ops.aten
 
 
-def portable(graph: fx.Graph) -> fx.Graph:
+def in_plain_aten(graph: fx.Graph) -> fx.Graph:
     """A copy of `graph` with experts' grouped products spelled out: one product an expert, chosen by row."""
     new = copy_graph(graph)
     for node in list(new.nodes):

@@ -14,12 +14,12 @@ from torch import nn
 
 from peftgraph.ir.program import ProgramData
 from peftgraph.ir.source_model import EnclosingModel
-from peftgraph.runtime.block_regions import Span
-from peftgraph.runtime.copying import Copied
+from peftgraph.runtime.block_regions import BlockRegion
+from peftgraph.runtime.copying import NotPicklable
 from peftgraph.runtime.module import GraphModule
 
 
-def surround(program: ProgramData, blocks: Sequence[Span], around: EnclosingModel) -> nn.Module:
+def embed_in_model(program: ProgramData, blocks: Sequence[BlockRegion], around: EnclosingModel) -> nn.Module:
     """The traced model with the program in the place of its submodule; only new parameters require grad."""
     graph = GraphModule(program, blocks)
     memo: dict[int, Any] = {}
@@ -80,4 +80,4 @@ def _share(module: nn.Module, place: nn.Module) -> None:
 def _like(cls: type, **methods: Any) -> type:
     """A class that is `cls` with other methods, under the same name."""
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (Copied, cls), {**names, **methods})
+    return type(cls.__name__, (NotPicklable, cls), {**names, **methods})

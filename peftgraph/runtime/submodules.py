@@ -9,10 +9,10 @@ from torch import nn
 
 from peftgraph.errors import CallError
 from peftgraph.ir.source_model import SubmoduleState
-from peftgraph.runtime.block_module import Block
+from peftgraph.runtime.block_module import BlockModule
 
 
-class Children:
+class SubmoduleFactory:
     """Makes the modules under one root, at any path, when they are asked for.
 
     Args:
@@ -43,7 +43,7 @@ class Children:
     def _made(self, path: str) -> nn.Module:
         known = self._known.get(path)
         if path in self._blocks:
-            made: nn.Module = Block()
+            made: nn.Module = BlockModule()
         elif known is None or known.cls is nn.Module:
             made = nn.Module()
         else:

@@ -21,8 +21,8 @@ from peftgraph.ir.arguments import bind_arguments
 from peftgraph.ir.kv_cache import default_input
 from peftgraph.ir.program import ProgramData
 from peftgraph.ir.source_model import ModelClass
-from peftgraph.runtime.block_regions import Span
-from peftgraph.runtime.encoder_decoder import HIDDEN, Encoder, TwoSteps
+from peftgraph.runtime.block_regions import BlockRegion
+from peftgraph.runtime.encoder_decoder import HIDDEN, EncoderDecoderRunner, EncoderModule
 from peftgraph.runtime.module import GraphModule
 
 Save = Callable[[Mapping[str, Tensor], Path], None]
@@ -30,17 +30,19 @@ COUNT = "num_items_in_batch"
 MASK = "attention_mask"
 
 
-class Hosted(GraphModule):
+class TransformersModule(GraphModule):
     """A graph module that takes the calls of transformers' generation and training loops."""
 
     config: Any  # of the model's class, as is the next
     main_input_name: Any
 
-    def __init__(self, program: ProgramData, blocks: Sequence[Span], state: Mapping[str, Any], save: Save) -> None:
+    def __init__(
+        self, program: ProgramData, blocks: Sequence[BlockRegion], state: Mapping[str, Any], save: Save
+    ) -> None:
         super().__init__(program, blocks)
         self.__dict__.update(state)
         self._save = save
-        self._steps: dict[bool, TwoSteps] = {}
+        self._steps: dict[bool, EncoderDecoderRunner] = {}
         if "encoder" in self._modules:  # generation asks it for this name
             vars(self.get_submodule("encoder"))["main_input_name"] = self.main_input_name
         kept = program.table.trainable.keys() | program.table.state.keys()
@@ -153,20 +155,20 @@ class Hosted(GraphModule):
         """
         if self._peftgraph.signature.kv_cache is None or HIDDEN not in self._peftgraph.signature.output_keys:
             raise CallError(f"This program of {self._peftgraph.title} has no encoder apart from the rest.")
-        return Encoder(self._encoded, self._peftgraph.signature, self._two_steps().halves.inputs)
+        return EncoderModule(self._encoded, self._peftgraph.signature, self._two_steps().halves.inputs)
 
     def _encoded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         arguments = self._arguments(args, {name: value for name, value in kwargs.items() if name != "return_dict"})
         return self._two_steps().encode(self, self._peftgraph.signature.tensors_of(arguments))
 
-    def _two_steps(self) -> TwoSteps:
+    def _two_steps(self) -> EncoderDecoderRunner:
         if self.training not in self._steps:
-            self._steps[self.training] = TwoSteps(
+            self._steps[self.training] = EncoderDecoderRunner(
                 self._peftgraph.graph_for(self.training)[0], self._peftgraph.signature, self._peftgraph.title
             )
         return self._steps[self.training]
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Hosted:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TransformersModule:
         super()._apply(fn, recurse)
         self._steps.clear()  # literals may have moved
         return self
@@ -198,7 +200,9 @@ def _take(arguments: dict[str, Any], name: str, traced: Any) -> Any:
     return None if name in traced else arguments.pop(name, None)
 
 
-def hosted(program: ProgramData, blocks: Sequence[Span], host: ModelClass, save: Save) -> Hosted:
+def make_transformers_module(
+    program: ProgramData, blocks: Sequence[BlockRegion], host: ModelClass, save: Save
+) -> TransformersModule:
     """The program as an instance of the class of the traced model.
 
     Args:
@@ -208,7 +212,7 @@ def hosted(program: ProgramData, blocks: Sequence[Span], host: ModelClass, save:
         save: writes parameters, by name, as an adapter into a directory.
     """
 
-    def forward(self: Hosted, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: TransformersModule, *args: Any, **kwargs: Any) -> Any:
         return self.call(*args, **kwargs)
 
     own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -216,6 +220,6 @@ def hosted(program: ProgramData, blocks: Sequence[Span], host: ModelClass, save:
         parameters=[own, *program.signature.forward.parameters.values()]
     )
     names = {"__module__": host.cls.__module__, "__qualname__": host.cls.__qualname__, "__doc__": host.cls.__doc__}
-    return type(host.cls.__name__, (Hosted, host.cls), {**names, "forward": forward})(
+    return type(host.cls.__name__, (TransformersModule, host.cls), {**names, "forward": forward})(
         program, blocks, copy.deepcopy(host.state), save
     )

@@ -33,7 +33,7 @@ PATIENCE = 10.0  # seconds that another writer is waited for
 
 
 @contextmanager
-def atomic(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """Gives a temporary path in the folder of `path`, with its suffix; it becomes `path` when the block succeeds.
 
     Raises:
@@ -41,21 +41,21 @@ def atomic(path: Path) -> Iterator[Path]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with scratch(path) as folder:
+        with temporary_folder(path) as folder:
             temporary = folder / path.name
             yield temporary
             for extra in sorted(folder.iterdir()):
                 if extra != temporary:  # external data of a large ONNX file goes first: the file itself is the commit
-                    flush(extra)
+                    sync_to_disk(extra)
                     os.replace(extra, path.parent / extra.name)
-            flush(temporary)
+            sync_to_disk(temporary)
             os.replace(temporary, path)
     except OSError as error:
         raise PeftGraphError(f"{path} cannot be written: {error.strerror or error}. Nothing was changed.") from error
 
 
 @contextmanager
-def whole_folder(target: Path, replace: bool = True) -> Iterator[Path]:
+def atomic_directory(target: Path, replace: bool = True) -> Iterator[Path]:
     """Gives a temporary folder beside `target`; it becomes `target` when the block succeeds.
 
     Args:
@@ -68,23 +68,23 @@ def whole_folder(target: Path, replace: bool = True) -> Iterator[Path]:
     target = target.resolve()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with scratch(target) as folder:
+        with temporary_folder(target) as folder:
             fresh = folder / FRESH
             fresh.mkdir()
             yield fresh
             for path in sorted(fresh.rglob("*")):
                 if path.is_file():
-                    flush(path)
-            put(fresh, target, folder / SAVED, replace)
+                    sync_to_disk(path)
+            swap_folder(fresh, target, folder / SAVED, replace)
     except OSError as error:
         raise PeftGraphError(f"{target} cannot be written: {error.strerror or error}. Nothing was changed.") from error
 
 
 @contextmanager
-def scratch(target: Path) -> Iterator[Path]:
+def temporary_folder(target: Path) -> Iterator[Path]:
     """Gives an empty folder beside `target`, which is removed in the end: what cannot be removed then is litter, no
     error. Those of processes that were killed go first."""
-    tidy(target.parent)
+    remove_leftovers(target.parent)
     folder, lock = _own_folder(target)
     try:
         yield folder
@@ -95,7 +95,7 @@ def scratch(target: Path) -> Iterator[Path]:
             _unlock(lock)
 
 
-def tidy(parent: Path) -> None:
+def remove_leftovers(parent: Path) -> None:
     """Removes what killed writers left in a folder; an old folder that had to give way comes back if none took its
     place."""
     for path in sorted(parent.glob(f".*{MARK}*")):
@@ -112,7 +112,7 @@ def tidy(parent: Path) -> None:
             _unlock(lock)
 
 
-def put(fresh: Path, target: Path, old: Path, replace: bool) -> None:
+def swap_folder(fresh: Path, target: Path, old: Path, replace: bool) -> None:
     """Puts a folder in the place of another, in one step where the system can; else the other comes back if it fails.
 
     Args:
@@ -134,11 +134,11 @@ def put(fresh: Path, target: Path, old: Path, replace: bool) -> None:
             os.replace(old, target)
             raise
     with contextlib.suppress(OSError):
-        flush(target.parent)
+        sync_to_disk(target.parent)
 
 
 @contextmanager
-def locked(folder: Path, what: str, patience: float = PATIENCE) -> Iterator[None]:
+def folder_lock(folder: Path, what: str, patience: float = PATIENCE) -> Iterator[None]:
     """Keeps other processes that ask for the same lock out of a folder, which is made if it is not there.
 
     Args:
@@ -163,7 +163,7 @@ def locked(folder: Path, what: str, patience: float = PATIENCE) -> Iterator[None
         _unlock(lock)
 
 
-def flush(path: Path) -> None:
+def sync_to_disk(path: Path) -> None:
     """Has the disk take a file, or the names in a folder."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -172,7 +172,7 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def read_regular(path: Path) -> bytes:
+def read_regular_file(path: Path) -> bytes:
     """The content of a file that is one: pipes and devices could block, or never end.
 
     Raises:

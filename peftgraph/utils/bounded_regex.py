@@ -21,7 +21,7 @@ BUDGET = 1.0  # seconds that the slow matches of one pattern may take together
 DEPTH = 100  # brackets within one another
 
 
-class Regular:
+class BoundedRegex:
     """A regular expression.
 
     Args:
@@ -77,13 +77,13 @@ class Regular:
 
 
 @lru_cache(maxsize=1024)
-def regular(pattern: str) -> Regular:
+def compile_bounded(pattern: str) -> BoundedRegex:
     """The regular expression of a text; its budget is of all its matches.
 
     Raises:
         PeftGraphError: it is none.
     """
-    return Regular(pattern)
+    return BoundedRegex(pattern)
 
 
 def _depth(pattern: str) -> int:

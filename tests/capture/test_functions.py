@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import peftgraph as pg
-from peftgraph.capture.autograd_functions import KeptFunction
+from peftgraph.capture.autograd_functions import AutogradFunctionTarget
 from peftgraph.ir.verifier import verify
 from peftgraph.passes.lora import LoRA
 
@@ -95,7 +95,9 @@ def agree(model: nn.Module, net: nn.Module, *args: Any, **kwargs: Any) -> None:
 
 
 def kept(program: pg.Program) -> list[str]:
-    return [node.target.function.__name__ for node in program.graph.nodes if isinstance(node.target, KeptFunction)]
+    return [
+        node.target.function.__name__ for node in program.graph.nodes if isinstance(node.target, AutogradFunctionTarget)
+    ]
 
 
 def test_outputs_and_gradients_are_the_authors() -> None:

@@ -13,7 +13,7 @@ from transformers.activations import NewGELUActivation
 
 import peftgraph as pg
 from peftgraph.capture.example_inputs import bind_example
-from peftgraph.capture.transformers_patches import difference, library_patches
+from peftgraph.capture.transformers_patches import library_patches, patch_difference
 
 pytest.importorskip("transformers.exporters")
 
@@ -105,10 +105,10 @@ def test_a_patched_form_that_gives_other_values_is_told_from_the_model() -> None
     bound = bind_example(tower, inputs)
     with torch.no_grad():
         right = [one for one in tower(**inputs).values() if isinstance(one, torch.Tensor)]
-    assert difference(tower, bound, right) is None
-    assert "gives other values" in str(difference(tower, bound, [one + 1 for one in right]))
-    assert "instead of" in str(difference(tower, bound, right[:-1]))
-    assert "on the meta device" in str(difference(tower.to("meta"), bound, right))
+    assert patch_difference(tower, bound, right) is None
+    assert "gives other values" in str(patch_difference(tower, bound, [one + 1 for one in right]))
+    assert "instead of" in str(patch_difference(tower, bound, right[:-1]))
+    assert "on the meta device" in str(patch_difference(tower.to("meta"), bound, right))
 
 
 def test_only_the_librarys_own_models_are_patched() -> None:

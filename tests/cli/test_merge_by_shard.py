@@ -25,7 +25,7 @@ from peftgraph.cli import merge_shards
 from peftgraph.cli.files import MADE, atomic_folder, note_made
 from peftgraph.cli.unfinished import is_finished, unfinished_folder, work_folder
 from peftgraph.utils import atomic_files
-from peftgraph.utils.atomic_files import atomic
+from peftgraph.utils.atomic_files import atomic_file
 
 KILLED = """
 import os, signal, sys
@@ -245,7 +245,7 @@ def make(target: Path, what: str, force: bool) -> None:
         return
     with unfinished_folder(target, what, ["whole"], force) as new:
         if not (new / "whole").exists():
-            with atomic(new / "whole") as temporary:
+            with atomic_file(new / "whole") as temporary:
                 temporary.write_text(what)
         (new / "other").write_text(what)
 
@@ -301,7 +301,7 @@ def test_a_folder_that_is_replaced_as_a_whole_survives_a_kill(
         shutil.rmtree(tmp_path / "in")
         save("before", False)
         faults.killed(at, lambda: save("after"))
-        atomic_files.tidy(target.parent)
+        atomic_files.remove_leftovers(target.parent)
         assert (target / "whole").read_text() in ("before", "after")
         save("after")
         assert (target / "whole").read_text() == "after"

@@ -120,7 +120,7 @@ def test_the_first_save_may_be_killed_too(tmp_path: Path) -> None:
 
 def test_litter_of_a_writer_that_lives_stays(tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
-    with atomic_files.scratch(tmp_path / "adapter" / "other") as folder:
+    with atomic_files.temporary_folder(tmp_path / "adapter" / "other") as folder:
         (folder / "mine").write_text("not finished")
         tuned(1.0).save_adapter(tmp_path / "adapter")
         assert (folder / "mine").read_text() == "not finished"
@@ -128,11 +128,11 @@ def test_litter_of_a_writer_that_lives_stays(tmp_path: Path) -> None:
 
 
 def test_two_writers_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with atomic_files.locked(tmp_path / "adapter", "saving"):
+    with atomic_files.folder_lock(tmp_path / "adapter", "saving"):
         monkeypatch.setattr(atomic_files, "_lock", lambda folder: None)
         with (
             pytest.raises(pg.PeftGraphError, match=r"Another process is saving.*Wait until it is done"),
-            atomic_files.locked(tmp_path / "adapter", "saving", 0.0),
+            atomic_files.folder_lock(tmp_path / "adapter", "saving", 0.0),
         ):
             pass
 

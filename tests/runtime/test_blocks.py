@@ -19,14 +19,14 @@ from transformers import AlbertConfig, AlbertModel
 
 import peftgraph as pg
 from peftgraph.passes import BitFit, LoRA, Prefix
-from peftgraph.runtime.block_module import Block
+from peftgraph.runtime.block_module import BlockModule
 from peftgraph.runtime.module import GraphModule
 
 BLOCKS = {"bert": "encoder.layer.{}", "llama": "model.layers.{}", "gpt2": "transformer.h.{}", "nano": "stack.{}"}
 
 
-def blocks(net: nn.Module) -> dict[str, Block]:
-    return {name: module for name, module in net.named_modules() if isinstance(module, Block)}
+def blocks(net: nn.Module) -> dict[str, BlockModule]:
+    return {name: module for name, module in net.named_modules() if isinstance(module, BlockModule)}
 
 
 def tuned(name: str) -> pg.Program:

@@ -16,7 +16,7 @@ from peftgraph.errors import PeftGraphError
 from peftgraph.interop.checkpoints.behind import ROOM, Behind, one_thread
 from peftgraph.interop.checkpoints.checkpoint import INDEX, Checkpoint
 from peftgraph.interop.checkpoints.updates import Read, Updates
-from peftgraph.utils.atomic_files import atomic
+from peftgraph.utils.atomic_files import atomic_file
 
 
 def write_shards(
@@ -53,10 +53,10 @@ def write_shards(
                 kept += 1
                 continue
             values = {key: partial(_finite, checkpoint, updates, key, read) for key in file.slots if key in changed}
-            with atomic(path) as temporary, temporary.open("wb", buffering=0) as handle:
+            with atomic_file(path) as temporary, temporary.open("wb", buffering=0) as handle:
                 file.rewrite(handle, values, behind)
     if (checkpoint.folder / INDEX).is_file():
-        with atomic(target / INDEX) as temporary:
+        with atomic_file(target / INDEX) as temporary:
             shutil.copyfile(checkpoint.folder / INDEX, temporary)
     return kept
 

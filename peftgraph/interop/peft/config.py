@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from peftgraph.errors import AdapterError, PeftGraphError
 from peftgraph.interop.documents import read_object
-from peftgraph.utils.bounded_regex import regular
+from peftgraph.utils.bounded_regex import compile_bounded
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -193,7 +193,7 @@ class PeftConfig:
 
     def _match(self, pattern: str, path: str) -> Any:
         try:
-            return regular(pattern).match(path)
+            return compile_bounded(pattern).match(path)
         except PeftGraphError as error:
             raise AdapterError(f"{self.directory / CONFIG} is damaged: {error}") from None
 

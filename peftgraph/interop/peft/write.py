@@ -24,7 +24,7 @@ from peftgraph.interop.written import Places, Written
 from peftgraph.ir.program import ProgramData
 from peftgraph.rewrite.finalize import finalize
 from peftgraph.sites import Sites
-from peftgraph.utils.atomic_files import whole_folder
+from peftgraph.utils.atomic_files import atomic_directory
 
 Writer = Callable[[ProgramData, Sites, Places], Written]
 
@@ -127,7 +127,7 @@ def _write(directory: Path, config: str, tensors: bytes) -> None:
     others = {path.name for path in directory.glob("*")} - {CONFIG, TENSORS, README}
     if others:
         raise AdapterError(f"{directory} holds {min(others)}, which is not peft's. Choose another directory.")
-    with whole_folder(directory) as fresh:
+    with atomic_directory(directory) as fresh:
         (fresh / CONFIG).write_text(config, encoding="utf-8")
         (fresh / TENSORS).write_bytes(tensors)
         if (directory / README).exists():

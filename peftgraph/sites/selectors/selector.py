@@ -20,7 +20,7 @@ from typing import Any, Final, Protocol, runtime_checkable
 from peftgraph.errors import PeftGraphError
 from peftgraph.sites.roles import WORDS, parts_of, role_of, selected_by
 from peftgraph.sites.site import Site
-from peftgraph.utils.bounded_regex import regular
+from peftgraph.utils.bounded_regex import compile_bounded
 
 FILTERS: Final = ("layers", "layer", "stack", "kind", "expert")
 
@@ -223,7 +223,7 @@ class Where(Selector):
         )
         if self.path is None:
             return
-        regular(self.path)
+        compile_bounded(self.path)
         # \" and " are one regular expression, and only the second can be written between quotes
         plain = re.sub(r"\\.", lambda pair: '"' if pair[0] == '\\"' else pair[0], self.path, flags=re.DOTALL)
         object.__setattr__(self, "path", plain)
@@ -236,7 +236,7 @@ class Where(Selector):
         shape = site.shape or ()
         features = ((self.out_features, shape[:1]), (self.in_features, shape[1:2]))
         return (
-            (self.path is None or regular(self.path).fullmatch(site.path))
+            (self.path is None or compile_bounded(self.path).fullmatch(site.path))
             and (self.shape is None or site.shape == self.shape)
             and all(asked is None or (bool(size) and asked.holds(size[0])) for asked, size in features)
         )
