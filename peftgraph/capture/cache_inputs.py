@@ -1,11 +1,12 @@
 """Examples that ask for a cache: the keys and values of an earlier call stand among the inputs that are traced.
 
-The graph of such a call serves every call. Without earlier ones it is the graph of a first call (`modes.without_past`).
+The graph of such a call serves every call; `without_cached_inputs` derives the graph of a first call from it.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain, count
 from typing import Any
 
 import torch
@@ -110,7 +111,8 @@ def _free_size(example: Example, shapes: list[Any], length: int) -> int:
     """A number of earlier tokens that, as its sum with `length`, is no other size."""
     taken = {size for tensor in example.tensors for size in tensor.shape}
     taken |= {size for pair in shapes for shape, _ in pair for size in shape}
-    return next(prime for prime in PRIMES if not taken & {prime, prime + length})
+    sizes = chain(PRIMES, count(PRIMES[-1] + 1))
+    return next(size for size in sizes if not taken & {size, size + length})
 
 
 def _random(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device, source: torch.Generator) -> Tensor:

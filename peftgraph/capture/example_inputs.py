@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain, count
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class Example:
         leaves: every leaf of the arguments, in order.
         assumed: arguments that the caller did not give.
         kv_cache: how the model takes keys and values of earlier calls; the argument is a tuple of tensors here.
-        defaults: what stands for an argument that a call leaves out, by its name (see `Input.fill`).
+        defaults: what stands for an argument that a call leaves out, by its name (see `InputSpec.default`).
         fixed: the axes whose sizes stay the example's, by the key of a leaf.
         assume: the truth that tensors have at lines of the model's code.
     """
@@ -173,7 +174,7 @@ def with_distinct_batch(example: Example) -> Example:
     (batch,) = firsts
     if batch > 1 and batch not in others:
         return example
-    size = next(prime for prime in PRIMES if prime not in others)
+    size = next(size for size in chain(PRIMES, count(PRIMES[-1] + 1)) if size not in others)
 
     def resize(value: Any) -> Any:
         if not isinstance(value, Tensor) or value.dim() == 0:

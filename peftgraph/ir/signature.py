@@ -64,8 +64,8 @@ class InputSpec:
         dtype: what it was traced with; another dtype of the same kind (integer, floating, bool) is accepted.
         dims: one entry a dimension: an int that the model's own code fixed, or a symbol's name.
         optional: whether `forward` has a default for it.
-        default: what stands for it in a call that leaves it out, by the name that `past.fill` knows; None: nothing.
-        fixed: what fixed the dimensions that are numbers: by dimension, a line of the model's code or BY_CALLER.
+        default: what stands for it in a call that leaves it out, by name (see `default_input`); None: nothing.
+        fixed: what fixed the dimensions that are numbers: by dimension, a line of the model's code or FIXED_BY_CALLER.
     """
 
     name: str

@@ -37,7 +37,7 @@ def outline_blocks(
     """`graph` with a call of a module in the place of each of its marked blocks; the modules get their code.
 
     Args:
-        graph: the graph to cut, marked by `spans.mark`. Blocks that cannot be called as one lose their marks.
+        graph: the graph to cut, marked by `mark_block_regions`. Blocks that cannot be called as one lose their marks.
         blocks: what the marks are numbers of.
         name: of the graph, under which the modules keep their code.
         compiled: makes code.

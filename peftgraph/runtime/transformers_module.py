@@ -175,7 +175,9 @@ class TransformersModule(GraphModule):
 
     def _fill(self, tensors: list[Tensor | None], before: int) -> None:
         """Gives inputs that were left out, in place, what the model takes for them."""
-        like = mask = next(value for value in tensors if value is not None)
+        like = mask = next((value for value in tensors if value is not None), None)
+        if like is None or mask is None:
+            raise CallError(f"A call needs at least one tensor: {self._peftgraph.signature.describe()}.")
         specs = sorted(
             enumerate(self._peftgraph.signature.inputs), key=lambda one: one[1].default != "ones"
         )  # the mask comes first
