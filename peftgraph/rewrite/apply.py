@@ -25,6 +25,7 @@ from peftgraph.ir.shape_inference import ShapeInference, fake_mode_of, guards_su
 from peftgraph.ir.tensor_names import TensorNames
 from peftgraph.ir.tensor_table import TensorEntry, TensorTable
 from peftgraph.ir.verifier import verify
+from peftgraph.rewrite.checks import check_delta, check_join, check_values
 from peftgraph.rewrite.joins import AddProduct
 from peftgraph.rewrite.match import Match, is_given, match_all
 from peftgraph.rewrite.method import Pass
@@ -140,6 +141,7 @@ def _chosen(program: ProgramData, sites: Sites, method: Pass) -> list[tuple[int,
     chosen: list[tuple[int, Rule, Site]] = []
     rules = method.rules()
     for number, rule in enumerate(rules):
+        check_join(str(method), rule.join)
         found = sites.select(rule.at) if rule.optional else sites.require(rule.at)
         kept = [m.site for m in match_all(program, sites, found) if rule.where is None or rule.where(m)]
         if not kept and not rule.optional:
@@ -301,12 +303,12 @@ class _Work:
         if leader is not None:
             builder.owner, builder.shared_parameters = leader.owner, leader.entries
         match = replace(match, builder=builder)
-        with guards_suppressed(
-            self.common.inference.mode
-        ):  # a rule that takes a symbol for a number fixes it for no other
-            delta = rule.delta(match, builder)
+        # A rule that takes a symbol for a number fixes it for no other.
+        with guards_suppressed(self.common.inference.mode):
+            delta = check_delta(builder.pass_spec, match, rule.delta(match, builder))
             count = len(builder.nodes)
-            values = rule.join.combine(match, builder, delta)
+            combined = rule.join.combine(match, builder, delta)
+            values = check_values(builder.pass_spec, match, rule.join, combined)
         self._made[use] = builder
         moves: list[Move] = []
         resized: list[fx.Node] = []

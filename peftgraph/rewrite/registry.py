@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar, cast
 
@@ -52,6 +54,19 @@ def register(cls: C) -> C:
         raise RecipeError(f"{_path(cls)} cannot have the word {word!r}, which is that of {taken}. Choose another word.")
     _registered[word] = cls
     return cls
+
+
+@contextmanager
+def temporarily_registered(classes: Iterable[type[Pass]]) -> Iterator[None]:
+    """Registers passes within a `with` block; afterwards those are known that were known before."""
+    before = dict(_registered)
+    try:
+        for cls in classes:
+            register(cls)
+        yield
+    finally:
+        _registered.clear()
+        _registered.update(before)
 
 
 def find_pass(word: str) -> type[Pass]:

@@ -11,6 +11,7 @@ from torch import fx
 
 from peftgraph.errors import PeftGraphError
 from peftgraph.ir.builder import Builder
+from peftgraph.rewrite.checks import check_gated
 from peftgraph.rewrite.match import INPUT, Match
 from peftgraph.rewrite.rule import Rule
 from peftgraph.rewrite.sequence.token_inputs import find_token_inputs, read_token_mask, to_device_of
@@ -57,7 +58,7 @@ def gated(rule: Rule, gate: Gate) -> Rule:
             sizes = [op.call(aten.sym_size.int, x_BTD, axis) for axis in (0, 1)]
             opening = op.call(aten.expand.default, op.call(aten.unsqueeze.default, opening, 1), sizes)
         opening = op.call(aten.reshape.default, opening, [-1, *[1] * (axes - 1)])
-        return rule.join.gate(m, op, change, opening)
+        return check_gated(op.pass_spec, m, rule.join, change, opening, rule.join.gate(m, op, change, opening))
 
     return replace(rule, delta=delta, fold="a gate that reads the input stands before it", max_rank=None)
 
