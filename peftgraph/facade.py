@@ -4,6 +4,7 @@ What writers of passes need besides is in `peftgraph.authoring`.
 """
 
 from peftgraph import losses as losses
+from peftgraph import plugins as plugins
 from peftgraph import prompts as prompts
 from peftgraph.errors import AdapterError as AdapterError
 from peftgraph.errors import Ambiguous as Ambiguous

@@ -18,8 +18,7 @@ from peftgraph.errors import AdapterError, Conflict, PeftGraphError, TraceError
 from peftgraph.folding import fold as _fold
 from peftgraph.folding.proof import Proof
 from peftgraph.interop import native, write_back
-from peftgraph.interop.formats import load_directory
-from peftgraph.interop.peft.write import save_peft
+from peftgraph.interop.adapter_formats import OWN, load_adapter, save_adapter
 from peftgraph.ir.printer import assign_labels, print_diff, print_program, size_names
 from peftgraph.ir.program import ProgramData
 from peftgraph.ir.verifier import verify as check_rules
@@ -31,7 +30,7 @@ from peftgraph.rewrite.mix import mix
 from peftgraph.rewrite.skipped_sites import warn_of
 from peftgraph.runtime.block_regions import find_block_regions
 from peftgraph.runtime.copying import NotPicklable
-from peftgraph.runtime.export import export
+from peftgraph.runtime.export.exported_program import export_program
 from peftgraph.runtime.module import GraphModule
 from peftgraph.runtime.submodule_module import embed_in_model
 from peftgraph.runtime.transformers_module import make_transformers_module
@@ -232,14 +231,14 @@ class Program(NotPicklable, ProgramData):
         return make_transformers_module(self, blocks, self.model_class, save)
 
     def export(self, path: str | PathLike[str]) -> Path:
-        """Writes the graph by suffix: `.pt2` (torch.export) or `.onnx`.
+        """Writes the graph in the format of the path's suffix: `.pt2` (torch.export), `.onnx`, or that of a plug-in.
 
         Raises:
-            ExportError: another suffix, or the exporter refuses.
+            ExportError: no exporter has the suffix, or the exporter refuses.
             Conflict: several named adapters train copies of one tensor; `only` chooses one.
         """
         self.require_one_adapter()
-        return export(self, Path(path))
+        return export_program(self, Path(path))
 
     def write_back(self, model: nn.Module) -> nn.Module:
         """Copies the weights into a plain instance of the original class, in place, and returns it.
@@ -249,39 +248,40 @@ class Program(NotPicklable, ProgramData):
         """
         return write_back(self, model)
 
-    def save_adapter(self, directory: str | PathLike[str], format: Literal["peftgraph", "peft"] = "peftgraph") -> Path:
+    def save_adapter(self, directory: str | PathLike[str], format: str = OWN) -> Path:
         """Writes the trained parameters and what they belong to; returns the directory.
 
         Args:
             directory: where.
-            format: our own (the recipe and the base's fingerprint), or "peft" for `PeftModel.from_pretrained`. That
-                knows LoRA, DoRA, (IA)3, prefixes, prompts, trained tokens and LLaMA-Adapter, one method at a time,
-                with biases, tokens and whole modules that train beside it; a part of a fused weight is written with
-                rows of zeros.
+            format: our own (the recipe and the base's fingerprint), or that of a plug-in: "peft" is for
+                `PeftModel.from_pretrained`. It knows LoRA, DoRA, (IA)3, prefixes, prompts, trained tokens and
+                LLaMA-Adapter, one method at a time, with biases, tokens and whole modules that train beside it; a part
+                of a fused weight is written with rows of zeros.
 
         Raises:
-            AdapterError: there is nothing to save, or the format cannot say it: the message names the pass and the
-                site.
+            AdapterError: there is nothing to save, or the format is unknown or cannot say it: the message names the
+                pass and the site.
             PeftGraphError: the disk refuses; what was there before stays.
         """
-        if format not in ("peftgraph", "peft"):
-            raise AdapterError(f'format must be "peftgraph" or "peft", got {format!r}.')
-        path = _path(directory)
-        return save_peft(self, self.sites, path) if format == "peft" else native.save(self, path)
+        return save_adapter(self, self.sites, _path(directory), format)
 
-    def load_adapter(self, directory: str | PathLike[str], name: str | None = None) -> Program:
+    def load_adapter(
+        self, directory: str | PathLike[str], name: str | None = None, format: str | None = None
+    ) -> Program:
         """The program after the saved passes, with their trained parameters.
 
         Args:
-            directory: what `save_adapter` wrote, or peft's `save_pretrained`, or the `adapters` library (safetensors).
+            directory: what `save_adapter` wrote, or peft's `save_pretrained`, or the `adapters` library (safetensors),
+                or any other software whose format is a plug-in (`peftgraph.plugins`).
             name: another name for the adapter, when one of that name is there already.
+            format: of the directory; by default it is recognised by its files.
 
         Raises:
             AdapterError: the files are damaged, fit another base, or say what no pass does; this program is unchanged.
         """
         if not isinstance(name, str | None):
             raise AdapterError(f"The name of an adapter is text, got {name!r}.")
-        return load_directory(self, self.sites, self.apply, _path(directory), name)
+        return load_adapter(self, self.sites, self.apply, _path(directory), name, format)
 
     def __str__(self) -> str:
         passes = "; ".join(str(applied.method) for applied in self.history) or "no passes"

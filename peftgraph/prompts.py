@@ -1,6 +1,6 @@
-"""Prompts as values: start one from another task's, and find the tasks whose prompts are most alike (SPoT).
+"""Compares and transfers prompts: initialises one from another task's, and finds the most similar tasks (SPoT).
 
-A prompt is (L, D), L rows of D features: what `Prompt` trains, and what P-tuning's encoder gives. A prompt of a source
+A prompt is (L, D), L rows of D features, which `Prompt` trains and P-tuning's encoder computes. A prompt of a source
 task initialises that of the target task; sources are ranked by the cosine similarity of prompts, of their mean rows or
 of all pairs of rows. Source: arXiv 2110.07904 (Vu et al., 2022).
 """
@@ -23,7 +23,7 @@ Comparison = Literal["mean", "rows"]
 
 
 def prompt_of(program: ProgramData, name: str = "") -> Tensor:
-    """A copy of the rows (L, D) that a prompt pass of the program holds, or that its encoder gives.
+    """Returns a copy of the rows (L, D) that a prompt pass of the program holds, or that its encoder computes.
 
     Args:
         program: a program with a prompt.
@@ -52,7 +52,7 @@ def start(program: ProgramData, prompt: Tensor, name: str = "") -> None:
 
 
 def similarity(a: Tensor, b: Tensor, by: Comparison = "mean") -> float:
-    """How alike two prompts (L, D) and (M, D) are, from -1 to 1.
+    """Computes the similarity of two prompts (L, D) and (M, D), from -1 to 1.
 
     Args:
         a: one prompt.
@@ -73,12 +73,12 @@ def similarity(a: Tensor, b: Tensor, by: Comparison = "mean") -> float:
 def nearest(
     target: Tensor, sources: Mapping[str, Tensor], count: int = 1, by: Comparison = "mean"
 ) -> list[tuple[str, float]]:
-    """The source tasks whose prompts are most like a target's, with their similarities, the nearest first.
+    """Returns the source tasks with the prompts most similar to a target's, and the similarities, the nearest first.
 
     Args:
         target: (M, D).
         sources: (L, D) by the name of the task.
-        count: how many are wanted.
+        count: how many to return.
         by: as for `similarity`.
 
     Raises:
@@ -91,11 +91,10 @@ def nearest(
 
 
 def blend(target: Tensor, sources: Mapping[str, Tensor], count: int, by: Comparison = "mean") -> Tensor:
-    """The mean of the nearest prompts (L, D), weighted by their similarities; arguments as for `nearest`.
+    """Returns the mean of the nearest prompts (L, D), weighted by their similarities; arguments as for `nearest`.
 
     Raises:
-        PeftGraphError: as `nearest`; or a chosen source is no more like the target than its opposite, so that it has no
-            weight; or the lengths differ.
+        PeftGraphError: as `nearest`; or the similarity of a chosen source is not positive; or the lengths differ.
     """
     chosen = nearest(target, sources, count, by)
     if chosen[-1][1] <= 0:
@@ -109,16 +108,25 @@ def blend(target: Tensor, sources: Mapping[str, Tensor], count: int, by: Compari
 
 
 def _prompts(program: ProgramData) -> dict[str, Tensor]:
+    """Returns the rows of all prompts of a program, by full name."""
     stored = {name: entry.tensor.detach() for name, entry in program.table.items() if entry.added}
     found = stored | derived_values(program)
     return {name: value for name, value in found.items() if name.rpartition(".")[2] == LEAF}
 
 
 def _only(program: ProgramData, name: str) -> str:
+    """Returns the full name of the one prompt of a program, or of the pass of a name.
+
+    Raises:
+        PeftGraphError: there is none, or there are several.
+    """
     found = [path for path in _prompts(program) if not name or path.split(".")[-2] == name]
-    if len(found) != 1:
-        which = f"prompt called {name!r}" if name else "prompt"
-        raise PeftGraphError(f"The program has {len(found)} of the wanted one {which}: {', '.join(found) or 'none'}.")
+    if not found:
+        raise PeftGraphError(
+            f"No pass called {name!r} has a prompt." if name else "No pass of this program has a prompt."
+        )
+    if len(found) > 1:
+        raise PeftGraphError(f"Several passes have a prompt: {', '.join(found)}. Choose one by its name: name=...")
     return found[0]
 
 

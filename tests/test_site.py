@@ -77,6 +77,7 @@ REFERENCE = {
     "authoring": {"peftgraph/authoring/__init__.py": "peftgraph.authoring."}
     | {f"peftgraph/authoring/{topic}.py": f"peftgraph.authoring.{topic}." for topic in TOPICS},
     "passes": {"passes/__init__.py": "passes."},
+    "plugins": {"peftgraph/plugins.py": "peftgraph.plugins."},
 }
 
 

@@ -1,4 +1,4 @@
-"""The typer application: global options, commands, and how errors leave it.
+"""Defines the typer application: global options, commands, and how errors become exit codes.
 
 Exit codes: 0 done; 1 something the user can fix (one line on stderr says what); 2 wrong usage; 3 a bug in peftgraph.
 """
@@ -18,8 +18,8 @@ from peftgraph.errors import PeftGraphError
 USER_ERROR, BUG = 1, 3
 
 
-class Guarded(TyperGroup):
-    """Turns what a command raises into one line on stderr and an exit code; `--debug` adds the traceback."""
+class GuardedCommands(TyperGroup):
+    """Turns an error of a command into one line on stderr and an exit code; `--debug` adds the traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         """Runs the chosen command."""
@@ -44,7 +44,7 @@ def _show(message: str, debug: bool) -> None:
 
 
 app = typer.Typer(
-    cls=Guarded,
+    cls=GuardedCommands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -69,7 +69,7 @@ def options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Options of every command."""
+    """Sets the options that all commands share."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

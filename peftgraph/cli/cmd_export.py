@@ -1,4 +1,4 @@
-"""`peftgraph export`: a model, with an adapter or without, as a file that runs without peftgraph."""
+"""`peftgraph export`: writes a model, with or without an adapter, as a file that runs without peftgraph."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import typer
 
 from peftgraph.cli.cmd_inspect import Source
 from peftgraph.cli.console import OUT, working
+from peftgraph.runtime.export.registry import find_exporter, suffixes
 
 
 def export(
     source: Source,
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The suffix says the format: .pt2 or .onnx.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help=f"The suffix says the format: {suffixes()}.")],
     adapter: Annotated[
         Path | None, typer.Option("--adapter", metavar="DIR", help="Merge this adapter on the way.")
     ] = None,
 ) -> None:
-    """Writes the graph as .pt2 (torch.export) or .onnx. What of an adapter cannot be folded stays in the graph."""
+    """Writes the graph as a file. Edits of an adapter that cannot be folded stay in the graph."""
     import peftgraph as pg
     from peftgraph.cli.models import load, trace
 
-    if out.suffix not in (".pt2", ".onnx"):
-        raise pg.ExportError(f"{out}: the suffix says the format; known are .pt2, .onnx.")
+    find_exporter(out)  # before the model is traced
     program = trace(load(source))
     if adapter is not None:
         with working("folding, with proof"):

@@ -1,4 +1,4 @@
-"""`peftgraph inspect`: what a model is made of, found by structure, without its weights."""
+"""`peftgraph inspect`: shows the parts of a model, found by structure, without its weights."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def inspect(
 
 
 def show(program: pg.Program, sites: tuple[pg.Site, ...], chosen: bool, every: bool) -> None:
-    """The table of the model, or of the chosen sites, and how many there are of each role."""
+    """Prints the table of the model, or of the chosen sites, and the number of sites of each role."""
     from peftgraph.cli.tables import OutlineTable, listing
     from peftgraph.draw import outline
 
@@ -85,7 +85,7 @@ def write_page(program: pg.Program, path: Path, seconds: float) -> None:
 
 
 def as_document(program: pg.Program, sites: tuple[pg.Site, ...]) -> dict[str, Any]:
-    """What `inspect` found, as JSON."""
+    """Returns what `inspect` found, as JSON."""
     from peftgraph.cli.tables import layout
 
     return {

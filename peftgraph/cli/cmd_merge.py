@@ -1,4 +1,4 @@
-"""`peftgraph merge`: an adapter folded into its base, as an ordinary transformers folder, with the proof."""
+"""`peftgraph merge`: folds an adapter into its base and writes an ordinary transformers folder, with the proof."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ import typer
 
 from peftgraph.cli.cmd_inspect import Source
 from peftgraph.cli.console import OUT, report, working
-from peftgraph.cli.files import atomic_folder, check_target, check_unchanged, copy_companions, stamps
+from peftgraph.cli.output_folder import atomic_folder, check_target, check_unchanged, copy_companions, stamps
 
 
 def merge(
     source: Source,
     adapter: Annotated[
-        Path, typer.Argument(metavar="ADAPTER", help="A folder that save_adapter, apply --out or peft wrote.")
+        Path,
+        typer.Argument(
+            metavar="ADAPTER", help="A folder with an adapter: of peftgraph, peft, or another format that it reads."
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR2", help="Where the merged model goes.")],
     force: Annotated[
@@ -29,19 +32,19 @@ def merge(
         typer.Option(
             "--by-shard/--whole",
             help="Tensor by tensor, in the memory of a few of them and resumable, or in memory, with outputs compared. "
-            "Default: by shard where the weights are in several files, or the adapter is peft's.",
+            "Default: by shard where the weights are in several files, or the adapter's format needs no trace (peft).",
         ),
     ] = None,
 ) -> None:
     """Folds an adapter into a model and writes a plain transformers model, with the proof of what changed."""
-    from peftgraph.cli import merge_shards
+    from peftgraph.cli import merge_by_shard
 
     if by_shard is None:
-        by_shard = not untie and merge_shards.is_default(source, adapter)
+        by_shard = not untie and merge_by_shard.is_default(source, adapter)
     if by_shard:
         if untie:
             raise typer.BadParameter("--untie changes how many tensors there are and needs --whole")
-        merge_shards.merge(source, adapter, out, force)
+        merge_by_shard.merge(source, adapter, out, force)
     else:
         _merge_whole(source, adapter, out, force, untie)
 

@@ -1,4 +1,4 @@
-"""Where output goes: results on stdout, progress and errors on stderr."""
+"""Prints results to stdout, progress and errors to stderr."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ ERR = Console(stderr=True)
 
 @contextmanager
 def working(what: str) -> Iterator[Callable[[str, int, int], None]]:
-    """Shows on stderr that `what` goes on, and how long it took once it took over a second.
+    """Shows on stderr that `what` is running, and its duration where that was over a second.
 
-    What it gives shows a phase, how many of its steps have begun, and how many there are (0 where that is unknown).
+    Yields a function that shows a phase, the number of its steps that have begun, and their total (0 for unknown).
     """
     start = time.perf_counter()
     # The stream of this moment, since tracing silences whatever writes to sys.stderr later.
@@ -36,13 +36,13 @@ def working(what: str) -> Iterator[Callable[[str, int, int], None]]:
 
 
 def report(out: Path, copied: list[str]) -> None:
-    """Says where a merged model was written, and what was copied with it."""
+    """Prints where a merged model was written, and what was copied with it."""
     beside = f", with {', '.join(copied)}" if copied else ""
     OUT.print(f"merged model written to {out}{beside}", style="bold", highlight=False)
 
 
 def hush() -> None:
-    """Keeps the libraries' own progress bars and notes off the terminal."""
+    """Silences the progress bars and notes of other libraries."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

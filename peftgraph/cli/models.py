@@ -1,4 +1,4 @@
-"""Models from local files: the configuration, the empty model on the meta device, the model with its weights.
+"""Builds models from local files: the configuration, the empty model on the meta device, the model with its weights.
 
 Nothing is downloaded and no code of a checkpoint is run; only safetensors are read.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def read_config(source: Path) -> PretrainedConfig:
-    """The configuration in a folder, or in a file of its own.
+    """Reads the configuration in a folder, or in a file of its own.
 
     Raises:
         PeftGraphError: it is missing, damaged, or of an architecture that transformers does not have.
@@ -45,7 +45,7 @@ def read_config(source: Path) -> PretrainedConfig:
 
 
 def skeleton(source: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model of a configuration on the meta device: every shape, no memory.
+    """Builds the model of a configuration on the meta device: with every shape, and no memory.
 
     Args:
         source: the folder or the configuration.
@@ -67,7 +67,7 @@ def skeleton(source: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
 
 
 def load(source: Path) -> PreTrainedModel:
-    """The model of a folder with its weights.
+    """Loads the model of a folder with its weights.
 
     Raises:
         PeftGraphError: the folder holds no usable configuration, no safetensors, or not all of the model's weights.
@@ -97,16 +97,16 @@ def load(source: Path) -> PreTrainedModel:
 
 
 def trace(model: PreTrainedModel) -> pg.Program:
-    """The program of a transformers model, traced on inputs made from its configuration."""
+    """Traces a transformers model on inputs made from its configuration."""
     import peftgraph as pg
-    from peftgraph.cli.examples import example_inputs
+    from peftgraph.cli.model_inputs import example_inputs
 
     with working("tracing") as progress:
         return pg.trace(model, example_inputs(model), progress=progress)
 
 
 def model_class(config: PretrainedConfig, source: Path) -> Any:
-    """The class that the configuration names, else the bare model of its type.
+    """Returns the class that the configuration names, else the bare model of its type.
 
     Raises:
         PeftGraphError: transformers has no such class.
@@ -123,7 +123,7 @@ def model_class(config: PretrainedConfig, source: Path) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, for a message of one line."""
+    """Returns the first line of an error's text, for a message of one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
@@ -138,7 +138,7 @@ def _config_path(source: Path) -> Path:
 
 
 def _document(path: Path) -> dict[str, Any]:
-    from peftgraph.interop.documents import parse_json
+    from peftgraph.interop.checked_files import parse_json
     from peftgraph.utils.atomic_files import read_regular_file
 
     try:

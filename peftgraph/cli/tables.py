@@ -1,4 +1,4 @@
-"""Programs as rich tables: what the model is made of, its sites one by one, and the parameters counted in each way."""
+"""Renders programs as rich tables: the parts of the model, its sites one by one, and the counts of parameters."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ HEADINGS = ("role", "weight", "out x in", "heads", "notes")
 
 
 class OutlineTable:
-    """What a model is made of: a section for each distinct block and for what stands around the blocks.
+    """Renders the parts of a model: a section for each distinct block and for the parts around the blocks.
 
-    The columns of all sections are aligned; names and notes fold into what the terminal's width leaves them.
+    The columns of all sections are aligned; names and notes wrap to fit the terminal's width.
     """
 
     def __init__(self, outline: Outline) -> None:
@@ -77,7 +77,7 @@ def _grid(rows: Sequence[Sequence[Text]], widths: Sequence[int]) -> Table:
 
 
 def _prefix(section: Section) -> str:
-    """The start that all paths of a section share, up to a whole word and not all of any path."""
+    """Returns the whole words that all paths of a section begin with, but never all of a path."""
     paths = [part.path.split(".")[:-1] for part in section.parts if part.path]
     if len(section.parts) < 3:
         return ""
@@ -101,7 +101,7 @@ def _cells(part: Part, prefix: str) -> list[Text]:
 
 
 def listing(sites: Sequence[pg.Site], every: bool = False) -> Table:
-    """Sites as rows: those that differ by their layer alone share one, unless `every` has a row of its own."""
+    """Renders sites as rows; sites that differ by their layer alone share a row, unless `every` is on."""
     from peftgraph.draw.collect import starred
     from peftgraph.sites.explanations.listing import ranges
 
@@ -122,7 +122,7 @@ def listing(sites: Sequence[pg.Site], every: bool = False) -> Table:
 
 
 def _title(site: pg.Site) -> str:
-    """What a site's id is without its layer."""
+    """Returns a site's id without its layer."""
     words = (site.stack, "cross" if site.kind == "cross" else None, site.role)
     return ".".join(word for word in words if word)
 
@@ -144,7 +144,7 @@ def colour(role: str) -> str:
 
 
 def count_table(count: Any) -> Table:
-    """The parameters of a program, counted in each way."""
+    """Renders the parameters of a program, counted in each way."""
     table = Table(
         title="parameters, counted in each way",
         title_justify="left",
@@ -162,7 +162,7 @@ def count_table(count: Any) -> Table:
 
 
 def count_rows(count: Any) -> list[tuple[str, int, str]]:
-    """The rows of the table of counts: name, values, meaning."""
+    """Returns the rows of the table of counts: name, values, meaning."""
     return [
         ("trainable", count.trainable, "moved by training"),
         ("added", count.added, "parameters that the recipe adds; none are left after folding"),
@@ -172,11 +172,11 @@ def count_rows(count: Any) -> list[tuple[str, int, str]]:
 
 
 def ranks(count: Any) -> str:
-    """The ranks of a program's changes, in words."""
+    """Returns the ranks of a program's changes, in words."""
     return str(count).rpartition("changes: ")[2]
 
 
 def layout(sites: Iterable[pg.Site]) -> str:
-    """Where the norms stand, over all blocks: "pre-norm", "post-norm"."""
+    """Returns where the norms are, over all blocks: "pre-norm", "post-norm"."""
     found = sorted({site.layout for site in sites if site.layout is not None})
     return ", ".join(f"{name}-norm" for name in found) or "unknown"

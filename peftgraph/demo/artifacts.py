@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import peftgraph as pg
 from peftgraph.cli.console import working
-from peftgraph.cli.files import atomic_folder, copy_companions
+from peftgraph.cli.output_folder import atomic_folder, copy_companions
 from peftgraph.demo import terminal
 from peftgraph.demo.classifier import Classifier, accuracy, map_sentences
 from peftgraph.demo.encoder import encoder_folder

@@ -1,154 +1,181 @@
-"""Charts as inline SVG, drawn here: no script, no font, no address outside of the page. Colours are CSS classes."""
+"""Draws the charts of the quickstart's report by matplotlib, as SVG to put into an HTML page.
+
+A chart has no background, and its colours are the page's CSS variables, so that it follows a light or dark scheme; text
+is text in the page's font. Equal data give equal bytes.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import io
+import re
+from collections.abc import Callable, Sequence
 from html import escape
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 Point = tuple[float, float]
-WIDTH, HEIGHT = 480, 240
-MAP = 760  # the width of the site map
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 30
+PIXELS = 72  # an inch of a figure: SVG units are then the page's pixels
+# CSS variable of the page -> the colour that stands for it while matplotlib draws.
+COLOURS = {
+    "ink": "#1c2330",
+    "soft": "#5c6675",
+    "grid": "#e6eaf1",
+    "a": "#2563c9",
+    "b": "#0f8a5f",
+    "c": "#b4570a",
+    "pale": "#b9c4d6",
+    "bad": "#c23b3b",
+    "onfill": "#fefefe",
+}
+SETTINGS: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.size": 12,
+    "text.color": COLOURS["ink"],
+    "axes.edgecolor": "none",
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": COLOURS["grid"],
+    "xtick.color": COLOURS["soft"],
+    "ytick.color": COLOURS["soft"],
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "lines.solid_capstyle": "round",
+}
 
 
-def line_chart(
-    series: Sequence[tuple[str, str, Sequence[Point]]],
-    label: str,
-    percent: bool = False,
-    level: tuple[str, float] | None = None,
-) -> str:
-    """Lines over steps.
+def loss_chart(losses: Sequence[Point], mean: Sequence[Point]) -> str:
+    """Draws the loss over steps: every step, and a moving mean."""
+
+    def draw(axes: Axes) -> None:
+        axes.plot(*_columns(losses), color=COLOURS["a"], alpha=0.35, linewidth=1)
+        axes.plot(*_columns(mean), color=COLOURS["a"], linewidth=2.4)
+        _label_steps(axes, losses)
+
+    return _render(draw, 480, 240, "training loss over steps")
+
+
+def accuracy_chart(checks: Sequence[Point], baseline: float) -> str:
+    """Draws validation accuracies over steps, and the baseline's as a dashed line."""
+
+    def draw(axes: Axes) -> None:
+        axes.axhline(baseline, color=COLOURS["c"], linewidth=1.6, dashes=(4, 3))
+        axes.plot(*_columns(checks), color=COLOURS["b"], linewidth=2.4, marker="o", markersize=7, clip_on=False)
+        _label_steps(axes, checks)
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
+        axes.annotate(
+            "frozen head", (1, baseline), xycoords=("axes fraction", "data"), xytext=(0, 5), color=COLOURS["c"],
+            textcoords="offset points", ha="right",
+        )  # fmt: skip
+
+    return _render(draw, 480, 240, "validation accuracy over steps")
+
+
+def family_chart(rows: Sequence[tuple[str, float, float]]) -> str:
+    """Draws two horizontal bars for each family, shares from 0 to 1: the frozen head's pale, the tuned one's full."""
+
+    def draw(axes: Axes) -> None:
+        for number, (_, frozen, tuned) in enumerate(rows):
+            for offset, value, colour in ((-0.18, frozen, "pale"), (0.18, tuned, "b")):
+                axes.barh(number + offset, value, 0.3, color=COLOURS[colour])
+                axes.text(value + 0.015, number + offset, f"{value:.0%}", va="center", color=COLOURS["soft"])
+        _label_rows(axes, [name for name, _, _ in rows], 1.12)
+
+    return _render(draw, 480, 40 * len(rows) + 8, "test accuracy by family")
+
+
+def confusion_chart(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> str:
+    """Draws counts of true families (rows) by predicted ones (columns); opacity is the share of the row."""
+
+    def draw(axes: Axes) -> None:
+        for i, row in enumerate(matrix):
+            for j, count in enumerate(row):
+                share, colour = count / max(1, sum(row)), COLOURS["b" if i == j else "bad"]
+                cell = Rectangle((j - 0.46, i - 0.46), 0.92, 0.92, color=colour, alpha=0.06 + 0.94 * share, linewidth=0)
+                axes.add_patch(cell)
+                ink, weight = ("onfill", "bold") if share > 0.7 else ("ink", "normal")
+                text = str(count or "")
+                axes.text(j, i, text, ha="center", va="center_baseline", color=COLOURS[ink], weight=weight)
+        size = range(len(names))
+        axes.set_xticks(size, [str(i + 1) for i in size])
+        axes.xaxis.tick_top()
+        axes.set_yticks(size, [f"{i + 1}  {name}" for i, name in enumerate(names)], color=COLOURS["ink"])
+        axes.set(xlim=(-0.5, len(names) - 0.5), ylim=(len(names) - 0.5, -0.5), aspect="equal")
+        axes.grid(False)
+
+    return _render(draw, 480, 36 * len(names) + 34, "confusion matrix on the test part")
+
+
+def latency_chart(rows: Sequence[tuple[str, float, str]], title: str) -> str:
+    """Draws horizontal bars of ratios to the first row; the third entry of a row is the text beside its bar."""
+
+    def draw(axes: Axes) -> None:
+        longest = max((value for _, value, _ in rows), default=1.0)
+        for number, (_, value, text) in enumerate(rows):
+            axes.barh(number, value, 0.6, color=COLOURS[("pale", "c", "b")[number % 3]])
+            axes.text(value + 0.02 * longest, number, text, va="center", color=COLOURS["soft"])
+        _label_rows(axes, [name for name, _, _ in rows], 1.75 * longest)
+
+    return _render(draw, 480, 30 * len(rows) + 8, title)
+
+
+def _columns(points: Sequence[Point]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _label_steps(axes: Axes, points: Sequence[Point]) -> None:
+    """Labels the axis of steps, from 0 to the last one."""
+    last = max((x for x, _ in points), default=1.0)
+    axes.set_xlim(0, max(1.0, last))
+    axes.margins(y=0.12)
+    axes.set_xlabel("step", color=COLOURS["soft"])
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.grid(False, axis="x")
+
+
+def _label_rows(axes: Axes, names: Sequence[str], right: float) -> None:
+    """Labels horizontal bars by name, from top to bottom, and hides the axis of values."""
+    axes.set_yticks(range(len(names)), names, color=COLOURS["ink"])
+    axes.set(xlim=(0, right), ylim=(len(names) - 0.5, -0.5))
+    axes.set_xticks([])
+    axes.grid(False)
+
+
+def _render(draw: Callable[[Axes], None], width: int, height: int, label: str) -> str:
+    """Renders a chart as an SVG element for HTML.
 
     Args:
-        series: for each line its name, its CSS class (`a`, `b`, `thin`) and its points.
+        draw: draws on the axes.
+        width: of the chart, in pixels.
+        height: of the chart, in pixels.
         label: what the chart shows, for screen readers.
-        percent: y values are shares.
-        level: a dashed horizontal line to compare with: its name and value.
     """
-    points = [point for _, _, line in series for point in line]
-    ticks = _ticks([y for _, y in points] + ([level[1]] if level else []))
-    low, high, right = ticks[0], ticks[-1], max((x for x, _ in points), default=1.0) or 1.0
-
-    def at(point: Point) -> Point:
-        x = LEFT + point[0] / right * (WIDTH - LEFT - RIGHT)
-        return x, TOP + (high - point[1]) / (high - low) * (HEIGHT - TOP - BOTTOM)
-
-    parts: list[str] = []
-    for value in ticks:
-        y = at((0, value))[1]
-        parts.append(f'<line class="grid" x1="{LEFT}" y1="{y:.1f}" x2="{WIDTH - RIGHT}" y2="{y:.1f}"/>')
-        parts.append(_text("tick", LEFT - 6, y + 4, f"{100 * value:.0f} %" if percent else f"{value:.1f}", "end"))
-    for i in range(5):
-        shown = f"{right * i / 4:.0f}" if i else "step 0"
-        parts.append(_text("tick", at((right * i / 4, 0))[0], HEIGHT - 8, shown, "end" if i == 4 else "middle"))
-    if level is not None:
-        ends = [at((0, level[1])), at((right, level[1]))]
-        parts += [_line("level", ends, level[0]), _text("note", ends[1][0], ends[1][1] - 6, level[0], "end")]
-    for name, kind, line in series:
-        parts.append(_line(f"line {kind}", [at(point) for point in line], name))
-        if kind != "thin" and len(line) < 15:
-            parts += [_dot(kind, at(point), point, percent) for point in line]
-    return _svg(WIDTH, HEIGHT, label, parts)
+    target = io.StringIO()
+    with matplotlib.rc_context({**SETTINGS, "svg.hashsalt": label}):
+        layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02)
+        figure = Figure(figsize=(width / PIXELS, height / PIXELS), layout=layout, facecolor="none")
+        draw(figure.add_subplot())
+        figure.savefig(target, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    return _inline(target.getvalue(), width, height, label)
 
 
-def paired_bars(rows: Sequence[tuple[str, float, float]], label: str) -> str:
-    """Two horizontal bars a row, shares from 0 to 1: the first is drawn pale, the second full."""
-    height, names = 44, 150
-    span = WIDTH - names - 60
-    parts: list[str] = []
-    for number, (name, first, second) in enumerate(rows):
-        y = number * height
-        parts.append(_text("name", names - 10, y + 23, name, "end"))
-        for top, kind, value in ((y + 5, "pale", first), (y + 20, "full", second)):
-            parts.append(_rect(kind, names, top, max(1.0, span * value), 12))
-            parts.append(_text("tick", names + span * value + 6, top + 10, f"{100 * value:.0f} %"))
-    return _svg(WIDTH, height * len(rows) + 4, label, parts)
-
-
-def confusion(matrix: Sequence[Sequence[int]], names: Sequence[str], label: str) -> str:
-    """Counts of true families (rows) by predicted ones (columns); the darker, the larger the share of the row."""
-    cell, left, top = 40, 165, 24
-    parts = [_text("tick", left + (i + 0.5) * cell, 16, str(i + 1), "middle") for i in range(len(names))]
-    for i, row in enumerate(matrix):
-        y = top + i * cell
-        parts.append(_text("name", left - 10, y + 25, f"{i + 1} {names[i]}", "end"))
-        for j, value in enumerate(row):
-            share, x = value / max(1, sum(row)), left + j * cell
-            title = f"{value} of {sum(row)} sentences of {names[i]} taken for {names[j]}"
-            box = _rect("hit" if i == j else "miss", x + 1, y + 1, cell - 2, cell - 2, 0.06 + 0.94 * share)
-            number = _text("cell dark" if share > 0.45 else "cell", x + cell / 2, y + 25, str(value or ""), "middle")
-            parts.append(f"<g><title>{escape(title)}</title>{box}{number}</g>")
-    return _svg(left + len(names) * cell + 6, top + len(names) * cell + 6, label, parts)
-
-
-def ratio_bars(rows: Sequence[tuple[str, float, str]], label: str) -> str:
-    """Horizontal bars for ratios to the first row; the third entry of a row is its text."""
-    height, names = 30, 80
-    longest = max((value for _, value, _ in rows), default=1.0) or 1.0
-    parts: list[str] = []
-    for number, (name, value, shown) in enumerate(rows):
-        y, width = number * height, (WIDTH - names - 135) * value / longest
-        parts.append(_text("name", names - 10, y + 19, name, "end"))
-        parts.append(_rect(f"full k{number % 3}", names, y + 5, width, 18))
-        parts.append(_text("tick", names + width + 8, y + 19, shown))
-    return _svg(WIDTH, height * len(rows) + 4, label, parts)
-
-
-def site_map(blocks: Sequence[tuple[str, Sequence[tuple[str, tuple[str, ...]]]]], label: str) -> str:
-    """One row a block, one box a site; a box is coloured by the passes on it.
-
-    Args:
-        blocks: for each block its name and its sites: role, and the words of the passes on it.
-        label: what it shows, for screen readers.
-    """
-    left, height, gap = 70, 46, 6
-    box = (MAP - left) / max((len(sites) for _, sites in blocks), default=1)
-    parts: list[str] = []
-    for number, (name, sites) in enumerate(blocks):
-        y = number * height
-        parts.append(_text("name", left - 10, y + 25, name, "end"))
-        for place, (role, passes) in enumerate(sites):
-            x = left + place * box
-            kind = "two" if len(passes) > 1 else "".join(passes) or "plain"
-            shown = role.replace("attention.", "").replace("ffn.", "")
-            title = f"{name} {role}: {', '.join(passes) or 'frozen'}"
-            text = _text("box" if passes else "box off", x + (box - gap) / 2, y + 26, shown, "middle")
-            rect = _rect(f"site {kind}", x, y + 4, box - gap, 34)
-            parts.append(f"<g><title>{escape(title)}</title>{rect}{text}</g>")
-    return _svg(MAP, height * len(blocks) + 2, label, parts)
-
-
-def _ticks(values: Sequence[float]) -> list[float]:
-    """Round numbers that hold all values, four to seven of them."""
-    low, high = min(values, default=0.0), max(values, default=1.0)
-    rough = max(high - low, 0.02) / 4
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
-    first, last = math.floor(low / step), math.ceil(high / step)
-    return [number * step for number in range(first, max(last, first + 1) + 1)]
-
-
-def _line(kind: str, points: Sequence[Point], name: str) -> str:
-    shown = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    return f'<polyline class="{kind}" points="{shown}"><title>{escape(name)}</title></polyline>'
-
-
-def _dot(kind: str, place: Point, point: Point, percent: bool) -> str:
-    shown = f"step {point[0]:g}: " + (f"{100 * point[1]:.1f} %" if percent else f"{point[1]:.2f}")
-    x, y = place
-    return f'<circle class="dot {kind}" cx="{x:.1f}" cy="{y:.1f}" r="4"><title>{shown}</title></circle>'
-
-
-def _text(kind: str, x: float, y: float, text: str, anchor: str = "start") -> str:
-    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
-
-
-def _rect(kind: str, x: float, y: float, width: float, height: float, opacity: float = 1.0) -> str:
-    size = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" rx="4"'
-    return f'<rect class="{kind}" {size} fill-opacity="{opacity:.2f}"/>'
-
-
-def _svg(width: float, height: float, label: str, parts: Sequence[str]) -> str:
-    opening = f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{escape(label)}">'
-    return f"{opening}{''.join(parts)}</svg>"
+def _inline(document: str, width: int, height: int, label: str) -> str:
+    """Turns an SVG document into an element of an HTML page: without addresses, in its font, colours and width."""
+    _, _, body = document.partition("<svg")
+    _, _, body = body.partition(">")
+    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body, flags=re.DOTALL)
+    body = re.sub(r"font-family: [^;\"]+;? ?", "", body)
+    used = set(re.findall(r"#([\w-]+)\"", body)) | set(re.findall(r"url\(#([\w-]+)\)", body))
+    body = re.sub(r' id="([\w.-]+)"', lambda found: found[0] if found[1] in used else "", body)
+    for name, colour in COLOURS.items():
+        body = body.replace(colour, f"var(--{name})")
+    body = re.sub(r"\s*\n\s*", "\n", body)
+    opening = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}" stroke-linejoin="round">'
+    return opening + body.strip()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from peftgraph.demo.charts import confusion, line_chart, paired_bars, ratio_bars, site_map
+from peftgraph.demo.charts import accuracy_chart, confusion_chart, family_chart, latency_chart, loss_chart
 from peftgraph.demo.terminal import export_line, ratio_text, verdict
 from peftgraph.utils.atomic_files import atomic_file
 
@@ -75,30 +75,21 @@ def _opening(m: Mapping[str, Any]) -> dict[str, str]:
 def _curves(m: Mapping[str, Any]) -> dict[str, str]:
     losses = [(float(step), loss) for step, loss in m["curve"]["losses"]]
     smooth = [(step, _mean([loss for _, loss in losses[max(0, i - 9) : i + 1]])) for i, (step, _) in enumerate(losses)]
-    looks = [(float(step), value) for step, value in m["curve"]["validations"]]
-    level = ("frozen head", m["accuracy"]["frozen_validation"])
+    checks = [(float(step), value) for step, value in m["curve"]["validations"]]
     return {
         "back": f"{100 * (1 - m['schedule']['share']):.0f}",
-        "loss": line_chart([("each step", "thin", losses), ("mean of ten", "a", smooth)], "training loss over steps"),
-        "validation": line_chart([("tuned", "b", looks)], "validation accuracy over steps", percent=True, level=level),
+        "loss": loss_chart(losses, smooth),
+        "validation": accuracy_chart(checks, m["accuracy"]["frozen_validation"]),
     }
 
 
 def _structure(m: Mapping[str, Any]) -> dict[str, str]:
     count = m["count"]
-    blocks: list[tuple[str, list[tuple[str, tuple[str, ...]]]]] = [
-        (row["block"], [(role, tuple(passes)) for role, passes in row["sites"]]) for row in m["map"]
-    ]
-    found: set[tuple[str, ...]] = {passes for _, sites in blocks for _, passes in sites}
-    keys = [("two" if len(passes) > 1 else "".join(passes), " and ".join(passes)) for passes in sorted(found) if passes]
-    colours = {"two": "--b", "lora": "--a", "plain": "--plain"}
-    key = "".join(
-        f'<li><i style="background:var({colours.get(kind, "--c")})"></i>{escape(name)}</li>'
-        for kind, name in [*keys, ("plain", "frozen")]
-    )
+    found = {tuple(passes) for row in m["map"] for _, passes in row["sites"]}
+    key = [f'<li><i class="{_kind(passes)}"></i>{escape(" and ".join(passes) or "frozen")}</li>' for passes in found]
     return {
-        "map": site_map(blocks, "the encoder's blocks and the sites that the recipe adapts"),
-        "mapkey": key,
+        "map": "".join(map(_block_row, m["map"])),
+        "mapkey": "".join(sorted(key)),
         "counts": (
             f"{count['trainable']:,} values train; folding rewrites {count['changed']:,} of the {count['total']:,} "
             "base values "
@@ -107,6 +98,21 @@ def _structure(m: Mapping[str, Any]) -> dict[str, str]:
         "proof": escape("\n".join(m["proof"])),
         "recipe": escape("\n".join(m["recipe"])),
     }
+
+
+def _kind(passes: Sequence[str]) -> str:
+    """Returns the CSS class of a site by the passes on it."""
+    return "two" if len(passes) > 1 else "".join(passes) or "plain"
+
+
+def _block_row(block: Mapping[str, Any]) -> str:
+    """Renders a block as a row of the map: one cell for each site, coloured by its passes."""
+    cells = [
+        f'<td class="{_kind(passes)}" title="{escape(role)}: {escape(", ".join(passes) or "frozen")}">'
+        f"{escape(role.rpartition('.')[2])}</td>"
+        for role, passes in block["sites"]
+    ]
+    return f"<tr><th>{escape(block['block'])}</th>{''.join(cells)}</tr>"
 
 
 def _results(m: Mapping[str, Any]) -> dict[str, str]:
@@ -118,14 +124,11 @@ def _results(m: Mapping[str, Any]) -> dict[str, str]:
             for name, ratio in row["ratio"].items()
         ]
         title = f'<p class="sub">batch {row["batch"]}, {row["tokens"]} tokens, medians of {row["rounds"]} rounds</p>'
-        bars.append(title + ratio_bars(rows, f"latency ratios at batch {row['batch']}"))
+        bars.append(title + latency_chart(rows, f"latency ratios at batch {row['batch']}"))
     return {
-        "bars": paired_bars(
-            [(name, frozen, tuned) for name, frozen, tuned in accuracy["per_family"]],
-            "test accuracy by family",
-        ),
+        "bars": family_chart([(name, frozen, tuned) for name, frozen, tuned in accuracy["per_family"]]),
         "bykey": "Pale: linear head on the frozen encoder. Full: tuned.",
-        "confusion": confusion(accuracy["confusion"], m["data"]["families"], "confusion matrix on the test part"),
+        "confusion": confusion_chart(accuracy["confusion"], m["data"]["families"]),
         "latency": "".join(bars),
         "threads": str(m["threads"]),
     }

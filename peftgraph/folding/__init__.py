@@ -1,4 +1,4 @@
-"""Folding edits into the weights, and the proof that nothing else changed."""
+"""Folds edits into the weights, and proves that nothing else changed."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ P = TypeVar("P", bound=ProgramData)
 
 
 def fold(program: P, sites: Sites, *, partial: bool, untie: bool) -> P:
-    """The folded program, with its proof.
+    """Returns the folded program, with its proof.
 
     Raises:
-        NoFold: something is left and `partial` is off.
-        ProofError: the fold did not hold what it promises.
+        NoFold: an edit cannot be folded and `partial` is off.
+        ProofError: a fact of the proof does not hold.
     """
     folding = Folding(program, sites, untie=untie).run()
     if folding.reasons and not partial:

@@ -1,4 +1,4 @@
-"""May a stored tensor change? Only if nobody else reads the part that changes."""
+"""Checks whether a stored tensor may change: only if nothing else reads the part of it that changes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from peftgraph.rewrite.weight_views import View, bias_view, weight_view
 from peftgraph.sites import Site, Sites
 
 
-class Sharing:
-    """Who reads the stored tensors of a graph that is being folded, found once and looked up for every edit.
+class AliasCheck:
+    """Knows the readers of the stored tensors of a graph that is being folded, and checks edits against them.
 
     Args:
         program: the program that is being folded, with its ties.
-        graph: its graph, as folding leaves it.
+        graph: its graph, which folding edits.
         sites: the sites of the base.
-        untie: a tied tensor may be split: the name that changes gets a tensor of its own.
+        untie: a tied tensor may be untied: the name that changes gets a tensor of its own.
     """
 
     def __init__(self, program: ProgramData, graph: fx.Graph, sites: Sites, untie: bool) -> None:
@@ -36,12 +36,12 @@ class Sharing:
                 self._biased.setdefault(name, []).append(site)
 
     def reason(self, view: View | None, makers: Mapping[str, View | None], readers: Collection[str]) -> str | None:
-        """Why a window of a weight may not change for one site alone; None when it may.
+        """Returns why a window of a weight may not change for one site alone; None when it may.
 
         Args:
-            view: what would change; None where the site has no weight.
+            view: the window; None where the site has no weight.
             makers: for the nodes of edits, the window that the edit changes; None for the edit that is folded.
-            readers: the operators of the site, which are to see the change.
+            readers: the operators of the site, for which the weight is to change.
         """
         if view is None:
             return "it has no weight to fold into"
@@ -58,11 +58,11 @@ class Sharing:
         return None
 
     def joint_reason(self, view: View, together: Collection[str], makers: Mapping[str, View | None]) -> str | None:
-        """Why a window of a weight may not change for some sites at once; None when nobody else reads it, by any name.
+        """Returns why a window of a weight may not change for some sites at once, under all its names; None if it may.
 
         Args:
-            view: what would change.
-            together: the operators of the sites it changes for.
+            view: the window.
+            together: the operators of the sites.
             makers: for the nodes of edits, the window that the edit changes; None for the edits that are folded.
         """
         foreign = self._foreign(view, makers, self._program.table.tied(view.parameter))
@@ -72,10 +72,10 @@ class Sharing:
     def bias_reason(
         self, view: View, weight: View | None, makers: Mapping[str, View | None], adders: Collection[str]
     ) -> str | None:
-        """Why a window of a bias may not change for one site alone; None when it may.
+        """Returns why a window of a bias may not change for one site alone; None when it may.
 
         Args:
-            view: what would change.
+            view: the window.
             weight: of the site.
             makers: for the nodes of edits, the window of a weight that the edit changes; None for the edit that is
                 folded.
@@ -87,7 +87,7 @@ class Sharing:
         return None if all(apart) else _leaks(view, readers)
 
     def _adds_apart(self, reader: fx.Node, view: View, weight: View | None, makers: Mapping[str, View | None]) -> bool:
-        """Whether `reader` belongs to another site, or an edit of one, and owns no value of a bias's window."""
+        """Checks whether `reader` is another site's operator, or an edit of one, that reads no value of the window."""
         if reader.name in makers:
             own = makers[reader.name]
             return own is None or (weight is not None and not own.overlaps(weight))
@@ -96,16 +96,16 @@ class Sharing:
         return bool(windows) and not any(window.overlaps(view) for window in windows)
 
     def _foreign(self, view: View, makers: Mapping[str, View | None], names: Collection[str]) -> list[fx.Node]:
-        """Who reads values of a window, by any of some names."""
+        """Returns the nodes that read values of a window, under any of some names."""
         readers = [reader for name in names for reader in self._readers(name)]
         return [reader for reader in readers if not self._is_disjoint(reader, view, makers)]
 
     def _readers(self, name: str) -> Iterator[fx.Node]:
-        """The computing nodes that read a stored tensor, looking through layout."""
+        """Yields the computing nodes that read a stored tensor, directly or through changes of its layout."""
         return readers(self._stored.get(name, ()))  # one that was erased since has no users
 
     def _is_disjoint(self, reader: fx.Node, view: View, makers: Mapping[str, View | None]) -> bool:
-        """Whether `reader` is the projection, or an edit, of other sites only, none of which owns values of `view`."""
+        """Checks whether `reader` is an operator, or an edit, of other sites only, which own no value of `view`."""
         if reader.name in makers:
             own = makers[reader.name]
             return own is None or not own.overlaps(view)
@@ -115,6 +115,7 @@ class Sharing:
 
 
 def _leaks(view: View, readers: Sequence[fx.Node]) -> str:
+    """Words the reason: a change would leak into other readers."""
     names = ", ".join(f"%{reader.meta.get('label', reader.name)}" for reader in readers[:3])
     return (
         f"{view.parameter} is read in {len(readers)} places ({names}, ...), "

@@ -1,8 +1,8 @@
-"""Parts of a stored weight that fold on their own: some of its output features, of one expert where it is a stack.
+"""Cuts stored weights into chunks that fold on their own: some output features, of one expert where it is a stack.
 
-A fold that makes each output feature from that feature alone is computed part by part: what is in the wide dtype at a
-time fits a processor's cache, and a stack of experts is never wide as a whole. Where the parts end depends on the
-stored shape alone, so that every way of folding computes the same products and gives the same bits.
+A fold that computes each output feature from that feature alone is computed chunk by chunk: the values in the wide
+dtype fit a processor's cache, and a stack of experts is never wide as a whole. The chunks depend on the stored shape
+alone, so that every way of folding computes the same products and gives the same bits.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from torch import Tensor
 from peftgraph.rewrite.weight_views import View
 from peftgraph.sites import Columns, Site
 
-VALUES = 1 << 17  # of a part: three of it in float32 fit the second-level cache of a core
-FEWEST = 64  # output features of a part; products with very few rows take other routines, and round otherwise
+VALUES = 1 << 17  # of a chunk: three chunks in float32 fit the second-level cache of a core
+FEWEST = 64  # output features of a chunk; products with very few rows use other routines, which round differently
 
 
 @dataclass(frozen=True)
-class Part:
-    """Some output features of a stored weight and of what lies beside it.
+class Chunk:
+    """A range of output features of a stored weight and of its bias.
 
     Attributes:
-        first, last: the first of the stored output features, and the first after them.
-        expert: the expert they belong to; None where the weight is no stack.
+        first, last: the range of stored output features; `last` is not part of it.
+        expert: that they belong to; None where the weight is no stack.
     """
 
     first: int
     last: int
     expert: int | None = None
 
-    def of(self, full: Tensor, view: View) -> Tensor:
-        """The part of a stored tensor, in its own layout and sharing its memory.
+    def slice(self, full: Tensor, view: View) -> Tensor:
+        """Returns the chunk of a stored tensor, in its own layout and sharing its memory.
 
         Args:
             full: the tensor.
@@ -47,8 +47,8 @@ class Part:
         )
         return full.narrow(axis, self.first, self.last - self.first)
 
-    def site(self, site: Site) -> Site | None:
-        """A site whose stored tensors are the part's; None where it owns nothing of the part."""
+    def narrow_site(self, site: Site) -> Site | None:
+        """Returns the site with the chunk as its stored tensors; None where it owns nothing of the chunk."""
         assert site.weight is not None
         window = self._window(site.weight.window)
         if window is not None and not window.runs:
@@ -57,53 +57,54 @@ class Part:
         bias = None if site.bias is None else replace(site.bias, window=window)
         return replace(site, weight=replace(site.weight, window=window, experts=experts), bias=bias)
 
-    def of_parameter(self, value: Tensor, axis: int | None, window: Columns | None) -> Tensor:
-        """The part of an edit's parameter.
+    def slice_parameter(self, value: Tensor, axis: int | None, window: Columns | None) -> Tensor:
+        """Returns the chunk of an edit's parameter.
 
         Args:
             value: the parameter.
             axis: its axis of the site's own output features; None where it has none.
-            window: the stored features that the site owns.
+            window: the stored features that the site owns; None for all.
         """
         if self.expert is not None:
             value = value.narrow(0, self.expert, 1)
         if axis is None:
             return value
-        found = [value.narrow(axis, start, length) for start, length in self._places(window)]
+        found = [value.narrow(axis, start, length) for start, length in self._positions(window)]
         return found[0] if len(found) == 1 else torch.cat(found, axis)
 
     def _window(self, window: Columns | None) -> Columns | None:
+        """Returns the features of a window inside the chunk, counted from its first; None for all of them."""
         if window is None:
             return None
         runs = tuple((start - self.first, stop - self.first) for start, stop, _ in self._common(window))
         return None if runs == ((0, self.last - self.first),) else Columns(runs)
 
-    def _places(self, window: Columns | None) -> list[tuple[int, int]]:
-        """Where the part's features stand among a site's own: starts and lengths."""
+    def _positions(self, window: Columns | None) -> list[tuple[int, int]]:
+        """Returns the positions of the chunk's features among a site's own: starts and lengths."""
         if window is None:
             return [(self.first, self.last - self.first)]
-        return [(place, stop - start) for start, stop, place in self._common(window)]
+        return [(position, stop - start) for start, stop, position in self._common(window)]
 
     def _common(self, window: Columns) -> Iterator[tuple[int, int, int]]:
-        """The features that a window shares with the part, and the place of each run's first in the window."""
-        place = 0
+        """Yields the runs that a window shares with the chunk, and the position of each run's start in the window."""
+        position = 0
         for start, stop in window.runs:
             low, high = max(start, self.first), min(stop, self.last)
             if low < high:
-                yield low, high, place + low - start
-            place += stop - start
+                yield low, high, position + low - start
+            position += stop - start
 
 
-def parts_of(full: Tensor, view: View) -> list[Part]:
-    """The parts of a stored weight, in order.
+def chunks_of(full: Tensor, view: View) -> list[Chunk]:
+    """Returns the chunks of a stored weight, in order.
 
     Args:
         full: the weight; its values are not read.
-        view: says which of its axes are which; its window is not looked at.
+        view: says which of its axes are which; its window is ignored.
     """
     *_, features, width = replace(view, window=None).shape(full)
     size = max(FEWEST, VALUES // max(1, width))
-    starts = range(0, max(1, features // size) * size, size)  # the last part is longer, and none is short
+    starts = range(0, max(1, features // size) * size, size)  # the last chunk is longer, and none is short
     ends = [*starts[1:], features]
     experts = [None] if view.experts is None else range(view.experts)
-    return [Part(first, last, expert) for expert in experts for first, last in zip(starts, ends, strict=True)]
+    return [Chunk(first, last, expert) for expert in experts for first, last in zip(starts, ends, strict=True)]

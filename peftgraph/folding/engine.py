@@ -1,8 +1,8 @@
-"""Folding: edits go back into the weights, innermost first, until nothing foldable is left.
+"""Folds edits back into the weights, innermost first, until none is left that can be folded.
 
-An edit at a projection's output folds once nothing unfolded stands between it and the projection; a scale on the value
-that enters a projection folds once that projection is its only reader. Each fold takes its edit out of the graph, which
-may free the next one.
+An edit of a projection's output folds once no unfolded edit lies between it and the projection; a scale of the value
+that enters a projection folds once that projection is its only reader. Each fold removes its edit from the graph, which
+may make the next one foldable.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, fx
 
-from peftgraph.folding.aliasing import Sharing
-from peftgraph.folding.linear_form import Form
-from peftgraph.folding.steps import Install, Settle, Step, Write
+from peftgraph.folding.aliasing import AliasCheck
+from peftgraph.folding.linear_form import LinearForm
+from peftgraph.folding.steps import AcceptTrained, InstallTrained, Step, WriteWindows
 from peftgraph.ir.builder import erase_nodes
 from peftgraph.ir.edits import Edit, EditLog
 from peftgraph.ir.graphs import copy_graph
@@ -35,7 +35,7 @@ from peftgraph.sites import Site, Sites, Weight
 aten = torch.ops.aten
 P = TypeVar("P", bound=ProgramData)
 
-# What may stand between a scaled hidden value and the projection that reads it: a scale of features passes through.
+# The operations between a scaled hidden value and the projection that reads it: a scale of features commutes with them.
 TRANSPARENT = {
     aten.dropout.default,
     aten.to.dtype,
@@ -48,17 +48,17 @@ TRANSPARENT = {
 
 @dataclass
 class Folding:
-    """One run of the engine over a program, which stays unchanged.
+    """Runs the engine over a program, which stays unchanged.
 
     Attributes:
         program: what is folded.
-        sites: the sites of its base.
-        precision: what to accumulate in, and to leave the changed weights in; None for float32 (float64 where the
-            weight is float64) and one rounding to the stored dtype at the end.
+        sites: of its base.
+        precision: the dtype to accumulate in, and of the changed weights; None for float32 (float64 where the weight is
+            float64) and one rounding to the stored dtype at the end.
         untie: a tied weight that must change gets a tensor of its own.
         changed: the changed windows, by parameter.
         reasons: for each edit that is left, `site: pass: reason`.
-        steps: what was done, in order.
+        steps: of the fold, in order.
     """
 
     program: ProgramData
@@ -75,8 +75,8 @@ class Folding:
         self.edits: EditLog = EditLog(self.program.edits)
         self._names: dict[str, fx.Node] = {node.name: node for node in self.graph.nodes}
         self._by_id: dict[str, Site] = {site.id: site for site in self.sites}
-        self._sharing = Sharing(self.program, self.graph, self.sites, self.untie)
-        self._form = Form(self.program)
+        self._sharing = AliasCheck(self.program, self.graph, self.sites, self.untie)
+        self._form = LinearForm(self.program)
         self._multiplied: dict[Weight | None, set[str]] = {}
         for site in self.sites:
             if site.role != "ffn.hidden":
@@ -90,7 +90,7 @@ class Folding:
         self._makers: dict[str, View | None] = {name: self._window(e) for e in edits for name in e.nodes}
 
     def run(self) -> Folding:
-        """Folds until no edit can be folded any more."""
+        """Folds until no edit is left that can be folded; returns itself."""
         progress = True
         while progress:
             progress = False
@@ -103,12 +103,12 @@ class Folding:
                     self._fold(edit)
                     progress = True
                 else:
-                    self.reasons.append(f"{edit.site}: {self._word(edit)}: {reason}")
+                    self.reasons.append(f"{edit.site}: {self._pass_word(edit)}: {reason}")
         return self
 
     def _key(self, edit: Edit) -> tuple[object, ...]:
-        """What edits have in common that fold together: those of one rule at the uses of one weight, which share their
-        parameters; those of a pass that trains the rows of a table."""
+        """Returns a key that edits share which fold together: edits of one rule at the uses of one weight, which share
+        their parameters, and edits of a pass that trains the rows of a table."""
         rule = rule_of(self.program, edit)
         if rule.table_rows is not None:
             return (edit.application,)
@@ -117,12 +117,13 @@ class Folding:
         return (edit.application, edit.rule, edit.parameters, weight or edit.site)
 
     def _group(self, edit: Edit) -> list[Edit]:
-        """The edits that fold together with one, itself included."""
+        """Returns the edits that fold together with one, itself included."""
         return self._groups[self._key(edit)]
 
-    # may an edit fold?
+    # Checks: may an edit fold?
 
     def _reason(self, edit: Edit) -> str | None:
+        """Returns why an edit does not fold now; None when it does."""
         rule = rule_of(self.program, edit)
         if isinstance(rule.fold, str):
             return rule.fold
@@ -146,8 +147,10 @@ class Folding:
         return self._form_reason(group, makers) or self._sharing_reason(group, makers)
 
     def _form_reason(self, group: Sequence[Edit], makers: Mapping[str, View | None]) -> str | None:
-        """Why a change of a weight, or of a bias, is another one than that of what its site gives; where an edit is one
-        of the weight itself, it is the same by itself."""
+        """Returns why a change of a weight, or of a bias, is no change of its site's output alone; None when it is.
+
+        An edit of the weight itself needs no such check.
+        """
         adders = {name for one in group for name in self._form.adders(self._by_id[one.site])}
         for one in group:
             site, rule = self._by_id[one.site], rule_of(self.program, one)
@@ -161,7 +164,7 @@ class Folding:
         return None
 
     def _sharing_reason(self, group: Sequence[Edit], makers: Mapping[str, View | None]) -> str | None:
-        """Who else reads what would change."""
+        """Returns who else reads a tensor that would change; None where nobody does."""
         edit = group[0]
         view, site = self._window(edit), self._by_id[edit.site]
         if len(group) == 1 and rule_of(self.program, edit).table_rows is None:
@@ -173,8 +176,7 @@ class Folding:
     def _addend_reason(
         self, edit: Edit, site: Site, makers: Mapping[str, View | None], adders: Collection[str]
     ) -> str | None:
-        """Why what a site adds to its product stands in the way of a fold that changes, or looks at, more than the
-        product."""
+        """Returns why the bias of a site prevents a fold that changes, or reads, more than the product; None if not."""
         view = bias_view(site)
         if view is None:
             added = self._form.unknown_addend(site)
@@ -184,15 +186,16 @@ class Folding:
         return reason if reason is not None and view.parameter in self._touched(edit) else None
 
     def _only_adds(self, edit: Edit, site: Site) -> bool:
-        """Whether what an edit adds to a site's output does not depend on that output."""
+        """Checks whether an edit adds to a site's output a value that does not depend on that output."""
         output = site.ports.get("output", site.op)
         values = {output, *(move.after for move in self.edits.moves_at(output))}
         return isinstance(rule_of(self.program, edit).join, Add | AddProduct) and self._read_by(edit).isdisjoint(values)
 
     def _touched(self, edit: Edit) -> set[str]:
+        """Returns the stored tensors that an edit's fold reads or writes."""
         step = self._step(edit)
-        assert isinstance(step, Write)
-        return step.touched(self._shapes)
+        assert isinstance(step, WriteWindows)
+        return step.touched_tensors(self._shapes)
 
     @cached_property
     def _shapes(self) -> TensorTable:
@@ -201,53 +204,53 @@ class Folding:
         return TensorTable((n, replace(e, tensor=torch.empty_like(e.tensor, device="meta"))) for n, e in table.items())
 
     def _reads(self, edit: Edit, site: Site) -> bool:
-        """Whether an edit changes what its site's weight reads."""
+        """Checks whether an edit changes the input of its site's weight."""
         return site.role == "ffn.hidden" or _at_input(edit)
 
     def _at_weight(self, edit: Edit) -> bool:
-        """Whether an edit changes the weight itself, for all who read it."""
+        """Checks whether an edit changes the weight itself, for all its readers."""
         site = self._by_id[edit.site]
         return isinstance(rule_of(self.program, edit).join, AddProduct) and not _at_output(edit, site)
 
     def _blocked(self, edit: Edit) -> str | None:
-        """What stands between an edit and its weight."""
+        """Returns what lies between an edit and its weight; None where nothing does."""
         site = self._by_id[edit.site]
         return self._reader_reason(edit, site) if self._reads(edit, site) else self._order_reason(edit, site)
 
     def _window(self, edit: Edit) -> View | None:
-        """What an edit's fold may change of its site's weight."""
+        """Returns the window of its site's weight that an edit's fold may change."""
         site, rows = self._by_id[edit.site], rule_of(self.program, edit).table_rows
         return weight_view(site) if rows is None else rows_view(site, rows)
 
     def _order_reason(self, edit: Edit, site: Site) -> str | None:
-        """What stands between the edit and its projection, on the same columns."""
+        """Returns what lies between an edit and its projection, on the same columns; None where nothing does."""
         for move, other in self.edits.moves_into(site.op).items():
             if any(self._names[self.edits.predecessor(move)] in self._inputs(name) for name in edit.nodes):
-                return f"its projection reads what {self._word(other)} changed, which it does not read itself"
+                return f"its projection reads what {self._pass_word(other)} changed, which it does not read itself"
         for move in edit.moves:
             line = self.edits.moves_at(move.anchor)
-            for below in line[: line.index(move)]:
-                other = self.edits.owner(below)
-                if _share_columns(self._by_id[other.site], site) and not self._beside(edit, other, move.anchor):
-                    return f"it stands on {self._word(other)}, which is not folded"
+            for earlier in line[: line.index(move)]:
+                other = self.edits.owner(earlier)
+                if _share_columns(self._by_id[other.site], site) and not self._commutes(edit, other, move.anchor):
+                    return f"it stands on {self._pass_word(other)}, which is not folded"
         return None
 
-    def _beside(self, edit: Edit, below: Edit, anchor: str) -> bool:
-        """Whether an edit may fold before the one that it stands on: both only add to one value, the lower one is not
-        made of that value, and the upper one not of what the lower one gives."""
-        joins = [rule_of(self.program, one).join for one in (edit, below)]
+    def _commutes(self, edit: Edit, earlier: Edit, anchor: str) -> bool:
+        """Checks whether an edit may fold before an earlier one at the same value: both only add to that value, and
+        neither depends on it or on the result of the other."""
+        joins = [rule_of(self.program, one).join for one in (edit, earlier)]
         if not all(isinstance(join, Add | AddProduct) for join in joins):
             return False
-        given = {move.after for move in self.edits.moves_at(anchor)}
-        return self._read_by(edit).isdisjoint(given) and self._read_by(below).isdisjoint({anchor, *given})
+        results = {move.after for move in self.edits.moves_at(anchor)}
+        return self._read_by(edit).isdisjoint(results) and self._read_by(earlier).isdisjoint({anchor, *results})
 
     def _read_by(self, edit: Edit) -> set[str]:
-        """What the delta of an edit is made of."""
+        """Returns the names of the values that the delta of an edit reads."""
         made = [name for name in edit.nodes if name not in edit.join_nodes]
         return {operand.name for name in made for operand in self._inputs(name)}
 
     def _reader_reason(self, edit: Edit, site: Site) -> str | None:
-        """Who else reads the scaled value."""
+        """Returns who else reads a scaled value; None where only its site's projection does."""
         own = self._multiplied[site.weight]
         for reader in _readers(self._names[edit.moves[0].after]):
             if reader.name not in own:
@@ -257,11 +260,12 @@ class Folding:
     def _inputs(self, name: str) -> list[fx.Node]:
         return self._names[name].all_input_nodes
 
-    # folding one edit
+    # Folding one edit.
 
     def _fold(self, edit: Edit) -> None:
+        """Folds an edit, with those of its group, and removes them from the graph."""
         group = self._group(edit) if edit.moves else [edit]
-        self._take(self._step(group[0]))
+        self._run(self._step(group[0]))
         for one in reversed(group):
             if one.moves:
                 undo(self.graph, self._names, self.edits, one)
@@ -271,26 +275,28 @@ class Folding:
         self._gone.update(gone)
 
     def _step(self, edit: Edit) -> Step:
+        """Returns the step that folds an edit."""
         if not edit.moves or rule_of(self.program, edit).training_only:
-            return Settle(edit.parameters)
+            return AcceptTrained(edit.parameters)
         if edit.installed:
-            return Install(dict(edit.installed))
+            return InstallTrained(dict(edit.installed))
         site, rule = self._by_id[edit.site], rule_of(self.program, edit)
         at_weight = self._at_weight(edit)
         match = Match(site, self.sites, self.graph, self.program.table, self.edits, self._names, at_weight=at_weight)
         joint = at_weight or rule.table_rows is not None or len(self._group(edit)) > 1
-        return Write(match, rule, short_params(edit), joint)
+        return WriteWindows(match, rule, short_params(edit), joint)
 
-    def _take(self, step: Step) -> None:
+    def _run(self, step: Step) -> None:
+        """Runs a step, and records it and the windows that it wrote."""
         self.table, written = step.run(self.table, self.precision)
         self.steps.append(step)
         for view in written:
             self.changed.setdefault(view.parameter, []).append(view)
 
-    # the result
+    # The result.
 
     def result(self, program: P) -> P:
-        """The folded program: changed weights rounded once to the stored dtype, unless a precision was asked for."""
+        """Returns the folded program; changed weights are rounded once to the stored dtype, or have `precision`."""
         table = self.table.without(self._gone)
         rounded: dict[int, Tensor] = {}
         for name in self.changed:
@@ -302,21 +308,21 @@ class Folding:
         erase_nodes(self.graph, _unread(self.graph))
         used = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
         table = table.without(name for name, entry in table.items() if entry.added and name not in used)
-        history, edits = _without_finished(program, self.edits)
+        history, edits = _without_folded(program, self.edits)
         return program.evolve(graph=in_canonical_order(self.graph), table=table, edits=edits, history=history)
 
-    def _word(self, edit: Edit) -> str:
+    def _pass_word(self, edit: Edit) -> str:
         return self.program.history[edit.application].method.word
 
 
 def stored_tensor(program: ProgramData, name: str) -> Tensor:
-    """The tensor that the base holds under `name`."""
+    """Returns the tensor of the base under `name`."""
     entry = program.table[name]
     return entry.tensor if entry.base_tensor is None else entry.base_tensor
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:
-    """The nodes that read a value, looking through what a scale of features passes through."""
+    """Returns the nodes that read a value, directly or through operations that a scale of features commutes with."""
     found: list[fx.Node] = []
     for user in node.users:
         found += _readers(user) if user.target in TRANSPARENT else [user]
@@ -324,12 +330,12 @@ def _readers(node: fx.Node) -> list[fx.Node]:
 
 
 def _at_input(edit: Edit) -> bool:
-    """Whether an edit changes what one operator reads, and not what a site gives."""
+    """Checks whether an edit changes the input of one operator, and not a site's output."""
     return any("@" in move.anchor for move in edit.moves)
 
 
 def _at_output(edit: Edit, site: Site) -> bool:
-    """Whether an edit changes what a site gives, and not its weight."""
+    """Checks whether an edit changes a site's output, and not its weight."""
     return any(move.anchor == site.ports.get("output") for move in edit.moves)
 
 
@@ -340,12 +346,12 @@ def _share_columns(a: Site, b: Site) -> bool:
 
 
 def _unread(graph: fx.Graph) -> list[fx.Node]:
-    """Stored tensors that only an edit read."""
+    """Returns the nodes of stored tensors that only an edit read."""
     return [node for node in graph.nodes if node.op == "get_attr" and not node.users]
 
 
-def _without_finished(program: ProgramData, edits: EditLog) -> tuple[tuple[AppliedPass, ...], tuple[Edit, ...]]:
-    """The history and edits without the passes that are folded whole."""
+def _without_folded(program: ProgramData, edits: EditLog) -> tuple[tuple[AppliedPass, ...], tuple[Edit, ...]]:
+    """Returns the history and the edits without passes that are folded completely."""
     alive = sorted({edit.application for edit in edits})
     index = {old: new for new, old in enumerate(alive)}
     return tuple(program.history[i] for i in alive), tuple(replace(e, application=index[e.application]) for e in edits)

@@ -1,7 +1,7 @@
-"""Is a site's operator y = x W^T + b in the stored W and b? Else a change of these is another one than that of y.
+"""Checks that a site's operator computes y = x W^T + b of the stored W and b, so that a change of y is one of W and b.
 
-What is looked at is the base's graph alone: which operators lie between a stored tensor and the operator that reads it,
-and by what that one multiplies.
+Only the base's graph is read: which operators lie between a stored tensor and the operator that reads it, and by what
+that operator multiplies.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ SPREAD = ops.words("expand expand_as broadcast_to view_as reshape_as contiguous 
 PICKED = ops.words("index index_select gather take_along_dim")
 
 
-class Form:
-    """The operators of a base, and how they read what is stored.
+class LinearForm:
+    """Knows the operators of a base and how they read stored tensors.
 
     Args:
         program: any program of the base.
@@ -38,7 +38,7 @@ class Form:
         self._stored = {node: str(node.target) for node in stored_tensor_nodes(base.graph)}
 
     def weight_reason(self, site: Site) -> str | None:
-        """Why a change of a site's weight is not that of its output; None when it is."""
+        """Returns why a change of a site's weight is not one of its output; None when it is."""
         view = weight_view(site)
         if view is None:
             return None
@@ -49,7 +49,7 @@ class Form:
         return self._path_reason(view, [node])
 
     def bias_reason(self, site: Site) -> str | None:
-        """Why a change of a site's bias is not that of its output; None when it is."""
+        """Returns why a change of a site's bias is not one of its output; None when it is."""
         view = bias_view(site)
         if view is None:
             return None
@@ -62,16 +62,17 @@ class Form:
         return reason or self._order_reason(site, view, adders)
 
     def unknown_addend(self, site: Site) -> str | None:
-        """Why what a site without a bias gives is more than its product; None when it is no more."""
+        """Returns why the output of a site without a bias is more than its product; None when it is not."""
         node = self._nodes[site.op]
         operand = ops.operand(node, *ADDENDS.get(ops.name(node), (len(node.args), "")))
         return None if operand is None else f"%{_label(node)} adds %{_label(operand)}, which is no bias that is stored"
 
     def adders(self, site: Site) -> list[str]:
-        """The operators that may add a site's bias."""
+        """Returns the operators that may add a site's bias."""
         return list(dict.fromkeys((site.op, site.ports.get("output", site.op))))
 
     def _path_reason(self, view: View, readers: Sequence[fx.Node]) -> str | None:
+        """Returns why operators do not read a stored tensor as it is; None when they do."""
         path = self._path(view.parameter, readers)
         if path is None:
             return f"what it reads is computed from {view.parameter}, and is not what is stored"
@@ -86,8 +87,8 @@ class Form:
         return None
 
     def _path(self, parameter: str, readers: Sequence[fx.Node]) -> list[fx.Node] | None:
-        """What moves a stored tensor, or casts it, on its way to one of some operators, from there to the tensor; None
-        when something else lies between."""
+        """Returns the layout operations and casts from one of some operators back to a stored tensor; None where other
+        operations lie between."""
         names = self._table.tied(parameter)
         for reader in readers:
             for operand in reader.all_input_nodes:
@@ -99,7 +100,11 @@ class Form:
         return None
 
     def _order_reason(self, site: Site, view: View, adders: Sequence[fx.Node]) -> str | None:
-        """Compares which stored entry arrives at which feature with the window that the site's bias is said to have."""
+        """Checks that the stored entry which arrives at each feature is the one of the window of the site's bias.
+
+        Returns:
+            The reason why not; None when it is.
+        """
         path = self._path(view.parameter, adders)
         assert path is not None
         shape = self._table[view.parameter].tensor.shape
@@ -125,7 +130,7 @@ class Form:
 
 
 def _factor(node: fx.Node, which: int) -> object:
-    """What an operator multiplies its product (0) or its bias (1) by."""
+    """Returns the factor by which an operator multiplies its product (0) or its bias (1)."""
     kind = ops.name(node)
     names = FACTORS.get(kind)
     if names is not None:

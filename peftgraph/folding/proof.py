@@ -1,9 +1,9 @@
-"""The proof of a fold, as evidence that can be read and printed.
+"""Proves a fold, as evidence that can be read and printed.
 
-Three facts make it: the folded text is the base's text; exactly the expected tensors changed, each by one rounding of
-what float64 algebra gives; and outputs on probe inputs agree, in float64 up to float64's own rounding and in the
-program's dtype up to its rounding. What is not finite proves nothing: parameters must be finite, and a written value
-or an output may be infinite or no number only where the base's own is.
+The proof has three facts: the folded text is the base's text; exactly the expected tensors changed, each to the rounded
+result of float64 algebra; and outputs on probe inputs agree, in float64 up to float64's rounding and in the program's
+dtype up to its rounding. Values that are not finite prove nothing: parameters must be finite, and a written value or an
+output may be infinite or NaN only where the base's own is.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class Probe:
 
     Attributes:
         what: the inputs, by shape.
-        dtype: what both programs ran in.
+        dtype: that both programs ran in.
         error: the largest difference over the largest magnitude of the output.
-        bound: what the dtype allows.
-        unknown: how many outputs are not finite, nor are the base's, and were not compared.
+        bound: on the error, by the dtype.
+        unknown: the number of outputs that are not finite, as the base's are not, and were not compared.
     """
 
     what: str
@@ -62,10 +62,10 @@ class Proof:
         text_equal: the folded program prints as the base does; None after a partial fold.
         changed: the base tensors that differ, with the windows the fold wrote.
         split: tied tensors that got one of their own.
-        state: the buffers that training wrote, whose values are the adapted program's.
+        state: the buffers that training wrote, which have the adapted program's values.
         rounding: the largest distance of a stored value from the float64 algebra, in units of the dtype's epsilon.
         probes: the comparisons of outputs; empty on the meta device.
-        left: for a partial fold, the reasons for what was left.
+        left: the reasons for edits that a partial fold left.
     """
 
     text_equal: bool | None
@@ -115,7 +115,7 @@ def prove(program: ProgramData, folding: Folding, folded: ProgramData) -> Proof:
     rounding: float | None = None
     probes: tuple[Probe, ...] = ()
     if program.table.device.type != "meta":
-        exact = Folding(program, folding.sites, torch.float64, folding.untie).run().result(program)
+        exact = Folding(program, folding.sites, torch.float64, folding.untie).run_in_evaluation().result(program)
         rounding = max((_rounding(folded, exact, program, name) for name in folding.changed), default=0.0)
         probes = tuple(_probe(program, folded, exact, folding.changed))
     changed = {name: tuple(dict.fromkeys(_window(view) for view in views)) for name, views in folding.changed.items()}
@@ -124,13 +124,13 @@ def prove(program: ProgramData, folding: Folding, folded: ProgramData) -> Proof:
 
 
 def check_finite(parameters: Iterable[tuple[str, Tensor]]) -> None:
-    """Refuses parameters that hold infinities or no numbers.
+    """Checks that parameters hold no infinities and no NaN.
 
     Args:
         parameters: of the passes, with their names.
 
     Raises:
-        ProofError: names the first.
+        ProofError: names the first that does.
     """
     for name, tensor in parameters:
         known = tensor.device.type != "meta" and tensor.is_floating_point()
@@ -143,6 +143,11 @@ def check_finite(parameters: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def _compare_texts(program: ProgramData, folded: ProgramData, partial: bool) -> bool | None:
+    """Checks that the folded program prints as the base does; None after a partial fold.
+
+    Raises:
+        ProofError: it does not.
+    """
     if partial:
         return None
     base = program.base if program.base is not None else program
@@ -152,7 +157,11 @@ def _compare_texts(program: ProgramData, folded: ProgramData, partial: bool) -> 
 
 
 def _compare_tensors(program: ProgramData, folding: Folding, folded: ProgramData) -> None:
-    """Everything outside of the changed windows is bit for bit what the base holds."""
+    """Checks that all values outside of the changed windows are bit for bit the base's.
+
+    Raises:
+        ProofError: one is not.
+    """
     for name, entry in folded.table.items():
         if entry.added:
             continue
@@ -172,13 +181,17 @@ def _compare_tensors(program: ProgramData, folding: Folding, folded: ProgramData
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """The values as whole numbers of their bits, so that what is no number equals itself and 0.0 is not -0.0."""
+    """Views values as integers of their bits, so that NaN equals itself and 0.0 differs from -0.0."""
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.view(kinds[tensor.element_size()]) if tensor.is_floating_point() else tensor
 
 
 def _rounding(folded: ProgramData, exact: ProgramData, program: ProgramData, name: str) -> float:
-    """The largest distance of a tensor's stored values from the exact ones, in epsilons of its dtype and its size."""
+    """Returns the largest distance of stored values from the exact ones, relative to the tensor's size, in epsilons.
+
+    Raises:
+        ProofError: it is too large, or values are not finite that are in the base.
+    """
     stored, precise = folded.table[name].tensor, exact.table[name].tensor
     before = stored_tensor(program, name).double()
     finite = torch.isfinite(stored) & torch.isfinite(precise)
@@ -202,6 +215,11 @@ def _rounding(folded: ProgramData, exact: ProgramData, program: ProgramData, nam
 
 
 def _probe(program: ProgramData, folded: ProgramData, exact: ProgramData, changed: Iterable[str]) -> list[Probe]:
+    """Compares outputs before and after the fold, in float64 and in the program's dtype.
+
+    Raises:
+        ProofError: they differ by more than their bound.
+    """
     depth, dtype = max(1, count_matrix_products(program.graph)), program.table.dtype
     base = program.base if program.base is not None else program
     stored = {dtype, *(folded.table[name].tensor.dtype for name in changed)}  # what changed is rounded to its own
@@ -216,7 +234,7 @@ def _probe(program: ProgramData, folded: ProgramData, exact: ProgramData, change
         for (runner, after, kind), coarse in zip(runs[: 1 + (dtype != torch.float64)], bounds, strict=False):
             before, now = runner(program, inputs), runner(after, inputs)
             known = _known(before, now, partial(runner, base, inputs), what)
-            unknown = sum(int((~places).sum()) for places in known)
+            unknown = sum(int((~finite).sum()) for finite in known)
             error = _distance(before, now, known)
             found.append(_checked(Probe(what, _short(kind), error, _bound(coarse, depth), unknown)))
     return found
@@ -225,38 +243,43 @@ def _probe(program: ProgramData, folded: ProgramData, exact: ProgramData, change
 def _known(
     before: Sequence[Tensor], now: Sequence[Tensor], base: Callable[[], Sequence[Tensor]], what: str
 ) -> list[Tensor]:
-    """For each output, where it is finite and so can be compared.
+    """Returns, for each output, a mask of the values that are finite and so can be compared.
 
     Args:
         before: the outputs of the program.
-        now: those of the folded one.
-        base: gives those of the base.
+        now: the outputs of the folded program.
+        base: computes the outputs of the base.
         what: the inputs, for messages.
 
     Raises:
         ProofError: an output is not finite where the base's is, or none is finite anywhere.
     """
     known = [torch.isfinite(x) & torch.isfinite(y) for x, y in zip(before, now, strict=True)]
-    if all(bool(places.all()) for places in known):
+    if all(bool(finite.all()) for finite in known):
         return known
-    for number, (places, own) in enumerate(zip(known, base(), strict=True)):
-        excused = ~torch.isfinite(own) if own.shape == places.shape else torch.zeros_like(places)
-        if bool((~places & ~excused).any()):
+    for number, (finite, own) in enumerate(zip(known, base(), strict=True)):
+        excused = ~torch.isfinite(own) if own.shape == finite.shape else torch.zeros_like(finite)
+        if bool((~finite & ~excused).any()):
             raise ProofError(
                 f"Output {number} on {what} is infinite or no number where the base's is finite, so that nothing is "
                 "proved there: what the passes learned is too large for this model."
             )
-    if not any(bool(places.any()) for places in known):
+    if not any(bool(finite.any()) for finite in known):
         raise ProofError(f"No output on {what} is finite, nor is the base's, so that outputs prove nothing.")
     return known
 
 
 def _bound(dtype: torch.dtype, depth: int) -> float:
-    """Rounding errors of `depth` products add up like a random walk; 64 covers their growth through norms."""
+    """Returns the allowed error: those of `depth` products add up like a random walk; 64 covers norms that amplify."""
     return 64 * torch.finfo(dtype).eps * math.sqrt(depth)
 
 
 def _checked(probe: Probe) -> Probe:
+    """Returns a probe whose error is within its bound.
+
+    Raises:
+        ProofError: it is not.
+    """
     if not probe.error <= probe.bound:
         raise ProofError(
             f"Outputs on {probe.what} in {probe.dtype} differ by {probe.error:.1e}; {probe.bound:.1e} is allowed."
@@ -265,7 +288,7 @@ def _checked(probe: Probe) -> Probe:
 
 
 def probe_inputs(program: ProgramData) -> list[tuple[Tensor, ...]]:
-    """The traced example, and its first row alone where the batch is free."""
+    """Returns the traced example, and its first row alone where the batch size is free."""
     batches = {spec.dims[0] for spec in program.signature.inputs if spec.dims}
     examples = [program.example]
     if all(isinstance(dim, str) for dim in batches):
@@ -274,16 +297,16 @@ def probe_inputs(program: ProgramData) -> list[tuple[Tensor, ...]]:
 
 
 def _distance(a: Sequence[Tensor], b: Sequence[Tensor], known: Sequence[Tensor]) -> float:
-    """The largest difference of two lists of outputs where they are known, over the largest magnitude."""
+    """Returns the largest difference of two lists of outputs where they are finite, over the largest magnitude."""
     worst = 0.0
-    for x, y, places in zip(a, b, known, strict=True):
+    for x, y, finite in zip(a, b, known, strict=True):
         if not x.is_floating_point():
             worst = max(worst, 0.0 if torch.equal(x, y) else math.inf)
             continue
         x, y = x.double(), y.double()
         if not torch.equal(torch.isfinite(x), torch.isfinite(y)):
             return math.inf
-        x, y = x[places], y[places]
+        x, y = x[finite], y[finite]
         if x.numel():
             worst = max(worst, float((x - y).abs().max() / x.abs().max().clamp_min(1e-300)))
     return worst

@@ -1,4 +1,7 @@
-"""The fingerprint of a base: its class and its parameters' shapes. Weights' values are no part of it."""
+"""Computes the fingerprint of a base, its class and its parameters' shapes, and compares it with a saved one.
+
+The values of the weights are not part of it.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,14 @@ from peftgraph.ir.program import ProgramData
 
 
 def fingerprint(program: ProgramData) -> dict[str, Any]:
-    """What an adapter fits, as JSON: the traced class and every parameter's shape."""
+    """Returns the traced class and the shape of every parameter, as JSON."""
     base = program.base if program.base is not None else program
     shapes = {name: list(entry.tensor.shape) for name, entry in base.table.items() if entry.kind == "parameter"}
     return {"model": base.model, "parameters": shapes}
 
 
 def first_difference(saved: dict[str, Any], program: ProgramData) -> str | None:
-    """The first way in which `program` is not the base that a fingerprint names; None when it is."""
+    """Describes the first difference of `program` to the base that a fingerprint names; None where there is none."""
     own = fingerprint(program)
     theirs, ours = f"the adapter's base {saved['model']}", f"this {own['model']}"
     wanted, have = saved["parameters"], own["parameters"]

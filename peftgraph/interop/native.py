@@ -1,8 +1,9 @@
-"""Adapter directories: `adapter.json` (recipe, base, checksum) and a safetensors file with the parameters.
+"""Reads and writes this library's own adapter directories: `adapter.json` and a safetensors file.
 
-The tensors' file is named after its content, so it never replaces another one. `adapter.json` names it and is written
-last: it is the commit point, and an interrupted save leaves the old adapter or the new one, never a mixture. After it,
-nothing fails: what cannot be removed is removed by the next save. One checksum is of both files.
+`adapter.json` holds the recipe, the fingerprint of the base and a checksum of both files. The safetensors file is named
+after its content, so it never replaces another one. `adapter.json` names it and is written last, as the commit point:
+an interrupted save leaves the old adapter or the new one. Nothing after it can fail; files that cannot be removed are
+removed by the next save.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ import torch
 from torch import Tensor
 
 from peftgraph.errors import AdapterError, PeftGraphError
-from peftgraph.interop.documents import read_json, read_tensors
-from peftgraph.interop.filling import applied, check_fit, renamed
+from peftgraph.interop.checked_files import read_json, read_tensors
 from peftgraph.interop.fingerprint import fingerprint, first_difference
+from peftgraph.interop.pass_values import apply_passes, check_fit, rename_passes
 from peftgraph.ir.program import ProgramData
 from peftgraph.rewrite.method import Pass
 from peftgraph.rewrite.spec import parse_pass
@@ -64,7 +65,7 @@ def save(program: ProgramData, directory: Path) -> Path:
 
 
 def _write(directory: Path, file: Path, content: bytes, document: dict[str, Any]) -> None:
-    """Writes both files; an error leaves what was there."""
+    """Writes both files; an error leaves the old adapter."""
     old = _file_of(directory)
     try:
         with atomic_file(file) as temporary:
@@ -81,14 +82,14 @@ def _write(directory: Path, file: Path, content: bytes, document: dict[str, Any]
 
 
 def checksum(document: Mapping[str, Any], content: bytes) -> str:
-    """What `adapter.json` holds under "sha256": of all else in it, and of the tensors' file."""
+    """Computes what `adapter.json` holds under "sha256": the checksum of its other content and of the tensors' file."""
     rest = {key: value for key, value in document.items() if key != "sha256"}
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode() + b"\n" + content).hexdigest()
 
 
 def save_trained(program: ProgramData, trained: Mapping[str, Tensor], directory: Path) -> None:
-    """Writes the adapter of `program` with other values, and these as `model.safetensors`, which the Trainer loads.
+    """Writes the adapter of `program` with other values, and `model.safetensors` with them, which the Trainer loads.
 
     Raises:
         AdapterError: as `save`.
@@ -101,13 +102,13 @@ def save_trained(program: ProgramData, trained: Mapping[str, Tensor], directory:
 
 
 def load(program: P, apply: Callable[..., P], directory: Path, name: str | None) -> P:
-    """The program after the saved passes with their parameters; `program` is unchanged whatever happens.
+    """Applies the saved passes with their parameters; `program` is unchanged whatever happens.
 
     Args:
-        program: what the adapter is put on.
-        apply: its verb that applies passes.
+        program: what the adapter is applied to.
+        apply: its method that applies passes.
         directory: what `save` wrote.
-        name: a name for the adapter's passes, instead of the ones they were saved with.
+        name: for the adapter's passes, instead of the names that they were saved with.
 
     Raises:
         AdapterError: the files are missing, damaged, or fit another base.
@@ -121,9 +122,9 @@ def load(program: P, apply: Callable[..., P], directory: Path, name: str | None)
 
 
 def read(program: P, apply: Callable[..., P], directory: Path, name: str | None) -> tuple[P, dict[str, Tensor]]:
-    """The program after the saved passes, with the values they start from, and the saved values by parameter.
+    """Applies the saved passes, and returns the program with their initial values, and the saved values by parameter.
 
-    Args, and what is raised, as for `load`; the program may be on the meta device.
+    Arguments and errors as for `load`; the program may be on the meta device.
     """
     document = read_document(directory)
     tensors = _read_tensors(document, directory)
@@ -131,7 +132,7 @@ def read(program: P, apply: Callable[..., P], directory: Path, name: str | None)
     if difference is not None:
         raise AdapterError(f"{directory} fits another base: {difference}.")
     methods = _methods(document, directory, name)
-    tuned = applied(apply, methods, directory)
+    tuned = apply_passes(apply, methods, directory)
     wanted = _own_tensors(tuned, since=len(program.history))
     saved = wanted if name is None else document["tensors"]["names"]  # a new name changes the parameters' names
     if len(saved) != len(wanted):
@@ -142,7 +143,7 @@ def read(program: P, apply: Callable[..., P], directory: Path, name: str | None)
 
 
 def read_document(directory: Path) -> dict[str, Any]:
-    """The checked content of `adapter.json`.
+    """Reads and checks `adapter.json`.
 
     Raises:
         AdapterError: it is missing, unreadable or incomplete.
@@ -190,16 +191,16 @@ OWN_NAME = re.compile(r"adapter-[0-9a-f]{16}\.safetensors")
 
 
 def _discard(file: Path) -> None:
-    """Removes tensors that no index names; a disk that refuses leaves litter, not damage."""
+    """Removes a tensors' file that no index names; a disk that refuses leaves an unused file, not damage."""
     with contextlib.suppress(OSError):
         file.unlink()
 
 
 def check_can_save(program: ProgramData) -> None:
-    """Refuses a program without passes or values, or whose base a partial fold changed.
+    """Checks that a program has passes with values, and that no partial fold changed its base.
 
     Raises:
-        AdapterError: it is one.
+        AdapterError: a condition does not hold.
     """
     if not program.history:
         raise AdapterError("There is nothing to save: no pass was applied to this program.")
@@ -216,8 +217,8 @@ def check_can_save(program: ProgramData) -> None:
 
 
 def _own_tensors(program: ProgramData, since: int = 0) -> list[str]:
-    """The parameters of the passes from number `since` on, in the order of the edits, and the program's state: one name
-    a tensor."""
+    """Returns the parameters of the passes from number `since` on, in the order of the edits, and the program's state,
+    with one name for each tensor."""
     claimed = [name for edit in program.edits if edit.application >= since for name in edit.parameters]
     found = dict.fromkeys([*claimed, *program.table.state])
     return [name for name in found if program.table.tied(name)[0] == name]
@@ -228,11 +229,11 @@ def _methods(document: dict[str, Any], directory: Path, name: str | None) -> lis
         methods = [parse_pass(spec) for spec in document["recipe"]]
     except (PeftGraphError, RecursionError) as error:
         raise AdapterError(f"{directory}: its recipe cannot be read: {error}") from None
-    return renamed(methods, name, directory)
+    return rename_passes(methods, name, directory)
 
 
 def _file_of(directory: Path) -> Path | None:
-    """The tensors' file of the adapter that is in `directory` now."""
+    """Returns the tensors' file of the adapter that is in `directory` now; None where there is none."""
     try:
         return _tensors_path(read_document(directory), directory)
     except AdapterError:

@@ -1,4 +1,4 @@
-"""Merged weights into a plain instance of the original class."""
+"""Writes merged weights back into a plain instance of the original class."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def write_back(program: ProgramData, model: M) -> M:
-    """Puts the program's base weights into `model`, in place, and returns it.
+    """Copies the program's weights into `model`, in place, and returns it.
 
     Each tensor that differs gets new storage, so the traced model itself may be given: programs that were
     made from it keep the weights they were traced with. A tie that folding has cut is cut in the model too,
@@ -76,7 +76,7 @@ def _check(program: ProgramData, stored: dict[str, Tensor], slots: dict[str, Ten
 
 
 def _cut_ties(stored: dict[str, Tensor], slots: dict[str, Tensor]) -> list[str]:
-    """Names that share a tensor in the model and hold another one in the program than the first of them."""
+    """Returns the names that are tied in the model and no longer tied in the program."""
     owners: dict[int, str] = {}
     cut: list[str] = []
     for name, slot in slots.items():
@@ -88,7 +88,7 @@ def _cut_ties(stored: dict[str, Tensor], slots: dict[str, Tensor]) -> list[str]:
 
 
 def _check_untie(model: Any, name: str) -> None:
-    """Refuses to cut a tie that a transformers model would tie again when it is loaded."""
+    """Refuses to untie a weight that a transformers model would tie again when it is loaded."""
     if not hasattr(model, "get_output_embeddings"):
         return
     head = model.get_output_embeddings()

@@ -94,16 +94,16 @@ def merge(folder: Path) -> dict[str, Any]:
 
     from peftgraph.cli.models import skeleton, trace
     from peftgraph.interop.checkpoints.checkpoint import Checkpoint
-    from peftgraph.interop.checkpoints.folded import folded_updates
-    from peftgraph.interop.checkpoints.layout import Layout
-    from peftgraph.interop.checkpoints.write import write_shards
+    from peftgraph.interop.checkpoints.folded_updates import folded_updates
+    from peftgraph.interop.checkpoints.shard_writer import write_shards
+    from peftgraph.interop.checkpoints.storage_layout import StorageLayout
 
     checkpoint = Checkpoint.open(folder / "base")
     model = skeleton(folder / "base", checkpoint.dtype)
     mark("import and build")
     program = trace(model)
     mark("trace")
-    layout = Layout.of(model, checkpoint)
+    layout = StorageLayout.of(model, checkpoint)
     updates = folded_updates(program, program.sites, program.apply, folder / "adapter", layout)
     mark("decide")
     before, cpu = _peak(), time.process_time()

@@ -14,7 +14,7 @@ import transformers
 import zoo
 from rich.console import Console
 
-from peftgraph.cli.examples import example_inputs
+from peftgraph.cli.model_inputs import example_inputs
 from peftgraph.cli.models import skeleton, trace
 from peftgraph.cli.tables import OutlineTable
 from peftgraph.draw import outline

@@ -10,8 +10,8 @@ import zoo
 from transformers import AutoModel
 
 import peftgraph as pg
-from peftgraph.cli.files import note_made
 from peftgraph.cli.models import load, trace
+from peftgraph.cli.output_folder import note_made
 
 RECIPE = "lora{rank=2}; ia3{}"
 
@@ -118,4 +118,4 @@ def test_export_pt2_with_an_adapter(cli, folder: Path, adapter: Path, tmp_path: 
 def test_export_knows_its_suffixes(cli, folder: Path, tmp_path: Path) -> None:
     result = cli("export", folder, "--out", tmp_path / "m.txt")
     assert result.exit_code == 1
-    assert ".pt2, .onnx" in result.stderr
+    assert ".onnx, .pt2" in result.stderr

@@ -21,9 +21,9 @@ from sharded import contents, differing
 from transformers import AutoModel
 
 import peftgraph as pg
-from peftgraph.cli import merge_shards
-from peftgraph.cli.files import MADE, atomic_folder, note_made
-from peftgraph.cli.unfinished import is_finished, unfinished_folder, work_folder
+from peftgraph.cli import merge_by_shard
+from peftgraph.cli.output_folder import MADE, atomic_folder, note_made
+from peftgraph.cli.resumable_folder import is_finished, resumable_folder, work_folder
 from peftgraph.utils import atomic_files
 from peftgraph.utils.atomic_files import atomic_file
 
@@ -31,7 +31,7 @@ KILLED = """
 import os, signal, sys
 from contextlib import contextmanager
 from pathlib import Path
-from peftgraph.cli import merge_shards
+from peftgraph.cli import merge_by_shard
 
 @contextmanager
 def until(total):
@@ -42,8 +42,8 @@ def until(total):
             os.kill(os.getpid(), signal.SIGKILL)
     yield wrote
 
-merge_shards._bar = until
-merge_shards.merge(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), force=False)
+merge_by_shard._bar = until
+merge_by_shard.merge(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), force=False)
 """
 
 
@@ -166,7 +166,7 @@ def test_a_source_that_changes_meanwhile_is_noticed(
     shutil.copytree(base, source)
     shutil.copytree(theirs, adapter)
     (path,) = (one for folder in (source, adapter) for one in folder.iterdir() if one.name.startswith(changed))
-    write = merge_shards.write_shards
+    write = merge_by_shard.write_shards
 
     def meanwhile(*args: Any) -> int:
         kept = write(*args)
@@ -175,7 +175,7 @@ def test_a_source_that_changes_meanwhile_is_noticed(
         path.write_bytes(content)  # the same, as far as a size tells
         return kept
 
-    monkeypatch.setattr(merge_shards, "write_shards", meanwhile)
+    monkeypatch.setattr(merge_by_shard, "write_shards", meanwhile)
     result = cli("merge", source, adapter, "--out", tmp_path / "merged")
     assert result.exit_code == 1
     assert f"{path} has changed while it was read" in result.stderr.replace("\n", "")
@@ -198,7 +198,7 @@ def interrupted(target: Path, job: str, found: list[str]) -> None:
     """A try that finds some files, finishes one, begins another, and is interrupted."""
 
     def attempt() -> None:
-        with unfinished_folder(target, job, ["whole", "part"]) as new:
+        with resumable_folder(target, job, ["whole", "part"]) as new:
             assert listed(new) == found
             (new / "whole").write_text(job)
             (new / "other").write_text(job)
@@ -214,7 +214,7 @@ def test_finished_files_are_kept_for_the_same_job_alone(tmp_path: Path) -> None:
     interrupted(target, "one", [])
     assert not target.exists()
     interrupted(target, "one", ["whole"])
-    with unfinished_folder(target, "two", ["whole", "part"]) as new:
+    with resumable_folder(target, "two", ["whole", "part"]) as new:
         assert listed(new) == []
         (new / "whole").write_text("two")
     assert (target / "whole").read_text() == "two"
@@ -228,12 +228,12 @@ def test_a_kill_around_the_last_step_loses_nothing(tmp_path: Path) -> None:
     (work / "old").mkdir()  # moved away, and the new one is not there yet
     (work / "old" / "precious").write_text("mine")
     note_made(work / "old", "another")
-    with pytest.raises(pg.PeftGraphError, match="--force"), unfinished_folder(target, "one", ["whole"]):
+    with pytest.raises(pg.PeftGraphError, match="--force"), resumable_folder(target, "one", ["whole"]):
         pass
     assert (target / "precious").read_text() == "mine"
     (work / "old").mkdir()  # replaced, and the old one not deleted yet
     (work / "old" / "stale").write_text("old")
-    with unfinished_folder(target, "one", ["whole"], force=True) as new:
+    with resumable_folder(target, "one", ["whole"], force=True) as new:
         assert listed(new) == ["whole"]
     assert listed(target) == ["whole"]
     assert listed(tmp_path) == ["target"]
@@ -243,7 +243,7 @@ def make(target: Path, what: str, force: bool) -> None:
     """A job of two files, as a merge does it."""
     if is_finished(target, what):
         return
-    with unfinished_folder(target, what, ["whole"], force) as new:
+    with resumable_folder(target, what, ["whole"], force) as new:
         if not (new / "whole").exists():
             with atomic_file(new / "whole") as temporary:
                 temporary.write_text(what)
@@ -310,7 +310,7 @@ def test_a_folder_that_is_replaced_as_a_whole_survives_a_kill(
 
 def test_two_runs_to_one_folder_do_not_mix(tmp_path: Path) -> None:
     target = tmp_path / "target"
-    with unfinished_folder(target, "one", ["whole"]) as new:
+    with resumable_folder(target, "one", ["whole"]) as new:
         (new / "whole").write_text("one")
         with pytest.raises(pg.PeftGraphError, match="Another process is merging into"):
             make(target, "two", False)
@@ -322,11 +322,11 @@ def test_a_foreign_folder_in_the_way_is_left_alone(tmp_path: Path) -> None:
     work = work_folder(tmp_path / "target")
     work.mkdir()
     (work / "precious").write_text("mine")
-    with pytest.raises(pg.PeftGraphError, match="is in the way"), unfinished_folder(tmp_path / "target", "one", []):
+    with pytest.raises(pg.PeftGraphError, match="is in the way"), resumable_folder(tmp_path / "target", "one", []):
         pass
     assert listed(work) == ["precious"]
     (work / "precious").unlink()
     (work / ".job-1").mkdir()  # killed before it said what it is
-    with unfinished_folder(tmp_path / "target", "one", []):
+    with resumable_folder(tmp_path / "target", "one", []):
         pass
     assert listed(tmp_path) == ["target"]

@@ -173,8 +173,10 @@ def test_refusals(case: str, tmp_path: Path) -> None:
 def test_nothing_to_save_and_an_unknown_format(tmp_path: Path) -> None:
     with pytest.raises(pg.AdapterError, match="nothing to save"):
         zoo.traced("nano").save_adapter(tmp_path, format="peft")
-    with pytest.raises(pg.AdapterError, match="""format must be "peftgraph" or "peft", got 'pickle'"""):
-        zoo.traced("nano").apply(LoRA()).save_adapter(tmp_path, format="pickle")  # type: ignore[arg-type]
+    with pytest.raises(pg.AdapterError, match="format must be one of peftgraph, adapterhub, peft, got 'pickle'"):
+        zoo.traced("nano").apply(LoRA()).save_adapter(tmp_path, format="pickle")
+    with pytest.raises(pg.AdapterError, match="Adapters in the format 'adapterhub' are read only, not written"):
+        zoo.traced("nano").apply(LoRA()).save_adapter(tmp_path, format="adapterhub")
 
 
 # the disk

@@ -17,11 +17,11 @@ from sharded import contents, differing, own_updates, silent
 from torch import Tensor
 
 import peftgraph as pg
-from peftgraph.interop.checkpoints import write
+from peftgraph.interop.checkpoints import shard_writer
 from peftgraph.interop.checkpoints.checkpoint import INDEX, Checkpoint
-from peftgraph.interop.checkpoints.folded import Folded
+from peftgraph.interop.checkpoints.folded_updates import FoldedUpdates
+from peftgraph.interop.checkpoints.shard_writer import check_space, identity, write_shards
 from peftgraph.interop.checkpoints.tensor_file import TensorFile
-from peftgraph.interop.checkpoints.write import check_space, identity, write_shards
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 CASES = {
@@ -34,7 +34,7 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Checkpoint, Folded]:
+def bert(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Checkpoint, FoldedUpdates]:
     """A small BERT in shards, and an adapter's updates of it."""
     folder = tmp_path_factory.mktemp("shards")
     sharded.saved("bert", folder / "model")
@@ -60,7 +60,7 @@ def test_shards_hold_the_bits_of_write_back(name: str, tmp_path: Path) -> None:
 
 
 def test_few_tensors_are_in_memory_at_once(
-    bert: tuple[Path, Checkpoint, Folded], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bert: tuple[Path, Checkpoint, FoldedUpdates], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, checkpoint, updates = bert
     alive: list[str] = []
@@ -75,7 +75,7 @@ def test_few_tensors_are_in_memory_at_once(
         return tensor
 
     monkeypatch.setattr(TensorFile, "read", counted)
-    write_shards(checkpoint, updates, tmp_path, silent, room=0)
+    write_shards(checkpoint, updates, tmp_path, silent, limit=0)
     wanted = [len(sources) for sources in updates.changed.values()]
     assert max(wanted) == 2  # (IA)3 scales a weight and its bias together
     assert max(most) == 2
@@ -100,7 +100,7 @@ def stopping(after: int) -> Callable[[int], None]:
 
 
 def test_an_interrupted_merge_goes_on_with_the_shard_it_stopped_in(
-    bert: tuple[Path, Checkpoint, Folded], tmp_path: Path
+    bert: tuple[Path, Checkpoint, FoldedUpdates], tmp_path: Path
 ) -> None:
     _, checkpoint, updates = bert
     write_shards(checkpoint, updates, tmp_path / "whole", silent)
@@ -118,7 +118,7 @@ def test_an_interrupted_merge_goes_on_with_the_shard_it_stopped_in(
         assert differing(contents(out), contents(tmp_path / "whole")) == []
 
 
-def test_a_merge_is_known_by_what_it_is_made_of(bert: tuple[Path, Checkpoint, Folded], tmp_path: Path) -> None:
+def test_a_merge_is_known_by_what_it_is_made_of(bert: tuple[Path, Checkpoint, FoldedUpdates], tmp_path: Path) -> None:
     folder, checkpoint, _ = bert
     adapter = sorted((folder / "adapter").iterdir())
     first = identity(checkpoint, adapter)
@@ -131,18 +131,18 @@ def test_a_merge_is_known_by_what_it_is_made_of(bert: tuple[Path, Checkpoint, Fo
 
 
 def test_a_full_disk_is_seen_before(
-    bert: tuple[Path, Checkpoint, Folded], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bert: tuple[Path, Checkpoint, FoldedUpdates], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, checkpoint, _ = bert
     needed = shutil.disk_usage(tmp_path)._replace(free=checkpoint.size - 1)
-    monkeypatch.setattr(write.shutil, "disk_usage", lambda path: needed)
+    monkeypatch.setattr(shard_writer.shutil, "disk_usage", lambda path: needed)
     with pytest.raises(pg.PeftGraphError, match="GB are free at"):
         check_space(checkpoint, tmp_path / "new", tmp_path / "work")
     (tmp_path / "part.safetensors").write_bytes(b"1")
     check_space(checkpoint, tmp_path / "new", tmp_path)  # what is finished takes no more room
 
 
-def damaged(bert: tuple[Path, Checkpoint, Folded], tmp_path: Path) -> tuple[Path, Path, str]:
+def damaged(bert: tuple[Path, Checkpoint, FoldedUpdates], tmp_path: Path) -> tuple[Path, Path, str]:
     """A copy of the model, its first shard, and a tensor that the adapter changes there."""
     folder, checkpoint, updates = bert
     copied = shutil.copytree(folder / "model", tmp_path / "model")
@@ -156,7 +156,7 @@ def rewritten(shard: Path, change: Callable[[dict[str, Tensor]], object]) -> Non
     safetensors.torch.save_file(tensors, shard)
 
 
-def test_damaged_models_are_refused(bert: tuple[Path, Checkpoint, Folded], tmp_path: Path) -> None:
+def test_damaged_models_are_refused(bert: tuple[Path, Checkpoint, FoldedUpdates], tmp_path: Path) -> None:
     copied, shard, _ = damaged(bert, tmp_path)
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1])
@@ -180,7 +180,7 @@ def test_damaged_models_are_refused(bert: tuple[Path, Checkpoint, Folded], tmp_p
         Checkpoint.open(copied)
 
 
-def test_quantised_models_are_refused(bert: tuple[Path, Checkpoint, Folded], tmp_path: Path) -> None:
+def test_quantised_models_are_refused(bert: tuple[Path, Checkpoint, FoldedUpdates], tmp_path: Path) -> None:
     copied, _, _ = damaged(bert, tmp_path)
     config = json.loads((copied / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq"}
@@ -189,7 +189,7 @@ def test_quantised_models_are_refused(bert: tuple[Path, Checkpoint, Folded], tmp
         Checkpoint.open(copied)
 
 
-def test_tensors_that_do_not_fit_are_refused(bert: tuple[Path, Checkpoint, Folded], tmp_path: Path) -> None:
+def test_tensors_that_do_not_fit_are_refused(bert: tuple[Path, Checkpoint, FoldedUpdates], tmp_path: Path) -> None:
     copied, shard, name = damaged(bert, tmp_path)
     adapter, whole = bert[0] / "adapter", shard.read_bytes()
     index = json.loads((copied / INDEX).read_text())
@@ -208,13 +208,15 @@ def test_tensors_that_do_not_fit_are_refused(bert: tuple[Path, Checkpoint, Folde
         own_updates(copied, adapter)
 
 
-def test_what_does_not_fold_is_refused(bert: tuple[Path, Checkpoint, Folded], tmp_path: Path) -> None:
+def test_what_does_not_fold_is_refused(bert: tuple[Path, Checkpoint, FoldedUpdates], tmp_path: Path) -> None:
     tuned = zoo.traced("bert").apply(pg.load_recipe("serial_adapter{width=4}"))
     with pytest.raises(pg.NoFold, match="nonlinearity"):
         own_updates(bert[0] / "model", tuned.save_adapter(tmp_path / "adapter"))
 
 
-def test_a_model_that_changed_meanwhile_is_noticed(bert: tuple[Path, Checkpoint, Folded], tmp_path: Path) -> None:
+def test_a_model_that_changed_meanwhile_is_noticed(
+    bert: tuple[Path, Checkpoint, FoldedUpdates], tmp_path: Path
+) -> None:
     copied, shard, _ = damaged(bert, tmp_path)
     checkpoint = Checkpoint.open(copied)
     shard.write_bytes(shard.read_bytes()[:-1])
@@ -223,7 +225,7 @@ def test_a_model_that_changed_meanwhile_is_noticed(bert: tuple[Path, Checkpoint,
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_a_bare_model_may_be_stored_with_its_prefix_and_without(bert: tuple[Path, Checkpoint, Folded]) -> None:
+def test_a_bare_model_may_be_stored_with_its_prefix_and_without(bert: tuple[Path, Checkpoint, FoldedUpdates]) -> None:
     _, checkpoint, _ = bert
     name = "embeddings.word_embeddings.weight"
     assert checkpoint.key([name], "bert") == name

@@ -20,8 +20,8 @@ from transformers import PreTrainedModel, Qwen2MoeConfig, Qwen2MoeForCausalLM, Q
 import peftgraph as pg
 from peftgraph.cli.models import skeleton
 from peftgraph.interop.checkpoints.checkpoint import INDEX, Checkpoint
-from peftgraph.interop.checkpoints.peft_updates import peft_updates
-from peftgraph.interop.checkpoints.write import write_shards
+from peftgraph.interop.checkpoints.shard_writer import write_shards
+from peftgraph.interop.peft.merge_updates import peft_updates
 
 SIZES: dict[str, Any] = {
     "vocab_size": 61, "hidden_size": 48, "intermediate_size": 80, "moe_intermediate_size": 32, "num_hidden_layers": 2,
@@ -70,9 +70,9 @@ def test_experts_hold_the_bits_of_write_back(name: str, dtype: torch.dtype, tmp_
     folder = saved(model, tmp_path / "model")
     tuned = tuned_of(model, RECIPE)
     checkpoint, updates = own_updates(folder, tuned.save_adapter(tmp_path / "adapter"))
-    experts = [key for key in checkpoint.owners if ".experts." in key]
+    experts = [key for key in checkpoint.shards if ".experts." in key]
     assert len(experts) == 2 * 4 * 3  # layers, experts, matrices
-    assert len({checkpoint.owners[key].path for key in experts}) > 2
+    assert len({checkpoint.shards[key].path for key in experts}) > 2
     assert set(experts) <= updates.changed.keys()
     assert max(len(updates.changed[key]) for key in experts) == 2  # the gate and the branch that it gates
     write_shards(checkpoint, updates, tmp_path / "out", silent)
@@ -115,8 +115,8 @@ def test_a_mapping_that_is_not_exact_is_refused(tmp_path: Path) -> None:
     model = built("mixtral", torch.float32)
     folder = saved(model, tmp_path / "model")
     adapter = tuned_of(model, RECIPE).save_adapter(tmp_path / "adapter")
-    key = next(key for key in Checkpoint.open(folder).owners if ".experts.2.w3" in key)
-    shard = Checkpoint.open(folder).owners[key].path
+    key = next(key for key in Checkpoint.open(folder).shards if ".experts.2.w3" in key)
+    shard = Checkpoint.open(folder).shards[key].path
     whole = safetensors.torch.load_file(shard)
 
     def refused(tensors: dict[str, Tensor]) -> None:

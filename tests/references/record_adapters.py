@@ -196,7 +196,7 @@ def direft(model: nn.Module) -> Named:
     return reft(model, adapters.DiReftConfig(r=2, prefix_positions=2, suffix_positions=1, non_linearity="gelu"))
 
 
-def rows_of(layers: int, index: int, side: int, length: int = 0) -> Callable[[Tensor], Tensor]:
+def output_rows(layers: int, index: int, side: int, length: int = 0) -> Callable[[Tensor], Tensor]:
     """The keys (side 0) or values (side 1) of one attention, out of the rows of the MLP's last layer or, where a
     `length` is given, out of all rows of keys and values in one."""
 
@@ -221,10 +221,10 @@ def prefixes(model: nn.Module) -> Named:
             named |= {f"{place}.gate_weight": gate.weight, f"{place}.gate_bias": gate.bias}
         for side, letter in enumerate("kv"):
             if isinstance(module, FlatPrefixTuning):
-                part = rows_of(module.n_layers, index, side, LENGTH)
+                part = output_rows(module.n_layers, index, side, LENGTH)
                 named[f"{place}.prefix_{letter}"] = Part(module.control_trans, part)
                 continue
-            part, (down, _, up) = rows_of(module.n_layers, index, side), module.control_trans
+            part, (down, _, up) = output_rows(module.n_layers, index, side), module.control_trans
             named |= {f"{place}.{letter}_weight": Part(up.weight, part), f"{place}.{letter}_bias": Part(up.bias, part)}
             named |= {f"{family}_embedding": module.wte.weight}
             named |= {f"{family}_down_weight": down.weight, f"{family}_down_bias": down.bias}

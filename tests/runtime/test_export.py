@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import peftgraph as pg
 from peftgraph.ir.program import ProgramData
 from peftgraph.passes.lora import LoRA
-from peftgraph.runtime.export import to_exported
+from peftgraph.runtime.export.exported_program import to_exported_program
 from peftgraph.runtime.plain_aten import in_plain_aten
 
 SIZES = ((1, 1), (2, 5), (4, 9))
@@ -77,7 +77,7 @@ def test_pt2_runs_alone(tmp_path: Path) -> None:
 
 def test_no_guard_on_the_traced_sizes_is_left() -> None:
     program = zoo.traced("gpt2")  # its code reshapes the mask, which makes the exporter guard that 3 is not 7
-    module = to_exported(program).module()
+    module = to_exported_program(program).module()
     for batch, length in SIZES:
         outputs = module(**example("gpt2", batch, length))
         assert torch.equal(outputs["logits"], expected(program, "gpt2", batch, length)["logits"])
@@ -119,7 +119,7 @@ def test_grouped_products_are_spelled_out(ends: tuple[int, ...]) -> None:
     program = pg.trace(model, (x, torch.tensor([2, 5, 7], dtype=torch.int32)))
     assert "grouped_mm" in program.text()
     assert "grouped_mm" not in str(in_plain_aten(program.graph))
-    out = to_exported(program).module()(x=x, offsets=offsets)["output"]
+    out = to_exported_program(program).module()(x=x, offsets=offsets)["output"]
     torch.testing.assert_close(out, model(x, offsets), rtol=1e-6, atol=1e-6)
 
 
@@ -130,13 +130,13 @@ def test_inputs_keep_the_names_of_the_model() -> None:
 
     x = torch.randn(3, 6)
     program = pg.trace(Named(6, 5), {"input": x, "pair": (x,)})
-    module = to_exported(program).module()
+    module = to_exported_program(program).module()
     assert torch.equal(module(input=x, pair_0=x)["output"], program.module()(x, (x,)))
 
 
 def test_no_file_is_left_by_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = zoo.traced("nano")
-    with pytest.raises(pg.ExportError, match=r"model.pth: the suffix says the format; known are .pt2, .onnx"):
+    with pytest.raises(pg.ExportError, match=r"model.pth: the suffix says the format; known are .onnx, .pt2"):
         program.export(tmp_path / "model.pth")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(pg.ExportError, match=r'needs onnx and onnxscript: pip install "peftgraph\[onnx\]"'):

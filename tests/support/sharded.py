@@ -12,8 +12,8 @@ from torch import Tensor
 
 from peftgraph.cli.models import skeleton, trace
 from peftgraph.interop.checkpoints.checkpoint import Checkpoint
-from peftgraph.interop.checkpoints.folded import Folded, folded_updates
-from peftgraph.interop.checkpoints.layout import Layout
+from peftgraph.interop.checkpoints.folded_updates import FoldedUpdates, folded_updates
+from peftgraph.interop.checkpoints.storage_layout import StorageLayout
 
 
 def saved(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
@@ -37,12 +37,12 @@ def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
     return [name for name in a if a[name].dtype != b[name].dtype or not torch.equal(a[name], b[name])]
 
 
-def own_updates(folder: Path, adapter: Path) -> tuple[Checkpoint, Folded]:
+def own_updates(folder: Path, adapter: Path) -> tuple[Checkpoint, FoldedUpdates]:
     """What an adapter of ours changes in a folder."""
     checkpoint = Checkpoint.open(folder)
     model = skeleton(folder, checkpoint.dtype)
     program = trace(model)
-    layout = Layout.of(model, checkpoint)
+    layout = StorageLayout.of(model, checkpoint)
     return checkpoint, folded_updates(program, program.sites, program.apply, adapter, layout)
 
 

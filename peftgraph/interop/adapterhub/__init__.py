@@ -1,1 +1,1 @@
-"""Directories that the `adapters` library saved, read."""
+"""A plug-in that reads adapter directories of AdapterHub's `adapters`; it knows the passes that express them."""

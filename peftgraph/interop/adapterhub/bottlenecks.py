@@ -1,27 +1,26 @@
-"""Bottlenecks of the `adapters` library as passes: serial, parallel, behind the residual sum, and those of Compacter.
+"""Reads bottlenecks of the `adapters` library as passes: serial, parallel, after the residual sum, and Compacter's.
 
-After a sublayer they are Houlsby's, on the residual sum Pfeiffer's, behind it (and its norm) Adapter+; a Compacter
-stands at the first two places. A scale that the pass does not have is multiplied into the up projection. The
-rule A of all its Kronecker products is either the adapter's own, or each projection's; where the library keeps it as a
-product of two thin matrices it is multiplied out: A_i = L_i R_i.
+After a sublayer they are Houlsby's, on the residual sum Pfeiffer's, after the sum (and its norm) Adapter+'s. Compacters
+are at one of the first two. A scale that the pass does not have is multiplied into the up projection. The rule A of a
+Compacter's Kronecker products is shared by the adapter or belongs to each projection; where the library stores it as a
+product of two thin matrices, the product is computed: A_i = L_i R_i.
 Source: adapter-hub/adapters 1.3, methods/bottleneck.py, methods/modeling.py (Adapter, PHMLayer).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from peftgraph.errors import AdapterError
-from peftgraph.interop.adapterhub.saved import TENSORS, Saved
-from peftgraph.interop.filling import COMMON, Filled, Key
-from peftgraph.interop.peft.config import CONFIG
-from peftgraph.interop.selecting import selector_of
+from peftgraph.interop.adapterhub.saved_adapter import CONFIG, TENSORS, SavedAdapter
+from peftgraph.interop.pass_values import SHARED, ParameterKey, PassWithValues
+from peftgraph.interop.site_selection import selector_for
+from peftgraph.passes import AdapterPlus, Compacter, CompacterPP, Houlsby, ParallelAdapter, Pfeiffer
 from peftgraph.rewrite.method import Pass
-from peftgraph.rewrite.registry import find_pass
 from peftgraph.sites import Site, Sites
 
 NAMES = {
@@ -37,65 +36,65 @@ PARTS = {"W_left": "left", "W_right": "right", "W": "weight", "b": "bias", "phm_
          "phm_rule_left": "rule_left", "phm_rule_right": "rule_right"}  # fmt: skip
 COMPACT = {f"adapter_{side}.{leaf}": f"{side.partition('.')[0]}_{ours}" for side in ("down.0", "up")
            for leaf, ours in PARTS.items()}  # fmt: skip
-# options whose other values are other methods
+# Options whose other values are other methods.
 FORM = {
     "adapter_residual_before_ln": False, "ln_after": False, "ln_before": False,
 }  # fmt: skip
 AROUND = {"original_ln_after": True, "residual_before_ln": True, "stochastic_depth": 0.0}
-BEHIND = {"original_ln_before": True, "residual_before_ln": False, "use_gating": False}
+AFTER_SUM = {"original_ln_before": True, "residual_before_ln": False, "use_gating": False}
 
 
-def bottlenecks(sites: Sites, saved: Saved) -> Filled:
-    """The pass of a bottleneck configuration.
+def bottleneck_pass(sites: Sites, saved: SavedAdapter) -> PassWithValues:
+    """Returns the pass of a bottleneck configuration.
 
     Raises:
-        AdapterError: an option makes another method of it, or a place is no sublayer of this model.
+        AdapterError: an option makes another method of it, or it is at no sublayer of this model.
     """
     saved.check(FORM)
     if saved.options.get("original_ln_after") is False and not saved.options.get("is_parallel"):
-        return _behind(sites, saved)
+        return _after_sum(sites, saved)
     saved.check(AROUND)
     if saved.options.get("phm_layer"):
         return _compacter(sites, saved)
-    places = _places(sites, saved, NAMES)
-    options = _common(sites, saved, places)
+    adapters = _by_site(sites, saved, NAMES)
+    options = _common(sites, saved, adapters)
     if saved.options.get("is_parallel"):
         if saved.options.get("scaling") == "channel":
-            return _scaled(saved, "parallel_adapter", options | {"input": "residual", "scale": 1.0}, places)
-        options |= _scale(saved) | {"input": "residual"}
-        return Filled(_made("parallel_adapter", options), _values(places, "parallel_adapter"))
+            return _scaled(saved, ParallelAdapter(**options, input="residual", scale=1.0), adapters)
+        method = ParallelAdapter(**options, **_scale(saved), input="residual")
+        return PassWithValues(method, _values(adapters, method.word))
     if saved.options.get("original_ln_before"):
-        return _scaled(saved, "pfeiffer", options, places)
-    return _scaled(saved, "houlsby", options | {"norms": False}, places)
+        return _scaled(saved, Pfeiffer(**options), adapters)
+    return _scaled(saved, Houlsby(**options, norms=False), adapters)
 
 
-def _behind(sites: Sites, saved: Saved) -> Filled:
-    """An Adapter+; one scale for all features is as many equal ones."""
-    saved.check(BEHIND | {"phm_layer": False})
-    places = _places(sites, saved, NAMES)
+def _after_sum(sites: Sites, saved: SavedAdapter) -> PassWithValues:
+    """Returns an Adapter+; a single scale becomes equal scales of all features."""
+    saved.check(AFTER_SUM | {"phm_layer": False})
+    adapters = _by_site(sites, saved, NAMES)
     drop_path = float(saved.option("stochastic_depth", float, int))
-    method = _made("adapter_plus", _common(sites, saved, places) | {"drop_path": drop_path})
-    alike = {site: {**tensors, "scale": _factor(saved, tensors).expand(len(tensors["up_bias"]))}
-             for site, tensors in places.items()}  # fmt: skip
+    method = AdapterPlus(**_common(sites, saved, adapters), drop_path=drop_path)
+    scaled = {site: {**tensors, "scale": _factor(saved, tensors).expand(len(tensors["up_bias"]))}
+              for site, tensors in adapters.items()}  # fmt: skip
     remark = "" if saved.options.get("scaling") == "channel" else _remark(saved, "trains on as one for each feature")
-    return Filled(method, _values(alike), remark)
+    return PassWithValues(method, _values(scaled), remark)
 
 
-def _scaled(saved: Saved, word: str, options: Mapping[str, Any], places: Mapping[Site, Mapping[str, Tensor]]) -> Filled:
-    """A pass without a scale, whose up projection has it in it."""
+def _scaled(saved: SavedAdapter, method: Pass, adapters: Mapping[Site, Mapping[str, Tensor]]) -> PassWithValues:
+    """Returns a pass without a scale of its own, with the scale multiplied into its up projection."""
     if saved.options.get("scaling") == 1.0:
-        return Filled(_made(word, options), _values(places, word))
-    inside: dict[Site, dict[str, Tensor]] = {}
-    for site, tensors in places.items():
+        return PassWithValues(method, _values(adapters, method.word))
+    scaled: dict[Site, dict[str, Tensor]] = {}
+    for site, tensors in adapters.items():
         factor = _factor(saved, tensors)
-        inside[site] = {leaf: value for leaf, value in tensors.items() if leaf != "scale"}
-        inside[site] |= {"up_weight": factor.unsqueeze(-1) * tensors["up_weight"]}
-        inside[site] |= {"up_bias": factor * tensors["up_bias"]}
-    return Filled(_made(word, options), _values(inside, word), _remark(saved, "is multiplied into the up projection"))
+        scaled[site] = {leaf: value for leaf, value in tensors.items() if leaf != "scale"}
+        scaled[site] |= {"up_weight": factor.unsqueeze(-1) * tensors["up_weight"]}
+        scaled[site] |= {"up_bias": factor * tensors["up_bias"]}
+    return PassWithValues(method, _values(scaled, method.word), _remark(saved, "is multiplied into the up projection"))
 
 
-def _factor(saved: Saved, tensors: Mapping[str, Tensor]) -> Tensor:
-    """The scale of one adapter, (1,) or (D,).
+def _factor(saved: SavedAdapter, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Returns the scale of one adapter, (1,) or (D,).
 
     Raises:
         AdapterError: tensors are missing.
@@ -109,25 +108,31 @@ def _factor(saved: Saved, tensors: Mapping[str, Tensor]) -> Tensor:
     return tensors["scale"]
 
 
-def _remark(saved: Saved, what: str) -> str:
+def _remark(saved: SavedAdapter, what: str) -> str:
+    """Words the warning that a scale is expressed in another way."""
     return f"{saved.directory} has scaling={saved.options.get('scaling')!r}, which {what}: it answers as it did."
 
 
-def _compacter(sites: Sites, saved: Saved) -> Filled:
-    """A Compacter, with one rule or with one for each projection."""
+def _compacter(sites: Sites, saved: SavedAdapter) -> PassWithValues:
+    """Returns a Compacter, with one shared rule or one for each projection."""
     saved.check({"is_parallel": False, "phm_bias": True, "scaling": 1.0, "shared_W_phm": False, "use_gating": False})
-    places = {site: _multiplied(tensors) for site, tensors in _places(sites, saved, COMPACT).items()}
-    options = _common(sites, saved, places)
+    adapters = {site: _whole_rules(tensors) for site, tensors in _by_site(sites, saved, COMPACT).items()}
+    options = _common(sites, saved, adapters)
     shared, serial = saved.option("shared_phm_rule", bool), not saved.options.get("original_ln_before")
     options |= {"n": saved.option("phm_dim", int), "shared": shared, "norms": False, "init": "xavier_normal"}
     options["rank"] = saved.option("phm_rank", int) if saved.option("factorized_phm_W", bool) else None
     options["place"] = "after_dropout" if serial else "residual_sum"
-    common: dict[Key, Tensor] = {(COMMON, "phm_rule"): _rule(saved)} if shared else {}
-    return Filled(_made("compacter" if serial else "compacter_pp", options), _values(places) | common)
+    common: dict[ParameterKey, Tensor] = {(SHARED, "phm_rule"): _rule(saved)} if shared else {}
+    method = Compacter(**options) if serial else CompacterPP(**options)
+    return PassWithValues(method, _values(adapters) | common)
 
 
-def _rule(saved: Saved) -> Tensor:
-    """The rule that all projections share."""
+def _rule(saved: SavedAdapter) -> Tensor:
+    """Returns the rule that all projections share.
+
+    Raises:
+        AdapterError: the file lacks it.
+    """
     found = next(iter(saved.tensors.get("shared_parameters", {}).values()), {})
     if "phm_rule" in found:
         return found["phm_rule"]
@@ -139,8 +144,8 @@ def _rule(saved: Saved) -> Tensor:
     )
 
 
-def _multiplied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of one adapter, with each rule in the place of its two factors."""
+def _whole_rules(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors of one adapter, with the two factors of each rule multiplied."""
     whole = dict(tensors)
     for side in ("down", "up"):
         factors = [whole.pop(f"{side}_rule_{end}", None) for end in ("left", "right")]
@@ -149,35 +154,36 @@ def _multiplied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return whole
 
 
-def _places(sites: Sites, saved: Saved, names: Mapping[str, str]) -> dict[Site, dict[str, Tensor]]:
-    """The adapters by site, with our names."""
+def _by_site(sites: Sites, saved: SavedAdapter, names: Mapping[str, str]) -> dict[Site, dict[str, Tensor]]:
+    """Returns the tensors of the adapters by site and by our names."""
     return {
         saved.site(sites, path, "attention", "ffn"): saved.named(path, tensors, names)
         for path, tensors in saved.at("adapters").items()
     }
 
 
-def _values(places: Mapping[Site, Mapping[str, Tensor]], word: str = "") -> dict[Key, Tensor]:
-    """The values by site; those of gates have the word of what they let in before their names."""
-    named = {leaf: f"{word}_{leaf}" if leaf.startswith("gate_") else leaf for one in places.values() for leaf in one}
-    return {(site.id, named[leaf]): value for site, tensors in places.items() for leaf, value in tensors.items()}
+def _values(adapters: Mapping[Site, Mapping[str, Tensor]], word: str = "") -> dict[ParameterKey, Tensor]:
+    """Returns the values by site; the names of gates begin with the word of the pass that they gate."""
+    named = {leaf: f"{word}_{leaf}" if leaf.startswith("gate_") else leaf for one in adapters.values() for leaf in one}
+    return {(site.id, named[leaf]): value for site, tensors in adapters.items() for leaf, value in tensors.items()}
 
 
-def _common(sites: Sites, saved: Saved, places: Mapping[Site, Mapping[str, Tensor]]) -> dict[str, Any]:
-    """The options that all bottlenecks have."""
-    widths = {len(tensors["down_bias"]) for tensors in places.values() if "down_bias" in tensors}
+def _common(sites: Sites, saved: SavedAdapter, adapters: Mapping[Site, Mapping[str, Tensor]]) -> dict[str, Any]:
+    """Returns the options that all bottlenecks have.
+
+    Raises:
+        AdapterError: they have several widths.
+    """
+    widths = {len(tensors["down_bias"]) for tensors in adapters.values() if "down_bias" in tensors}
     if len(widths) != 1:
         raise saved.refuse(f"bottlenecks of the widths {sorted(widths)}")
     dropout = float(saved.option("dropout", float, int))
-    options: dict[str, Any] = {"at": selector_of(sites, places), "width": widths.pop(), "dropout": dropout}
+    options: dict[str, Any] = {"at": selector_for(sites, adapters), "width": widths.pop(), "dropout": dropout}
     return options | {"activation": saved.activation()}
 
 
-def _scale(saved: Saved) -> dict[str, Any]:
+def _scale(saved: SavedAdapter) -> dict[str, Any]:
+    """Returns the options of a parallel adapter's scale."""
     if saved.options.get("scaling") == "learned":
         return {"scale": 1.0, "learned": True}
     return {"scale": float(saved.option("scaling", float, int)), "learned": False}
-
-
-def _made(word: str, options: Mapping[str, Any]) -> Pass:
-    return cast(Any, find_pass(word))(**options)

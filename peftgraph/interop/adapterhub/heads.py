@@ -1,32 +1,31 @@
-"""Heads beside an adapter of the `adapters` library, as parameters of the base that train.
+"""Reads the prediction head beside an adapter of the `adapters` library, as parameters of the base that train.
 
-Out of a model with transformers' own head the library saves that head by the names it has there. The heads of the
-library's own model classes are other modules than transformers has, and are not read.
+From a model with transformers' own head, the library saves that head under its own names. The heads of the library's
+own model classes are modules that transformers does not have, and are not read.
 Source: adapter-hub/adapters 1.3, loading.py (PredictionHeadLoader).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
 
 from torch import Tensor
 
-from peftgraph.interop.adapterhub.saved import Saved
-from peftgraph.interop.documents import read_object, read_tensors
-from peftgraph.interop.filling import Filled, Key
-from peftgraph.interop.selecting import selector_of
-from peftgraph.interop.stored import holders, parameters_of, same
+from peftgraph.interop.adapterhub.saved_adapter import SavedAdapter
+from peftgraph.interop.base_parameters import equals_or_unknown, parameters_of, sites_owning_only
+from peftgraph.interop.checked_files import read_object, read_tensors
+from peftgraph.interop.pass_values import ParameterKey, PassWithValues
+from peftgraph.interop.site_selection import selector_for
 from peftgraph.ir.program import ProgramData
-from peftgraph.rewrite.registry import find_pass
+from peftgraph.passes import Freeze
 from peftgraph.sites import Sites
 
 HEAD = "head_config.json"
 TENSORS = "model_head.safetensors"
 
 
-def head(program: ProgramData, sites: Sites, saved: Saved) -> tuple[list[Filled], str]:
-    """The pass that trains the head, none where the base has its values; and what to say of one that is not read.
+def head_passes(program: ProgramData, sites: Sites, saved: SavedAdapter) -> tuple[list[PassWithValues], str]:
+    """Returns the pass that trains the head, none where it equals the base's; and a warning where it is not read.
 
     Raises:
         AdapterError: a file is damaged.
@@ -41,14 +40,17 @@ def head(program: ProgramData, sites: Sites, saved: Saved) -> tuple[list[Filled]
         why = "a program has the heads of the model that was traced. Copy its weights into that one if you want them"
         return [], _unread(saved, why)
     return _trained(
-        program, sites, saved, {name: value for name, value in tensors.items() if not same(own[name], value)}
+        program,
+        sites,
+        saved,
+        {name: value for name, value in tensors.items() if not equals_or_unknown(own[name], value)},
     )
 
 
 def _trained(
-    program: ProgramData, sites: Sites, saved: Saved, wanted: Mapping[str, Tensor]
-) -> tuple[list[Filled], str]:
-    chosen = holders(sites, set(wanted))
+    program: ProgramData, sites: Sites, saved: SavedAdapter, wanted: Mapping[str, Tensor]
+) -> tuple[list[PassWithValues], str]:
+    chosen = sites_owning_only(sites, set(wanted))
     lost = sorted(set(wanted) - {name for site in chosen for name in parameters_of(site)})
     tied = next((other for name in wanted for other in program.table.tied(name) if other not in wanted), None)
     if tied is not None:
@@ -58,9 +60,9 @@ def _trained(
         return [], _unread(saved, f"{lost[0]} is no site's own here. Copy its weights into the model that is traced")
     if not chosen:
         return [], ""
-    values: dict[Key, Tensor] = {**wanted}
-    return [Filled(cast(Any, find_pass("freeze"))(at=selector_of(sites, chosen)), values)], ""
+    values: dict[ParameterKey, Tensor] = {**wanted}
+    return [PassWithValues(Freeze(at=selector_for(sites, chosen)), values)], ""
 
 
-def _unread(saved: Saved, why: str) -> str:
+def _unread(saved: SavedAdapter, why: str) -> str:
     return f"{saved.directory} holds a prediction head beside the adapter ({HEAD}), which is not read: {why}."

@@ -1,11 +1,11 @@
-"""Prefixes of the `adapters` library as passes, with their MLP or without.
+"""Reads prefixes of the `adapters` library as passes, with their MLP or without.
 
-One prefix serves all attentions of a kind: a flat one is (L, 2 N, G F), layer by layer its keys, then its values; the
-last layer of an MLP has rows in that order, (2 N, G F, M). The layers are those that leave_out does not name, where a
-decoder's are counted on from the encoder's.
-T5 works the biases of the distance out in the first self-attention of a stack, b(j - i) for query i and key j of
-[P_K; K], and the others are given them. One that is given biases of other than its own number of keys has none to put
-in their place, and adds its mask alone; so do those above it.
+One prefix serves all attentions of a kind: without an MLP it is (L, 2 N, G F), layer by layer its keys, then its
+values; the last layer of an MLP has rows in that order, (2 N, G F, M). The layers are those that leave_out does not
+name; a decoder's layers are numbered after the encoder's.
+T5 computes the biases of the distance in the first self-attention of a stack, b(j - i) for query i and key j of
+[P_K; K], and passes them on to the others. An attention that receives biases for another number of keys than its own
+adds its mask alone; so do those above it.
 Shapes: L length, N layers, G heads of keys, F features of one, M hidden.
 Source: adapter-hub/adapters 1.3, methods/prefix_tuning.py; models/t5/modeling_t5.py (T5AttentionWithAdapters).
 """
@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Literal
 
 from torch import Tensor
 
 from peftgraph.errors import AdapterError
-from peftgraph.interop.adapterhub.saved import TENSORS, Saved
-from peftgraph.interop.filling import COMMON, Filled, Key
-from peftgraph.interop.selecting import selector_of
-from peftgraph.rewrite.registry import find_pass
+from peftgraph.interop.adapterhub.saved_adapter import TENSORS, SavedAdapter
+from peftgraph.interop.parameter_names import PREFIX_KEYS, PREFIX_VALUES
+from peftgraph.interop.pass_values import SHARED, ParameterKey, PassWithValues
+from peftgraph.interop.site_selection import selector_for
+from peftgraph.passes import Prefix
 from peftgraph.sites import Site, Sites
 
 KINDS = {
@@ -34,32 +35,33 @@ RELATIVE = ("t5", "mt5")
 MLP = {"wte.weight": "embedding", "control_trans.0.weight": "down_weight", "control_trans.0.bias": "down_bias"}
 LAST = {"control_trans.2.weight": "weight", "control_trans.2.bias": "bias"}
 FLAT = "control_trans"
+Biases = Literal["kept", "shifted", "dropped"]
 
 
-def prefixes(sites: Sites, saved: Saved) -> list[Filled]:
-    """The pass of a prefix; two where a T5 has biases in one of its stacks only.
+def prefix_passes(sites: Sites, saved: SavedAdapter) -> list[PassWithValues]:
+    """Returns the pass of a prefix; two passes where a T5 has biases in only one of its stacks.
 
     Raises:
-        AdapterError: the model has other attentions, or T5 has one without a prefix above one that has it.
+        AdapterError: the model has other attentions, or a T5 has one without a prefix above one with a prefix.
     """
     flat = saved.option("flat", bool)
     if not flat:
         saved.check({"non_linearity": "tanh"})
-    tensors = next(iter(saved.at("prefix_tunings").values()))
+    tensors, *_ = saved.at("prefix_tunings").values()
     served = {word: _attentions(sites, saved, word) for word in sorted({key.partition(".")[0] for key in tensors})}
-    biases = {word: _biases(sites, saved, word, cores) for word, cores in served.items()}
+    biases: dict[str, Biases] = {word: _biases(sites, saved, word, cores) for word, cores in served.items()}
     gates = _gates(sites, saved)
-    filled: list[Filled] = []
+    found: list[PassWithValues] = []
     for kind in dict.fromkeys(biases.values()):
-        places: list[Site] = []
-        values: dict[Key, Tensor] = {}
+        cores: list[Site] = []
+        values: dict[ParameterKey, Tensor] = {}
         for word in (word for word in served if biases[word] == kind):
             own = {key.partition(".")[2]: value for key, value in tensors.items() if key.startswith(f"{word}.")}
             values |= _rows(saved, served[word], own) if flat else _through_mlp(saved, served[word], own)
-            places += served[word]
-        name = kind if filled else ""
-        method = cast(Any, find_pass("prefix"))(
-            at=selector_of(sites, places),
+            cores += served[word]
+        name = kind if found else ""
+        method = Prefix(
+            at=selector_for(sites, cores),
             length=saved.option("prefix_length", int),
             hidden=None if flat else saved.option("bottleneck_size", int),
             dropout=float(saved.option("dropout", float, int)),
@@ -67,17 +69,17 @@ def prefixes(sites: Sites, saved: Saved) -> list[Filled]:
             name=name,
         )
         who = f"prefix_{name}" if name else "prefix"
-        ids = {site.id for site in places}
+        ids = {site.id for site in cores}
         values |= {(site, f"{who}_gate_{leaf}"): value for (site, leaf), value in gates.items() if site in ids}
-        filled.append(Filled(method, values))
-    return filled
+        found.append(PassWithValues(method, values))
+    return found
 
 
-def _biases(sites: Sites, saved: Saved, word: str, cores: list[Site]) -> str:
-    """What becomes of the model's biases of the distance in the attentions that a prefix serves.
+def _biases(sites: Sites, saved: SavedAdapter, word: str, cores: list[Site]) -> Biases:
+    """Returns what happens to the model's biases of the distance in the attentions that have a prefix.
 
     Raises:
-        AdapterError: an attention above them, which no prefix serves, loses its biases.
+        AdapterError: an attention without a prefix, above one with a prefix, loses its biases.
     """
     stack, kind = KINDS[word]
     if saved.family not in RELATIVE:
@@ -95,14 +97,18 @@ def _biases(sites: Sites, saved: Saved, word: str, cores: list[Site]) -> str:
     return "dropped" if bare else "shifted"
 
 
-def _attentions(sites: Sites, saved: Saved, word: str) -> list[Site]:
-    """The attentions that a prefix serves, from the lowest on."""
+def _attentions(sites: Sites, saved: SavedAdapter, word: str) -> list[Site]:
+    """Returns the attentions that a prefix serves, from the lowest on.
+
+    Raises:
+        AdapterError: the model does not have one attention of the kind in each layer.
+    """
     if word not in KINDS:
         raise AdapterError(f"{saved.directory / TENSORS} has a prefix for {word}; known are {', '.join(KINDS)}.")
     stack, kind = KINDS[word]
     found = _found(sites, stack, kind)
-    below = {site.layer for site in sites.select("block") if site.stack == "encoder"} if stack == "decoder" else ()
-    layers = {site.layer + len(below): site for site in found if site.layer is not None}
+    encoder = {site.layer for site in sites.select("block") if site.stack == "encoder"} if stack == "decoder" else ()
+    layers = {site.layer + len(encoder): site for site in found if site.layer is not None}
     kept = [layers[layer] for layer in sorted(layers) if layer not in saved.options.get("leave_out", ())]
     if len(layers) != len(found) or len({site.path for site in found}) != len(found) or not kept:
         raise AdapterError(
@@ -113,34 +119,40 @@ def _attentions(sites: Sites, saved: Saved, word: str) -> list[Site]:
 
 
 def _found(sites: Sites, stack: str, kind: str) -> list[Site]:
-    """The attentions of a kind."""
+    """Returns the attentions of a kind."""
     return [site for site in sites.select("attention.core") if site.kind == kind and site.stack in (None, stack)]
 
 
-def _rows(saved: Saved, cores: list[Site], own: Mapping[str, Tensor]) -> dict[Key, Tensor]:
-    """P_K and P_V of each attention."""
+def _rows(saved: SavedAdapter, cores: list[Site], own: Mapping[str, Tensor]) -> dict[ParameterKey, Tensor]:
+    """Returns P_K and P_V of each attention."""
     if own.keys() != {FLAT}:
         raise AdapterError(f"{saved.directory / TENSORS} has {', '.join(own)}, and not {FLAT} alone.")
     length = saved.option("prefix_length", int)
     rows = _cut(saved, own[FLAT].flatten(), (length, 2 * len(cores)))
-    sides = [(i, site, side, letter) for i, site in enumerate(cores) for side, letter in enumerate("kv")]
-    return {(site.id, f"prefix_{letter}"): rows[:, 2 * i + side] for i, site, side, letter in sides}
+    sides = [
+        (i, site, side, leaf) for i, site in enumerate(cores) for side, leaf in enumerate((PREFIX_KEYS, PREFIX_VALUES))
+    ]
+    return {(site.id, leaf): rows[:, 2 * i + side] for i, site, side, leaf in sides}
 
 
-def _through_mlp(saved: Saved, cores: list[Site], own: Mapping[str, Tensor]) -> dict[Key, Tensor]:
-    """The MLP that the attentions share, and their rows of its last layer."""
+def _through_mlp(saved: SavedAdapter, cores: list[Site], own: Mapping[str, Tensor]) -> dict[ParameterKey, Tensor]:
+    """Returns the MLP that the attentions share, and the rows of its last layer for each of them."""
     family = "_".join(part for part in (cores[0].stack, cores[0].kind) if part)
     named = saved.named("prefix_tuning", own, MLP | LAST)
     last = {leaf: _cut(saved, named.pop(leaf), (2 * len(cores),)) for leaf in ("weight", "bias") if leaf in named}
-    values: dict[Key, Tensor] = {(COMMON, f"{family}_{leaf}"): value for leaf, value in named.items()}
+    values: dict[ParameterKey, Tensor] = {(SHARED, f"{family}_{leaf}"): value for leaf, value in named.items()}
     for i, site in enumerate(cores):
         for side, letter in enumerate("kv"):
             values.update({(site.id, f"{letter}_{leaf}"): value[2 * i + side] for leaf, value in last.items()})
     return values
 
 
-def _cut(saved: Saved, tensor: Tensor, parts: tuple[int, ...]) -> Tensor:
-    """A tensor with its first axis cut into equal parts."""
+def _cut(saved: SavedAdapter, tensor: Tensor, parts: tuple[int, ...]) -> Tensor:
+    """Cuts the first axis of a tensor into equal parts.
+
+    Raises:
+        AdapterError: its size is not divisible.
+    """
     if tensor.shape[0] % math.prod(parts):
         raise AdapterError(
             f"{saved.directory / TENSORS} has a prefix of {tensor.shape[0]} rows, which are no keys and values of "
@@ -149,8 +161,8 @@ def _cut(saved: Saved, tensor: Tensor, parts: tuple[int, ...]) -> Tensor:
     return tensor.unflatten(0, (*parts, -1))
 
 
-def _gates(sites: Sites, saved: Saved) -> dict[tuple[str, str], Tensor]:
-    """The gates of a UniPELT, by their sites: "weight" and "bias"."""
+def _gates(sites: Sites, saved: SavedAdapter) -> dict[tuple[str, str], Tensor]:
+    """Returns the gates of a UniPELT, by their sites: "weight" and "bias"."""
     if not saved.options.get("use_gating"):
         return {}
     saved.check({"shared_gating": True})

@@ -1,31 +1,31 @@
-"""LoReFT and NoReFT of the `adapters` library as passes.
+"""Reads LoReFT and NoReFT of the `adapters` library as passes.
 
-R of LoReFT is stored as torch's parametrisation has it, a free matrix and a base; R itself is worked out of them, and
-its rows, which are orthonormal, stand in the place of LoReFT's free matrix, where they stay as they are.
+R of LoReFT is stored as torch's orthogonal parametrisation stores it: a free matrix and a base. R is computed from them
+and used as LoReFT's own free matrix; its rows are orthonormal already, so orthonormalising leaves them as they are.
 Source: adapter-hub/adapters 1.3, methods/reft.py; adapter_config.py, where subtract_projection is no field.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from peftgraph.errors import AdapterError
-from peftgraph.interop.adapterhub.saved import TENSORS, Saved
-from peftgraph.interop.filling import Filled, Key
-from peftgraph.interop.selecting import selector_of
-from peftgraph.rewrite.registry import find_pass
+from peftgraph.interop.adapterhub.saved_adapter import TENSORS, SavedAdapter
+from peftgraph.interop.pass_values import ParameterKey, PassWithValues
+from peftgraph.interop.site_selection import selector_for
+from peftgraph.passes import LoReFT
 from peftgraph.sites import Site, Sites
 
 NAMES = {"learned_source.weight": "weight", "learned_source.bias": "bias", "projection.weight": "projection"}
 FREE, BASE = "projection.parametrizations.weight.original", "projection.parametrizations.weight.0.base"
 
 
-def edits(sites: Sites, saved: Saved) -> Filled:
-    """The pass of a ReFT configuration.
+def reft_pass(sites: Sites, saved: SavedAdapter) -> PassWithValues:
+    """Returns the pass of a ReFT configuration.
 
     Raises:
         AdapterError: a module is no block of this model, or last tokens are edited in an encoder and a decoder.
@@ -38,27 +38,30 @@ def edits(sites: Sites, saved: Saved) -> Filled:
         )
     ends = [""] if saved.option("tied_weights", bool) else ["prefix_", "suffix_"]
     orthogonal = saved.option("orthogonality", bool)
-    values: dict[Key, Tensor] = {}
-    places: list[Site] = []
+    values: dict[ParameterKey, Tensor] = {}
+    blocks: list[Site] = []
     for path, tensors in saved.at("refts").items():
         site = saved.site(sites, path, "block")
-        places.append(site)
+        blocks.append(site)
         for i, end in enumerate(ends):
             unit = {key.removeprefix(f"units.{i}."): value for key, value in tensors.items() if f"units.{i}." in key}
             if orthogonal:
-                r_RD = _rows(unit, saved, path)
+                r_RD = _orthonormal_rows(unit, saved, path)
                 unit = {key: value for key, value in unit.items() if key not in (FREE, BASE)}
                 unit["projection.weight"] = r_RD
             named = saved.named(path, unit, NAMES)
             values.update({(site.id, f"{end}{leaf}"): value for leaf, value in named.items()})
-    whole = orthogonal and all(_orthonormal(value) for key, value in values.items() if key[1].endswith("projection"))
+    whole = orthogonal and all(
+        _are_orthonormal(value) for key, value in values.items() if key[1].endswith("projection")
+    )
     if whole:
         values = {(key[0], key[1].replace("projection", "directions")): value for key, value in values.items()}
-    return Filled(_pass(saved, sites, places, values, last, whole), values, _remark(saved, orthogonal, whole))
+    values, method = _pass(saved, sites, blocks, values, last, whole)
+    return PassWithValues(method, values, _remark(saved, orthogonal, whole))
 
 
-def _remark(saved: Saved, orthogonal: bool, whole: bool) -> str:
-    """What to say of an R that is not orthonormal."""
+def _remark(saved: SavedAdapter, orthogonal: bool, whole: bool) -> str:
+    """Words the warning for an R that is not orthonormal; "" for one that is."""
     if whole:
         return ""
     if orthogonal:
@@ -72,22 +75,27 @@ def _remark(saved: Saved, orthogonal: bool, whole: bool) -> str:
     )
 
 
-def _orthonormal(r_RD: Tensor) -> bool:
+def _are_orthonormal(r_RD: Tensor) -> bool:
     wide = r_RD.double()
     return torch.allclose(wide @ wide.T, torch.eye(len(wide), dtype=wide.dtype), atol=1e-3)
 
 
-def _pass(saved: Saved, sites: Sites, places: list[Site], values: dict[Key, Tensor], last: int, whole: bool) -> Any:
-    """LoReFT with the options of the library; one end alone has no other to be tied to."""
+def _pass(
+    saved: SavedAdapter, sites: Sites, blocks: list[Site], values: dict[ParameterKey, Tensor], last: int, whole: bool
+) -> tuple[dict[ParameterKey, Tensor], LoReFT]:
+    """Returns LoReFT with the options of the library, and its values.
+
+    An adapter that edits only the first or only the last tokens is written as a tied one: it has one set of parameters.
+    """
     first, tied = saved.option("prefix_positions", int), saved.option("tied_weights", bool)
     if not tied and not (first and last):  # the other end has parameters that nothing reads
         used = "prefix_" if first else "suffix_"
-        kept = {key: value for key, value in values.items() if key[1].startswith(used)}
-        values.clear()
-        values.update({(key[0], key[1].removeprefix(used)): value for key, value in kept.items()})
+        values = {
+            (key[0], key[1].removeprefix(used)): value for key, value in values.items() if key[1].startswith(used)
+        }
         tied = True
-    return cast(Any, find_pass("loreft"))(
-        at=selector_of(sites, places),
+    method = LoReFT(
+        at=selector_for(sites, blocks),
         rank=saved.option("r", int),
         prefix=first,
         suffix=last,
@@ -96,10 +104,15 @@ def _pass(saved: Saved, sites: Sites, places: list[Site], values: dict[Key, Tens
         activation=saved.activation() if saved.options.get("non_linearity") else None,
         dropout=float(saved.option("dropout", float, int)),
     )
+    return values, method
 
 
-def _rows(unit: Mapping[str, Tensor], saved: Saved, path: str) -> Tensor:
-    """R, worked out as torch does."""
+def _orthonormal_rows(unit: Mapping[str, Tensor], saved: SavedAdapter, path: str) -> Tensor:
+    """Computes R from its parametrisation, as torch does.
+
+    Raises:
+        AdapterError: the file lacks a part of it.
+    """
     if not {FREE, BASE} <= unit.keys():
         raise AdapterError(f"{saved.directory / TENSORS}: {path} lacks {FREE} or {BASE}.")
     free, dtype = unit[FREE], torch.promote_types(unit[FREE].dtype, torch.float32)

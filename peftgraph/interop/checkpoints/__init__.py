@@ -1,1 +1,1 @@
-"""Merging into a checkpoint shard by shard: no more than a few of its tensors are in memory at once."""
+"""Merges adapters into a checkpoint shard by shard, with only a few of its tensors in memory at a time."""

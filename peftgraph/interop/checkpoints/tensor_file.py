@@ -1,12 +1,12 @@
-"""One safetensors file, read tensor by tensor and written in a stream.
+"""Reads a safetensors file tensor by tensor, and rewrites it as a stream with other values.
 
-The safetensors library checks a file but cannot write one in a stream: `save_file` takes all tensors at once. What it
-reads is mapped memory, which counts as the process's own for as long as the file is open. So tensors are read from the
-places that the header names, and a merged file is the header of its source, byte for byte, followed by the data in the
+The safetensors library checks a file but cannot write one as a stream: `save_file` takes all tensors at once. What it
+reads is mapped memory, which counts as the process's own for as long as the file is open. So tensors are read at the
+offsets that the header gives, and a merged file is the header of its source, byte for byte, followed by the data in the
 same order: shapes and dtypes do not change.
 
 The format: 8 bytes with the length of the header, little-endian; the header, a JSON object from tensor to dtype, shape
-and place; the data. Source: the safetensors README, "Format".
+and offsets; the data. Source: the safetensors README, "Format".
 """
 
 from __future__ import annotations
@@ -23,23 +23,22 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from peftgraph.errors import PeftGraphError
-from peftgraph.interop.checkpoints.behind import Behind
-from peftgraph.interop.documents import check_names, parse_json
+from peftgraph.interop.checked_files import check_names, parse_json
+from peftgraph.interop.checkpoints.async_writer import AsyncWriter
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-New = Callable[[], Tensor]
 CHUNK = 8 << 20  # bytes copied at once
 AHEAD = 64 << 20  # bytes read ahead
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a tensor lies.
+    """The dtype, shape and position of a stored tensor.
 
     Attributes:
-        dtype: as the format spells it, such as BF16.
+        dtype: in the format's spelling, such as BF16.
         shape: its sizes.
-        begin, end: the first byte of it in the file, and the first after it.
+        begin, end: the range of its bytes in the file.
     """
 
     dtype: str
@@ -54,9 +53,9 @@ class TensorFile:
 
     Attributes:
         path: the file.
-        head: its bytes before the data.
-        slots: its tensors, in the order of their data.
-        size: its length in bytes.
+        head: the bytes before the data.
+        slots: the tensors, in the order of their data.
+        size: of the file, in bytes.
     """
 
     path: Path
@@ -74,7 +73,7 @@ class TensorFile:
         if path.exists() and not path.is_file():
             raise PeftGraphError(f"{path} is no regular file.")
         try:
-            with safe_open(path, framework="pt"):  # checks that the places fit each other, the shapes and the file
+            with safe_open(path, framework="pt"):  # checks the offsets against each other, the shapes and the file
                 pass
             with path.open("rb") as file:
                 length = file.read(8)
@@ -87,21 +86,21 @@ class TensorFile:
             raise PeftGraphError(f"{path} is no whole safetensors file: {error}") from None
         check_names(entries, path)
         slots = {
-            name: Slot(entry["dtype"], tuple(entry["shape"]), *(len(head) + place for place in entry["data_offsets"]))
+            name: Slot(entry["dtype"], tuple(entry["shape"]), *(len(head) + offset for offset in entry["data_offsets"]))
             for name, entry in entries.items()
         }
         ordered = dict(sorted(slots.items(), key=lambda item: (item[1].begin, item[1].end)))
         return cls(path, head, ordered, path.stat().st_size)
 
     def read(self, name: str, lend: Callable[[int], Tensor] | None = None) -> Tensor:
-        """One tensor, in memory of its own.
+        """Reads one tensor.
 
         Args:
             name: of the tensor.
-            lend: gives the memory: so many bytes, (size,) uint8.
+            lend: returns the memory for so many bytes, (size,) uint8; by default the tensor has memory of its own.
 
         Raises:
-            PeftGraphError: it is of no floating dtype that weights are merged in, or the file has changed.
+            PeftGraphError: its dtype is none that weights are merged in, or the file has changed.
         """
         slot = self.slots[name]
         if slot.dtype not in FLOATS:
@@ -115,26 +114,26 @@ class TensorFile:
             _read_into(file, slot.begin, data, self.path)
         return data.view(FLOATS[slot.dtype]).reshape(slot.shape)
 
-    def rewrite(self, target: BinaryIO, values: Mapping[str, Callable[[], Tensor]], behind: Behind) -> None:
-        """Writes the file anew, in order, with other values for some tensors.
+    def rewrite(self, target: BinaryIO, values: Mapping[str, Callable[[], Tensor]], writer: AsyncWriter) -> None:
+        """Writes a copy of the file, in order, with other values for some tensors.
 
         Args:
             target: what to write to, unbuffered.
-            values: gives the new values, when their turn comes.
-            behind: writes.
+            values: compute the new values; called in the order of the file.
+            writer: writes.
 
         Raises:
             PeftGraphError: a new value has another shape or dtype, or the file has changed.
         """
-        behind.write(target, self.head)
+        writer.write(target, self.head)
         with self.path.open("rb", buffering=0) as source:
             for name, slot in self.slots.items():
-                _ahead(source, slot)
+                _read_ahead(source, slot)
                 if name in values:
-                    behind.write(target, self._bytes(name, values[name]()))
+                    writer.write(target, self._bytes(name, values[name]()))
                 else:
-                    self._copy(source, slot, target, behind)
-        behind.finish()
+                    self._copy(source, slot, target, writer)
+        writer.finish()
 
     def _bytes(self, name: str, value: Tensor) -> memoryview:
         slot = self.slots[name]
@@ -145,15 +144,19 @@ class TensorFile:
             )
         return value.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
-    def _copy(self, source: FileIO, slot: Slot, target: BinaryIO, behind: Behind) -> None:
+    def _copy(self, source: FileIO, slot: Slot, target: BinaryIO, writer: AsyncWriter) -> None:
         for start in range(slot.begin, slot.end, CHUNK):
-            data = behind.lend(min(CHUNK, slot.end - start))
+            data = writer.lend(min(CHUNK, slot.end - start))
             _read_into(source, start, data, self.path)
-            behind.write(target, data.numpy().data)
+            writer.write(target, data.numpy().data)
 
 
 def _read_into(file: FileIO, start: int, data: Tensor, path: Path) -> None:
-    """Fills bytes from a place in a file on."""
+    """Fills `data` with the bytes of a file from an offset on.
+
+    Raises:
+        PeftGraphError: the file ends before.
+    """
     left = data.numpy().data
     file.seek(start)
     while left:
@@ -163,7 +166,7 @@ def _read_into(file: FileIO, start: int, data: Tensor, path: Path) -> None:
         left = left[count:]
 
 
-def _ahead(file: FileIO, slot: Slot) -> None:
-    """Has the system read what follows a tensor while this one is computed, where it can be asked to."""
+def _read_ahead(file: FileIO, slot: Slot) -> None:
+    """Asks the system, where it can be asked, to read what follows a tensor while this one is computed."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file.fileno(), slot.end, AHEAD, os.POSIX_FADV_WILLNEED)

@@ -1,4 +1,4 @@
-"""What an adapter changes in a checkpoint: the seam between the formats of adapters and the writing of shards."""
+"""Defines what an adapter changes in a checkpoint: the interface between adapter formats and the writing of shards."""
 
 from __future__ import annotations
 
@@ -8,40 +8,44 @@ from typing import Protocol
 from torch import Tensor
 
 from peftgraph.errors import PeftGraphError
-from peftgraph.interop.checkpoints.layout import Layout, Stored
+from peftgraph.interop.checkpoints.storage_layout import StorageLayout, StoredParameter
 from peftgraph.interop.checkpoints.tensor_file import FLOATS
 
 Read = Callable[[str], Tensor]
 
 
 class Updates(Protocol):
-    """New values for stored tensors."""
+    """New values for the stored tensors of a checkpoint."""
 
     @property
     def changed(self) -> Mapping[str, tuple[str, ...]]:
-        """The stored tensors that change, each with those that its new value is computed from."""
+        """The stored tensors that change, each with the tensors that its new value is computed from."""
         ...
 
     def value(self, key: str, read: Read) -> Tensor:
-        """The new value of a stored tensor, in its shape and dtype.
+        """Computes the new value of a stored tensor, in its shape and dtype.
 
         Args:
             key: one of `changed`.
-            read: gives a stored tensor, among those that `changed` lists for it, in memory that is taken over.
+            read: returns a stored tensor, one of those that `changed` lists for the key, in memory that may be reused.
         """
         ...
 
+    def report(self) -> str:
+        """Says what changes, or what was proved of it, in lines for the user."""
+        ...
 
-def stored_as(layout: Layout, names: Sequence[str], shape: Iterable[int]) -> Stored:
-    """How a parameter that changes is stored.
+
+def stored_as(layout: StorageLayout, names: Sequence[str], shape: Iterable[int]) -> StoredParameter:
+    """Returns how a parameter that changes is stored.
 
     Args:
         layout: of the model's weights.
-        names: of the parameter, as `Layout.find` takes them.
+        names: of the parameter, as `StorageLayout.find` takes them.
         shape: of the parameter in the model.
 
     Raises:
-        PeftGraphError: not at all, in another shape, or not as floating numbers.
+        PeftGraphError: it is not stored, in another shape, or not in a floating dtype.
     """
     stored, folder = layout.find(names), layout.checkpoint.folder
     if stored is None:

@@ -1,1 +1,1 @@
-"""Directories of huggingface/peft, read and written."""
+"""A plug-in that reads and writes adapter directories of huggingface/peft; it knows the passes that express them."""

@@ -1,4 +1,4 @@
-"""peft's adapter_config.json: its options, and the modules that they select.
+"""Reads peft's adapter_config.json: its options, and the modules that they select.
 
 Source: huggingface/peft 0.21, config.py, tuners/tuners_utils.py (check_target_module_exists), utils/other.py
 (get_pattern_key).
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from peftgraph.errors import AdapterError, PeftGraphError
-from peftgraph.interop.documents import read_object
+from peftgraph.interop.checked_files import read_object
 from peftgraph.utils.bounded_regex import compile_bounded
 
 CONFIG = "adapter_config.json"
@@ -54,7 +54,7 @@ class PeftConfig:
     """The options of one adapter; missing ones and null are peft's defaults.
 
     Attributes:
-        directory: where it lies, for messages.
+        directory: of the adapter, for messages.
         options: the file's content.
     """
 
@@ -65,20 +65,20 @@ class PeftConfig:
     def read(
         cls, directory: Path, known: Mapping[str, Collection[str]] = KNOWN, refused: str = "which no pass does."
     ) -> PeftConfig:
-        """The checked options of a directory.
+        """Reads and checks the options of a directory.
 
         Args:
-            directory: where the adapter lies.
+            directory: of the adapter.
             known: by method, the options that are read or say nothing, besides those of every method.
-            refused: the end of the sentence that refuses another.
+            refused: the end of the sentence that refuses another option.
 
         Raises:
-            AdapterError: the file is damaged, or says what is not known.
+            AdapterError: the file is damaged, or has a method or an option that is not known.
         """
         path = directory / CONFIG
         options = read_object(path, missing=f"{directory} holds no {CONFIG}.")
         config = cls(directory, options)
-        method = config.of("peft_type", str, "")
+        method = config.method
         if method not in known:
             raise AdapterError(f"{path} has peft_type={method!r}; those that are read are {', '.join(known)}.")
         unknown = [key for key, value in options.items() if value and key not in (*COMMON, *known[method])]
@@ -86,8 +86,13 @@ class PeftConfig:
             raise AdapterError(f"{path} has {unknown[0]}={options[unknown[0]]!r}, {refused}")
         return config
 
-    def of(self, key: str, kind: type[T] | tuple[type[T], ...], default: T) -> T:
-        """An option of a kind, or its default.
+    @property
+    def method(self) -> str:
+        """peft's word for the method: "LORA"."""
+        return self.option("peft_type", str, "")
+
+    def option(self, key: str, kind: type[T] | tuple[type[T], ...], default: T) -> T:
+        """Returns an option of a kind, or its default.
 
         Raises:
             AdapterError: it is of another kind.
@@ -100,50 +105,50 @@ class PeftConfig:
         return value
 
     def number(self, key: str, default: float) -> float:
-        """An option that is a number."""
-        return self.of(key, (int, float), default)
+        """Returns an option that is a number, or its default."""
+        return self.option(key, (int, float), default)
 
-    def patterned(self, key: str, pattern: str, path: str, default: float) -> float:
-        """The number of a module: of the first entry of `pattern` whose key ends its path, or else of `key`."""
-        entries: dict[str, Any] = self.of(pattern, dict, {})
+    def number_at(self, key: str, pattern: str, path: str, default: float) -> float:
+        """Returns the number of a module: that of the first entry of `pattern` that matches its path, else `key`'s."""
+        entries: dict[str, Any] = self.option(pattern, dict, {})
         found = next((one for one in entries if self.matches(rf"(.*\.)?({one})$", path)), None)
         if found is None:
             return self.number(key, default)
         return PeftConfig(self.directory, entries).number(found, default)
 
     def scale(self, key: str) -> float:
-        """alpha / rank, or alpha / sqrt(rank), at a module or at a parameter that is a target by itself."""
+        """Returns alpha / rank, or alpha / sqrt(rank), of a module or of a parameter that is a target by itself."""
         rank = self.rank(key)
-        return self.alpha(key) / (math.sqrt(rank) if self.of("use_rslora", bool, False) else rank)
+        return self.alpha(key) / (math.sqrt(rank) if self.option("use_rslora", bool, False) else rank)
 
     @property
-    def given_tokens(self) -> Any:
-        """The tokens of the model's embedding whose rows train, or those of modules by the ends of their paths."""
-        return self.of("trainable_token_indices", (list, dict), []) or self.of("token_indices", list, [])
+    def token_options(self) -> Any:
+        """The tokens whose rows train: of the model's embedding, or of modules by the ends of their paths."""
+        return self.option("trainable_token_indices", (list, dict), []) or self.option("token_indices", list, [])
 
     def tokens(self, path: str) -> tuple[int, ...]:
-        """The tokens of a module whose rows train.
+        """Returns the tokens of a module whose rows train.
 
         Raises:
             AdapterError: they are no numbers.
         """
-        given = self.given_tokens
-        if isinstance(given, dict):
-            given = next((value for end, value in given.items() if path.endswith(end)), [])
-        if not isinstance(given, list) or not all(isinstance(one, int) and not isinstance(one, bool) for one in given):
-            raise AdapterError(f"{self.directory / CONFIG} is damaged: the tokens of {path} cannot be {given!r}.")
-        return tuple(given)
+        found = self.token_options
+        if isinstance(found, dict):
+            found = next((value for end, value in found.items() if path.endswith(end)), [])
+        if not isinstance(found, list) or not all(isinstance(one, int) and not isinstance(one, bool) for one in found):
+            raise AdapterError(f"{self.directory / CONFIG} is damaged: the tokens of {path} cannot be {found!r}.")
+        return tuple(found)
 
     def selects(self, path: str) -> bool:
-        """Whether a module is a target."""
-        return self.names("target_modules", path) and not (
-            self.names("exclude_modules", path)
-            or any(self.matches(rf"(^|.*\.){one}($|\..*)", path) for one in self.of("modules_to_save", list, []))
+        """Checks whether a module is a target."""
+        return self.matches_target("target_modules", path) and not (
+            self.matches_target("exclude_modules", path)
+            or any(self.matches(rf"(^|.*\.){one}($|\..*)", path) for one in self.option("modules_to_save", list, []))
             or not self._in_layers(path)
         )
 
     def check_selects(self, path: str) -> None:
-        """Refuses tensors of a module that is no target: peft would not load them.
+        """Checks that a module with tensors is a target; peft would not load them otherwise.
 
         Raises:
             AdapterError: it is none.
@@ -151,16 +156,16 @@ class PeftConfig:
         if self.options.get("target_modules") not in (None, "all-linear") and not self.selects(path):
             raise AdapterError(f"{self.directory}: {path} has tensors, but target_modules does not select it.")
 
-    def saves(self, path: str) -> bool:
-        """Whether a module trains whole."""
-        return any(path.endswith(str(end)) for end in self.of("modules_to_save", list, []))
+    def trains_whole(self, path: str) -> bool:
+        """Checks whether a module trains as a whole (modules_to_save)."""
+        return any(path.endswith(str(end)) for end in self.option("modules_to_save", list, []))
 
     def selects_parameter(self, name: str) -> bool:
-        """Whether a parameter is a target by itself."""
-        return ends_with(name, self.of("target_parameters", list, []))
+        """Checks whether a parameter is a target by itself (target_parameters)."""
+        return ends_with(name, self.option("target_parameters", list, []))
 
-    def wrapped(self, names: Iterable[str], path: str) -> list[str]:
-        """The parameters of a module that are targets by themselves, the innermost wrap first.
+    def target_parameters(self, names: Iterable[str], path: str) -> list[str]:
+        """Returns the parameters of a module that are targets by themselves, the innermost wrap first.
 
         Args:
             names: of a model's parameters, in its order.
@@ -169,25 +174,25 @@ class PeftConfig:
         return [name for name in names if name.rpartition(".")[0] == path and self.selects_parameter(name)]
 
     def rank(self, key: str) -> int:
-        """The rank at a module, or at a parameter that is a target by itself."""
-        return int(self.patterned("r", "rank_pattern", key, 8))
+        """Returns the rank of a module, or of a parameter that is a target by itself."""
+        return int(self.number_at("r", "rank_pattern", key, 8))
 
     def alpha(self, key: str) -> float:
-        """alpha there."""
-        return float(self.patterned("lora_alpha", "alpha_pattern", key, 8))
+        """Returns alpha of a module, or of a parameter that is a target by itself."""
+        return float(self.number_at("lora_alpha", "alpha_pattern", key, 8))
 
-    def names(self, key: str, path: str) -> bool:
-        """Whether an option, a regular expression or a list of names, says a path: the list by its ends."""
-        value = self.options.get(key)
+    def matches_target(self, option: str, path: str) -> bool:
+        """Checks whether an option selects a path: it is a regular expression, or a list of ends of paths."""
+        value = self.options.get(option)
         if isinstance(value, str):
             return self.matches(rf"(?:{value})\Z", path)
-        return ends_with(path, self.of(key, list, []))
+        return ends_with(path, self.option(option, list, []))
 
     def matches(self, pattern: str, path: str) -> bool:
-        """Whether a regular expression of the file matches from a path's start on.
+        """Checks whether a regular expression of the file matches from the start of a path.
 
         Raises:
-            AdapterError: it is none.
+            AdapterError: it is no regular expression.
         """
         return self._match(pattern, path) is not None
 
@@ -198,10 +203,11 @@ class PeftConfig:
             raise AdapterError(f"{self.directory / CONFIG} is damaged: {error}") from None
 
     def _in_layers(self, path: str) -> bool:
+        """Checks whether a path is in one of the layers of layers_to_transform."""
         layers = self.options.get("layers_to_transform")
         if layers in (None, []) or isinstance(self.options.get("target_modules"), str):
             return True
-        if path in self.of("target_modules", list, []):
+        if path in self.option("target_modules", list, []):
             return True
         patterns = self.options.get("layers_pattern") or r"[^.]*"
         for one in [patterns] if isinstance(patterns, str) else patterns:
@@ -212,5 +218,5 @@ class PeftConfig:
 
 
 def ends_with(path: str, ends: Iterable[object]) -> bool:
-    """Whether a dotted path is one of `ends`, or ends with one."""
+    """Checks whether a dotted path is one of `ends`, or ends with one after a dot."""
     return any(path == end or path.endswith(f".{end}") for end in ends)

@@ -1,9 +1,9 @@
-"""LoRA and DoRA as peft spells them: one A and one B for each stored weight.
+"""Writes LoRA and DoRA for peft: one A and one B for each stored weight.
 
     sum_i s_i B_i A_i, B_i on some rows of W   ->   B A,  A = [A_1; A_2; ...],  B = [s_1 B_1, s_2 B_2, ...]
 
 peft adapts a stored weight as a whole. Rows that no pass adapts get rows of zeros in B, and DoRA's magnitudes there are
-the norms that they have. Paths with one A are one path. PiSSA's frozen start is one more path, with -s.
+the norms of the stored rows. Low-rank paths with equal A are one path. PiSSA's frozen start is one more path, with -s.
 Shapes: I in, O out, R rank, E experts in front.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,17 +19,21 @@ import torch
 from torch import Tensor
 
 from peftgraph.errors import AdapterError
+from peftgraph.interop.parameter_names import DORA_MAGNITUDE, LORA_A, LORA_A0, LORA_B, LORA_B0
+from peftgraph.interop.peft.adapter_content import AdaptedSite, PeftContent, module_paths, target_names
 from peftgraph.interop.peft.tensors import PREFIX
-from peftgraph.interop.selecting import owners, rows_of
-from peftgraph.interop.written import Places, Written, modules_of, targets
+from peftgraph.interop.site_selection import output_rows, sites_of_weight
 from peftgraph.ir.program import ProgramData
+from peftgraph.passes import DoRA, LoRA
 from peftgraph.rewrite.weight_views import weight_view
 from peftgraph.sites import Site, Sites
 
+Method = LoRA | DoRA
+
 
 @dataclass(frozen=True)
-class Path:
-    """s B A on the rows that a site owns; `magnitude_O` for DoRA."""
+class LowRankPath:
+    """A low-rank path s B A on the rows that a site owns; `magnitude_O` for DoRA."""
 
     site: Site
     scale: float
@@ -39,8 +43,8 @@ class Path:
 
 
 @dataclass(frozen=True)
-class Whole:
-    """What all paths on one stored weight add up to."""
+class WeightAdapter:
+    """The sum of all low-rank paths on one stored weight, as one path."""
 
     parameter: str
     site: Site
@@ -51,11 +55,12 @@ class Whole:
 
     @property
     def rank(self) -> int:
+        """R."""
         return self.a_RI.shape[-2]
 
     @property
     def alpha(self) -> float:
-        """peft's scale is alpha / rank."""
+        """The option lora_alpha; peft's scale is alpha / rank."""
         alpha = self.scale * self.rank
         return round(alpha) if abs(alpha - round(alpha)) < 1e-9 else alpha
 
@@ -65,41 +70,56 @@ class Whole:
         return self.parameter.removesuffix(".weight")
 
 
-def write_low_rank(program: ProgramData, sites: Sites, places: Places) -> Written:
-    """The configuration and tensors of LoRA or DoRA.
+def write_low_rank(program: ProgramData, sites: Sites, adapted: Sequence[AdaptedSite[Method]]) -> PeftContent:
+    """Returns the options and tensors of LoRA or DoRA.
 
     Raises:
         AdapterError: peft's format has no such adapter; names the pass, the site and the reason.
     """
-    paths: dict[str, list[Path]] = {}
+    paths: dict[str, list[LowRankPath]] = {}
     leaders: dict[int, Site] = {}  # by the memory of A: the first site of those that share it
-    for method, site, tensors in places:
-        leader = leaders.setdefault(tensors["lora_A"].data_ptr(), site)
+    for one in adapted:
+        site, tensors = one.site, one.parameters
+        leader = leaders.setdefault(tensors[LORA_A].data_ptr(), site)
         assert site.weight is not None
         assert leader.weight is not None
         if site.weight.transposed != leader.weight.transposed:  # a head by the transpose of its embedding: (B A)^T
-            tensors = {"lora_A": tensors["lora_B"].t(), "lora_B": tensors["lora_A"].t()}
-        paths.setdefault(site.weight.parameter, []).extend(_paths(method, site, tensors))
-    wholes = [_whole(program, sites, parameter, found) for parameter, found in paths.items()]
-    config = _options([method for method, _, _ in places], wholes) | _targets(program, wholes)
-    return Written(config, {key: value for one in wholes for key, value in _tensors(program, wholes, one).items()})
+            tensors = {LORA_A: tensors[LORA_B].t(), LORA_B: tensors[LORA_A].t()}
+        paths.setdefault(site.weight.parameter, []).extend(_paths(one.method, site, tensors))
+    weights = [_weight_adapter(program, sites, parameter, found) for parameter, found in paths.items()]
+    config = _options([one.method for one in adapted], weights) | _targets(program, weights)
+    return PeftContent(
+        config, {key: value for one in weights for key, value in _tensors(program, weights, one).items()}
+    )
 
 
-def _paths(method: Any, site: Site, tensors: dict[str, Tensor]) -> list[Path]:
-    scale = method.scale * getattr(method, "weight", 1.0)
-    found = [Path(site, scale, tensors["lora_A"], tensors["lora_B"], tensors.get("dora_m"))]
-    if "lora_A0" in tensors:
-        found.append(Path(site, -scale, tensors["lora_A0"], tensors["lora_B0"]))
-    if method.word == "dora" and found[0].a_RI.dim() > 2:
+def _paths(method: Method, site: Site, tensors: Mapping[str, Tensor]) -> list[LowRankPath]:
+    """Returns the low-rank paths of a pass at a site.
+
+    Raises:
+        AdapterError: peft has no such DoRA.
+    """
+    scale = method.scale * (method.weight if isinstance(method, LoRA) else 1.0)
+    found = [LowRankPath(site, scale, tensors[LORA_A], tensors[LORA_B], tensors.get(DORA_MAGNITUDE))]
+    if LORA_A0 in tensors:
+        found.append(LowRankPath(site, -scale, tensors[LORA_A0], tensors[LORA_B0]))
+    if isinstance(method, DoRA) and found[0].a_RI.dim() > 2:
         raise AdapterError(f"{method} at {site}: peft has no DoRA of experts.")
-    if method.word == "dora" and method.form != "paper":
+    if isinstance(method, DoRA) and method.form != "paper":
         raise AdapterError(f"{method} at {site}: peft's DoRA is the paper's, which answers otherwise.")
     return found
 
 
-def _whole(program: ProgramData, sites: Sites, parameter: str, paths: Sequence[Path]) -> Whole:
-    by_use = {op: [path for path in paths if path.site.op == op] for op in (s.op for s in owners(sites, parameter))}
-    first, *others = [_added_up(program, parameter, found) for found in by_use.values() if found]
+def _weight_adapter(program: ProgramData, sites: Sites, parameter: str, paths: Sequence[LowRankPath]) -> WeightAdapter:
+    """Adds up the paths on one stored weight.
+
+    Raises:
+        AdapterError: the weight is used several times, with different paths.
+    """
+    by_use = {
+        op: [path for path in paths if path.site.op == op] for op in (s.op for s in sites_of_weight(sites, parameter))
+    }
+    first, *others = [_add_up(program, parameter, found) for found in by_use.values() if found]
     alike = len(others) + 1 == len(by_use) and all(
         torch.equal(one.a_RI, first.a_RI) and torch.equal(one.b_OR, first.b_OR) and one.scale == first.scale
         for one in others
@@ -109,8 +129,8 @@ def _whole(program: ProgramData, sites: Sites, parameter: str, paths: Sequence[P
     return first
 
 
-def _added_up(program: ProgramData, parameter: str, paths: Sequence[Path]) -> Whole:
-    """One path on all rows of a weight."""
+def _add_up(program: ProgramData, parameter: str, paths: Sequence[LowRankPath]) -> WeightAdapter:
+    """Returns one path on all rows of a weight."""
     stored, site = program.table[parameter].tensor, paths[0].site
     view = weight_view(site)
     assert view is not None
@@ -121,62 +141,77 @@ def _added_up(program: ProgramData, parameter: str, paths: Sequence[Path]) -> Wh
         if same is None:
             same = path.b_OR.new_zeros(*path.b_OR.shape[:-2], matrix_OI.shape[-2], path.b_OR.shape[-1])
             alike.append((path.a_RI, path.scale, same))
-        same[..., rows_of(path.site), :] += path.b_OR
+        same[..., output_rows(path.site), :] += path.b_OR
     magnitude = _magnitudes(matrix_OI, paths)
     scale = alike[0][1] if len({s for _, s, _ in alike}) == 1 else 1.0
     a_RI, b_OR = torch.cat([a for a, _, _ in alike], -2), torch.cat([b * (s / scale) for _, s, b in alike], -1)
-    return Whole(parameter, site, a_RI, b_OR, scale, magnitude)
+    return WeightAdapter(parameter, site, a_RI, b_OR, scale, magnitude)
 
 
-def _magnitudes(matrix_OI: Tensor, paths: Sequence[Path]) -> Tensor | None:
-    """DoRA's magnitudes of all rows."""
+def _magnitudes(matrix_OI: Tensor, paths: Sequence[LowRankPath]) -> Tensor | None:
+    """Returns DoRA's magnitudes of all rows; None for LoRA.
+
+    Raises:
+        AdapterError: two DoRAs are on the same rows.
+    """
     if paths[0].magnitude_O is None:
         return None
     magnitude_O = torch.linalg.vector_norm(matrix_OI, 2, -1)
     seen = torch.zeros_like(magnitude_O, dtype=torch.bool)
     for path in paths:
         assert path.magnitude_O is not None
-        if bool(seen[rows_of(path.site)].any()):
+        if bool(seen[output_rows(path.site)].any()):
             raise AdapterError(f"{path.site}: two DoRAs stand on the same features, and peft has one.")
-        seen[rows_of(path.site)] = True
-        magnitude_O[rows_of(path.site)] = path.magnitude_O
+        seen[output_rows(path.site)] = True
+        magnitude_O[output_rows(path.site)] = path.magnitude_O
     return magnitude_O
 
 
-def _options(methods: Sequence[Any], wholes: Sequence[Whole]) -> dict[str, Any]:
-    """The options but for the targets; the most frequent rank and alpha are the ordinary ones."""
+def _options(methods: Sequence[Method], weights: Sequence[WeightAdapter]) -> dict[str, Any]:
+    """Returns the options except the targets; the most frequent rank and alpha are the default ones.
+
+    Raises:
+        AdapterError: the passes have several rates of dropout, or one where peft has none.
+    """
     dropouts = {method.dropout for method in methods}
-    stacked = [one for one in wholes if not one.parameter.endswith(".weight")]
+    stacked = [one for one in weights if not one.parameter.endswith(".weight")]
     if len(dropouts) > 1 or (stacked and dropouts != {0.0}):
         where = f"at {stacked[0].site}, as bare parameters have none" if stacked else "for all"
         raise AdapterError(f"{methods[0]}: peft has one dropout {where}; these passes have {sorted(dropouts)}.")
-    linear = [one.site.weight for one in wholes if one.site.role != "embedding" and one not in stacked]
-    (rank, alpha), _ = Counter((one.rank, one.alpha) for one in wholes).most_common(1)[0]
-    longest_first = sorted(wholes, key=lambda one: -len(one.parameter))
+    linear = [one.site.weight for one in weights if one.site.role != "embedding" and one not in stacked]
+    (rank, alpha), _ = Counter((one.rank, one.alpha) for one in weights).most_common(1)[0]
+    longest_first = sorted(weights, key=lambda one: -len(one.parameter))
     return {
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": dropouts.pop(),
-        "use_dora": methods[0].word == "dora",
+        "use_dora": isinstance(methods[0], DoRA),
         "fan_in_fan_out": bool(linear) and all(weight is not None and weight.transposed for weight in linear),
         "rank_pattern": {re.escape(one.module): one.rank for one in longest_first if one.rank != rank},
         "alpha_pattern": {re.escape(one.module): one.alpha for one in longest_first if one.alpha != alpha},
     }
 
 
-def _targets(program: ProgramData, wholes: Sequence[Whole]) -> dict[str, Any]:
-    modules = [one.module for one in wholes if one.parameter.endswith(".weight")]
-    bare = sorted(one.parameter for one in wholes if not one.parameter.endswith(".weight"))
-    return {"target_modules": targets(modules, modules_of(program))} | ({"target_parameters": bare} if bare else {})
+def _targets(program: ProgramData, weights: Sequence[WeightAdapter]) -> dict[str, Any]:
+    modules = [one.module for one in weights if one.parameter.endswith(".weight")]
+    bare = sorted(one.parameter for one in weights if not one.parameter.endswith(".weight"))
+    return {"target_modules": target_names(modules, module_paths(program))} | (
+        {"target_parameters": bare} if bare else {}
+    )
 
 
-def _tensors(program: ProgramData, wholes: Sequence[Whole], one: Whole) -> dict[str, Tensor]:
+def _tensors(program: ProgramData, weights: Sequence[WeightAdapter], one: WeightAdapter) -> dict[str, Tensor]:
+    """Returns the tensors of one weight by peft's names, in peft's shapes.
+
+    Raises:
+        AdapterError: peft does not adapt a weight of that shape.
+    """
     stored, a_RI, b_OR = program.table[one.parameter].tensor, one.a_RI, one.b_OR
     path, word, end = one.module, "lora_", ".weight"
     if not one.parameter.endswith(".weight"):
         owner = one.parameter.rpartition(".")[0]
-        together = [name for name in program.table if any(name == other.parameter for other in wholes)]
+        together = [name for name in program.table if any(name == other.parameter for other in weights)]
         together = [name for name in together if name.rpartition(".")[0] == owner]
         path = owner + ".base_layer" * (len(together) - 1 - together.index(one.parameter))
         if a_RI.dim() == 3:

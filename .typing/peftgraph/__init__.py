@@ -1,0 +1,1 @@
+../../peftgraph/__init__.py

@@ -1,0 +1,122 @@
+"""Reads JSON documents and safetensors files, and refuses what is damaged or ambiguous."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from peftgraph.errors import AdapterError, PeftGraphError
+from peftgraph.utils.atomic_files import read_regular_file
+
+DIGITS = 20  # of a whole number; sizes and tokens have fewer
+NAME = 1024  # characters of a tensor's name
+
+
+def read_json(path: Path, missing: str, raises: type[PeftGraphError] = AdapterError) -> Any:
+    """Reads a JSON file; refuses numbers that JSON does not have or that are too long, and keys that occur twice.
+
+    Args:
+        path: the file.
+        missing: the message when it does not exist.
+        raises: the class of errors to raise.
+
+    Raises:
+        PeftGraphError: it is missing or unreadable.
+    """
+    try:
+        return parse_json(read_regular_file(path).decode())
+    except FileNotFoundError:
+        raise raises(missing) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise raises(f"{path} is damaged: {error}") from None
+
+
+def parse_json(text: str) -> Any:
+    """Parses a JSON text strictly.
+
+    Raises:
+        ValueError: it is not JSON, or ambiguous.
+        RecursionError: it is nested too deeply.
+    """
+    return json.loads(
+        text, parse_constant=_refused, parse_int=_whole, parse_float=_fraction, object_pairs_hook=_distinct
+    )
+
+
+def read_object(path: Path, missing: str, raises: type[PeftGraphError] = AdapterError) -> dict[str, Any]:
+    """Reads a JSON file that holds an object.
+
+    Arguments and errors as for `read_json`; an error also where the file holds no object.
+    """
+    document = read_json(path, missing, raises)
+    if not isinstance(document, dict):
+        raise raises(f"{path} is damaged: it holds no JSON object.")
+    return document
+
+
+def read_tensors(path: Path, check: Callable[[bytes], None] = lambda content: None) -> dict[str, Tensor]:
+    """Reads the tensors of a safetensors file.
+
+    Args:
+        path: the file.
+        check: called with the file's bytes before they are parsed; raises AdapterError to refuse them.
+
+    Raises:
+        AdapterError: it is missing or unreadable.
+    """
+    try:
+        content = read_regular_file(path)
+        check(content)
+        tensors = safetensors.torch.load(content)
+    except FileNotFoundError:
+        raise AdapterError(f"{path} is missing.") from None
+    except AdapterError:
+        raise
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise AdapterError(f"{path} is damaged: {error}") from None
+    check_names(tensors, path)
+    return tensors
+
+
+def check_names(names: Iterable[str], path: Path) -> None:
+    """Checks that no tensor has an absurdly long name.
+
+    Raises:
+        AdapterError: one has.
+    """
+    long = next((name for name in names if len(name) > NAME), None)
+    if long is not None:
+        raise AdapterError(f"{path} is damaged: the name of a tensor has {len(long)} characters.")
+
+
+def _refused(word: str) -> None:
+    raise ValueError(f"{word} is no JSON number")
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > DIGITS:
+        raise ValueError(f"a number has {len(digits)} digits")
+    return int(digits)
+
+
+def _fraction(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{digits[:DIGITS]} is larger than any number here")
+    return value
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next((key for key in found if keys.count(key) > 1), None)
+        raise ValueError(f"the key {twice!r} stands twice")
+    return found

@@ -1,0 +1,153 @@
+"""Applies passes whose parameters have known values, which readers of foreign adapters return."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from peftgraph.errors import AdapterError, warn
+from peftgraph.ir.program import ProgramData
+from peftgraph.rewrite.method import Pass
+
+P = TypeVar("P", bound=ProgramData)
+ParameterKey = tuple[str, str] | str
+SHARED = ""  # in the place of a site's id: a parameter that all sites of a pass share
+
+
+@dataclass(frozen=True)
+class PassWithValues:
+    """A pass and the values of its parameters.
+
+    Attributes:
+        method: the pass.
+        values: by (id of a site, last part of the parameter's name) for what the pass makes at a site, by (SHARED, last
+            part) for what its sites share, and by the full name for a parameter of the base that it trains.
+        remark: what the user is warned of when the pass is applied; "" for nothing.
+
+    Example:
+        >>> PassWithValues(LoRA(at="head", rank=2), {("head", "lora_A"): a_RI, ("head", "lora_B"): b_OR})
+    """
+
+    method: Pass
+    values: Mapping[ParameterKey, Tensor] = field(repr=False)
+    remark: str = ""
+
+
+def apply_passes(apply: Callable[..., P], methods: Sequence[Pass], directory: Path) -> P:
+    """Applies passes whose initial values will be overwritten; the user's random generator keeps its state.
+
+    Raises:
+        AdapterError: a width or rank is absurdly large.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return apply(*methods)
+    except (RuntimeError, MemoryError, OverflowError) as error:
+        raise AdapterError(f"{directory}: its recipe cannot be applied: {error}") from None
+
+
+def rename_passes(methods: Sequence[Pass], name: str | None, directory: Path) -> list[Pass]:
+    """Returns the passes under another name; as they are where `name` is None.
+
+    Raises:
+        AdapterError: two passes of one kind would have the same name.
+    """
+    if name is None:
+        return list(methods)
+    words = [method.word for method in methods]
+    twice = next((word for word in words if words.count(word) > 1), None)
+    if twice is not None:
+        raise AdapterError(f"{directory} holds more than one {twice}; one name cannot stand for both.")
+    return [method.renamed(name) for method in methods]
+
+
+def check_fit(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], directory: Path) -> None:
+    """Checks that tensors have, one for one, the names, the shapes and the kind of dtype that are wanted.
+
+    Raises:
+        AdapterError: names the first that does not fit.
+    """
+    for key in sorted(tensors.keys() ^ wanted.keys()):
+        where = "is not in the file" if key in wanted else "belongs to no parameter of the recipe"
+        raise AdapterError(f"{directory}: {key} {where}.")
+    for key, value in tensors.items():
+        have, made = tuple(value.shape), tuple(wanted[key].shape)
+        if have != made:
+            raise AdapterError(f"{directory}: {key} has shape {have}, the recipe makes {made}.")
+        if value.is_floating_point() != wanted[key].is_floating_point():
+            raise AdapterError(
+                f"{directory}: {key} holds {value.dtype}, which cannot train as {wanted[key].dtype} does."
+            )
+
+
+def load_passes(
+    program: P, apply: Callable[..., P], parts: Sequence[PassWithValues], directory: Path, name: str | None
+) -> P:
+    """Applies passes with values under another name, if one is wanted, and warns of their remarks.
+
+    Args:
+        program: what the passes are applied to.
+        apply: its method that applies passes.
+        parts: the passes.
+        directory: where they were read, for messages.
+        name: for the passes, instead of their own.
+
+    Raises:
+        AdapterError: there is no pass, a value fits no parameter, or a parameter has no value.
+    """
+    if not parts:
+        raise AdapterError(f"{directory} holds no tensors.")
+    for part in parts:
+        if part.remark:
+            warn(part.remark)
+    methods = rename_passes([part.method for part in parts], name, directory)
+    return apply_with_values(
+        program, apply, [replace(part, method=one) for part, one in zip(parts, methods, strict=True)], directory
+    )
+
+
+def apply_with_values(program: P, apply: Callable[..., P], parts: Sequence[PassWithValues], directory: Path) -> P:
+    """Applies passes and gives their parameters the known values.
+
+    Raises:
+        AdapterError: a value fits no parameter, or a parameter has no value.
+    """
+    tuned = apply_passes(apply, [part.method for part in parts], directory)
+    values = {key: value for part in parts for key, value in part.values.items()}
+    tensors: dict[str, Tensor] = {}
+    for edit in tuned.edits:
+        if edit.application < len(program.history):
+            continue
+        for name in edit.parameters:
+            leaf = name.rpartition(".")[2]
+            own = dict(edit.installed)
+            replaced = [stored for stored in own if own[stored] == name]  # by a named adapter's own copy
+            added = tuned.table[name].added and not replaced
+            keys: list[ParameterKey] = [(edit.site, leaf), (SHARED, leaf)] if added else [*replaced, name]
+            found = next((key for key in keys if key in values), None)
+            if found is not None:
+                value = values.pop(found)
+                tensors.setdefault(name, value)  # uses of one weight share their parameters
+    tensors |= {name: values.pop(name) for name in tuned.table.state if name in values}
+    unused = next(iter(values), None)
+    if unused is not None:
+        words = unused if isinstance(unused, str) else " of ".join(part for part in unused[::-1] if part)
+        raise AdapterError(f"{directory}: {words} is no parameter of the passes that were made for it.")
+    names = [*_trained(tuned, len(program.history)), *(name for name in tuned.table.state if name in tensors)]
+    wanted = {name: tuned.table[name].tensor for name in names}
+    check_fit(tensors, wanted, directory)
+    with torch.no_grad():
+        for name, value in tensors.items():
+            wanted[name].copy_(value)
+    return tuned
+
+
+def _trained(program: ProgramData, since: int) -> list[str]:
+    """Returns the trainable parameters of the passes from number `since` on."""
+    names = [name for edit in program.edits if edit.application >= since for name in edit.parameters]
+    return [name for name in names if program.table[name].trainable]

@@ -1,0 +1,73 @@
+"""Reads directories that peft's save_pretrained wrote, as passes with their trained parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from peftgraph.errors import AdapterError
+from peftgraph.interop.pass_values import PassWithValues
+from peftgraph.interop.peft.config import PeftConfig
+from peftgraph.interop.peft.read_base_parameters import base_parameter_passes
+from peftgraph.interop.peft.read_low_rank import low_rank_passes
+from peftgraph.interop.peft.read_prompts import adaption_passes, prefix_passes, prompt_passes, ptuning_passes
+from peftgraph.interop.peft.read_scales import scale_passes
+from peftgraph.interop.peft.read_tokens import token_passes
+from peftgraph.interop.peft.tensors import PeftTensors
+from peftgraph.ir.program import ProgramData
+from peftgraph.sites import Sites
+
+Reader = Callable[[ProgramData, Sites, PeftConfig, PeftTensors], list[PassWithValues]]
+
+READERS: dict[str, Reader] = {
+    "LORA": low_rank_passes,
+    "TRAINABLE_TOKENS": token_passes,
+    "IA3": scale_passes,
+    "PREFIX_TUNING": prefix_passes,
+    "PROMPT_TUNING": prompt_passes,
+    "P_TUNING": ptuning_passes,
+    "ADAPTION_PROMPT": adaption_passes,
+}
+MODULES = ("LORA", "IA3")  # the methods whose target_modules are projections
+
+
+def read_peft(program: ProgramData, sites: Sites, directory: Path) -> list[PassWithValues]:
+    """Returns the passes that a peft directory stands for, with their parameters.
+
+    Args:
+        program: what the adapter is to be applied to.
+        sites: its sites.
+        directory: what peft wrote.
+
+    Raises:
+        AdapterError: the files are damaged, fit another base, or say what no pass does.
+    """
+    config = PeftConfig.read(directory)
+    tensors = PeftTensors.read(config)
+    _check_complete(sites, config, tensors)
+    try:
+        return _passes(program, sites, config, tensors)
+    except (RuntimeError, IndexError, KeyError, TypeError, ArithmeticError) as error:  # of shapes, dtypes and options
+        raise AdapterError(f"{directory} is damaged: its tensors or options do not fit one another: {error}") from error
+
+
+def _passes(program: ProgramData, sites: Sites, config: PeftConfig, tensors: PeftTensors) -> list[PassWithValues]:
+    """Returns the passes of the method, of tokens beside a LoRA, and of the base's own parameters."""
+    passes = READERS[config.method](program, sites, config, tensors)
+    passes += token_passes(program, sites, config, tensors) if config.method == "LORA" else []
+    return passes + base_parameter_passes(program, sites, config, tensors)
+
+
+def _check_complete(sites: Sites, config: PeftConfig, tensors: PeftTensors) -> None:
+    """Checks that the file has the tensors of every target; peft would initialise a missing one afresh.
+
+    Raises:
+        AdapterError: it lacks those of a target.
+    """
+    if config.options.get("target_modules") in (None, "all-linear") or config.method not in MODULES:
+        return
+    stored = {path for path, _ in tensors.modules}
+    weights = (site.weight.parameter for site in sites if site.weight)
+    for path in (name.removesuffix(".weight") for name in weights if name.endswith(".weight")):
+        if path not in stored and config.selects(path):
+            raise AdapterError(f"{config.directory}: target_modules selects {path}, of which the file has no tensors.")

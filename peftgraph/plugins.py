@@ -1,0 +1,22 @@
+"""Public parts of plug-ins: foreign adapter formats and exporters, and the registries that find them by name.
+
+A distribution adds one by an entry point, as it adds a pass:
+
+    [project.entry-points."peftgraph.adapter_formats"]
+    mine = "my_package.adapters:FORMAT"
+
+    [project.entry-points."peftgraph.exporters"]
+    tflite = "my_package.export:EXPORTER"
+
+A program adds one for its own process: `EXPORTERS.register(Exporter(...))`.
+"""
+
+from peftgraph.interop.adapter_formats import ADAPTER_FORMATS as ADAPTER_FORMATS
+from peftgraph.interop.adapter_formats import AdapterFormat as AdapterFormat
+from peftgraph.interop.pass_values import SHARED as SHARED
+from peftgraph.interop.pass_values import ParameterKey as ParameterKey
+from peftgraph.interop.pass_values import PassWithValues as PassWithValues
+from peftgraph.ir.program import ProgramData as ProgramData
+from peftgraph.runtime.export.registry import EXPORTERS as EXPORTERS
+from peftgraph.runtime.export.registry import Exporter as Exporter
+from peftgraph.utils.registry import Registry as Registry

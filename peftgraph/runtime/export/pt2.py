@@ -1,0 +1,20 @@
+"""Exports to `.pt2`, the file format of torch.export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch.export import ExportedProgram
+
+from peftgraph.capture.diagnosis import exporter_silenced
+from peftgraph.runtime.export.registry import Exporter
+
+
+def write_pt2(exported: ExportedProgram, path: Path) -> None:
+    """Writes an exported program by torch.export.save."""
+    with exporter_silenced():
+        torch.export.save(exported, path)
+
+
+EXPORTER = Exporter(name="pt2", description="torch.export; runs where torch is installed", write=write_pt2)
