@@ -115,7 +115,7 @@ def prove(program: ProgramData, folding: Folding, folded: ProgramData) -> Proof:
     rounding: float | None = None
     probes: tuple[Probe, ...] = ()
     if program.table.device.type != "meta":
-        exact = Folding(program, folding.sites, torch.float64, folding.untie).run_in_evaluation().result(program)
+        exact = Folding(program, folding.sites, torch.float64, folding.untie).run().result(program)
         rounding = max((_rounding(folded, exact, program, name) for name in folding.changed), default=0.0)
         probes = tuple(_probe(program, folded, exact, folding.changed))
     changed = {name: tuple(dict.fromkeys(_window(view) for view in views)) for name, views in folding.changed.items()}
