@@ -57,20 +57,20 @@ class FoundSites(Sequence[Site]):
         return 1 + max((site.layer for site in self.items if site.layer is not None), default=-1)
 
     def select(self, selector: object) -> tuple[Site, ...]:
-        """The sites a selector (or its text) matches; possibly none."""
+        """Return the sites a selector (or its text) matches; possibly none."""
         chosen = as_selector(selector)
         for pattern in patterns_of(chosen):
             self.search_of(pattern)
         return tuple(site for site in self.items if chosen.matches(site))
 
     def lacking(self, selector: object) -> tuple[Absent, ...]:
-        """The sites that a selector would match if the graph had them: attentions that a pass on attentions leaves
-        out."""
+        """Return the sites that a selector would match if the graph had them: attentions that a pass on attentions
+        leaves out."""
         chosen = as_selector(selector)
         return tuple(one for one in self.absent if chosen.matches(one.site))
 
     def search_of(self, pattern: Pattern) -> PatternSearch:
-        """What became of a pattern on this graph.
+        """Return what became of a pattern on this graph.
 
         Raises:
             PeftGraphError: it was not searched for.

@@ -61,14 +61,14 @@ class Origin:
         return {node.name: node for node in self.graph.nodes}
 
     def label(self, name: str) -> str:
-        """A node as the printer writes it: %0.attention.q, or @weight for what is stored."""
+        """Return a node as the printer writes it: %0.attention.q, or @weight for what is stored."""
         return self.printer.operand(self.nodes[name])
 
     def say(self, text: str) -> str:
-        """A text whose %graph_names are replaced by printed ones."""
+        """Return a text whose %graph_names are replaced by printed ones."""
         return re.sub(r"%(\w+)", lambda match: self.label(match[1]), text)
 
     def lines(self, names: Iterable[str]) -> list[str]:
-        """The printed lines of some nodes, in graph order; inputs and stored tensors have none."""
+        """Return the printed lines of some nodes, in graph order; inputs and stored tensors have none."""
         wanted = set(names)
         return [self.printer.line(n) for n in self.graph.nodes if n.name in wanted and n.op == "call_function"]

@@ -442,17 +442,18 @@ WORDS: Final[tuple[str, ...]] = (*BY_NAME, *(one.name for one in GROUPS))
 
 
 def role_of(name: str) -> Role | None:
-    """The record of a role by its name; None for the roles of patterns, which are in no registry."""
+    """Return the record of a role by its name; None for the roles of patterns, which are in no registry."""
     return BY_NAME.get(name)
 
 
 def selected_by(word: str) -> tuple[str, ...]:
-    """The names of the roles that a word selects by themselves; `weight`, which asks for a matrix, selects none so."""
+    """Return the names of the roles that a word selects by themselves; `weight`, which asks for a matrix, selects none
+    so."""
     return tuple(one.name for one in ROLES if word == one.name or word in one.words)
 
 
 def parts_of(family: str) -> tuple[str, ...]:
-    """The attributes of a family: "q", "k", ... of "attention"."""
+    """Return the attributes of a family: "q", "k", ... of "attention"."""
     return tuple(one.part for one in ROLES if one.family == family and one.part)
 
 
@@ -469,11 +470,11 @@ def is_structure(name: str) -> bool:
 
 
 def level_of(name: str) -> int:
-    """The nesting level of a role's values; 0 for the roles of patterns."""
+    """Return the nesting level of a role's values; 0 for the roles of patterns."""
     known = BY_NAME.get(name)
     return 0 if known is None else known.level
 
 
 def with_slot(slots: Iterable[str]) -> tuple[str, ...]:
-    """The names of the roles that drawings put into some slots, in the order of the slots."""
+    """Return the names of the roles that drawings put into some slots, in the order of the slots."""
     return tuple(one.name for slot in slots for one in ROLES if one.slot == slot)

@@ -179,7 +179,7 @@ class Parser:
         return role(token.text)
 
     def _pattern(self) -> Selector:
-        """A pattern that stands in the selector itself, and the value of it that is meant."""
+        """Return a pattern that stands in the selector itself, and the value of it that is meant."""
         self._expect("(")
         at = self._peek()
         try:

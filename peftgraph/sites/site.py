@@ -26,7 +26,7 @@ class Columns:
 
     @classmethod
     def from_indices(cls, indices: torch.Tensor | Sequence[int]) -> Columns:
-        """The ranges of feature numbers, (F,) integers."""
+        """Return the ranges of feature numbers, (F,) integers."""
         index = torch.as_tensor(indices, dtype=torch.long)
         if len(index) == 0:
             return cls(())
@@ -37,7 +37,7 @@ class Columns:
 
     @classmethod
     def of(cls, numbers: Sequence[int]) -> Columns:
-        """The ranges of plain feature numbers; no tensor is looked at."""
+        """Return the ranges of plain feature numbers; no tensor is looked at."""
         runs: list[tuple[int, int]] = []
         for number in numbers:
             if runs and runs[-1][1] == number:
@@ -54,7 +54,7 @@ class Columns:
             yield from range(start, stop)
 
     def index(self) -> torch.Tensor:
-        """The feature numbers as a LongTensor."""
+        """Return the feature numbers as a LongTensor."""
         return torch.tensor(list(self), dtype=torch.long)
 
     @property
@@ -163,7 +163,7 @@ class Equation:
         return Lettered(f"{self.x},{weight}->{narrow}", self._sizes(weight))
 
     def widening(self) -> Lettered:
-        """What `narrowing` gives by a matrix (out, R), or a stack of them, to the features of the product."""
+        """Return what `narrowing` gives by a matrix (out, R), or a stack of them, to the features of the product."""
         narrow = self.narrowing().equation.partition("->")[2]
         weight = self.stacked + self.outer + self.rank
         return Lettered(f"{narrow},{weight}->{self.result}", self._sizes(weight))
@@ -175,12 +175,12 @@ class Equation:
         return next(letter for letter in string.ascii_letters if letter not in used)
 
     def _sizes(self, letters: str) -> list[int]:
-        """The sizes of letters, -1 for the one that is no letter of the weight's."""
+        """Return the sizes of letters, -1 for the one that is no letter of the weight's."""
         known = dict(self.sizes)
         return [known.get(letter, -1) for letter in letters]
 
     def lengths(self, letters: str) -> list[int]:
-        """The sizes of some of the weight's letters."""
+        """Return the sizes of some of the weight's letters."""
         known = dict(self.sizes)
         return [known[letter] for letter in letters]
 
@@ -311,7 +311,7 @@ class NearMiss:
     def at(
         cls, role: str, node: fx.Node, conditions: Sequence[str], passed: int, found: str, *near: fx.Node
     ) -> NearMiss:
-        """The first `passed` conditions held, the next failed."""
+        """Return the first `passed` conditions held, the next failed."""
         names = tuple(dict.fromkeys(one.name for one in near))
         return cls(
             role=role,

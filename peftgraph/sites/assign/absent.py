@@ -15,7 +15,7 @@ from peftgraph.sites.site import Absent, Site
 
 
 def find_absent(structure: Structure) -> Iterator[Absent]:
-    """The parts that attentions lack, in order."""
+    """Yield the parts that attentions lack, in order."""
     joined = {one.core for found in structure.blocks.sublayers.values() for one in found}
     for one in structure.attentions:
         for role in "qkv":

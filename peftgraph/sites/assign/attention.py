@@ -51,14 +51,14 @@ class Attention:
 
 
 def window_of(window: Columns | None, columns: Columns | None) -> Columns | None:
-    """The window of a window."""
+    """Return the window of a window."""
     if window is None or columns is None:
         return columns if window is None else window
     return Columns.from_indices(window.index()[columns.index()])
 
 
 def find_attention(anatomy: Anatomy) -> tuple[list[Attention], list[NearMiss]]:
-    """The attention of every core; and where a core's operand leads to no projection, the reason."""
+    """Return the attention of every core; and where a core's operand leads to no projection, the reason."""
     found: list[tuple[Core, list[ProjectionPart]]] = []
     misses: list[NearMiss] = []
     inputs: set[Projection] = set()
@@ -83,7 +83,7 @@ def _attention(
 
 
 def attended(anatomy: Anatomy, found: Sequence[Attention]) -> set[fx.Node]:
-    """The roots of the streams that carry attention."""
+    """Return the roots of the streams that carry attention."""
     ends = {part.projection.node for one in found for part in one.role("o")} | {one.core.output for one in found}
     roots: set[fx.Node] = set()
     for join in anatomy.joins:
@@ -94,7 +94,7 @@ def attended(anatomy: Anatomy, found: Sequence[Attention]) -> set[fx.Node]:
 
 
 def _parts(anatomy: Anatomy, role: str, operand: fx.Node, axes: Sequence[int]) -> list[ProjectionPart]:
-    """The features that make an operand; `axes`: those of the operand that hold the features of a head."""
+    """Return the features that make an operand; `axes`: those of the operand that hold the features of a head."""
     sources = anatomy.frontier(operand).projections
     if not sources:
         return []
@@ -117,7 +117,7 @@ def _parts(anatomy: Anatomy, role: str, operand: fx.Node, axes: Sequence[int]) -
 
 
 def _heads(tags: torch.Tensor, features: int) -> int | None:
-    """The number of heads: rows that carry features of their own, as many each. None where rows share some."""
+    """Return the number of heads: rows that carry features of their own, as many each. None where rows share some."""
     if tags.dim() == 0:
         return None
     for axis in range(tags.dim() - 2, -1, -1):
@@ -132,7 +132,7 @@ def _heads(tags: torch.Tensor, features: int) -> int | None:
 
 
 def _by_head(tags: torch.Tensor) -> torch.Tensor:
-    """The heads in the order of the operand, the features of each in the order of the weight.
+    """Return the heads in the order of the operand, the features of each in the order of the weight.
 
     Rotary embedding hands features on in pairs of another order, which says nothing about the projection.
     """
@@ -242,7 +242,7 @@ def find_latents(anatomy: Anatomy, attentions: Sequence[Attention]) -> list[tupl
 
 
 def _before_stream(anatomy: Anatomy, latent: Projection, one: Attention) -> bool:
-    """Does the residual stream that an attention writes to start from the projection?"""
+    """Tell whether the residual stream that an attention writes to starts from the projection."""
     flow = anatomy.flow
     join = next((join for join in anatomy.joins if flow.descends(join.branch, one.core.output)), None)
     return join is not None and flow.descends(join.source, latent.output)

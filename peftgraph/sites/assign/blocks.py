@@ -72,7 +72,7 @@ class Blocks:
         self.post = {join for stream in self.streams for join in _post(stream)}
 
     def around(self, node: fx.Node) -> Join | None:
-        """The join inside whose branch a node lies."""
+        """Return the join inside whose branch a node lies."""
         flow = self.anatomy.flow
         for join in islice(self.anatomy.joins, bisect_right(self._orders, flow.order[node]), None):
             if flow.descends(join.branch, node):
@@ -117,7 +117,7 @@ def _normed(anatomy: Anatomy, node: fx.Node) -> bool:
 
 
 def _norm_between(anatomy: Anatomy, node: fx.Node, source: fx.Node) -> bool:
-    """Does a norm stand between a sublayer's input and the stream, modulated by a condition or not?"""
+    """Tell whether a norm stands between a sublayer's input and the stream, modulated by a condition or not."""
     flow = anatomy.flow
     while node is not source:
         if node in anatomy.norm_at:
@@ -137,7 +137,7 @@ def _norm_between(anatomy: Anatomy, node: fx.Node, source: fx.Node) -> bool:
 
 
 def _post(stream: Stream) -> list[Join]:
-    """The joins that a norm follows on the skip chain; a stream's last join follows the others' example."""
+    """Return the joins that a norm follows on the skip chain; a stream's last join follows the others' example."""
     followed = [join.previous for join in stream.joins if join.previous is not None and join.passed]
     return [*followed, stream.joins[-1]] if followed and len(followed) >= len(stream.joins) - 1 else followed
 
@@ -184,7 +184,7 @@ def _ffn_sublayer(anatomy: Anatomy, join: Join, one: FeedForward, others: Sequen
 
 
 def _full(anatomy: Anatomy, join: Join, value: fx.Node) -> fx.Node:
-    """The value a projection reads, before it was flattened or dispatched to experts."""
+    """Return the value a projection reads, before it was flattened or dispatched to experts."""
     flow = anatomy.flow
     here: fx.Node | None = value
     while here is not None and here not in anatomy.norm_at and here is not join.source:
@@ -195,7 +195,7 @@ def _full(anatomy: Anatomy, join: Join, value: fx.Node) -> fx.Node:
 
 
 def _leaf(anatomy: Anatomy, node: fx.Node, end: fx.Node, others: Sequence[fx.Node]) -> fx.Node:
-    """The part of a branch that descends from `end` and from none of the parallel sublayers' ends."""
+    """Return the part of a branch that descends from `end` and from none of the parallel sublayers' ends."""
     flow = anatomy.flow
     while any(flow.descends(node, other) for other in others):
         inside = [one for one in flow.operands(node) if flow.descends(one, end)]
@@ -231,7 +231,7 @@ def _is_inner(anatomy: Anatomy, stream: Stream, streams: Sequence[Stream]) -> bo
 
 
 def _mixes(stream: Stream) -> bool:
-    """Does the stream carry attention? Where one does, the others (stems, pooling heads) have no blocks."""
+    """Tell whether the stream carries attention. Where one does, the others (stems, pooling heads) have no blocks."""
     return any(set(kind) & {"M", "X"} for kind in stream.kinds)
 
 
@@ -250,7 +250,7 @@ def _stacks(
     attentions: Sequence[Attention],
     sublayers: dict[Join, list[Sublayer]],
 ) -> list[str | None]:
-    """encoder and decoder by who reads whom; continued stages share a stack; else towers by number."""
+    """Return encoder and decoder by who reads whom; continued stages share a stack; else towers by number."""
     groups = _groups(anatomy, streams, sublayers)
     count = len(dict.fromkeys(groups))
     reads = _reads(anatomy, streams, groups, attentions)
@@ -283,7 +283,7 @@ def _reads(
 
 
 def _reading(anatomy: Anatomy, one: Attention, group_of: dict[Join, int]) -> int | None:
-    """The group of the join that a cross attention enters."""
+    """Return the group of the join that a cross attention enters."""
     flow = anatomy.flow
     after = (join for join in anatomy.joins if flow.descends(join.branch, one.core.output))
     return next((group_of[join] for join in after if join in group_of), None)

@@ -32,7 +32,7 @@ class Collection:
         self.place_of: dict[fx.Node, Place | None] = {}
 
     def in_order(self) -> tuple[Site, ...]:
-        """The sites in the order of the graph, those of one name numbered."""
+        """Return the sites in the order of the graph, those of one name numbered."""
         order = {node.name: i for i, node in enumerate(self.flow.nodes)}
         last = 1 + max(one.rank for one in ROLES)
         ranks = {one.name: one.rank for one in ROLES}
@@ -52,7 +52,7 @@ class Collection:
         return self.blocks.places.get(join) if join is not None else None
 
     def part(self, part: ProjectionPart, place: Place | None, **more: Any) -> None:
-        """A site for one part of a projection."""
+        """Add a site for one part of a projection."""
         one = part.projection
         self.played.add((part.role, one.node, part.columns))
         self.place_of.setdefault(one.node, place)
@@ -83,7 +83,7 @@ class Collection:
         )
 
     def value(self, role: str, node: fx.Node, place: Place | None, **more: Any) -> None:
-        """A site for a pattern's value that is no projection: a norm with what it trains, or a plain value."""
+        """Add a site for a pattern's value that is no projection: a norm with what it trains, or a plain value."""
         norm = self.anatomy.norm_at.get(node)
         inputs = [one for one in self.flow.operands(node) if self.flow.signal(one)]
         ports: Ports = {"input": norm.input if norm else inputs[0] if inputs else None, "output": node}
@@ -94,7 +94,7 @@ class Collection:
         self.add(role, node, path, place, ports, bias=bias, scale=scale, feature_axis=axis, **more)
 
     def weights(self, members: Sequence[fx.Node]) -> tuple[str, ...]:
-        """The stored weights of some operations."""
+        """Return the stored weights of some operations."""
         return tuple(dict.fromkeys(name for node in members for name in self.stored.get(node.name, ())))
 
     def common(self, members: Sequence[fx.Node], fallback: fx.Node) -> str:
@@ -108,12 +108,12 @@ def named(ports: Ports) -> tuple[tuple[str, str], ...]:
 
 
 def owner(parameter: str, experts: int | None = None) -> str:
-    """The module that owns a parameter; a stack of experts is its own owner."""
+    """Return the module that owns a parameter; a stack of experts is its own owner."""
     return parameter.rpartition(".")[0] or parameter if experts is None else parameter
 
 
 def common(paths: Sequence[str]) -> str:
-    """The longest common module path."""
+    """Return the longest common module path."""
     parts = [path.split(".") for path in paths]
     shared: list[str] = []
     for level in zip(*parts, strict=False):
@@ -124,13 +124,13 @@ def common(paths: Sequence[str]) -> str:
 
 
 def _feature_axis(shape: tuple[int, ...], one: Projection) -> int:
-    """The axis of the output that holds the features (the first, where there are several), from the end."""
+    """Return the axis of the output that holds the features (the first, where there are several), from the end."""
     axis = one.axes[0]
     return axis if axis < 0 else axis - len(shape)
 
 
 def _numbered(found: Sequence[Site]) -> list[Site]:
-    """Number the sites that would share a name."""
+    """Give sites that would share a name a serial number each."""
     counts: dict[str, int] = {}
     for site in found:
         counts[site.id] = counts.get(site.id, 0) + 1

@@ -30,7 +30,7 @@ def step(claim: str, *nodes: fx.Node | Iterable[fx.Node]) -> Step:
 
 
 def through(nodes: Iterable[fx.Node]) -> str:
-    """The operators on a way, each once: "through view, transpose "."""
+    """Return the operators on a way, each once: "through view, transpose "."""
     names = [name for name in dict.fromkeys(ops.name(node) for node in nodes) if name != "getitem"]
     shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
     return f"through {shown} " if names else ""

@@ -37,7 +37,7 @@ class FeedForward:
 def find_feedforward(
     anatomy: Anatomy, join: Join, taken: set[Projection], attended: set[fx.Node]
 ) -> tuple[FeedForward | None, list[NearMiss]]:
-    """The feed-forward whose result enters `join`; `attended`: the roots of streams that carry attention."""
+    """Return the feed-forward whose result enters `join`; `attended`: the roots of streams that carry attention."""
     downs: list[Projection] = []
     misses: list[NearMiss] = []
     for candidate in anatomy.frontier(join.branch).projections:
@@ -59,8 +59,8 @@ def find_feedforward(
 
 
 def _carried(anatomy: Anatomy, candidate: Projection) -> list[Projection]:
-    """The projections whose results another one carries on to the stream as they are: out of the narrower space of
-    the experts, or out of a block that several layers share."""
+    """Return the projections whose results another one carries on to the stream as they are: out of the narrower space
+    of the experts, or out of a block that several layers share."""
     behind = sources_of(anatomy, candidate)
     return [] if anatomy.frontier(candidate.input).stops or _bent(anatomy, candidate, behind) else behind
 

@@ -16,7 +16,7 @@ Side = tuple[str, torch.Tensor, list[int], str]  # of a gating product: role, ta
 
 
 def ups(anatomy: Anatomy, down: Projection) -> list[ProjectionPart]:
-    """The parts up and gate of a feed-forward, or up alone where nothing gates it."""
+    """Return the parts up and gate of a feed-forward, or up alone where nothing gates it."""
     sources = sources_of(anatomy, down)
     gated = gating(anatomy, down, sources)
     if gated is None:
@@ -36,12 +36,12 @@ def ups(anatomy: Anatomy, down: Projection) -> list[ProjectionPart]:
 
 
 def sources_of(anatomy: Anatomy, down: Projection) -> list[Projection]:
-    """The nearest projections behind a projection, without those that only choose."""
+    """Return the nearest projections behind a projection, without those that only choose."""
     return [one for one in anatomy.frontier(down.input).projections if one not in anatomy.routers]
 
 
 def gating(anatomy: Anatomy, down: Projection, sources: list[Projection]) -> tuple[fx.Node, list[Side]] | None:
-    """The last multiplication before `down` with disjoint features on its sides, and these sides."""
+    """Return the last multiplication before `down` with disjoint features on its sides, and these sides."""
     between = anatomy.frontier(down.input).between
     for node in sorted(between, key=lambda one: -anatomy.flow.order[one]):
         if ops.name(node) == "glu":

@@ -77,7 +77,7 @@ class _Factor:
 
 
 def _core(anatomy: Anatomy, outer: fx.Node, side: int, inner: fx.Node) -> Core | None:
-    """The core of a product whose one factor comes from another product; None where the axes do not fit."""
+    """Return the core of a product whose one factor comes from another product; None where the axes do not fit."""
     first, last, parts, ends = spelled(inner), spelled(outer), factors(inner), factors(outer)
     if first is None or last is None or parts is None or ends is None or len(last.summed(side)) != 1:
         return None
@@ -111,7 +111,7 @@ Operand = tuple[_Factor, list[int]]  # with the axes that hold its features
 
 
 def _made(outer: fx.Node, inner: fx.Node, qkv: tuple[Operand, Operand, Operand], positions: tuple[int, int]) -> Core:
-    """The core with these q, k and v."""
+    """Return the core with these q, k and v."""
     (q, k, v), (on_q, on_k, on_v) = [one.value for one, _ in qkv], [tuple(axes) for _, axes in qkv]
     return Core(outer, q, k, v, outer, None, (inner,), None, (on_q, on_k, on_v), positions, True)
 

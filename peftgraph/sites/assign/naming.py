@@ -45,7 +45,7 @@ def sections(sites: Iterable[Site]) -> dict[str, str]:
 
 
 def module_of(node: fx.Node) -> str:
-    """The innermost module a node came from, as far as the trace recorded it."""
+    """Return the innermost module a node came from, as far as the trace recorded it."""
     stack: Mapping[str, tuple[str, object]] = node.meta.get("nn_module_stack") or {}
     names = [str(value[0]) for value in stack.values()]
     return names[-1].removeprefix("L['self'].") if names else ""

@@ -19,8 +19,8 @@ from peftgraph.sites.site import Axes
 
 
 def operand_axes(anatomy: Anatomy, one: Attention) -> dict[str, Axes]:
-    """The axes of q, of k as it is multiplied ("scored"), of v and of the output of an attention's core; without those
-    that have no words."""
+    """Return the axes of q, of k as it is multiplied ("scored"), of v and of the output of an attention's core; without
+    those that have no words."""
     core = one.core
     k = _Operand(anatomy, core.k, core.features[1]).axes(core.positions[0])
     v = _Operand(anatomy, core.v, core.features[2]).axes(core.positions[1])
@@ -59,7 +59,7 @@ class _Operand:
         return self.tags is not None and varies(self.tags, self.others.index(axis))
 
     def axes(self, positions: int | None) -> Axes | None:
-        """The words of its axes; None where heads lie on them in no way that has words."""
+        """Return the words of its axes; None where heads lie on them in no way that has words."""
         if positions is None or positions % len(self.sizes) not in self.others:
             return None
         positions %= len(self.sizes)
@@ -95,7 +95,7 @@ class _Operand:
         return _Operand(self.anatomy, self.value, (positions,)).axes(self.features[0])
 
     def _numbers(self, axis: int, positions: int) -> list[int]:
-        """The number of the head at each place of an axis, at a position of which most is known."""
+        """Return the number of the head at each place of an axis, at a position of which most is known."""
         if self.tags is None:
             return list(range(self.anatomy.flow.shape(self.value)[axis]))
         rows = self.tags.movedim((self.others.index(axis), self.others.index(positions)), (0, 1))
@@ -116,7 +116,7 @@ def _spelt(ids: Sequence[int], written: bool) -> tuple[str, int] | None:
 
 
 def _queries(anatomy: Anatomy, one: Attention) -> Axes | None:
-    """The axes of q; its positions are on an axis of its own along which no features differ."""
+    """Return the axes of q; its positions are on an axis of its own along which no features differ."""
     operand = _Operand(anatomy, one.core.q, one.core.features[0])
     named, side = _scored(one)
     if named is None:
@@ -127,14 +127,14 @@ def _queries(anatomy: Anatomy, one: Attention) -> Axes | None:
 
 
 def _scored(one: Attention) -> tuple[Spelled | None, int]:
-    """The letters of q k^T, and which factor q is; None for an attention in one operator."""
+    """Return the letters of q k^T, and which factor q is; None for an attention in one operator."""
     products = one.core.products
     sides = factors(products[0]) if products else None
     return (spelled(products[0]) if products else None), 0 if sides and sides[0] is one.core.q else 1
 
 
 def _output(flow: Flow, one: Attention, q: Axes | None, v: Axes | None) -> Axes | None:
-    """The axes of softmax(q k^T) v: features and heads are where v has them, or heads where q has them."""
+    """Return the axes of softmax(q k^T) v: features and heads are where v has them, or heads where q has them."""
     core = one.core
     if not core.products:
         return None if q is None or q.words[-1] != "d" else q

@@ -81,7 +81,7 @@ class Run:
 
 
 def _longest_run(kinds: Sequence[str]) -> Run | None:
-    """The longest periodic run; of equal ones the least period, and one that starts with attention."""
+    """Return the longest periodic run; of equal ones the least period, and one that starts with attention."""
     best: tuple[int, bool, int, int] | None = None
     for period in range(1, len(kinds) // 2 + 1):
         if best is not None and best[0] > len(kinds) - period:

@@ -19,8 +19,8 @@ from peftgraph.sites.matchers.residual_adds import Join
 def mixed(
     anatomy: Anatomy, join: Join, candidate: Projection, goal: fx.Node, attended: set[fx.Node]
 ) -> tuple[str, fx.Node] | None:
-    """What brings positions together before or behind a projection whose result becomes `goal`, and where; None where
-    nothing does."""
+    """Return what brings positions together before or behind a projection whose result becomes `goal`, and where; None
+    where nothing does."""
     flow, behind = anatomy.flow, sources_of(anatomy, candidate)
     across = next((one for one in behind if _mixes_positions(anatomy, one)), None)
     if across is not None:
@@ -66,7 +66,7 @@ def _is_outer(flow: Flow, node: fx.Node, weights: fx.Node, values: fx.Node) -> b
 
 
 def _mixes_positions(anatomy: Anatomy, one: Projection) -> bool:
-    """Does a projection contract another axis than the one that the norm before it normalises (an MLP-Mixer's)?"""
+    """Tell whether a projection contracts another axis than the norm before it normalises, as an MLP-Mixer's does."""
     flow = anatomy.flow
     here: fx.Node | None = one.input
     while here is not None and here not in anatomy.norm_at:

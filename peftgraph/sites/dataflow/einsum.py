@@ -14,7 +14,7 @@ def operands(node: fx.Node) -> list[fx.Node]:
 
 
 def letters(node: fx.Node) -> tuple[list[str], str] | None:
-    """The index letters of an einsum: per operand, and of the result; None where it takes no plain equation."""
+    """Return the index letters of an einsum: per operand, and of the result; None where it takes no plain equation."""
     equation = node.args[0]
     if not isinstance(equation, str):
         return None

@@ -16,7 +16,7 @@ from peftgraph.sites.dataflow import ops
 
 
 def hint(size: Any) -> int:
-    """The example's value of a size that may be symbolic."""
+    """Return the example's value of a size that may be symbolic."""
     if isinstance(size, int):
         return size
     value = getattr(getattr(size, "node", None), "hint", None)
@@ -61,13 +61,13 @@ class Flow:
         return isinstance(value, torch.Tensor)
 
     def operands(self, node: fx.Node) -> list[fx.Node]:
-        """The tensor inputs, in argument order; without those that lend their size or dtype alone."""
+        """Return the tensor inputs, in argument order; without those that lend their size or dtype alone."""
         inputs = [source for source in node.all_input_nodes if self.carries_tensor(source)]
         kind = ops.name(node)
         return [] if kind in ops.FILLED else inputs[:1] if kind in ops.LIKE else inputs
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
-        """The example's shape; () for what is no single tensor."""
+        """Return the example's shape; () for what is no single tensor."""
         value = self.value(node)
         return tuple(hint(size) for size in value.shape) if isinstance(value, torch.Tensor) else ()
 
@@ -84,29 +84,30 @@ class Flow:
         return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
 
     def raw(self, node: fx.Node) -> bool:
-        """A parameter, or one that was only moved, cut or cast."""
+        """Tell whether it is a parameter, or one that was only moved, cut or cast."""
         return node in self._raw
 
     def parametrised(self, node: fx.Node) -> bool:
-        """Computed from stored tensors alone, by more than moves and casts, as a parametrisation computes a weight."""
+        """Tell whether it is computed from stored tensors alone, by more than moves and casts, as a parametrisation
+        computes a weight."""
         return node.op == "call_function" and self.constant(node) and self.floating(node) and not self.raw(node)
 
     def parametrised_leaf(self, node: fx.Node) -> fx.Node | None:
-        """A stored tensor that a computed weight is made of and that has its shape; None where none has."""
+        """Return a stored tensor that a computed weight is made of and that has its shape; None where none has."""
         shape = self.shape(node)
         stored = [one for one in self.members(self.before(node)) if one.op == "get_attr" and self.floating(one)]
         return next((one for one in stored if self.shape(one) == shape), None)
 
     def constant(self, node: fx.Node) -> bool:
-        """Computed without the model's inputs (parameters may be in it)."""
+        """Tell whether it is computed without the model's inputs (parameters may be in it)."""
         return node not in self._fed
 
     def signal(self, node: fx.Node) -> bool:
-        """A float value that is no raw weight."""
+        """Tell whether it is a float value that is no raw weight."""
         return self.floating(node) and node not in self._raw
 
     def descends(self, node: fx.Node, source: fx.Node) -> bool:
-        """Does `node` depend on `source` (or is it `source`)?"""
+        """Tell whether `node` depends on `source`, or is `source`."""
         return node is source or bool(self._before[self.order[node]] >> self.order[source] & 1)
 
     def before(self, node: fx.Node) -> int:
@@ -116,19 +117,19 @@ class Flow:
         return 1 << self.order[node]
 
     def members(self, mask: int) -> Iterator[fx.Node]:
-        """The nodes of a mask, latest first."""
+        """Yield the nodes of a mask, latest first."""
         while mask:
             top = mask.bit_length() - 1
             yield self.nodes[top]
             mask ^= 1 << top
 
     def between(self, source: fx.Node, node: fx.Node) -> list[fx.Node]:
-        """The values on the ways from `source` to `node`, without either, in order."""
+        """Return the values on the ways from `source` to `node`, without either, in order."""
         mask = self.before(node) & ~self.before(source) & ~self.bit(source)
         return [one for one in self.members(mask) if self.descends(one, source)][::-1]
 
     def scaling(self, node: fx.Node) -> bool:
-        """A multiplication or division by a number or by a constant vector (layer scale, gain)."""
+        """Tell whether it is a multiplication or division by a number or by a constant vector (layer scale, gain)."""
         if ops.name(node) not in ops.SCALE:
             return False
         signals = [source for source in self.operands(node) if not self.constant(source)]
@@ -136,7 +137,7 @@ class Flow:
         return len(signals) == 1 and all(sum(size > 1 for size in self.shape(other)) <= 1 for other in others)
 
     def channelwise(self, node: fx.Node) -> bool:
-        """A depthwise convolution: it mixes positions, and leaves every feature where it is."""
+        """Tell whether it is a depthwise convolution: it mixes positions, and leaves every feature where it is."""
         groups = ops.argument(node, 6, "groups")
         if ops.name(node) not in ops.CONV or "transpose" in ops.name(node) or not isinstance(groups, int):
             return False
@@ -144,7 +145,7 @@ class Flow:
         return groups > 1 and self.shape(kernel)[1] == 1 and groups == self.shape(image)[-len(self.shape(kernel)) + 1]
 
     def source(self, node: fx.Node) -> fx.Node | None:
-        """The value a layout, cast, dropout or scaling passes on; None where the node does more than that."""
+        """Return the value a layout, cast, dropout or scaling passes on; None where the node does more than that."""
         if node.op != "call_function":
             return None
         kind = ops.name(node)
@@ -167,8 +168,7 @@ class Flow:
         return node
 
     def picks(self, node: fx.Node) -> fx.Node | None:
-        """The computed index by which a raw weight was gathered (one expert for each token); None if it was
-        not."""
+        """Return the computed index by which a raw weight was gathered, one expert for each token; None if it was not."""
         while node in self._raw and node.op != "get_attr":
             chosen = [source for source in self.operands(node) if not self.floating(source)]
             if chosen:
@@ -177,7 +177,7 @@ class Flow:
         return None
 
     def leaf(self, node: fx.Node) -> fx.Node | None:
-        """The get_attr a constant is made of; None unless there is exactly one floating one."""
+        """Return the get_attr a constant is made of; None unless there is exactly one floating one."""
         while node in self._raw and node.op != "get_attr":
             floats = [source for source in self.operands(node) if self.floating(source)]
             if len(floats) != 1:

@@ -15,8 +15,8 @@ FLATTENING: Final = {"reshape", "view", "_unsafe_view", "flatten"}
 
 
 def rows_by_head(flow: Flow, operand: fx.Node) -> fx.Node:
-    """An operand of a core as (batch, heads, positions, features): not transposed, heads and batch apart, and not
-    repeated over heads.
+    """Return an operand of a core as (batch, heads, positions, features): not transposed, heads and batch apart, and
+    not repeated over heads.
 
     Only repeats of each head in place (head j of the operand is head j // n of the result) are undone.
     """
@@ -27,7 +27,7 @@ def rows_by_head(flow: Flow, operand: fx.Node) -> fx.Node:
 
 
 def untransposed(flow: Flow, node: fx.Node) -> fx.Node:
-    """The value whose last two axes are swapped, also where the swapped value is scaled as a whole."""
+    """Return the value whose last two axes are swapped, also where the swapped value is scaled as a whole."""
     swap = node
     while ops.name(swap) in ops.SCALE and all(one is swap.args[0] for one in swap.all_input_nodes if flow.shape(one)):
         swap = flow.operands(swap)[0]
@@ -35,7 +35,7 @@ def untransposed(flow: Flow, node: fx.Node) -> fx.Node:
 
 
 def _swaps(flow: Flow, node: fx.Node) -> bool:
-    """Does a node swap the last two axes, and no others?"""
+    """Tell whether a node swaps the last two axes, and no others."""
     rank, kind = len(flow.shape(node)), ops.name(node)
     if kind == "permute" and isinstance(node.args[1], list | tuple):
         order = [axis % rank for axis in node.args[1] if isinstance(axis, int)]
@@ -53,7 +53,8 @@ def _apart(flow: Flow, node: fx.Node) -> fx.Node:
 
 
 def _before_repeat(flow: Flow, node: fx.Node) -> fx.Node | None:
-    """The value whose heads `node` repeats: (B, G, T, D) -> (B, G, 1, T, D) -> (B, G, n, T, D) -> (B, G n, T, D)."""
+    """Return the value whose heads `node` repeats: (B, G, T, D) -> (B, G, 1, T, D) -> (B, G, n, T, D) -> (B, G n, T,
+    D)."""
     if ops.name(node) == "repeat_interleave":
         return flow.operands(node)[0] if node.args[2:3] in ((1,), (-3,)) else None
     shape, here, opened = flow.shape(node), node, False

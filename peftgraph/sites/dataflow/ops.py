@@ -12,7 +12,7 @@ from torch import fx
 
 
 def words(*lines: str) -> frozenset[str]:
-    """The words of some lines, as a set."""
+    """Return the words of some lines, as a set."""
     return frozenset(" ".join(lines).split())
 
 
@@ -72,7 +72,7 @@ ELEMENTWISE: Final = {"max": "maximum", "min": "minimum"}  # of two tensors; of 
 
 
 def name(node: fx.Node) -> str:
-    """The operator's bare name: "linear", "div" for div_, "getitem"; the node kind where it calls nothing."""
+    """Return the operator's bare name: "linear", "div" for div_, "getitem"; the node kind where it calls nothing."""
     if node.op != "call_function":
         return node.op
     schema = getattr(node.target, "_schema", None)
@@ -94,7 +94,7 @@ def is_softmax(node: fx.Node) -> bool:
 
 
 def argument(node: fx.Node, position: int, keyword: str) -> object:
-    """A call's argument, however it was passed; None where it was left out."""
+    """Return a call's argument, however it was passed; None where it was left out."""
     if len(node.args) > position:
         return node.args[position]
     return node.kwargs.get(keyword)

@@ -18,7 +18,7 @@ MATRIX: Final = frozenset({"matmul", "bmm", "mm", "baddbmm"})
 
 
 def factors(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """The two tensors that a product multiplies; None for every other node."""
+    """Return the two tensors that a product multiplies; None for every other node."""
     kind = ops.name(node)
     inputs = operands(node) if kind == "einsum" else [one for one in node.args if isinstance(one, fx.Node)]
     if kind == "baddbmm":
@@ -29,7 +29,7 @@ def factors(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
 
 
 def is_product(flow: Flow, node: fx.Node) -> bool:
-    """A contraction of two signals."""
+    """Tell whether it is a contraction of two signals."""
     sides = factors(node)
     return sides is not None and all(flow.signal(one) for one in sides)
 
@@ -46,16 +46,16 @@ class Spelled:
         return (self.left, self.right)[side]
 
     def own(self, side: int) -> str:
-        """The letters that this factor alone brings into the result."""
+        """Return the letters that this factor alone brings into the result."""
         return "".join(one for one in self.of(side) if one in self.result and one not in self.of(1 - side))
 
     def summed(self, side: int) -> str:
-        """The letters of a factor that the product sums over."""
+        """Return the letters of a factor that the product sums over."""
         return "".join(one for one in self.of(side) if one not in self.result)
 
 
 def spelled(node: fx.Node) -> Spelled | None:
-    """The letters of a product of two tensors; None where it is none, or has no plain equation."""
+    """Return the letters of a product of two tensors; None where it is none, or has no plain equation."""
     kind, sides = ops.name(node), factors(node)
     if kind == "linear":
         rank = node.meta["val"].dim()
@@ -85,7 +85,7 @@ class Mixing:
     axes: tuple[int | None, ...]
 
     def carried(self, flow: Flow, tags: Tags) -> Tags:
-        """The tags of the axes that are kept; of those that are summed over, the first one's."""
+        """Return the tags of the axes that are kept; of those that are summed over, the first one's."""
         for axis in self.summed:
             tags = tags.narrow(axis, 0, 1)
         kept = [axis for axis in self.axes if axis is not None]
@@ -98,7 +98,8 @@ class Mixing:
 
 
 def mixing(flow: Flow, node: fx.Node) -> Mixing | None:
-    """The mixing that a node is: a linear, product or einsum with one constant factor, or a pointwise convolution."""
+    """Return the mixing that a node is: a linear, product or einsum with one constant factor, or a pointwise
+    convolution."""
     kind = ops.name(node)
     if kind in ops.CONV:
         return _pointwise(flow, node)

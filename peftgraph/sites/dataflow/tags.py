@@ -39,7 +39,7 @@ class Tagger:
             self._sources |= flow.bit(node)
 
     def run(self, goal: fx.Node) -> Tags:
-        """The tags that arrive at `goal`."""
+        """Return the tags that arrive at `goal`."""
         todo = [goal]
         while todo:
             node = todo[-1]
@@ -89,7 +89,7 @@ class Tagger:
         return self._blank(node)
 
     def _index(self, node: fx.Node) -> Any:
-        """An integer tensor that no input decides (positions, a literal index), at the example's sizes."""
+        """Return an integer tensor that no input decides (positions, a literal index), at the example's sizes."""
         if node.op == "get_attr":
             stored = self.flow.tensors.get(str(node.target))
             plain = stored is not None and not stored.is_meta and not isinstance(stored, FakeTensor)
@@ -124,7 +124,7 @@ class Tagger:
         return not self.flow.floating(node) and not self.flow.constant(node)
 
     def _complex(self, kind: str, value: Tags) -> Tags:
-        """A complex number carries the tags of the pair it was made of, in one integer."""
+        """Return a complex number carries the tags of the pair it was made of, in one integer."""
         if kind == "view_as_complex":
             return value[..., 0] * PAIR + value[..., 1]
         return torch.stack((value // PAIR, value % PAIR), dim=-1)
@@ -135,7 +135,7 @@ class Tagger:
         return value.chunk(2, dim=axis if isinstance(axis, int) else -1)[0]
 
     def _by_channel(self, node: fx.Node) -> Tags:
-        """A depthwise convolution keeps features; of the positions it mixes, the first one's tags stand for all."""
+        """Return the tags behind a depthwise convolution: features stay; the first position it mixes stands for all."""
         shape = self.flow.shape(node)
         value = self._operand(self.flow.operands(node)[0])
         spatial = len(self.flow.shape(self.flow.operands(node)[1])) - 2
@@ -194,7 +194,7 @@ def varies(tags: Tags, axis: int) -> bool:
 
 
 def in_order(tags: Tags) -> torch.Tensor:
-    """The distinct tags by first appearance, without 0: a LongTensor."""
+    """Return the distinct tags by first appearance, without 0: a LongTensor."""
     kept = squeeze_constant(tags).flatten()
     if not bool((kept[1:] > kept[:-1]).all()):
         distinct, number = torch.unique(kept, return_inverse=True)

@@ -26,7 +26,8 @@ NO_GRAPH = "the graph it was found in is not at hand"
 
 
 def require(sites: FoundSites, selector: object) -> tuple[Site, ...]:
-    """The matches. An alternative of the selector that matches nothing beside others that do is a PeftGraphWarning.
+    """Return the matches. An alternative of the selector that matches nothing beside others that do is a
+    PeftGraphWarning.
 
     Raises:
         NoMatch: there are none, or a number of layers lies beyond the model.
@@ -101,7 +102,7 @@ def _reason(sites: FoundSites, chosen: Selector) -> str:
 
 
 def _alternatives(selector: Selector) -> Iterator[Selector]:
-    """The alternatives of a selector, with the filters that stand around them."""
+    """Yield the alternatives of a selector, with the filters that stand around them."""
     if isinstance(selector, Either):
         yield from _alternatives(selector.left)
         yield from _alternatives(selector.right)
@@ -136,7 +137,7 @@ def _no_overlap(sites: FoundSites, chosen: Both) -> str:
 
 
 def _features(left: tuple[Site, ...]) -> str:
-    """What the filters could have asked for."""
+    """Return what the filters could have asked for."""
     layers = sorted({site.layer for site in left if site.layer is not None})
     facts = [f"layers {layers[0]} to {layers[-1]}" if layers else "no layers"]
     for name, values in (
@@ -197,7 +198,7 @@ def _flatten(selector: Selector) -> Iterator[Selector]:
 
 
 def _no_role(sites: FoundSites, chosen: RoleSelector) -> str:
-    """The nearest miss of a role that nothing plays, and the roles there are."""
+    """Return the nearest miss of a role that nothing plays, and the roles there are."""
     counts = Counter(site.role for site in sites)
     present = ", ".join(f"{role} ({count})" for role, count in counts.items()) or "none"
     near = (
@@ -207,7 +208,7 @@ def _no_role(sites: FoundSites, chosen: RoleSelector) -> str:
 
 
 def _absent(origin: Origin, chosen: RoleSelector) -> str:
-    """What a graph lacks that holds nothing near a role."""
+    """Return what a graph lacks that holds nothing near a role."""
     reason, family = absent(chosen.name), chosen.name.partition(".")[0]
     if family == "attention" and (mixed := mixing(origin.structure)):
         shown = ", ".join(f"%{node.name} ({ops.name(node)})" for node in mixed[:3])

@@ -63,15 +63,15 @@ class Explanation:
 
 
 def reasons_for(origin: Origin, site: Site) -> Reasons:
-    """The evidence of one site, with printed names."""
+    """Return the evidence of one site, with printed names."""
     found = steps(origin.structure, site)
     names = [name for step in found for name in step.nodes]
     return Reasons(site, tuple(origin.say(step.claim) for step in found), tuple(origin.lines(names)))
 
 
 def nearest(origin: Origin, role: str) -> list[str]:
-    """The nearest miss of a role as indented lines, with the excerpt of the graph around it; none where nothing came
-    near."""
+    """Return the nearest miss of a role as indented lines, with the excerpt of the graph around it; none where nothing
+    came near."""
     misses = near_misses(origin.structure, role)
     return [] if not misses else [*describe(origin, misses[0]), *_runners_up(origin, misses)]
 
@@ -83,7 +83,7 @@ def describe(origin: Origin, miss: NearMiss) -> list[str]:
 
 
 def excerpt(origin: Origin, miss: NearMiss) -> list[str]:
-    """The lines around a near miss; `>` marks the node at which it failed."""
+    """Return the lines around a near miss; `>` marks the node at which it failed."""
     order = list(origin.nodes)
     near = sorted({*miss.near} - {miss.node}, key=lambda name: abs(order.index(name) - order.index(miss.node)))
     kept: Iterable[str] = [miss.node, *near[: MOST_LINES - 1]]

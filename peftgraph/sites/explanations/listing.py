@@ -13,7 +13,7 @@ LAYER = HEAD.index("layer")
 
 
 def as_text(sites: Iterable[Site]) -> str:
-    """A line a site."""
+    """Return a line a site."""
     rows = [HEAD, *map(_row, sites)]
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
@@ -21,7 +21,8 @@ def as_text(sites: Iterable[Site]) -> str:
 
 
 def as_html(sites: Iterable[Site]) -> str:
-    """A table with a row for the sites that differ in the number of their layer alone; * stands for it in a path."""
+    """Return a table with a row for the sites that differ in the number of their layer alone; * stands for it in a
+    path."""
     alike: dict[tuple[str, ...], list[int]] = {}
     for site in sites:
         row = _row(site)

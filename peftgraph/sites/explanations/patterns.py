@@ -8,12 +8,12 @@ from peftgraph.sites.patterns.pattern import PatternRole
 
 
 def explain_pattern(sites: FoundSites, chosen: PatternRole) -> str:
-    """The reason for no site, with the line of the graph at which the nearest match failed."""
+    """Return the reason for no site, with the line of the graph at which the nearest match failed."""
     return describe(sites.search_of(chosen.pattern), chosen)
 
 
 def describe(one: PatternSearch, chosen: PatternRole) -> str:
-    """The near-miss of one search: how far it came, and what it found there instead."""
+    """Return the near-miss of one search: how far it came, and what it found there instead."""
     if one.count:
         return f"the pattern matches {one.count} times, but never by an alternative with {chosen.part}"
     lines = ["the pattern matches nowhere"]

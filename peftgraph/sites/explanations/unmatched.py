@@ -59,7 +59,7 @@ class Unmatched(Sequence[Loose]):
 
 
 def unmatched(sites: FoundSites) -> Unmatched:
-    """The projections of some sites that play no role, with reasons where the graph is at hand."""
+    """Return the projections of some sites that play no role, with reasons where the graph is at hand."""
     loose = [site for site in sites if site.role == "projection"]
     if sites.origin is None:
         return Unmatched(tuple(Loose(site, "", "") for site in loose))
@@ -99,7 +99,7 @@ def _closest(structure: Structure, one: Projection) -> tuple[str, str]:
 
 
 def _ends(structure: Structure, one: Projection) -> list[fx.Node]:
-    """What the result runs into first, on every way forward, in graph order."""
+    """Return what the result runs into first, on every way forward, in graph order."""
     anatomy = structure.anatomy
     ends: set[fx.Node] = set()
     todo, seen = [one.output], set[fx.Node]()

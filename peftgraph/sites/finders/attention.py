@@ -68,7 +68,7 @@ def _add(structure: Structure, one: Attention) -> None:
 
 
 def _among(structure: Structure, part: ProjectionPart, ends: Sequence[fx.Node]) -> Place | None:
-    """The place of a part of attention over several streams: that of the stream the part reads."""
+    """Return the place of a part of attention over several streams: that of the stream the part reads."""
     node = part.projection.node
     if node in ends:
         return structure.into.place(node)

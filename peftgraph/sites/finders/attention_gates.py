@@ -86,7 +86,7 @@ def near_misses(structure: Structure, role: str) -> Iterator[NearMiss]:
 
 
 def _gates(structure: Structure) -> Iterator[Gate]:
-    """The gates of all attentions, in graph order."""
+    """Yield the gates of all attentions, in graph order."""
     anatomy = structure.anatomy
     for one, _, product, value in _products(structure):
         frontier = anatomy.frontier(value)

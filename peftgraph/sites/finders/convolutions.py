@@ -48,7 +48,7 @@ def _groups(node: fx.Node) -> int:
 
 
 def _add(structure: Structure, node: fx.Node) -> None:
-    """A site for a convolution of any kernel, stride and dilation, transposed or not, with any number of groups."""
+    """Add a site for a convolution of any kernel, stride and dilation, transposed or not, with any number of groups."""
     flow = structure.flow
     image, kernel = flow.operands(node)[:2]
     computed = flow.parametrised(kernel)

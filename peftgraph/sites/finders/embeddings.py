@@ -55,14 +55,15 @@ def _embedding(structure: Structure, node: fx.Node, parameter: str, index: fx.No
 
 
 def _fed_by(structure: Structure, node: fx.Node) -> str | None:
-    """The first stack whose stream starts from what `node` gives."""
+    """Return the first stack whose stream starts from what `node` gives."""
     order = structure.flow.order
     places = sorted(structure.blocks.places.items(), key=lambda item: order[item[0].node])
     return next((place.stack for join, place in places if structure.flow.descends(join.root, node)), None)
 
 
 def _looks_up_input(index: fx.Node) -> bool:
-    """An index that is an input, up to layout, casts and masking; positions, counted or given, are none."""
+    """Tell whether it is an index that is an input, up to layout, casts and masking; positions, counted or given, are
+    none."""
     through = ops.LAYOUT | ops.CAST | {"masked_fill", "where", "clamp", "copy", "new_zeros", "fill", "clamp_min"}
     todo, seen = [index], set[fx.Node]()
     while todo:

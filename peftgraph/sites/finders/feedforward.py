@@ -124,7 +124,7 @@ def _owns(one: FeedForward, site: Site, node: fx.Node) -> bool:
 
 
 def _down(structure: Structure, one: FeedForward, node: fx.Node) -> Projection:
-    """The down projection to which a part belongs."""
+    """Return the down projection to which a part belongs."""
     own = [down for down in one.downs if down.node is node]
     reading = [
         down

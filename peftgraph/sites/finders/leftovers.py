@@ -81,7 +81,7 @@ def _weighing(structure: Structure) -> Iterator[NearMiss]:
 
 
 def _last(structure: Structure) -> Iterator[NearMiss]:
-    """The last projection, and what reads it."""
+    """Yield the last projection, and what reads it."""
     for one in structure.anatomy.projections[-1:]:
         reader = _follower(structure, one)
         if reader is not None:
@@ -89,7 +89,7 @@ def _last(structure: Structure) -> Iterator[NearMiss]:
 
 
 def _follower(structure: Structure, one: Projection) -> fx.Node | None:
-    """The first residual add, core or projection after a projection."""
+    """Return the first residual add, core or projection after a projection."""
     anatomy, flow = structure.anatomy, structure.flow
     for node in flow.nodes[flow.order[one.output] + 1 :]:
         ends = node in anatomy.join_at or node in anatomy.core_at or node in anatomy.projection_at

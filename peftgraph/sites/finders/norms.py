@@ -65,7 +65,7 @@ def near_misses(structure: Structure, role: str) -> Iterator[NearMiss]:
 
 
 def _operand_place(structure: Structure, norm: Norm) -> Place | None:
-    """The layer of a norm on q or k whose projection reads another stream."""
+    """Return the layer of a norm on q or k whose projection reads another stream."""
     sources = structure.anatomy.frontier(norm.input).projections
     places = [structure.into.place_of[one.node] for one in sources if one.node in structure.into.place_of]
     return places[0] if places else None

@@ -81,7 +81,7 @@ def near_misses(structure: Structure, role: str) -> Iterator[NearMiss]:
 
 
 def search(anatomy: Anatomy, pattern: Pattern) -> tuple[list[Found], PatternSearch]:
-    """The values of all matches, each value of a role once; and what to say where there are none."""
+    """Return the values of all matches, each value of a role once; and what to say where there are none."""
     widths = {node: one.width for node, one in anatomy.projection_at.items()}
     matcher = Matcher(pattern, anatomy.flow, wholes(anatomy), widths)
     matches = matcher.matches()
@@ -96,7 +96,7 @@ def search(anatomy: Anatomy, pattern: Pattern) -> tuple[list[Found], PatternSear
 
 
 def wholes(anatomy: Anatomy) -> Wholes:
-    """The values that the anatomy recognises in every spelling, by the word for them."""
+    """Return the values that the anatomy recognises in every spelling, by the word for them."""
     return {
         "projection": {node: (one.input,) for node, one in anatomy.projection_at.items()},
         "norm": {node: (one.input,) for node, one in anatomy.norm_at.items()},
@@ -126,7 +126,7 @@ def _cut(one: Projection, window: Window) -> Columns | None:
 
 
 def _arriving(anatomy: Anatomy, one: Projection, places: tuple[fx.Node, ...]) -> Columns | None:
-    """The columns that reach the places where the pattern reads the projection."""
+    """Return the columns that reach the places where the pattern reads the projection."""
     if any(place in (one.node, one.output) for place in places):
         return None
     arrived = [split(in_order(tags), [one], bases)[0] for tags, bases in (arrivals(anatomy, p, [one]) for p in places)]

@@ -50,7 +50,7 @@ def _add(structure: Structure, one: Sublayer, parallel: bool) -> None:
 
 
 def feature_axis(structure: Structure, members: Sequence[fx.Node], value: fx.Node) -> int:
-    """The axis of a value, from the end, along which the features of the last projection before it are."""
+    """Return the axis of a value, from the end, along which the features of the last projection before it are."""
     flow, known = structure.flow, structure.anatomy.projection_at
     before = [known[node] for node in members if node in known and flow.descends(value, known[node].output)]
     if not before:

@@ -36,7 +36,7 @@ class Frontier:
 
 
 def _sums(node: fx.Node) -> bool:
-    """Does a product sum over anything? One that does not weighs a value by others, as a multiplication does."""
+    """Tell whether a product sums over anything. One that does not weighs a value by others, as a multiplication."""
     named = spelled(node)
     return named is None or bool(named.summed(0)) or bool(named.summed(1))
 
@@ -118,7 +118,7 @@ class Anatomy:
         )
 
     def _projected(self, node: fx.Node) -> bool:
-        """Does a projection stand before a constant (learned latents are projected to queries)?"""
+        """Tell whether a projection stands before a constant, as learned latents are projected to queries."""
         return bool(self.flow.before(node) & self._projection_mask)
 
     def frontier(self, node: fx.Node) -> Frontier:

@@ -36,7 +36,7 @@ def arrivals(
 
 
 def split(tags: torch.Tensor, sources: Sequence[Projection], bases: Sequence[int]) -> list[torch.Tensor]:
-    """The features of each source among the tags, in the order of arrival."""
+    """Return the features of each source among the tags, in the order of arrival."""
     return [
         tags[(base < tags) & (tags <= base + source.width)] - base - 1
         for source, base in zip(sources, bases, strict=True)

@@ -99,8 +99,8 @@ def _written(
     keyed: tuple[int, int],
     out: tuple[fx.Node, int],
 ) -> Core:
-    """The core of a softmax with its argument and mask. `keyed`: which factor of the scores is k, and its axis of
-    positions; `out`: the product with v, and which factor v is."""
+    """Return the core of a softmax with its argument and mask. `keyed`: which factor of the scores is k, and its axis
+    of positions; `out`: the product with v, and which factor v is."""
     sides, ends = factors(products[0]), factors(out[0])
     assert sides is not None, products[0]
     assert ends is not None, out[0]
@@ -127,7 +127,7 @@ def _written(
 def _scores(
     flow: Flow, argument: fx.Node, projected: set[fx.Node]
 ) -> tuple[list[fx.Node], fx.Node | None, list[fx.Node]]:
-    """The products of two signals behind the argument, the added mask or bias, and what else was met."""
+    """Return the products of two signals behind the argument, the added mask or bias, and what else was met."""
     through = ops.LAYOUT | ops.CAST | ops.SCALE | ops.MASKING | ops.DROPOUT
     found: list[fx.Node] = []
     ends: list[fx.Node] = []
@@ -153,8 +153,8 @@ def _scores(
 
 
 def _mixed_heads(flow: Flow, node: fx.Node, projected: set[fx.Node]) -> Mixing | None:
-    """The scores whose heads a node mixes by weights of the model (talking-heads attention, arXiv 2003.02436); None
-    where it is no such node: what it sums over must be an axis that both factors of the scores have."""
+    """Return the scores whose heads a node mixes by weights of the model (talking-heads attention, arXiv 2003.02436);
+    None where it is no such node: what it sums over must be an axis that both factors of the scores have."""
     mixed = mixing(flow, node)
     products = [] if mixed is None else _scores(flow, mixed.value, projected)[0]
     named = spelled(products[0]) if products else None
@@ -176,7 +176,7 @@ def _mask_side(flow: Flow, node: fx.Node, addends: list[fx.Node]) -> fx.Node | N
 
 
 def _chain(flow: Flow, node: fx.Node) -> list[fx.Node]:
-    """A node and what it passes on, up to the first product."""
+    """Return a node and what it passes on, up to the first product."""
     chain = [node]
     while not is_product(flow, chain[-1]) and ops.name(chain[-1]) in ops.MASKING | ops.SCALE | ops.LAYOUT | ops.CAST:
         operands = [one for one in flow.operands(chain[-1]) if flow.signal(one)]
@@ -205,8 +205,8 @@ def _weighting(flow: Flow, node: fx.Node, axis: int | None) -> tuple[fx.Node, in
 
 
 def _spares_keys(flow: Flow, softmax: fx.Node, axis: int | None, node: fx.Node) -> bool:
-    """Does a node behind a softmax mix or normalise other axes than that of the softmax (those of heads), and no
-    features of v either?"""
+    """Tell whether a node behind a softmax mixes or normalises no other axes than those of heads: neither the axis of
+    the softmax nor features of v."""
     shape = flow.shape(softmax)
     if axis is None or len(shape) < 3:
         return False
@@ -225,7 +225,7 @@ def _spares_keys(flow: Flow, softmax: fx.Node, axis: int | None, node: fx.Node) 
 
 
 def _normalised(flow: Flow, node: fx.Node) -> tuple[int, ...]:
-    """The axes of which a norm's statistics are made, apart from positions of an image, which it leaves apart."""
+    """Return the axes of which a norm's statistics are made, without positions of an image that it keeps apart."""
     if ops.name(node) in ops.IMAGE_NORM:
         return (1,)
     sizes = ops.argument(node, 1, "normalized_shape")

@@ -40,7 +40,7 @@ def find_side_paths(
 
 
 def _behind(flow: Flow, node: fx.Node, projection_at: Mapping[fx.Node, Projection]) -> Projection | None:
-    """The projection whose result a value is, up to layout, casts, dropout and scaling."""
+    """Return the projection whose result a value is, up to layout, casts, dropout and scaling."""
     here: fx.Node | None = node
     while here is not None and here not in projection_at:
         here = flow.source(here)
@@ -57,7 +57,7 @@ def _beside(flow: Flow, host: Projection, down: Projection, up: Projection) -> b
 
 
 def _hosts(flow: Flow, up: Projection, projection_at: Mapping[fx.Node, Projection]) -> list[Projection]:
-    """The projections that the path's result is added to, directly or after other side paths."""
+    """Return the projections that the path's result is added to, directly or after other side paths."""
     hosts: list[Projection] = []
     node = up.output
     while len(node.users) == 1:
@@ -76,7 +76,7 @@ def _hosts(flow: Flow, up: Projection, projection_at: Mapping[fx.Node, Projectio
 
 
 def _summands(flow: Flow, node: fx.Node, projection_at: Mapping[fx.Node, Projection]) -> list[Projection]:
-    """The projections among the summands of a value."""
+    """Return the projections among the summands of a value."""
     found = _behind(flow, node, projection_at)
     if found is not None:
         return [found]

@@ -108,7 +108,8 @@ def near_norm(flow: Flow, node: fx.Node) -> NearMiss | None:
 
 
 def _reduced(flow: Flow, x: fx.Node, statistic: fx.Node) -> int | None:
-    """The axis over which a statistic of x was taken: the last, or the one of channels of [batch, channels, ...]."""
+    """Return the axis over which a statistic of x was taken: the last, or the one of channels of [batch, channels,
+    ...]."""
     wide, narrow = flow.shape(x), flow.shape(statistic)
     if len(wide) != len(narrow) or not wide:
         return None
@@ -118,7 +119,7 @@ def _reduced(flow: Flow, x: fx.Node, statistic: fx.Node) -> int | None:
 
 
 def _bare(flow: Flow, node: fx.Node) -> fx.Node:
-    """The value before casts, layout, dropout and scaling by a number."""
+    """Return the value before casts, layout, dropout and scaling by a number."""
     while (source := flow.source(node)) is not None and not _by_vector(flow, node):
         node = source
     return node
@@ -129,7 +130,7 @@ def _by_vector(flow: Flow, node: fx.Node) -> bool:
 
 
 def _centred(flow: Flow, x: fx.Node) -> fx.Node:
-    """The value whose mean is subtracted in x, or x itself; casts removed."""
+    """Return the value whose mean is subtracted in x, or x itself; casts removed."""
     difference = _bare(flow, x)
     if ops.name(difference) == "sub":
         operands = flow.operands(difference)
@@ -184,14 +185,14 @@ def _with_affine(flow: Flow, node: fx.Node, x: fx.Node, axis: int) -> Norm:
 
 
 def _along(flow: Flow, vector: fx.Node, shape: tuple[int, ...], axis: int) -> bool:
-    """Does a vector stand along an axis of a value, or is it the same everywhere?"""
+    """Tell whether a vector stands along an axis of a value, or is the same everywhere."""
     sizes = flow.shape(vector)
     wide = [i - len(sizes) for i, size in enumerate(sizes) if size > 1]
     return wide in ([], [axis if axis < 0 else axis - len(shape)])
 
 
 def _affine(flow: Flow, node: fx.Node) -> fx.Node | None:
-    """The stored vector that a value is multiplied by, or that is added to it."""
+    """Return the stored vector that a value is multiplied by, or that is added to it."""
     if ops.name(node) != "add" and not (ops.name(node) == "mul" and flow.scaling(node)):
         return None
     stored = [one for one in flow.operands(node) if flow.constant(one) and flow.leaf(one) is not None]

@@ -80,7 +80,7 @@ class Contraction:
 
 
 def projection(flow: Flow, node: fx.Node) -> Projection | None:
-    """The projection that `node` computes; None where it computes something else."""
+    """Return the projection that `node` computes; None where it computes something else."""
     found = contraction(flow, node)
     if found is None or not (flow.signal(found.x) or ops.name(node) == "linear"):  # a learned query is projected too
         return None
@@ -113,8 +113,8 @@ def projection(flow: Flow, node: fx.Node) -> Projection | None:
 
 
 def _equation(flow: Flow, found: Contraction, stored: Weight) -> Equation | None:
-    """The letters of a product, with the weight's own in the order in which its matrix has them. Axes along which one
-    matrix is repeated, as for every head and row of a batch, are no axes of its own."""
+    """Return the letters of a product, with the weight's own in the order in which its matrix has them. Axes along
+    which one matrix is repeated, as for every head and row of a batch, are no axes of its own."""
     if found.letters is None:
         return None
     x, weight, result = found.letters
@@ -128,7 +128,7 @@ def _equation(flow: Flow, found: Contraction, stored: Weight) -> Equation | None
 
 
 def contraction(flow: Flow, node: fx.Node) -> Contraction | None:
-    """The product of a signal and a weight in `node`."""
+    """Return the product of a signal and a weight in `node`."""
     kind = ops.name(node)
     inputs = [one for one in node.args if isinstance(one, fx.Node)]
     if kind == "linear" and (flow.raw(inputs[1]) or flow.parametrised(inputs[1])):
@@ -191,7 +191,7 @@ def _einsum(flow: Flow, node: fx.Node) -> Contraction | None:
 
 
 def _pointwise(flow: Flow, node: fx.Node, inputs: list[fx.Node]) -> Contraction | None:
-    """A convolution whose kernel is one point and that does not group channels is a projection."""
+    """Return a convolution whose kernel is one point and that does not group channels is a projection."""
     shape = flow.shape(inputs[1])
     groups = ops.argument(node, 6, "groups")
     weight = flow.raw(inputs[1]) or flow.parametrised(inputs[1])
@@ -249,7 +249,7 @@ def _plain(flow: Flow, node: fx.Node) -> bool:
 
 
 def _direct(leaf: fx.Node, sizes: tuple[int, ...], found: Contraction, rank: int) -> Weight:
-    """The stored axes are the operand's own; behind the choice of experts by index, the first is theirs."""
+    """Return the stored axes are the operand's own; behind the choice of experts by index, the first is theirs."""
     inner, outer = (tuple(axis % rank for axis in axes) for axes in (found.inner, found.outer))
     return _weight(leaf, sizes, outer, inner)
 
@@ -257,7 +257,7 @@ def _direct(leaf: fx.Node, sizes: tuple[int, ...], found: Contraction, rank: int
 def _weight(
     leaf: fx.Node, sizes: Sequence[int], outer: tuple[int, ...], inner: tuple[int, ...], window: Columns | None = None
 ) -> Weight:
-    """A weight by the roles of its stored axes; those without one that are longer than 1 count experts."""
+    """Return a weight by the roles of its stored axes; those without one that are longer than 1 count experts."""
     transposed = min(inner) < min(outer)
     stacked = tuple(axis for axis in range(len(sizes)) if axis not in (*inner, *outer) and sizes[axis] > 1)
     if not stacked and 0 not in (*inner, *outer):
@@ -309,7 +309,7 @@ def _counts(flow: Flow, found: Contraction, leaf: fx.Node, sizes: tuple[int, ...
 
 
 def _only(tags: torch.Tensor, axes: set[int]) -> torch.Tensor | None:
-    """The tags along `axes` if they vary there and nowhere else."""
+    """Return the tags along `axes` if they vary there and nowhere else."""
     for axis in range(tags.dim()):
         if varies(tags, axis) and axis not in axes:
             return None
@@ -318,7 +318,7 @@ def _only(tags: torch.Tensor, axes: set[int]) -> torch.Tensor | None:
 
 
 def _bias(flow: Flow, node: fx.Node, found: Contraction) -> tuple[str | None, fx.Node]:
-    """The bias added by the operator itself or right after it, and the node that holds the biased value."""
+    """Return the bias added by the operator itself or right after it, and the node that holds the biased value."""
     if found.bias is not None:
         leaf = flow.leaf(found.bias) if flow.raw(found.bias) else None
         return (None if leaf is None else str(leaf.target)), node
@@ -340,7 +340,7 @@ def _bias(flow: Flow, node: fx.Node, found: Contraction) -> tuple[str | None, fx
 
 
 def _bias_like(flow: Flow, leaf: fx.Node, found: Contraction) -> bool:
-    """A vector of the projection's width, or one such vector for each expert."""
+    """Tell whether it is a vector of the projection's width, or one such vector for each expert."""
     shape, weight = flow.shape(leaf), flow.shape(found.weight)
     wide = [weight[axis] for axis in found.outer]
     return list(shape) == wide or (len(shape) == 2 and len(weight) == 3 and list(shape[1:]) == wide)

@@ -40,7 +40,7 @@ class Join:
 
 
 def find_joins(flow: Flow, heavy: int, norm_at: Mapping[fx.Node, Norm], attended: Set[fx.Node]) -> list[Join]:
-    """The joins of a graph in order; `attended`: the results of its attention cores, which no skip passes."""
+    """Return the joins of a graph in order; `attended`: the results of its attention cores, which no skip passes."""
     joins: dict[fx.Node, Join] = {}
     for node in flow.nodes:
         if ops.name(node) not in ADDS:
@@ -60,7 +60,7 @@ def find_joins(flow: Flow, heavy: int, norm_at: Mapping[fx.Node, Norm], attended
 def _source(
     flow: Flow, skip: fx.Node, branch: fx.Node, heavy: int, joins: dict[fx.Node, Join], attended: Set[fx.Node]
 ) -> fx.Node | None:
-    """The value on the skip side that the branch starts from."""
+    """Return the value on the skip side that the branch starts from."""
     here = next((one for one in _stream(flow, skip, joins, attended) if flow.descends(branch, one)), None)
     if here is None or not _heavy_between(flow, here, branch, heavy) or not _local(flow, here, branch, joins):
         return None
@@ -68,7 +68,7 @@ def _source(
 
 
 def _stream(flow: Flow, skip: fx.Node, joins: Mapping[fx.Node, Join], attended: Set[fx.Node]) -> Iterator[fx.Node]:
-    """The values on a skip, backward, over at most PARALLEL joins."""
+    """Yield the values on a skip, backward, over at most PARALLEL joins."""
     here: fx.Node | None = skip
     crossed = 0
     while here is not None:
@@ -81,8 +81,8 @@ def _stream(flow: Flow, skip: fx.Node, joins: Mapping[fx.Node, Join], attended: 
 
 
 def _passed_on(flow: Flow, node: fx.Node, attended: Set[fx.Node]) -> fx.Node | None:
-    """The value that a node of a skip passes on. Parallel streams may be mixed on the way by a square matrix, which is
-    stored or which each position has of its own (hyper-connections, arXiv 2409.19606, 2512.24880)."""
+    """Return the value that a node of a skip passes on. Parallel streams may be mixed on the way by a square matrix,
+    which is stored or which each position has of its own (hyper-connections, arXiv 2409.19606, 2512.24880)."""
     named, sides = (None, None) if node in attended else (spelled(node), factors(node))
     if named is None or sides is None:
         return flow.source(node)

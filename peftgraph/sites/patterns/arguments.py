@@ -36,7 +36,7 @@ class Arguments:
 
 
 def _opened(values: Sequence[object]) -> Iterator[object]:
-    """The values; where one is a list of values, as of cat, the list's own."""
+    """Yield the values; where one is a list of values, as of cat, the list's own."""
     for value in values:
         if isinstance(value, list | tuple) and any(isinstance(one, fx.Node) for one in value):
             yield from value

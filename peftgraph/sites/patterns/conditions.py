@@ -26,7 +26,7 @@ class Quantity:
     axis: int = 0
 
     def value(self, shapes: Mapping[str, tuple[int, ...]]) -> float | None:
-        """The number it comes to; None where the value has no such axis."""
+        """Return the number it comes to; None where the value has no such axis."""
         if not self.variable:
             return self.factor
         shape = shapes[self.variable]
@@ -53,7 +53,7 @@ class Condition:
         return tuple(side.variable for side in (self.left, self.right) if side.variable)
 
     def failure(self, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-        """What was found instead; None where it holds."""
+        """Return what was found instead; None where it holds."""
         left, right = self.left.value(shapes), self.right.value(shapes)
         for side, value in ((self.left, left), (self.right, right)):
             if value is None:

@@ -47,12 +47,12 @@ class Matcher:
         self._patient = False  # whether attempts that must fail are followed to where they fail
 
     def matches(self) -> list[Match]:
-        """The first match at every node where there is one, in graph order."""
+        """Return the first match at every node where there is one, in graph order."""
         found = (next(self._from(node), None) for node in self._roots())
         return [one for one in found if one is not None]
 
     def nearest(self) -> Miss:
-        """The attempt that came furthest, of a pattern without a match."""
+        """Return the attempt that came furthest, of a pattern without a match."""
         self._patient, self._miss = True, None
         for node in self._roots():
             next(self._from(node), None)
@@ -72,7 +72,7 @@ class Matcher:
         return (node for node in self.flow.nodes if ops.name(node) in heads)
 
     def _heads(self, term: Term) -> frozenset[str] | None:
-        """The operators that a term can start with; None where the operator alone does not tell."""
+        """Return the operators that a term can start with; None where the operator alone does not tell."""
         if isinstance(term, Call) and not term.optional:
             each = [operators(word) for word, _ in self._words(term)]
         elif isinstance(term, Either | Window):
@@ -180,7 +180,7 @@ class Matcher:
             here = behind
 
     def _behind(self, node: fx.Node) -> fx.Node | None:
-        """What a value is a moved, cast or dropped out form of."""
+        """Return what a value is a moved, cast or dropped out form of."""
         if ops.name(node) not in SEEN_THROUGH:
             return None
         return next((one for one in self.flow.operands(node) if self.flow.floating(one)), None)
@@ -209,7 +209,7 @@ class Matcher:
             self._note(so_far, term, value)
 
     def _arguments(self, word: str, node: fx.Node) -> Arguments | None:
-        """What `node` was called with, if it is what the word stands for."""
+        """Return what `node` was called with, if it is what the word stands for."""
         if word in WHOLES:
             reads = self.wholes.get(word, {}).get(node)
             return None if reads is None else Arguments(reads, ())
@@ -220,7 +220,7 @@ class Matcher:
     def _met(
         self, term: Call, word: str, tag: str, arguments: Arguments, node: fx.Node, so_far: Match
     ) -> Iterator[Match]:
-        """The operator is the right one; now its arguments."""
+        """Yield the operator is the right one; now its arguments."""
         so_far = replace(so_far, count=so_far.count + (not term.optional))
         if term.head in self.choices:
             so_far = replace(so_far, operators={**so_far.operators, term.head: word})

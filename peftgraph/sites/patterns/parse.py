@@ -53,7 +53,7 @@ class Token:
 
 
 def parse_term(text: str) -> Term:
-    """The term that a text spells; the inverse of `str(term)`.
+    """Return the term that a text spells; the inverse of `str(term)`.
 
     Raises:
         PeftGraphError: the text cannot be read; the message shows the place.
@@ -65,7 +65,7 @@ def parse_term(text: str) -> Term:
 
 
 def parse_statements(text: str) -> list[Statement]:
-    """The equations and conditions of a text, in its order."""
+    """Return the equations and conditions of a text, in its order."""
     parser = Parser(text)
     found = parser.statements()
     parser.finish()
@@ -100,7 +100,7 @@ class Parser:
         raise PeftGraphError(f"cannot read the pattern: {shortened(problem)}\n{pointed(self.text, token.at)}")
 
     def _peek(self) -> Token:
-        """The next token; inside brackets a line's end is no more than a space."""
+        """Return the next token; inside brackets a line's end is no more than a space."""
         while self.depth and self.tokens[self.at].kind == "line":
             self.at += 1
         return self.tokens[self.at]

@@ -36,7 +36,7 @@ class Pattern:
     conditions: tuple[Condition, ...]
 
     def __init__(self, name: str, *parts: Term | str) -> None:
-        """A pattern from its statements.
+        """Make a pattern of its statements.
 
         Args:
             name: what its roles begin with.
@@ -55,7 +55,7 @@ class Pattern:
 
     @classmethod
     def parse(cls, text: str) -> Pattern:
-        """The inverse of `str(pattern)`: `name: equations`."""
+        """Return the inverse of `str(pattern)`: `name: equations`."""
         if not isinstance(text, str):
             raise PeftGraphError(f"a pattern is text, not {type(text).__name__}")
         name, colon, statements = text.partition(":")
@@ -88,7 +88,7 @@ class Pattern:
         return self[self.parts[0] if len(self.parts) == 1 else ""]
 
     def __getitem__(self, part: str) -> Selector:
-        """The sites of one value, or of all, by "*"."""
+        """Return the sites of one value, or of all, by "*"."""
         return PatternRole(self, part)
 
     def __iter__(self) -> Iterator[str]:
@@ -182,7 +182,7 @@ class _Draft:
         self.terms[name] = term
 
     def _flat(self, term: Term) -> Term:
-        """The term with every named one inside taken out, as an equation of its own."""
+        """Return the term with every named one inside taken out, as an equation of its own."""
         if isinstance(term, Named):
             self._define(term.name, self._flat(term.inner))
             return Var(term.name)
@@ -199,7 +199,7 @@ class _Draft:
         return tuple(words)
 
     def _order(self) -> tuple[str, ...]:
-        """The equations, from the one that no other reads, in the order in which they are read."""
+        """Return the equations, from the one that no other reads, in the order in which they are read."""
         read = {one.name for term in self.terms.values() for one in inside(term) if isinstance(one, Var)}
         roots = [name for name in self.terms if name not in read]
         if len(roots) != 1:

@@ -26,7 +26,7 @@ class Term:
     """A description of one value. Subclasses are final."""
 
     def parts(self) -> tuple[Term, ...]:
-        """The terms directly inside."""
+        """Return the terms directly inside."""
         return ()
 
     def __mul__(self, other: TermLike) -> Term:
@@ -65,11 +65,11 @@ class Term:
         raise TypeError("a term is no sequence")  # or Python would iterate by __getitem__
 
     def named(self, name: str) -> Term:
-        """The same term as an equation of its pattern: `name` can be a site and can be referred to."""
+        """Return the same term as an equation of its pattern: `name` can be a site and can be referred to."""
         return Named(name, self)
 
     def tag(self, tag: str) -> Term:
-        """The same term; a match that takes it carries the tag."""
+        """Return the same term; a match that takes it carries the tag."""
         return Either(((self, tag),))
 
 
@@ -202,7 +202,7 @@ class Named(Term):
 
 
 def rebuilt(term: Term, change: Callable[[Term], Term]) -> Term:
-    """The same term with `change` applied to the terms directly inside."""
+    """Return the same term with `change` applied to the terms directly inside."""
     if isinstance(term, Call):
         return replace(term, args=tuple(map(change, term.args)))
     if isinstance(term, Through | Window | Named):
@@ -213,7 +213,7 @@ def rebuilt(term: Term, change: Callable[[Term], Term]) -> Term:
 
 
 def inside(term: Term) -> Iterator[Term]:
-    """The term and everything in it, outermost first."""
+    """Yield the term and everything in it, outermost first."""
     yield term
     for part in term.parts():
         yield from inside(part)
@@ -224,7 +224,7 @@ def _wrapped(term: Term) -> str:
 
 
 def plain(value: object) -> Constant:
-    """A literal as a plain value that its text says.
+    """Return a literal as a plain value that its text says.
 
     Raises:
         PeftGraphError: no text says it.
@@ -251,7 +251,7 @@ def _plain_scalar(value: object) -> Scalar:
 
 
 def literal_text(value: Constant) -> str:
-    """A literal as patterns spell it."""
+    """Return a literal as patterns spell it."""
     if isinstance(value, tuple):
         return f"[{', '.join(map(literal_text, value))}]"
     if isinstance(value, bool) or value is None:
@@ -268,7 +268,7 @@ def read_texts_with(reader: Callable[[str], Term]) -> None:
 
 
 def as_term(value: TermLike) -> Term:
-    """A term; text is read as one, a number stands for itself."""
+    """Return a term; text is read as one, a number stands for itself."""
     if isinstance(value, Term):
         return value
     if isinstance(value, str):
@@ -279,7 +279,7 @@ def as_term(value: TermLike) -> Term:
 
 
 def var(name: str) -> Var:
-    """A value by name: the same node wherever it stands."""
+    """Return a value by name: the same node wherever it stands."""
     return Var(name)
 
 

@@ -61,12 +61,12 @@ def check_operator(word: str) -> None:
 
 
 def operators(word: str) -> frozenset[str] | None:
-    """The operators that a word stands for; None for a whole."""
+    """Return the operators that a word stands for; None for a whole."""
     return None if word in WHOLES else CLASSES.get(word, frozenset({word}))
 
 
 @cache
 def _registered() -> frozenset[str]:
-    """The bare names of all operators that are registered now, of other libraries too."""
+    """Return the bare names of all operators that are registered now, of other libraries too."""
     names = torch._C._dispatch_get_all_op_names()
     return frozenset(name.partition("::")[2].partition(".")[0].rstrip("_") for name in names)

@@ -36,7 +36,7 @@ class Layers(Selector):
         return start <= site.layer and (stop is None or site.layer < stop)
 
     def bounds(self, depth: int | None) -> tuple[int, int | None]:
-        """The range in a stack of `depth` layers; counted from an unknown end it is empty."""
+        """Return the range in a stack of `depth` layers; counted from an unknown end it is empty."""
         ends = [end for end in (self.start, self.stop) if end is not None and end < 0]
         if not ends:
             return self.start, self.stop
@@ -136,7 +136,7 @@ def expert(number: int) -> Expert:
 def narrowed(
     selector: object, layer: int | None, stack: str | None, kind: str | None, expert: int | None, path: str | None
 ) -> Selector:
-    """A selector and the filters that were given by keyword."""
+    """Return a selector and the filters that were given by keyword."""
     chosen = as_selector(selector)
     filters: list[Selector] = [] if layer is None else [layers(layer)]
     filters += [] if stack is None else [Stack(stack)]

@@ -86,7 +86,7 @@ class Selector:
         return Where(self, path, shape, comparison(out_features), comparison(in_features))
 
     def parts(self) -> tuple[Selector, ...]:
-        """The selectors this one is made of."""
+        """Return the selectors this one is made of."""
         return ()
 
 
@@ -180,7 +180,7 @@ def _strength(selector: Selector) -> int:
 
 
 def wrapped(selector: Selector, least: int) -> str:
-    """A selector's text, in brackets where it binds less tightly."""
+    """Return a selector's text, in brackets where it binds less tightly."""
     return str(selector) if _strength(selector) >= least else f"({selector})"
 
 
@@ -232,7 +232,7 @@ class Where(Selector):
         return self.inner.matches(site) and self.narrows_to(site)
 
     def narrows_to(self, site: Site) -> bool:
-        """Does the condition itself hold?"""
+        """Tell whether the condition itself holds."""
         shape = site.shape or ()
         features = ((self.out_features, shape[:1]), (self.in_features, shape[1:2]))
         return (
