@@ -168,7 +168,7 @@ class Flow:
         return node
 
     def picks(self, node: fx.Node) -> fx.Node | None:
-        """Return the computed index by which a raw weight was gathered, one expert for each token; None if it was not."""
+        """Return the computed index by which a raw weight was gathered, one expert a token; None if it was not."""
         while node in self._raw and node.op != "get_attr":
             chosen = [source for source in self.operands(node) if not self.floating(source)]
             if chosen:
