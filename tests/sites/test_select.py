@@ -185,6 +185,27 @@ def test_text(selector: Selector, text: str) -> None:
     assert parse_selector(f"  {text} ") == selector
 
 
+@pytest.mark.parametrize(
+    ("selector", "text"),
+    [
+        (norm | (attention.q & layers(0)), "norm|attention.q&layers(0)"),
+        ((attention.q & layers(0)) | norm, "attention.q&layers(0)|norm"),
+        (norm & (attention.q | layers(0)), "norm&(attention.q|layers(0))"),
+        ((attention.q | layers(0)) & norm, "(attention.q|layers(0))&norm"),
+        (norm | (attention.q | ffn), "norm|(attention.q|ffn)"),
+        (norm & (attention.q & ffn), "norm&(attention.q&ffn)"),
+        (~(norm & ffn) | ~(norm | ffn) & ~~norm, "~(norm&ffn)|~(norm|ffn)&~~norm"),
+        (norm & ~ffn, "norm&~ffn"),
+        ((norm & ffn).where(path="a"), '(norm&ffn).where(path="a")'),
+        ((~norm).where(path="a"), '(~norm).where(path="a")'),
+        (~norm.where(path="a"), '~norm.where(path="a")'),
+    ],
+)
+def test_brackets_are_printed_where_they_are_needed_and_nowhere_else(selector: Selector, text: str) -> None:
+    assert str(selector) == text
+    assert parse_selector(text) == selector
+
+
 def test_precedence_is_not_and_or() -> None:
     assert parse_selector("norm|~bias&head") == norm | (~bias & head)
 
