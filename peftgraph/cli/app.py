@@ -12,8 +12,8 @@ import typer
 from typer.core import TyperGroup
 
 from peftgraph.cli import cmd_apply, cmd_export, cmd_inspect, cmd_merge, cmd_quickstart
-from peftgraph.cli.console import ERR
 from peftgraph.errors import PeftGraphError
+from peftgraph.terminal.console import ERR
 
 USER_ERROR, BUG = 1, 3
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from peftgraph.cli.cmd_inspect import Source
-from peftgraph.cli.console import OUT, working
-from peftgraph.cli.diffs import coloured, first_layer_diff
+from peftgraph.terminal.console import OUT, working
+from peftgraph.terminal.diffs import coloured, first_layer_diff
 
 if TYPE_CHECKING:
     import peftgraph as pg
@@ -30,8 +30,8 @@ def apply(
     import torch
 
     import peftgraph as pg
-    from peftgraph.cli.models import load, skeleton, trace
-    from peftgraph.cli.tables import count_table
+    from peftgraph.model_folders.loading import load, skeleton, trace
+    from peftgraph.terminal.tables import count_table
 
     method = pg.load_recipe(recipe)
     program = trace(skeleton(source) if out is None else load(source))

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from peftgraph.cli.cmd_inspect import Source
-from peftgraph.cli.console import OUT, working
 from peftgraph.runtime.export.registry import find_exporter, suffixes
+from peftgraph.terminal.console import OUT, working
 
 
 def export(
@@ -21,7 +21,7 @@ def export(
 ) -> None:
     """Writes the graph as a file. Edits of an adapter that cannot be folded stay in the graph."""
     import peftgraph as pg
-    from peftgraph.cli.models import load, trace
+    from peftgraph.model_folders.loading import load, trace
 
     find_exporter(out)  # before the model is traced
     program = trace(load(source))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peftgraph.cli.console import OUT
+from peftgraph.terminal.console import OUT
 
 if TYPE_CHECKING:
     import peftgraph as pg
@@ -35,7 +35,7 @@ def inspect(
     ] = None,
 ) -> None:
     """Shows what a model is made of, and so what a recipe can be put on. No weights are loaded."""
-    from peftgraph.cli.models import skeleton, trace
+    from peftgraph.model_folders.loading import skeleton, trace
 
     if layer is not None and not explain:
         raise typer.BadParameter("--layer narrows --explain; with --at write 'SELECTOR & layers(N)'")
@@ -64,8 +64,8 @@ def inspect(
 
 def show(program: pg.Program, sites: tuple[pg.Site, ...], chosen: bool, every: bool) -> None:
     """Prints the table of the model, or of the chosen sites, and the number of sites of each role."""
-    from peftgraph.cli.tables import OutlineTable, listing
     from peftgraph.draw import outline
+    from peftgraph.terminal.tables import OutlineTable, listing
 
     OUT.print(listing(sites, every) if chosen or every else OutlineTable(outline(program, program.sites)))
     roles = Counter(site.role for site in sites)
@@ -86,7 +86,7 @@ def write_page(program: pg.Program, path: Path, seconds: float) -> None:
 
 def as_document(program: pg.Program, sites: tuple[pg.Site, ...]) -> dict[str, Any]:
     """Returns what `inspect` found, as JSON."""
-    from peftgraph.cli.tables import layout
+    from peftgraph.terminal.tables import layout
 
     return {
         "model": program.model,

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from peftgraph.cli.cmd_inspect import Source
-from peftgraph.cli.console import OUT, report, working
-from peftgraph.cli.output_folder import atomic_folder, check_target, check_unchanged, copy_companions, stamps
+from peftgraph.model_folders.output_folder import atomic_folder, check_target, check_unchanged, copy_companions, stamps
+from peftgraph.terminal.console import OUT, report, working
 
 
 def merge(
@@ -51,7 +51,7 @@ def merge(
 
 def _merge_whole(source: Path, adapter: Path, out: Path, force: bool, untie: bool) -> None:
     import peftgraph as pg
-    from peftgraph.cli.models import load, trace
+    from peftgraph.model_folders.loading import load, trace
 
     reads = (source, adapter)
     check_target(out, force, reads)

@@ -11,8 +11,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from peftgraph.cli.console import OUT, report, working
-from peftgraph.cli.output_folder import check_target, check_unchanged, copy_companions, stamps
 from peftgraph.cli.resumable_folder import is_finished, resumable_folder, work_folder
 from peftgraph.errors import PeftGraphError
 from peftgraph.interop.adapter_formats import AdapterFormat, find_format
@@ -20,6 +18,8 @@ from peftgraph.interop.checkpoints.checkpoint import INDEX, SINGLE, Checkpoint
 from peftgraph.interop.checkpoints.shard_writer import check_space, identity, write_shards
 from peftgraph.interop.checkpoints.updates import Updates
 from peftgraph.interop.native import read_document
+from peftgraph.model_folders.output_folder import check_target, check_unchanged, copy_companions, stamps
+from peftgraph.terminal.console import OUT, report, working
 
 
 def is_default(source: Path, adapter: Path) -> bool:
@@ -76,7 +76,7 @@ def _updates(source: Path, adapter: Path, checkpoint: Checkpoint) -> Updates:
 
 def _foreign_updates(format: AdapterFormat, source: Path, adapter: Path, checkpoint: Checkpoint) -> Updates:
     """Computes what an adapter of another format changes, without tracing the model."""
-    from peftgraph.cli.models import skeleton
+    from peftgraph.model_folders.loading import skeleton
 
     if format.checkpoint_updates is None:
         raise PeftGraphError(
@@ -88,9 +88,9 @@ def _foreign_updates(format: AdapterFormat, source: Path, adapter: Path, checkpo
 
 def _own_updates(source: Path, adapter: Path, checkpoint: Checkpoint) -> Updates:
     """Computes what an adapter of this library changes, by its fold on shapes."""
-    from peftgraph.cli.models import skeleton, trace
     from peftgraph.interop.checkpoints.folded_updates import folded_updates
     from peftgraph.interop.checkpoints.storage_layout import StorageLayout
+    from peftgraph.model_folders.loading import skeleton, trace
 
     read_document(adapter)  # before the model is traced
     model = skeleton(source, checkpoint.dtype)

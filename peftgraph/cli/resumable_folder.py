@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from peftgraph.cli.output_folder import check_target, made_of, note_made
 from peftgraph.errors import PeftGraphError
+from peftgraph.model_folders.output_folder import check_target, made_of, note_made
 from peftgraph.utils.atomic_files import (
     MARK,
     SAVED,

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 import peftgraph as pg
-from peftgraph.cli.console import working
-from peftgraph.cli.output_folder import atomic_folder, copy_companions
 from peftgraph.demo import terminal
 from peftgraph.demo.classifier import Classifier, accuracy, map_sentences
 from peftgraph.demo.encoder import encoder_folder
 from peftgraph.demo.rerun_exports import RUNNERS
 from peftgraph.demo.settings import Setup
+from peftgraph.model_folders.output_folder import atomic_folder, copy_companions
 from peftgraph.rewrite.recipe import to_toml
+from peftgraph.terminal.console import working
 from peftgraph.utils.atomic_files import atomic_file
 
 

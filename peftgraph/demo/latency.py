@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import peftgraph as pg
-from peftgraph.cli.console import working
 from peftgraph.demo.classifier import TokenisedPart
+from peftgraph.terminal.console import working
 
 BATCHES = (1, 32)
 

@@ -13,8 +13,6 @@ import torch
 from torch import nn
 
 import peftgraph as pg
-from peftgraph.cli.console import working
-from peftgraph.cli.models import load
 from peftgraph.demo import terminal
 from peftgraph.demo.artifacts import write_artifacts
 from peftgraph.demo.baseline import fit_baseline
@@ -27,6 +25,8 @@ from peftgraph.demo.report import write_report
 from peftgraph.demo.settings import LONGEST, Settings, Setup
 from peftgraph.demo.splits import PARTS
 from peftgraph.demo.training import train
+from peftgraph.model_folders.loading import load
+from peftgraph.terminal.console import working
 from peftgraph.utils.atomic_files import atomic_file
 
 MAPPED = (

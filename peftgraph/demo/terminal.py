@@ -12,9 +12,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.rule import Rule
 from rich.table import Table
 
-from peftgraph.cli.console import ERR, OUT
-from peftgraph.cli.diffs import coloured, first_layer_diff
-from peftgraph.cli.tables import OutlineTable, count_table
+from peftgraph.terminal.console import ERR, OUT
+from peftgraph.terminal.diffs import coloured, first_layer_diff
+from peftgraph.terminal.tables import OutlineTable, count_table
 
 if TYPE_CHECKING:
     import peftgraph as pg

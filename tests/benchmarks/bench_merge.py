@@ -34,7 +34,7 @@ def make(folder: Path, layers: int, recipe: str) -> dict[str, Any]:
     from transformers import LlamaConfig
 
     import peftgraph as pg
-    from peftgraph.cli.models import load, skeleton, trace
+    from peftgraph.model_folders.loading import load, skeleton, trace
 
     base = folder / "base"
     base.mkdir(parents=True)
@@ -92,11 +92,11 @@ def merge(folder: Path) -> dict[str, Any]:
     def mark(phase: str) -> None:
         marks.append((phase, time.perf_counter()))
 
-    from peftgraph.cli.models import skeleton, trace
     from peftgraph.interop.checkpoints.checkpoint import Checkpoint
     from peftgraph.interop.checkpoints.folded_updates import folded_updates
     from peftgraph.interop.checkpoints.shard_writer import write_shards
     from peftgraph.interop.checkpoints.storage_layout import StorageLayout
+    from peftgraph.model_folders.loading import skeleton, trace
 
     checkpoint = Checkpoint.open(folder / "base")
     model = skeleton(folder / "base", checkpoint.dtype)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import peftgraph as pg
-from peftgraph.cli.console import working
+from peftgraph.terminal.console import working
 
 
 class Block(nn.Module):

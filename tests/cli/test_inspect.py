@@ -14,10 +14,10 @@ import transformers
 import zoo
 from rich.console import Console
 
-from peftgraph.cli.model_inputs import example_inputs
-from peftgraph.cli.models import skeleton, trace
-from peftgraph.cli.tables import OutlineTable
 from peftgraph.draw import outline
+from peftgraph.model_folders.example_inputs import example_inputs
+from peftgraph.model_folders.loading import skeleton, trace
+from peftgraph.terminal.tables import OutlineTable
 
 PLAIN = {
     "vocab_size": 99,

@@ -10,8 +10,8 @@ import zoo
 from transformers import AutoModel
 
 import peftgraph as pg
-from peftgraph.cli.models import load, trace
-from peftgraph.cli.output_folder import note_made
+from peftgraph.model_folders.loading import load, trace
+from peftgraph.model_folders.output_folder import note_made
 
 RECIPE = "lora{rank=2}; ia3{}"
 

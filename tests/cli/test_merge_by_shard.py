@@ -22,8 +22,8 @@ from transformers import AutoModel
 
 import peftgraph as pg
 from peftgraph.cli import merge_by_shard
-from peftgraph.cli.output_folder import MADE, atomic_folder, note_made
 from peftgraph.cli.resumable_folder import is_finished, resumable_folder, work_folder
+from peftgraph.model_folders.output_folder import MADE, atomic_folder, note_made
 from peftgraph.utils import atomic_files
 from peftgraph.utils.atomic_files import atomic_file
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 import peftgraph as pg
-from peftgraph.cli.models import load, trace
+from peftgraph.model_folders.loading import load, trace
 from peftgraph.passes import LoRA
 from peftgraph.plugins import (
     ADAPTER_FORMATS,

@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, Qwen2MoeConfig, Qwen2MoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import peftgraph as pg
-from peftgraph.cli.models import skeleton
 from peftgraph.interop.checkpoints.checkpoint import INDEX, Checkpoint
 from peftgraph.interop.checkpoints.shard_writer import write_shards
 from peftgraph.interop.peft.merge_updates import peft_updates
+from peftgraph.model_folders.loading import skeleton
 
 SIZES: dict[str, Any] = {
     "vocab_size": 61, "hidden_size": 48, "intermediate_size": 80, "moe_intermediate_size": 32, "num_hidden_layers": 2,

@@ -16,11 +16,11 @@ import zoo
 from sharded import contents, differing, silent
 
 import peftgraph as pg
-from peftgraph.cli.models import skeleton
 from peftgraph.interop.checkpoints.checkpoint import Checkpoint
 from peftgraph.interop.checkpoints.shard_writer import write_shards
 from peftgraph.interop.peft.config import CONFIG, TENSORS
 from peftgraph.interop.peft.merge_updates import PeftUpdates, peft_updates
+from peftgraph.model_folders.loading import skeleton
 from peftgraph.passes import LoRA
 
 LORA, IA3 = peft.LoraConfig, peft.IA3Config

@@ -56,7 +56,7 @@ def test_selectors_know_a_role(role: Role) -> None:
 
 @EACH
 def test_drawings_and_terminals_know_a_role(role: Role) -> None:
-    from peftgraph.cli.tables import colour
+    from peftgraph.terminal.tables import colour
 
     assert colour(role.name) == (role.colour or "white")
     if role.fill:

@@ -10,10 +10,10 @@ import torch
 import zoo
 from torch import Tensor
 
-from peftgraph.cli.models import skeleton, trace
 from peftgraph.interop.checkpoints.checkpoint import Checkpoint
 from peftgraph.interop.checkpoints.folded_updates import FoldedUpdates, folded_updates
 from peftgraph.interop.checkpoints.storage_layout import StorageLayout
+from peftgraph.model_folders.loading import skeleton, trace
 
 
 def saved(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:

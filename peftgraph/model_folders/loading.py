@@ -9,8 +9,8 @@ import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from peftgraph.cli.console import hush, working
 from peftgraph.errors import PeftGraphError
+from peftgraph.terminal.console import hush, working
 
 if TYPE_CHECKING:
     import torch
@@ -99,7 +99,7 @@ def load(source: Path) -> PreTrainedModel:
 def trace(model: PreTrainedModel) -> pg.Program:
     """Traces a transformers model on inputs made from its configuration."""
     import peftgraph as pg
-    from peftgraph.cli.model_inputs import example_inputs
+    from peftgraph.model_folders.example_inputs import example_inputs
 
     with working("tracing") as progress:
         return pg.trace(model, example_inputs(model), progress=progress)

@@ -1,0 +1,1 @@
+"""What is printed in a terminal: the console, tables of programs, coloured differences."""
