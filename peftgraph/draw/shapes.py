@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,11 +16,11 @@ class Box:
     """A rectangle with a word in its middle, a second one under it (or beside it), and a tooltip.
 
     Attributes:
-        kind: its CSS classes; a role has the class of its name.
+        css: its CSS classes; a role has the class of its name.
         taper: by how much each of its sides leans: inwards from top to bottom, or outwards when it is negative.
     """
 
-    kind: str
+    css: str
     x: float
     y: float
     width: float
@@ -37,7 +37,7 @@ class Wire:
     """A line through points; `arrow` at its end."""
 
     points: tuple[Point, ...]
-    kind: str = "wire"
+    css: str = "wire"
     arrow: bool = True
 
 
@@ -46,14 +46,14 @@ class Circle:
     """An operation: "plus", "times", "bend" (a nonlinearity) or "concat"; a "dot" is where a wire forks.
 
     Attributes:
-        kind: its CSS classes.
+        css: its CSS classes.
     """
 
     x: float
     y: float
     sign: Literal["plus", "times", "bend", "concat", "dot"]
     tip: str = ""
-    kind: str = "op"
+    css: str = "op"
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Words:
     x: float
     y: float
     text: str
-    kind: str = "soft"
+    css: str = "soft"
     anchor: Anchor = "start"
 
 
@@ -95,12 +95,6 @@ def _mirrored(one: Shape, width: float) -> Shape:
     return replace(one, x=width - one.x)
 
 
-def wire(*points: Point, kind: str = "wire", arrow: bool = True) -> Wire:
+def wire(*points: Point, css: str = "wire", arrow: bool = True) -> Wire:
     """A wire through points."""
-    return Wire(tuple(points), kind, arrow)
-
-
-def row(x: float, width: float, count: int, gap: float) -> Sequence[tuple[float, float]]:
-    """(left, width) of `count` boxes that share a width."""
-    each = (width - gap * (count - 1)) / count
-    return [(x + place * (each + gap), each) for place in range(count)]
+    return Wire(tuple(points), css, arrow)

@@ -54,9 +54,9 @@ def _shape(one: Shape) -> str:
     if isinstance(one, Circle):
         tip = f"<title>{escape(one.tip)}</title>" if one.tip else ""
         if one.sign == "dot":
-            return f'<circle class="{one.kind}" cx="{_number(one.x)}" cy="{_number(one.y)}" r="2.2"/>'
+            return f'<circle class="{one.css}" cx="{_number(one.x)}" cy="{_number(one.y)}" r="2.2"/>'
         place = f"translate({_number(one.x)} {_number(one.y)})"
-        return f'<g class="{one.kind}" transform="{place}">{tip}<circle r="{RADIUS}"/><path d="{SIGNS[one.sign]}"/></g>'
+        return f'<g class="{one.css}" transform="{place}">{tip}<circle r="{RADIUS}"/><path d="{SIGNS[one.sign]}"/></g>'
     return _words(one)
 
 
@@ -75,7 +75,7 @@ def _box(one: Box) -> str:
             f'text-anchor="middle">{escape(one.label)}{beside}</text>'
         )
     form = _leaning(one) if one.taper else f'<rect {place} rx="{_number(one.radius)}"/>'
-    return f'<g class="{one.kind}">{tip}{form}{"".join(lines)}</g>'
+    return f'<g class="{one.css}">{tip}{form}{"".join(lines)}</g>'
 
 
 def _leaning(one: Box) -> str:
@@ -101,12 +101,12 @@ def _wire(one: Wire) -> str:
         left = (x1 - 6 * dx - 3.2 * dy, y1 - 6 * dy + 3.2 * dx)
         right = (x1 - 6 * dx + 3.2 * dy, y1 - 6 * dy - 3.2 * dx)
         head = f'<path class="head" d="M{_pair(x1, y1)}L{_pair(*left)}L{_pair(*right)}Z"/>'
-    return f'<g class="{one.kind}"><path d="{path}"/>{head}</g>'
+    return f'<g class="{one.css}"><path d="{path}"/>{head}</g>'
 
 
 def _words(one: Words) -> str:
     return (
-        f'<text class="{one.kind}" x="{_number(one.x)}" y="{_number(one.y)}" '
+        f'<text class="{one.css}" x="{_number(one.x)}" y="{_number(one.y)}" '
         f'text-anchor="{one.anchor}">{escape(one.text)}</text>'
     )
 

@@ -16,8 +16,8 @@ from peftgraph.sites.roles import role_of
 if TYPE_CHECKING:
     import peftgraph as pg
     from peftgraph.draw import Outline
-    from peftgraph.draw.parts import Part
-    from peftgraph.draw.rows import Section
+    from peftgraph.draw.layer_table import Section
+    from peftgraph.draw.model_outline import Component
 
 HEADINGS = ("role", "weight", "out x in", "heads", "notes")
 
@@ -29,10 +29,10 @@ class OutlineTable:
     """
 
     def __init__(self, outline: Outline) -> None:
-        from peftgraph.draw.rows import sections
+        from peftgraph.draw.layer_table import sections
 
         self.outline, self.sections = outline, sections(outline)
-        self.rows = [[_cells(part, _prefix(section)) for part in section.parts] for section in self.sections]
+        self.rows = [[_cells(part, _prefix(section)) for part in section.components] for section in self.sections]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         widths = self._widths(options.max_width)
@@ -78,15 +78,15 @@ def _grid(rows: Sequence[Sequence[Text]], widths: Sequence[int]) -> Table:
 
 def _prefix(section: Section) -> str:
     """Returns the whole words that all paths of a section begin with, but never all of a path."""
-    paths = [part.path.split(".")[:-1] for part in section.parts if part.path]
-    if len(section.parts) < 3:
+    paths = [part.path.split(".")[:-1] for part in section.components if part.path]
+    if len(section.components) < 3:
         return ""
     shared = itertools.takewhile(lambda words: len(set(words)) == 1, zip(*paths, strict=False))
     return ".".join(words[0] for words in shared)
 
 
-def _cells(part: Part, prefix: str) -> list[Text]:
-    from peftgraph.draw.rows import notes
+def _cells(part: Component, prefix: str) -> list[Text]:
+    from peftgraph.draw.layer_table import notes
 
     path = part.path.removeprefix(f"{prefix}.") if prefix else part.path
     heads = f"{part.heads} x {part.head_dim}" if part.heads and part.head_dim else ""
@@ -102,7 +102,7 @@ def _cells(part: Part, prefix: str) -> list[Text]:
 
 def listing(sites: Sequence[pg.Site], every: bool = False) -> Table:
     """Renders sites as rows; sites that differ by their layer alone share a row, unless `every` is on."""
-    from peftgraph.draw.collect import starred
+    from peftgraph.draw.collect_outline import starred
     from peftgraph.sites.explanations.listing import ranges
 
     table = Table(header_style="dim", box=None, pad_edge=False)
@@ -128,7 +128,7 @@ def _title(site: pg.Site) -> str:
 
 
 def _alike(sites: Sequence[pg.Site], every: bool) -> list[list[pg.Site]]:
-    from peftgraph.draw.collect import starred
+    from peftgraph.draw.collect_outline import starred
 
     found: dict[object, list[pg.Site]] = {}
     for site in sites:

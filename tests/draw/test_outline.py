@@ -8,14 +8,13 @@ import pytest
 import zoo
 from stacked import blocks, convolutions, outlined
 
-from peftgraph.draw import outline
-from peftgraph.draw import parts as parts_module
-from peftgraph.draw.parts import Part, Sublayer
+from peftgraph.draw import component_variants, outline
+from peftgraph.draw.model_outline import Component, Sublayer
 from peftgraph.sites.explanations.listing import ranges
 
 
 def slots(one: Sublayer) -> list[str]:
-    return [f"{part.role}:{part.slot}" if part.role == "norm" else part.role for part in one.parts]
+    return [f"{part.role}:{part.slot}" if part.role == "norm" else part.role for part in one.components]
 
 
 ATTENTION = ["attention.q", "attention.k", "attention.v", "attention.o"]
@@ -34,7 +33,7 @@ def test_two_layers_that_look_alike_are_one_group_with_every_norm_in_its_place(n
     (group,) = stack.groups
     assert group.layers == (0, 1)
     assert [slots(one) for one in group.block.sublayers] == EXPECTED[name]
-    assert all(len(part.ids) == 2 for part in group.block.parts)
+    assert all(len(part.ids) == 2 for part in group.block.components)
     assert [one.parallel for one in group.block.sublayers] == [name == "gpt_neox"] * 2
 
 
@@ -55,7 +54,7 @@ def test_an_encoder_and_its_decoder_stand_apart_and_the_decoder_reads_the_encode
 
 def test_a_fused_weight_says_with_whom_and_which_columns() -> None:
     (group,) = outlined("gpt2").stacks[0].groups
-    q, k, v, _ = group.block.sublayers[0].parts[1:]
+    q, k, v, _ = group.block.sublayers[0].components[1:]
     assert (q.columns, k.columns, v.columns) == ("0:48", "48:96", "96:144")
     assert k.fused == ("attention.q", "attention.v")
     assert q.values == 48 * 48 + 48
@@ -110,15 +109,15 @@ def test_a_model_without_blocks_says_why() -> None:
 def test_every_projection_norm_and_embedding_is_told_exactly_once() -> None:
     for name in zoo.NAMES:
         found = outlined(name)
-        told: list[Part] = [*found.loose]
+        told: list[Component] = [*found.loose]
         for stack in found.stacks:
-            told += [*stack.stem, *stack.tail, *(part for group in stack.groups for part in group.block.parts)]
+            told += [*stack.stem, *stack.tail, *(part for group in stack.groups for part in group.block.components)]
         ids = [id for part in told for id in part.ids if part.role != "bias"]
         structure = {"block", "attention", "ffn", "attention.core", "ffn.hidden", "bias"}
         assert sorted(ids) == sorted(s.id for s in zoo.traced(name).sites if s.role not in structure), name
 
 
 def test_ranges_of_layers() -> None:
-    assert doctest.testmod(parts_module).failed == 0
+    assert doctest.testmod(component_variants).failed == 0
     assert ranges(range(80)) == "0-79"
     assert ranges([0, 1, 3, 4, 6, 7, 9, 10, 12]) == "0-1, 3-4, ... 12"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
@@ -15,8 +16,8 @@ from stacked import Blocks, blocks, convolutions, outlined
 
 import peftgraph as pg
 from peftgraph.draw import page
-from peftgraph.draw.figure import figure
-from peftgraph.draw.parts import Outline
+from peftgraph.draw.model_figure import model_figure
+from peftgraph.draw.model_outline import BlockOutline, Component, LayerGroup, Outline, StackOutline, Sublayer
 
 ROLES = ("attention-q", "attention-k", "attention-v", "attention-o", "ffn-gate", "ffn-up", "ffn-down", "router")
 
@@ -35,6 +36,41 @@ def words(root: ElementTree.Element) -> list[str]:
     return ["".join(text.itertext()) for text in root.iter("text")]
 
 
+def rectangles(root: ElementTree.Element) -> Iterator[tuple[str, tuple[float, float, float, float]]]:
+    """The class of every rectangle, and its left, top, right and bottom."""
+    for group in root.iter("g"):
+        for rect in group.findall("rect"):
+            x, y, w, h = (float(rect.get(key, "nan")) for key in ("x", "y", "width", "height"))
+            yield group.get("class", ""), (x, y, x + w, y + h)
+
+
+def component(role: str, shape: tuple[int, int] = (48, 48), **facts: object) -> Component:
+    return Component(role=role, shape=shape, ids=(role,), **facts)  # pyright: ignore[reportArgumentType]
+
+
+def block_outline(sublayers: tuple[Sublayer, ...]) -> Outline:
+    """A model of three layers, without a program."""
+    stack = StackOutline("", (component("embedding"),), (LayerGroup((0, 1, 2), BlockOutline(sublayers)),), ())
+    return Outline(model="Special", parameters=0, nodes=0, stacks=(stack,), loose=(), unmatched=(), reasons=())
+
+
+NORM = Component(role="norm", slot="pre")
+QKV = tuple(component(f"attention.{part}", heads=6, head_dim=8) for part in "qkv")
+GATED = (component("ffn.gate"), component("ffn.up"), component("ffn.down"))
+EXPERTS = tuple(component(f"ffn.{part}", (24, 48), experts=4) for part in ("gate", "up", "down"))
+LATENTS = tuple(one for _ in range(2) for one in (component("attention.latent"), Component(role="norm", slot="latent")))
+OUTPUT, RESULT_GATE = component("attention.o"), component("attention.gate", (6, 48))
+ROUTERS = (component("router", (4, 48)), component("router", (1, 48)))
+SPECIAL = {
+    "gated": (Sublayer(role="attention", components=(NORM, *QKV, RESULT_GATE, OUTPUT)),),
+    "latent": (Sublayer(role="attention", components=(NORM, *LATENTS, *QKV, OUTPUT)),),
+    "parallel": (
+        Sublayer(role="attention", parallel=True, components=(NORM, *QKV, OUTPUT)),
+        Sublayer(role="ffn", parallel=True, components=GATED),
+    ),
+    "shared expert": (Sublayer(role="ffn", components=(NORM, *ROUTERS, *GATED, *EXPERTS)),),
+    "unknown": (Sublayer(role="other", components=tuple(component("projection", path=f"p{i}") for i in range(9))),),
+}
 EXPECTED = {
     "bert": (1, 1, 1, 1, 0, 1, 1, 0),
     "llama": (1, 1, 1, 1, 1, 1, 1, 0),
@@ -83,25 +119,39 @@ def test_the_memory_of_cross_attention_is_a_line_from_the_encoder() -> None:
     assert drawn(drawing(outlined("bert")))["memory"] == 0
 
 
-@pytest.mark.parametrize("name", zoo.NAMES)
+@pytest.mark.parametrize("name", [*zoo.NAMES, *SPECIAL])
 def test_boxes_lie_in_the_picture_and_apart(name: str) -> None:
-    root = drawing(outlined(name))
+    root = drawing(block_outline(SPECIAL[name]) if name in SPECIAL else outlined(name))
     width, height = float(root.get("width", 0)), float(root.get("height", 0))
     boxes: list[tuple[float, float, float, float]] = []
-    for group in root.iter("g"):
-        for rect in group.findall("rect"):
-            x, y, w, h = (float(rect.get(key, "nan")) for key in ("x", "y", "width", "height"))
-            assert x >= 0
-            assert y >= 0
-            assert x + w <= width
-            assert y + h <= height
-            if group.get("class") not in ("card", "pile"):
-                boxes.append((x, y, x + w, y + h))
-    assert len(boxes) > 8
+    for kind, (left, top, right, bottom) in rectangles(root):
+        assert left >= 0
+        assert top >= 0
+        assert right <= width
+        assert bottom <= height
+        if kind not in ("card", "pile"):
+            boxes.append((left, top, right, bottom))
+    assert len(boxes) > 4
     for place, (left, top, right, bottom) in enumerate(boxes):
         for x0, y0, x1, y1 in boxes[:place]:
             apart = max(left - x1, x0 - right, top - y1, y0 - bottom)
             assert apart >= -0.2  # coordinates are written with one digit
+
+
+def test_a_gate_is_drawn_beside_v_and_what_a_router_says_is_dashed() -> None:
+    spans = dict(rectangles(drawing(block_outline(SPECIAL["gated"]))))
+    assert spans["attention-gate"][1] == spans["attention-v"][1]
+    assert spans["attention-gate"][0] > spans["attention-v"][2]
+    assert spans["attention-gate"][0] > spans["core"][2]
+    assert (
+        len([1 for g in drawing(block_outline(SPECIAL["shared expert"])).iter("g") if g.get("class") == "choice"]) == 2
+    )
+
+
+def test_a_norm_that_sublayers_share_is_as_wide_as_they_are() -> None:
+    spans = dict(rectangles(drawing(block_outline(SPECIAL["parallel"]))))
+    assert spans["norm"][0] == spans["attention-q"][0]
+    assert spans["norm"][2] == spans["ffn-up"][2]
 
 
 @pytest.mark.parametrize("name", zoo.NAMES)
@@ -150,7 +200,7 @@ def test_names_are_escaped() -> None:
 
 def test_the_picture_in_the_documentation_is_what_is_drawn() -> None:
     stored = Path(__file__).parents[2] / "docs" / "blocks.svg"
-    assert stored.read_text(encoding="utf-8") == figure(outlined("mixtral"), standalone=True) + "\n"
+    assert stored.read_text(encoding="utf-8") == model_figure(outlined("mixtral"), standalone=True) + "\n"
 
 
 def test_a_column_runs_from_the_top_to_the_bottom() -> None:

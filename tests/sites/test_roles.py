@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import peftgraph as pg
-from peftgraph.draw.document import KEY
+from peftgraph.draw.html_page import KEY
 from peftgraph.draw.svg import css_class, style
 from peftgraph.sites.roles import BY_NAME, GROUPS, PORTS, ROLES, WORDS, PortKind, Role, absent, selected_by
 from peftgraph.sites.search import finder_of, finders

@@ -8,8 +8,18 @@ from typing import Literal
 
 from torch import fx
 
-from peftgraph.draw.algebra import ATOM, Made, formula, number, parameter
-from peftgraph.draw.operators import FRESH, LOOKS_UP, MOVES, PRODUCTS, SCATTERS, alike, differences, operand, operator
+from peftgraph.draw.formulas import ATOM, ParameterFormula, formula, number, parameter
+from peftgraph.draw.graph_operators import (
+    FRESH,
+    LOOKS_UP,
+    MOVES,
+    PRODUCTS,
+    SCATTERS,
+    alike,
+    differences,
+    operand,
+    operator,
+)
 from peftgraph.ir.edits import Edit, EditLog, Move
 from peftgraph.ir.program import ProgramData
 from peftgraph.sites import Sites
@@ -23,17 +33,17 @@ WORDS = {"cat": "concat", "scaled_dot_product_attention": "attention", "sum": "s
 
 
 @dataclass(frozen=True)
-class Read:
+class OuterValue:
     """A value of the program around: a base value, or what another edit put in its place."""
 
     value: str
 
 
-Ref = int | Read | Made
+Operand = int | OuterValue | ParameterFormula
 
 
 @dataclass(frozen=True)
-class Step:
+class Operation:
     """An operation on the signal.
 
     Attributes:
@@ -49,7 +59,7 @@ class Step:
 
     look: Look
     label: str
-    inputs: tuple[Ref, ...] = ()
+    inputs: tuple[Operand, ...] = ()
     shape: tuple[int, ...] = ()
     tip: str = ""
     frozen: bool = False
@@ -65,7 +75,7 @@ class Insertion:
         value: the base value in whose place the result stands, and of it, if not all of them, `reader`: the base node
             that reads the result.
         sign: how it enters.
-        steps: the operations, operands first.
+        operations: the operations, operands first.
         out: what enters.
         after: the node that carries the result.
     """
@@ -75,22 +85,22 @@ class Insertion:
     value: str
     reader: str
     sign: Sign
-    steps: tuple[Step, ...]
-    out: Ref
+    operations: tuple[Operation, ...]
+    out: Operand
     after: str
 
     @property
     def owns(self) -> bool:
         """Whether a parameter of the pass is in it."""
-        refs = [self.out, *(ref for step in self.steps for ref in step.inputs)]
-        made = any(isinstance(ref, Made) and ref.own for ref in refs)
-        return made or any(step.look in ("box", "pill") and step.tip and step.shape for step in self.steps)
+        refs = [self.out, *(ref for step in self.operations for ref in step.inputs)]
+        made = any(isinstance(ref, ParameterFormula) and ref.own for ref in refs)
+        return made or any(step.look in ("box", "pill") and step.tip and step.shape for step in self.operations)
 
     @property
-    def reads(self) -> tuple[Read, ...]:
+    def reads(self) -> tuple[OuterValue, ...]:
         """The values it reads, each once."""
-        refs = [ref for step in self.steps for ref in step.inputs] + [self.out]
-        return tuple(dict.fromkeys(ref for ref in refs if isinstance(ref, Read)))
+        refs = [ref for step in self.operations for ref in step.inputs] + [self.out]
+        return tuple(dict.fromkeys(ref for ref in refs if isinstance(ref, OuterValue)))
 
 
 def insertions(program: ProgramData, sites: Sites, edits: Iterable[Edit]) -> list[Insertion]:
@@ -145,8 +155,8 @@ class _Analysis:
 
     context: _Context
     edit: Edit
-    steps: list[Step] = field(default_factory=list)
-    known: dict[str, Ref | None] = field(default_factory=dict)
+    operations: list[Operation] = field(default_factory=list)
+    known: dict[str, Operand | None] = field(default_factory=dict)
 
     def entering(self, move: Move) -> Iterator[Insertion]:
         """What enters by one move; nothing where only sizes or constants do, such as a wider mask."""
@@ -167,10 +177,10 @@ class _Analysis:
             sign, out = there if there is not None else ("replace", start.ref(new))
             yield from start._insertion(move.after, old.name, consumer.name, sign, out)
 
-    def _insertion(self, after: str, value: str, reader: str, sign: Sign, out: Ref | None) -> Iterator[Insertion]:
+    def _insertion(self, after: str, value: str, reader: str, sign: Sign, out: Operand | None) -> Iterator[Insertion]:
         if out is not None:
-            steps, out = _needed(self.steps, out)
-            yield Insertion(self.edit.application, self.edit.site, value, reader, sign, steps, out, after)
+            operations, out = _needed(self.operations, out)
+            yield Insertion(self.edit.application, self.edit.site, value, reader, sign, operations, out, after)
 
     def _carrier(self, node: fx.Node) -> fx.Node:
         """The node behind those that only put a result in its place."""
@@ -181,7 +191,7 @@ class _Analysis:
     def _own(self, node: fx.Node) -> bool:
         return node.name not in self.context.base and node.op == "call_function"
 
-    def _joined(self, after: fx.Node, below: str) -> tuple[Sign, Ref | None] | None:
+    def _joined(self, after: fx.Node, below: str) -> tuple[Sign, Operand | None] | None:
         """How the result stands on what was there, if it does, and what enters."""
         if not self._own(after):
             return None
@@ -191,19 +201,19 @@ class _Analysis:
         if sign is None or len(operands) != 2:
             return None
         for one, other in (operands, operands[::-1]):
-            if self.ref(one) == Read(below):
+            if self.ref(one) == OuterValue(below):
                 return sign, self.ref(other)
         return None
 
     # values
 
-    def ref(self, node: fx.Node) -> Ref | None:
+    def ref(self, node: fx.Node) -> Operand | None:
         """What a value is for the drawing; None for sizes and constants."""
         if node.name not in self.known:
             self.known[node.name] = self._ref(node)
         return self.known[node.name]
 
-    def _ref(self, node: fx.Node) -> Ref | None:
+    def _ref(self, node: fx.Node) -> Operand | None:
         context = self.context
         if node.op == "get_attr":
             full = str(node.target)
@@ -215,28 +225,32 @@ class _Analysis:
             return parameter(full, shape, base, full not in context.trainable)
         moved = {move.after for move in self.edit.moves}
         if node.name in context.base or (node.name in context.carriers and node.name not in moved):
-            return Read(node.name)
+            return OuterValue(node.name)
         if not getattr(node.meta["val"], "is_floating_point", lambda: True)():
             return None  # a mask or an index: what it says is told by the pass's spec
         return self._named(node, self._again(node) or self._call(node))
 
     @staticmethod
-    def _named(node: fx.Node, ref: Ref | None) -> Ref | None:
+    def _named(node: fx.Node, ref: Operand | None) -> Operand | None:
         """A value of parameters alone by the name that its pass gives it, with the formula behind."""
-        if isinstance(ref, Made) and "derived" in node.meta:
+        if isinstance(ref, ParameterFormula) and "derived" in node.meta:
             return replace(ref, text=node.meta["derived"].rpartition(".")[2], formula=ref.text, level=ATOM)
         return ref
 
-    def _again(self, node: fx.Node) -> Ref | None:
+    def _again(self, node: fx.Node) -> Operand | None:
         """A norm of the base that is computed once more, from another value."""
         for output, start in self.context.norms:
             bound: list[fx.Node] = []
             if output.target == node.target and alike(node, output, start, bound) and bound:
                 inner = self.ref(bound[0])
-                return None if inner is None else self._step(Step("again", "norm", (inner,), tip="the base's own norm"))
+                return (
+                    None
+                    if inner is None
+                    else self._add(Operation("again", "norm", (inner,), tip="the base's own norm"))
+                )
         return None
 
-    def _call(self, node: fx.Node) -> Ref | None:
+    def _call(self, node: fx.Node) -> Operand | None:
         op = operator(node)
         if op in FRESH:
             return None
@@ -245,8 +259,8 @@ class _Analysis:
         if op in SCATTERS:
             return self.ref(operand(node, SCATTERS[op]))
         refs = [ref for ref in map(self.ref, node.all_input_nodes) if ref is not None]
-        made = [ref for ref in refs if isinstance(ref, Made)]
-        signals = [ref for ref in refs if not isinstance(ref, Made)]
+        made = [ref for ref in refs if isinstance(ref, ParameterFormula)]
+        signals = [ref for ref in refs if not isinstance(ref, ParameterFormula)]
         numbers = [one for one in node.args if isinstance(one, int | float)] if op in SIGNS else []
         if not refs:
             return None
@@ -259,37 +273,44 @@ class _Analysis:
             return self._arithmetic(node, op, signals, made, numbers)
         if made and (op in PRODUCTS or op == "layer_norm"):
             return self._product(node, signals, made)
-        return self._step(Step("pill", WORDS.get(op, op), tuple(refs), tip=node.meta.get("label", "")))
+        return self._add(Operation("pill", WORDS.get(op, op), tuple(refs), tip=node.meta.get("label", "")))
 
     def _arithmetic(
-        self, node: fx.Node, op: str, signals: Sequence[Ref], made: Sequence[Made], numbers: Sequence[float]
-    ) -> Ref:
+        self,
+        node: fx.Node,
+        op: str,
+        signals: Sequence[Operand],
+        made: Sequence[ParameterFormula],
+        numbers: Sequence[float],
+    ) -> Operand:
         sign, look = SIGNS[op]
         main = signals[0]
         if len(signals) > 1:
-            return self._step(Step(look, sign, tuple(signals)))
+            return self._add(Operation(look, sign, tuple(signals)))
         if (
             made
             and op == "add"
             and isinstance(main, int)
-            and self.steps[main].look == "box"
+            and self.operations[main].look == "box"
             and len(made[0].shape) == 1
         ):
-            self.steps[main] = replace(self.steps[main], tip=f"{self.steps[main].tip}, {made[0].names[0]}")
+            self.operations[main] = replace(
+                self.operations[main], tip=f"{self.operations[main].tip}, {made[0].names[0]}"
+            )
             return main  # a bias
         if made:
             text = f"({made[0].text})" if made[0].level == 0 and op != "add" else made[0].text
             tip = ", ".join(made[0].names)
-            step = Step("pill", f"{sign} {text}", (main,), tip=tip, frozen=made[0].frozen)
-            return self._step(replace(step, defines=(made[0].text, made[0].formula)))
+            step = Operation("pill", f"{sign} {text}", (main,), tip=tip, frozen=made[0].frozen)
+            return self._add(replace(step, defines=(made[0].text, made[0].formula)))
         if not numbers:
             drawn = [one for one in node.all_input_nodes if self.ref(one) is None]
             words = f"{sign} {drawn[0].meta.get('label', '').rpartition('.')[2]}" if drawn else f"{sign} itself"
             words = f"{sign} 0 or 1, in training" if "evaluates_to_first_operand" in node.meta else words
-            return self._step(Step("pill", words, (main,)))
-        return self._step(Step("pill", f"{sign} {number(numbers[0])}", (main,)))
+            return self._add(Operation("pill", words, (main,)))
+        return self._add(Operation("pill", f"{sign} {number(numbers[0])}", (main,)))
 
-    def _product(self, node: fx.Node, signals: Sequence[Ref], made: Sequence[Made]) -> Ref:
+    def _product(self, node: fx.Node, signals: Sequence[Operand], made: Sequence[ParameterFormula]) -> Operand:
         """A product with weights; of what it reads, numbers of rows or experts are not drawn beside a signal."""
         floats = [self.ref(one) for one in node.all_input_nodes if one.meta["val"].dtype.is_floating_point]
         signals = [one for one in signals if one in floats] or signals
@@ -299,25 +320,25 @@ class _Analysis:
         look: Look = "box" if any(one.own for one in made) else "again"
         shape = weights[0].shape if len(weights) == 1 else ()
         frozen = all(one.frozen for one in made)
-        return self._step(Step(look, label, tuple(signals), shape, ", ".join(names), frozen))
+        return self._add(Operation(look, label, tuple(signals), shape, ", ".join(names), frozen))
 
-    def _step(self, step: Step) -> int:
-        self.steps.append(step)
-        return len(self.steps) - 1
+    def _add(self, step: Operation) -> int:
+        self.operations.append(step)
+        return len(self.operations) - 1
 
 
-def _needed(steps: Sequence[Step], out: Ref) -> tuple[tuple[Step, ...], Ref]:
-    """The steps that a result is made of, numbered anew."""
+def _needed(operations: Sequence[Operation], out: Operand) -> tuple[tuple[Operation, ...], Operand]:
+    """The operations that a result is made of, numbered anew."""
     needed, todo = set[int](), [out]
     while todo:
         ref = todo.pop()
         if isinstance(ref, int) and ref not in needed:
             needed.add(ref)
-            todo += steps[ref].inputs
+            todo += operations[ref].inputs
     numbers = {old: new for new, old in enumerate(sorted(needed))}
 
-    def renumbered(ref: Ref) -> Ref:
+    def renumbered(ref: Operand) -> Operand:
         return numbers[ref] if isinstance(ref, int) else ref
 
-    kept = [replace(steps[old], inputs=tuple(map(renumbered, steps[old].inputs))) for old in numbers]
+    kept = [replace(operations[old], inputs=tuple(map(renumbered, operations[old].inputs))) for old in numbers]
     return tuple(kept), renumbered(out)

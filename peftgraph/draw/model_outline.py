@@ -12,7 +12,7 @@ Slot = Literal["", "pre", "post", "sandwich", "latent", "inner", "q", "k", "v"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class Component:
     """Sites of one layer that look alike: a projection, a norm, an embedding.
 
     Attributes:
@@ -58,7 +58,8 @@ class Sublayer:
         layout: where its norm stands.
         parallel: it starts from the same value as another sublayer of its block.
         mask: which of the model's attention masks it uses, where there are several; "" otherwise.
-        parts: in graph order.
+        components: in graph order.
+        ids: its sites, of all layers that it stands for.
     """
 
     role: str
@@ -66,35 +67,36 @@ class Sublayer:
     layout: str = ""
     parallel: bool = False
     mask: str = ""
-    parts: tuple[Part, ...] = ()
+    components: tuple[Component, ...] = ()
+    ids: tuple[str, ...] = field(default=(), compare=False)
 
-    def of(self, *roles: str) -> tuple[Part, ...]:
+    def of(self, *roles: str) -> tuple[Component, ...]:
         """Its parts of some roles."""
-        return tuple(part for part in self.parts if part.role in roles)
+        return tuple(part for part in self.components if part.role in roles)
 
-    def norm(self, *slots: Slot) -> tuple[Part, ...]:
+    def norm(self, *slots: Slot) -> tuple[Component, ...]:
         """Its norms that stand in some places."""
-        return tuple(part for part in self.parts if part.role == "norm" and part.slot in slots)
+        return tuple(part for part in self.components if part.role == "norm" and part.slot in slots)
 
 
 @dataclass(frozen=True)
-class Block:
+class BlockOutline:
     """The sublayers of a layer, in the order of the residual stream."""
 
     sublayers: tuple[Sublayer, ...]
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def components(self) -> tuple[Component, ...]:
         """All parts, in order."""
-        return tuple(part for one in self.sublayers for part in one.parts)
+        return tuple(part for one in self.sublayers for part in one.components)
 
 
 @dataclass(frozen=True)
-class Group:
+class LayerGroup:
     """The layers of a stack that have the same block."""
 
     layers: tuple[int, ...]
-    block: Block
+    block: BlockOutline
 
     @property
     def title(self) -> str:
@@ -103,22 +105,26 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Stack:
+class StackOutline:
     """A stack of layers, with what stands before and after it on its stream."""
 
     name: str
-    stem: tuple[Part, ...]
-    groups: tuple[Group, ...]
-    tail: tuple[Part, ...]
+    stem: tuple[Component, ...]
+    groups: tuple[LayerGroup, ...]
+    tail: tuple[Component, ...]
 
     @property
     def depth(self) -> int:
         """The number of layers."""
         return sum(len(group.layers) for group in self.groups)
 
+    def block(self, layer: int) -> BlockOutline | None:
+        """Returns the block of a layer; None where the stack has no such layer."""
+        return next((group.block for group in self.groups if layer in group.layers), None)
+
 
 @dataclass(frozen=True)
-class Unmatched:
+class UnmatchedProjection:
     """A projection that plays no known role, and the nearest reason."""
 
     id: str
@@ -144,9 +150,9 @@ class Outline:
     model: str
     parameters: int
     nodes: int
-    stacks: tuple[Stack, ...]
-    loose: tuple[Part, ...]
-    unmatched: tuple[Unmatched, ...]
+    stacks: tuple[StackOutline, ...]
+    loose: tuple[Component, ...]
+    unmatched: tuple[UnmatchedProjection, ...]
     reasons: tuple[str, ...]
     reads: tuple[tuple[str, str], ...] = ()
 
@@ -166,7 +172,7 @@ class Outline:
             facts.append(counted(stack.depth, f"{stack.name} layer".strip()))
         facts += sorted({_attention_fact(one) for one in self.sublayers() if one.role == "attention"})
         layouts = sorted({f"{one.layout}-norm" for one in self.sublayers() if one.layout})
-        experts = sorted({part.experts for one in self.sublayers() for part in one.parts if part.experts})
+        experts = sorted({part.experts for one in self.sublayers() for part in one.components if part.experts})
         facts += layouts + [f"{number} experts" for number in experts]
         if any(one.parallel for one in self.sublayers()):
             facts.append("parallel sublayers")
@@ -174,7 +180,7 @@ class Outline:
 
 
 def _attention_fact(one: Sublayer) -> str:
-    heads = {part.role: part.heads for part in one.parts if part.heads}
+    heads = {part.role: part.heads for part in one.components if part.heads}
     text = f"{one.kind}-attention".strip("-")
     if "attention.q" not in heads:
         return text
@@ -183,21 +189,21 @@ def _attention_fact(one: Sublayer) -> str:
     return text if fewer in (None, heads["attention.q"]) else f"{text} over {fewer}"
 
 
-def skeleton(block: Block) -> Block:
+def skeleton(block: BlockOutline) -> BlockOutline:
     """A block without sizes and names: blocks with one skeleton are drawn once."""
-    return Block(
+    return BlockOutline(
         tuple(
             replace(
                 one,
-                parts=tuple(
-                    Part(
+                components=tuple(
+                    Component(
                         role=part.role,
                         slot=part.slot,
                         fused=part.fused,
                         experts=None if part.experts is None else 1,
                         heads=None if part.heads is None else 1,
                     )
-                    for part in one.parts
+                    for part in one.components
                     if part.role != "bias"
                 ),
             )

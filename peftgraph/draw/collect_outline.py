@@ -1,4 +1,4 @@
-"""From the sites of a program to its outline. Where a norm stands is read from the dataflow, never from names."""
+"""Collects the outline of a model from its sites. Where a norm stands is read from the dataflow, never from names."""
 
 from __future__ import annotations
 
@@ -7,11 +7,20 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from peftgraph.draw.masks import masks
-from peftgraph.draw.near import Near, around, reads
-from peftgraph.draw.parts import Block, Group, Outline, Part, Slot, Stack, Sublayer, Unmatched
-from peftgraph.ir.program import ProgramData
+from peftgraph.draw.mask_kinds import masks
+from peftgraph.draw.model_outline import (
+    BlockOutline,
+    Component,
+    LayerGroup,
+    Outline,
+    Slot,
+    StackOutline,
+    Sublayer,
+    UnmatchedProjection,
+)
+from peftgraph.draw.nearest_sites import NearestSites, memory_reads, sites_around_stacks
 from peftgraph.ir.tensor_table import TensorEntry
+from peftgraph.ir.program import ProgramData
 from peftgraph.sites import Site, Sites
 from peftgraph.sites.roles import is_structure, with_slot
 
@@ -19,17 +28,17 @@ QKV = with_slot(("input",))
 
 
 def outline(program: ProgramData, sites: Sites) -> Outline:
-    """What a program's model is made of, before any pass."""
+    """Returns what a program's model is made of, before any pass."""
     return _Collector(program.base or program, sites).outline()
 
 
 @dataclass(eq=False)
 class _Slotted:
-    """A sublayer while its parts are gathered."""
+    """A sublayer while its sites are gathered, each with the slot of a norm."""
 
     site: Site | None
     order: int
-    parts: list[tuple[Site, Slot]] = field(default_factory=list)
+    members: list[tuple[Site, Slot]] = field(default_factory=list)
 
 
 class _Collector:
@@ -37,7 +46,7 @@ class _Collector:
         self.program, self.sites = program, sites
         self.order = {node.name: place for place, node in enumerate(program.graph.nodes)}
         self.masks = masks(program.graph, sites)
-        self.near = Near(program.graph, sites)
+        self.nearest = NearestSites(program.graph, sites)
         self.owned = {site.bias.parameter for site in sites if site.bias is not None and site.role != "bias"}
         self.tensors = program.table.tensors()
         self.holders: dict[str, list[Site]] = {}
@@ -54,14 +63,14 @@ class _Collector:
                 layers.setdefault(site.stack or "", {}).setdefault(site.layer, []).append(site)
             elif self._shown(site):
                 outside.append(site)
-        places = around(self.near, self.sites, outside, layers)
+        places = sites_around_stacks(self.nearest, self.sites, outside, layers)
 
-        def standing(stack: str | None, before: bool) -> tuple[Part, ...]:
+        def standing(stack: str | None, before: bool) -> tuple[Component, ...]:
             place = None if stack is None else (stack, before)
-            return self._parts((site, "") for site in outside if places.get(site.id) == place)
+            return self._components((site, "") for site in outside if places.get(site.id) == place)
 
         stacks = tuple(
-            Stack(name, standing(name, True), self._groups(numbered), standing(name, False))
+            StackOutline(name, standing(name, True), self._groups(numbered), standing(name, False))
             for name, numbered in layers.items()
         )
         return Outline(
@@ -72,11 +81,11 @@ class _Collector:
             loose=standing(None, False),
             unmatched=tuple(self._unmatched()),
             reasons=() if stacks else tuple(str(self.sites.explain(role)) for role in ("attention.q", "ffn.down")),
-            reads=reads(self.near, self.sites),
+            reads=memory_reads(self.nearest, self.sites),
         )
 
     def _shown(self, site: Site) -> bool:
-        """Whether a site is a part: no sublayer or block, and no bias that another site has for its own."""
+        """Tells whether a site is a component: no sublayer or block, and no bias that another site has for its own."""
         if site.role == "bias" and site.bias is not None:
             return site.bias.parameter not in self.owned
         return not is_structure(site.role)
@@ -84,17 +93,17 @@ class _Collector:
     def _parameters(self) -> Iterable[TensorEntry]:
         return (entry for entry in self.program.table.values() if entry.kind == "parameter" and not entry.added)
 
-    def _groups(self, numbered: Mapping[int, Sequence[Site]]) -> tuple[Group, ...]:
-        blocks: dict[Block, list[tuple[int, Block]]] = {}
+    def _groups(self, numbered: Mapping[int, Sequence[Site]]) -> tuple[LayerGroup, ...]:
+        blocks: dict[BlockOutline, list[tuple[int, BlockOutline]]] = {}
         for number, members in sorted(numbered.items()):
             block = self._block(members)
             blocks.setdefault(block, []).append((number, block))
         return tuple(
-            Group(tuple(number for number, _ in alike), _merged([block for _, block in alike]))
+            LayerGroup(tuple(number for number, _ in alike), _merged([block for _, block in alike]))
             for alike in blocks.values()
         )
 
-    def _block(self, members: Sequence[Site]) -> Block:
+    def _block(self, members: Sequence[Site]) -> BlockOutline:
         """The block of one layer."""
         found = [_Slotted(site, self.order[site.op]) for site in members if site.role in ("attention", "ffn")]
         for site in members:
@@ -104,9 +113,9 @@ class _Collector:
             if owner is None:
                 owner = _Slotted(None, self.order[site.op])
                 found.append(owner)
-            owner.parts.append((site, slot))
-        found.sort(key=lambda one: (one.order, min((self.order[s.op] for s, _ in one.parts), default=0)))
-        return Block(tuple(self._sublayer(one, members) for one in found))
+            owner.members.append((site, slot))
+        found.sort(key=lambda one: (one.order, min((self.order[s.op] for s, _ in one.members), default=0)))
+        return BlockOutline(tuple(self._sublayer(one, members) for one in found))
 
     def _home(self, site: Site, found: Sequence[_Slotted]) -> tuple[_Slotted | None, Slot]:
         """The sublayer that a site belongs to, and where in it a norm stands."""
@@ -127,24 +136,26 @@ class _Collector:
         return loose, ""
 
     def _joined(self, site: Site, sublayer: Site | None) -> bool:
-        """Whether a site reads what a sublayer reads, or makes its result."""
+        """Tells whether a site reads what a sublayer reads, or makes its result."""
         assert sublayer is not None
-        read = {one.op for one in self.near(site.ports.get("input"))}
-        starts = {one.op for one in self.near(sublayer.ports["input"])}
-        return bool(read & starts) or site.op in {one.op for one in self.near(sublayer.ports.get("output"))}
+        read = {one.op for one in self.nearest.before(site.ports.get("input"))}
+        starts = {one.op for one in self.nearest.before(sublayer.ports["input"])}
+        return bool(read & starts) or site.op in {one.op for one in self.nearest.before(sublayer.ports.get("output"))}
 
     def _slot(self, norm: Site, one: _Slotted) -> Slot:
         """Where a norm stands in a sublayer; "" where it is not of it."""
 
         def fed_by_norm(value: str | None) -> bool:
-            return any(site.op == norm.op for site in self.near(value))
+            return any(site.op == norm.op for site in self.nearest.before(value))
 
         if one.site is None:
-            return "pre" if any(fed_by_norm(site.ports.get("input")) for site, _ in one.parts) else ""
+            return "pre" if any(fed_by_norm(site.ports.get("input")) for site, _ in one.members) else ""
         ports = one.site.ports
-        stream = {site.op for site in self.near(ports.get("residual"))}
+        stream = {site.op for site in self.nearest.before(ports.get("residual"))}
         read = [ports["input"], *(s.ports["input"] for s in self._inside(one.site) if "input" in s.ports)]
-        on_stream = norm.op not in stream and any(site.op in stream for site in self.near(norm.ports["input"]))
+        on_stream = norm.op not in stream and any(
+            site.op in stream for site in self.nearest.before(norm.ports["input"])
+        )
         if on_stream and any(map(fed_by_norm, read)):
             return "pre"
         if ports.get("normed") == norm.ports["output"]:
@@ -172,9 +183,9 @@ class _Collector:
 
     def _sublayer(self, one: _Slotted, members: Sequence[Site]) -> Sublayer:
         site = one.site
-        parts = self._parts(one.parts)
+        components = self._components(one.members)
         if site is None:
-            return Sublayer(role="other", parts=parts)
+            return Sublayer(role="other", components=components)
         cores = [s for s in members if s.role == "attention.core" and site.role == "attention" and s.kind == site.kind]
         return Sublayer(
             role=site.role,
@@ -182,28 +193,31 @@ class _Collector:
             layout=site.layout or "",
             parallel=site.parallel,
             mask=next((self.masks[core.id] for core in cores if core.id in self.masks), ""),
-            parts=parts,
+            components=components,
+            ids=(site.id,),
         )
 
-    def _parts(self, slotted: Iterable[tuple[Site, Slot]]) -> tuple[Part, ...]:
-        """The sites as parts, in order; numbered experts of one shape become one part."""
-        found: dict[Part, list[str]] = {}
-        experts: Counter[Part] = Counter()
-        values: Counter[Part] = Counter()
+    def _components(self, slotted: Iterable[tuple[Site, Slot]]) -> tuple[Component, ...]:
+        """The sites as components, in order; numbered experts of one shape become one."""
+        found: dict[Component, list[str]] = {}
+        experts: Counter[Component] = Counter()
+        values: Counter[Component] = Counter()
         for site, slot in slotted:
-            part = self._part(site, slot)
-            key = replace(part, values=0)
+            component = self._component(site, slot)
+            key = replace(component, values=0)
             if key in found and site.expert is None:
                 key = replace(key, note=f"{key.note} {len(found)}".strip())
             found.setdefault(key, []).append(site.id)
             experts[key] += site.expert is not None
-            values[key] += part.values
+            values[key] += component.values
         return tuple(
-            replace(part, ids=tuple(ids), experts=experts[part] or part.experts, values=values[part])
-            for part, ids in found.items()
+            replace(
+                component, ids=tuple(ids), experts=experts[component] or component.experts, values=values[component]
+            )
+            for component, ids in found.items()
         )
 
-    def _part(self, site: Site, slot: Slot) -> Part:
+    def _component(self, site: Site, slot: Slot) -> Component:
         weight = site.weight
         shape, count = site.shape, 0
         if site.role == "norm":
@@ -214,7 +228,7 @@ class _Collector:
             stored = self.tensors[site.bias.parameter].numel()
             count += stored if site.bias.window is None else len(site.bias.window)
         sharing = self.holders.get(weight.parameter, []) if weight else []
-        return Part(
+        return Component(
             role=site.role,
             cross=site.kind == "cross",
             path=starred(site),
@@ -244,34 +258,40 @@ class _Collector:
             roles.append("other layers" if site.layer is not None else f"the other {site.role}")
         return tuple(roles)
 
-    def _unmatched(self) -> Iterable[Unmatched]:
+    def _unmatched(self) -> Iterable[UnmatchedProjection]:
         for one in self.sites.unmatched:
             closest = f"closest to {one.closest}: " if one.closest else ""
-            yield Unmatched(one.site.id, one.site.path, closest + one.reason)
+            yield UnmatchedProjection(one.site.id, one.site.path, closest + one.reason)
 
 
 def starred(site: Site) -> str:
-    """The path, with its layer's number as a star: layers that differ in nothing else are alike."""
-    parts = site.path.split(".")
+    """Returns the path, with its layer's number as a star: layers that differ in nothing else are alike."""
+    words = site.path.split(".")
     if site.layer is not None:
-        number = next((i for i, part in enumerate(parts) if part == str(site.layer)), None)
-        number = next((i for i, part in enumerate(parts) if part.isdigit()), None) if number is None else number
+        number = next((i for i, word in enumerate(words) if word == str(site.layer)), None)
+        number = next((i for i, word in enumerate(words) if word.isdigit()), None) if number is None else number
         if number is not None:
-            parts[number] = "*"
+            words[number] = "*"
     if site.expert is not None:
-        last = next((i for i in reversed(range(len(parts))) if parts[i] == str(site.expert)), None)
+        last = next((i for i in reversed(range(len(words))) if words[i] == str(site.expert)), None)
         if last is not None:
-            parts[last] = "*"
-    return ".".join(parts)
+            words[last] = "*"
+    return ".".join(words)
 
 
-def _merged(blocks: Sequence[Block]) -> Block:
+def _merged(blocks: Sequence[BlockOutline]) -> BlockOutline:
     """One block that holds the sites of all: equal but for their ids."""
-    first = blocks[0]
-    ids = [[part.ids for part in block.parts] for block in blocks]
-    merged = iter([tuple(id for each in column for id in each) for column in zip(*ids, strict=True)])
-    return Block(
+    together = zip(*(block.sublayers for block in blocks), strict=True)
+    return BlockOutline(
         tuple(
-            replace(one, parts=tuple(replace(part, ids=next(merged)) for part in one.parts)) for one in first.sublayers
+            replace(
+                alike[0],
+                ids=tuple(id for one in alike for id in one.ids),
+                components=tuple(
+                    replace(same[0], ids=tuple(id for one in same for id in one.ids))
+                    for same in zip(*(one.components for one in alike), strict=True)
+                ),
+            )
+            for alike in together
         )
     )

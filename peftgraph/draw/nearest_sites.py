@@ -1,4 +1,4 @@
-"""Which sites a value is made of, read from the dataflow; and by that, what stands before and after each stack."""
+"""Finds the sites that a value is made of in the dataflow, and by that what stands before and after each stack."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from peftgraph.sites.roles import ROLES
 INSIDE = {one.name for one in ROLES if one.level} | {"bias", "ffn.hidden"}
 
 
-class Near:
-    """The nearest sites before a value: `near("add_3")`."""
+class NearestSites:
+    """The nearest sites before each value of a graph."""
 
     def __init__(self, graph: fx.Graph, sites: Sites) -> None:
         self.nodes = {node.name: node for node in graph.nodes}
@@ -25,8 +25,8 @@ class Near:
             if "join" in site.ports:
                 self.at.setdefault(site.ports["join"], []).append(site)
 
-    def __call__(self, name: str | None) -> list[Site]:
-        """The sites whose outputs a value is made of with no site between; those that end there, where some do."""
+    def before(self, name: str | None) -> list[Site]:
+        """Returns the sites whose outputs a value is made of with no site between; none for no value."""
         found: dict[str, list[Site]] = {}
         todo, seen = [] if name is None else [self.nodes[name]], set[fx.Node]()
         while todo:
@@ -40,42 +40,52 @@ class Near:
                 todo.extend(node.all_input_nodes)
         return [site for group in found.values() for site in group]
 
-    def behind(self, name: str | None) -> Iterable[Site]:
-        """The nearest sites, and through those outside of layers the sites behind them, each once."""
-        todo, seen = self(name), set[str]()
+    def upstream(self, name: str | None) -> Iterable[Site]:
+        """Yields the nearest sites, and through those outside of layers the sites before them, each once."""
+        todo, seen = self.before(name), set[str]()
         while todo:
             site = todo.pop()
             if site.id not in seen:
                 seen.add(site.id)
                 yield site
                 if site.layer is None:
-                    todo += self(site.ports.get("input"))
+                    todo += self.before(site.ports.get("input"))
 
 
-def around(near: Near, sites: Sites, outside: Sequence[Site], stacks: Iterable[str]) -> dict[str, tuple[str, bool]]:
-    """Id of a site outside of layers -> the stack on whose stream it stands, and whether before its layers."""
+def sites_around_stacks(
+    nearest: NearestSites, sites: Sites, outside: Sequence[Site], stacks: Iterable[str]
+) -> dict[str, tuple[str, bool]]:
+    """Returns, by the id of a site outside of layers, its stack and whether it stands before the layers.
+
+    Args:
+        nearest: of the same graph.
+        sites: of the graph.
+        outside: the sites that are in no layer.
+        stacks: the names of the stacks.
+    """
     leads: dict[str, str] = {}
     for name in stacks:
-        first = next(site for site in sites if site.role == "block" and (site.stack or "") == name)
-        for site in near.behind(first.ports["input"]):
+        blocks = (site for site in sites if site.role == "block" and (site.stack or "") == name)
+        first = next(blocks, None)
+        for site in nearest.upstream(None if first is None else first.ports["input"]):
             if site.layer is None:
                 leads.setdefault(site.id, name)
     follows: dict[str, str] = {}
     for site in outside:
-        for source in near(site.ports.get("input")):
+        for source in nearest.before(site.ports.get("input")):
             stack = (source.stack or "") if source.layer is not None else follows.get(source.id)
             if stack is not None:
                 follows[site.id] = stack
     return {id: (name, True) for id, name in leads.items()} | {id: (name, False) for id, name in follows.items()}
 
 
-def reads(near: Near, sites: Sites) -> tuple[tuple[str, str], ...]:
-    """(reader, memory) of the stacks, by where the memory of cross-attention comes from."""
+def memory_reads(nearest: NearestSites, sites: Sites) -> tuple[tuple[str, str], ...]:
+    """Returns (reader, memory) of the stacks, by where the memory of cross-attention comes from."""
     found = {
         (site.stack or "", source.stack or ""): None
         for site in sites
         if "memory" in site.ports
-        for source in near.behind(site.ports["memory"])
+        for source in nearest.upstream(site.ports["memory"])
         if source.layer is not None and source.stack != site.stack
     }
     return tuple(found)

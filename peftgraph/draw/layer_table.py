@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from peftgraph.draw.parts import Group, Outline, Part, Stack, Sublayer
+from peftgraph.draw.model_outline import Component, LayerGroup, Outline, StackOutline, Sublayer
 
 
 @dataclass(frozen=True)
@@ -14,13 +14,13 @@ class Section:
     Attributes:
         title: such as "decoder layers 0-79".
         detail: what holds for all of it: attention, layout, size.
-        parts: its rows.
+        components: its rows.
         times: how often it repeats.
     """
 
     title: str
     detail: str
-    parts: tuple[Part, ...]
+    components: tuple[Component, ...]
     times: int = 1
 
 
@@ -33,15 +33,15 @@ def sections(outline: Outline) -> list[Section]:
         found += [_layers(stack, group) for group in stack.groups]
         found.append(Section(f"{name}after the layers", "", stack.tail))
     found.append(Section("elsewhere", "", outline.loose))
-    return [section for section in found if section.parts]
+    return [section for section in found if section.components]
 
 
-def _layers(stack: Stack, group: Group) -> Section:
-    values = sum(part.values for part in group.block.parts)
+def _layers(stack: StackOutline, group: LayerGroup) -> Section:
+    values = sum(part.values for part in group.block.components)
     facts = [described(one) for one in group.block.sublayers]
     facts.append(f"{values:,} parameters each" if len(group.layers) > 1 else f"{values:,} parameters")
     title = f"{stack.name} {group.title}".strip()
-    return Section(title, ", ".join(facts), group.block.parts, len(group.layers))
+    return Section(title, ", ".join(facts), group.block.components, len(group.layers))
 
 
 def described(one: Sublayer) -> str:
@@ -50,13 +50,13 @@ def described(one: Sublayer) -> str:
         one.role, f"{one.kind}-{one.role}".strip("-")
     )
     facts = [f"{one.layout}-norm" if one.layout else "", one.mask, "parallel" if one.parallel else ""]
-    experts = {part.experts for part in one.parts if part.experts}
+    experts = {part.experts for part in one.components if part.experts}
     facts += [f"{number} experts" for number in sorted(experts)]
     shown = ", ".join(fact for fact in facts if fact)
     return name + (f" ({shown})" if shown else "")
 
 
-def notes(part: Part) -> list[str]:
+def notes(part: Component) -> list[str]:
     """What else is known of a part."""
     places = {
         "pre": "pre-norm",

@@ -16,7 +16,7 @@ SYMBOL = r"^\s+{name}: ([A-Z])\b"  # how a pass's docstring gives an option its 
 
 
 @dataclass(frozen=True)
-class Made:
+class ParameterFormula:
     """A value that depends on parameters alone: one of them, or a formula.
 
     Attributes:
@@ -38,10 +38,10 @@ class Made:
     formula: str = ""
 
 
-def parameter(name: str, shape: Sequence[int], base: str | None, frozen: bool) -> Made:
+def parameter(name: str, shape: Sequence[int], base: str | None, frozen: bool) -> ParameterFormula:
     """One stored tensor; `base` is what a formula calls it when it is the base's."""
     text = base or short_name(name.rpartition(".")[2])
-    return Made(text, tuple(shape), (name,), base is None, frozen)
+    return ParameterFormula(text, tuple(shape), (name,), base is None, frozen)
 
 
 def short_name(name: str) -> str:
@@ -56,7 +56,9 @@ def short_name(name: str) -> str:
     return head if head and tail == "weight" else name
 
 
-def formula(op: str, parts: Sequence[Made], numbers: Sequence[float], shape: Sequence[int]) -> Made:
+def formula(
+    op: str, parts: Sequence[ParameterFormula], numbers: Sequence[float], shape: Sequence[int]
+) -> ParameterFormula:
     """An operation on values of parameters alone.
 
     Args:
@@ -66,7 +68,7 @@ def formula(op: str, parts: Sequence[Made], numbers: Sequence[float], shape: Seq
         shape: of the result.
     """
     text, level = _spelled(op, parts, numbers)
-    return Made(
+    return ParameterFormula(
         text,
         tuple(shape),
         tuple(dict.fromkeys(name for part in parts for name in part.names)),
@@ -76,7 +78,7 @@ def formula(op: str, parts: Sequence[Made], numbers: Sequence[float], shape: Seq
     )
 
 
-def _spelled(op: str, parts: Sequence[Made], numbers: Sequence[float]) -> tuple[str, int]:
+def _spelled(op: str, parts: Sequence[ParameterFormula], numbers: Sequence[float]) -> tuple[str, int]:
     operands = [*(number(n) for n in numbers), *(_within(part, PRODUCT) for part in parts)]
     if op in ("mul", "matmul", "mm", "bmm"):
         return " ".join(operands), PRODUCT
@@ -92,7 +94,7 @@ def _spelled(op: str, parts: Sequence[Made], numbers: Sequence[float]) -> tuple[
     return f"{op}({', '.join(part.text for part in parts[:MOST])}{', …' if len(parts) > MOST else ''})", ATOM
 
 
-def _within(part: Made, level: int) -> str:
+def _within(part: ParameterFormula, level: int) -> str:
     return part.text if part.level >= level else f"({part.text})"
 
 
@@ -105,7 +107,7 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
-class Letters:
+class SizeSymbols:
     """Sizes as letters: D of the residual stream, F of the hidden value, and what a pass calls its own.
 
     A pass names the letter of an option in its docstring, as in "rank: R, at least 1".
@@ -121,7 +123,7 @@ class Letters:
         self.defined: dict[str, str] = {}  # names of values that parameters make, and their formulas
 
     @classmethod
-    def of(cls, sites: Sites, methods: Mapping[int, Any]) -> Letters:
+    def of(cls, sites: Sites, methods: Mapping[int, Any]) -> SizeSymbols:
         """The letters of a model, and of passes by their application."""
         base: dict[str, int] = {}
         for role, letter in (("ffn.down", "D"), ("attention.o", "D"), ("ffn.hidden", "F")):

@@ -7,9 +7,9 @@ from html import escape
 from importlib.resources import files
 from string import Template
 
-from peftgraph.draw.figure import figure, kinds
-from peftgraph.draw.parts import Outline, Part, Stack
-from peftgraph.draw.rows import Section, notes, sections
+from peftgraph.draw.layer_table import Section, notes, sections
+from peftgraph.draw.model_figure import distinct_blocks, model_figure
+from peftgraph.draw.model_outline import Component, Outline, StackOutline
 from peftgraph.draw.svg import style
 from peftgraph.sites.roles import ROLES
 
@@ -17,7 +17,7 @@ KEY = {one.name: f"--{one.fill}" for one in ROLES if one.fill}
 
 
 def page(outline: Outline, footer: str = "") -> str:
-    """The page of a model, as text.
+    """Returns the page of a model, as text.
 
     Args:
         outline: what the model is made of.
@@ -37,19 +37,19 @@ def page(outline: Outline, footer: str = "") -> str:
 
 
 def fragment(outline: Outline) -> str:
-    """The drawing with its style, for a notebook."""
-    drawing = figure(outline)
+    """Returns the drawing with its style, for a notebook."""
+    drawing = model_figure(outline)
     return f"<style>{style()}</style>{drawing}" if drawing else f"<p>{escape(nothing(outline))}</p>"
 
 
 def nothing(outline: Outline) -> str:
-    """Why there is nothing to draw."""
+    """Returns the sentence that says why there is nothing to draw."""
     why = "no residual stream with attention or a feed-forward on it was found, so there are no blocks to draw"
     return f"{outline.model}: {why}."
 
 
 def _figure(outline: Outline) -> str:
-    drawing = figure(outline)
+    drawing = model_figure(outline)
     if not drawing:
         reasons = "".join(f"<pre>{escape(reason)}</pre>" for reason in outline.reasons)
         why = f"<p class='plain'>{escape(nothing(outline))}</p>{reasons}"
@@ -61,29 +61,29 @@ def _figure(outline: Outline) -> str:
 
 
 def _key(outline: Outline) -> str:
-    present = {part.role for part in _parts(outline)}
+    present = {part.role for part in _components(outline)}
     items = "".join(f"<li>{_swatch(role)}{role}</li>" for role in KEY if role in present and role != "bias")
     return f'<ul class="key figure-colours">{items}</ul>'
 
 
-def _parts(outline: Outline) -> Iterable[Part]:
+def _components(outline: Outline) -> Iterable[Component]:
     for stack in outline.stacks:
         yield from (*stack.stem, *stack.tail)
         for group in stack.groups:
-            yield from group.block.parts
+            yield from group.block.components
 
 
 def _strips(outline: Outline) -> str:
     """The order of the layers, for stacks that have blocks of several kinds."""
-    strips = "".join(_strip(stack) for stack in outline.stacks if len(kinds(stack)) > 1)
+    strips = "".join(_strip(stack) for stack in outline.stacks if len(distinct_blocks(stack)) > 1)
     return f'<div class="strips">{strips}</div>' if strips else ""
 
 
-def _strip(stack: Stack) -> str:
-    kind_of = {layer: (place, kind.title) for place, kind in enumerate(kinds(stack)) for layer in kind.layers}
+def _strip(stack: StackOutline) -> str:
+    titles = {layer: (place, one.title) for place, one in enumerate(distinct_blocks(stack)) for layer in one.layers}
     cells = "".join(
         f'<span class="k{min(place, 3)}" title="layer {layer}: as {escape(title)}"></span>'
-        for layer, (place, title) in sorted(kind_of.items())
+        for layer, (place, title) in sorted(titles.items())
     )
     return f'<div class="strip"><b>{escape(stack.name or "layers")}</b>{cells}</div>'
 
@@ -111,10 +111,10 @@ def _layers(outline: Outline) -> str:
 def _section(section: Section) -> str:
     times = f" × {section.times}" if section.times > 1 else ""
     title = f"{escape(section.title)}{times}<small>{escape(section.detail)}</small>"
-    return f'<tbody><tr class="group"><td colspan="6">{title}</td></tr>{"".join(map(_row, section.parts))}</tbody>'
+    return f'<tbody><tr class="group"><td colspan="6">{title}</td></tr>{"".join(map(_row, section.components))}</tbody>'
 
 
-def _row(part: Part) -> str:
+def _row(part: Component) -> str:
     shape = " × ".join(map(str, part.shape)) if part.shape else ""
     heads = f"{part.heads} × {part.head_dim}" if part.heads and part.head_dim else ""
     values = f"{part.values:,}" if part.values else ""

@@ -1,0 +1,253 @@
+"""What passes did to one block, as a drawing: the base in grey, what was inserted in colour where it enters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from os import PathLike
+from pathlib import Path
+
+from peftgraph.draw.block_scene import BlockSceneBuilder
+from peftgraph.draw.box_styles import BaseStyle
+from peftgraph.draw.collect_outline import outline
+from peftgraph.draw.component_variants import ComponentVariants
+from peftgraph.draw.formulas import SizeSymbols
+from peftgraph.draw.insertion_placement import InsertionPlacement
+from peftgraph.draw.insertions import insertions
+from peftgraph.draw.layout import draw_stream
+from peftgraph.draw.model_outline import BlockOutline, Component, Outline, StackOutline
+from peftgraph.draw.scene import Line, Note
+from peftgraph.draw.shape_group import ShapeGroup
+from peftgraph.draw.shapes import Box, Shape, Words, moved
+from peftgraph.draw.stations import BlockSites, Stations, mark_trained, names_of
+from peftgraph.draw.svg import style, svg
+from peftgraph.errors import PeftGraphError
+from peftgraph.ir.edits import Edit
+from peftgraph.ir.program import ProgramData
+from peftgraph.sites import Sites
+
+MARGIN, HEADER, BETWEEN, LINE = 22.0, 36.0, 30.0, 21.0
+COLOURS = 5  # of passes
+EVERY = 10**6  # all projections without a role are shown: a pass may have changed any
+LETTER = 6.9  # the width of one in the legend
+
+
+class NothingToDraw(PeftGraphError):
+    """A program has no block that could be drawn."""
+
+
+class Picture:
+    """A drawing as SVG; a notebook shows it by itself.
+
+    Attributes:
+        svg: the drawing as a file of its own.
+    """
+
+    def __init__(self, shapes: list[Shape], width: float, height: float, label: str) -> None:
+        self.svg = svg(shapes, width, height, label, standalone=True) + "\n"
+        self._inline = svg(shapes, width, height, label)
+
+    def save(self, path: str | PathLike[str]) -> Path:
+        """Writes the drawing as an SVG file and returns its path."""
+        target = Path(path)
+        if target.suffix != ".svg":
+            raise PeftGraphError(f"A picture is saved as .svg, got {target.name!r}.")
+        target.write_text(self.svg, encoding="utf-8")
+        return target
+
+    def _repr_html_(self) -> str:
+        return f"<style>{style()}</style>{self._inline}"
+
+
+class Diff(str):
+    """The text of a difference; a notebook shows it below a picture of the first block that was changed."""
+
+    def __new__(cls, text: str, draw: Callable[[], Picture]) -> Diff:
+        made = super().__new__(cls, text)
+        made._draw = draw
+        return made
+
+    _draw: Callable[[], Picture]
+
+    def _repr_html_(self) -> str:
+        lines = "".join(f"<span{_shade(line)}>{escape(line)}\n</span>" for line in self.splitlines())
+        text = f"<details><summary>{escape(self.splitlines()[-1])}</summary><pre>{lines}</pre></details>"
+        try:
+            return self._draw()._repr_html_() + text
+        except NothingToDraw:
+            return text
+
+
+def _shade(line: str) -> str:
+    colours = {"+": "#2a9d6f", "-": "#d1495b"}
+    colour = colours.get(line.lstrip()[:1], "")
+    return f' style="color:{colour}"' if colour else ""
+
+
+def picture(
+    program: ProgramData,
+    sites: Sites,
+    before: ProgramData | None = None,
+    layer: int | None = None,
+    stack: str | None = None,
+) -> Picture:
+    """Draws what turned `before` into `program`, in one block of each stack.
+
+    Args:
+        program: a rewritten program.
+        sites: of its base.
+        before: an earlier program, whose passes are not shown; the base by default.
+        layer: the number of the block, -1 for the last; by default the first that was changed.
+        stack: such as "decoder"; by default every stack that was changed.
+
+    Raises:
+        NothingToDraw: there is no such block.
+    """
+    earlier = () if before is None else before.history
+    shown = [i for i, applied in enumerate(program.history) if i >= len(earlier) or applied != earlier[i]]
+    if before is not None and not shown:
+        raise NothingToDraw("No pass was applied in between, so there is nothing to draw.")
+    classes = {application: f"p{place % COLOURS}" for place, application in enumerate(shown)}
+    symbols = SizeSymbols.of(sites, {i: program.history[i].method for i in shown})
+    model = outline(program, sites)
+    rewritten = _Rewritten(program, sites, symbols, classes)
+    changed = rewritten.changed()
+    drawn: list[tuple[str, ShapeGroup]] = []
+    for one in model.stacks:
+        if one.name == stack or (stack is None and (one.name in changed or not changed)):
+            number = min(changed.get(one.name, [0])) if layer is None else layer
+            number = number if number >= 0 else one.depth + number
+            block = one.block(number)
+            if block is not None:
+                title = f"{one.name} layer {number} of 0–{one.depth - 1}".strip()
+                drawn.append((title, rewritten.drawing(one, number, block)))
+    if not drawn:
+        raise NothingToDraw(_no_block(model, layer, stack))
+    return _arranged(model.model, drawn, [(classes[i], str(program.history[i].method)) for i in shown], symbols)
+
+
+def _no_block(model: Outline, layer: int | None, stack: str | None) -> str:
+    wanted = " ".join(word for word in (stack or "", "block", "" if layer is None else str(layer)) if word)
+    has = " and ".join(f"{one.name} {one.depth} blocks".strip() for one in model.stacks) or "no blocks that were found"
+    return f"There is no {wanted} to draw; {model.model} has {has}."
+
+
+@dataclass(frozen=True)
+class _Rewritten:
+    """A rewritten program, with what its drawings need.
+
+    Attributes:
+        sites: of its base.
+        symbols: for shapes.
+        classes: application -> CSS class, of the passes that are shown.
+    """
+
+    program: ProgramData
+    sites: Sites
+    symbols: SizeSymbols
+    classes: Mapping[int, str]
+
+    def changed(self) -> dict[str, list[int]]:
+        """Returns, for every stack that the shown passes changed, the numbers of its changed layers."""
+        found: dict[str, list[int]] = {}
+        by_id = {site.id: site for site in self.sites}
+        for edit in self.program.edits:
+            site = by_id[edit.site]
+            if edit.application in self.classes and site.layer is not None:
+                found.setdefault(site.stack or "", []).append(site.layer)
+        return found
+
+    def drawing(self, stack: StackOutline, layer: int, block: BlockOutline) -> ShapeGroup:
+        """Draws a block with everything that the shown passes did to it, and to what stands around the blocks."""
+        sites = BlockSites(self.sites, stack.name, layer)
+        edits = [edit for edit in self.program.edits if self._concerns(edit, stack, sites)]
+        touched = {edit.site for edit in edits} | self._trained(edits)
+        builder = BlockSceneBuilder(BaseStyle(self.symbols, layer), EVERY)
+
+        def ends(components: Iterable[Component]) -> list[Component]:
+            return [one for one in components if touched & set(one.ids)]
+
+        stream = Line(css="stream", arrow=True)
+        stem, tail, left = ends(stack.stem), ends(stack.tail), stack.depth - 1 - layer
+        stream.elements += [builder.end(ComponentVariants((one,))) for one in stem]
+        stream.elements += _omitted(layer) if stem else []
+        entry = len(stream.elements)
+        stream.elements += builder.block([block])
+        stream.elements += _omitted(left) if tail else []
+        stream.elements += [builder.end(ComponentVariants((one,))) for one in tail]
+        base = self.program.base or self.program
+        stations = Stations(base.graph, sites, stream, entry)
+        for edit in edits:
+            if not edit.moves:
+                mark_trained(stations.boxes, edit.parameters, self.classes[edit.application])
+        placement = InsertionPlacement(self.program, stations, self.symbols, self.classes)
+        placement.insert(insertions(self.program, self.sites, edits))
+        return draw_stream(stream)
+
+    def _concerns(self, edit: Edit, stack: StackOutline, sites: BlockSites) -> bool:
+        """Tells whether an edit belongs to a block or to what stands around the blocks of its stack."""
+        site = sites.by_id[edit.site]
+        if edit.application not in self.classes:
+            return False
+        if site.layer is None:
+            ids = {id for component in (*stack.stem, *stack.tail) for id in component.ids}
+            return site.id in ids or bool(self._trained([edit]) & ids)
+        return site.layer == sites.layer and (site.stack or "") == stack.name
+
+    def _trained(self, edits: Iterable[Edit]) -> set[str]:
+        """The sites outside of blocks whose own parameters some edits train."""
+        names = {name for edit in edits if not edit.moves for name in edit.parameters}
+        return {site.id for site in self.sites if site.layer is None and names & set(names_of(site))}
+
+
+def _omitted(count: int) -> list[Note]:
+    return [Note(f"{count} block{'s' if count > 1 else ''}", dotted=True)] if count > 0 else []
+
+
+def _arranged(
+    model: str, drawn: Sequence[tuple[str, ShapeGroup]], legend: Sequence[tuple[str, str]], symbols: SizeSymbols
+) -> Picture:
+    """Blocks side by side, each on a card, and the legend below."""
+    shapes: list[Shape] = []
+    x, height = MARGIN, 0.0
+    for title, one in drawn:
+        left = min(one.left, -24.0)
+        card_width = max(one.right, 130.0) - left + 2 * MARGIN
+        card = Box("card", x, MARGIN, card_width, one.height + HEADER + 2 * 12, radius=10)
+        shapes += [card, Words(x + card_width - 16, MARGIN + 23, title, "soft", "end")]
+        shapes += moved(one.shapes, x + MARGIN - left, MARGIN + HEADER)
+        words = [Words(edge, y - 6, "memory", "detail", "end") for edge, y in one.memory]
+        shapes += moved(words, x + MARGIN - left, MARGIN + HEADER)
+        x += card_width + BETWEEN
+        height = max(height, card.height)
+    width = x - BETWEEN + MARGIN
+    rows, bottom = _legend(legend, symbols, MARGIN + height + 14, int((width - 2 * MARGIN - 24) / LETTER))
+    back = Box("sheet", 0, 0, width, bottom + MARGIN - 10, radius=12)
+    return Picture([back, *shapes, *rows], width, bottom + MARGIN - 10, escape(f"one block of {model}, rewritten"))
+
+
+def _legend(passes: Sequence[tuple[str, str]], symbols: SizeSymbols, y: float, room: int) -> tuple[list[Shape], float]:
+    """The passes with their colours, what names and letters stand for, and where all that ends."""
+    rows: list[Shape] = []
+    for css, text in passes:
+        for place, line in enumerate(_wrapped(text, max(room, 30))):
+            if not place:
+                rows.append(Box(f"inserted {css}", MARGIN + 2, y + 1, 12, 12, radius=3))
+            rows.append(Words(MARGIN + 22, y + 11, line, "spec"))
+            y += LINE - 3
+        y += 3
+    definitions = [f"{name} = {formula}" for name, formula in symbols.defined.items()]
+    for note in [*(line for one in definitions for line in _wrapped(one, max(room, 30))), symbols.legend]:
+        rows.append(Words(MARGIN + 22, y + 11, note, "detail"))
+        y += LINE - 3
+    return rows, y
+
+
+def _wrapped(text: str, room: int) -> list[str]:
+    lines = [""]
+    for word in text.split(" "):
+        if lines[-1] and len(lines[-1]) + len(word) >= room:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return lines
