@@ -19,8 +19,8 @@ from peftgraph.draw.model_outline import (
     UnmatchedProjection,
 )
 from peftgraph.draw.nearest_sites import NearestSites, memory_reads, sites_around_stacks
-from peftgraph.ir.tensor_table import TensorEntry
 from peftgraph.ir.program import ProgramData
+from peftgraph.ir.tensor_table import TensorEntry
 from peftgraph.sites import Site, Sites
 from peftgraph.sites.roles import is_structure, with_slot
 
