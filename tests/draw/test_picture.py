@@ -17,6 +17,8 @@ from stacked import convolutions
 from torch import fx, nn
 
 import peftgraph as pg
+import peftgraph.authoring as pga
+import peftgraph.authoring.modules
 from peftgraph.draw import formulas
 from peftgraph.passes import (
     CIAT,
@@ -45,7 +47,7 @@ from peftgraph.passes import (
 SVG = "{http://www.w3.org/2000/svg}"
 SPAN = tuple[float, float, float, float]
 
-METHODS: dict[str, pg.Pass] = {
+METHODS: dict[str, pga.Pass] = {
     "lora": LoRA(rank=4),
     "pissa": LoRA(rank=4, init="pissa"),
     "every lora": LoRA(at="attention.*|ffn.*", rank=4),
@@ -273,17 +275,17 @@ def test_stacks_that_were_changed_are_shown_and_one_can_be_chosen() -> None:
         program.picture(stack="decoder", layer=7)
 
 
-class Centred(pg.Pass):
+class Centred(pga.Pass):
     """A user's pass, not one of ours: y -> y - mean(y) c."""
 
     word = "centred"
 
-    def rules(self) -> list[pg.Rule]:
-        return [pg.Rule(at=pg.attention.o, delta=self.delta, join=pg.Replace(), fold="it reads its input")]
+    def rules(self) -> list[pga.Rule]:
+        return [pga.Rule(at=pg.attention.o, delta=self.delta, join=pga.Replace(), fold="it reads its input")]
 
-    def delta(self, m: pg.Match, op: pg.Builder) -> fx.Node:
+    def delta(self, m: pga.Match, op: pga.Builder) -> fx.Node:
         mean = op.call(torch.ops.aten.mean.dim, m.output, [-1], True)
-        c = op.param("centred_c", (m.features,), pg.init.ones)
+        c = op.param("centred_c", (m.features,), pga.modules.init.ones)
         return op.call(torch.ops.aten.sub.Tensor, m.output, op.mul(mean, c))
 
 
