@@ -63,7 +63,7 @@ CASES = {
     "dora-bias": lora("gpt_neox", ["query_key_value"], "freeze{", use_dora=True, bias="all"),
     "head": lora("vit", ["q_proj"], "freeze{at=head", modules_to_save=["classifier"]),
     "norm-and-head": lora(
-        "vit", ["q_proj"], "freeze{at=(norm|head).where(path=", modules_to_save=["classifier", "layernorm"]
+        "vit", ["q_proj"], "freeze{at=(head|norm).where(path=", modules_to_save=["classifier", "layernorm"]
     ),
     "pissa": lora("llama", ["q_proj"], 'init="pissa"', init_lora_weights="pissa"),
     "olora": lora("llama", ["q_proj"], 'init="olora"', init_lora_weights="olora"),
