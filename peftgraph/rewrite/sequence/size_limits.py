@@ -34,7 +34,7 @@ def _moved(program: ProgramData, one: SizeCondition, grown: Mapping[str, int]) -
     if not any(more):
         return [one]
     as_it_is = any(n > 0 and _is_read_as_it_is(program, dim) for dim, n in zip(one.sizes, more, strict=True))
-    return [replace(one, more=more), *([one] if as_it_is else [])]
+    return [replace(one, offsets=more), *([one] if as_it_is else [])]
 
 
 def _room(program: ProgramData, dim: str, span: tuple[int, int | None], more: int) -> tuple[int, int | None]:
