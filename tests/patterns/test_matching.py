@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import peftgraph as pg
 from peftgraph.sites import find_sites
+from peftgraph.sites.dataflow import ops
 
 Trace = Callable[..., pg.Program]
 SWIGLU = pg.Pattern(
@@ -208,10 +209,8 @@ def excerpt(node: fx.Node, depth: int, names: dict[fx.Node, str], flips: list[bo
         return "weight"
     if depth == 0 or node.op != "call_function":
         return names.setdefault(node, f"v{len(names)}")
-    operator = pg.sites.dataflow.ops.name(node)
-    sides = [
-        excerpt(one, depth - 1, names, flips) for one in node.all_input_nodes if pg.sites.dataflow.ops.name(one) != "sym_size"
-    ]
+    operator = ops.name(node)
+    sides = [excerpt(one, depth - 1, names, flips) for one in node.all_input_nodes if ops.name(one) != "sym_size"]
     if operator in ("mul", "add") and len(sides) == 2 and flips.pop():
         sides.reverse()
     return f"{operator}({', '.join(sides)})"
@@ -221,7 +220,7 @@ def excerpt(node: fx.Node, depth: int, names: dict[fx.Node, str], flips: list[bo
 @settings(max_examples=40, deadline=None)
 def test_an_excerpt_of_a_graph_matches_it(fused: pg.Program, data: st.DataObject) -> None:
     nodes = [node for node in fused.graph.nodes if node.op == "call_function" and node.meta.get("label")]
-    node = data.draw(st.sampled_from([one for one in nodes if pg.sites.dataflow.ops.name(one) != "sym_size"]))
+    node = data.draw(st.sampled_from([one for one in nodes if ops.name(one) != "sym_size"]))
     flips = data.draw(st.lists(st.booleans(), min_size=20, max_size=20))
     text = excerpt(node, data.draw(st.integers(1, 4)), {}, flips)
     pattern = pg.Pattern("own", f"y = {text}")
