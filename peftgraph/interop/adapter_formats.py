@@ -57,7 +57,14 @@ class AdapterFormat:
     checkpoint_updates: Callable[[nn.Module, Path, Checkpoint], Updates] | None = None
 
 
-ADAPTER_FORMATS = Registry("peftgraph.adapter_formats", AdapterFormat, "adapter format", AdapterError)
+ADAPTER_FORMATS: Registry[AdapterFormat] = Registry(
+    "peftgraph.adapter_formats",
+    "adapter format",
+    AdapterError,
+    kind="AdapterFormat",
+    accepts=lambda one: isinstance(one, AdapterFormat),
+    name_of=lambda one: one.name,
+)
 
 
 def find_format(directory: Path) -> AdapterFormat | None:

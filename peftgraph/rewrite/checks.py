@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, fx
@@ -37,7 +38,7 @@ def check_delta(maker: str, m: Match, delta: object, what: str = "delta") -> Del
         raise PeftGraphError(
             f"{maker} at {m.site.id}: {what} must be a node, or a mapping from ports to nodes, got {wrong[0]!r}."
         )
-    return delta  # pyright: ignore[reportReturnType]
+    return cast("Delta", delta)
 
 
 def check_values(maker: str, m: Match, join: Join, values: object) -> Mapping[str, fx.Node]:
@@ -77,7 +78,7 @@ def check_gated(maker: str, m: Match, join: Join, delta: Delta, gate: fx.Node, g
             raise PeftGraphError(
                 f"{told} returns {_told(found[port])} for the port {port!r}, and the delta is {_told(part)}."
             )
-    return gated  # pyright: ignore[reportReturnType]
+    return cast("Delta", gated)
 
 
 def _parts(delta: Delta, join: Join) -> Mapping[str, fx.Node]:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import EntryPoint, entry_points
-from typing import TypeVar, cast
+from typing import TypeVar
 
-from peftgraph.errors import RecipeError, shortened
+from peftgraph.errors import RecipeError
 from peftgraph.rewrite.method import Pass, Pipeline
+from peftgraph.utils.registry import Registry
 
-GROUP = "peftgraph.passes"  # of entry points
-HOW_TO_ADD = (
-    "A pass of your own becomes known to this process by pg.register(MyPass), and to every process by an entry point "
-    f"in the group {GROUP!r}."
-)
 C = TypeVar("C", bound=type[Pass])
 
-_registered: dict[str, type[Pass]] = {}
+PASSES: Registry[type[Pass]] = Registry(
+    "peftgraph.passes",
+    "pass",
+    RecipeError,
+    kind="class of passes",
+    accepts=lambda one: isinstance(one, type) and issubclass(one, Pass),
+    name_of=lambda one: one.word,
+    how_to_add="pg.register(MyPass)",
+)
 
 
 def register(cls: C) -> C:
@@ -49,24 +51,20 @@ def register(cls: C) -> C:
     word = cls.word
     if not (isinstance(word, str) and word.isascii() and word.isidentifier()):
         raise RecipeError(f'{_path(cls)} needs a word that specs can spell, such as word = "lora", got {word!r}.')
-    taken = _path_of(word)
+    taken = _path(Pipeline) if word == Pipeline.word else PASSES.where(word, _path)
     if taken is not None and taken != _path(cls):
         raise RecipeError(f"{_path(cls)} cannot have the word {word!r}, which is that of {taken}. Choose another word.")
-    _registered[word] = cls
+    PASSES.replace(cls)
     return cls
 
 
 @contextmanager
 def temporarily_registered(classes: Iterable[type[Pass]]) -> Iterator[None]:
     """Registers passes within a `with` block; afterwards those are known that were known before."""
-    before = dict(_registered)
-    try:
+    with PASSES.restored():
         for cls in classes:
             register(cls)
         yield
-    finally:
-        _registered.clear()
-        _registered.update(before)
 
 
 def find_pass(word: str) -> type[Pass]:
@@ -75,34 +73,7 @@ def find_pass(word: str) -> type[Pass]:
     Raises:
         RecipeError: there is none, or it cannot be imported.
     """
-    if word in _registered:
-        return _registered[word]
-    points = _entry_points()
-    if word not in points:
-        known = sorted({*points, *_registered})
-        close = difflib.get_close_matches(shortened(word), known, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise RecipeError(f"There is no pass {shortened(word)!r}.{hint} Known passes: {', '.join(known)}. {HOW_TO_ADD}")
-    try:
-        return cast(type[Pass], points[word].load())
-    except (ImportError, AttributeError) as error:
-        raise RecipeError(
-            f"The pass {word!r}, which {points[word].value} is to be, cannot be loaded: {error}."
-        ) from None
-
-
-def _entry_points() -> dict[str, EntryPoint]:
-    return {point.name: point for point in entry_points(group=GROUP)}
-
-
-def _path_of(word: str) -> str | None:
-    """Returns the `module:name` of the pass that has a word already; None where it is free."""
-    if word == Pipeline.word:
-        return _path(Pipeline)
-    if word in _registered:
-        return _path(_registered[word])
-    point = _entry_points().get(word)
-    return None if point is None else point.value
+    return PASSES.get(word)
 
 
 def _path(cls: type) -> str:

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
-from importlib.metadata import entry_points
-from typing import Any, Generic, Protocol, TypeVar, cast
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import EntryPoint, entry_points
+from typing import Generic, TypeVar, cast
 
 from peftgraph.errors import PeftGraphError, shortened
 
-
-class Named(Protocol):
-    """A plug-in: anything with a name."""
-
-    @property
-    def name(self) -> str:
-        """The word that users choose it by."""
-        ...
-
-
-T = TypeVar("T", bound=Named)
+T = TypeVar("T")
 
 
 class Registry(Generic[T]):
@@ -30,14 +21,28 @@ class Registry(Generic[T]):
 
     Args:
         group: of the entry points, such as "peftgraph.exporters".
-        kind: what an entry point must be an instance of.
         noun: what messages call one, such as "exporter".
         error: what is raised.
+        kind: what messages call its kind, such as "Exporter".
+        accepts: whether an object is a plug-in of the kind.
+        name_of: the name of a plug-in.
+        how_to_add: how to add one at run time, for messages.
     """
 
-    def __init__(self, group: str, kind: type[T], noun: str, error: type[PeftGraphError]) -> None:
+    def __init__(
+        self,
+        group: str,
+        noun: str,
+        error: type[PeftGraphError],
+        *,
+        kind: str,
+        accepts: Callable[[object], bool],
+        name_of: Callable[[T], str],
+        how_to_add: str = "peftgraph.plugins",
+    ) -> None:
         self.group = group
-        self._kind, self._noun, self._error = kind, noun, error
+        self._noun, self._error, self._kind = noun, error, kind
+        self._accepts, self._name_of, self._how_to_add = accepts, name_of, how_to_add
         self._registered: dict[str, T] = {}
 
     def names(self) -> list[str]:
@@ -50,14 +55,27 @@ class Registry(Generic[T]):
         Raises:
             PeftGraphError: it is of another kind, or its name is taken.
         """
-        if not isinstance(plugin, self._kind):
-            raise self._error(
-                f"The {self._noun} must be of the class {self._kind.__name__}, got {type(plugin).__name__}."
-            )
-        if plugin.name in self.names():
-            raise self._error(f"There is an {self._noun} {plugin.name!r} already; choose another name.")
-        self._registered[plugin.name] = plugin
+        if not self._accepts(plugin):
+            raise self._error(f"The {self._noun} must be of the class {self._kind}, got {type(plugin).__name__}.")
+        name = self._name_of(plugin)
+        if name in self.names():
+            raise self._error(f"There is an {self._noun} {name!r} already; choose another name.")
+        self._registered[name] = plugin
         return plugin
+
+    def replace(self, plugin: T) -> None:
+        """Adds a plug-in for this process in the place of any other of its name."""
+        self._registered[self._name_of(plugin)] = plugin
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Forgets, after a `with` block, what was registered and removed in it."""
+        before = dict(self._registered)
+        try:
+            yield
+        finally:
+            self._registered.clear()
+            self._registered.update(before)
 
     def unregister(self, name: str) -> None:
         """Removes a plug-in that was registered in this process; one of a distribution cannot be removed.
@@ -76,18 +94,28 @@ class Registry(Generic[T]):
         """
         if name in self._registered:
             return self._registered[name]
-        points = {point.name: point for point in entry_points(group=self.group)}
-        if name not in points:
+        point = self._entry_point(name)
+        if point is None:
             raise self._error(self._unknown(name))
         try:
-            plugin: Any = points[name].load()
+            plugin: object = point.load()
         except (ImportError, AttributeError) as error:
             raise self._error(
-                f"The {self._noun} {name!r}, which {points[name].value} is to be, cannot be loaded: {error}."
+                f"The {self._noun} {name!r}, which {point.value} is to be, cannot be loaded: {error}."
             ) from None
-        if not isinstance(plugin, self._kind) or plugin.name != name:
-            raise self._error(f"{points[name].value} is no {self._kind.__name__} called {name!r}.")
+        if not self._accepts(plugin) or self._name_of(cast(T, plugin)) != name:
+            raise self._error(f"{point.value} is no {self._kind} called {name!r}.")
         return cast(T, plugin)
+
+    def where(self, name: str, path: Callable[[T], str]) -> str | None:
+        """Returns the `module:name` of the plug-in of a name, without loading it; None where there is none."""
+        if name in self._registered:
+            return path(self._registered[name])
+        point = self._entry_point(name)
+        return None if point is None else point.value
+
+    def _entry_point(self, name: str) -> EntryPoint | None:
+        return next((point for point in entry_points(group=self.group) if point.name == name), None)
 
     def __iter__(self) -> Iterator[T]:
         return (self.get(name) for name in self.names())
@@ -96,7 +124,7 @@ class Registry(Generic[T]):
         """Names the plug-ins and says how to register another, for messages."""
         return (
             f"Known: {', '.join(self.names()) or 'none'}. Another is registered as an entry point of the group "
-            f"{self.group!r}, or at run time (peftgraph.plugins)."
+            f"{self.group!r}, or at run time ({self._how_to_add})."
         )
 
     def _unknown(self, name: str) -> str:

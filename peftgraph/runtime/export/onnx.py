@@ -25,7 +25,7 @@ def write_onnx(exported: ExportedProgram, path: Path) -> None:
     try:
         with exporter_silenced():
             written = torch.onnx.export(exported, output_names=list(spec.context), dynamo=True, verbose=False)
-    except Exception as error:
+    except Exception as error:  # the exporter raises many types; all mean that it refuses
         raise ExportError(f"torch.onnx refuses the program: {type(error).__name__}: {error}") from error
     assert written is not None
     weights = sum(tensor.numel() * tensor.element_size() for tensor in exported.state_dict.values())

@@ -54,7 +54,14 @@ class Exporter:
             raise ExportError(f"{self.suffix} export needs {' and '.join(self.requires)}: {self.install}.")
 
 
-EXPORTERS = Registry("peftgraph.exporters", Exporter, "exporter", ExportError)
+EXPORTERS: Registry[Exporter] = Registry(
+    "peftgraph.exporters",
+    "exporter",
+    ExportError,
+    kind="Exporter",
+    accepts=lambda one: isinstance(one, Exporter),
+    name_of=lambda one: one.name,
+)
 
 
 def suffixes() -> str:
