@@ -26,7 +26,7 @@ class InsertionPlacement:
         self, program: ProgramData, stations: Stations, symbols: SizeSymbols, classes: Mapping[int, str]
     ) -> None:
         self.stations, self.symbols, self.classes = stations, symbols, classes
-        self.stands_for = {move.after: move.anchor.partition("@")[0] for edit in program.edits for move in edit.moves}
+        self.stands_for = {move.after: move.anchor.value for edit in program.edits for move in edit.moves}
 
     def insert(self, found: Iterable[Insertion]) -> None:
         """Puts insertions at the stations where they enter, inner ones first; leaves out those that enter elsewhere."""

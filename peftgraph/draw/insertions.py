@@ -108,7 +108,7 @@ def insertions(program: ProgramData, sites: Sites, edits: Iterable[Edit]) -> lis
     context = _Context(program, sites)
     found = [one for edit in edits for move in edit.moves for one in _Analysis(context, edit).entering(move)]
     anchors = {move.anchor for edit in program.edits for move in edit.moves}
-    place = {move.after: i for anchor in anchors for i, move in enumerate(context.edits.moves_at(anchor))}
+    place = {move.after: i for anchor in anchors for i, move in enumerate(context.edits.chain(anchor))}
     return sorted(found, key=lambda one: place.get(one.after, 0))
 
 
@@ -132,9 +132,9 @@ class _Context:
 
     def below(self, move: Move) -> str:
         """The value that an edit's result stands on."""
-        chain = self.edits.moves_at(move.anchor)
+        chain = self.edits.chain(move.anchor)
         place = chain.index(move)
-        return chain[place - 1].after if place else move.anchor.partition("@")[0]
+        return chain[place - 1].after if place else move.anchor.value
 
 
 def _called(sites: Sites) -> dict[str, str]:
@@ -161,7 +161,7 @@ class _Analysis:
     def entering(self, move: Move) -> Iterator[Insertion]:
         """What enters by one move; nothing where only sizes or constants do, such as a wider mask."""
         below = self.context.below(move)
-        value, _, reader = move.anchor.partition("@")
+        value, reader = move.anchor.value, move.anchor.reader or ""
         after = self._carrier(self.context.nodes[move.after])
         joined = self._joined(after, below)
         if joined is not None:

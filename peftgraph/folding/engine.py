@@ -20,7 +20,7 @@ from peftgraph.folding.aliasing import AliasCheck
 from peftgraph.folding.linear_form import LinearForm
 from peftgraph.folding.steps import AcceptTrained, InstallTrained, Step, WriteWindows
 from peftgraph.ir.builder import erase_nodes
-from peftgraph.ir.edits import Edit, EditLog
+from peftgraph.ir.edits import Anchor, Edit, EditLog
 from peftgraph.ir.graphs import copy_graph
 from peftgraph.ir.ordering import in_canonical_order
 from peftgraph.ir.program import AppliedPass, ProgramData
@@ -228,21 +228,21 @@ class Folding:
             if any(self._names[self.edits.predecessor(move)] in self._inputs(name) for name in edit.nodes):
                 return f"its projection reads what {self._pass_word(other)} changed, which it does not read itself"
         for move in edit.moves:
-            line = self.edits.moves_at(move.anchor)
+            line = self.edits.chain(move.anchor)
             for earlier in line[: line.index(move)]:
                 other = self.edits.owner(earlier)
                 if _share_columns(self._by_id[other.site], site) and not self._commutes(edit, other, move.anchor):
                     return f"it stands on {self._pass_word(other)}, which is not folded"
         return None
 
-    def _commutes(self, edit: Edit, earlier: Edit, anchor: str) -> bool:
+    def _commutes(self, edit: Edit, earlier: Edit, anchor: Anchor) -> bool:
         """Checks whether an edit may fold before an earlier one at the same value: both only add to that value, and
         neither depends on it or on the result of the other."""
         joins = [rule_of(self.program, one).join for one in (edit, earlier)]
         if not all(isinstance(join, Add | AddProduct) for join in joins):
             return False
-        results = {move.after for move in self.edits.moves_at(anchor)}
-        return self._read_by(edit).isdisjoint(results) and self._read_by(earlier).isdisjoint({anchor, *results})
+        results = {move.after for move in self.edits.chain(anchor)}
+        return self._read_by(edit).isdisjoint(results) and self._read_by(earlier).isdisjoint({anchor.value, *results})
 
     def _read_by(self, edit: Edit) -> set[str]:
         """Returns the names of the values that the delta of an edit reads."""
@@ -331,12 +331,12 @@ def _readers(node: fx.Node) -> list[fx.Node]:
 
 def _at_input(edit: Edit) -> bool:
     """Checks whether an edit changes the input of one operator, and not a site's output."""
-    return any("@" in move.anchor for move in edit.moves)
+    return any(move.anchor.reader is not None for move in edit.moves)
 
 
 def _at_output(edit: Edit, site: Site) -> bool:
     """Checks whether an edit changes a site's output, and not its weight."""
-    return any(move.anchor == site.ports.get("output") for move in edit.moves)
+    return any(move.anchor == Anchor(site.ports.get("output", "")) for move in edit.moves)
 
 
 def _share_columns(a: Site, b: Site) -> bool:

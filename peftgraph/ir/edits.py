@@ -7,17 +7,35 @@ from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
+class Anchor:
+    """Names where edits enter: at a value of the base graph for all who read it, or at the operand of one reader.
+
+    Attributes:
+        value: the node whose value it is.
+        reader: the one node that reads the new value; None for all.
+    """
+
+    value: str
+    reader: str | None = None
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """The names of the nodes that it depends on."""
+        return (self.value,) if self.reader is None else (self.value, self.reader)
+
+
+@dataclass(frozen=True)
 class Move:
     """Records that an edit redirected the users of a value to another one.
 
     Attributes:
-        anchor: the base graph's node whose value it is; `value@user` when only one user was given the new value.
+        anchor: where the new value enters.
         level: the nesting of the edit there: 0 at a projection, 1 at a sublayer, 2 at a block.
         after: the node that carries the value from here on.
         uses: how many uses were moved.
     """
 
-    anchor: str
+    anchor: Anchor
     level: int
     after: str
     uses: int
@@ -72,9 +90,7 @@ class Edit:
         """Returns the edit restricted to nodes that still exist, after another edit was removed."""
         return replace(
             self,
-            moves=tuple(
-                one for one in self.moves if all(name in names for name in (*one.anchor.split("@"), one.after))
-            ),
+            moves=tuple(one for one in self.moves if all(name in names for name in (*one.anchor.nodes, one.after))),
             nodes=tuple(name for name in self.nodes if name in names),
             size_increases=tuple(one for one in self.size_increases if one.node in names),
         )
@@ -86,10 +102,10 @@ class EditLog:
 
     def __init__(self, edits: Iterable[Edit] = ()) -> None:
         self._edits: dict[int, Edit] = {}  # by identity: taking one out costs nothing
-        self._moves: dict[str, list[Move]] = {}
-        self._anchors: dict[str, str] = {}
+        self._moves: dict[Anchor, list[Move]] = {}
+        self._anchors: dict[str, Anchor] = {}
         self._owners: dict[Move, Edit] = {}
-        self._into: dict[str, dict[Move, Edit]] = {}
+        self._into: dict[str | None, dict[Move, Edit]] = {}
         for edit in edits:
             self.append(edit)
 
@@ -109,7 +125,7 @@ class EditLog:
             self._moves.setdefault(move.anchor, []).append(move)
             self._anchors[move.after] = move.anchor
             self._owners[move] = edit
-            self._into.setdefault(move.anchor.partition("@")[2], {})[move] = edit
+            self._into.setdefault(move.anchor.reader, {})[move] = edit
 
     def remove(self, edit: Edit) -> None:
         """Removes an edit."""
@@ -117,7 +133,7 @@ class EditLog:
         for move in edit.moves:
             self._moves[move.anchor].remove(move)
             self._anchors.pop(move.after, None)
-            del self._owners[move], self._into[move.anchor.partition("@")[2]][move]
+            del self._owners[move], self._into[move.anchor.reader][move]
 
     def owner(self, move: Move) -> Edit:
         """Returns the edit that a move belongs to."""
@@ -127,26 +143,31 @@ class EditLog:
         """Returns the moves that redirected an operand of `reader` alone, each with its edit."""
         return self._into.get(reader, {})
 
-    def moves_at(self, anchor: str) -> list[Move]:
+    def moves_at(self, value: str) -> list[Move]:
+        """Returns the moves that redirected all readers of a value of the base, innermost first."""
+        return self.chain(Anchor(value))
+
+    def chain(self, anchor: Anchor) -> list[Move]:
         """Returns the moves at `anchor`, innermost first: by level, then in order of application."""
         return sorted(self._moves.get(anchor, ()), key=lambda move: move.level)
 
     def predecessor(self, move: Move) -> str:
         """Returns the value that a move replaced: the next inner one at the same anchor."""
-        line = self.moves_at(move.anchor)
+        line = self.chain(move.anchor)
         position = line.index(move)
-        return line[position - 1].after if position else move.anchor.partition("@")[0]
+        return line[position - 1].after if position else move.anchor.value
 
     def value_after_removal(self, move: Move) -> str:
         """Returns the value that users read once the edit of a move is removed, whatever was applied after it."""
         value = self.predecessor(move)
         own = self.owner(move)
-        line = [one for one in self.moves_at(value) if self.owner(one) is not own] if "@" in move.anchor else []
+        line = [one for one in self.moves_at(value) if self.owner(one) is not own] if move.anchor.reader else []
         return line[-1].after if line else value
 
     def base_value(self, name: str) -> str:
         """Returns the base value that the value called `name` replaces; `name` itself if it replaces none."""
-        return self._anchors.get(name, name).partition("@")[0]
+        anchor = self._anchors.get(name)
+        return name if anchor is None else anchor.value
 
 
 def competing_copies(edits: Iterable[Edit]) -> dict[str, list[Edit]]:

@@ -12,6 +12,7 @@ from peftgraph.errors import PeftGraphError
 from peftgraph.rewrite.joins import Delta, Join
 from peftgraph.rewrite.match import Match
 from peftgraph.sites.dataflow.flow import hint
+from peftgraph.sites.roles import PORTS
 
 
 def check_join(maker: str, join: object) -> None:
@@ -57,7 +58,8 @@ def check_values(maker: str, m: Match, join: Join, values: object) -> Mapping[st
                 f"{told} returns a value for the port {port!r}, which {m.site.id} does not have; it has "
                 f"{', '.join(m.site.ports) or 'a weight alone'}."
             )
-        _check_value(f"{told} returns for the port {port!r}", join, m.value(port), new)
+        broadcasts = port in PORTS and PORTS[port].broadcasts
+        _check_value(f"{told} returns for the port {port!r}", join, m.value(port), new, broadcasts)
     return values
 
 
@@ -85,7 +87,7 @@ def _parts(delta: Delta, join: Join) -> Mapping[str, fx.Node]:
     return {join.port: delta} if isinstance(delta, fx.Node) else delta
 
 
-def _check_value(told: str, join: Join, old: fx.Node, new: fx.Node) -> None:
+def _check_value(told: str, join: Join, old: fx.Node, new: fx.Node, broadcasts: bool) -> None:
     a, b = old.meta["val"], new.meta["val"]
     if not isinstance(a, Tensor):
         return
@@ -93,11 +95,18 @@ def _check_value(told: str, join: Join, old: fx.Node, new: fx.Node) -> None:
         raise PeftGraphError(f"{told} no tensor, and the value there is {_told(old)}.")
     if a.dtype.is_floating_point != b.dtype.is_floating_point or (a.dtype == torch.bool) != (b.dtype == torch.bool):
         raise PeftGraphError(f"{told} {b.dtype}, and the value there is {a.dtype}.")
-    if not join.resizes and _sizes(a) != _sizes(b):
+    fits = _sizes(a) == _sizes(b) or (broadcasts and _broadcasts_to(_sizes(a), _sizes(b)))
+    if not (join.resizes or fits):
         raise PeftGraphError(
             f"{told} {_told(new)}, and the value there is {_told(old)}. A join whose values have other sizes says "
             "resizes = True."
         )
+
+
+def _broadcasts_to(small: list[int], large: list[int]) -> bool:
+    """Tell whether a value of the sizes `small` can be expanded to the sizes `large`."""
+    pairs = zip(reversed(small), reversed(large), strict=False)
+    return len(small) <= len(large) and all(a in (1, b) for a, b in pairs)
 
 
 def _sizes(value: Tensor) -> list[int]:

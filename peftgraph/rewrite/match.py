@@ -10,7 +10,7 @@ from torch import fx
 
 from peftgraph.errors import PeftGraphError
 from peftgraph.ir.builder import Builder
-from peftgraph.ir.edits import EditLog
+from peftgraph.ir.edits import Anchor, EditLog
 from peftgraph.ir.modes import DROPOUTS
 from peftgraph.ir.program import AppliedPass, ProgramData
 from peftgraph.ir.tensor_table import TensorTable
@@ -106,10 +106,9 @@ class Match:
 
     # values
 
-    def anchor(self, port: str) -> str:
-        """The key of the chain of edits at a port: a value that the site gives, or the edge by which it reads one."""
-        node = self.port(port)
-        return node if is_given(port) else f"{node}@{self.reader(port)}"
+    def anchor(self, port: str) -> Anchor:
+        """Where edits at a port enter: at the value for all its readers, or at the one operand that the site reads."""
+        return Anchor(self.port(port), None if is_given(port) else self.reader(port))
 
     def has(self, port: str) -> bool:
         """Whether the site, or the model around it, has that port."""
@@ -158,7 +157,7 @@ class Match:
         node = self.port(port)
         if is_given(port):
             return self._latest(node, self.nesting)
-        inside = self.edits.moves_at(self.anchor(port))
+        inside = self.edits.chain(self.anchor(port))
         return self.names[inside[-1].after] if inside else self._read(node, self.names[self.reader(port)])
 
     def _read(self, node: str, reader: fx.Node) -> fx.Node:

@@ -37,11 +37,13 @@ class Port:
         name: the word for it, as in `Add(port="output")`.
         kind: who is affected by an edit there.
         meaning: what stands there, with its shape.
+        broadcasts: whether a value of more axes, or of larger ones where the old value has 1, fits there too.
     """
 
     name: str
     kind: PortKind
     meaning: str
+    broadcasts: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +124,7 @@ PORTS: Final[Mapping[str, Port]] = MappingProxyType(
             Port("q", PortKind.EDGE, "queries, (B, H, T, d) or in the model's own layout"),
             Port("k", PortKind.EDGE, "keys, (B, H, S, d), not transposed"),
             Port("v", PortKind.EDGE, "values, (B, H, S, d)"),
-            Port("mask", PortKind.EDGE, "the mask or bias that is added to the scores, (B, H, T, S)"),
+            Port("mask", PortKind.EDGE, "the mask or bias that is added to the scores, (B, H, T, S)", broadcasts=True),
             Port("keys", PortKind.EDGE, "keys before they are repeated for the queries that share them"),
             Port("values", PortKind.EDGE, "values before they are repeated for the queries that share them"),
             Port("scored", PortKind.EDGE, "the factor of q in a product that is written out: keys, transposed"),

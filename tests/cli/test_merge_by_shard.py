@@ -42,7 +42,8 @@ def until(total):
             os.kill(os.getpid(), signal.SIGKILL)
     yield wrote
 
-merge_by_shard._bar = until
+assert hasattr(merge_by_shard, '_progress_bar')
+merge_by_shard._progress_bar = until
 merge_by_shard.merge(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), force=False)
 """
 

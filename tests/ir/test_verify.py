@@ -123,7 +123,7 @@ def nobody_claims(program: pg.Program) -> pg.Program:
 def unread_trainable(program: pg.Program) -> pg.Program:
     graph = copy_graph(program.graph)
     move = program.edits[0].moves[0]
-    after, before = find_node(graph, move.after), find_node(graph, move.anchor)
+    after, before = find_node(graph, move.after), find_node(graph, move.anchor.value)
     for user in list(after.users):
         user.replace_input_with(after, before)
     return program.evolve(graph=graph)

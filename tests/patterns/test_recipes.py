@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import peftgraph as pg
-from peftgraph.authoring import Pass, Rule
+from peftgraph.authoring import Pass, Rule, Train
 from peftgraph.passes import IA3, LoRA, SerialAdapter
 from peftgraph.rewrite.recipe import to_toml
 
@@ -88,11 +88,11 @@ def test_an_adapter_after_a_value_that_is_no_projection(fused: pg.Program) -> No
 def test_a_hand_written_norm_trains_in_place(gated_norm: pg.Program) -> None:
     pattern = pg.Pattern("own", "y = linear(n); n = norm(x)")
 
-    class Train(Pass):
+    class TrainGain(Pass):
         def rules(self) -> list[Rule]:
             return [Train(pattern["n"])]
 
-    tuned = gated_norm.apply(Train())
+    tuned = gated_norm.apply(TrainGain())
     assert set(tuned.table.trainable) == {"gain"}
 
 

@@ -203,7 +203,7 @@ def cases(*names: str) -> list[tuple[str, str]]:
     return [(name, key) for name in names for key, line in LINES.items() if name in zoo.NAMES or not line.variant]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)  # hypothesis prints what it draws, and a program's text is long
 class Base:
     """An architecture's program before any pass, and what must never change about it."""
 
@@ -219,6 +219,9 @@ class Base:
     def of(cls, name: str, attn: str, program: pg.Program, inputs: dict[str, Any]) -> Base:
         """The base of a program without passes."""
         return cls(name, attn, program, program.text(), program.table.hashes(), inputs, outputs(program, inputs))
+
+    def __repr__(self) -> str:
+        return f"Base({self.name!r}, {self.attn!r})"
 
     def is_untouched(self) -> bool:
         """Whether it is what it was."""
