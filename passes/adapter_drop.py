@@ -44,18 +44,18 @@ class AdapterDrop(Pass):
     random: bool = False
 
     def check(self) -> None:
-        """Refuses a negative depth, a pass that drops nothing, and a name or several methods inside."""
+        """Refuse a negative depth, a pass that drops nothing, and an inner method that is named or a pipeline."""
         self.require(self.layers >= 0, f"layers must be at least 0, got {self.layers}.")
         self.require(self.layers > 0 or self.random, "it drops nothing; give layers=... or random=true.")
         self.require(self.adapter.passes() == (self.adapter,), "it takes one method, not several in one.")
         self.require(not self.adapter.name, "give the name to adapter_drop, not to the adapter inside.")
 
     def rules(self) -> list[Rule]:
-        """The adapter's own rules, narrowed to the upper blocks and gated."""
+        """Return the adapter's own rules, narrowed to the upper blocks and gated."""
         return [rule if rule.delta is None else self.dropped(rule) for rule in self.adapter.rules()]
 
     def dropped(self, rule: Rule) -> Rule:
-        """A rule without its lowest blocks."""
+        """Return a rule without its lowest blocks."""
         # every stack drops its own lowest blocks; where() says that this is meant and not an ambiguity
         at = (rule.at & ~pg.layers(0, self.layers)).where(path=".*") if self.layers else rule.at
         if not self.random:
@@ -69,7 +69,7 @@ class AdapterDrop(Pass):
         return replace(rule, at=at, delta=partial(self.gated, rule.delta), fold=reason)
 
     def gated(self, delta: Build, m: Match, op: Builder) -> Mapping[str, fx.Node] | fx.Node:
-        """The adapter's delta, times whether this step's depth reaches the block."""
+        """Return the adapter's delta, multiplied by whether this step's depth reaches the block."""
         layer, stack = m.site.layer, m.site.stack
         blocks = [one.site.layer for one in m.related(pg.block) if one.site.stack == stack]
         if layer is None or layer not in blocks:

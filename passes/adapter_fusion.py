@@ -28,7 +28,7 @@ PARTS = ("down_weight", "down_bias", "up_weight", "up_bias")
 
 
 def near_identity(tensor: Tensor) -> None:
-    """The identity, with 1e-6 beside the diagonal."""
+    """Fill a tensor with the identity plus 1e-6 off the diagonal."""
     tensor.fill_(1e-6).fill_diagonal_(1.0)
 
 
@@ -54,7 +54,7 @@ class AdapterFusion(Pass):
     value: bool = True
 
     def check(self) -> None:
-        """Refuses fewer than two adapters, names that are none or the same, and what a bottleneck refuses."""
+        """Refuse fewer than two adapters, invalid or repeated names, and what a bottleneck refuses."""
         names = self.adapters
         self.require(len(names) >= 2, f"it mixes at least two adapters, got {len(names)}.")
         self.require(all(name.isidentifier() for name in names), f"names must be identifiers, got {list(names)}.")
@@ -62,11 +62,11 @@ class AdapterFusion(Pass):
         Bottleneck(width=self.width, activation=self.activation, dropout=self.dropout).check(self)
 
     def rules(self) -> list[Rule]:
-        """One rule: add the mixture to the residual sum."""
+        """Return one rule: add the mixture to the residual sum."""
         return [Rule(at=self.at, delta=self.delta, join=Add("join"), fold="its mixture depends on the input")]
 
     def delta(self, m: Match, op: Builder) -> fx.Node:
-        """sum_n p_n V z_n."""
+        """Return sum_n p_n V z_n."""
         self.require_sublayer(m)
         x, d = m.normed(op, m.value("join")), m.features
         start = init.normal(0.02)
@@ -84,7 +84,7 @@ class AdapterFusion(Pass):
         return op.call(aten.sum.dim_IntList, op.mul(v_ND, p_N1), [-2])
 
     def take(self, program: pg.Program, stages: Mapping[str, pg.Program]) -> pg.Program:
-        """Copies the first stage's adapters into `program`, in place, and returns it.
+        """Copy the first stage's adapters into `program`, in place, and return it.
 
         Args:
             program: one that this pass was applied to.
@@ -107,7 +107,7 @@ class AdapterFusion(Pass):
         return program
 
     def regulariser(self, program: pg.Program) -> Tensor:
-        """0.01 sum ||I - V||^2 over the sites, to be added to the loss."""
+        """Return 0.01 sum ||I - V||^2 over the sites, to be added to the loss."""
         values = [p for name, p in program.table.trainable.items() if name.endswith(".value_weight")]
         self.require(bool(values), "there is no V to regularise.")
         return (

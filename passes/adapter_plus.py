@@ -52,7 +52,7 @@ class AdapterPlus(Pass):
     init: Literal["houlsby", "identity"] = "houlsby"
 
     def check(self) -> None:
-        """Refuses an unknown initialisation, a drop_path outside [0, 1), and what a bottleneck refuses."""
+        """Refuse an unknown initialisation, a drop_path outside [0, 1), and what a bottleneck refuses."""
         self.require_one_of("init", UP)
         self.require(0 <= self.drop_path < 1, f"drop_path must lie in [0, 1), got {self.drop_path}.")
         self.bottleneck.check(self)
@@ -64,11 +64,11 @@ class AdapterPlus(Pass):
         return Bottleneck(width=self.width, activation=self.activation, dropout=self.dropout, down=down, up=up)
 
     def rules(self) -> list[Rule]:
-        """One rule: add the scaled bottleneck to the residual sum, or to the norm that follows it."""
+        """Return one rule: add the scaled bottleneck to the residual sum, or to the norm that follows it."""
         return [Rule(at=self.at, delta=self.delta, fold="its nonlinearity stands between it and every weight")]
 
     def delta(self, m: Match, op: Builder) -> Mapping[str, fx.Node]:
-        """c times the bottleneck of s, by the port where it enters."""
+        """Return c times the bottleneck of s, by the port where it enters."""
         self.require_sublayer(m)
         self.require_own_join(m, self.at)
         port = "normed" if m.has("normed") else "join"
@@ -77,7 +77,7 @@ class AdapterPlus(Pass):
         return {port: self.sometimes(op, op.mul(self.bottleneck.build(op, s, m.features), scale_D))}
 
     def sometimes(self, op: Builder, delta: fx.Node) -> fx.Node:
-        """delta, left out for some examples in training."""
+        """Return delta, dropped for some examples in training (stochastic depth)."""
         if not self.drop_path:
             return delta
         value = delta.meta["val"]

@@ -25,17 +25,17 @@ from peftgraph.authoring.modules import init
 
 
 def in_a_slice(m: Match) -> bool:
-    """Whether the bias is a part of a longer stored one."""
+    """Tell whether the bias is a part of a longer stored one."""
     return m.site.bias is not None and m.site.bias.window is not None
 
 
 def missing(m: Match) -> bool:
-    """Whether there is no bias."""
+    """Tell whether there is no bias."""
     return m.site.bias is None
 
 
 def whole(m: Match) -> bool:
-    """Whether the bias is all that is stored under its name."""
+    """Tell whether the bias is a whole stored tensor."""
     return not missing(m) and not in_a_slice(m)
 
 
@@ -69,10 +69,10 @@ class BitFit(Pass):
         return [*biases, *([added] if self.zero else []), *also]
 
     def delta(self, m: Match, op: Builder) -> fx.Node:
-        """d, shaped to broadcast over the value."""
+        """Return d in a shape that broadcasts over the value."""
         return m.along_features(op, op.param("bitfit_d", (*m.experts, m.features), init.zeros))
 
     def fold(self, m: Match, p: Params) -> Mapping[ParameterValue, Tensor]:
-        """b + d."""
+        """Return b + d."""
         assert m.bias is not None
         return {m.bias: m.bias.value + p.bitfit_d}

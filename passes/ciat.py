@@ -53,7 +53,7 @@ class CIAT(Pass):
     init: Literal["xavier_uniform", "identity"] = "xavier_uniform"
 
     def check(self) -> None:
-        """Refuses an unknown initialisation, and what a bottleneck refuses."""
+        """Refuse an unknown initialisation, and what a bottleneck refuses."""
         self.require_one_of("init", UP)
         for width in (self.width, self.embedding_width):
             self.bottleneck(1 if width is None else width).check(self)

@@ -64,7 +64,7 @@ class Compacter(Pass):
     norms: bool = True
 
     def check(self) -> None:
-        """Refuses unknown words, sizes below 1, a width that n does not divide, and what a bottleneck refuses."""
+        """Refuse unknown words, sizes below 1, a width that n does not divide, and what a bottleneck refuses."""
         self.require_one_of("init", STARTS)
         self.require_one_of("place", PORTS)
         Bottleneck(width=self.width, activation=self.activation, dropout=self.dropout).check(self)
@@ -89,7 +89,7 @@ class Compacter(Pass):
         return self.product(op, "up", narrow, self.width, m.features)
 
     def product(self, op: Builder, side: str, x: fx.Node, inner: int, out: int) -> fx.Node:
-        """x (..., I) -> x W + b (..., O), through N rows of I/N features."""
+        """Return x (..., I) -> x W + b (..., O), through N rows of I/N features."""
         n, start = self.n, STARTS[self.init]
         std = 1e-4 if self.shared else 1e-2
         make = op.shared_param if self.shared else op.param

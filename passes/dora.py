@@ -56,7 +56,7 @@ class DoRA(Pass):
     form: Literal["paper", "adapters"] = omit_default("paper")
 
     def check(self) -> None:
-        """Refuses a rank below 1, a dropout outside [0, 1) and an unknown form."""
+        """Refuse a rank below 1, a dropout outside [0, 1) and an unknown form."""
         self.path.check(self)
         self.require_one_of("form", ("paper", "adapters"))
 
@@ -76,16 +76,16 @@ class DoRA(Pass):
         return self.scale if self.form == "paper" else 1.0
 
     def rules(self) -> list[Rule]:
-        """One rule: add what turns x W^T into x W'^T."""
+        """Return one rule: add x W'^T - x W^T."""
         join = AddProduct()
         return [Rule(at=self.at, delta=self.delta, join=join, fold=self.fold, row_axes=self.row_axes, check=self.fits)]
 
     def fits(self, sites: Sequence[pg.Site]) -> None:
-        """Refuses a rank that no site has."""
+        """Refuse a rank that no site has."""
         self.path.fits(self, sites)
 
     def delta(self, m: Match, op: Builder) -> fx.Node:
-        """(g - 1) (y - b) + g s (drop(x) A^T) B^T."""
+        """Return (g - 1) (y - b) + g s (drop(x) A^T) B^T."""
         scales_bias = self.form == "adapters" and m.form == "weight" and m.bias is not None
         self.require(
             not scales_bias, f'form="adapters" scales the bias of {m.site.id}, and only its weight is at hand.'
@@ -104,7 +104,8 @@ class DoRA(Pass):
         return op.add(op.mul(op.call(aten.sub.Tensor, g, 1), y), op.mul(low, g))
 
     def start(self, m: Match, tensor: Tensor) -> None:
-        """||W||, to the last bit what the graph computes, which layout and dtype decide; refuses rows of zeros."""
+        """Fill a tensor with ||W||, bit for bit as the graph computes it in its layout and dtype; refuse rows of
+        zeros."""
         norm_O = torch.linalg.vector_norm(m.weight.value.to(tensor.dtype).contiguous(), 2, -1)
         zeros = int((norm_O == 0).sum())
         self.require(
@@ -115,7 +116,7 @@ class DoRA(Pass):
         tensor.copy_(norm_O)
 
     def fold(self, m: Match, p: Params) -> Mapping[ParameterValue, Tensor]:
-        """g (W + s B A), and g b where the form has it."""
+        """Return g (W + s B A), and g b where the form has it."""
         weight, change_OI = m.weight, p.lora_B @ p.lora_A
         g_O = p.dora_m / torch.linalg.vector_norm(weight.value + self.weighs * change_OI, 2, -1)
         folded = {weight: g_O.unsqueeze(-1) * (weight.value + self.scale * change_OI)}

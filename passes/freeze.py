@@ -33,7 +33,7 @@ class Freeze(Pass):
     head: bool = False
 
     def check(self) -> None:
-        """Refuses a number of blocks below 1."""
+        """Refuse a number of blocks below 1."""
         self.require(self.top is None or self.top >= 1, f"top must be at least 1 or none, got {self.top}.")
 
     def rules(self) -> list[Rule]:

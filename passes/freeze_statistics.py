@@ -37,7 +37,7 @@ class FreezeStatistics(Pass):
     at: pg.Selector = pg.norm
 
     def rules(self) -> list[Rule]:
-        """One rule: the norm as it is in evaluation, in the place of the one that writes."""
+        """Return one rule: replace the norm by its form in evaluation, which updates no statistics."""
         where_message = "keeps running statistics"
         join = Replace(exclusive=False)
         return [
@@ -53,12 +53,12 @@ class FreezeStatistics(Pass):
         ]
 
     def keeps(self, m: Match) -> bool:
-        """Whether a norm keeps running statistics."""
+        """Tell whether a norm keeps running statistics."""
         node = m.names[m.site.op]
         return node.target in BATCH_NORMS and node.args[3] is not None
 
     def delta(self, m: Match, op: Builder) -> fx.Node:
-        """The norm of x by its running statistics."""
+        """Return x normalised by the running statistics."""
         norm = m.names[m.site.op]
         assert not isinstance(norm.target, str)
         before, after = norm.args[1:USES_BATCH], norm.args[USES_BATCH + 1 :]
@@ -68,7 +68,7 @@ class FreezeStatistics(Pass):
         return op.disable_write(fixed)
 
     def counts(self, m: Match, norm: fx.Node) -> list[fx.Node]:
-        """What counts the batches that the statistics of a norm have seen: it adds to an integer beside them."""
+        """Return the nodes that count the batches seen by the running statistics of a norm."""
         mean = norm.args[3]
         assert isinstance(mean, fx.Node)
         beside = str(mean.target).rpartition(".")[0]
@@ -81,5 +81,5 @@ class FreezeStatistics(Pass):
         return [user for user in found if user.target is aten.add_.Tensor]
 
     def fold(self, m: Match, p: Params) -> Mapping[ParameterValue, Tensor]:
-        """Nothing changes."""
+        """Return no changes: the stored tensors stay as they are."""
         return {}

@@ -51,7 +51,7 @@ class Houlsby(Pass):
     norms: bool = True
 
     def check(self) -> None:
-        """Refuses an unknown initialisation or place, and what a bottleneck refuses."""
+        """Refuse an unknown initialisation or place, and what a bottleneck refuses."""
         self.require_one_of("init", STD)
         self.require_one_of("place", PORTS)
         self.bottleneck.check(self)
@@ -69,10 +69,10 @@ class Houlsby(Pass):
         return [adapter, Train(pg.norm)] if self.norms else [adapter]
 
     def read(self, m: Match, op: Builder) -> fx.Node:
-        """h."""
+        """Return h."""
         return m.value(PORTS[self.place])
 
     def delta(self, m: Match, op: Builder) -> fx.Node:
-        """The bottleneck of h."""
+        """Return the bottleneck of h."""
         self.require_sublayer(m)
         return self.bottleneck.build(op, self.read(m, op), m.features)

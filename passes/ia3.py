@@ -37,15 +37,15 @@ class IA3(Pass):
     side: Literal["output", "input"] = omit_default("output")
 
     def check(self) -> None:
-        """Refuses an unknown side."""
+        """Refuse an unknown side."""
         self.require_one_of("side", ("output", "input"))
 
     def rules(self) -> list[Rule]:
-        """One rule: multiply the value by a learned vector."""
+        """Return one rule: multiply the value by a learned vector."""
         return [Rule(at=self.at, delta=self.delta, join=Multiply(self.side), fold=self.fold, row_axes=self.row_axes)]
 
     def delta(self, m: Match, op: Builder) -> fx.Node:
-        """The vector l, shaped to broadcast over the value."""
+        """Return the vector l in a shape that broadcasts over the value."""
         self.require(
             m.site.weight is not None,
             f"{m.site.id} has no weight to fold a scale into; choose projections or ffn.hidden.",
@@ -60,7 +60,7 @@ class IA3(Pass):
         return op.param("ia3_l", (m.shape[1],), init.ones)
 
     def fold(self, m: Match, p: Params) -> Mapping[ParameterValue, Tensor]:
-        """Rows of the weight and the bias for an output, columns of the weight for what it reads."""
+        """Scale rows of the weight and the bias for an output, columns of the weight for an input."""
         weight = m.weight
         if self.at_input(m):
             return {weight: weight.value * p.ia3_l.unsqueeze(-2)}
@@ -68,9 +68,9 @@ class IA3(Pass):
         return scaled if m.bias is None else scaled | {m.bias: m.bias.value * p.ia3_l}
 
     def row_axes(self, m: Match) -> Mapping[str, int]:
-        """l has the features of the output, unless it scales those of the input."""
+        """Return which axis of l follows the rows of the weight: its last, unless l scales the input's features."""
         return {} if self.at_input(m) else {"ia3_l": -1}
 
     def at_input(self, m: Match) -> bool:
-        """Whether what is scaled is what the site's weight reads."""
+        """Tell whether the input of the site's weight is scaled."""
         return self.side == "input" or m.site.role == "ffn.hidden"

@@ -56,7 +56,7 @@ class Invertible(Pass):
     inverse: bool = omit_default(True)
 
     def check(self) -> None:
-        """Refuses a reduction that is no factor, and unknown words."""
+        """Refuse a reduction that is no factor of the width, and unknown words."""
         self.require(self.reduction > 0, f"reduction must be above 0, got {self.reduction}.")
         self.require_one_of("activation", ACTIVATIONS)
         self.require_one_of("init", UP)
@@ -85,16 +85,16 @@ class Invertible(Pass):
         return [there, back] if self.inverse else [there]
 
     def tables(self, m: Match) -> list[Match]:
-        """The tables of tokens whose embeddings are coupled."""
+        """Return the token embedding tables whose output is transformed."""
         return [one for one in m.related(self.at) if is_token_embedding(one)]
 
     def gives_tokens(self, m: Match) -> bool:
-        """Whether a projection is the output embedding."""
+        """Tell whether a projection is an output embedding: it shares a table's weight or has its shape."""
         tables = self.tables(m) if m.site.columns is None else []
         return any(m.shares_weight(one) or m.shape == one.shape[::-1] for one in tables)
 
     def coupled(self, m: Match, op: Builder) -> Mapping[str, fx.Node]:
-        """[e1 + F(e2); e2 + G(o1)]."""
+        """Return [e1 + F(e2); e2 + G(o1)]."""
         port, tables = embedding_output_port(m), self.tables(m)
         widths = {one.shape[0] for one in tables}
         self.require(len(widths) == 1, f"F and G have one width, and the embeddings have {sorted(widths)}. Choose one.")
@@ -105,7 +105,7 @@ class Invertible(Pass):
         return {port: op.call(aten.cat.default, [o1, op.add(e2, self.shift(op, "g", o1, e2))], -1)}
 
     def uncoupled(self, m: Match, op: Builder) -> fx.Node:
-        """[o1 - F(e2); o2 - G(o1)]."""
+        """Return [o1 - F(e2); o2 - G(o1)]."""
         for edit in m.edits:
             other, here = m.history[edit.application].method, edit.site == m.site.id
             if here and isinstance(other, Invertible):
@@ -122,7 +122,7 @@ class Invertible(Pass):
         return op.call(aten.cat.default, [op.call(aten.sub.Tensor, o1, self.shift(op, "f", e2, o1)), e2], -1)
 
     def halves(self, op: Builder, x: fx.Node) -> tuple[fx.Node, fx.Node]:
-        """The two parts of the features; of an odd number of them the second has one more."""
+        """Split the features in two; where their number is odd, the second part has one more."""
         width = int(x.meta["val"].shape[-1])
         return op.call(aten.slice.Tensor, x, -1, 0, width // 2), op.call(aten.slice.Tensor, x, -1, width // 2, width)
 

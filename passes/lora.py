@@ -68,7 +68,7 @@ class LoRA(Pass):
     weight: float = omit_default(1.0)
 
     def check(self) -> None:
-        """Refuses a rank below 1, a dropout outside [0, 1), unknown words and a weight that is no number."""
+        """Refuse a rank below 1, a dropout outside [0, 1), unknown words and a weight that is no number."""
         self.path.check(self)
         self.require_one_of("init", INITS)
         self.require_one_of("bias", BIASES)
@@ -90,7 +90,7 @@ class LoRA(Pass):
         return self.init in ("pissa", "olora")
 
     def weighted(self, weight: float) -> Self:
-        """The same pass with w times as much."""
+        """Return the same pass with its delta scaled by w."""
         return replace(self, weight=self.weight * weight)
 
     def rules(self) -> list[Rule]:
@@ -110,11 +110,12 @@ class LoRA(Pass):
         return [path, *biases[self.bias]]
 
     def fits(self, sites: Sequence[pg.Site]) -> None:
-        """Refuses a rank that no site has, or that one lacks whose start is made of its own directions."""
+        """Refuse a rank that no site has, or, where A and B start from the weight's singular directions, that some site
+        does not reach."""
         self.path.fits(self, sites, everywhere=self.moved)
 
     def delta(self, m: Match, op: Builder) -> fx.Node:
-        """w s (drop(x) A^T) B^T, less its start where that is not zero."""
+        """Return w s (drop(x) A^T) B^T, minus its initial value where that is not zero."""
         if not self.moved:
             start = init.kaiming if self.init == "kaiming" else init.normal(1 / self.rank)
             y = self.path.build(self, m, op, *self.path.factors(m, op, down=start))
@@ -126,7 +127,7 @@ class LoRA(Pass):
         return op.mul(y, self.weight * self.scale)
 
     def start(self, m: Match) -> tuple[Start, Start]:
-        """How A and B start from the weight."""
+        """Return how A and B start from the weight."""
         if self.init == "pissa":
             return init.principal(m.weight.value, self.rank, self.scale)
         return init.orthonormal_columns(m.weight.value, self.rank)

@@ -70,7 +70,8 @@ class LoReFT(Pass):
     skip_padding: bool = True
 
     def check(self) -> None:
-        """Refuses sizes out of range, ends that contradict one another, and an identity behind an activation."""
+        """Refuse sizes out of range, ends that contradict one another, and identity initialisation with an
+        activation."""
         self.require(self.rank >= 1, f"rank must be at least 1, got {self.rank}.")
         self.require(0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}.")
         for end in ("prefix", "suffix"):
@@ -86,16 +87,16 @@ class LoReFT(Pass):
             self.require(self.start == "paper", 'an activation has no identity to start at; give start="paper".')
 
     def rules(self) -> list[Rule]:
-        """One rule: the edited hidden state instead of h."""
+        """Return one rule: replace h by the edited hidden state."""
         reason = "its edit holds at some positions only, and no one weight gives the hidden state"
         return [Rule(at=self.at, delta=self.delta, join=Replace(exclusive=False), fold=reason)]
 
     def finalized(self) -> Self:
-        """The same edit with R itself as a parameter."""
+        """Return the same pass with R itself as a parameter."""
         return replace(self, orthogonal=False)
 
     def delta(self, m: Match, op: Builder) -> fx.Node:
-        """h, edited at the chosen positions."""
+        """Return h, edited at the chosen positions."""
         h_BSD = m.output
         sequence = h_BSD.meta["val"].dim() == 3 and m.site.feature_axis == -1 and m.site.columns is None
         self.require(sequence, f"{m.site.id} is no (batch, positions, features); choose block, attention or ffn.")
@@ -112,7 +113,7 @@ class LoReFT(Pass):
         return result_BSD
 
     def ends(self, m: Match, op: Builder) -> fx.Node:
-        """(1, B, S, 1) booleans, where the edit holds; untied (2, B, S, 1), the prefix's and the suffix's."""
+        """Return where the edit applies, booleans (1, B, S, 1); untied (2, B, S, 1), for the prefix and the suffix."""
         if self.skip_padding:
             real_BS = token_mask(m, op)
         else:
@@ -123,7 +124,7 @@ class LoReFT(Pass):
         return op.call(aten.unsqueeze.default, op.call(aten.stack.default, edits), -1)
 
     def edited(self, op: Builder, h_BSD: fx.Node, name: str) -> fx.Node:
-        """drop(h + R^T (W h + b - R h)), with parameters of its own, called `{name}weight` and so on."""
+        """Return drop(h + R^T (W h + b - R h)), with parameters of its own, named `{name}weight` and so on."""
         width = int(h_BSD.meta["val"].shape[-1])
         w_RD, r_RD = self.matrices(op, (self.rank, width), name)
         b_R = op.param(f"{name}bias", (self.rank,), init.uniform(width**-0.5) if self.drawn else init.zeros)

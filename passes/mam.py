@@ -47,15 +47,15 @@ class MAM(Pass):
     input: Literal["normed", "residual"] = "normed"
 
     def check(self) -> None:
-        """Refuses what a part refuses."""
+        """Refuse what either part refuses."""
         self.passes()
 
     def passes(self) -> tuple[Pass, ...]:
-        """The prefix and the adapter."""
+        """Return the prefix pass and the adapter pass."""
         prefix = Prefix(at=self.attention, length=self.length, hidden=self.hidden, name=self.name)
         adapter = ParallelAdapter(at=self.ffn, width=self.width, scale=self.scale, input=self.input, name=self.name)
         return (prefix, adapter)
 
     def rules(self) -> list[Rule]:
-        """Those of both."""
+        """Return the rules of both parts."""
         return [rule for part in self.passes() for rule in part.rules()]

@@ -60,7 +60,7 @@ class ParallelAdapter(Pass):
     init: Literal["lora", "bert"] = "lora"
 
     def check(self) -> None:
-        """Refuses unknown words, and what a bottleneck refuses."""
+        """Refuse unknown words, and what a bottleneck refuses."""
         self.require_one_of("init", STARTS)
         self.require_one_of("input", INPUTS)
         self.bottleneck.check(self)
@@ -72,17 +72,17 @@ class ParallelAdapter(Pass):
         return Bottleneck(width=self.width, activation=self.activation, dropout=self.dropout, down=down, up=up)
 
     def rules(self) -> list[Rule]:
-        """One rule: add the scaled bottleneck of the sublayer's input to its output, or to the heads."""
+        """Return one rule: add the scaled bottleneck of the sublayer's input to its output, or to the heads."""
         reason = "its nonlinearity stands between it and every weight"
         return [Rule(at=self.at, delta=self.delta, fold=reason, gate_input=self.read)]
 
     def read(self, m: Match, op: Builder) -> fx.Node:
-        """x."""
+        """Return x."""
         sublayer = self.sublayer(m) if m.site.role == "attention.o" else m
         return sublayer.value(INPUTS[self.input])
 
     def delta(self, m: Match, op: Builder) -> Mapping[str, fx.Node]:
-        """s times the bottleneck of x, by the port where it enters."""
+        """Return s times the bottleneck of x, by the port where it enters."""
         heads = m.site.role == "attention.o"
         sublayer = self.sublayer(m) if heads else m
         self.require_sublayer(sublayer)
@@ -100,7 +100,7 @@ class ParallelAdapter(Pass):
         return {"input" if heads else "output": delta}
 
     def sublayer(self, m: Match) -> Match:
-        """The attention whose output projection m is."""
+        """Return the attention that m is the output projection of."""
         same = [one for one in m.related(pg.attention, same_layer=True) if one.site.kind == m.site.kind]
         self.require(len(same) == 1, f"{len(same)} attentions of its kind share the layer of {m.site.id}, not one.")
         return same[0]

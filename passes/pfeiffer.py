@@ -46,7 +46,7 @@ class Pfeiffer(Pass):
     init: Literal["bert", "identity"] = "bert"
 
     def check(self) -> None:
-        """Refuses an unknown initialisation, and what a bottleneck refuses."""
+        """Refuse an unknown initialisation, and what a bottleneck refuses."""
         self.require_one_of("init", UP)
         self.bottleneck.check(self)
 
@@ -62,7 +62,7 @@ class Pfeiffer(Pass):
         )
 
     def rules(self) -> list[Rule]:
-        """One rule: add the bottleneck of the normed residual sum to the residual sum."""
+        """Return one rule: add the bottleneck of the normed residual sum to the residual sum."""
         reason = "its nonlinearity stands between it and every weight"
         return [Rule(at=self.at, delta=self.delta, join=Add("join"), fold=reason, gate_input=self.normed)]
 
@@ -71,7 +71,7 @@ class Pfeiffer(Pass):
         return op.shared_value(f"{m.site.id}.normed", lambda: m.normed(op, m.value("join")))
 
     def delta(self, m: Match, op: Builder) -> fx.Node:
-        """The bottleneck of N(s)."""
+        """Return the bottleneck of N(s)."""
         self.require_sublayer(m)
         self.require_own_join(m, self.at)
         return self.bottleneck.build(op, self.normed(m, op), m.features)

@@ -60,7 +60,7 @@ class Prefix(Pass):
     biases: Literal["kept", "shifted", "dropped"] = omit_default("kept")
 
     def check(self) -> None:
-        """Refuses sizes below 1, a dropout outside [0, 1), and two ways to place the rows at once."""
+        """Refuse sizes below 1, a dropout outside [0, 1), and two ways to place the rows at once."""
         self.require(self.length >= 1, f"length must be at least 1, got {self.length}.")
         self.require(self.hidden is None or self.hidden >= 1, f"hidden must be at least 1 or none, got {self.hidden}.")
         self.require(0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}.")
@@ -68,13 +68,13 @@ class Prefix(Pass):
         self.require(not self.placed or self.biases == "kept", "placed=true says already where biases fall.")
 
     def rules(self) -> list[Rule]:
-        """One rule: put the rows in front of the keys and values."""
+        """Return one rule: prepend the rows to the keys and values."""
         reason = "the prefix is attended to, and no weight holds rows of keys or values"
         join = PrependKV(placed=self.placed, biases=self.biases)
         return [Rule(at=self.at, delta=self.delta, join=join, fold=reason, gate_input=self.attended)]
 
     def finalized(self) -> Self:
-        """The same prefix without the MLP."""
+        """Return the same prefix without the MLP."""
         return replace(self, hidden=None)
 
     def delta(self, m: Match, op: Builder) -> dict[str, fx.Node]:
@@ -118,11 +118,11 @@ class Prefix(Pass):
         return self.queries(m, same_layer=False).shape[1]
 
     def attended(self, m: Match, op: Builder) -> fx.Node:
-        """What the attention's queries are made of."""
+        """Return the value that the attention's queries are projected from."""
         return self.queries(m, same_layer=True).input
 
     def queries(self, m: Match, same_layer: bool) -> Match:
-        """The first projection of queries of the site's kind, or of any."""
+        """Return the first query projection of the site's kind, or of any kind."""
         queries = m.related(pg.attention.q, same_layer)
         self.require(bool(queries), f"no projection gives the queries of {m.site.id}; use hidden=none.")
         beside = [one for one in queries if (one.site.stack, one.site.kind) == (m.site.stack, m.site.kind)]

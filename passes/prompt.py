@@ -74,7 +74,7 @@ class Prompt(Pass):
     returns: Literal["tokens", "all"] = omit_default("tokens")
 
     def check(self) -> None:
-        """Refuses a length below 1, unknown words, and classes that do not fit."""
+        """Refuse a length below 1, unknown words, and classes that do not fit."""
         self.require(self.length >= 1, f"length must be at least 1, got {self.length}.")
         self.require_one_of("init", (*INITIALIZERS, "vocabulary", "classes"))
         self.require_one_of("place", START_INDEX)

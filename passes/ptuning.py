@@ -52,7 +52,7 @@ class PTuning(Pass):
     hidden: int | None = None
 
     def check(self) -> None:
-        """Refuses sizes below 1, a negative token and an unknown encoder."""
+        """Refuse sizes below 1, a negative token and an unknown encoder."""
         self.require(self.length >= 1, f"length must be at least 1, got {self.length}.")
         self.require(self.token is None or self.token >= 0, f"token must be at least 0 or none, got {self.token}.")
         self.require_one_of("encoder", ("lstm", "mlp", "none"))
@@ -66,11 +66,11 @@ class PTuning(Pass):
         return [replace_token_rule(self.at, self.token, self.rows, reason)]
 
     def finalized(self) -> Self:
-        """The same rows without their encoder."""
+        """Return the same rows without their encoder."""
         return replace(self, encoder="none", hidden=None)
 
     def rows(self, m: Match, op: Builder) -> fx.Node:
-        """h, (L, D)."""
+        """Return h, (L, D)."""
         if self.encoder == "none":
             return op.param("prompt", (self.length, m.features), init.normal(1.0))
         start_LD = op.param("start", (self.length, m.features), init.normal(1.0))

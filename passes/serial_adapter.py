@@ -41,7 +41,7 @@ class SerialAdapter(Pass):
     std: float = 1e-2
 
     def check(self) -> None:
-        """Refuses an empty bottleneck, an unknown activation, a dropout outside [0, 1) and a std of 0 or less."""
+        """Refuse an empty bottleneck, an unknown activation, a dropout outside [0, 1) and a std of 0 or less."""
         self.bottleneck.check(self)
         self.require(self.std > 0, f"std must be positive, got {self.std}.")
 
@@ -52,14 +52,14 @@ class SerialAdapter(Pass):
         return Bottleneck(width=self.width, activation=self.activation, dropout=self.dropout, down=down)
 
     def rules(self) -> list[Rule]:
-        """One rule: add the bottleneck of the output to the output."""
+        """Return one rule: add the bottleneck of the output to the output."""
         reason = "its nonlinearity stands between it and every weight"
         return [Rule(at=self.at, delta=self.delta, fold=reason, gate_input=self.read)]
 
     def read(self, m: Match, op: Builder) -> fx.Node:
-        """h."""
+        """Return h."""
         return m.output
 
     def delta(self, m: Match, op: Builder) -> fx.Node:
-        """The bottleneck of h."""
+        """Return the bottleneck of h."""
         return self.bottleneck.build(op, self.read(m, op), m.features)

@@ -44,7 +44,7 @@ class TrainableTokens(Pass):
     at: pg.Selector = pg.embedding
 
     def check(self) -> None:
-        """Refuses no tokens at all, negative ones, and one that is named twice."""
+        """Refuse an empty list of tokens, negative tokens and repeated ones."""
         object.__setattr__(self, "tokens", tuple(self.tokens))
         self.require(bool(self.tokens), "tokens must name at least one token.")
         wrong = next((one for one in self.tokens if isinstance(one, bool) or not isinstance(one, int) or one < 0), None)
@@ -62,22 +62,22 @@ class TrainableTokens(Pass):
         ]
 
     def rule(self, **more: Any) -> Rule:
-        """One of both, below the edits of all other passes at the same sites."""
+        """Return one of the two rules, at the level below all other passes at the same sites."""
         join = Replace(exclusive=False)
         rows = {"table_rows": self.tokens, "max_rank": len(self.tokens), "nesting": Nesting.INNERMOST}
         return Rule(delta=self.delta, fold=self.fold, join=join, **rows, **more)
 
     def names_tokens(self, m: Match) -> bool:
-        """Whether the rows of a site's table are those of tokens."""
+        """Tell whether the rows of a site's table belong to tokens."""
         embeds = m.site.role == "embedding" and is_token_embedding(m)
         return embeds or (m.site.role == "head" and m.site.columns is None)
 
     def chosen(self, m: Match) -> list[Match]:
-        """The sites whose table is meant."""
+        """Return the embedding sites that the pass applies to."""
         return [one for one in m.related(self.at) if self.names_tokens(one)]
 
     def delta(self, m: Match, op: Builder) -> fx.Node:
-        """The value with the rows in it."""
+        """Return the value with the trained rows in place of the stored ones."""
         self.fits(m)
         base = m.rows(self.tokens)
         rows_ND = op.shared_param("tokens", base.value.shape, lambda rows: rows.copy_(base.value))
@@ -98,7 +98,7 @@ class TrainableTokens(Pass):
         return op.call(aten.where.self, op.call(aten.ge.Scalar, slot_BT1, 0), row_BTD, m.output)
 
     def fits(self, m: Match) -> None:
-        """Refuses tokens outside of the table or in another pass, and tables that are not one."""
+        """Refuse tokens outside the table or in another pass, and sites that do not share one table."""
         apart = next((one for one in self.chosen(m) if not m.shares_weight(one)), None)
         self.require(
             apart is None,
@@ -121,5 +121,5 @@ class TrainableTokens(Pass):
                     raise pg.Conflict(f"{self} and {other} both train token {both} (at {m.site.id}). Choose one.")
 
     def fold(self, m: Match, p: Params) -> Mapping[ParameterValue, Tensor]:
-        """The rows themselves."""
+        """Return the trained rows, which replace those of the table."""
         return {m.rows(self.tokens): p.tokens}

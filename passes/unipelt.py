@@ -50,7 +50,7 @@ class UniPELT(Pass):
     tokens_only: bool = False
 
     def check(self) -> None:
-        """Refuses unknown words, no methods at all, pipelines, and two methods that cannot be told apart."""
+        """Refuse unknown words, an empty list of methods, pipelines, and two methods that are not distinguishable."""
         self.require_one_of("gates", ("method", "site", "shared"))
         self.require(len(self.methods) > 0, "it needs at least one method.")
         for one in self.methods:
@@ -59,13 +59,13 @@ class UniPELT(Pass):
         self.require(len(set(labels)) == len(labels), "two of its methods are of one sort; give them different names.")
 
     def rules(self) -> list[Rule]:
-        """The rules of all methods, gated; parameters of the model that a method trains train as they do alone."""
+        """Return the rules of all methods, gated; the model's own parameters that a method trains are not gated."""
         return [
             rule if rule.delta is None else gated(rule, self.gate(one)) for one in self.methods for rule in one.rules()
         ]
 
     def finalized(self) -> Self:
-        """The same gates over the methods as they are after training."""
+        """Return the same gates over the finalized methods."""
         return replace(self, methods=tuple(one.finalized() for one in self.methods))
 
     def gate(self, method: Pass) -> Gate:
@@ -83,7 +83,7 @@ class UniPELT(Pass):
         return gate
 
     def opening(self, m: Match, op: Builder, x_BTD: fx.Node, make: Make, name: str) -> fx.Node:
-        """The mean of sigmoid(w x + b) over positions, (B,)."""
+        """Return the gate: the mean of sigmoid(w x + b) over positions, (B,)."""
         width = int(x_BTD.meta["val"].shape[-1])
         weight_1D = make(f"{name}_weight", (1, width), init.kaiming)
         bias_1 = make(f"{name}_bias", (1,), init.uniform(width**-0.5))

@@ -47,17 +47,18 @@ class ZeroInitPrefix(Pass):
     tanh: bool = False
 
     def check(self) -> None:
-        """Refuses a length below 1 and an unknown gate."""
+        """Refuse a length below 1 and an unknown gate."""
         self.require(self.length >= 1, f"length must be at least 1, got {self.length}.")
         self.require_one_of("gate", ("head", "layer"))
 
     def rules(self) -> list[Rule]:
-        """One rule: add to the heads what the queries get from the rows."""
+        """Return one rule: add to the heads the queries' attention over the rows."""
         reason = "the rows are attended to, and no weight holds rows of keys or values"
         return [Rule(at=self.at, delta=self.delta, fold=reason)]
 
     def delta(self, m: Match, op: Builder) -> fx.Node:
-        """g softmax(q P_K^T) P_V, as the core gives its heads; side by side behind a whole attention."""
+        """Return g softmax(q P_K^T) P_V, in the layout of the core's heads; with the heads concatenated where the site
+        is a whole attention."""
         if m.site.role != "attention":
             return self.attended(m, op)
         heads = self.attended(self.one_of(m, pg.attention.core), op)
@@ -69,7 +70,7 @@ class ZeroInitPrefix(Pass):
         return op.call(aten.flatten.using_ints, op.call(aten.transpose.int, heads, 1, 2), 2)
 
     def attended(self, m: Match, op: Builder) -> fx.Node:
-        """g softmax(q P_K^T) P_V at a core."""
+        """Return g softmax(q P_K^T) P_V at a core."""
         keys, values = self.one_of(m, pg.attention.k), self.one_of(m, pg.attention.v)
         self.require(
             keys.shape[1] == values.shape[1],
@@ -85,13 +86,13 @@ class ZeroInitPrefix(Pass):
         return per_head(m, op, heads, lambda value: op.mul(value, self.opening(op, value)))
 
     def opening(self, op: Builder, heads: fx.Node) -> fx.Node:
-        """g, (H, 1, 1) or (1, 1, 1)."""
+        """Return g, (H, 1, 1) or (1, 1, 1)."""
         count = int(heads.meta["val"].shape[1]) if self.gate == "head" else 1
         gate = op.param("gate", (count,), init.zeros)
         return op.call(aten.view.default, op.activation("tanh", gate) if self.tanh else gate, [count, 1, 1])
 
     def one_of(self, m: Match, role: pg.Selector) -> Match:
-        """The one projection that gives the keys, or the values, of an attention; or its core."""
+        """Return the one projection of an attention's keys or values, or its core."""
         found = [one for one in m.related(role, same_layer=True) if one.site.kind == m.site.kind]
         self.require(len(found) == 1, f"{m.site.id} has {len(found)} sites at {role}, and the rows go through one.")
         return found[0]

@@ -1,4 +1,4 @@
-"""What a user can do wrong, and how it is said: every message names what, where, and what to do."""
+"""The errors that a user's input can cause; every message names what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class TraceError(PeftGraphError):
 
 
 class CallError(PeftGraphError, TypeError):
-    """A lowered module was called with inputs that its graph was not traced for."""
+    """A module was called with inputs that its graph was not traced for."""
 
 
 class NoMatch(PeftGraphError):
@@ -47,7 +47,7 @@ class ExportError(PeftGraphError):
 
 
 class NoPickle(PeftGraphError, TypeError):
-    """A module was to be pickled; the message says what to save instead."""
+    """A module cannot be pickled; the message says what to save instead."""
 
 
 class NoFold(PeftGraphError):
@@ -67,16 +67,16 @@ class NoFold(PeftGraphError):
 
 
 class PeftGraphWarning(UserWarning):
-    """Something was asked for that could be done in part only; the message says what was left out."""
+    """A request was carried out only in part; the message says what was left out."""
 
 
 class LeftOut(PeftGraphWarning):
-    """A pass has no site at some attentions or sublayers of the kind that it was put on; `program.left_out` lists
+    """A pass has no site at some attentions or sublayers of the kind that it was applied to; `program.left_out` lists
     them."""
 
 
 def warn(words: str, category: type[PeftGraphWarning] = PeftGraphWarning) -> None:
-    """Warns at the line of the caller's own code that called into this package."""
+    """Warn at the line of the caller's own code that called into this package."""
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
         level, frame = level + 1, frame.f_back
@@ -88,7 +88,8 @@ class VerifyError(AssertionError):
 
 
 def pointed(text: str, position: int) -> str:
-    """The line of a text that a place is in, or what of it stands around the place, and a mark below it."""
+    """Return the line of a text that contains a position, shortened around it if it is long, with a caret below the
+    position."""
     start = text.rfind("\n", 0, position) + 1
     line, at = text[start:].partition("\n")[0], position - start
     if len(line) > WIDTH:
@@ -98,5 +99,5 @@ def pointed(text: str, position: int) -> str:
 
 
 def shortened(text: str) -> str:
-    """A text for a message, which may have been given without end."""
+    """Shorten a text of any length for a message."""
     return text if len(text) <= 2 * WIDTH else f"{text[: 2 * WIDTH]}..."

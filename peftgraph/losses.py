@@ -21,7 +21,7 @@ from peftgraph.errors import CallError
 
 
 def token_log_probabilities(logits_BCTV: Tensor, tokens_BCT: Tensor) -> Tensor:
-    """log p of every token, (B, C, T).
+    """Return the log-probability of every token, (B, C, T).
 
     Raises:
         CallError: the shapes do not fit.
@@ -35,7 +35,8 @@ def token_log_probabilities(logits_BCTV: Tensor, tokens_BCT: Tensor) -> Tensor:
 
 
 def choice_scores(logits_BCTV: Tensor, tokens_BCT: Tensor, mask_BCT: Tensor, power: float = 1.0) -> Tensor:
-    """beta (B, C): the sum of a choice's log p over its length to `power`; 1 is the mean, 0 the plain sum.
+    """Return beta (B, C): the sum of a choice's log-probabilities, divided by its length to the power `power`; 1 gives
+    the mean, 0 the sum.
 
     Rank classification picks the choice with the largest score: `choice_scores(...).argmax(-1)`.
 

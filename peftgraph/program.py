@@ -1,4 +1,4 @@
-"""The public Program: the data of `peftgraph.ir` with the verbs of every room."""
+"""The public Program: the data of `peftgraph.ir` with the operations of all other packages."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from peftgraph.sites.patterns.pattern import patterns_of
 
 @dataclass(frozen=True, eq=False)
 class Program(NotPicklable, ProgramData):
-    """A traced model, and what passes made of it. A value: every verb returns a new Program.
+    """A traced model and the passes applied to it. Immutable: `apply`, `remove` and the like return a new Program.
 
     Attributes:
         sites: the parts of the base, found by structure; prints as a table.
@@ -53,13 +53,13 @@ class Program(NotPicklable, ProgramData):
     proof: Proof | None = None
 
     def apply(self, *methods: Pass, dtype: torch.dtype | None = None) -> Program:
-        """The program after `methods`, in order.
+        """Return the program with `methods` applied, in order.
 
         Args:
             methods: the passes.
-            dtype: of the parameters they add, such as `torch.bfloat16`. By default that is float32 on a base of half
-                precision, so that small steps are not lost, and what is computed from them is brought back to the
-                base's dtype where it enters; on any other base it is the base's own.
+            dtype: of the parameters they add, such as `torch.bfloat16`. By default float32 on a base of half precision,
+                so that small steps are not lost (deltas are cast back to the base's dtype where they enter); otherwise
+                the base's own dtype.
 
         Raises:
             NoMatch: a selector finds nothing; the message shows the nearest miss.
@@ -73,19 +73,20 @@ class Program(NotPicklable, ProgramData):
 
     @property
     def left_out(self) -> tuple[Absent, ...]:
-        """What the passes leave out of their kind: attentions whose result enters no residual add, for a pass on
-        sublayers, or that no projection makes queries for. `apply` warns of sublayers (`pg.LeftOut`)."""
+        """The places of the passes' kind that they do not reach: attentions whose result enters no residual add, for a
+        pass on sublayers, or whose queries no projection computes. `apply` warns of sublayers (`pg.LeftOut`)."""
         methods = [atom for applied in self.history for atom in applied.method.passes()]
         return tuple(one for method in methods for rule in method.rules() for one in self.sites.lacking(rule.at))
 
     def with_patterns(self, *patterns: Pattern | Selector | str) -> Program:
-        """The program with the sites of some patterns among its sites, to look at; `apply` does so by itself.
+        """Return the program with the sites of some patterns added to its sites, for inspection; `apply` does this by
+        itself.
 
         Args:
-            patterns: patterns, or selectors that speak of patterns.
+            patterns: patterns, or selectors that refer to patterns.
 
         Raises:
-            Conflict: another pattern of one of the names is known here.
+            Conflict: two different patterns have one name.
         """
         known = {one.pattern.name: one.pattern for one in self.sites.searched}
         count = len(known)
@@ -98,7 +99,8 @@ class Program(NotPicklable, ProgramData):
         return self.evolve(sites=_sites_of(self.base or self, tuple(known.values())))
 
     def remove(self, which: int | str = -1) -> Program:
-        """The program without one pass of its history, by index or by name; the other passes keep their parameters.
+        """Return the program without one pass of its history, by index or by name; the other passes keep their
+        parameters.
 
         Raises:
             PeftGraphError: there is no such pass.
@@ -113,10 +115,11 @@ class Program(NotPicklable, ProgramData):
         return remove(self, self.sites, which % len(names))
 
     def without(self, *names: str) -> Program:
-        """The program without the passes of those names: `program.without("dog")`. The others keep their parameters.
+        """Return the program without the passes of the given names: `program.without("dog")`. The others keep their
+        parameters.
 
         Raises:
-            PeftGraphError: no pass is called so.
+            PeftGraphError: no pass has that name.
         """
         left = self
         for name in names:
@@ -126,11 +129,11 @@ class Program(NotPicklable, ProgramData):
         return left
 
     def only(self, *names: str) -> Program:
-        """The program with those alone of its named passes, as they are: `program.only("dog")`; `program.only()` has
-        none of them. Passes without a name stay, and this program keeps all: adapters are switched by calling it anew.
+        """Return the program with only the given ones of its named passes: `program.only("dog")`; `program.only()` has
+        none of them. Passes without a name stay. This program is unchanged, so another call switches to other adapters.
 
         Raises:
-            PeftGraphError: no pass is called so.
+            PeftGraphError: no pass has that name.
         """
         known = dict.fromkeys(applied.name for applied in self.history if applied.name)
         unknown = next((name for name in names if name not in known), None)
@@ -139,8 +142,8 @@ class Program(NotPicklable, ProgramData):
         return self.without(*(name for name in known if name not in names))
 
     def finalize(self) -> Program:
-        """The program as it is kept after training: what a pass computes from its parameters alone, such as the MLP
-        behind a prefix, is replaced by its results. This program keeps its own parameters.
+        """Return the program to keep after training: values that a pass computes from its parameters alone, such as a
+        prefix that an MLP computes, become parameters. This program keeps its own parameters.
 
         Raises:
             PeftGraphError: no pass computes anything from its parameters alone.
@@ -148,17 +151,17 @@ class Program(NotPicklable, ProgramData):
         return finalize(self, self.sites)
 
     def mix(self, weights: Mapping[str, float]) -> Program:
-        """The program with its named passes weighted: `program.mix({"dog": 1.0, "toy": -0.5})`.
+        """Return the program with its named passes weighted: `program.mix({"dog": 1.0, "toy": -0.5})`.
 
         A sum of LoRAs is exact: W + sum w s B A, without products of one adapter's factors with another's. A named pass
-        that is not mentioned is left out and an unnamed one stays; this program keeps all of them, so that adapters are
-        switched by mixing it anew. Nothing is traced again, and the parameters are shared.
+        that is not mentioned is removed and an unnamed one stays. This program is unchanged, so another call gives
+        another mixture. Nothing is traced again, and the parameters are shared.
 
         Args:
             weights: by the name of a pass, of either sign; 1 for passes that cannot be weighted.
 
         Raises:
-            PeftGraphError: no pass is called so.
+            PeftGraphError: no pass has that name.
             RecipeError: a weight is not 1 and the pass cannot be weighted.
         """
         return mix(self, self.sites, weights)
@@ -170,18 +173,19 @@ class Program(NotPicklable, ProgramData):
         return methods[0] if len(methods) == 1 else Pipeline(methods)
 
     def text(self) -> str:
-        """The deterministic text of the graph."""
+        """Return the graph as text; equal programs have equal texts."""
         return print_program(self)
 
     def diff(self, before: ProgramData) -> Diff:
-        """What turned `before` into this program: text, which a notebook shows with the picture of a block."""
+        """Compare this program with an earlier one. The result prints as text; a notebook also draws a block."""
         return Diff(print_diff(before, self), lambda: picture(self, self.sites, before))
 
     def picture(self, before: ProgramData | None = None, layer: int | None = None, stack: str | None = None) -> Picture:
-        """What passes did to one block of each stack, drawn from the recorded edits; a notebook shows it.
+        """Draw what passes did to one block of each stack, from the recorded edits; a notebook displays the result.
 
-        The base is grey. What was inserted is coloured, stands where it enters, and carries the names that its pass
-        gives it; W, g and b at a part of the base say which of its own tensors train. Dashed is what does not train.
+        The base is grey. Inserted parts are coloured, drawn where they enter, and labelled with their names in the
+        pass; W, g and b at a part of the base mark those of its own tensors that train. Parts that do not train are
+        dashed.
 
         Args:
             before: an earlier program, whose passes are not shown; the base by default.
@@ -194,7 +198,7 @@ class Program(NotPicklable, ProgramData):
         return picture(self, self.sites, before, layer, stack)
 
     def html(self, footer: str = "") -> str:
-        """A page for a browser, in one file: each distinct block drawn once, and the table of layers.
+        """Return an HTML page in one file: each distinct block drawn once, and the table of layers.
 
         Args:
             footer: a line of text at its end.
@@ -210,7 +214,7 @@ class Program(NotPicklable, ProgramData):
         return count(self, self.sites)
 
     def module(self) -> nn.Module:
-        """An ordinary module with the model's own call signature, output type and parameter names.
+        """Return an ordinary module with the model's own call signature, output type and parameter names.
 
         Only new parameters require grad. They are shared with this program, so `pg.fold` sees what training did to
         them.
@@ -231,7 +235,7 @@ class Program(NotPicklable, ProgramData):
         return make_transformers_module(self, blocks, self.model_class, save)
 
     def export(self, path: str | PathLike[str]) -> Path:
-        """Writes the graph in the format of the path's suffix: `.pt2` (torch.export), `.onnx`, or that of a plug-in.
+        """Write the graph in the format of the path's suffix: `.pt2` (torch.export), `.onnx`, or that of a plug-in.
 
         Raises:
             ExportError: no exporter has the suffix, or the exporter refuses.
@@ -241,7 +245,7 @@ class Program(NotPicklable, ProgramData):
         return export_program(self, Path(path))
 
     def write_back(self, model: nn.Module) -> nn.Module:
-        """Copies the weights into a plain instance of the original class, in place, and returns it.
+        """Copy the weights into a plain instance of the original class, in place, and return it.
 
         Raises:
             PeftGraphError: unfolded passes are left, or the model does not fit.
@@ -249,35 +253,36 @@ class Program(NotPicklable, ProgramData):
         return write_back(self, model)
 
     def save_adapter(self, directory: str | PathLike[str], format: str = OWN) -> Path:
-        """Writes the trained parameters and what they belong to; returns the directory.
+        """Write the trained parameters and the recipe they belong to; return the directory.
 
         Args:
             directory: where.
             format: our own (the recipe and the base's fingerprint), or that of a plug-in: "peft" is for
                 `PeftModel.from_pretrained`. It knows LoRA, DoRA, (IA)3, prefixes, prompts, trained tokens and
-                LLaMA-Adapter, one method at a time, with biases, tokens and whole modules that train beside it; a part
-                of a fused weight is written with rows of zeros.
+                LLaMA-Adapter, one method at a time, with biases, tokens and whole modules that train along with it; a
+                part of a fused weight is written with rows of zeros.
 
         Raises:
-            AdapterError: there is nothing to save, or the format is unknown or cannot say it: the message names the
-                pass and the site.
-            PeftGraphError: the disk refuses; what was there before stays.
+            AdapterError: there is nothing to save, or the format is unknown or cannot express the passes: the message
+                names the pass and the site.
+            PeftGraphError: the directory cannot be written; its earlier content stays.
         """
         return save_adapter(self, self.sites, _path(directory), format)
 
     def load_adapter(
         self, directory: str | PathLike[str], name: str | None = None, format: str | None = None
     ) -> Program:
-        """The program after the saved passes, with their trained parameters.
+        """Return this program with the saved passes applied, and their trained parameters.
 
         Args:
             directory: what `save_adapter` wrote, or peft's `save_pretrained`, or the `adapters` library (safetensors),
                 or any other software whose format is a plug-in (`peftgraph.plugins`).
-            name: another name for the adapter, when one of that name is there already.
+            name: another name for the adapter, if its own is already in use.
             format: of the directory; by default it is recognised by its files.
 
         Raises:
-            AdapterError: the files are damaged, fit another base, or say what no pass does; this program is unchanged.
+            AdapterError: the files are damaged, belong to another base, or describe what no pass does; this program is
+                unchanged.
         """
         if not isinstance(name, str | None):
             raise AdapterError(f"The name of an adapter is text, got {name!r}.")
@@ -308,23 +313,25 @@ def trace(
     verify: Literal["off", "example", "sizes"] = "sizes",
     progress: Progress = no_progress,
 ) -> Program:
-    """Traces a model into a Program.
+    """Trace a model into a Program.
 
     Args:
         model: any nn.Module; its weights may be on the meta device. It is not modified; its weights are shared.
         example: a dict of keyword inputs or a tuple of positional ones. Batch and length become dynamic.
         root: the dotted name of a submodule to trace alone, as the model calls it first on `example`; for a model whose
-            other code branches on data. `module()` then is the whole model, with this part rewritten and the rest as it
-            was written; paths, parameter names, `write_back` and adapters are the whole model's. `export` writes the
+            other code branches on data. `module()` then is the whole model, with this part rewritten and the rest
+            unchanged; paths, parameter names, `write_back` and adapters are the whole model's. `export` writes the
             graph of the submodule.
-        fixed: axes whose sizes stay the example's: `{"pixel_values": (2, 3)}`. The others are free, and where the
-            model's code computes much with them (windows, strides), fixing them makes a trace quick. With `root`, of
+        fixed: axes whose sizes stay the example's: `{"pixel_values": (2, 3)}`. The others stay dynamic; where the
+            model's code computes much with them (windows, strides), fixing them makes tracing faster. With `root`, of
             the submodule's inputs.
-        assume: sides of branches by values: `{"modeling_esm.py:412": False}` takes the tensor whose truth that line
-            asks for to be false. It may depend on inputs alone; the program says so, and checks it at every call.
-        verify: the program is compared with the model, in evaluation and in training under one seed: on the example
-            and at other sizes of every axis that is free ("sizes"), on the example alone ("example"), or not at all
-            ("off"). Without weights, on the meta device, the sizes of outputs are compared. `checked` says what was.
+        assume: outcomes of data-dependent branches: `{"modeling_esm.py:412": False}` assumes that the tensor which that
+            line converts to bool is false. It may depend on inputs alone; the program lists it, and checks it at every
+            call.
+        verify: the program is compared with the model, in evaluation and in training under one seed: on the example and
+            at other sizes of every dynamic axis ("sizes"), on the example alone ("example"), or not at all ("off").
+            Without weights, on the meta device, only the sizes of outputs are compared. `checked` says what was
+            compared.
         progress: called with a phase, how many of its steps (layers) have begun, and how many there are, 0 where
             that is unknown: `progress("exporting", 3, 96)`.
 
@@ -352,15 +359,15 @@ def _sites_of(base: ProgramData, patterns: Sequence[Pattern] = ()) -> Sites:
 
 
 def fold(program: Program, *, partial: bool = False, untie: bool = False) -> Program:
-    """Folds every pass back into the weights and proves it.
+    """Fold every pass back into the weights and prove that the result computes the same.
 
     Args:
-        program: what to fold; it and its base stay unchanged.
+        program: what to fold; it is not modified, nor is its base.
         partial: fold what can be folded and keep the rest, instead of refusing.
         untie: give a tied weight that must change a tensor of its own, instead of refusing.
 
     Returns:
-        A program with the base's graph and new weights; `proof` holds the evidence.
+        A program with the base's graph and new weights; `proof` records the evidence.
 
     Raises:
         NoFold: something cannot be folded exactly; every site is named with its reason.

@@ -23,7 +23,7 @@ Comparison = Literal["mean", "rows"]
 
 
 def prompt_of(program: ProgramData, name: str = "") -> Tensor:
-    """Returns a copy of the rows (L, D) that a prompt pass of the program holds, or that its encoder computes.
+    """Return a copy of a prompt's rows (L, D): those that a pass of the program stores, or that its encoder computes.
 
     Args:
         program: a program with a prompt.
@@ -36,10 +36,10 @@ def prompt_of(program: ProgramData, name: str = "") -> Tensor:
 
 
 def start(program: ProgramData, prompt: Tensor, name: str = "") -> None:
-    """Copies another task's prompt (L, D) into the program's own, in place.
+    """Copy another task's prompt (L, D) into the program's own, in place.
 
     Raises:
-        PeftGraphError: the program has no such prompt or several, an encoder makes its rows, or the shapes differ.
+        PeftGraphError: the program has no such prompt or several, an encoder computes its rows, or the shapes differ.
     """
     which = _only(program, name)
     if which not in program.table:
@@ -52,7 +52,7 @@ def start(program: ProgramData, prompt: Tensor, name: str = "") -> None:
 
 
 def similarity(a: Tensor, b: Tensor, by: Comparison = "mean") -> float:
-    """Computes the similarity of two prompts (L, D) and (M, D), from -1 to 1.
+    """Compute the similarity of two prompts (L, D) and (M, D), from -1 to 1.
 
     Args:
         a: one prompt.
@@ -73,7 +73,7 @@ def similarity(a: Tensor, b: Tensor, by: Comparison = "mean") -> float:
 def nearest(
     target: Tensor, sources: Mapping[str, Tensor], count: int = 1, by: Comparison = "mean"
 ) -> list[tuple[str, float]]:
-    """Returns the source tasks with the prompts most similar to a target's, and the similarities, the nearest first.
+    """Return the source tasks whose prompts are most similar to a target's, with the similarities, the nearest first.
 
     Args:
         target: (M, D).
@@ -91,7 +91,7 @@ def nearest(
 
 
 def blend(target: Tensor, sources: Mapping[str, Tensor], count: int, by: Comparison = "mean") -> Tensor:
-    """Returns the mean of the nearest prompts (L, D), weighted by their similarities; arguments as for `nearest`.
+    """Return the mean of the nearest prompts (L, D), weighted by their similarities; arguments as for `nearest`.
 
     Raises:
         PeftGraphError: as `nearest`; or the similarity of a chosen source is not positive; or the lengths differ.
@@ -108,14 +108,14 @@ def blend(target: Tensor, sources: Mapping[str, Tensor], count: int, by: Compari
 
 
 def _prompts(program: ProgramData) -> dict[str, Tensor]:
-    """Returns the rows of all prompts of a program, by full name."""
+    """Return the rows of all prompts of a program, by full name."""
     stored = {name: entry.tensor.detach() for name, entry in program.table.items() if entry.added}
     found = stored | derived_values(program)
     return {name: value for name, value in found.items() if name.rpartition(".")[2] == LEAF}
 
 
 def _only(program: ProgramData, name: str) -> str:
-    """Returns the full name of the one prompt of a program, or of the pass of a name.
+    """Return the full name of a program's only prompt, or of the prompt of a named pass.
 
     Raises:
         PeftGraphError: there is none, or there are several.

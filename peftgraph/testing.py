@@ -1,4 +1,4 @@
-"""`check_pass` runs the laws of every pass on a pass of one's own, and says which one it breaks, and where.
+"""`check_pass` checks a pass of your own against the laws that every pass must satisfy; an error names the broken one.
 
     check_pass(VeRA(rank=2))
 
@@ -42,7 +42,7 @@ class LawError(AssertionError):
 
 
 class SmallTransformer(nn.Module):
-    """A pre-norm decoder of one block, with sizes that differ, on which most passes have a meaning."""
+    """A pre-norm decoder of one block, with distinct sizes, that most passes can be applied to."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,19 +69,20 @@ def check_pass(
     *,
     identity: bool = True,
 ) -> tuple[str, ...]:
-    """Runs the laws on a pass, in float64.
+    """Check a pass against the laws, in float64.
 
     Args:
-        method: the pass. Its class need not be registered: it is for the time of the check.
+        method: the pass. Its class need not be registered: it is registered during the check.
         model: what to apply it to; a small transformer by default.
         example: keyword inputs of the model.
-        identity: whether a fresh pass is to change nothing; False for prompts, prefixes and random initialisation.
+        identity: whether a fresh pass is to change nothing; False for prompts, prefixes and passes with random
+            initialisation.
 
     Returns:
         The names of the laws that were checked; "fold" only where the pass folds.
 
     Raises:
-        LawError: it breaks a law; says which.
+        LawError: it breaks a law; the message says which.
         PeftGraphError: it cannot be applied to the model.
 
     Example:
@@ -110,7 +111,7 @@ class _Check:
         self.text, self.hashes, self.outputs = base.text(), base.table.hashes(), _outputs(base, inputs)
 
     def run(self) -> tuple[str, ...]:
-        """Holds every law; returns the names of those that apply."""
+        """Check every law; return the names of those that apply."""
         self.spec()
         tuned = self.applied()
         fresh = _distance(self.outputs, _outputs(tuned, self.inputs))
@@ -136,18 +137,18 @@ class _Check:
         return tuple(law for law in LAWS if not skipped.get(law))
 
     def require(self, law: str, holds: bool, problem: str) -> None:
-        """Raises LawError unless a law holds."""
+        """Raise `LawError` unless `holds`."""
         if not holds:
             raise LawError(law, self.method, problem)
 
     def applied(self) -> Program:
-        """Applies the pass under a fixed seed."""
+        """Apply the pass under a fixed seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
             return self.base.apply(self.method)
 
     def spec(self) -> None:
-        """Prints the pass and parses it back."""
+        """Check that the printed pass parses back to itself."""
         try:
             parsed = parse_pass(str(self.method))
         except RecipeError as error:
@@ -155,7 +156,7 @@ class _Check:
         self.require("spec", parsed == self.method, f"its spec parses to {parsed}.")
 
     def gradients(self, tuned: Program) -> None:
-        """Compares the parameters that get gradients with those that train."""
+        """Check that exactly the parameters that train get gradients."""
         net = tuned.module().eval()
         parameters = {name: value for name, value in net.named_parameters() if value.requires_grad}
         self.require("gradients", parameters.keys() == tuned.table.trainable.keys(), "other parameters require grad.")
@@ -166,7 +167,7 @@ class _Check:
             self.require("gradients", reached, f"{name} trains, and its gradient is missing, zero or not finite.")
 
     def folds(self, tuned: Program) -> bool:
-        """Folds the program; returns whether it can be folded."""
+        """Fold the program; return whether it can be folded."""
         try:
             folded = fold(tuned)
         except NoFold as error:
@@ -181,7 +182,7 @@ class _Check:
         return True
 
     def files(self, tuned: Program) -> None:
-        """Saves and loads the adapter."""
+        """Check that a saved adapter loads exactly."""
         with TemporaryDirectory() as folder:
             loaded = self.base.load_adapter(tuned.save_adapter(Path(folder) / "adapter"))
         self.require("files", loaded.text() == tuned.text(), "a loaded adapter gives another text.")
@@ -189,7 +190,7 @@ class _Check:
 
 
 def _randomise(program: Program) -> None:
-    """Fills what trains with random numbers, always the same."""
+    """Fill the trainable parameters with random numbers from a fixed seed."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for value in program.table.trainable.values():
@@ -206,7 +207,7 @@ def _tensors(outputs: object) -> list[Tensor]:
 
 
 def _distance(a: list[Tensor], b: list[Tensor]) -> float:
-    """Returns the largest difference, relative to the largest magnitude; infinite where the shapes differ."""
+    """Return the largest difference, relative to the largest magnitude; infinite where the shapes differ."""
     if [one.shape for one in a] != [one.shape for one in b]:
         return float("inf")
     return max(float((x - y).abs().max() / x.abs().max().clamp(min=1e-30)) for x, y in zip(a, b, strict=True))

@@ -1,10 +1,11 @@
-"""What passes are written with. A method is a subclass of `Pass` whose `rules()` say where, what, how and back:
+"""The interface for writing passes. A method is a subclass of `Pass`; each of its `rules()` says where, what, how and
+back:
 
     Rule(at=where, delta=what is computed, join=how it is combined, fold=how it goes back into the weights)
 
 Parts that several methods share are in submodules by topic: `modules` (low-rank paths, bottlenecks, initialisers),
-`attention` (prepended keys and values), `sequence` (prepended token rows), `gates`. Selectors and errors are those of
-`peftgraph` itself. The tutorial "Write a pass" makes one; `peftgraph.testing.check_pass` tests it.
+`attention` (prepended keys and values), `sequence` (prepended token rows), `gates`. Selectors and errors are in
+`peftgraph` itself. The tutorial "Write a pass" shows how; `peftgraph.testing.check_pass` tests a pass.
 """
 
 from peftgraph.ir.builder import ACTIVATIONS as ACTIVATIONS

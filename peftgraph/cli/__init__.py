@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def main() -> None:
-    """Runs the command line. Exit codes: 0 done, 1 a user's error, 2 wrong usage, 3 a bug."""
+    """Run the command line. Exit codes: 0 done, 1 a user's error, 2 wrong usage, 3 a bug."""
     from peftgraph.cli.app import app
 
     app(prog_name="peftgraph")

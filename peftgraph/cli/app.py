@@ -22,7 +22,7 @@ class GuardedCommands(TyperGroup):
     """Turns an error of a command into one line on stderr and an exit code; `--debug` adds the traceback."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Runs the chosen command."""
+        """Run the chosen command."""
         try:
             return super().invoke(ctx)
         except (PeftGraphError, OSError) as error:
@@ -69,7 +69,7 @@ def options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Sets the options that all commands share."""
+    """Set the options that all commands share."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

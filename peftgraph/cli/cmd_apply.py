@@ -26,7 +26,7 @@ def apply(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the adapter's initial values.")] = 0,
 ) -> None:
-    """Shows what a recipe does: the diff of the first layer it touches, the counts, and whether it folds."""
+    """Show what a recipe does: the diff of the first layer it touches, the counts, and whether it folds."""
     import torch
 
     import peftgraph as pg
@@ -48,7 +48,7 @@ def apply(
 
 
 def foldability(tuned: pg.Program) -> str:
-    """Says whether the recipe folds, with a line for each reason why not."""
+    """Say whether the recipe folds, with a line for each reason why it does not."""
     import peftgraph as pg
 
     try:

@@ -19,7 +19,7 @@ def export(
         Path | None, typer.Option("--adapter", metavar="DIR", help="Merge this adapter on the way.")
     ] = None,
 ) -> None:
-    """Writes the graph as a file. Edits of an adapter that cannot be folded stay in the graph."""
+    """Write the graph as a file. Edits of an adapter that cannot be folded stay in the graph."""
     import peftgraph as pg
     from peftgraph.model_folders.loading import load, trace
 

@@ -34,7 +34,7 @@ def inspect(
         Path | None, typer.Option("--html", metavar="FILE", help="Write a page that draws the blocks.")
     ] = None,
 ) -> None:
-    """Shows what a model is made of, and so what a recipe can be put on. No weights are loaded."""
+    """Show what a model is made of, and so what a recipe can be put on. No weights are loaded."""
     from peftgraph.model_folders.loading import skeleton, trace
 
     if layer is not None and not explain:
@@ -63,7 +63,7 @@ def inspect(
 
 
 def show(program: pg.Program, sites: tuple[pg.Site, ...], chosen: bool, every: bool) -> None:
-    """Prints the table of the model, or of the chosen sites, and the number of sites of each role."""
+    """Print the table of the model, or of the chosen sites, and the number of sites of each role."""
     from peftgraph.draw import outline
     from peftgraph.terminal.tables import OutlineTable, listing
 
@@ -75,7 +75,7 @@ def show(program: pg.Program, sites: tuple[pg.Site, ...], chosen: bool, every: b
 
 
 def write_page(program: pg.Program, path: Path, seconds: float) -> None:
-    """Writes the page of a model; the file appears whole or not at all."""
+    """Write the page of a model; an interrupted write leaves no partial file."""
     import peftgraph as pg
     from peftgraph.utils.atomic_files import atomic_file
 
@@ -85,7 +85,7 @@ def write_page(program: pg.Program, path: Path, seconds: float) -> None:
 
 
 def as_document(program: pg.Program, sites: tuple[pg.Site, ...]) -> dict[str, Any]:
-    """Returns what `inspect` found, as JSON."""
+    """Return what `inspect` found, as JSON."""
     from peftgraph.terminal.tables import layout
 
     return {

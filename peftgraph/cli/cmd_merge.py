@@ -36,7 +36,7 @@ def merge(
         ),
     ] = None,
 ) -> None:
-    """Folds an adapter into a model and writes a plain transformers model, with the proof of what changed."""
+    """Fold an adapter into a model and write a plain transformers model, with the proof of what changed."""
     from peftgraph.cli import merge_by_shard
 
     if by_shard is None:

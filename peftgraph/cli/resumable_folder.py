@@ -32,18 +32,18 @@ JOB = "job.json"
 def resumable_folder(
     target: Path, job: str, keep: Iterable[str], force: bool = False, reads: Iterable[Path] = ()
 ) -> Iterator[Path]:
-    """Yields a folder that becomes `target` when the block succeeds, and is kept for the next try when it does not.
+    """Yield a folder that becomes `target` when the block succeeds, and is kept for the next try when it fails.
 
     Args:
         target: the folder to make.
         job: identifies what it is made from.
         keep: the files that are kept from an interrupted try at the same job; all others are removed.
         force: replace `target` if it is not empty.
-        reads: the folders that the work reads, which are never replaced.
+        reads: folders that are read meanwhile, which are never replaced.
 
     Raises:
         PeftGraphError: `target` holds something and `force` is off, another folder is in the way, another process is
-            at work, or the disk refuses.
+            writing it, or it cannot be written.
     """
     work = work_folder(target)
     new, old = work / "new", work / SAVED
@@ -72,13 +72,13 @@ def resumable_folder(
 
 
 def work_folder(target: Path) -> Path:
-    """Returns the folder in which the work for `target` goes on."""
+    """Return the folder that the output for `target` is prepared in."""
     target = target.absolute()
     return target.parent / f"{target.name}.unfinished"
 
 
 def is_finished(target: Path, job: str) -> bool:
-    """Checks whether a job is done although its process was killed before it had tidied up; tidies up then."""
+    """Check whether a job was completed by a process that was killed before it cleaned up; if so, clean up."""
     work = work_folder(target)
     if not (work.exists() or _trash(work).exists()) or made_of(target) != job:
         return False
@@ -89,7 +89,7 @@ def is_finished(target: Path, job: str) -> bool:
 
 
 def remove(work: Path) -> None:
-    """Removes a work folder; it is renamed first, so that nobody finds half of it."""
+    """Remove a work folder; it is renamed first, so that no reader finds a partial one."""
     trash = _trash(work)
     shutil.rmtree(trash, ignore_errors=True)
     with contextlib.suppress(OSError):
@@ -102,7 +102,7 @@ def _trash(work: Path) -> Path:
 
 
 def _check_work(work: Path) -> None:
-    """Checks that a folder of the work folder's name was made by this command, or holds nothing but temporary files.
+    """Check that a folder of the work folder's name was made by this command, or holds nothing but temporary files.
 
     Raises:
         PeftGraphError: it was not, and does.
@@ -118,7 +118,7 @@ def _is_unused(work: Path) -> bool:
 
 
 def _job_of(work: Path) -> str | None:
-    """Returns the job of a work folder; None where it names none."""
+    """Return the job of a work folder; None where it names none."""
     try:
         found = json.loads(read_regular_file(work / JOB))["job"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -127,7 +127,7 @@ def _job_of(work: Path) -> str | None:
 
 
 def _start(work: Path, job: str) -> None:
-    """Makes a work folder that of a job; removes what another job left in it."""
+    """Assign a work folder to a job; remove what another job left in it."""
     shutil.rmtree(work / SAVED, ignore_errors=True)
     if _job_of(work) == job:
         return
@@ -138,7 +138,7 @@ def _start(work: Path, job: str) -> None:
 
 
 def _clear(folder: Path, keep: set[str]) -> None:
-    """Removes everything from a folder but the files to keep; makes it where it is missing."""
+    """Remove everything from a folder but the files to keep; make it where it is missing."""
     folder.mkdir(exist_ok=True)
     for path in folder.iterdir():
         if path.is_dir():

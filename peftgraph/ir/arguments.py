@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 
 def bind_arguments(forward: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of a call by parameter name; those collected by `**kwargs` appear under their own names.
+    """Return the arguments of a call by parameter name; those collected by `**kwargs` appear under their own names.
 
     Raises:
         TypeError: the call does not fit the signature.
@@ -26,8 +26,7 @@ def bind_arguments(forward: inspect.Signature, args: tuple[Any, ...], kwargs: Ma
 
 
 def leaves_with_keys(name: str, value: Any) -> list[tuple[str, Any]]:
-    """Returns the leaves of a nested value with readable keys, in pytree's order: `past[0]`, `out.sample`,
-    `batch['x']`.
+    """Return the leaves of a nested value with readable keys, in pytree's order: `past[0]`, `out.sample`, `batch['x']`.
 
     Classes are registered with pytree with or without keys of their children. Without keys, the context that the
     class stores is used where it is one string for each child, as for a dict; otherwise the children are numbered.

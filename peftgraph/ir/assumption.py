@@ -32,8 +32,8 @@ class Assumption:
     tensors: Mapping[str, Tensor]
 
     def holds(self, given: Mapping[str, Tensor | None]) -> bool:
-        """Returns True if the condition has the traced outcome for these inputs, given by their names in the graph.
-        It holds where an input that it depends on is left out, since the branch is then not part of the program."""
+        """Return True if the condition has the traced outcome for these inputs, given by their names in the graph. It
+        holds where an input that it depends on is left out, since the branch is then not part of the program."""
         values: dict[fx.Node, Any] = {}
         device = next((value.device for value in given.values() if value is not None), torch.device("cpu"))
         with torch.no_grad():
@@ -54,10 +54,9 @@ class Assumption:
         raise AssertionError("a graph without an output")
 
     def check(self, given: Mapping[str, Tensor | None]) -> None:
-        """Raises an error unless the condition has the traced outcome.
+        """Raise an error unless the condition has the traced outcome.
 
-        Raises:
-            CallError: it has the other answer.
+        Raises: CallError: it has another outcome.
         """
         if not self.holds(given):
             raise CallError(

@@ -108,8 +108,8 @@ class Builder:
     # parameters
 
     def param(self, name: str, shape: Sequence[int], init: Initializer, trainable: bool = True) -> fx.Node:
-        """Makes the parameter `owner.name` and reads it; `init` fills it in place. A frozen one is saved with the
-        adapter too.
+        """Make the parameter `owner.name` and read it; `init` fills it in place. A frozen one is saved with the adapter
+        too.
 
         Raises:
             Conflict: the name is taken.
@@ -120,7 +120,7 @@ class Builder:
         return self._read(full, name)
 
     def shared_param(self, name: str, shape: Sequence[int], init: Initializer) -> fx.Node:
-        """Makes a trainable parameter at the first site of the pass, and reads the same one at every further site.
+        """Make a trainable parameter at the first site of the pass, and read the same one at every further site.
 
         Raises:
             Conflict: the name is taken by another pass or by the model.
@@ -132,14 +132,14 @@ class Builder:
         return self._read(full, name)
 
     def shared_value(self, key: str, build: Callable[[], fx.Node]) -> fx.Node:
-        """Builds a value at the first site of the pass, and returns the same node at every further site. A pass that
-        uses one does not fold."""
+        """Build a value at the first site of the pass, and return the same node at every further site. A pass that uses
+        one does not fold."""
         if key not in self.context.nodes:
             self.context.nodes[key] = build()
         return self.context.nodes[key]
 
     def mark_derived(self, name: str, value: fx.Node) -> fx.Node:
-        """Marks a value that depends on parameters alone: `Program.finalized` replaces it by the parameter
+        """Mark a value that depends on parameters alone: `Program.finalize` replaces it by the parameter
         `owner.name`."""
         value.meta["derived"] = f"{self.owner}.{name}"
         return value
@@ -169,12 +169,12 @@ class Builder:
         )
 
     def stored_tensor(self, full: str, tensor: Tensor) -> fx.Node:
-        """Reads a tensor that the program already stores, by its full name."""
+        """Read a tensor that the program already stores, by its full name."""
         hint = full.rpartition(".")[2]
         return self._insert("get_attr", full, (), {}, hint, fake_like(self.context.inference.mode, tensor))
 
     def constant(self, name: str, value: Tensor) -> fx.Node:
-        """Reads a new non-persistent buffer `owner.name`, such as an index table; sites that use the same name share
+        """Read a new non-persistent buffer `owner.name`, such as an index table; sites that use the same name share
         one."""
         full = f"{self.owner}.{name}"
         if full not in self.tensor_names:
@@ -187,7 +187,7 @@ class Builder:
     # computation
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        """Calls an aten overload and infers the result under fake tensors.
+        """Call an aten overload and infer the result under fake tensors.
 
         Where parameters are wider than the base, floating operands of several widths are cast to the widest first.
         """
@@ -209,45 +209,44 @@ class Builder:
         return fx.map_arg((args, kwargs), cast)
 
     def in_dtype_of(self, x: fx.Node, other: fx.Node) -> fx.Node:
-        """Casts x to the dtype of another value, also after the module has been moved to another dtype."""
+        """Cast x to the dtype of another value, also after the module has been moved to another dtype."""
         if x.meta["val"].dtype == other.meta["val"].dtype:
             return x
         return self._insert("call_function", aten.to.other, (x, other), {}, "to", None)
 
     def linear(self, x: fx.Node, weight: fx.Node, bias: fx.Node | None = None) -> fx.Node:
-        """Computes x W^T + b: x (..., I), weight (O, I), bias (O) -> (..., O)."""
+        """Compute x W^T + b: x (..., I), weight (O, I), bias (O) -> (..., O)."""
         return self.call(aten.linear.default, x, weight, *([] if bias is None else [bias]))
 
     def dropout(self, x: fx.Node, p: float) -> fx.Node:
-        """Applies dropout in training mode; p = 0 adds no node."""
+        """Apply dropout in training mode; p = 0 adds no node."""
         return x if p == 0 else self.call(aten.dropout.default, x, p, True)
 
     def activation(self, name: str, x: fx.Node) -> fx.Node:
-        """Applies an elementwise nonlinearity by its name in `ACTIVATIONS`."""
+        """Apply an elementwise nonlinearity by its name in `ACTIVATIONS`."""
         function = ACTIVATIONS[name]
         if isinstance(function, partial):
             return self.call(function.func, x, **function.keywords)
         return self.call(function, x)
 
     def layer_norm(self, x: fx.Node, weight: fx.Node, bias: fx.Node, eps: float = 1e-5) -> fx.Node:
-        """Normalises x (..., D) to zero mean and unit variance over its last axis, then computes weight * x + bias."""
+        """Normalise x (..., D) to zero mean and unit variance over its last axis, then compute weight * x + bias."""
         return self.call(aten.layer_norm.default, x, [int(weight.meta["val"].shape[0])], weight, bias, eps)
 
     def cast(self, x: fx.Node, form: str) -> fx.Node:
-        """Casts x to a dtype that follows the parameters': "dtype" is theirs, "wide" is float32 where theirs is
-        narrower."""
+        """Cast x to a dtype that follows the parameters': "dtype" is theirs, "wide" is at least float32."""
         cast = self.call(aten.to.dtype, x, LITERAL_FORMS[form](self.dtype))
         cast.meta["follows"] = ((("args", 1), form),)
         return cast
 
     def scale_in_training(self, x: fx.Node, gate: fx.Node) -> fx.Node:
-        """Computes x * gate in training mode and returns x in evaluation mode."""
+        """Compute x * gate in training mode and return x in evaluation mode."""
         product = self.call(aten.mul.Tensor, x, gate)
         product.meta["evaluates_to_first_operand"] = True
         return product
 
     def recompute(self, start: fx.Node, stop: fx.Node, x: fx.Node) -> fx.Node:
-        """Copies the computation from `start` to `stop`, reading `x` in place of `start`.
+        """Copy the computation from `start` to `stop`, reading `x` in place of `start`.
 
         Stored tensors are read where they are; every other operand of the computation must depend on `start`.
         """
@@ -257,14 +256,14 @@ class Builder:
         return copies[stop]
 
     def copy_call(self, node: fx.Node, instead: Mapping[fx.Node, fx.Node]) -> fx.Node:
-        """Copies the call of `node`, with some operands replaced."""
+        """Copy the call of `node`, with some operands replaced."""
         arguments, keywords = fx.map_arg((node.args, node.kwargs), lambda operand: instead.get(operand, operand))
         assert not isinstance(node.target, str), f"{node.name} is no call"
         return self.call(node.target, *arguments, **keywords)
 
     @staticmethod
     def nodes_between(start: fx.Node, stop: fx.Node) -> list[fx.Node]:
-        """Returns the nodes on paths from `start` to `stop` in topological order, `stop` included."""
+        """Return the nodes on paths from `start` to `stop` in topological order, `stop` included."""
         after, todo = set[fx.Node](), [start]
         while todo:
             node = todo.pop()
@@ -283,7 +282,7 @@ class Builder:
 
     @staticmethod
     def nodes_from_inputs(value: fx.Node) -> set[fx.Node]:
-        """Returns the model inputs that a value depends on, and all nodes on paths from them to it."""
+        """Return the model inputs that a value depends on, and all nodes on paths from them to it."""
         order, todo = dict[fx.Node, None](), [value]
         while todo:
             new = [one for one in todo.pop().all_input_nodes if one not in order]
@@ -293,31 +292,31 @@ class Builder:
         return found | {node for start in found for node in Builder.nodes_between(start, value)} - {value}
 
     def mul(self, x: fx.Node, y: fx.Node | float) -> fx.Node:
-        """Computes x * y; a factor of exactly 1 adds no node."""
+        """Compute x * y; a factor of exactly 1 adds no node."""
         if isinstance(y, fx.Node):
             return self.call(aten.mul.Tensor, x, y)
         return x if y == 1 else self.call(aten.mul.Tensor, x, y)
 
     def add(self, x: fx.Node, y: fx.Node) -> fx.Node:
-        """Computes x + y."""
+        """Compute x + y."""
         return self.call(aten.add.Tensor, x, y)
 
     # structure
 
     def enlarge_size(self, node: fx.Node, argument: int, index: int | None, by: int) -> None:
-        """Increases a literal size in the arguments of a call, in place."""
+        """Increase a literal size in the arguments of a call, in place."""
         self.size_increases.append(SizeIncrease(node.name, argument, index, by))
         enlarge_size(node, self.size_increases[-1])
 
     def disable_write(self, node: fx.Node) -> fx.Node:
-        """Stops a node from writing into its operands; it is removed where nothing reads its result."""
+        """Stop a node from writing into its operands; it is removed where nothing reads its result."""
         node.meta[WRITE_DISABLED] = True
         if node not in self.nodes:
             self.disabled_writes.append(node.name)
         return node
 
     def redirect(self, old: fx.Node, new: fx.Node, keep: set[fx.Node]) -> int:
-        """Moves the uses of `old` to `new`, except in `keep`; returns how many were moved."""
+        """Move the uses of `old` to `new`, except in `keep`; return how many were moved."""
         users = [user for user in old.users if user not in keep]
         for user in users:
             user.replace_input_with(old, new)
@@ -337,7 +336,7 @@ class Builder:
         return node
 
     def _value_of(self, node: fx.Node) -> Any:
-        """Infers the value of a new node.
+        """Infer the value of a new node.
 
         Raises:
             PeftGraphError: the operator does not take these operands.
@@ -364,7 +363,7 @@ def _floats(node: fx.Node) -> bool:
 
 
 def enlarge_size(node: fx.Node, one: SizeIncrease, sign: int = 1) -> None:
-    """Adds the amount of a size increase to the literal in a call, in place; sign -1 subtracts it."""
+    """Add the amount of a size increase to the literal in a call, in place; sign -1 subtracts it."""
     value: Any = node.args[one.argument]
     if one.index is None:
         node.update_arg(one.argument, value + sign * one.by)
@@ -373,13 +372,13 @@ def enlarge_size(node: fx.Node, one: SizeIncrease, sign: int = 1) -> None:
 
 
 def erase_nodes(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
-    """Erases nodes that have no users outside `nodes`."""
+    """Erase nodes that have no users outside `nodes`."""
     for node in sorted(nodes, reverse=True):  # by position in the graph
         graph.erase_node(node)
 
 
 def _size(value: Any) -> str:
-    """Formats a value for a message: a tensor as its shape and dtype."""
+    """Format a value for a message: a tensor as its shape and dtype."""
     return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else str(value)
 
 

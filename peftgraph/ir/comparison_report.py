@@ -20,7 +20,7 @@ class ComparisonReport:
     skipped: tuple[str, ...] = ()
 
     def summary(self) -> str:
-        """Returns the report in one line."""
+        """Return the report in one line."""
         what = "equal to the model" if self.values else "of the model's sizes"
         count = f"{what} in {len(self.runs)} run{'' if len(self.runs) == 1 else 's'}"
         return count if not self.skipped else f"{count}, {len(self.skipped)} not compared"

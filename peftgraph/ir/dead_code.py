@@ -13,7 +13,7 @@ WRITE_DISABLED = (
 
 
 def remove_dead_nodes(graph: fx.Graph, ignored: str = "") -> None:
-    """Erases, in place, nodes that reach no output; inputs and nodes that write in place stay.
+    """Erase, in place, nodes that reach no output; inputs and nodes that write in place stay.
 
     Writes whose metadata has the key `ignored` are removed too.
     """
@@ -24,7 +24,7 @@ def remove_dead_nodes(graph: fx.Graph, ignored: str = "") -> None:
 
 
 def bypass_full_slices(graph: fx.Graph) -> None:
-    """Replaces, in place, every slice that takes the whole axis by its operand."""
+    """Replace, in place, every slice that takes the whole axis by its operand."""
     for node in list(graph.nodes):
         if node.target is aten.slice.Tensor and tuple(node.args[2:]) == (0, END_OF_AXIS) and not node.kwargs:
             source = node.args[0]
@@ -34,7 +34,7 @@ def bypass_full_slices(graph: fx.Graph) -> None:
 
 
 def live_nodes(graph: fx.Graph, ignored: str = "") -> list[fx.Node]:
-    """Returns inputs, the output, all that reaches it, and writes (except those marked `ignored`), in graph order."""
+    """Return inputs, the output, all that reaches it, and writes (except those marked `ignored`), in graph order."""
     needed: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         if (
@@ -48,7 +48,7 @@ def live_nodes(graph: fx.Graph, ignored: str = "") -> list[fx.Node]:
 
 
 def writes_in_place(node: fx.Node) -> bool:
-    """Returns True if a node writes into one of its operands, and the write was not disabled."""
+    """Return True if a node writes into one of its operands, and the write was not disabled."""
     if node.meta.get(WRITE_DISABLED):
         return False
     return isinstance(node.target, torch._ops.OpOverload) and (

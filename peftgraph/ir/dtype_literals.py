@@ -30,7 +30,7 @@ Path = tuple[str, int | str]  # ("args", position) or ("kwargs", name)
 
 
 def record_literals(graph: fx.Graph, marker: torch.dtype) -> None:
-    """Records on every node which of its literals are `marker` or one of its numeric limits."""
+    """Record on every node which of its literals are `marker` or one of its numeric limits."""
     values = {form: compute(marker) for form, compute in LITERAL_FORMS.items() if form not in ("complex", "wide")}
     if marker in (torch.float16, torch.float32, torch.float64):
         values["complex"] = marker.to_complex()
@@ -46,7 +46,7 @@ def record_literals(graph: fx.Graph, marker: torch.dtype) -> None:
 
 
 def convert_literals(graph: fx.Graph, dtype: torch.dtype | None, device: torch.device | None) -> None:
-    """Sets, in place, recorded literals to those of `dtype`, and every device literal to `device`."""
+    """Set, in place, recorded literals to those of `dtype`, and every device literal to `device`."""
     for node in graph.nodes:
         if dtype is not None:
             for path, form in node.meta.get("follows", ()):
@@ -58,7 +58,7 @@ def convert_literals(graph: fx.Graph, dtype: torch.dtype | None, device: torch.d
 
 
 def widen_literals(graph: fx.Graph) -> None:
-    """Sets, in place, every floating dtype literal to float64, so that upcasts in the model do not round a proof."""
+    """Set, in place, every floating dtype literal to float64, so that upcasts in the model do not round a proof."""
     for node in graph.nodes:
         for path, value in _literals(node):
             if isinstance(value, torch.dtype) and value.is_floating_point:

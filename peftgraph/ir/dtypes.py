@@ -21,7 +21,7 @@ SHORT = {
 
 
 def dtype_kind(dtype: torch.dtype) -> str:
-    """Returns the kind of a dtype: "bool", "integer", "floating" or "complex"."""
+    """Return the kind of a dtype: "bool", "integer", "floating" or "complex"."""
     if dtype == torch.bool:
         return "bool"
     if dtype.is_complex:
@@ -30,5 +30,5 @@ def dtype_kind(dtype: torch.dtype) -> str:
 
 
 def short_dtype(dtype: torch.dtype) -> str:
-    """Returns the printed name of a dtype: f32, bf16, i64, bool."""
+    """Return the printed name of a dtype: f32, bf16, i64, bool."""
     return SHORT.get(dtype, str(dtype).removeprefix("torch."))

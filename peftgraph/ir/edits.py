@@ -87,7 +87,7 @@ class Edit:
     installed: tuple[tuple[str, str], ...] = ()
 
     def pruned(self, names: Container[str]) -> Edit:
-        """Returns the edit restricted to nodes that still exist, after another edit was removed."""
+        """Return the edit restricted to nodes that still exist, after another edit was removed."""
         return replace(
             self,
             moves=tuple(one for one in self.moves if all(name in names for name in (*one.anchor.nodes, one.after))),
@@ -119,7 +119,7 @@ class EditLog:
         return id(edit) in self._edits
 
     def append(self, edit: Edit) -> None:
-        """Appends an edit."""
+        """Append an edit."""
         self._edits[id(edit)] = edit
         for move in edit.moves:
             self._moves.setdefault(move.anchor, []).append(move)
@@ -128,7 +128,7 @@ class EditLog:
             self._into.setdefault(move.anchor.reader, {})[move] = edit
 
     def remove(self, edit: Edit) -> None:
-        """Removes an edit."""
+        """Remove an edit."""
         del self._edits[id(edit)]
         for move in edit.moves:
             self._moves[move.anchor].remove(move)
@@ -136,43 +136,43 @@ class EditLog:
             del self._owners[move], self._into[move.anchor.reader][move]
 
     def owner(self, move: Move) -> Edit:
-        """Returns the edit that a move belongs to."""
+        """Return the edit that a move belongs to."""
         return self._owners[move]
 
     def moves_into(self, reader: str) -> Mapping[Move, Edit]:
-        """Returns the moves that redirected an operand of `reader` alone, each with its edit."""
+        """Return the moves that redirected an operand of `reader` alone, each with its edit."""
         return self._into.get(reader, {})
 
     def moves_at(self, value: str) -> list[Move]:
-        """Returns the moves that redirected all readers of a value of the base, innermost first."""
+        """Return the moves that redirected all readers of a value of the base, innermost first."""
         return self.chain(Anchor(value))
 
     def chain(self, anchor: Anchor) -> list[Move]:
-        """Returns the moves at `anchor`, innermost first: by level, then in order of application."""
+        """Return the moves at `anchor`, innermost first: by level, then in order of application."""
         return sorted(self._moves.get(anchor, ()), key=lambda move: move.level)
 
     def predecessor(self, move: Move) -> str:
-        """Returns the value that a move replaced: the next inner one at the same anchor."""
+        """Return the value that a move replaced: the next inner one at the same anchor."""
         line = self.chain(move.anchor)
         position = line.index(move)
         return line[position - 1].after if position else move.anchor.value
 
     def value_after_removal(self, move: Move) -> str:
-        """Returns the value that users read once the edit of a move is removed, whatever was applied after it."""
+        """Return the value that users read once the edit of a move is removed, whatever was applied after it."""
         value = self.predecessor(move)
         own = self.owner(move)
         line = [one for one in self.moves_at(value) if self.owner(one) is not own] if move.anchor.reader else []
         return line[-1].after if line else value
 
     def base_value(self, name: str) -> str:
-        """Returns the base value that the value called `name` replaces; `name` itself if it replaces none."""
+        """Return the base value that the value called `name` replaces; `name` itself if it replaces none."""
         anchor = self._anchors.get(name)
         return name if anchor is None else anchor.value
 
 
 def competing_copies(edits: Iterable[Edit]) -> dict[str, list[Edit]]:
-    """Returns, by stored tensor, the edits of named adapters that each train a copy of it; the graph reads the last
-    one."""
+    """Return, by stored tensor, the edits of named adapters that each train a copy of it, of which the graph reads the
+    last."""
     found: dict[str, list[Edit]] = {}
     for edit in edits:
         for name, _ in edit.installed:

@@ -9,14 +9,14 @@ from torch.fx.node import map_arg
 
 
 def find_node(graph: fx.Graph, name: str) -> fx.Node:
-    """Returns the node called `name`, which must exist."""
+    """Return the node called `name`, which must exist."""
     node = next((node for node in graph.nodes if node.name == name), None)
     assert node is not None, f"no node {name}"
     return node
 
 
 def copy_graph(graph: fx.Graph, order: Iterable[fx.Node] | None = None) -> fx.Graph:
-    """Copies a graph, keeping node names; metadata dictionaries are copied, the fake values in them are shared.
+    """Copy a graph, keeping node names; metadata dictionaries are copied, the fake values in them are shared.
 
     Args:
         graph: is unchanged.
@@ -36,10 +36,10 @@ def copy_graph(graph: fx.Graph, order: Iterable[fx.Node] | None = None) -> fx.Gr
 
 
 def call_nodes(graph: fx.Graph) -> Iterator[fx.Node]:
-    """Yields the nodes that compute, in order."""
+    """Yield the nodes that compute, in order."""
     return (node for node in graph.nodes if node.op == "call_function")
 
 
 def stored_tensor_nodes(graph: fx.Graph) -> Iterator[fx.Node]:
-    """Yields the nodes that read a stored tensor, in order."""
+    """Yield the nodes that read a stored tensor, in order."""
     return (node for node in graph.nodes if node.op == "get_attr")

@@ -37,20 +37,21 @@ ValueObserver = Callable[[fx.Node, Any], None]  # told of every value as it is c
 
 
 def run_in_evaluation(program: ProgramData, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Returns the tensor outputs of a program in evaluation mode, for inputs in placeholder order."""
+    """Return the tensor outputs of a program in evaluation mode, for inputs in placeholder order."""
     return [leaf for leaf in run_in_mode(program, inputs, training=False) if isinstance(leaf, Tensor)]
 
 
 def run_in_mode(
     program: ProgramData, inputs: Sequence[Tensor], *, training: bool, watcher: ValueObserver | None = None
 ) -> list[Any]:
-    """Returns the output leaves of a program in one mode, for inputs in placeholder order.
+    """Return the output leaves of a program in one mode, for inputs in placeholder order.
 
     Args:
         program: what to run; it is not changed, nor are its buffers.
         inputs: the tensors of a call.
         training: whether dropout and what else training does is part of it.
-        watcher: told of every value, of stored tensors too: of one that the graph writes, the copy that is written.
+        watcher: called with every value, also of stored tensors (for one that the graph writes: the copy that is
+            written).
     """
     graph = training_graph(program.graph) if training else evaluation_graph(program.graph)
     dtype, device = program.table.dtype, program.table.device
@@ -66,8 +67,8 @@ def run_in_mode(
 
 
 def run_in_float64(program: ProgramData, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Returns the outputs computed in float64 throughout: weights, inputs, upcasts of the model's own code, and
-    float32 tensors that torch makes from integers."""
+    """Return the outputs computed in float64 throughout: weights, inputs, upcasts of the model's own code, and float32
+    tensors that torch makes from integers."""
     graph = evaluation_graph(program.graph)
     widen_literals(graph)
     device = program.table.device
@@ -79,7 +80,7 @@ def run_in_float64(program: ProgramData, inputs: Sequence[Tensor]) -> list[Tenso
 
 
 def compute_node(wanted: fx.Node, known: Mapping[fx.Node, Any], table: Mapping[str, TensorEntry]) -> Any:
-    """Computes the value of one node from known values and stored tensors; only its ancestors are run."""
+    """Compute the value of one node from known values and stored tensors; only its ancestors are run."""
     values = dict(known)
     todo = [wanted]
     with torch.no_grad():
@@ -102,7 +103,7 @@ def compute_node(wanted: fx.Node, known: Mapping[fx.Node, Any], table: Mapping[s
 
 
 def fake_table(table: TensorTable, mode: FakeTensorMode) -> TensorTable:
-    """Returns the stored tensors as fake tensors of the same shapes and dtypes."""
+    """Return the stored tensors as fake tensors of the same shapes and dtypes."""
 
     def fake(entry: TensorEntry) -> TensorEntry:
         with mode:
@@ -113,7 +114,7 @@ def fake_table(table: TensorTable, mode: FakeTensorMode) -> TensorTable:
 
 
 def count_matrix_products(graph: fx.Graph) -> int:
-    """Counts the matrix products that a graph computes."""
+    """Count the matrix products that a graph computes."""
     return sum(
         node.target._schema.name.split("::")[-1] in MATRIX_PRODUCTS
         for node in call_nodes(graph)
@@ -122,8 +123,8 @@ def count_matrix_products(graph: fx.Graph) -> int:
 
 
 def _beside(entry: TensorEntry, dtype: torch.dtype) -> Tensor:
-    """Casts a tensor to the dtype that the graph reads it in; a trainable one may have moved with a module that was
-    converted."""
+    """Cast a tensor to the dtype that the graph reads it in; a trainable one may have been converted with its
+    module."""
     return entry.tensor.to(dtype) if entry.trainable and entry.tensor.is_floating_point() else entry.tensor
 
 

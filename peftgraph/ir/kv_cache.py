@@ -19,7 +19,7 @@ from peftgraph.errors import CallError
 
 @functools.cache
 def _ahead() -> type[Any]:
-    """Returns the class of cache layers that hold rows of no token in front of the cached tokens."""
+    """Return the class of cache layers that store rows which belong to no token before those of the cached tokens."""
     from transformers.cache_utils import DynamicLayer
 
     class Ahead(DynamicLayer):
@@ -58,8 +58,8 @@ class KVCacheSpec:
         return "decoder_input_ids" if self.paired else "input_ids"
 
     def cache(self, tensors: Sequence[Tensor] = ()) -> Any:
-        """Makes a transformers cache that holds these keys and values, alternating by layer; an empty one if there
-        are none."""
+        """Make a transformers cache that holds these keys and values, alternating by layer; an empty one if there are
+        none."""
         from transformers import DynamicCache, EncoderDecoderCache
 
         class Passing(DynamicCache):
@@ -74,7 +74,7 @@ class KVCacheSpec:
         return cache
 
     def read(self, cache: Any) -> list[Tensor]:
-        """Returns the keys and values in a cache, alternating by layer; an empty list for an empty cache.
+        """Return the keys and values in a cache, alternating by layer; an empty list for an empty cache.
 
         Raises:
             CallError: it keeps them in a form that the graph does not take.
@@ -94,17 +94,17 @@ class KVCacheSpec:
         return [tensor for layer in held for tensor in (layer.keys, layer.values)]
 
     def prepended_rows(self, cache: Any) -> int:
-        """Returns how many cached rows belong to no token; they precede those of tokens."""
+        """Return how many cached rows belong to no token; they precede those of tokens."""
         return max((getattr(layer, "rows", 0) for layer in self._own(cache).layers), default=0)
 
     def write(self, cache: Any, tensors: Sequence[Tensor], rows: int = 0) -> None:
-        """Writes keys and values into a cache, in place; a layer that would drop old ones is replaced by one that
-        keeps them.
+        """Write keys and values into a cache, in place; a layer that would drop old ones is replaced by one that keeps
+        them.
 
         Args:
             cache: a transformers cache.
             tensors: keys and values, in turn for each layer.
-            rows: how many of each are those of no token: what the cache says of its length leaves them out.
+            rows: how many of each belong to no token; the length that the cache reports does not count them.
         """
         from transformers.cache_utils import DynamicLayer
 
@@ -128,11 +128,11 @@ class KVCacheSpec:
 
 
 def default_input(name: str, mask: Tensor, before: int, length: int, dtype: torch.dtype) -> Tensor:
-    """Returns the value that a model uses for an input which a call with a cache leaves out.
+    """Return the value that a model uses for an input that a call with a cache omits.
 
     Args:
         name: "ones", a mask that hides nothing; "range", positions from the earlier tokens on; "counted", positions
-            that only tokens under the mask have.
+            that count only the tokens that the mask keeps.
         mask: (B, P + S) over the earlier tokens and those of the call; for "ones" any tensor of B rows.
         before: P, the earlier tokens.
         length: S, the tokens of the call.

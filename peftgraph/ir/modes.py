@@ -43,17 +43,17 @@ SEQUENCE_AXIS = 2  # the axis of keys and values of earlier calls along which th
 
 
 def by_mode(evaluation: T, training: T) -> T:
-    """Stands as the target of a node that selects a value by mode; no graph that runs contains one."""
+    """Serve as the target of a node that selects a value by mode; it is resolved before a graph runs."""
     return training
 
 
 def training_graph(graph: fx.Graph) -> fx.Graph:
-    """Returns a copy of `graph` as it runs in training mode."""
+    """Return a copy of `graph` as it runs in training mode."""
     return _one_side(graph, 1, "evaluation_only")
 
 
 def evaluation_graph(graph: fx.Graph) -> fx.Graph:
-    """Returns a copy of `graph` as it runs in evaluation mode."""
+    """Return a copy of `graph` as it runs in evaluation mode."""
     new = _one_side(graph, 0, "training_only")
     for node in list(new.nodes):
         if node.op != "call_function":
@@ -72,7 +72,7 @@ def evaluation_graph(graph: fx.Graph) -> fx.Graph:
 
 
 def _one_side(graph: fx.Graph, side: int, other: str) -> fx.Graph:
-    """Copies a graph, resolving every `by_mode`; writes marked as belonging to the `other` mode are removed."""
+    """Copy a graph, resolving every `by_mode`; writes marked as belonging to the `other` mode are removed."""
     new = copy_graph(graph)
     for node in list(new.nodes):
         if node.target is by_mode:
@@ -85,8 +85,7 @@ def _one_side(graph: fx.Graph, side: int, other: str) -> fx.Graph:
 
 
 def without_inputs(graph: fx.Graph, missing: Set[str]) -> tuple[fx.Graph, tuple[bool, ...]]:
-    """Returns a copy of `graph` without the inputs in `missing`, and a flag for each output leaf: whether it
-    remains.
+    """Return a copy of `graph` without the inputs in `missing`, and a flag for each output leaf: whether it remains.
 
     Raises:
         CallError: every output depends on a missing input.
@@ -121,7 +120,7 @@ def without_inputs(graph: fx.Graph, missing: Set[str]) -> tuple[fx.Graph, tuple[
 
 
 def without_cached_inputs(graph: fx.Graph, past: Set[str]) -> fx.Graph:
-    """Returns a copy of `graph` for a first call, without the cached keys and values in `past`."""
+    """Return a copy of `graph` for a first call, without the cached keys and values in `past`."""
     new = copy_graph(graph)
     inputs = [node for node in new.nodes if node.op == "placeholder"]
     for node in [node for node in inputs if node.name in past]:
@@ -151,7 +150,7 @@ def _skip_single(cat: fx.Node) -> None:
 
 
 def read_size_from(size: fx.Node, inputs: list[fx.Node]) -> None:
-    """Redirects a size node, in place, to the first of `inputs` that has this size; unchanged where none has."""
+    """Redirect a size node, in place, to the first of `inputs` that has this size; unchanged where none has."""
     symbol = str(size.meta["val"])
     for node in inputs:
         for axis, other in enumerate(node.meta["val"].shape):
@@ -167,14 +166,13 @@ def _replace(node: fx.Node, value: int) -> None:
 
 
 def written_buffers(graph: fx.Graph) -> set[str]:
-    """Returns the names of stored tensors that the graph writes into, such as running statistics, also through
-    views."""
+    """Return the names of stored tensors that the graph writes into, such as running statistics, also through views."""
     roots = (_root(value) for node in graph.nodes if writes_in_place(node) for value in _written(node))
     return {str(root.target) for root in roots if root.op == "get_attr"}
 
 
 def _written(node: fx.Node) -> list[fx.Node]:
-    """Returns the operands that a node writes into."""
+    """Return the operands that a node writes into."""
     assert isinstance(node.target, torch._ops.OpOverload)
     if node.target in BATCH_STATISTICS:  # its schema does not say so: the running mean and variance
         return [value for value in node.args[3:5] if isinstance(value, fx.Node)]
@@ -187,7 +185,7 @@ def _written(node: fx.Node) -> list[fx.Node]:
 
 
 def _root(node: fx.Node) -> fx.Node:
-    """Returns the value that owns the memory of a view."""
+    """Return the value that owns the memory of a view."""
     while isinstance(node.target, torch._ops.OpOverload) and isinstance(node.args[0], fx.Node):
         if not any(one.alias_info for one in node.target._schema.returns):
             break
@@ -196,8 +194,7 @@ def _root(node: fx.Node) -> fx.Node:
 
 
 def _set_argument(node: fx.Node, position: int, name: str, value: object) -> None:
-    """Sets an argument that is present; trailing arguments equal to their defaults are dropped, as the exporter
-    does."""
+    """Set an argument that is present; trailing arguments equal to their defaults are dropped, as the exporter does."""
     assert isinstance(node.target, torch._ops.OpOverload)
     schema = node.target._schema.arguments
     if len(node.args) == position + 1 and schema[position].default_value == value:

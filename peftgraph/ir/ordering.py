@@ -11,8 +11,7 @@ from peftgraph.ir.shape_inference import ShapeInference, same_metadata
 
 
 def in_canonical_order(graph: fx.Graph) -> fx.Graph:
-    """Returns a copy of the graph in canonical order: operands before users and, among valid orders, by
-    `meta["order"]`.
+    """Return a copy of the graph in canonical order: operands before users and, among valid orders, by `meta["order"]`.
 
     Base nodes carry their position in the traced graph and new ones the position they were inserted after. Removing
     a pass therefore restores the base's own order.
@@ -21,7 +20,7 @@ def in_canonical_order(graph: fx.Graph) -> fx.Graph:
 
 
 def canonical_order(graph: fx.Graph) -> Iterator[fx.Node]:
-    """Yields the nodes of a graph in canonical order."""
+    """Yield the nodes of a graph in canonical order."""
     import networkx as nx  # here and not above: importing peftgraph stays light
 
     uses = nx.DiGraph()
@@ -33,7 +32,7 @@ def canonical_order(graph: fx.Graph) -> Iterator[fx.Node]:
 def infer_changed_values(
     graph: fx.Graph, resized: Iterable[fx.Node], inference: ShapeInference, stretched: Container[fx.Node] = ()
 ) -> None:
-    """Infers again, in place, the values that depend on nodes whose shape has changed.
+    """Infer again, in place, the values that depend on nodes whose shape has changed.
 
     The nodes need not be in order. `stretched` are calls whose own arguments changed.
     """
@@ -50,7 +49,7 @@ def infer_changed_values(
 
 
 def record_order(graph: fx.Graph) -> None:
-    """Records the position of a base graph's nodes in their metadata, in place."""
+    """Record the position of a base graph's nodes in their metadata, in place."""
     last = len(graph.nodes)
     for i, node in enumerate(graph.nodes):
         node.meta["order"] = (0 if node.op == "placeholder" else last if node.op == "output" else i,)

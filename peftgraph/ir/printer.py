@@ -25,7 +25,7 @@ LAST = sys.maxsize
 
 
 def assign_labels(graph: fx.Graph, titles: Mapping[str, str], sections: Mapping[str, str]) -> None:
-    """Names every value of a base graph, in place.
+    """Name every value of a base graph, in place.
 
     Args:
         graph: a canonical graph.
@@ -47,7 +47,7 @@ def assign_labels(graph: fx.Graph, titles: Mapping[str, str], sections: Mapping[
 
 
 def print_program(program: ProgramData) -> str:
-    """Returns the text of a program: its calling convention, then one line for each value, in graph order."""
+    """Return the text of a program: its calling convention, then one line for each value, in graph order."""
     printer = Printer.of(program)
     signature = program.signature
     outputs = program.graph.output_node().args[0]
@@ -65,7 +65,7 @@ def print_program(program: ProgramData) -> str:
 
 
 def print_diff(before: ProgramData, after: ProgramData) -> str:
-    """Returns the difference between two programs: the new values around each edited one, in text order, and totals."""
+    """Return the difference between two programs: the new values around each edited one, in text order, and totals."""
     old, new = Printer.of(before), Printer.of(after)
     more = {size: count - before.prepended_lengths().get(size, 0) for size, count in after.prepended_lengths().items()}
     as_before = Printer(new.sizes, new.trainable, more)
@@ -142,7 +142,7 @@ class Printer:
         return cls(size_names(program), program.table.trainable)
 
     def line(self, node: fx.Node) -> str:
-        """Returns the line of a labelled node."""
+        """Return the line of a labelled node."""
         if node.op == "output":
             return f"return {self.operand(node.args[0])}"
         arguments = [self.operand(value) for value in node.args]
@@ -187,7 +187,7 @@ class Printer:
 
 
 def size_names(program: ProgramData) -> dict[str, str]:
-    """Returns the printed name of each symbolic size of the inputs, by its symbol."""
+    """Return the printed name of each symbolic size of the inputs, by its symbol."""
     placeholders = (node for node in program.graph.nodes if node.op == "placeholder")
     table: dict[str, str] = {}
     for node, spec in zip(placeholders, program.signature.inputs, strict=True):

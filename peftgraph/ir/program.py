@@ -76,7 +76,7 @@ class ProgramData:
     comparison: ComparisonReport | None = None
 
     def evolve(self, **changes: Any) -> Self:
-        """Returns a program with some fields replaced."""
+        """Return a program with some fields replaced."""
         return replace(self, **changes)
 
     @property
@@ -85,8 +85,8 @@ class ProgramData:
         return dict(zip((spec.name for spec in self.signature.inputs), self.example, strict=True))
 
     def prepended_lengths(self) -> dict[str, int]:
-        """Returns by how much passes enlarge sizes of the inputs, by the sizes' names; for a graph with a cache, in
-        a first call."""
+        """Return how much passes enlarge the sizes of inputs, by the name of the size; for a graph with a cache, in a
+        first call."""
         edits, more = EditLog(self.edits), dict[str, int]()
         for spec in self.signature.inputs:
             line = edits.moves_at(spec.name)
@@ -97,7 +97,7 @@ class ProgramData:
         return more
 
     def require_one_adapter(self) -> None:
-        """Refuses a program in which several named adapters have trained copies of one tensor.
+        """Refuse a program in which several named adapters train copies of one tensor.
 
         Raises:
             Conflict: names the tensor and the adapters.
@@ -109,5 +109,5 @@ class ProgramData:
             )
 
     def node(self, name: str) -> fx.Node:
-        """Returns the node of that name, which must exist."""
+        """Return the node called `name`, which must exist."""
         return find_node(self.graph, name)

@@ -16,7 +16,7 @@ from torch.fx.node import map_arg
 
 
 def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
-    """Returns the fake mode that the graph's values belong to."""
+    """Return the fake mode that the graph's values belong to."""
     for node in graph.nodes:
         value = node.meta.get("val")
         if isinstance(value, FakeTensor):
@@ -25,7 +25,7 @@ def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
 
 
 def fake_like(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
-    """Returns a fake tensor of the same shape, dtype and device."""
+    """Return a fake tensor of the same shape, dtype and device."""
     with mode:
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device, requires_grad=tensor.requires_grad)
 
@@ -50,7 +50,7 @@ def _einsum(equation: str, operands: Sequence[Tensor]) -> Tensor:
 
 
 def _einsum_shape(equation: str, operands: Sequence[Tensor]) -> list[int | torch.SymInt] | None:
-    """Reads the shape of the result off the equation; None where that is not possible."""
+    """Derive the shape of the result from the equation; None where that is not possible."""
     if EINSUM.fullmatch(equation) is None:
         return None
     inputs, _, output = equation.partition("->")
@@ -97,7 +97,7 @@ class ShapeInference:
         self._descriptions: dict[int, tuple[Any, Hashable]] = {}  # by identity; the value is held so that it keeps it
 
     def value_of(self, node: fx.Node) -> Any:
-        """Infers the result of `node` from its operands' recorded values."""
+        """Infer the result of `node` from its operands' recorded values."""
         if not _is_repeatable(node):
             return self._of_recorded_size(node)
         key = (node.target, self.describe(node.args), self.describe(node.kwargs))
@@ -106,7 +106,7 @@ class ShapeInference:
         return self._known[key]
 
     def value_with(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-        """Infers the result of `node` with other values for some operands."""
+        """Infer the result of `node` with other values for some operands."""
         args, kwargs = map_arg(
             (node.args, node.kwargs), lambda operand: values[operand] if operand in values else operand.meta["val"]
         )
@@ -127,8 +127,8 @@ class ShapeInference:
             return rule(*args, **kwargs)
 
     def _of_recorded_size(self, node: fx.Node) -> Any:
-        """Infers the result of `node`, keeping recorded sizes that count values: what the exporter knows of such a
-        size is attached to the symbol that it made."""
+        """Infer the result of `node`, keeping recorded sizes that count values: what the exporter knows of such a size
+        is attached to the symbol that it made."""
         known = node.meta.get("val")
         if isinstance(known, torch.SymInt) and free_unbacked_symbols(known):
             return known
@@ -141,8 +141,8 @@ class ShapeInference:
             return torch.empty_strided(known.shape, known.stride(), dtype=value.dtype, device=value.device)
 
     def describe(self, value: Any) -> Hashable:
-        """Returns a hashable description of an argument, complete for shape inference; a number is paired with its
-        type, since 1 == 1.0 == True."""
+        """Return a hashable description of an argument, complete for shape inference; a number is paired with its type,
+        since 1 == 1.0 == True."""
         if isinstance(value, fx.Node):
             recorded = value.meta["val"]
             if id(recorded) not in self._descriptions:
@@ -161,7 +161,7 @@ class ShapeInference:
 
 
 def _is_repeatable(node: fx.Node) -> bool:
-    """Returns True if equal operands give equal sizes: not where sizes depend on values, or operands are written."""
+    """Return True if equal operands give equal sizes: not where sizes depend on values, or operands are written."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return True
     varying = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
@@ -174,7 +174,7 @@ def _expression(size: Any) -> Hashable:
 
 @contextmanager
 def guards_suppressed(mode: FakeTensorMode) -> Iterator[None]:
-    """Prevents shape inference from adding guards on the symbols of the traced graph."""
+    """Prevent shape inference from adding guards on the symbols of the traced graph."""
     env = mode.shape_env
     if env is None:
         yield
@@ -184,7 +184,7 @@ def guards_suppressed(mode: FakeTensorMode) -> Iterator[None]:
 
 
 def infer_values(nodes: Iterable[fx.Node], mode: FakeTensorMode) -> None:
-    """Recomputes `meta["val"]` of every call among `nodes`, in order."""
+    """Recompute `meta["val"]` of every call among `nodes`, in order."""
     inference = ShapeInference(mode)
     for node in nodes:
         if node.op == "call_function":
@@ -192,8 +192,7 @@ def infer_values(nodes: Iterable[fx.Node], mode: FakeTensorMode) -> None:
 
 
 def can_replace_dtype(nodes: Iterable[fx.Node]) -> bool:
-    """Returns True if `replace_dtype` is valid for `nodes`: only torch's own operators, and no size that counts
-    values."""
+    """Return True if `replace_dtype` is valid for `nodes`: only torch's own operators, no size that counts values."""
     return not any("operators" in node.meta or _sizes_by_values(node) for node in nodes)
 
 
@@ -203,8 +202,8 @@ def _sizes_by_values(node: fx.Node) -> bool:
 
 
 def replace_dtype(nodes: Iterable[fx.Node], mode: FakeTensorMode, old: torch.dtype, new: torch.dtype) -> None:
-    """Replaces dtype `old` by `new` in recorded values. This equals running the calls again, and is much cheaper,
-    where every operation accepts `new` and promotes it as it promotes `old`."""
+    """Replace dtype `old` by `new` in recorded values. This equals running the calls again, and is much cheaper, where
+    every operation accepts `new` and promotes it as it promotes `old`."""
     inference = ShapeInference(mode)
     cast: dict[Hashable, Tensor] = {}
 
@@ -223,7 +222,7 @@ def replace_dtype(nodes: Iterable[fx.Node], mode: FakeTensorMode, old: torch.dty
 
 
 def same_metadata(a: Any, b: Any, broadcast: bool = False) -> bool:
-    """Returns True if two recorded values have the same structure, shapes, dtypes and devices.
+    """Return True if two recorded values have the same structure, shapes, dtypes and devices.
 
     Sizes are equal where their expressions are. With `broadcast` they are also equal where the example's sizes are,
     which are distinct: of two sizes that were broadcast to each other, either may be recorded.
@@ -246,7 +245,7 @@ def _same_shape(a: torch.Size, b: torch.Size, broadcast: bool) -> bool:
 
 
 def concrete_size(size: int | torch.SymInt) -> int | None:
-    """Returns the number that a size has, also for a symbolic one that was specialised; None where it is free."""
+    """Return a size as a number, also where it is symbolic and was specialised; None where it is free."""
     if isinstance(size, int):
         return size
     expression = size.node.expr
@@ -254,7 +253,7 @@ def concrete_size(size: int | torch.SymInt) -> int | None:
 
 
 def with_concrete_sizes(mode: FakeTensorMode, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns a recorded value in another dtype, with plain numbers for symbolic sizes that were specialised."""
+    """Return a recorded value in another dtype, with plain numbers for symbolic sizes that were specialised."""
     sizes, strides = ([_plain(one) for one in many] for many in (value.shape, value.stride()))
     with mode, guards_suppressed(mode):
         return torch.empty_strided(sizes, strides, dtype=dtype, device=value.device)
@@ -270,10 +269,10 @@ def _plain(size: int | torch.SymInt) -> int | torch.SymInt:
 
 
 def example_size(size: int | torch.SymInt) -> int | None:
-    """Returns a size in the example; None where it counts values."""
+    """Return a size in the example; None where it counts values."""
     return size if isinstance(size, int) else size.node.hint
 
 
 def constant_term(size: int | torch.SymInt) -> int:
-    """Evaluates a size with every symbol set to 0."""
+    """Evaluate a size with every symbol set to 0."""
     return size if isinstance(size, int) else int(size.node.expr.subs(dict.fromkeys(size.node.expr.free_symbols, 0)))

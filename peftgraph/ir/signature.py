@@ -41,7 +41,7 @@ class SizeCondition:
     offsets: tuple[int, ...] = ()
 
     def holds(self, sizes: Mapping[str, int]) -> bool:
-        """Returns True if the condition holds for `sizes`, or depends on a size that is not among them."""
+        """Return True if the condition holds for `sizes`, or depends on a size that is not among them."""
         if any(name not in sizes for name in self.sizes):
             return True
         more = self.offsets or (0,) * len(self.sizes)
@@ -117,7 +117,7 @@ class Signature:
         )
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor | None]:
-        """Returns the tensors of a call in placeholder order; None for an optional input that is left out.
+        """Return the tensors of a call in placeholder order; None for an optional input that is left out.
 
         Raises:
             CallError: an argument is unknown, missing, of another kind of dtype, or of a shape the graph does not take.
@@ -129,7 +129,7 @@ class Signature:
         return self.tensors_of(arguments)
 
     def tensors_of(self, arguments: Mapping[str, Any]) -> list[Tensor | None]:
-        """Does the same as `bind` for arguments by name; None also for cached keys and values.
+        """Do the same as `bind` for arguments by name; None also for cached keys and values.
 
         Raises:
             CallError: as `bind` does.
@@ -219,7 +219,7 @@ class Signature:
             raise CallError(f"{spec.key} has size {size} in dimension {axis}; the model takes {limit}.")
 
     def describe(self) -> str:
-        """Formats the inputs: `input_ids: i64[B, S], attention_mask?: i64[B, S]`."""
+        """Format the inputs: `input_ids: i64[B, S], attention_mask?: i64[B, S]`."""
         return ", ".join(f"{s.key}{'?' if s.optional else ''}: {_shape_text(s)}" for s in self.inputs)
 
 

@@ -22,21 +22,21 @@ class TensorNames:
         return name in self._makers
 
     def add(self, name: str, maker: str) -> None:
-        """Reserves a name for a new tensor."""
+        """Reserve a name for a new tensor."""
         self._makers[name] = maker
         for module in _modules(name):
             self._first.setdefault(module, name)
 
     def made_by(self, name: str) -> str:
-        """Returns what made a tensor."""
+        """Return what made a tensor."""
         return self._makers[name]
 
     def conflicting(self, name: str) -> str | None:
-        """Returns a tensor whose name is a module path of `name`, or the other way round; None if there is none."""
+        """Return a tensor whose name is a module path of `name`, or the other way round; None if there is none."""
         inner = next((module for module in _modules(name) if module in self._makers), None)
         return inner or self._first.get(name)
 
 
 def _modules(name: str) -> list[str]:
-    """Returns the module paths above a tensor name, outermost first."""
+    """Return the module paths above a tensor name, outermost first."""
     return [name[:i] for i, letter in enumerate(name) if letter == "."]

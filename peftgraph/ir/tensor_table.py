@@ -62,28 +62,28 @@ class TensorTable(Mapping[str, TensorEntry]):
         return len(self._entries)
 
     def updated(self, changes: Mapping[str, TensorEntry]) -> TensorTable:
-        """Returns a table with `changes` added; entries of the same name are replaced."""
+        """Return a table with `changes` applied; entries of the same name are replaced."""
         return TensorTable({**self._entries, **changes})
 
     def without(self, names: Iterable[str]) -> TensorTable:
-        """Returns a table without `names`."""
+        """Return a table without `names`."""
         gone = set(names)
         return TensorTable((name, entry) for name, entry in self._entries.items() if name not in gone)
 
     def with_tensor(self, name: str, tensor: Tensor) -> TensorTable:
-        """Returns a table in which `name` holds `tensor`; other names keep theirs, so a tie to `name` is broken."""
+        """Return a table in which `name` refers to `tensor`; other names keep theirs, so a tie to `name` is broken."""
         return self.updated({name: replace(self._entries[name], tensor=tensor)})
 
     def tensors(self) -> dict[str, Tensor]:
-        """Returns the plain tensors by name."""
+        """Return the plain tensors by name."""
         return {name: entry.tensor for name, entry in self._entries.items()}
 
     def tied(self, name: str) -> tuple[str, ...]:
-        """Returns the names that hold the same tensor as `name`, including itself, in table order."""
+        """Return the names that share one tensor with `name`, itself included, in table order."""
         return tuple(self._names[id(self._entries[name].tensor)])
 
     def ties(self) -> tuple[tuple[str, ...], ...]:
-        """Returns the groups of two or more names that share one tensor."""
+        """Return the groups of two or more names that share one tensor."""
         return tuple(tuple(names) for names in self._names.values() if len(names) > 1)
 
     @cached_property
@@ -126,12 +126,12 @@ class TensorTable(Mapping[str, TensorEntry]):
         return torch.get_default_device()
 
     def hashes(self) -> dict[str, str]:
-        """Returns the sha256 of every tensor, by name (see `hash_tensor`)."""
+        """Return the sha256 of every tensor, by name (see `hash_tensor`)."""
         return {name: hash_tensor(entry.tensor) for name, entry in self._entries.items()}
 
 
 def hash_tensor(tensor: Tensor) -> str:
-    """Returns the sha256 of a tensor's shape, dtype and (unless it is on the meta device) bytes."""
+    """Return the sha256 of a tensor's shape, dtype and (unless it is on the meta device) bytes."""
     digest = hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
     if tensor.device.type != "meta":
         flat = tensor.detach().cpu().contiguous().reshape(-1)

@@ -17,7 +17,7 @@ Check = Callable[[ProgramData], Iterator[str]]
 
 
 def verify(program: ProgramData, previous: ProgramData | None = None, inference: ShapeInference | None = None) -> None:
-    """Runs every check; given a verified `previous`, only the values of changed nodes are inferred again.
+    """Run every check; given a verified `previous`, only the values of changed nodes are inferred again.
 
     `inference` is a cache of inferred results, keyed by target and operands; one that has seen some of the calls
     saves time.
@@ -33,7 +33,7 @@ def verify(program: ProgramData, previous: ProgramData | None = None, inference:
 
 
 def operands_come_first(program: ProgramData) -> Iterator[str]:
-    """Checks that every operand precedes its use, in the same graph."""
+    """Check that every operand precedes its use, in the same graph."""
     seen: set[fx.Node] = set()
     for node in program.graph.nodes:
         for operand in node.all_input_nodes:
@@ -43,7 +43,7 @@ def operands_come_first(program: ProgramData) -> Iterator[str]:
 
 
 def names_are_unique(program: ProgramData) -> Iterator[str]:
-    """Checks that every value has a printed name, and no two have the same."""
+    """Check that every value has a printed name, and no two have the same."""
     seen: set[str] = set()
     for node in call_nodes(program.graph):
         label = node.meta.get("label")
@@ -56,7 +56,7 @@ def names_are_unique(program: ProgramData) -> Iterator[str]:
 
 
 def stored_tensors_exist(program: ProgramData) -> Iterator[str]:
-    """Checks that every stored tensor that is read is in the table, with the recorded shape."""
+    """Check that every stored tensor that is read is in the table, with the recorded shape."""
     for node in stored_tensor_nodes(program.graph):
         entry = program.table.get(str(node.target))
         if entry is None:
@@ -67,7 +67,7 @@ def stored_tensors_exist(program: ProgramData) -> Iterator[str]:
 
 
 def trainables_are_claimed(program: ProgramData) -> Iterator[str]:
-    """Checks that tensors that require grad are the parameters that some edit claims, and that claimed ones exist."""
+    """Check that tensors that require grad are the parameters that some edit claims, and that claimed ones exist."""
     claimed = {name for edit in program.edits for name in edit.parameters}
     for name, entry in program.table.items():
         if entry.tensor.requires_grad != entry.trainable:
@@ -81,8 +81,8 @@ def trainables_are_claimed(program: ProgramData) -> Iterator[str]:
 
 
 def trainables_reach_the_output(program: ProgramData) -> Iterator[str]:
-    """Checks that the graph reads every trainable parameter and that it reaches the output, unless another named
-    adapter replaces it."""
+    """Check that the graph reads every trainable parameter and that it reaches the output, unless another named adapter
+    replaces it."""
     hidden = {
         name for several in competing_copies(program.edits).values() for edit in several for name in edit.parameters
     }
@@ -101,7 +101,7 @@ def trainables_reach_the_output(program: ProgramData) -> Iterator[str]:
 
 
 def edits_stand(program: ProgramData) -> Iterator[str]:
-    """Checks that every node that an edit lists exists, and that an edit lists every node that is not the base's."""
+    """Check that every node that an edit lists exists, and that an edit lists every node that is not the base's."""
     names = {node.name for node in program.graph.nodes}
     for edit in program.edits:
         for name in (*edit.nodes, *(move.after for move in edit.moves)):
@@ -124,7 +124,7 @@ CHECKS: tuple[Check, ...] = (
 
 
 def values_rederive(program: ProgramData, previous: ProgramData | None, inference: ShapeInference) -> Iterator[str]:
-    """Checks that shapes and dtypes, inferred again under fake tensors, equal the recorded ones."""
+    """Check that shapes and dtypes, inferred again under fake tensors, equal the recorded ones."""
     known = {node.name: node for node in previous.graph.nodes} if previous is not None else {}
     for node in call_nodes(program.graph):
         twin = known.get(node.name)
@@ -140,7 +140,7 @@ def values_rederive(program: ProgramData, previous: ProgramData | None, inferenc
 
 
 def _same_call(node: fx.Node, twin: fx.Node) -> bool:
-    """Returns True if `node` has the same operand values as its twin, so that its own value is known."""
+    """Return True if `node` has the same operand values as its twin, so that its own value is known."""
     if node.target != twin.target or len(node.all_input_nodes) != len(twin.all_input_nodes):
         return False
     return all(

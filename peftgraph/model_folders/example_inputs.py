@@ -25,7 +25,7 @@ FRAMES = 64  # of a spectrogram whose length is free
 
 
 def example_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Returns keyword inputs to trace `model` with.
+    """Return keyword inputs to trace `model` with.
 
     Raises:
         TraceError: the model needs an input that its configuration does not describe.

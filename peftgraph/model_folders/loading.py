@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def read_config(source: Path) -> PretrainedConfig:
-    """Reads the configuration in a folder, or in a file of its own.
+    """Read the configuration in a folder, or in a file of its own.
 
     Raises:
         PeftGraphError: it is missing, damaged, or of an architecture that transformers does not have.
@@ -45,7 +45,7 @@ def read_config(source: Path) -> PretrainedConfig:
 
 
 def skeleton(source: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Builds the model of a configuration on the meta device: with every shape, and no memory.
+    """Build the model of a configuration on the meta device: with every shape, and no memory.
 
     Args:
         source: the folder or the configuration.
@@ -67,7 +67,7 @@ def skeleton(source: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
 
 
 def load(source: Path) -> PreTrainedModel:
-    """Loads the model of a folder with its weights.
+    """Load the model of a folder with its weights.
 
     Raises:
         PeftGraphError: the folder holds no usable configuration, no safetensors, or not all of the model's weights.
@@ -97,7 +97,7 @@ def load(source: Path) -> PreTrainedModel:
 
 
 def trace(model: PreTrainedModel) -> pg.Program:
-    """Traces a transformers model on inputs made from its configuration."""
+    """Trace a transformers model on inputs made from its configuration."""
     import peftgraph as pg
     from peftgraph.model_folders.example_inputs import example_inputs
 
@@ -106,7 +106,7 @@ def trace(model: PreTrainedModel) -> pg.Program:
 
 
 def model_class(config: PretrainedConfig, source: Path) -> Any:
-    """Returns the class that the configuration names, else the bare model of its type.
+    """Return the class that the configuration names, else the bare model of its type.
 
     Raises:
         PeftGraphError: transformers has no such class.
@@ -123,7 +123,7 @@ def model_class(config: PretrainedConfig, source: Path) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's text, for a message of one line."""
+    """Return the first line of an error's text, for a message of one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 

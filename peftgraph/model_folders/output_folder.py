@@ -31,15 +31,15 @@ LARGEST_COMPANION = 64 << 20  # bytes: a larger file is no tokenizer and no read
 
 @contextmanager
 def atomic_folder(target: Path, force: bool = False, reads: Iterable[Path] = ()) -> Iterator[Path]:
-    """Yields a temporary sibling of `target`, which becomes `target` when the block succeeds.
+    """Yield a temporary sibling of `target`, which becomes `target` when the block succeeds.
 
     Args:
         target: the folder to make.
         force: replace it if this command made it.
-        reads: the folders that the work reads, which are never replaced.
+        reads: folders that are read meanwhile, which are never replaced.
 
     Raises:
-        PeftGraphError: `target` holds something and does not give way, or the disk refuses.
+        PeftGraphError: `target` is not empty and may not be replaced, or it cannot be written.
     """
     reads = tuple(reads)
     check_target(target, force, reads)
@@ -50,8 +50,8 @@ def atomic_folder(target: Path, force: bool = False, reads: Iterable[Path] = ())
 
 
 def check_target(target: Path, force: bool, reads: Iterable[Path] = ()) -> None:
-    """Checks that a folder may be written: it is new or empty, or `force` is on and this command made and does not
-    read it.
+    """Check that a folder may be written: it is new or empty, or `force` is on and this command made and does not read
+    it.
 
     Raises:
         PeftGraphError: it may not.
@@ -71,13 +71,13 @@ def check_target(target: Path, force: bool, reads: Iterable[Path] = ()) -> None:
 
 
 def note_made(folder: Path, job: str) -> None:
-    """Writes into a folder that this command made it, and from what."""
+    """Record in a folder that this command made it, and from what."""
     (folder / MADE).write_text(json.dumps({"made_by": "peftgraph", "job": job}), encoding="utf-8")
     sync_to_disk(folder / MADE)
 
 
 def made_of(folder: Path) -> str | None:
-    """Returns what this command made a folder from; None where it did not make it."""
+    """Return what this command made a folder from; None where it did not make it."""
     try:
         found = json.loads(read_regular_file(folder / MADE))
     except (OSError, ValueError, RecursionError):
@@ -90,17 +90,17 @@ Stamps = dict[Path, tuple[int, ...]]
 
 
 def stamps(folders: Iterable[Path]) -> Stamps:
-    """Returns the size, the times and the inode of every file in some folders."""
+    """Return the size, the times and the inode of every file in some folders."""
     files = [path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir()) if path.is_file()]
     states = ((path, path.stat()) for path in files)
     return {path: (one.st_size, one.st_mtime_ns, one.st_ctime_ns, one.st_ino) for path, one in states}
 
 
 def check_unchanged(before: Stamps, folders: Iterable[Path]) -> None:
-    """Checks that no file has changed since its stamp was taken.
+    """Check that no file has changed since its stamp was taken.
 
     Raises:
-        PeftGraphError: names the first that has.
+        PeftGraphError: one has; the message names the first.
     """
     now = stamps(folders)
     changed = next((path for path in before.keys() | now.keys() if before.get(path) != now.get(path)), None)
@@ -109,13 +109,13 @@ def check_unchanged(before: Stamps, folders: Iterable[Path]) -> None:
 
 
 def _real(folder: Path) -> list[Path]:
-    """Returns the real paths of a folder and the files in it, with links resolved."""
+    """Return the paths of a folder and of the files in it, with links resolved."""
     inside = sorted(folder.iterdir()) if folder.is_dir() else []
     return [path.resolve() for path in (folder, *inside)]
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copies the files beside a model's weights (tokenizer, processor, readme); returns their names."""
+    """Copy the files next to a model's weights (tokenizer, processor, readme); return their names."""
     copied: list[str] = []
     for file in sorted(source.iterdir()):
         small = file.is_file() and file.stat().st_size <= LARGEST_COMPANION

@@ -17,7 +17,7 @@ ERR = Console(stderr=True)
 
 @contextmanager
 def working(what: str) -> Iterator[Callable[[str, int, int], None]]:
-    """Shows on stderr that `what` is running, and its duration where that was over a second.
+    """Show on stderr that `what` is running, and its duration if over a second.
 
     Yields a function that shows a phase, the number of its steps that have begun, and their total (0 for unknown).
     """
@@ -36,13 +36,13 @@ def working(what: str) -> Iterator[Callable[[str, int, int], None]]:
 
 
 def report(out: Path, copied: list[str]) -> None:
-    """Prints where a merged model was written, and what was copied with it."""
+    """Print where a merged model was written, and what was copied with it."""
     beside = f", with {', '.join(copied)}" if copied else ""
     OUT.print(f"merged model written to {out}{beside}", style="bold", highlight=False)
 
 
 def hush() -> None:
-    """Silences the progress bars and notes of other libraries."""
+    """Silence the progress bars and notes of other libraries."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

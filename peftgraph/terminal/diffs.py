@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def first_layer_diff(tuned: pg.Program, program: pg.Program) -> str:
-    """Returns the diff of the first layer that an edit touches; the whole diff where no edit is in a layer."""
+    """Return the diff of the first layer that an edit touches; the whole diff where no edit is in a layer."""
     lines = tuned.diff(program).splitlines()
     by_id = {site.id: site for site in program.sites}
     first = next((by_id[edit.site] for edit in tuned.edits if by_id[edit.site].layer is not None), None)
@@ -29,7 +29,7 @@ def first_layer_diff(tuned: pg.Program, program: pg.Program) -> str:
 
 
 def coloured(diff: str) -> Text:
-    """Colours a diff for the terminal: green what was added, red what was removed."""
+    """Colour a diff for the terminal: added lines green, removed ones red."""
     styles = {"+": "green", "-": "red"}
     text = Text()
     for line in diff.splitlines():

@@ -77,7 +77,7 @@ def _grid(rows: Sequence[Sequence[Text]], widths: Sequence[int]) -> Table:
 
 
 def _prefix(section: Section) -> str:
-    """Returns the whole words that all paths of a section begin with, but never all of a path."""
+    """Return the path components that all paths of a section begin with, but never a whole path."""
     paths = [part.path.split(".")[:-1] for part in section.components if part.path]
     if len(section.components) < 3:
         return ""
@@ -101,7 +101,7 @@ def _cells(part: Component, prefix: str) -> list[Text]:
 
 
 def listing(sites: Sequence[pg.Site], every: bool = False) -> Table:
-    """Renders sites as rows; sites that differ by their layer alone share a row, unless `every` is on."""
+    """Render sites as rows; sites that differ only by their layer share a row, unless `every` is set."""
     from peftgraph.draw.collect_outline import starred
     from peftgraph.sites.explanations.listing import ranges
 
@@ -122,7 +122,7 @@ def listing(sites: Sequence[pg.Site], every: bool = False) -> Table:
 
 
 def _title(site: pg.Site) -> str:
-    """Returns a site's id without its layer."""
+    """Return a site's id without its layer."""
     words = (site.stack, "cross" if site.kind == "cross" else None, site.role)
     return ".".join(word for word in words if word)
 
@@ -144,7 +144,7 @@ def colour(role: str) -> str:
 
 
 def count_table(count: Any) -> Table:
-    """Renders the parameters of a program, counted in each way."""
+    """Render the parameters of a program, counted in each way."""
     table = Table(
         title="parameters, counted in each way",
         title_justify="left",
@@ -162,7 +162,7 @@ def count_table(count: Any) -> Table:
 
 
 def count_rows(count: Any) -> list[tuple[str, int, str]]:
-    """Returns the rows of the table of counts: name, values, meaning."""
+    """Return the rows of the table of counts: name, values, meaning."""
     return [
         ("trainable", count.trainable, "moved by training"),
         ("added", count.added, "parameters that the recipe adds; none are left after folding"),
@@ -172,11 +172,11 @@ def count_rows(count: Any) -> list[tuple[str, int, str]]:
 
 
 def ranks(count: Any) -> str:
-    """Returns the ranks of a program's changes, in words."""
+    """Return the ranks of a program's changes, in words."""
     return str(count).rpartition("changes: ")[2]
 
 
 def layout(sites: Iterable[pg.Site]) -> str:
-    """Returns where the norms are, over all blocks: "pre-norm", "post-norm"."""
+    """Return the positions of the norms over all blocks: "pre-norm", "post-norm"."""
     found = sorted({site.layout for site in sites if site.layout is not None})
     return ", ".join(f"{name}-norm" for name in found) or "unknown"

@@ -34,10 +34,11 @@ PATIENCE = 10.0  # seconds that another writer is waited for
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Gives a temporary path in the folder of `path`, with its suffix; it becomes `path` when the block succeeds.
+    """Yield a temporary path in the folder of `path`, with the same suffix; it becomes `path` when the block succeeds.
 
     Raises:
-        PeftGraphError: the file cannot be written (no space, no permission); nothing of it is left, an old one stays.
+        PeftGraphError: the file cannot be written (no space, no permission); nothing of it is left, and an old file
+            stays as it was.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,14 +57,14 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(target: Path, replace: bool = True) -> Iterator[Path]:
-    """Gives a temporary folder beside `target`; it becomes `target` when the block succeeds.
+    """Yield a temporary folder next to `target`; it becomes `target` when the block succeeds.
 
     Args:
         target: the folder to make.
-        replace: an old one gives way; else it must be empty.
+        replace: replace an existing folder; otherwise it must be empty or missing.
 
     Raises:
-        PeftGraphError: the disk refuses, or an old folder does not give way; it stays.
+        PeftGraphError: the folder cannot be written, or an existing one cannot be replaced; it then stays.
     """
     target = target.resolve()
     try:
@@ -82,8 +83,8 @@ def atomic_directory(target: Path, replace: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def temporary_folder(target: Path) -> Iterator[Path]:
-    """Gives an empty folder beside `target`, which is removed in the end: what cannot be removed then is litter, no
-    error. Those of processes that were killed go first."""
+    """Yield an empty folder next to `target`, which is removed at the end; failing to remove it is no error. Folders
+    that killed processes left are removed first."""
     remove_leftovers(target.parent)
     folder, lock = _own_folder(target)
     try:
@@ -96,8 +97,7 @@ def temporary_folder(target: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(parent: Path) -> None:
-    """Removes what killed writers left in a folder; an old folder that had to give way comes back if none took its
-    place."""
+    """Remove what killed writers left in a folder; restore an old folder that was moved aside and not yet replaced."""
     for path in sorted(parent.glob(f".*{MARK}*")):
         lock = _lock(path) if path.is_dir() and not path.is_symlink() else None
         if lock in (None, UNKNOWN):
@@ -113,16 +113,16 @@ def remove_leftovers(parent: Path) -> None:
 
 
 def swap_folder(fresh: Path, target: Path, old: Path, replace: bool) -> None:
-    """Puts a folder in the place of another, in one step where the system can; else the other comes back if it fails.
+    """Replace a folder by another, in one step where the system can; otherwise restore the old one if it fails.
 
     Args:
         fresh: the folder.
         target: its place.
         old: where the other one may go meanwhile, or stay.
-        replace: whether another one that holds something gives way.
+        replace: whether a folder that is not empty may be replaced.
 
     Raises:
-        OSError: the disk refuses, or the other one does not give way.
+        OSError: the folder cannot be moved, or the other one cannot be replaced.
     """
     if not replace or not target.exists():
         os.replace(fresh, target)  # an empty folder gives way, a full one does not
@@ -139,12 +139,12 @@ def swap_folder(fresh: Path, target: Path, old: Path, replace: bool) -> None:
 
 @contextmanager
 def folder_lock(folder: Path, what: str, patience: float = PATIENCE) -> Iterator[None]:
-    """Keeps other processes that ask for the same lock out of a folder, which is made if it is not there.
+    """Lock a folder against other processes that use the same lock; the folder is made if it is missing.
 
     Args:
         folder: the folder.
-        what: another one is doing there, for the message.
-        patience: seconds that it is waited for.
+        what: what another process is doing there, for the message.
+        patience: seconds to wait for it.
 
     Raises:
         OSError: the folder cannot be made.
@@ -164,7 +164,7 @@ def folder_lock(folder: Path, what: str, patience: float = PATIENCE) -> Iterator
 
 
 def sync_to_disk(path: Path) -> None:
-    """Has the disk take a file, or the names in a folder."""
+    """Flush a file, or the entries of a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -173,10 +173,10 @@ def sync_to_disk(path: Path) -> None:
 
 
 def read_regular_file(path: Path) -> bytes:
-    """The content of a file that is one: pipes and devices could block, or never end.
+    """Return the content of a regular file; pipes and devices are refused, since they could block or never end.
 
     Raises:
-        OSError: it is none, is missing, or cannot be read.
+        OSError: it is not a regular file, is missing, or cannot be read.
         ValueError: the path itself is impossible.
     """
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -187,7 +187,7 @@ def read_regular_file(path: Path) -> bytes:
 
 
 def _own_folder(target: Path) -> tuple[Path, int]:
-    """A new folder beside `target` that no other process removes, and its lock."""
+    """Return a new folder next to `target` that no other process removes, and its lock."""
     while True:
         folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}{MARK}"))
         lock = _lock(folder)
@@ -196,8 +196,8 @@ def _own_folder(target: Path) -> tuple[Path, int]:
 
 
 def _lock(folder: Path) -> int | None:
-    """The lock of a folder, which dies with the process; None where another process has it or removed the folder, and
-    UNKNOWN where there are no locks."""
+    """Acquire the lock of a folder, which is released when the process ends; None where another process has it or
+    removed the folder, and UNKNOWN where the system has no locks."""
     if fcntl is None:
         return UNKNOWN
     try:
@@ -222,7 +222,7 @@ def _unlock(lock: int) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Two folders change their names in one step; False where the system has no such step.
+    """Exchange the names of two folders in one step; return False where the system cannot.
 
     Raises:
         OSError: it has, and the disk refuses.

@@ -46,7 +46,7 @@ class BoundedRegex:
             raise PeftGraphError(f"{_short(pattern)} is no regular expression: {problem}") from None
 
     def fullmatch(self, text: str) -> bool:
-        """Whether it matches the whole text.
+        """Tell whether the expression matches the whole text.
 
         Raises:
             PeftGraphError: it takes too long to say.
@@ -54,7 +54,7 @@ class BoundedRegex:
         return self._bounded(self._compiled.fullmatch, text) is not None
 
     def match(self, text: str) -> regex.Match[str] | None:
-        """How it matches from the text's start on.
+        """Match at the start of the text.
 
         Raises:
             PeftGraphError: it takes too long to say.
@@ -78,10 +78,10 @@ class BoundedRegex:
 
 @lru_cache(maxsize=1024)
 def compile_bounded(pattern: str) -> BoundedRegex:
-    """The regular expression of a text; its budget is of all its matches.
+    """Compile a regular expression; its matches share one budget of time.
 
     Raises:
-        PeftGraphError: it is none.
+        PeftGraphError: the text is no regular expression.
     """
     return BoundedRegex(pattern)
 

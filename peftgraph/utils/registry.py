@@ -46,11 +46,11 @@ class Registry(Generic[T]):
         self._registered: dict[str, T] = {}
 
     def names(self) -> list[str]:
-        """Returns the names of all plug-ins, sorted."""
+        """Return the names of all plug-ins, sorted."""
         return sorted({*self._registered, *(point.name for point in entry_points(group=self.group))})
 
     def register(self, plugin: T) -> T:
-        """Adds a plug-in for this process and returns it.
+        """Register a plug-in for this process and return it.
 
         Raises:
             PeftGraphError: it is of another kind, or its name is taken.
@@ -64,12 +64,12 @@ class Registry(Generic[T]):
         return plugin
 
     def replace(self, plugin: T) -> None:
-        """Adds a plug-in for this process in the place of any other of its name."""
+        """Register a plug-in for this process, replacing any other of its name."""
         self._registered[self._name_of(plugin)] = plugin
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Forgets, after a `with` block, what was registered and removed in it."""
+        """Restore the registry at the end of a `with` block."""
         before = dict(self._registered)
         try:
             yield
@@ -78,7 +78,7 @@ class Registry(Generic[T]):
             self._registered.update(before)
 
     def unregister(self, name: str) -> None:
-        """Removes a plug-in that was registered in this process; one of a distribution cannot be removed.
+        """Remove a plug-in that was registered in this process; one of a distribution cannot be removed.
 
         Raises:
             PeftGraphError: none of that name was registered.
@@ -87,7 +87,7 @@ class Registry(Generic[T]):
             raise self._error(f"No {self._noun} {name!r} was registered in this process.")
 
     def get(self, name: str) -> T:
-        """Returns the plug-in of a name.
+        """Return the plug-in of a name.
 
         Raises:
             PeftGraphError: there is none; the message names those that are known and says how to register one.
@@ -108,7 +108,7 @@ class Registry(Generic[T]):
         return cast(T, plugin)
 
     def where(self, name: str, path: Callable[[T], str]) -> str | None:
-        """Returns the `module:name` of the plug-in of a name, without loading it; None where there is none."""
+        """Return the `module:name` of the plug-in of a name, without loading it; None where there is none."""
         if name in self._registered:
             return path(self._registered[name])
         point = self._entry_point(name)
@@ -121,7 +121,7 @@ class Registry(Generic[T]):
         return (self.get(name) for name in self.names())
 
     def known(self) -> str:
-        """Names the plug-ins and says how to register another, for messages."""
+        """List the plug-ins and how to register another, for messages."""
         return (
             f"Known: {', '.join(self.names()) or 'none'}. Another is registered as an entry point of the group "
             f"{self.group!r}, or at run time ({self._how_to_add})."
