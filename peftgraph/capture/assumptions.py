@@ -49,14 +49,14 @@ class AssumptionRecorder(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def answers(self) -> list[Tensor]:
-        """The truths that were asked for, as tensors of the graph."""
+        """Return the conditions that were evaluated, as tensors of the graph."""
         return [value != 0 for value, *_ in self.asked]
 
 
 def extract_assumptions(
     graph: fx.Graph, asked: Sequence[tuple[Any, str, bool, str]], entries: Mapping[str, TensorEntry]
 ) -> tuple[Assumption, ...]:
-    """Takes the last outputs of a canonical graph, in place, for what they are: one assumption each.
+    """Turn the last outputs of a canonical graph, in place, into assumptions, one each.
 
     Raises:
         TraceError: one depends on weights, which passes change.
@@ -84,7 +84,7 @@ def extract_assumptions(
 
 
 def require_all_used(sides: Mapping[str, bool], found: Iterable[Assumption]) -> None:
-    """Checks that every side was asked for.
+    """Check that every assumed branch was reached.
 
     Raises:
         TraceError: one was not.
@@ -98,7 +98,7 @@ def require_all_used(sides: Mapping[str, bool], found: Iterable[Assumption]) -> 
 
 
 def _above(answer: fx.Node) -> fx.Graph:
-    """A graph of what leads to a value."""
+    """Return a graph of a value's ancestors."""
     wanted: set[fx.Node] = set()
     todo = [answer]
     while todo:
@@ -121,7 +121,7 @@ def _place(frame: FrameType | None) -> tuple[str, int] | None:
 
 
 def _names(key: str, file: str, line: int) -> bool:
-    """Whether a key, the end of a path and a line, names a line of a file."""
+    """Tell whether a key, the end of a path and a line number, names a line of a file."""
     name, _, number = key.rpartition(":")
     parts = PurePath(name).parts
     return number == str(line) and bool(parts) and PurePath(file).parts[-len(parts) :] == parts

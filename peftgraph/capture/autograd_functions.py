@@ -42,7 +42,7 @@ class AutogradFunctionTarget:
     function: type[torch.autograd.Function]
 
     def __call__(self, *args: Any) -> Any:
-        """Runs the function; its backward is its own."""
+        """Run the function with its own backward."""
         return self.function.apply(*args)
 
     @property
@@ -122,9 +122,9 @@ class _Operators(TorchDispatchMode):
 
 @contextmanager
 def record_autograd_calls() -> Iterator[CallRecording]:
-    """Records the calls of custom autograd functions, and sees through reentrant gradient checkpointing.
+    """Record the calls of custom autograd functions, and look through reentrant gradient checkpointing.
 
-    `apply` reads `forward` of the function's class, so that is where a call is met. `apply` itself is C code that a
+    `apply` reads `forward` of the function's class, so the call is intercepted there. `apply` itself is C code that a
     model may have bound long before (`f = MyFunction.apply`).
     """
 
@@ -152,7 +152,8 @@ def record_autograd_calls() -> Iterator[CallRecording]:
 def add_autograd_call(
     graph: fx.Graph, call: RecordedCall, tensors: Sequence[Any], sizes: Sequence[Any]
 ) -> tuple[fx.Node, list[Any]]:
-    """Adds `call` to a graph: the node of the call, and one node for each tensor it gives (a getitem of several)."""
+    """Add `call` to a graph; return its node and one node for each tensor it returns (a getitem where there are
+    several)."""
     given = {"tensor": tensors, "size": sizes}
     arguments = _filled(call.arguments, lambda slot: given[slot.kind][slot.index])
     node = graph.call_function(AutogradFunctionTarget(call.function), arguments)
@@ -164,7 +165,7 @@ def add_autograd_call(
 
 
 def _recorded_forward(recording: CallRecording, cls: type, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward` as `apply` calls it while an export runs: the call is recorded in its place."""
+    """Return a replacement for `forward` that records the call while an export runs."""
     own_context = type.__getattribute__(cls, "setup_context") is not torch.autograd.Function.setup_context
 
     @functools.wraps(forward)
@@ -204,7 +205,7 @@ def _record(recording: CallRecording, cls: Any, args: tuple[Any, ...], plain: Ca
 
 
 def _filled(tree: Any, fill: Callable[[Any], Any]) -> Any:
-    """`tree` with every leaf but the plain ones replaced; keeps tuples, lists and dicts of exactly these types."""
+    """Replace every leaf of `tree` but the plain ones, keeping tuples, lists and dicts of exactly these types."""
     if type(tree) in (tuple, list):
         return type(tree)(_filled(value, fill) for value in tree)
     if type(tree) is dict:
@@ -213,7 +214,7 @@ def _filled(tree: Any, fill: Callable[[Any], Any]) -> Any:
 
 
 def _slots_of(function: type, result: Any, outputs: list[Tensor]) -> Any:
-    """The result of a call with slots for its tensors, which are put into `outputs`."""
+    """Return the result of a call with slots for its tensors, which are put into `outputs`."""
     if isinstance(result, Tensor):
         outputs.append(result)
         return _Slot("tensor", len(outputs) - 1)

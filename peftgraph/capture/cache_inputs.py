@@ -27,18 +27,18 @@ NAMES = ("cache", "past_key_values")  # what versions of transformers call it
 
 
 def with_cached_tokens(model: nn.Module, example: Example, own: torch.dtype) -> Example:
-    """The example as a later call, if it asks for a cache: with random keys and values of earlier tokens in front.
+    """Turn an example that asks for a cache into a later call, with random keys and values of earlier tokens.
 
-    The mask grows by them. A mask, and positions, that the model takes and the example does not give are added, since
-    generation gives them.
+    The mask is extended over them. A mask and positions that the model takes and the example omits are added, since
+    generation passes them.
 
     Args:
-        model: the model; it is run, where it has weights, to see which positions it takes when none are given.
+        model: the model; it is run, where it has weights, to find which positions it uses when none are given.
         example: the call to trace.
         own: the dtype of the model's weights.
 
     Raises:
-        TraceError: the model caches something else than keys and values along the sequence.
+        TraceError: the model caches something other than keys and values along the sequence.
     """
     argument = next((name for name in NAMES if name in example.forward.parameters), None)
     if example.arguments.get("use_cache") is not True or argument is None or argument in example.arguments:
@@ -67,15 +67,15 @@ def with_cached_tokens(model: nn.Module, example: Example, own: torch.dtype) -> 
 def _layers(
     model: nn.Module, example: Example, argument: str, paired: bool, dtypes: tuple[torch.dtype, torch.dtype]
 ) -> dict[int, list[tuple[torch.Size, torch.device]]]:
-    """By layer: shape and device of the keys and of the values that a first call caches."""
+    """Return the shape and device of the keys and values that a first call caches, by layer."""
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
-    ghost = fake_copy_of(model, mode, *dtypes).eval()
+    fake_model = fake_copy_of(model, mode, *dtypes).eval()
     arguments = fake_arguments(dict(example.arguments), mode, *dtypes)
     cache = KVCacheSpec(argument, (), paired).cache()
     args, kwargs = example.call({**arguments, argument: cache})
     try:
         with torch.no_grad(), mode, exporter_silenced(), compiling_flag_set():
-            ghost(*args, **kwargs)
+            fake_model(*args, **kwargs)
     except Exception as error:  # whatever a model's code raises is explained to the user
         raise explain(model, error) from error
     own = cache.self_attention_cache if paired else cache
@@ -84,7 +84,7 @@ def _layers(
 
 
 def _positions(model: nn.Module, example: Example, argument: str) -> str | None:
-    """Which positions the model takes when none are given, seen on a run of it: the name of a fill."""
+    """Find which positions the model uses when none are given, by running it; return the name of a fill."""
     tokens = example.arguments["input_ids"]
     if "position_ids" not in example.forward.parameters or any(p.is_meta for p in model.parameters()):
         return None
@@ -108,7 +108,7 @@ def _positions(model: nn.Module, example: Example, argument: str) -> str | None:
 
 
 def _free_size(example: Example, shapes: list[Any], length: int) -> int:
-    """A number of earlier tokens that, as its sum with `length`, is no other size."""
+    """Return a number of earlier tokens that equals no other size, nor does its sum with `length`."""
     taken = {size for tensor in example.tensors for size in tensor.shape}
     taken |= {size for pair in shapes for shape, _ in pair for size in shape}
     sizes = chain(PRIMES, count(PRIMES[-1] + 1))
@@ -122,7 +122,7 @@ def _random(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device, so
 
 
 def _prefixed(example: Example, tokens: Tensor, before: int, paired: bool) -> dict[str, Any]:
-    """The arguments with a mask over the earlier tokens as well, and with positions behind them."""
+    """Return the arguments with a mask that also covers the earlier tokens, and positions that follow theirs."""
     arguments, parameters = dict(example.arguments), example.forward.parameters
     mask = "decoder_attention_mask" if paired else "attention_mask"
     given = arguments.get(mask)

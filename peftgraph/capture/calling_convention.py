@@ -22,7 +22,7 @@ Symbols = dict[str, tuple[sympy.Basic | None, ...]]  # what each size of an inpu
 
 
 def input_symbols(graph: fx.Graph) -> Symbols:
-    """The symbols of the inputs of a graph whose recorded values are as they were exported."""
+    """Return the symbols of the inputs of a graph whose recorded values are still the exporter's."""
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     return {
         node.name: tuple(one.node._expr if isinstance(one, torch.SymInt) else None for one in node.meta["val"].shape)
@@ -33,7 +33,8 @@ def input_symbols(graph: fx.Graph) -> Symbols:
 def derive_signature(
     graph: fx.Graph, exported: ExportResult, bound: Example, symbols: Symbols, assumptions: tuple[Assumption, ...]
 ) -> Signature:
-    """The signature of a canonical graph; its placeholders are told, in place, their keys and fills."""
+    """Return the signature of a canonical graph; the keys and fills of its placeholders are recorded on them, in
+    place."""
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     leaves = [leaf for leaf in bound.leaves if isinstance(leaf.value, Tensor)]
     parameters = bound.forward.parameters
@@ -88,17 +89,17 @@ class _Sizes:
         return cls(names, given, now)
 
     def name(self, size: int | torch.SymInt) -> int | str:
-        """The name of a size; a number where the model's code fixed it, whatever the exporter holds it as."""
+        """Return the name of a size; a number where the model's code fixed it, however the exporter represents it."""
         number = concrete_size(size)
         return self.names[str(size)] if number is None else number
 
     def fixed(self, node: fx.Node, decisions: SizeDecisions) -> dict[int, str]:
-        """The lines that fixed the sizes of an input, by dimension."""
+        """Return the lines that fixed the sizes of an input, by dimension."""
         lines = {axis: decisions.fixed.get(symbol, "") for axis, symbol in enumerate(self.given[node.name]) if symbol}
         return {axis: line for axis, line in lines.items() if line}
 
     def conditions(self, decisions: SizeDecisions) -> tuple[SizeCondition, ...]:
-        """What the code's branches ask of the sizes, and what sizes that are made of others are."""
+        """Return the conditions that branches put on the sizes, and those that define sizes computed from others."""
         known: dict[sympy.Basic, sympy.Basic] = {}
         made: list[tuple[sympy.Symbol, sympy.Basic]] = []
         for symbol, expression in self.now.items():

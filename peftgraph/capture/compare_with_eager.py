@@ -36,16 +36,17 @@ from peftgraph.ir.tensor_table import TensorTable
 
 Level = Literal["off", "example", "sizes"]
 OTHERS = 4  # how many other sizes are tried until the model takes one
-SAME = (torch.float32, torch.float32)  # a ghost in its own dtypes
+SAME = (torch.float32, torch.float32)  # a fake copy in its own dtypes
 SHRINKS = 1e-4  # what is left in float64 of a difference that rounding in float32 made, at most
 LARGE = 200_000_000  # numbers in the weights beyond which no copy in float64 is made
 
 
 def compare_with_model(model: nn.Module, program: ProgramData, example: Example, level: Level) -> ProgramData:
-    """The program with the ranges of its sizes and the evidence, as far as `level` asks for it.
+    """Compare the program with the model as far as `level` asks; return it with the ranges of its sizes and the
+    evidence.
 
     Raises:
-        Differs: it is not the model.
+        Differs: its outputs are not the model's.
         TraceError: the model does not take the example.
     """
     if level == "off":
@@ -106,10 +107,10 @@ class ModelComparison:
     lows: dict[str, int] = field(default_factory=dict)
 
     def on_example(self) -> None:
-        """In both modes.
+        """Compare in both modes on the example.
 
         Raises:
-            TraceError: the model does not take the example, or answers it otherwise than the program.
+            TraceError: the model does not accept the example, or its results differ from the program's.
         """
         refused = self.compare(self.example, training=False)
         if refused is not None:
@@ -122,16 +123,17 @@ class ModelComparison:
             self.skipped.append(f"training, where the model raises {refused.reason}")
 
     def on_other_masks(self) -> None:
-        """In evaluation, with masks that hide something where the example's hide nothing, and the other way.
+        """Compare in evaluation with other masks: some that hide something where the example's hide nothing, and the
+        reverse.
 
         Raises:
-            TraceError: the model answers otherwise than the program.
+            TraceError: the model's results differ from the program's.
         """
         for call, what in other_masks(self.example):
             self.compare(call, training=False, what=what)
 
     def by_shapes(self, level: Level) -> None:
-        """In both modes on shapes alone, at other sizes if `level` asks for them and there are some.
+        """Compare shapes alone in both modes, at other sizes if `level` asks for them and there are some.
 
         Raises:
             TraceError: the program's outputs have other sizes than the model's.
@@ -146,10 +148,10 @@ class ModelComparison:
                 self.skipped.append(f"{mode} at {_told(call)}: on shapes alone the model raises {refused.reason}")
 
     def on_other_sizes(self) -> None:
-        """In both modes, with every free size another one, if the model takes one that the signature allows.
+        """Compare in both modes with every free size changed, if the model accepts any other that the signature allows.
 
         Raises:
-            TraceError: it answers otherwise than the program.
+            TraceError: its results differ from the program's.
         """
         if not free_sizes(self.program.signature, self.example):
             return
@@ -174,16 +176,16 @@ class ModelComparison:
         self.skipped.append(f"other sizes: {why}")
 
     def _is_too_small(self, sizes: dict[str, int]) -> bool:
-        """Takes sizes below the example's, at which the program stops, out of those that a call may have: what is made
-        of them, such as the patches of a picture, may be a single one, which the exporter takes for another case."""
+        """Tell whether some sizes at which the program failed are below the example's, and exclude them from the
+        ranges: a size computed from them, such as a number of patches, may be 1, which the exporter specialises."""
         now = free_sizes(self.program.signature, self.example)
         smaller = [dim for dim in sizes if sizes[dim] < now[dim] and not dim.startswith("B")]
         self.lows |= {dim: now[dim] for dim in smaller}
         return bool(smaller)
 
     def smallest_sizes(self) -> dict[str, tuple[int, int | None]]:
-        """The ranges of the sizes: from 1 where the program is the model at 1, which the exporter takes for another
-        case, and from 2 where it is not."""
+        """Return the ranges of the sizes: from 1 where the program equals the model at size 1, which the exporter
+        treats as a special case, and from 2 otherwise."""
         signature = self.program.signature
         ranges, ones = dict(signature.ranges), smallest_free_sizes(signature, self.example)
         ranges |= {dim: (low, ranges.get(dim, (1, None))[1]) for dim, low in self.lows.items()}
@@ -205,10 +207,10 @@ class ModelComparison:
             return False
 
     def compare(self, call: Example, *, training: bool, what: str = "") -> _Refused | None:
-        """Runs both on one call; a refusal where the model itself does not take it.
+        """Run both on one call; return a refusal where the model itself does not accept it.
 
         Raises:
-            Differs: the answers do.
+            Differs: their results differ.
         """
         mode = "training" if training else "evaluation"
         given = dict(zip((spec.name for spec in self.program.signature.inputs), call.tensors, strict=True))
@@ -264,7 +266,7 @@ class ModelComparison:
         return EagerResult(leaves, buffers)
 
     def _is_rounding(self, call: Example, training: bool, difference: float) -> bool:
-        """Whether a difference shrinks as numbers get more digits, as one that only rounding makes does."""
+        """Tell whether a difference shrinks at a higher precision, as one caused by rounding does."""
         program, model = self.program, self.model
         values = sum(parameter.numel() for parameter in model.parameters())
         if (
@@ -302,7 +304,7 @@ class ModelComparison:
 def _difference(
     program: ProgramData, found: EagerResult, expected: EagerResult, values: bool
 ) -> tuple[str, float] | None:
-    """How two answers differ, in words and relative to the largest value; None: by rounding at most."""
+    """Return how two results differ, in words and relative to the largest value; None if by rounding at most."""
     keys = program.signature.output_keys
     if len(found.leaves) != len(expected.leaves):
         return f"it gives {len(found.leaves)} outputs instead of {len(expected.leaves)}", math.inf
@@ -324,7 +326,7 @@ def _difference(
 
 
 def _same_form(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether dtypes and sizes are equal; sizes that count values are not known on fake tensors."""
+    """Tell whether dtypes and sizes are equal; sizes that count values are not known on fake tensors."""
     if ours.dtype != theirs.dtype or ours.dim() != theirs.dim():
         return False
     sizes = zip(ours.shape, theirs.shape, strict=True)
@@ -332,7 +334,7 @@ def _same_form(ours: Tensor, theirs: Tensor) -> bool:
 
 
 def _distance(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference over the largest magnitude; infinite where one is not finite and the other another."""
+    """Return the largest difference over the largest magnitude; infinite where non-finite values differ."""
     if torch.equal(ours, theirs):
         return 0.0
     if not ours.is_floating_point():
@@ -346,8 +348,9 @@ def _distance(ours: Tensor, theirs: Tensor) -> float:
 
 
 def _bound(dtype: torch.dtype, own: torch.dtype, depth: int) -> float:
-    """Both run the same operators, so that equal bits are the rule; kernels that choose by strides may add up in
-    another order, which moves every product by a few roundings, and these add up like a random walk."""
+    """Return the largest difference that rounding explains. Both run the same operators, so bits are usually equal;
+    kernels that depend on strides may sum in another order, which changes each product by a few roundings, and these
+    add up like a random walk."""
     if not dtype.is_floating_point:
         return 0.0
     return 8 * max(torch.finfo(dtype).eps, torch.finfo(own).eps) * math.sqrt(depth)
@@ -371,6 +374,6 @@ def _form(value: Tensor) -> str:
 
 
 def _told(call: Example) -> str:
-    """The sizes of a call: `input_ids 3x7`."""
+    """Format the sizes of a call: `input_ids 3x7`."""
     sized = [leaf for leaf in call.leaves if isinstance(leaf.value, Tensor)]
     return ", ".join(f"{leaf.key} {'x'.join(map(str, leaf.value.shape)) or 'scalar'}" for leaf in sized)

@@ -72,7 +72,7 @@ STANDARD_LIBRARY = sysconfig.get_path("stdlib")
 
 
 def explain(model: nn.Module, error: BaseException) -> TraceError:
-    """The error to raise for `error`, which the export of `model` ended in."""
+    """Return the error to raise for `error`, which the export of `model` raised."""
     reason = _reason(error)
     advice = next((advice for pattern, advice in ADVICE if re.search(pattern, f"{reason}\n{error}")), OTHERWISE)
     places = _places(model, error)
@@ -90,7 +90,7 @@ def explain(model: nn.Module, error: BaseException) -> TraceError:
 
 
 def _where(model: nn.Module, places: Sequence[CodeLine]) -> str:
-    """The line of the model's own code, and the one of its library that it got to from there."""
+    """Return the line of the model's own code, and the line of its library that was reached from there."""
     names = {type(module).__module__ for module in model.modules()}
     files = {getattr(sys.modules.get(name), "__file__", None) for name in names}
     own = next((place for place in places if place[0].co_filename in files), None)
@@ -99,19 +99,20 @@ def _where(model: nn.Module, places: Sequence[CodeLine]) -> str:
 
 
 def describe_line(file: str, line: int, function: str = "") -> str:
-    """A line of code with its place, as a line and an excerpt of a message."""
+    """Format a line of code with its place, for lines of their own in a message."""
     inside = f", in {function}" if function else ""
     return f"  at {file}:{line}{inside}\n      {linecache.getline(file, line).strip()}\n"
 
 
 def source_line(file: str, line: int, function: str) -> str:
-    """A line of code with its place, for the middle of a sentence."""
+    """Format a line of code with its place, for the middle of a sentence."""
     source = linecache.getline(file, line).strip()
     return f"{file}:{line}, in {function}" + (f": {source}" if source else "")
 
 
 def line_of_nodes(nodes: Iterable[fx.Node]) -> str:
-    """The line of the model's code at which these exported nodes start, as `describe_place` has it; "" if unknown."""
+    """Return the line of the model's code at which these exported nodes start, as `describe_place` has it; "" if
+    unknown."""
     for node in nodes:
         frames = FRAME.findall(node.meta.get("stack_trace") or "")
         model = [frame for frame in frames if is_model_code(frame[0])]
@@ -128,7 +129,8 @@ def _reason(error: BaseException) -> str:
 
 
 def _places(model: nn.Module, error: BaseException) -> list[CodeLine]:
-    """The failing lines of the model's package, innermost first; else of code that is neither torch's nor ours."""
+    """Return the failing lines of the model's package, innermost first; else of code that is neither torch's nor
+    ours."""
     packages = {type(module).__module__.partition(".")[0] for module in model.modules()} - {"torch"}
     fallback: list[CodeLine] = []
     seen: set[int] = set()
@@ -149,7 +151,7 @@ def _places(model: nn.Module, error: BaseException) -> list[CodeLine]:
 
 
 def random_rates(model: nn.Module, places: Sequence[CodeLine]) -> str:
-    """How to switch off what a line does at random: the rates of the model's configuration that it reads."""
+    """Say how to switch off the randomness of a line: by the rates of the model's configuration that it reads."""
     config = getattr(model, "config", None)
     values = {key: value for key, value in vars(config).items() if _is_rate(value)} if config is not None else {}
     words: set[str] = set()
@@ -173,14 +175,14 @@ def _source(code: CodeType) -> list[str]:
 
 
 def is_model_code(file: str) -> bool:
-    """Whether a file is neither torch's, nor the standard library's, nor ours."""
+    """Tell whether a file is neither torch's, nor the standard library's, nor ours."""
     library = file.startswith(STANDARD_LIBRARY) and "site-packages" not in file
     return not library and not file.startswith(NOT_THE_MODEL)
 
 
 @contextmanager
 def exporter_silenced() -> Iterator[None]:
-    """Silences the exporter: its warnings, its log, and the graphs it prints when it fails. One thread at a time."""
+    """Silence the exporter: its warnings, its log, and the graphs it prints when it fails. One thread at a time."""
     with EXPORT_LOCK:
         disabled = logging.root.manager.disable
         logging.disable(logging.ERROR)

@@ -32,7 +32,7 @@ class EagerResult:
 
 
 def run_eagerly(model: nn.Module, example: Example, training: bool) -> EagerResult:
-    """What a copy of `model` gives on `example`; whatever the model's code raises comes through."""
+    """Return the outputs of a copy of `model` on `example`; exceptions of the model's code are not caught."""
     copy = frozen_copy(model).train(training)
     ask_for_no_cache(copy)
     args, kwargs = example.call(_copies(dict(example.arguments)))
@@ -43,19 +43,19 @@ def run_eagerly(model: nn.Module, example: Example, training: bool) -> EagerResu
 
 
 def run_on_fake_tensors(model: nn.Module, example: Example, training: bool) -> EagerResult:
-    """As `answer`, on fake tensors: sizes and dtypes alone."""
+    """Run as `run_eagerly` does, on fake tensors: sizes and dtypes alone."""
     same = (torch.float32, torch.float32)
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
-    ghost = fake_copy_of(model, mode, *same).train(training)
+    fake_model = fake_copy_of(model, mode, *same).train(training)
     args, kwargs = example.call(fake_arguments(dict(example.arguments), mode, *same))
     with torch.no_grad(), seeded(model), exporter_silenced(), mode, compiling_flag_set():
-        output = example.result(ghost(*args, **kwargs))
+        output = example.result(fake_model(*args, **kwargs))
     return EagerResult(pytree.tree_leaves(output), {})
 
 
 @contextmanager
 def tracing_conditions() -> Iterator[None]:
-    """What surrounds a call while it is traced: gradients are on, and layers take no shortcut of their own."""
+    """Set the conditions of a traced call: gradients are enabled, and layers take no fast path of their own."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -67,7 +67,7 @@ def tracing_conditions() -> Iterator[None]:
 
 @contextmanager
 def seeded(model: nn.Module) -> Iterator[None]:
-    """One seed for every generator, and the generators as they were afterwards."""
+    """Seed every generator alike, and restore the generators' states at the end."""
     with generators_restored(model):
         torch.default_generator.manual_seed(SEED)  # torch.manual_seed would seed devices that are none of the model's
         for device in _devices(model):
@@ -83,7 +83,7 @@ def seeded(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def generators_restored(model: nn.Module) -> Iterator[None]:
-    """Gives the generators of torch, Python and NumPy their states back."""
+    """Restore the states of torch's, Python's and NumPy's generators at the end."""
     numpy, python = sys.modules.get("numpy"), random.getstate()
     arrays = None if numpy is None else numpy.random.get_state()
     try:
@@ -99,7 +99,7 @@ def generators_restored(model: nn.Module) -> Iterator[None]:
 
 
 def _devices(model: nn.Module) -> set[torch.device]:
-    """The devices of a model that have generators of their own."""
+    """Return the model's devices that have random generators of their own."""
     found = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     return {device for device in found if device.type not in ("cpu", "meta")}
 

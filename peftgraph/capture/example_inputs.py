@@ -59,7 +59,7 @@ class Example:
         return tuple(leaf.value for leaf in self.leaves if isinstance(leaf.value, Tensor))
 
     def call(self, arguments: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The call `(args, kwargs)` that gives `forward` these arguments, by keyword where possible."""
+        """Return the call `(args, kwargs)` that gives `forward` these arguments, by keyword where possible."""
         parameters = self.forward.parameters.values()
         spread = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
         args: list[Any] = []
@@ -75,13 +75,14 @@ class Example:
         return tuple(args), rest
 
     def result(self, output: Any) -> Any:
-        """What a call gave, with plain tensors in place of a cache, in the order in which the argument has them."""
+        """Return the result of a call, with plain tensors in place of a cache, in the order of the cache argument."""
         if self.kv_cache is not None:
             output[self.kv_cache.argument] = tuple(self.kv_cache.read(output[self.kv_cache.argument]))
         return output
 
     def with_fixed(self, fixed: Mapping[str, Sequence[int]]) -> Example:
-        """The example with axes whose sizes are part of the program, by the key of an input or its argument's name.
+        """Return the example with axes whose sizes are part of the program, by the key of an input or its argument's
+        name.
 
         Raises:
             TraceError: there is no such input or axis.
@@ -101,12 +102,12 @@ class Example:
         return replace(self, fixed=axes)
 
     def with_arguments(self, arguments: Mapping[str, Any]) -> Example:
-        """The example with other arguments."""
+        """Return the example with other arguments."""
         return replace(self, arguments=arguments, leaves=_leaves(arguments))
 
 
 def bind_example(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] | Tensor) -> Example:
-    """Binds `example` to the signature of `model.forward`.
+    """Bind `example` to the signature of `model.forward`.
 
     A transformers model whose `forward` takes `use_cache` (or `use_mems`) is traced without a cache unless the
     example asks for one.
@@ -119,7 +120,7 @@ def bind_example(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] 
 
 
 def bind_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Example:
-    """As `bind_example`, for a call with positional and keyword arguments."""
+    """Bind a call with positional and keyword arguments, as `bind_example` does."""
     forward = inspect.signature(model.forward)
     try:
         arguments = bind_arguments(forward, args, kwargs)
@@ -161,7 +162,7 @@ def _leaves(arguments: Mapping[str, Any]) -> tuple[ExampleLeaf, ...]:
 
 
 def with_distinct_batch(example: Example) -> Example:
-    """Repeats or cuts the batch to a size that no other dimension has.
+    """Repeat or cut the batch to a size that no other dimension has.
 
     A batch of one would be specialised; a batch equal to the length would make two axes look alike. Only when
     all tensors agree on their first dimension is that dimension a batch.

@@ -1,4 +1,4 @@
-"""One run of torch.export over the ghost of a model, in one mode, under the best marker dtype that it takes."""
+"""One run of torch.export over a fake copy of a model, in one mode, under the best marker dtype that it accepts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MARKERS = (torch.bfloat16, torch.float64)
 
 @dataclass(frozen=True)
 class ExportResult:
-    """An exported ghost.
+    """An exported fake copy.
 
     Attributes:
         program: what torch.export gave.
@@ -70,7 +70,7 @@ class ExportResult:
 
 
 def marker_dtypes(model: nn.Module, own: torch.dtype) -> list[torch.dtype | None]:
-    """The markers to try, best first; the last resort is none: the program stays in the model's own dtype."""
+    """Return the markers to try, best first; the last is None: the program stays in the model's own dtype."""
     if len({p.dtype for p in model.parameters() if p.is_floating_point()}) != 1:
         return [None]
     if own in (torch.bfloat16, torch.float16):
@@ -87,7 +87,7 @@ def export_fake_copy(
     progress: Progress,
     faithful: Callable[[torch.dtype], bool] = lambda marker: True,
 ) -> ExportResult:
-    """The exported ghost of `model` under the first of `markers` that it takes: as it stands, else patched.
+    """Export a fake copy of `model` under the first of `markers` that it accepts: unpatched if possible, else patched.
 
     Args:
         model: the model.
@@ -95,11 +95,11 @@ def export_fake_copy(
         own: the dtype of its weights.
         training: the mode.
         markers: the markers to try, best first.
-        progress: told of layers.
+        progress: called as layers begin.
         faithful: whether the model's code runs the same under another marker than its own dtype.
 
     Raises:
-        TraceError: it takes none.
+        TraceError: it accepts none.
     """
     failure: Exception | None = None
     tries = [patches for patches in (nullcontext, library_patches(model)) if patches is not None]
@@ -124,12 +124,12 @@ def _export(
     model: nn.Module, bound: Example, own: torch.dtype, training: bool, marker: torch.dtype | None, progress: Progress
 ) -> ExportResult:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    ghost = fake_copy_of(model, mode, own, marker or own).train(training)
+    fake_model = fake_copy_of(model, mode, own, marker or own).train(training)
     arguments = fake_arguments(dict(bound.arguments), mode, own, marker or own)
     assuming = AssumptionRecorder(bound.assume)
     trees = {name: pytree.tree_structure(value) for name, value in arguments.items() if not _is_plain(value)}
     arguments |= {name: pytree.tree_leaves(arguments[name]) for name in trees}
-    _take_keywords(ghost, bound, assuming, trees)
+    _take_keywords(fake_model, bound, assuming, trees)
 
     keys = iter([leaf.key for leaf in bound.leaves])
 
@@ -144,31 +144,32 @@ def _export(
     forgetful = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
     told = warn_when_slow(bound, progress)
     with told, forgetful, exporter_silenced(), record_autograd_calls() as recording, broadcast_masks() as broadcast:
-        with report_layers(ghost, "exporting", progress), record_size_decisions() as decisions, assuming:
-            program = torch.export.export(ghost, (), arguments, dynamic_shapes=shapes, strict=False)
+        with report_layers(fake_model, "exporting", progress), record_size_decisions() as decisions, assuming:
+            program = torch.export.export(fake_model, (), arguments, dynamic_shapes=shapes, strict=False)
         return ExportResult(program, recording.calls, marker, decisions, assuming.asked, broadcast())
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a nested value is made of containers that the exporter knows the parts of by itself."""
+    """Tell whether a nested value consists of containers that the exporter can flatten by itself."""
     if pytree.tree_is_leaf(value) or type(value) not in (dict, list, tuple):
         return pytree.tree_is_leaf(value)
     return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
 
 
 def _rounded(exported: ExportResult) -> bool:
-    """Was a number of the model's code stored as a tensor that has fewer digits than the model's own dtype?"""
+    """Tell whether a number in the model's code was stored as a tensor of lower precision than the model's own
+    dtype."""
     constants = [entry.tensor for entry in exported.constants.values()]
     return exported.marker == torch.bfloat16 and any(one.dtype == torch.bfloat16 for one in constants)
 
 
 def _take_keywords(
-    ghost: nn.Module, bound: Example, assuming: AssumptionRecorder, trees: Mapping[str, pytree.TreeSpec]
+    fake_model: nn.Module, bound: Example, assuming: AssumptionRecorder, trees: Mapping[str, pytree.TreeSpec]
 ) -> None:
-    """Gives `ghost` a forward of exactly the example's arguments: the exporter knows no *args, **kwargs. It returns
-    what the model does, and the truths that were assumed on the way. Arguments that are made of other classes than
-    Python's own come as lists of their leaves, and `trees` says what they were."""
-    original = ghost.forward
+    """Give `fake_model` a forward with exactly the example's arguments, since the exporter does not support *args,
+    **kwargs. It returns the model's outputs and the conditions that were assumed. Arguments of classes that are not
+    Python's own are passed as lists of their leaves; `trees` says how to rebuild them."""
+    original = fake_model.forward
 
     def forward(**arguments: Any) -> Any:
         arguments |= {name: pytree.tree_unflatten(arguments[name], tree) for name, tree in trees.items()}
@@ -179,4 +180,4 @@ def _take_keywords(
 
     names = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in bound.arguments]
     forward.__signature__ = inspect.Signature(names)
-    ghost.forward = forward
+    fake_model.forward = forward

@@ -1,4 +1,4 @@
-"""A ghost of a model: its modules around fake tensors, so that tracing copies and touches nothing."""
+"""A fake copy of a model: its modules around fake tensors, so that tracing copies no weights and changes nothing."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ CACHED = type(functools.lru_cache(len))
 
 
 def fake_copy_of(model: nn.Module, mode: FakeTensorMode, own: torch.dtype, marker: torch.dtype) -> nn.Module:
-    """A deep copy of `model`, in training mode, whose tensors are fake and whose `own` dtype became `marker`.
+    """Return a deep copy of `model`, in training mode, whose tensors are fake and whose `own` dtype became `marker`.
 
-    Ties survive, because one tensor becomes one fake tensor. Tensors that are plain attributes are constants
-    of the code: they are shared, and neither `.to()` nor the marker moves them.
+    Ties are kept, because one tensor becomes one fake tensor. Tensors that are plain attributes are constants of the
+    code: they are shared, and neither `.to()` nor the marker moves them.
 
     Raises:
-        TraceError: the model holds something that cannot be copied.
+        TraceError: the model contains something that cannot be copied.
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
@@ -33,20 +33,19 @@ def fake_copy_of(model: nn.Module, mode: FakeTensorMode, own: torch.dtype, marke
     for tensor in [*model.parameters(), *model.buffers()]:
         memo[id(tensor)] = fake_tensor_like(tensor, mode, own, marker)
     try:
-        ghost = copy.deepcopy(model, memo)
+        copied = copy.deepcopy(model, memo)
     except Exception as error:
         raise TraceError(
             f"{type(model).__name__} cannot be deep-copied ({type(error).__name__}: {error}). Remove what it "
             "holds that cannot be copied (open files, locks, tensors with a gradient history) before tracing."
         ) from error
-    give_own_caches(ghost, memo)
-    ask_for_no_cache(ghost)
-    return ghost.train()
+    give_own_caches(copied, memo)
+    ask_for_no_cache(copied)
+    return copied.train()
 
 
 def ask_for_no_cache(copied: nn.Module) -> None:
-    """Takes a cache of keys and values out of the settings of a copy: the example asks for one by an argument, as a
-    call does."""
+    """Switch off the cache of keys and values in the configuration of a copy: an example asks for it by an argument."""
     for module in copied.modules():
         settings: Any = getattr(module, "config", None)
         if getattr(settings, "use_cache", None) is True:
@@ -54,8 +53,9 @@ def ask_for_no_cache(copied: nn.Module) -> None:
 
 
 def give_own_caches(copied: nn.Module, memo: dict[int, Any]) -> None:
-    """Gives a deep copy, in place, caches of its own for the results of its methods (`functools.lru_cache`), which a
-    copy shares with the original: what one run leaves there, such as a mask or a fake tensor, another would read.
+    """Give a deep copy, in place, caches of its own for the results of its methods (`functools.lru_cache`), which it
+    would otherwise share with the original: values that one run leaves there, such as a fake tensor, would be read by
+    another.
 
     Args:
         copied: the copy.
@@ -70,8 +70,8 @@ def give_own_caches(copied: nn.Module, memo: dict[int, Any]) -> None:
 
 @contextmanager
 def compiling_flag_set() -> Iterator[None]:
-    """Lets code know that its values are no real ones, as an export does: caches that all models share, such as a
-    function's own, must not keep them."""
+    """Set the flag by which code knows that it is being exported, so that caches which all models share, such as a
+    function's own, do not keep fake values."""
     before = torch.compiler._is_compiling_flag
     torch.compiler._is_compiling_flag = True
     try:
@@ -81,7 +81,7 @@ def compiling_flag_set() -> Iterator[None]:
 
 
 def fake_tensor_like(tensor: Tensor, mode: FakeTensorMode, own: torch.dtype, marker: torch.dtype) -> Tensor:
-    """A fake tensor of the same shape and device; dtype `own` becomes `marker`."""
+    """Return a fake tensor of the same shape and device; dtype `own` becomes `marker`."""
     dtype = marker if tensor.dtype == own else tensor.dtype
     with mode:
         fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=tensor.device)
@@ -93,7 +93,7 @@ def fake_tensor_like(tensor: Tensor, mode: FakeTensorMode, own: torch.dtype, mar
 def fake_arguments(
     arguments: dict[str, Any], mode: FakeTensorMode, own: torch.dtype, marker: torch.dtype
 ) -> dict[str, Any]:
-    """The arguments of a call with fake tensors in place of real ones."""
+    """Return the arguments of a call with fake tensors in place of real ones."""
 
     def fake(value: Any) -> Any:
         return fake_tensor_like(value, mode, own, marker) if isinstance(value, Tensor) else value

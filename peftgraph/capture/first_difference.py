@@ -25,11 +25,12 @@ Fingerprint = tuple[float, ...]
 def find_first_difference(
     program: ProgramData, inputs: Sequence[Tensor], training: bool, eager: Callable[[], object]
 ) -> str:
-    """The first node whose value differs, and the line of the model's code that it comes from; "" where none is found.
+    """Return the first node whose value differs, and the line of the model's code that it comes from; "" where none is
+    found.
 
     Args:
-        program: what differs from its model.
-        inputs: a call on which it does.
+        program: the program that differs from its model.
+        inputs: a call on which it differs.
         training: the mode.
         eager: runs the model on that call.
     """

@@ -27,7 +27,7 @@ VIEWS = (
 
 
 def functionalise_graph(graph: fx.Graph) -> None:
-    """Replaces, in place, every operation in place whose effect can be told from the graph.
+    """Replace every in-place operation whose effect is known from the graph; the graph is changed in place.
 
     What writes into a stored buffer stays (running statistics), and so does what writes through a view that may be
     a copy.
@@ -51,7 +51,7 @@ def functionalise_graph(graph: fx.Graph) -> None:
 
 
 def _functional(graph: fx.Graph, node: fx.Node, written: fx.Node, root: fx.Node) -> None:
-    """Turns one write into a new value of `root`, and hands it to all that read the memory later."""
+    """Turn one write into a new value of `root`, and redirect all later reads of the memory to it."""
     chain = _chain(written, root)
     stale = [other for other in _shared(root) if other < node and any(node < user for user in other.users)]
     if not all(_invertible(view) for view in chain) or not all(_is_view(other, root) for other in stale):
@@ -74,7 +74,7 @@ def _functional(graph: fx.Graph, node: fx.Node, written: fx.Node, root: fx.Node)
 
 
 def _shared(root: fx.Node) -> list[fx.Node]:
-    """The values that may share the root's memory, itself included."""
+    """Return the values that may share the root's memory, itself included."""
     found = [root]
     for node in found:
         found.extend(user for user in node.users if _viewed(user) is node)
@@ -82,7 +82,7 @@ def _shared(root: fx.Node) -> list[fx.Node]:
 
 
 def _renew(graph: fx.Graph, view: fx.Node, renewed: dict[fx.Node, fx.Node]) -> fx.Node:
-    """The same view of the memory's new value."""
+    """Repeat a view on the memory's new value."""
     if view not in renewed:
         source = _viewed(view)
         assert source is not None
@@ -93,7 +93,7 @@ def _renew(graph: fx.Graph, view: fx.Node, renewed: dict[fx.Node, fx.Node]) -> f
 
 
 def _is_view(node: fx.Node, root: fx.Node) -> bool:
-    """Does the node share the root's memory for certain?"""
+    """Tell whether the node certainly shares the root's memory."""
     while node is not root:
         source = _viewed(node)
         if source is None or _name(node) not in VIEWS.split():
@@ -103,7 +103,7 @@ def _is_view(node: fx.Node, root: fx.Node) -> bool:
 
 
 def _chain(written: fx.Node, root: fx.Node) -> list[fx.Node]:
-    """The views between a written value and its root, the last one first."""
+    """Return the views between a written value and its root, last first."""
     chain: list[fx.Node] = []
     while written is not root:
         chain.append(written)
@@ -118,7 +118,7 @@ def _invertible(view: fx.Node) -> bool:
 
 
 def _scattered(graph: fx.Graph, view: fx.Node, value: fx.Node) -> fx.Node:
-    """The source of `view` with `value` in the place that the view shows."""
+    """Return the source of `view` with `value` written into the viewed region."""
     source = view.args[0]
     assert isinstance(source, fx.Node)
     if _name(view) == "alias":
@@ -133,7 +133,7 @@ def _scattered(graph: fx.Graph, view: fx.Node, value: fx.Node) -> fx.Node:
 
 
 def _value(graph: fx.Graph, node: fx.Node, written: fx.Node) -> fx.Node | None:
-    """What `node` leaves in `written`; None where no operator out of place gives it."""
+    """Return the value that `node` leaves in `written`; None where no out-of-place operator computes it."""
     if _name(node) == "copy_":
         return _copied(graph, node, written)
     twin = _twin(node)
@@ -145,7 +145,7 @@ def _value(graph: fx.Graph, node: fx.Node, written: fx.Node) -> fx.Node | None:
 
 
 def _copied(graph: fx.Graph, node: fx.Node, written: fx.Node) -> fx.Node | None:
-    """The source of a copy, in the dtype and the shape of its target."""
+    """Return the source of a copy, in the dtype and the shape of its target."""
     value = node.args[1]
     if not isinstance(value, fx.Node):
         return None
@@ -162,7 +162,7 @@ def _copied(graph: fx.Graph, node: fx.Node, written: fx.Node) -> fx.Node | None:
 
 
 def _written(node: fx.Node) -> fx.Node | None:
-    """The operand that a node writes into."""
+    """Return the operand that a node writes into."""
     if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
         return None
     for argument, value in _arguments(node):
@@ -178,7 +178,7 @@ def _arguments(node: fx.Node) -> Iterator[tuple[torch.Argument, object]]:
 
 
 def _viewed(node: fx.Node) -> fx.Node | None:
-    """The operand whose memory a value may share."""
+    """Return the operand whose memory a value may share."""
     if node.op != "call_function":
         return None
     first = node.args[0] if node.args else None
@@ -196,14 +196,14 @@ def _viewed(node: fx.Node) -> fx.Node | None:
 
 
 def _root(node: fx.Node) -> fx.Node:
-    """The value whose memory `node` may share, found through views."""
+    """Return the value whose memory `node` may share, found through views."""
     while (source := _viewed(node)) is not None:
         node = source
     return node
 
 
 def _twin(node: fx.Node) -> torch._ops.OpOverload | None:
-    """The operator out of place that gives the same value, when there is one."""
+    """Return the out-of-place operator that computes the same value, if there is one."""
     assert isinstance(node.target, torch._ops.OpOverload)
     name = _name(node).removesuffix("_")
     if name in WRITERS.split():

@@ -17,7 +17,8 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def model_class_of(model: nn.Module) -> ModelClass | None:
-    """The class of a transformers model and what it holds beside tensors and modules; None for any other model."""
+    """Return the class of a transformers model and its attributes other than tensors and modules; None for other
+    models."""
     library = sys.modules.get("transformers.modeling_utils")  # imported, if the model is one of its classes
     if library is None or not isinstance(model, library.PreTrainedModel):
         return None
@@ -28,7 +29,7 @@ def model_class_of(model: nn.Module) -> ModelClass | None:
 
 
 def submodule_states(model: nn.Module) -> dict[str, SubmoduleState]:
-    """The submodules of a model, by path, in its own order: what code around the model may read of them."""
+    """Return the submodules of a model, by path, in its own order, with what other code may read of them."""
     library: Any = sys.modules.get("transformers.configuration_utils")
     configurations = () if library is None else (library.PreTrainedConfig,)
     memo: dict[int, Any] = {}  # what several share, such as a configuration, is copied once
@@ -48,7 +49,7 @@ def submodule_states(model: nn.Module) -> dict[str, SubmoduleState]:
 
 
 def _class_of(module: nn.Module) -> type[nn.Module]:
-    """The module's class where it is one of torch.nn that computes by itself, or a plain container of modules."""
+    """Return the module's class if it is a torch.nn layer that computes by itself, or a plain container of modules."""
     cls = type(module)
     leaf = cls.__module__.startswith("torch.nn.modules.") and not module._modules and not isinstance(module, nn.RNNBase)
     return cls if leaf or cls in CONTAINERS else nn.Module

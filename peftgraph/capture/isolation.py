@@ -15,7 +15,7 @@ from peftgraph.capture.eager_run import generators_restored
 
 @contextmanager
 def isolated_trace(model: nn.Module) -> Iterator[None]:
-    """Waits for other traces; gradients are on, autocast is off, and generators of random numbers are left alone."""
+    """Wait for other traces, then enable gradients, disable autocast, and restore the random generators at the end."""
     devices = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} - {"meta"}
     with EXPORT_LOCK, ExitStack() as stack:
         stack.enter_context(generators_restored(model))

@@ -25,10 +25,10 @@ from peftgraph.ir.modes import DROPOUTS, by_mode, evaluation_graph, training_gra
 
 
 def merge_mode_graphs(training: fx.Graph, evaluation: fx.Graph, names: Mapping[str, str]) -> fx.Graph:
-    """The graph that is `training` under train() and `evaluation` under eval().
+    """Return the graph that is `training` under train() and `evaluation` under eval().
 
     Args:
-        training: as traced under train(), dropout in it; unchanged.
+        training: as traced under train(), with dropout; unchanged.
         evaluation: as traced under eval(); unchanged.
         names: the stored tensors of `evaluation` whose name in the result is another one.
 
@@ -67,7 +67,7 @@ class _Merge:
     only: set[fx.Node] = field(default_factory=set)
 
     def align(self, training: fx.Graph, evaluation: fx.Graph) -> None:
-        """Lays the operations of both modes side by side."""
+        """Lay the operations of both modes side by side."""
         by_name = {node.name: node for node in self.graph.nodes}
         ours, theirs = list(call_nodes(training)), list(call_nodes(evaluation))
         matcher = SequenceMatcher(None, [_key(n) for n in ours], [_key(n) for n in theirs], autojunk=False)
@@ -79,7 +79,7 @@ class _Merge:
         self.shared = set(self.partner.values()) | {node for node in call_nodes(self.graph) if node not in kept}
 
     def place(self, evaluation: fx.Graph) -> None:
-        """Gives every value of evaluation a node in the result."""
+        """Give every value of evaluation a node in the result."""
         inputs = iter([node for node in self.graph.nodes if node.op == "placeholder"])
         todo = list(evaluation.nodes)
         for i, node in enumerate(todo):
@@ -96,7 +96,7 @@ class _Merge:
                 self._add(node, next((self.partner[n] for n in todo[i:] if n in self.partner), None))
 
     def sweep(self) -> None:
-        """Marks what runs in one mode only: a write into a stored tensor is alive in that mode alone."""
+        """Mark what runs in one mode only: a write into a stored tensor is alive in that mode alone."""
         for node in self.graph.nodes:
             if node.op != "call_function" or node in self.shared or node.target is by_mode:
                 continue
@@ -121,7 +121,7 @@ class _Merge:
         self.only.add(new)
 
     def _choose_operands(self, node: fx.Node, ours: fx.Node) -> None:
-        """Lets `ours` read in evaluation what `node` reads."""
+        """Let `ours` read in evaluation what `node` reads."""
         wanted = iter(_operands(node))
 
         def choose(operand: fx.Node) -> fx.Node:
@@ -143,14 +143,14 @@ class _Merge:
 
 
 def _operands(node: fx.Node) -> list[fx.Node]:
-    """The operands of a node in the order of its arguments, repeated ones included."""
+    """Return the operands of a node in the order of its arguments, repeated ones included."""
     found: list[fx.Node] = []
     map_arg((node.args, node.kwargs), found.append)
     return found
 
 
 def _in_evaluation(node: fx.Node) -> fx.Node:
-    """The node whose value this one is under eval()."""
+    """Return the node whose value this one is under eval()."""
     while node.target is by_mode or node.target in DROPOUTS:
         source = node.args[0]
         assert isinstance(source, fx.Node)
@@ -159,7 +159,8 @@ def _in_evaluation(node: fx.Node) -> fx.Node:
 
 
 def _key(node: fx.Node) -> str:
-    """What two nodes of the same operation share: the operator, its literals, and the place in the model's code."""
+    """Return what two nodes of the same operation share: the operator, its literals, and the place in the model's
+    code."""
     literals = map_arg((node.args, node.kwargs), lambda operand: "%")
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     line = [line for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File")]
@@ -167,7 +168,7 @@ def _key(node: fx.Node) -> str:
 
 
 def _same(graph: fx.Graph, wanted: fx.Graph, names: Mapping[str, str]) -> bool:
-    """Whether two graphs are equal, operation by operation, in order."""
+    """Tell whether two graphs are equal, operation by operation, in order."""
     twin: dict[fx.Node, object] = {}
     for node in wanted.nodes:
         if node.op == "get_attr":

@@ -65,20 +65,20 @@ class ModeCheck:
 
 
 def compare_modes(model: nn.Module, example: Example) -> ModeCheck:
-    """Runs a call on fake tensors in both modes.
+    """Compare the operations of a call in both modes, on fake tensors.
 
     Raises:
-        TraceError: the model draws numbers outside of torch; the message names the line.
+        TraceError: the model draws random numbers outside torch; the message names the line.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
-    ghost = fake_copy_of(model, mode, torch.float32, torch.float32)
+    fake_model = fake_copy_of(model, mode, torch.float32, torch.float32)
     found: list[_Recorder] = []
     whole = True
     for training in (True, False):
         recorder = _Recorder()
-        complete = _runs(ghost.train(training), example, mode, recorder)
+        complete = _runs(fake_model.train(training), example, mode, recorder)
         if recorder.drew:
-            extremes = _at_extremes(ghost, example, mode)
+            extremes = _at_extremes(fake_model, example, mode)
             if extremes is None:
                 raise _frozen(model, recorder.drawn)
             recorder, complete = extremes, True
@@ -91,22 +91,22 @@ def compare_modes(model: nn.Module, example: Example) -> ModeCheck:
 def agrees_under_dtype(
     model: nn.Module, example: Example, own: torch.dtype, marker: torch.dtype, look: ModeCheck
 ) -> bool:
-    """Whether the model's code runs the same operations where `marker` is in the place of its `own` dtype: not where it
-    branches on the dtype, nor where it computes a number from the limits of one.
+    """Tell whether the model's code runs the same operations under `marker` as under its `own` dtype; it does not where
+    it branches on the dtype, or computes a number from a dtype's limits.
 
     Args:
         model: the model.
         example: a call of it.
         own: the dtype of its weights.
         marker: another.
-        look: what it does in its own.
+        look: the check of its own dtype.
     """
     alike = _literals_of(own, marker)
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
-    ghost = fake_copy_of(model, mode, own, marker)
+    fake_model = fake_copy_of(model, mode, own, marker)
     for ours, training in zip(look.steps, (True, False), strict=False):
         recorder = _Recorder()
-        _runs(ghost.train(training), example, mode, recorder, (own, marker))
+        _runs(fake_model.train(training), example, mode, recorder, (own, marker))
         # Where a run stops, on values that fake tensors do not have, both are compared that far.
         if not all(_same_step(a, b, alike) for a, b in zip(ours, recorder.uncast.steps, strict=False)):
             return False
@@ -119,21 +119,21 @@ def _same_step(ours: Step, theirs: Step, alike: set[tuple[str, str]]) -> bool:
 
 
 def _literals_of(own: torch.dtype, marker: torch.dtype) -> set[tuple[str, str]]:
-    """The literals that follow the dtype, under each of the two."""
+    """Return the literals that follow the dtype, under each of the two."""
     forms = {name: form for name, form in LITERAL_FORMS.items() if name != "wide"}
     if torch.bfloat16 in (own, marker):  # which has no complex form
         del forms["complex"]
     return {(repr(form(own)), repr(form(marker))) for form in forms.values()}
 
 
-def _at_extremes(ghost: nn.Module, example: Example, mode: FakeTensorMode) -> _Recorder | None:
-    """A call whose operations are the same whether the smallest or the largest number is drawn wherever Python or
-    NumPy draw one, as where it is compared with a rate of 0 or chooses what is looked at; None where they are not."""
+def _at_extremes(fake_model: nn.Module, example: Example, mode: FakeTensorMode) -> _Recorder | None:
+    """Return the record of a call if its operations are the same whether Python and NumPy draw the smallest or the
+    largest number everywhere (as with a rate of 0); None if they differ."""
     recorders: list[_Recorder] = []
     for largest in (False, True):
         recorder = _Recorder(largest=largest)
         with _bounded(largest):
-            complete = _runs(ghost, example, mode, recorder)
+            complete = _runs(fake_model, example, mode, recorder)
         if not complete:
             return None
         recorders.append(recorder)
@@ -143,15 +143,15 @@ def _at_extremes(ghost: nn.Module, example: Example, mode: FakeTensorMode) -> _R
 
 @contextmanager
 def _bounded(largest: bool) -> Iterator[None]:
-    """Has Python draw the first or the last where it draws one of several."""
+    """Make Python draw the first or the last of several choices."""
     generator: Any = random.random.__self__
     with patch.object(generator, "_randbelow", lambda n: n - 1 if largest else 0):
         yield
 
 
 def _draw_extremes(largest: bool) -> None:
-    """Has the generators of Python and NumPy give the smallest or the largest number 623 times. It is the state that
-    is set, for code keeps their functions under names of its own; the last word ends loops that reject such numbers."""
+    """Make the generators of Python and NumPy draw the smallest or the largest number 623 times. The state is set,
+    since code may have imported the functions under other names; the last number ends loops that reject such draws."""
     words = (ALL_ONES if largest else 0,) * 623 + (1,)
     random.setstate((3, (*words, 0), None))
     numpy = sys.modules.get("numpy")
@@ -160,14 +160,14 @@ def _draw_extremes(largest: bool) -> None:
 
 
 def _runs(
-    ghost: nn.Module,
+    fake_model: nn.Module,
     example: Example,
     mode: FakeTensorMode,
     recorder: _Recorder,
     dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32),
 ) -> bool:
-    """Whether a call runs to its end; Python's and NumPy's random numbers are as before then. Tensors of the first of
-    `dtypes` are given as ones of the second."""
+    """Tell whether a call runs to its end; restore the states of Python's and NumPy's generators afterwards. Tensors of
+    the first of `dtypes` are passed in the second."""
     args, kwargs = example.call(fake_arguments(dict(example.arguments), mode, *dtypes))
     before = _state()
     try:
@@ -180,7 +180,7 @@ def _runs(
             exporter_silenced(),
             compiling_flag_set(),
         ):
-            recorder.end(example.result(ghost(*args, **kwargs)))
+            recorder.end(example.result(fake_model(*args, **kwargs)))
     except Exception as error:  # what cannot run on fake tensors is traced in both modes; the export explains it
         recorder.look([(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)][::-1])
         return False
@@ -205,12 +205,12 @@ class _Trail:
         self._alive: list[Tensor] = []  # so that no id is given twice
 
     def begin(self, name: str, operands: Any, *, counted: bool) -> None:
-        """An operation that is about to run."""
+        """Record an operation before it runs."""
         if counted and name not in self.followed:
             self.record(name, operands)
 
     def end(self, name: str, first: Any, result: Any, *, counted: bool) -> None:
-        """What it gave."""
+        """Record the result of an operation."""
         if name in self.followed:
             if isinstance(result, Tensor):
                 self._numbers[id(result)] = self._number(first)
@@ -221,7 +221,7 @@ class _Trail:
                     self._number(leaf)
 
     def record(self, name: str, operands: Any) -> None:
-        """A step: which values it reads, and its literals."""
+        """Record a step: the values that it reads, and its literals."""
         leaves, tree = pytree.tree_flatten(operands)
         read = [f"%{self._number(leaf)}" for leaf in leaves if isinstance(leaf, Tensor)]
         literals = [] if name in SWITCHED else [repr(leaf) for leaf in leaves if isinstance(leaf, LITERALS)]
@@ -252,18 +252,18 @@ class _Recorder(TorchFunctionMode):
         return self.every.steps
 
     def begin(self) -> None:
-        """Sets the generators where extremes are drawn."""
+        """Set the generators if extremes are to be drawn."""
         if self.largest is not None:
             _draw_extremes(self.largest)
 
     def end(self, result: Any) -> None:
-        """What the call gave."""
+        """Record the result of the call."""
         for trail in (self.every, self.uncast):
             trail.record("return", result)
         self.look([])
 
     def look(self, places: list[CodeLine]) -> None:
-        """Keeps `places`, innermost first, when numbers were drawn since the last look."""
+        """Record `places`, innermost first, if random numbers were drawn since the last look."""
         if self.largest is not None:
             _draw_extremes(self.largest)
         elif not self.drew and not _equal(self._before, _state()):
@@ -289,7 +289,7 @@ class _Recorder(TorchFunctionMode):
 
 
 def _state() -> list[Any]:
-    """The state of Python's random numbers and, where it is loaded, of NumPy's."""
+    """Return the state of Python's random numbers and, where it is loaded, of NumPy's."""
     numpy = sys.modules.get("numpy")
     return [random.getstate(), None if numpy is None else numpy.random.get_state()]
 

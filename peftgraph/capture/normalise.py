@@ -45,7 +45,7 @@ WRAPPERS = {
 def normalise_graph(
     exported: ExportedProgram, aliases: Mapping[str, Sequence[str]], functions: Sequence[RecordedCall] = ()
 ) -> fx.Graph:
-    """The canonical graph of `exported`.
+    """Return the canonical graph of `exported`.
 
     Args:
         exported: the exported program.
@@ -53,7 +53,7 @@ def normalise_graph(
         functions: the recorded calls of custom autograd functions, by number.
 
     Raises:
-        TraceError: the graph writes into its inputs, runs under autocast, branches, or holds what is no
+        TraceError: the graph writes into its inputs, runs under autocast, branches, or contains a constant that is no
             tensor.
     """
     return _Normaliser(exported, aliases, functions).run()
@@ -103,7 +103,7 @@ class _Normaliser:
                 raise TraceError(f"The model holds {spec.target!r}, a {kind}, which a graph cannot store.")
 
     def _inline(self, source: fx.Graph, env: dict[fx.Node, Any], owner: nn.Module) -> list[Any]:
-        """Copies the nodes of `source` and returns its results; `env` maps its nodes to what they became."""
+        """Copy the nodes of `source` and return its results; `env` maps its nodes to their copies."""
         for node in source.nodes:
             if node.op == "output":
                 results = node.args[0]
@@ -159,7 +159,7 @@ class _Normaliser:
         return results
 
     def _without_gradient(self, value: Any) -> Any:
-        """What left a no_grad region: detached where a gradient could flow, so that it does not."""
+        """Detach an output of a no_grad region where a gradient could flow through it."""
         if not isinstance(value, fx.Node) or value not in self.differentiable:
             return value
         new = self.graph.call_function(aten.detach.default, (value,))
@@ -186,7 +186,7 @@ class _Normaliser:
         return self._fetch(new, user) if isinstance(new, _Stored) else new
 
     def _function(self, node: fx.Node, env: dict[fx.Node, Any]) -> list[fx.Node]:
-        """The call of a custom autograd function, as a node whose target is that function."""
+        """Add the call of a custom autograd function, as a node whose target is that function."""
         number, tensors, sizes = node.args
         assert isinstance(number, int)
         assert isinstance(tensors, list | tuple)
@@ -237,7 +237,8 @@ class _Normaliser:
         return name
 
     def _canonical_experts(self) -> None:
-        """Grouped products take the form that every dtype and device runs; lowering may choose a faster."""
+        """Bring grouped products into the form that runs on every dtype and device; the runtime may choose a faster
+        one."""
         native = getattr(aten, "_grouped_mm", None)
         fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
         if native is None or fallback is None:

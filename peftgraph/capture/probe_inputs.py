@@ -19,7 +19,7 @@ TRIES = 20_000
 
 
 def free_sizes(signature: Signature, example: Example) -> dict[str, int]:
-    """The free sizes as the example has them, by name."""
+    """Return the free sizes as the example has them, by name."""
     tensors = {leaf.key: leaf.value for leaf in example.leaves if isinstance(leaf.value, Tensor)}
     return {
         dim: size
@@ -30,8 +30,8 @@ def free_sizes(signature: Signature, example: Example) -> dict[str, int]:
 
 
 def other_sizes(signature: Signature, example: Example) -> Iterator[dict[str, int]]:
-    """Other sizes for all that is free, which the signature allows, best first: larger and smaller
-    than the example's in turn. Sizes that are equal in the example stay equal."""
+    """Yield other values for all free sizes that the signature allows, best first, alternately larger and smaller than
+    the example's. Sizes that are equal in the example stay equal."""
     now = free_sizes(signature, example)
     free = list(dict.fromkeys(now.values()))
     batches = {now[dim] for dim in now if dim.startswith("B")}
@@ -44,7 +44,7 @@ def other_sizes(signature: Signature, example: Example) -> Iterator[dict[str, in
 
 
 def smallest_free_sizes(signature: Signature, example: Example) -> dict[str, int]:
-    """1 for every free size that may be 1, the example's for the others."""
+    """Return 1 for every free size that may be 1, and the example's value for the others."""
     return {
         dim: 1 if signature.ranges.get(dim, (1, None))[0] <= 1 else n
         for dim, n in free_sizes(signature, example).items()
@@ -52,7 +52,7 @@ def smallest_free_sizes(signature: Signature, example: Example) -> dict[str, int
 
 
 def sizes_allowed(signature: Signature, sizes: Mapping[str, int]) -> bool:
-    """Whether a call may have these sizes."""
+    """Tell whether a call may have these sizes."""
     for dim, size in sizes.items():
         low, high = signature.ranges.get(dim, (1, None))
         if size < low or (high is not None and size > high):
@@ -61,7 +61,7 @@ def sizes_allowed(signature: Signature, sizes: Mapping[str, int]) -> bool:
 
 
 def resize_example(signature: Signature, example: Example, sizes: Mapping[str, int]) -> Example:
-    """The example with its tensors repeated or cut to `sizes`."""
+    """Return the example with its tensors repeated or cut to `sizes`."""
     dims = {spec.key: spec.dims for spec in signature.inputs}
     keys = iter([leaf.key for leaf in example.leaves])
 
@@ -79,8 +79,8 @@ def resize_example(signature: Signature, example: Example, sizes: Mapping[str, i
 
 
 def other_masks(example: Example) -> Iterator[tuple[Example, str]]:
-    """The example with other masks, in words: without padding where it has some, and with some where it has none. Code
-    that leaves a mask out when it masks nothing does not do so while it is traced.
+    """Yield the example with other masks, each described: without padding where it has some, and with padding where it
+    has none. Code that omits a mask which hides nothing does not do so while it is traced.
 
     A mask is an input of two dimensions or more that holds zeros and ones alone.
     """

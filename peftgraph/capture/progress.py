@@ -1,4 +1,4 @@
-"""How far a trace has come, told to whoever asks: a callable, since nobody but the caller knows where to show it."""
+"""The progress of a trace, reported to a callable of the caller's."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Progress = Callable[[str, int, int], None]
 
 
 def no_progress(phase: str, begun: int, total: int) -> None:
-    """Tells nobody."""
+    """Report nothing."""
 
 
 @contextmanager
 def report_layers(model: nn.Module, phase: str, progress: Progress) -> Iterator[None]:
-    """Tells of every repeated child of `model` (a layer) when its forward begins."""
+    """Report every repeated child of `model` (a layer) when its forward begins."""
     layers = _repeated(model)
     progress(phase, 0, len(layers))
 
@@ -35,7 +35,7 @@ def report_layers(model: nn.Module, phase: str, progress: Progress) -> Iterator[
 
 
 def _repeated(module: nn.Module) -> list[nn.Module]:
-    """The members of the outermost lists of modules; what they hold in lists of their own is part of them."""
+    """Return the members of the outermost lists of modules; lists inside members are not searched."""
     found: list[nn.Module | None] = []
     for child in module.children():
         found += list(child) if isinstance(child, nn.ModuleList) and len(child) > 1 else _repeated(child)

@@ -49,10 +49,10 @@ class SizeDecisions:
     branches: dict[sympy.Basic, str] = field(default_factory=dict)
 
     def conditions(self, names: Mapping[sympy.Basic, sympy.Basic]) -> tuple[SizeCondition, ...]:
-        """The branches as conditions on sizes by their names.
+        """Return the branches as conditions on sizes by their names.
 
         Args:
-            names: for the symbols of the inputs, a symbol with the printed name, or the number that it is.
+            names: for the symbols of the inputs, a symbol with the printed name, or its number.
         """
         found = dict[str, SizeCondition]()
         for branch, place in self.branches.items():
@@ -65,15 +65,15 @@ class SizeDecisions:
 
 
 def size_condition(expression: sympy.Basic, place: str) -> SizeCondition:
-    """An expression over sizes that must hold, with the line that asks for it."""
+    """Return an expression over sizes that must hold, with the line of code that requires it."""
     sizes = tuple(sorted(str(symbol) for symbol in expression.free_symbols))
     return SizeCondition(PythonPrinter().doprint(expression), sizes, place)
 
 
 @contextmanager
 def record_size_decisions() -> Iterator[SizeDecisions]:
-    """Notes what is decided by sizes. A comparison that a model's code makes is decided at once, since operators take
-    no symbolic truth (`is_causal=n > 1`)."""
+    """Record the decisions that depend on sizes. A comparison in the model's code is decided at once, since operators
+    accept no symbolic bool (`is_causal=n > 1`)."""
     found = SizeDecisions()
     uninteresting_files().add(__file__)  # torch looks who asks: an `assert` of the model's code is none of a graph's
     replaced, truth = ShapeEnv._set_replacement, torch.SymBool.__bool__
@@ -105,8 +105,8 @@ def record_size_decisions() -> Iterator[SizeDecisions]:
 
 
 def _is_settled(value: torch.SymBool) -> bool:
-    """Whether what is known of the sizes settles it, or it is about values. That sizes are at least 2 is taken as known
-    here: what a model does at 1 is tried."""
+    """Tell whether the known facts about sizes decide a condition, or it is about values. Sizes are taken to be at
+    least 2 here: size 1 is tested separately."""
     unbacked = bool(free_unbacked_symbols(value.node.expr))
     return unbacked or statically_known_true(value) or statically_known_true(torch.sym_not(value))
 
@@ -138,7 +138,7 @@ def _is_models(file: str) -> bool:
 
 
 def _line(frame: FrameType | None, wanted: Callable[[str], bool]) -> str:
-    """The innermost line of `wanted` code at or above a frame."""
+    """Return the innermost line of `wanted` code at or above a frame."""
     while frame is not None and not wanted(frame.f_code.co_filename):
         frame = frame.f_back
     return "" if frame is None else source_line(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)

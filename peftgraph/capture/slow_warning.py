@@ -17,8 +17,8 @@ PATIENCE = 60.0  # seconds
 
 @contextmanager
 def warn_when_slow(example: Example, progress: Progress) -> Iterator[None]:
-    """Tells `progress`, or standard error where it tells nobody, once what runs here has taken PATIENCE seconds. It is
-    told from another thread: this one may be inside of one step of algebra for minutes."""
+    """Notify `progress`, or standard error if there is none, once the block has taken PATIENCE seconds. Another thread
+    does so, since this one may be inside one algebraic step for minutes."""
     stream, words = sys.stderr, _proposal(example)
 
     def tell() -> None:
@@ -37,7 +37,7 @@ def warn_when_slow(example: Example, progress: Progress) -> Iterator[None]:
 
 
 def _proposal(example: Example) -> str:
-    """What to fix: the axes behind the channels of pictures and volumes, else what is behind the batch."""
+    """Propose what to fix: the axes after the channels of images and volumes, otherwise the axes after the batch."""
     tensors = [leaf for leaf in example.leaves if isinstance(leaf.value, Tensor) and leaf.value.dim() > 1]
     pictures = [leaf for leaf in tensors if leaf.value.dim() > 3 and leaf.value.is_floating_point()]
     fixed = {leaf.key: tuple(range(2, leaf.value.dim())) for leaf in pictures} or {

@@ -26,8 +26,8 @@ class SubmoduleCall:
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
-    """A deep copy under eval() whose parameters share storage with `model` and require no grad; buffers are copies, and
-    so are tensors that modules hold as plain attributes."""
+    """Return a deep copy under eval() whose parameters share storage with `model` and require no grad; buffers are
+    copied, and so are tensors that are plain attributes of modules."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         memo |= {id(one): one.detach().clone() for one in vars(module).values() if isinstance(one, Tensor)}
@@ -41,7 +41,7 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 
 
 def require_submodule(model: nn.Module, root: str) -> nn.Module:
-    """The submodule `root` of `model`.
+    """Return the submodule `root` of `model`.
 
     Raises:
         TraceError: there is none; the nearest names are listed.
@@ -54,7 +54,7 @@ def require_submodule(model: nn.Module, root: str) -> nn.Module:
 
 
 def record_submodule_calls(model: nn.Module, root: str, example: Example) -> list[SubmoduleCall]:
-    """The calls that the submodule `root` of `model` gets when the model is run on `example`.
+    """Return the calls that the submodule `root` of `model` gets when the model is run on `example`.
 
     Raises:
         TraceError: the model cannot be run on it, never calls the submodule, or calls it without gradients only.
@@ -90,10 +90,10 @@ def record_submodule_calls(model: nn.Module, root: str, example: Example) -> lis
 
 
 def require_served(signature: Signature, root: str, calls: list[SubmoduleCall]) -> None:
-    """Checks that a program of that signature serves every call.
+    """Check that a program with that signature can serve every call.
 
     Raises:
-        TraceError: it does not; the call is named.
+        TraceError: it cannot; the message names the call.
     """
     for i, call in enumerate(calls):
         try:
@@ -106,7 +106,7 @@ def require_served(signature: Signature, root: str, calls: list[SubmoduleCall]) 
 
 
 def observe_calls(model: nn.Module, root: str, example: Any) -> tuple[nn.Module, Example, list[SubmoduleCall]]:
-    """A frozen copy of `model`, the example bound to its signature, and the calls that `root` gets from it."""
+    """Return a frozen copy of `model`, the example bound to its signature, and the calls that `root` gets from it."""
     require_submodule(model, root)
     around = frozen_copy(model)
     bound = with_distinct_batch(bind_example(around, example))

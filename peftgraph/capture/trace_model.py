@@ -1,8 +1,8 @@
 """pg.trace: a model and an example of its inputs become a program.
 
-The model itself is never touched: what is exported is a ghost of it, a copy around fake tensors in training
-mode and in a marker dtype, so that dropout is seen and literals that follow the parameters' dtype can be told
-from literals that are meant.
+The model itself is never changed. A fake copy of it (a deep copy with fake tensors) is exported, in training mode, so
+that dropout is traced, and in a marker dtype, so that literals that follow the parameters' dtype can be distinguished
+from literals that do not.
 """
 
 from __future__ import annotations
@@ -70,14 +70,14 @@ class Options:
 def capture(
     model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] | Tensor, options: Options = Options()
 ) -> ProgramData:
-    """Traces `model` into a program.
+    """Trace `model` into a program.
 
     Args:
         model: any module; its weights may be on the meta device. It is not modified, and its tensors are
             shared, not copied.
         example: a dict of keyword inputs or a tuple of positional ones. Sizes of the batch and of sequences
             become symbols.
-        options: how.
+        options: how to trace it.
 
     Raises:
         TraceError: the model cannot be traced; the message names the line of its code and what to change.
@@ -97,13 +97,13 @@ def capture_part(
     root: str,
     options: Options = Options(),
 ) -> ProgramData:
-    """Traces the submodule `root` of `model` into a program; names and tensors are those of the whole model.
+    """Trace the submodule `root` of `model` into a program; names and tensors are those of the whole model.
 
     Args:
         model: any module; it is not modified. A copy of it that shares its parameters is run on `example`.
         example: a call of the whole model.
-        root: the dotted name of a submodule. It is traced as it is called first.
-        options: how; inputs are those of the submodule.
+        root: the dotted name of a submodule. It is traced on the first call that it gets.
+        options: how to trace it; inputs are those of the submodule.
 
     Raises:
         TraceError: there is no such submodule, it is not called or in several ways, or it cannot be traced.
@@ -135,8 +135,8 @@ def _with_best_batch(
     options: Options,
     completed: Callable[[Example], Example] = lambda one: one,
 ) -> tuple[Example, ProgramData]:
-    """The example to trace with, and what comes of it: a batch that looks like no other size, or the example's own
-    where the model's code fixes the batch, as it does where it loops over the pictures of one."""
+    """Choose the example to trace with, and trace it: with a batch that equals no other size, or the example's own
+    where the model's code fixes the batch (for example by a loop over it)."""
     bound = completed(with_distinct_batch(given))
     program = _compared(model, bound, table, options, lambda signature: _takes(signature, given))
     if program is None:
@@ -153,7 +153,7 @@ def _compared(
     options: Options,
     serves: Callable[[Signature], bool] = lambda signature: True,
 ) -> ProgramData | None:
-    """The program of a call, compared with the model; None, and no comparison, where its signature does not serve.
+    """Return the program of a call, compared with the model; None, without a comparison, if its signature does not fit.
 
     Where it differs from the model under another dtype than the model's own, that dtype is the first suspect.
     """
@@ -179,7 +179,7 @@ def _takes(signature: Signature, given: Example) -> bool:
 
 
 def _prefix(graph: fx.Graph, root: str, constants: Mapping[str, TensorEntry]) -> None:
-    """Gives tensors and module paths, in place, the names they have in the whole model."""
+    """Give tensors and module paths, in place, the names they have in the whole model."""
     for node in graph.nodes:
         if node.op == "get_attr" and node.target not in constants:
             node.target = f"{root}.{node.target}"
@@ -268,8 +268,8 @@ def _trace(
 
 
 def _cast_numbers(graph: fx.Graph, constants: Mapping[str, TensorEntry], marker: torch.dtype) -> None:
-    """Casts the tensor literals that the model's code made in its own dtype, so that they follow it. One that is a
-    limit of that dtype is filled in, for a cast would take it beyond the limits of another."""
+    """Cast the tensor literals that the model's code made in its own dtype, so that they follow it. One that is a limit
+    of that dtype is filled in instead, since a cast could exceed the limits of another dtype."""
     info = torch.finfo(marker)
     for node in list(stored_tensor_nodes(graph)):
         entry = constants.get(str(node.target))
@@ -287,7 +287,7 @@ def _cast_numbers(graph: fx.Graph, constants: Mapping[str, TensorEntry], marker:
 
 
 def _with_evaluation(model: nn.Module, training: _Traced, evaluation: _Traced) -> _Traced:
-    """One graph for both modes.
+    """Return one graph for both modes.
 
     Raises:
         TraceError: the inputs or the outputs differ, or the graphs cannot be merged.
@@ -341,7 +341,7 @@ def _table_of(model: nn.Module) -> TensorTable:
 
 
 def _names_of_ties(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """For every name of a tied tensor (the exporter keeps any of them), all its names, that one first."""
+    """Return, for every name of a tied tensor (the exporter keeps any one of them), all its names, that one first."""
     groups: dict[int, list[str]] = {}
     stored = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     for name, tensor in stored:
@@ -350,7 +350,7 @@ def _names_of_ties(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def _restore_dtype(graph: fx.Graph, table: TensorTable, bound: Example, marker: torch.dtype | None) -> None:
-    """Brings a graph traced under `marker` to the dtype of the model's own weights."""
+    """Convert a graph traced under `marker` to the dtype of the model's own weights."""
     convert_literals(graph, table.dtype, None)
     mode = fake_mode_of(graph)
     tensors = iter(bound.tensors)

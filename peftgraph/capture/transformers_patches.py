@@ -32,7 +32,7 @@ Patches = Callable[[], AbstractContextManager[None]]
 
 
 def library_patches(model: nn.Module) -> Patches | None:
-    """The patches, where parts of the model are transformers' and its version has exporters."""
+    """Return the patches if parts of the model are transformers' and its version has exporters; otherwise None."""
     if not any(type(module).__module__.startswith("transformers.") for module in model.modules()):
         return None
     try:
@@ -45,7 +45,8 @@ def library_patches(model: nn.Module) -> Patches | None:
 
 @contextmanager
 def _patched(model: nn.Module, exporters: Any) -> Iterator[None]:
-    """The library's patches, but for attention over packed pictures: its form takes pictures of one size."""
+    """Apply the library's patches, except the one for attention over packed images, which supports only images of one
+    size."""
     forwards = {kind: kind.forward for kind in {type(module) for module in model.modules()} if _is_packed(kind)}
     with ExitStack() as stack:
         stack.enter_context(exporters.apply_patches("dynamo"))
@@ -55,14 +56,15 @@ def _patched(model: nn.Module, exporters: Any) -> Iterator[None]:
 
 
 def _is_packed(kind: type[nn.Module]) -> bool:
-    """Is this attention over packed pictures, which it cuts apart for all kernels but those that take their lengths?"""
+    """Tell whether this is attention over packed images, which it splits for all kernels but those that take
+    lengths."""
     names = getattr(kind.forward, "__globals__", {})
     takes = "cu_seqlens" in inspect.signature(kind.forward).parameters
     return takes and BRANCH in names and INTERFACES in names
 
 
 def _whole(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward` on the branch of kernels that take lengths, with attention under a mask for the kernel."""
+    """Return `forward` on its branch for kernels that take lengths, with masked attention as the kernel."""
     names = forward.__globals__
     kernel = SimpleNamespace(get_interface=lambda *_: _attend_within)
     given = {BRANCH: lambda *_: True, INTERFACES: kernel, LONGEST: lambda *_, **__: None}
@@ -101,8 +103,8 @@ def _attend_within(
 
 @contextmanager
 def broadcast_masks() -> Iterator[Callable[[], bool]]:
-    """Has the masks of custom functions made by broadcasting their indices, instead of under vmap, whose levels an
-    exported graph loses. Gives a function that tells whether a mask was."""
+    """Build the masks of custom functions by broadcasting their indices instead of by vmap, whose levels an exported
+    graph loses. Yield a function that tells whether one was built."""
     masking: Any = sys.modules.get("transformers.masking_utils")
     made: list[Callable[..., Tensor]] = []
 
@@ -124,7 +126,7 @@ def broadcast_masks() -> Iterator[Callable[[], bool]]:
 
 
 def patch_difference(model: nn.Module, example: Example, outputs: Sequence[Tensor]) -> str | None:
-    """How `outputs` differ from what the unpatched model gives in evaluation; None: by rounding at most."""
+    """Return how `outputs` differ from the unpatched model's in evaluation; None if by rounding at most."""
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         return "its weights are on the meta device, so its patched form cannot be compared with it"
     args, kwargs = example.call(example.arguments)

@@ -15,7 +15,7 @@ P = TypeVar("P", bound=ProgramData)
 
 
 def fold(program: P, sites: Sites, *, partial: bool, untie: bool) -> P:
-    """Returns the folded program, with its proof.
+    """Return the folded program, with its proof.
 
     Raises:
         NoFold: an edit cannot be folded and `partial` is off.

@@ -36,7 +36,7 @@ class AliasCheck:
                 self._biased.setdefault(name, []).append(site)
 
     def reason(self, view: View | None, makers: Mapping[str, View | None], readers: Collection[str]) -> str | None:
-        """Returns why a window of a weight may not change for one site alone; None when it may.
+        """Return why a window of a weight may not change for one site alone; None when it may.
 
         Args:
             view: the window; None where the site has no weight.
@@ -58,7 +58,7 @@ class AliasCheck:
         return None
 
     def joint_reason(self, view: View, together: Collection[str], makers: Mapping[str, View | None]) -> str | None:
-        """Returns why a window of a weight may not change for some sites at once, under all its names; None if it may.
+        """Return why a window of a weight may not change for some sites at once, under all its names; None if it may.
 
         Args:
             view: the window.
@@ -72,7 +72,7 @@ class AliasCheck:
     def bias_reason(
         self, view: View, weight: View | None, makers: Mapping[str, View | None], adders: Collection[str]
     ) -> str | None:
-        """Returns why a window of a bias may not change for one site alone; None when it may.
+        """Return why a window of a bias may not change for one site alone; None when it may.
 
         Args:
             view: the window.
@@ -87,7 +87,7 @@ class AliasCheck:
         return None if all(apart) else _leaks(view, readers)
 
     def _adds_apart(self, reader: fx.Node, view: View, weight: View | None, makers: Mapping[str, View | None]) -> bool:
-        """Checks whether `reader` is another site's operator, or an edit of one, that reads no value of the window."""
+        """Check whether `reader` is another site's operator, or an edit of one, that reads no value of the window."""
         if reader.name in makers:
             own = makers[reader.name]
             return own is None or (weight is not None and not own.overlaps(weight))
@@ -96,16 +96,16 @@ class AliasCheck:
         return bool(windows) and not any(window.overlaps(view) for window in windows)
 
     def _foreign(self, view: View, makers: Mapping[str, View | None], names: Collection[str]) -> list[fx.Node]:
-        """Returns the nodes that read values of a window, under any of some names."""
+        """Return the nodes that read values of a window, under any of some names."""
         readers = [reader for name in names for reader in self._readers(name)]
         return [reader for reader in readers if not self._is_disjoint(reader, view, makers)]
 
     def _readers(self, name: str) -> Iterator[fx.Node]:
-        """Yields the computing nodes that read a stored tensor, directly or through changes of its layout."""
+        """Yield the computing nodes that read a stored tensor, directly or through changes of its layout."""
         return readers(self._stored.get(name, ()))  # one that was erased since has no users
 
     def _is_disjoint(self, reader: fx.Node, view: View, makers: Mapping[str, View | None]) -> bool:
-        """Checks whether `reader` is an operator, or an edit, of other sites only, which own no value of `view`."""
+        """Check whether `reader` is an operator, or an edit, of other sites only, which own no value of `view`."""
         if reader.name in makers:
             own = makers[reader.name]
             return own is None or not own.overlaps(view)
@@ -115,7 +115,7 @@ class AliasCheck:
 
 
 def _leaks(view: View, readers: Sequence[fx.Node]) -> str:
-    """Words the reason: a change would leak into other readers."""
+    """Format the reason that a change would leak into other readers."""
     names = ", ".join(f"%{reader.meta.get('label', reader.name)}" for reader in readers[:3])
     return (
         f"{view.parameter} is read in {len(readers)} places ({names}, ...), "

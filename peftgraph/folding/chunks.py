@@ -34,11 +34,11 @@ class Chunk:
     expert: int | None = None
 
     def slice(self, full: Tensor, view: View) -> Tensor:
-        """Returns the chunk of a stored tensor, in its own layout and sharing its memory.
+        """Return the chunk of a stored tensor, in its own layout and sharing its memory.
 
         Args:
             full: the tensor.
-            view: says which of its axes are which.
+            view: says what its axes mean.
         """
         if self.expert is not None:
             full = full.narrow(0, self.expert, 1)
@@ -48,7 +48,7 @@ class Chunk:
         return full.narrow(axis, self.first, self.last - self.first)
 
     def narrow_site(self, site: Site) -> Site | None:
-        """Returns the site with the chunk as its stored tensors; None where it owns nothing of the chunk."""
+        """Return the site restricted to the chunk; None where it owns nothing of the chunk."""
         assert site.weight is not None
         window = self._window(site.weight.window)
         if window is not None and not window.runs:
@@ -58,7 +58,7 @@ class Chunk:
         return replace(site, weight=replace(site.weight, window=window, experts=experts), bias=bias)
 
     def slice_parameter(self, value: Tensor, axis: int | None, window: Columns | None) -> Tensor:
-        """Returns the chunk of an edit's parameter.
+        """Return the chunk of an edit's parameter.
 
         Args:
             value: the parameter.
@@ -73,20 +73,20 @@ class Chunk:
         return found[0] if len(found) == 1 else torch.cat(found, axis)
 
     def _window(self, window: Columns | None) -> Columns | None:
-        """Returns the features of a window inside the chunk, counted from its first; None for all of them."""
+        """Return the features of a window inside the chunk, counted from its first; None for all of them."""
         if window is None:
             return None
         runs = tuple((start - self.first, stop - self.first) for start, stop, _ in self._common(window))
         return None if runs == ((0, self.last - self.first),) else Columns(runs)
 
     def _positions(self, window: Columns | None) -> list[tuple[int, int]]:
-        """Returns the positions of the chunk's features among a site's own: starts and lengths."""
+        """Return the positions of the chunk's features among a site's own: starts and lengths."""
         if window is None:
             return [(self.first, self.last - self.first)]
         return [(position, stop - start) for start, stop, position in self._common(window)]
 
     def _common(self, window: Columns) -> Iterator[tuple[int, int, int]]:
-        """Yields the runs that a window shares with the chunk, and the position of each run's start in the window."""
+        """Yield the contiguous runs that a window shares with the chunk, and where each starts in the window."""
         position = 0
         for start, stop in window.runs:
             low, high = max(start, self.first), min(stop, self.last)
@@ -96,11 +96,11 @@ class Chunk:
 
 
 def chunks_of(full: Tensor, view: View) -> list[Chunk]:
-    """Returns the chunks of a stored weight, in order.
+    """Return the chunks of a stored weight, in order.
 
     Args:
         full: the weight; its values are not read.
-        view: says which of its axes are which; its window is ignored.
+        view: says what its axes mean; its window is ignored.
     """
     *_, features, width = replace(view, window=None).shape(full)
     size = max(FEWEST, VALUES // max(1, width))

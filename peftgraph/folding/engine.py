@@ -90,7 +90,7 @@ class Folding:
         self._makers: dict[str, View | None] = {name: self._window(e) for e in edits for name in e.nodes}
 
     def run(self) -> Folding:
-        """Folds until no edit is left that can be folded; returns itself."""
+        """Fold until no edit is left that can be folded; return itself."""
         progress = True
         while progress:
             progress = False
@@ -107,7 +107,7 @@ class Folding:
         return self
 
     def _key(self, edit: Edit) -> tuple[object, ...]:
-        """Returns a key that edits share which fold together: edits of one rule at the uses of one weight, which share
+        """Return a key shared by edits that fold together: edits of one rule at the uses of one weight, which share
         their parameters, and edits of a pass that trains the rows of a table."""
         rule = rule_of(self.program, edit)
         if rule.table_rows is not None:
@@ -117,13 +117,13 @@ class Folding:
         return (edit.application, edit.rule, edit.parameters, weight or edit.site)
 
     def _group(self, edit: Edit) -> list[Edit]:
-        """Returns the edits that fold together with one, itself included."""
+        """Return the edits that fold together with one, itself included."""
         return self._groups[self._key(edit)]
 
     # Checks: may an edit fold?
 
     def _reason(self, edit: Edit) -> str | None:
-        """Returns why an edit does not fold now; None when it does."""
+        """Return why an edit does not fold now; None when it does."""
         rule = rule_of(self.program, edit)
         if isinstance(rule.fold, str):
             return rule.fold
@@ -147,7 +147,7 @@ class Folding:
         return self._form_reason(group, makers) or self._sharing_reason(group, makers)
 
     def _form_reason(self, group: Sequence[Edit], makers: Mapping[str, View | None]) -> str | None:
-        """Returns why a change of a weight, or of a bias, is no change of its site's output alone; None when it is.
+        """Return why a change of a weight, or of a bias, is no change of its site's output alone; None when it is.
 
         An edit of the weight itself needs no such check.
         """
@@ -164,7 +164,7 @@ class Folding:
         return None
 
     def _sharing_reason(self, group: Sequence[Edit], makers: Mapping[str, View | None]) -> str | None:
-        """Returns who else reads a tensor that would change; None where nobody does."""
+        """Return what else reads a tensor that would change; None where nothing does."""
         edit = group[0]
         view, site = self._window(edit), self._by_id[edit.site]
         if len(group) == 1 and rule_of(self.program, edit).table_rows is None:
@@ -176,7 +176,8 @@ class Folding:
     def _addend_reason(
         self, edit: Edit, site: Site, makers: Mapping[str, View | None], adders: Collection[str]
     ) -> str | None:
-        """Returns why the bias of a site prevents a fold that changes, or reads, more than the product; None if not."""
+        """Return why the bias of a site prevents a fold that changes, or reads, more than the product; None if it does
+        not."""
         view = bias_view(site)
         if view is None:
             added = self._form.unknown_addend(site)
@@ -186,13 +187,13 @@ class Folding:
         return reason if reason is not None and view.parameter in self._touched(edit) else None
 
     def _only_adds(self, edit: Edit, site: Site) -> bool:
-        """Checks whether an edit adds to a site's output a value that does not depend on that output."""
+        """Check whether an edit adds to a site's output a value that does not depend on that output."""
         output = site.ports.get("output", site.op)
         values = {output, *(move.after for move in self.edits.moves_at(output))}
         return isinstance(rule_of(self.program, edit).join, Add | AddProduct) and self._read_by(edit).isdisjoint(values)
 
     def _touched(self, edit: Edit) -> set[str]:
-        """Returns the stored tensors that an edit's fold reads or writes."""
+        """Return the stored tensors that an edit's fold reads or writes."""
         step = self._step(edit)
         assert isinstance(step, WriteWindows)
         return step.touched_tensors(self._shapes)
@@ -204,26 +205,26 @@ class Folding:
         return TensorTable((n, replace(e, tensor=torch.empty_like(e.tensor, device="meta"))) for n, e in table.items())
 
     def _reads(self, edit: Edit, site: Site) -> bool:
-        """Checks whether an edit changes the input of its site's weight."""
+        """Check whether an edit changes the input of its site's weight."""
         return site.role == "ffn.hidden" or _at_input(edit)
 
     def _at_weight(self, edit: Edit) -> bool:
-        """Checks whether an edit changes the weight itself, for all its readers."""
+        """Check whether an edit changes the weight itself, for all its readers."""
         site = self._by_id[edit.site]
         return isinstance(rule_of(self.program, edit).join, AddProduct) and not _at_output(edit, site)
 
     def _blocked(self, edit: Edit) -> str | None:
-        """Returns what lies between an edit and its weight; None where nothing does."""
+        """Return what is between an edit and its weight; None if nothing."""
         site = self._by_id[edit.site]
         return self._reader_reason(edit, site) if self._reads(edit, site) else self._order_reason(edit, site)
 
     def _window(self, edit: Edit) -> View | None:
-        """Returns the window of its site's weight that an edit's fold may change."""
+        """Return the window of its site's weight that an edit's fold may change."""
         site, rows = self._by_id[edit.site], rule_of(self.program, edit).table_rows
         return weight_view(site) if rows is None else rows_view(site, rows)
 
     def _order_reason(self, edit: Edit, site: Site) -> str | None:
-        """Returns what lies between an edit and its projection, on the same columns; None where nothing does."""
+        """Return what is between an edit and its projection on the same columns; None if nothing."""
         for move, other in self.edits.moves_into(site.op).items():
             if any(self._names[self.edits.predecessor(move)] in self._inputs(name) for name in edit.nodes):
                 return f"its projection reads what {self._pass_word(other)} changed, which it does not read itself"
@@ -236,7 +237,7 @@ class Folding:
         return None
 
     def _commutes(self, edit: Edit, earlier: Edit, anchor: Anchor) -> bool:
-        """Checks whether an edit may fold before an earlier one at the same value: both only add to that value, and
+        """Check whether an edit may fold before an earlier one at the same value: both only add to that value, and
         neither depends on it or on the result of the other."""
         joins = [rule_of(self.program, one).join for one in (edit, earlier)]
         if not all(isinstance(join, Add | AddProduct) for join in joins):
@@ -245,12 +246,12 @@ class Folding:
         return self._read_by(edit).isdisjoint(results) and self._read_by(earlier).isdisjoint({anchor.value, *results})
 
     def _read_by(self, edit: Edit) -> set[str]:
-        """Returns the names of the values that the delta of an edit reads."""
+        """Return the names of the values that the delta of an edit reads."""
         made = [name for name in edit.nodes if name not in edit.join_nodes]
         return {operand.name for name in made for operand in self._inputs(name)}
 
     def _reader_reason(self, edit: Edit, site: Site) -> str | None:
-        """Returns who else reads a scaled value; None where only its site's projection does."""
+        """Return what else reads a scaled value; None where only its site's projection does."""
         own = self._multiplied[site.weight]
         for reader in _readers(self._names[edit.moves[0].after]):
             if reader.name not in own:
@@ -263,7 +264,7 @@ class Folding:
     # Folding one edit.
 
     def _fold(self, edit: Edit) -> None:
-        """Folds an edit, with those of its group, and removes them from the graph."""
+        """Fold an edit, with those of its group, and remove them from the graph."""
         group = self._group(edit) if edit.moves else [edit]
         self._run(self._step(group[0]))
         for one in reversed(group):
@@ -275,7 +276,7 @@ class Folding:
         self._gone.update(gone)
 
     def _step(self, edit: Edit) -> Step:
-        """Returns the step that folds an edit."""
+        """Return the step that folds an edit."""
         if not edit.moves or rule_of(self.program, edit).training_only:
             return AcceptTrained(edit.parameters)
         if edit.installed:
@@ -287,7 +288,7 @@ class Folding:
         return WriteWindows(match, rule, short_params(edit), joint)
 
     def _run(self, step: Step) -> None:
-        """Runs a step, and records it and the windows that it wrote."""
+        """Run a step, and record it and the windows that it wrote."""
         self.table, written = step.run(self.table, self.precision)
         self.steps.append(step)
         for view in written:
@@ -296,7 +297,8 @@ class Folding:
     # The result.
 
     def result(self, program: P) -> P:
-        """Returns the folded program; changed weights are rounded once to the stored dtype, or have `precision`."""
+        """Return the folded program; changed weights are rounded once to the stored dtype, or converted to
+        `precision`."""
         table = self.table.without(self._gone)
         rounded: dict[int, Tensor] = {}
         for name in self.changed:
@@ -316,13 +318,13 @@ class Folding:
 
 
 def stored_tensor(program: ProgramData, name: str) -> Tensor:
-    """Returns the tensor of the base under `name`."""
+    """Return the tensor of the base under `name`."""
     entry = program.table[name]
     return entry.tensor if entry.base_tensor is None else entry.base_tensor
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:
-    """Returns the nodes that read a value, directly or through operations that a scale of features commutes with."""
+    """Return the nodes that read a value, directly or through operations that a scale of features commutes with."""
     found: list[fx.Node] = []
     for user in node.users:
         found += _readers(user) if user.target in TRANSPARENT else [user]
@@ -330,12 +332,12 @@ def _readers(node: fx.Node) -> list[fx.Node]:
 
 
 def _at_input(edit: Edit) -> bool:
-    """Checks whether an edit changes the input of one operator, and not a site's output."""
+    """Check whether an edit changes the input of one operator, and not a site's output."""
     return any(move.anchor.reader is not None for move in edit.moves)
 
 
 def _at_output(edit: Edit, site: Site) -> bool:
-    """Checks whether an edit changes a site's output, and not its weight."""
+    """Check whether an edit changes a site's output, and not its weight."""
     return any(move.anchor == Anchor(site.ports.get("output", "")) for move in edit.moves)
 
 
@@ -346,12 +348,12 @@ def _share_columns(a: Site, b: Site) -> bool:
 
 
 def _unread(graph: fx.Graph) -> list[fx.Node]:
-    """Returns the nodes of stored tensors that only an edit read."""
+    """Return the nodes of stored tensors that only an edit read."""
     return [node for node in graph.nodes if node.op == "get_attr" and not node.users]
 
 
 def _without_folded(program: ProgramData, edits: EditLog) -> tuple[tuple[AppliedPass, ...], tuple[Edit, ...]]:
-    """Returns the history and the edits without passes that are folded completely."""
+    """Return the history and the edits without passes that are folded completely."""
     alive = sorted({edit.application for edit in edits})
     index = {old: new for new, old in enumerate(alive)}
     return tuple(program.history[i] for i in alive), tuple(replace(e, application=index[e.application]) for e in edits)

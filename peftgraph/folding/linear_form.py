@@ -38,7 +38,7 @@ class LinearForm:
         self._stored = {node: str(node.target) for node in stored_tensor_nodes(base.graph)}
 
     def weight_reason(self, site: Site) -> str | None:
-        """Returns why a change of a site's weight is not one of its output; None when it is."""
+        """Return why a change of a site's weight is not equivalent to a change of its output; None when it is."""
         view = weight_view(site)
         if view is None:
             return None
@@ -49,7 +49,7 @@ class LinearForm:
         return self._path_reason(view, [node])
 
     def bias_reason(self, site: Site) -> str | None:
-        """Returns why a change of a site's bias is not one of its output; None when it is."""
+        """Return why a change of a site's bias is not equivalent to a change of its output; None when it is."""
         view = bias_view(site)
         if view is None:
             return None
@@ -62,17 +62,17 @@ class LinearForm:
         return reason or self._order_reason(site, view, adders)
 
     def unknown_addend(self, site: Site) -> str | None:
-        """Returns why the output of a site without a bias is more than its product; None when it is not."""
+        """Return why the output of a site without a bias is more than its product; None when it is not."""
         node = self._nodes[site.op]
         operand = ops.operand(node, *ADDENDS.get(ops.name(node), (len(node.args), "")))
         return None if operand is None else f"%{_label(node)} adds %{_label(operand)}, which is no bias that is stored"
 
     def adders(self, site: Site) -> list[str]:
-        """Returns the operators that may add a site's bias."""
+        """Return the operators that may add a site's bias."""
         return list(dict.fromkeys((site.op, site.ports.get("output", site.op))))
 
     def _path_reason(self, view: View, readers: Sequence[fx.Node]) -> str | None:
-        """Returns why operators do not read a stored tensor as it is; None when they do."""
+        """Return why operators do not read a stored tensor as it is; None when they do."""
         path = self._path(view.parameter, readers)
         if path is None:
             return f"what it reads is computed from {view.parameter}, and is not what is stored"
@@ -87,8 +87,8 @@ class LinearForm:
         return None
 
     def _path(self, parameter: str, readers: Sequence[fx.Node]) -> list[fx.Node] | None:
-        """Returns the layout operations and casts from one of some operators back to a stored tensor; None where other
-        operations lie between."""
+        """Return the layout operations and casts from one of the operators back to a stored tensor; None where there
+        are other operations in between."""
         names = self._table.tied(parameter)
         for reader in readers:
             for operand in reader.all_input_nodes:
@@ -100,7 +100,7 @@ class LinearForm:
         return None
 
     def _order_reason(self, site: Site, view: View, adders: Sequence[fx.Node]) -> str | None:
-        """Checks that the stored entry which arrives at each feature is the one of the window of the site's bias.
+        """Check that each feature receives the stored entry that the window of the site's bias assigns to it.
 
         Returns:
             The reason why not; None when it is.
@@ -130,7 +130,7 @@ class LinearForm:
 
 
 def _factor(node: fx.Node, which: int) -> object:
-    """Returns the factor by which an operator multiplies its product (0) or its bias (1)."""
+    """Return the factor by which an operator multiplies its product (0) or its bias (1)."""
     kind = ops.name(node)
     names = FACTORS.get(kind)
     if names is not None:

@@ -26,7 +26,7 @@ from peftgraph.sites import Sites
 
 
 def plan_fold(program: ProgramData, sites: Sites, trained: Mapping[str, Tensor]) -> FoldPlan:
-    """Plans the fold of a program whose base is on the meta device.
+    """Plan the fold of a program whose base is on the meta device; nothing is computed yet.
 
     Args:
         program: after its passes.
@@ -81,20 +81,20 @@ class FoldPlan:
         return {name: self._stored(self._steps_to(name)[1], name) for name in names}
 
     def dtype(self, name: str) -> torch.dtype:
-        """Returns the stored dtype of a parameter, to which its new value is rounded."""
+        """Return the stored dtype of a parameter, to which its new value is rounded."""
         return stored_tensor(self.program, name).dtype
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Returns the shape of a parameter."""
+        """Return the shape of a parameter."""
         return tuple(stored_tensor(self.program, name).shape)
 
     def by_expert(self, name: str) -> bool:
-        """Checks whether each expert of a stack folds on its own."""
+        """Check whether every expert of a stack folds on its own."""
         steps, needed = self._steps_to(name)
         return _fold_by_chunk(steps, needed, self.program.table) and _weight(steps[0]).experts is not None
 
     def value(self, name: str, read: Callable[[str], Tensor], expert: int | None = None) -> Tensor:
-        """Computes the new value of a parameter, rounded once to its stored dtype.
+        """Compute the new value of a parameter, rounded once to its stored dtype.
 
         Args:
             name: one of `changed`.
@@ -118,7 +118,7 @@ class FoldPlan:
         return table[name].tensor.to(self.dtype(name))
 
     def _steps_to(self, name: str) -> tuple[list[Step], frozenset[str]]:
-        """Returns the steps that lead to the new value of `name`, and the parameters that it is computed from."""
+        """Return the steps that compute the new value of `name`, and the parameters that it is computed from."""
         needed, steps = frozenset({name}), []
         for each in reversed(self.steps):
             if each.writes & needed:
@@ -127,7 +127,7 @@ class FoldPlan:
         return steps[::-1], needed
 
     def _stored(self, names: Iterable[str], wanted: str) -> tuple[str, ...]:
-        """Returns the names that start from stored values; of tied names one, which is `wanted` if it is among them."""
+        """Return the names that start from stored values; of tied names one, which is `wanted` if it is among them."""
         table = self.program.table
         groups: dict[str, str] = {table.tied(wanted)[0]: wanted}
         start = sorted(name for name in names if table[name].base_tensor is None)
@@ -136,7 +136,7 @@ class FoldPlan:
         return tuple(name for name in start if groups[table.tied(name)[0]] == name)
 
     def _trained(self, name: str) -> TensorEntry:
-        """Returns the entry of a parameter with its trained value."""
+        """Return the entry of a parameter with its trained value."""
         entry = self.program.table[name]
         value = self.trained[self.program.table.tied(name)[0]]
         kind = None if entry.base_tensor is None else torch.empty(0, dtype=entry.base_tensor.dtype)
@@ -146,7 +146,7 @@ class FoldPlan:
 def _fold_by_chunk(
     steps: Sequence[Step], needed: Collection[str], table: TensorTable
 ) -> TypeGuard[Sequence[WriteWindows]]:
-    """Checks whether steps fold one weight chunk by chunk, and no other tensor but its bias."""
+    """Check whether steps fold one weight chunk by chunk, and no other tensor but its bias."""
     for step in steps:
         if not isinstance(step, WriteWindows) or not step.folds_by_chunk(table) or not set(needed) <= step.views.keys():
             return False
@@ -154,7 +154,7 @@ def _fold_by_chunk(
 
 
 def _weight(step: Step) -> View:
-    """Returns the window of the weight that a step folds into."""
+    """Return the window of the weight that a step folds into."""
     assert isinstance(step, WriteWindows)
     first, *_ = step.views.values()
     return first
@@ -163,7 +163,7 @@ def _weight(step: Step) -> View:
 def _in_place(
     name: str, steps: Sequence[WriteWindows], needed: Collection[str], table: TensorTable, expert: int | None
 ) -> Tensor:
-    """Computes the new value of a tensor of `table` in its memory; one chunk at a time is in the wide dtype."""
+    """Compute the new value of a tensor of `table` in its memory, with one chunk at a time in the wide dtype."""
     params = [(step, step.parameter_values(table, None)) for step in steps]
     views = {one: view for one, view in steps[0].views.items() if one in needed}
     for chunk in steps[0].chunks(table):
@@ -177,7 +177,7 @@ def _in_place(
 
 
 def _effects(program: ProgramData, steps: Iterable[Step]) -> Iterator[StepEffects]:
-    """Yields the steps with what they read and write, by running them on shapes."""
+    """Yield the steps with the tensors they read and write, found by running them on shapes."""
     for step in steps:
         if isinstance(step, AcceptTrained):
             yield from (StepEffects(AcceptTrained((name,)), frozenset(), frozenset({name})) for name in step.names)

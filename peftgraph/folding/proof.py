@@ -98,7 +98,7 @@ class Proof:
 
 
 def prove(program: ProgramData, folding: Folding, folded: ProgramData) -> Proof:
-    """Checks a fold.
+    """Check a fold.
 
     Args:
         program: before folding.
@@ -124,13 +124,13 @@ def prove(program: ProgramData, folding: Folding, folded: ProgramData) -> Proof:
 
 
 def check_finite(parameters: Iterable[tuple[str, Tensor]]) -> None:
-    """Checks that parameters hold no infinities and no NaN.
+    """Check that parameters contain no infinities and no NaN.
 
     Args:
         parameters: of the passes, with their names.
 
     Raises:
-        ProofError: names the first that does.
+        ProofError: one does; the message names the first.
     """
     for name, tensor in parameters:
         known = tensor.device.type != "meta" and tensor.is_floating_point()
@@ -143,7 +143,7 @@ def check_finite(parameters: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def _compare_texts(program: ProgramData, folded: ProgramData, partial: bool) -> bool | None:
-    """Checks that the folded program prints as the base does; None after a partial fold.
+    """Check that the folded program prints as the base does; None after a partial fold.
 
     Raises:
         ProofError: it does not.
@@ -157,7 +157,7 @@ def _compare_texts(program: ProgramData, folded: ProgramData, partial: bool) -> 
 
 
 def _compare_tensors(program: ProgramData, folding: Folding, folded: ProgramData) -> None:
-    """Checks that all values outside of the changed windows are bit for bit the base's.
+    """Check that all values outside the changed windows are bit for bit the base's.
 
     Raises:
         ProofError: one is not.
@@ -181,16 +181,16 @@ def _compare_tensors(program: ProgramData, folding: Folding, folded: ProgramData
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """Views values as integers of their bits, so that NaN equals itself and 0.0 differs from -0.0."""
+    """View values as integers with the same bits, so that NaN equals itself and 0.0 differs from -0.0."""
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.view(kinds[tensor.element_size()]) if tensor.is_floating_point() else tensor
 
 
 def _rounding(folded: ProgramData, exact: ProgramData, program: ProgramData, name: str) -> float:
-    """Returns the largest distance of stored values from the exact ones, relative to the tensor's size, in epsilons.
+    """Return the largest distance of stored values from the exact ones, relative to the tensor's size, in epsilons.
 
     Raises:
-        ProofError: it is too large, or values are not finite that are in the base.
+        ProofError: it is too large, or values are not finite that are finite in the base.
     """
     stored, precise = folded.table[name].tensor, exact.table[name].tensor
     before = stored_tensor(program, name).double()
@@ -215,7 +215,7 @@ def _rounding(folded: ProgramData, exact: ProgramData, program: ProgramData, nam
 
 
 def _probe(program: ProgramData, folded: ProgramData, exact: ProgramData, changed: Iterable[str]) -> list[Probe]:
-    """Compares outputs before and after the fold, in float64 and in the program's dtype.
+    """Compare outputs before and after the fold, in float64 and in the program's dtype.
 
     Raises:
         ProofError: they differ by more than their bound.
@@ -243,7 +243,7 @@ def _probe(program: ProgramData, folded: ProgramData, exact: ProgramData, change
 def _known(
     before: Sequence[Tensor], now: Sequence[Tensor], base: Callable[[], Sequence[Tensor]], what: str
 ) -> list[Tensor]:
-    """Returns, for each output, a mask of the values that are finite and so can be compared.
+    """Return, for each output, a mask of the values that are finite and so can be compared.
 
     Args:
         before: the outputs of the program.
@@ -270,12 +270,12 @@ def _known(
 
 
 def _bound(dtype: torch.dtype, depth: int) -> float:
-    """Returns the allowed error: those of `depth` products add up like a random walk; 64 covers norms that amplify."""
+    """Return the allowed error: those of `depth` products add up like a random walk; 64 covers norms that amplify."""
     return 64 * torch.finfo(dtype).eps * math.sqrt(depth)
 
 
 def _checked(probe: Probe) -> Probe:
-    """Returns a probe whose error is within its bound.
+    """Return the probe if its error is within its bound.
 
     Raises:
         ProofError: it is not.
@@ -288,7 +288,7 @@ def _checked(probe: Probe) -> Probe:
 
 
 def probe_inputs(program: ProgramData) -> list[tuple[Tensor, ...]]:
-    """Returns the traced example, and its first row alone where the batch size is free."""
+    """Return the traced example, and its first row alone where the batch size is free."""
     batches = {spec.dims[0] for spec in program.signature.inputs if spec.dims}
     examples = [program.example]
     if all(isinstance(dim, str) for dim in batches):
@@ -297,7 +297,7 @@ def probe_inputs(program: ProgramData) -> list[tuple[Tensor, ...]]:
 
 
 def _distance(a: Sequence[Tensor], b: Sequence[Tensor], known: Sequence[Tensor]) -> float:
-    """Returns the largest difference of two lists of outputs where they are finite, over the largest magnitude."""
+    """Return the largest difference of two lists of outputs where they are finite, over the largest magnitude."""
     worst = 0.0
     for x, y, finite in zip(a, b, known, strict=True):
         if not x.is_floating_point():

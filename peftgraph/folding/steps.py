@@ -42,7 +42,7 @@ class WriteWindows:
         return {view.parameter: view for view in found if view is not None}
 
     def run(self, table: TensorTable, precision: torch.dtype | None) -> tuple[TensorTable, list[View]]:
-        """Returns the table with the new values, in the dtype in which folding accumulates, and the written windows."""
+        """Return the table with the new values, in the dtype in which folding accumulates, and the written windows."""
         params, views = self.parameter_values(table, precision), self.views
         new: dict[str, Tensor] = {}
         written: dict[str, View] = {}
@@ -64,7 +64,7 @@ class WriteWindows:
         return table, list(written.values())
 
     def touched_tensors(self, table: TensorTable) -> set[str]:
-        """Returns the stored tensors that the fold reads or writes, by running it on shapes alone.
+        """Return the stored tensors that the fold reads or writes, found by running it on shapes alone.
 
         Args:
             table: on the meta device.
@@ -74,7 +74,7 @@ class WriteWindows:
         return shapes.read | {view.parameter for view in written}
 
     def parameter_values(self, table: TensorTable, precision: torch.dtype | None) -> dict[str, Tensor]:
-        """Returns the edit's parameters by short name, on the weight's device, in the dtype of accumulation."""
+        """Return the edit's parameters by short name, on the weight's device, in the dtype of accumulation."""
         weight = table[self._weight_view.parameter].tensor
         kind = {"device": weight.device, "dtype": precision or accumulation_dtype(weight.dtype)}
         return {short: table[full].tensor.detach().to(**kind) for short, full in self.parameters.items()}
@@ -86,7 +86,7 @@ class WriteWindows:
         return first
 
     def folds_by_chunk(self, table: TensorTable) -> bool:
-        """Checks whether chunks of the weight fold on their own."""
+        """Check whether chunks of the weight fold on their own."""
         weight, *rest = self.views.values()
         turned = weight.transposed and weight.experts is None and table[weight.parameter].tensor.dim() > 2
         if self.rule.row_axes is None or weight.axes is not None or turned:
@@ -94,7 +94,7 @@ class WriteWindows:
         return all(view.window == weight.window for view in rest)  # else their features do not correspond
 
     def chunks(self, table: TensorTable) -> list[Chunk]:
-        """Returns the chunks of the weight that fold on their own; none where it folds as a whole, as on shapes."""
+        """Return the chunks of the weight that fold on their own; none where it folds as a whole, as on shapes."""
         weight = self._weight_view
         full = table[weight.parameter].tensor
         return chunks_of(full, weight) if full.device.type != "meta" and self.folds_by_chunk(table) else []
@@ -106,12 +106,12 @@ class WriteWindows:
         precision: torch.dtype | None,
         chunk: Chunk | None = None,
     ) -> tuple[TensorTable, dict[str, View]]:
-        """Computes the fold; returns the table with the new values, and the written windows by parameter.
+        """Compute the fold; return the table with the new values, and the written windows by parameter.
 
         Args:
             table: with the weight and the bias; with their chunks, where there is one.
             params: of the edit, whole.
-            precision: the dtype to compute in, instead of that in which folding accumulates.
+            precision: the dtype to compute in, instead of the one that folding accumulates in.
             chunk: what to fold; None for the whole.
         """
         assert not isinstance(self.rule.fold, str)
@@ -136,7 +136,7 @@ class WriteWindows:
         return table, written
 
     def _feature_axes(self, match: Match) -> Mapping[str, int]:
-        """Returns the axes of output features of the edit's parameters."""
+        """Return the axes of output features of the edit's parameters."""
         assert self.rule.row_axes is not None
         return self.rule.row_axes(match)
 
@@ -154,7 +154,7 @@ class RecordingTable(TensorTable):
 
 
 def slice_table(table: TensorTable, views: Mapping[str, View], chunk: Chunk) -> TensorTable:
-    """Returns a table with a chunk of some stored tensors alone, in their memory."""
+    """Return a table in which some stored tensors are reduced to a chunk, sharing their memory."""
     own = {name: (table[name], chunk.slice(table[name].tensor.detach(), view)) for name, view in views.items()}
     return TensorTable({name: replace(entry, tensor=tensor) for name, (entry, tensor) in own.items()})
 
@@ -170,7 +170,7 @@ class AcceptTrained:
     names: Sequence[str]
 
     def run(self, table: TensorTable, precision: torch.dtype | None) -> tuple[TensorTable, list[View]]:
-        """Returns the table with the trained values, in the dtype of accumulation, and the written windows."""
+        """Return the table with the trained values, in the dtype of accumulation, and the written windows."""
         values: dict[int, Tensor] = {}
         written: list[View] = []
         for name in self.names:
@@ -195,7 +195,7 @@ class InstallTrained:
     installed: Mapping[str, str]
 
     def run(self, table: TensorTable, precision: torch.dtype | None) -> tuple[TensorTable, list[View]]:
-        """Returns the table with the trained values, in the dtype of accumulation, and the written windows."""
+        """Return the table with the trained values, in the dtype of accumulation, and the written windows."""
         written: list[View] = []
         for name, parameter in self.installed.items():
             old = table[name].tensor

@@ -34,14 +34,15 @@ class BlockGraph:
 def outline_blocks(
     graph: fx.Graph, blocks: Sequence[BlockRegion], name: str, compiled: Callable[[fx.Graph], Code], root: nn.Module
 ) -> fx.Graph:
-    """`graph` with a call of a module in the place of each of its marked blocks; the modules get their code.
+    """Return `graph` with each marked block replaced by a call of a module; the modules get the code of their blocks.
 
     Args:
-        graph: the graph to cut, marked by `mark_block_regions`. Blocks that cannot be called as one lose their marks.
-        blocks: what the marks are numbers of.
-        name: of the graph, under which the modules keep their code.
-        compiled: makes code.
-        root: has a `Block` at each path.
+        graph: the graph to cut, marked by `mark_block_regions`. Blocks that cannot be called as a unit lose their
+            marks.
+        blocks: the blocks, which the marks number.
+        name: of the graph; the modules store their code under it.
+        compiled: compiles a graph.
+        root: the module that has a `Block` at each path.
     """
     new, made = fx.Graph(), dict[fx.Node, fx.Node]()
     times: dict[str, int] = {}
@@ -63,7 +64,7 @@ def outline_blocks(
 
 
 def _units(graph: fx.Graph) -> list[Unit]:
-    """The nodes of each block together, and every other node alone, by where they start."""
+    """Group the nodes of each block, and every other node alone, in order of their first node."""
     together: dict[int, Unit] = {}
     found: list[Unit] = []
     for node in graph.nodes:
@@ -78,7 +79,8 @@ def _units(graph: fx.Graph) -> list[Unit]:
 
 
 def _in_order(units: list[Unit]) -> list[Unit]:
-    """The units so that each comes after what it reads. Blocks that read one another are taken apart."""
+    """Order the units so that each follows the ones that it reads. Blocks that read one another are split into
+    nodes."""
     done, left = _sorted(units)
     while left:
         torn = next(unit for unit in left if BLOCK_KEY in unit[0].meta)
@@ -91,8 +93,8 @@ def _in_order(units: list[Unit]) -> list[Unit]:
 
 
 def _sorted(units: list[Unit]) -> tuple[list[Unit], list[Unit]]:
-    """The units in order of what they read, the earlier first where that leaves a choice; and those that wait for
-    one another."""
+    """Sort the units topologically, the earlier first where there is a choice; also return those that depend on one
+    another."""
     home = {node: i for i, unit in enumerate(units) for node in unit}
     waits = [{home[o] for node in unit for o in node.all_input_nodes} - {i} for i, unit in enumerate(units)]
     readers: list[list[int]] = [[] for _ in units]
@@ -113,7 +115,7 @@ def _sorted(units: list[Unit]) -> tuple[list[Unit], list[Unit]]:
 
 
 def _piece(unit: Unit, path: str) -> BlockGraph:
-    """The nodes of a block under names that say nothing of which block it is."""
+    """Return the nodes of a block under names that do not depend on which block it is."""
     inside = set(unit)
     piece = BlockGraph(path, fx.Graph())
     piece.inputs = list(dict.fromkeys(o for node in unit for o in node.all_input_nodes if o not in inside))

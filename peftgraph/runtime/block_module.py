@@ -28,7 +28,7 @@ class BlockModule(NotPicklable, nn.Module):
         self._peftgraph_options: dict[str, Any] = {}
 
     def forward(self, graph: str, *values: Any) -> Any:
-        """Runs the code of a graph on what it reads from outside the block."""
+        """Run the code of a graph on the values that the block reads from outside."""
         code = self._peftgraph_codes[graph]
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(code, self, *values, use_reentrant=False, **self._peftgraph_options)
@@ -36,10 +36,10 @@ class BlockModule(NotPicklable, nn.Module):
 
 
 def enable_recomputation(net: nn.Module, title: str, options: dict[str, Any], every: int, offload: bool) -> None:
-    """Computes every `every`-th block of a module again in training.
+    """Recompute every `every`-th block of a module in the backward pass instead of keeping its values.
 
     Raises:
-        PeftGraphError: it has no blocks, or something is asked that is not offered.
+        PeftGraphError: it has no blocks, or an option is not supported.
     """
     if options.pop("use_reentrant", False):
         raise PeftGraphError(
@@ -58,7 +58,7 @@ def enable_recomputation(net: nn.Module, title: str, options: dict[str, Any], ev
 
 
 def disable_recomputation(net: nn.Module) -> None:
-    """Keeps the values of all blocks in training."""
+    """Keep the values of all blocks for the backward pass."""
     for block in _blocks(net):
         block.gradient_checkpointing, block._peftgraph_options = False, {}
 

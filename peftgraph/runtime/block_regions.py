@@ -25,7 +25,7 @@ class BlockRegion:
 
 
 def find_block_regions(program: ProgramData, sites: Sites) -> list[BlockRegion]:
-    """The blocks of a program with the values that passes left there; those without a path of their own are none."""
+    """Return the blocks of a program as passes left them; those without a module path of their own are omitted."""
     edits, found = EditLog(program.edits), list[BlockRegion]()
     for site in sites:
         if site.role == "block" and site.path and {"input", "output"} <= site.ports.keys():
@@ -36,10 +36,10 @@ def find_block_regions(program: ProgramData, sites: Sites) -> list[BlockRegion]:
 
 
 def mark_block_regions(graph: fx.Graph, blocks: Sequence[BlockRegion]) -> None:
-    """Writes into the metadata of every node of a block, in place, which block it belongs to.
+    """Write into the metadata of every node of a block, in place, which block it belongs to.
 
-    No value leaves a block and comes back into it: what is marked is what depends on its input and leads to its output,
-    and what nothing else reads.
+    No value leaves a block and returns to it: the marked nodes are those on paths from its input to its output, and
+    those that nothing else reads.
     """
     order = live_nodes(graph)
     place = {node.name: i for i, node in enumerate(order)}
@@ -54,7 +54,7 @@ def mark_block_regions(graph: fx.Graph, blocks: Sequence[BlockRegion]) -> None:
 
 
 def _between(window: Sequence[fx.Node]) -> Iterable[fx.Node]:
-    """What depends on the first node and leads to the last one, without the first."""
+    """Return the nodes on paths from the first node to the last one, without the first."""
     if len(window) < 2:
         return ()
     below = {window[0]}
@@ -69,8 +69,8 @@ def _between(window: Sequence[fx.Node]) -> Iterable[fx.Node]:
 
 
 def _mark_private(order: Sequence[fx.Node], blocks: Sequence[BlockRegion]) -> None:
-    """Marks what is read in one block alone, such as keys of its cross-attention; stored tensors where they are the
-    block's own."""
+    """Mark the nodes that only one block reads, such as keys of its cross-attention; stored tensors only if they are
+    the block's own."""
     alive = set(order)
     for node in reversed(order):
         readers: set[int | None] = {user.meta.get(BLOCK_KEY) for user in node.users if user in alive}
@@ -82,7 +82,7 @@ def _mark_private(order: Sequence[fx.Node], blocks: Sequence[BlockRegion]) -> No
 
 
 def _writers(order: Sequence[fx.Node]) -> set[int]:
-    """The blocks that write into a value from outside."""
+    """Return the blocks that write into a value from outside the block."""
     return {
         node.meta[BLOCK_KEY]
         for node in order

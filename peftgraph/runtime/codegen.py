@@ -15,12 +15,12 @@ Code = Callable[..., list[Any]]
 
 
 def compile_graph(graph: fx.Graph, title: str, known: dict[str, Code] | None = None) -> Code:
-    """A Python function `(module, *inputs) -> list of output leaves` for `graph`.
+    """Return a Python function `(module, *inputs) -> list of output leaves` for `graph`.
 
     Args:
-        graph: what it runs; it is unchanged.
-        title: what tracebacks call its file.
-        known: functions by their source; graphs whose code reads the same share one.
+        graph: the graph that it runs; unchanged.
+        title: the name of its file in tracebacks.
+        known: functions by their source; graphs with the same source share one.
     """
     graph = copy_graph(graph)
     call_directly(graph)

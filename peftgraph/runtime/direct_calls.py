@@ -58,7 +58,7 @@ END = 2**62  # from here on, an end of a slice is that of the tensor
 
 
 def call_directly(graph: fx.Graph) -> None:
-    """Turns, in place, calls of operators into calls of the functions and methods that run them."""
+    """Replace, in place, calls of operators by calls of the functions and methods that run them."""
     for node in graph.nodes:
         if node.op != "call_function" or node.kwargs.keys() - KEYWORDS:
             continue
@@ -71,14 +71,14 @@ def call_directly(graph: fx.Graph) -> None:
 
 
 def _call_method(node: fx.Node, name: str) -> None:
-    """Turns a call into one of a method; `to` takes its fifth argument by name alone."""
+    """Turn a call into a method call; `to` accepts its fifth argument only by name."""
     node.op, node.target = "call_method", name
     if name == "to" and len(node.args) > 4:
         node.args, node.kwargs = node.args[:4], {"memory_format": node.args[4]}
 
 
 def _index(node: fx.Node) -> None:
-    """Turns a slice along one axis into indexing."""
+    """Turn a slice along one axis into indexing."""
     source, axis, start, end, step = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
     if not isinstance(source, fx.Node) or not isinstance(axis, int):
         return

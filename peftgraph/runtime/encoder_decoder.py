@@ -45,7 +45,8 @@ class EncoderDecoderGraphs:
     hidden: int
 
     def carried(self, values: Sequence[Tensor], batch: int) -> list[Tensor]:
-        """The carried values for a batch in which each example stands several times in a row, as beams do."""
+        """Return the carried values for a batch in which each example is repeated several times in a row, as for
+        beams."""
         known = values[self.hidden].shape[0]
         if known == batch:
             return list(values)
@@ -54,10 +55,10 @@ class EncoderDecoderGraphs:
 
 
 def split_encoder_decoder(graph: fx.Graph, hidden: int) -> EncoderDecoderGraphs:
-    """Cuts an evaluated graph.
+    """Split a graph in evaluation mode into encoder and decoder.
 
     Args:
-        graph: what is cut; it is unchanged.
+        graph: the graph to split; unchanged.
         hidden: the output leaf that is the encoder's result; the inputs it depends on are the encoder's.
     """
     leaves = graph.output_node().args[0]
@@ -79,7 +80,7 @@ def split_encoder_decoder(graph: fx.Graph, hidden: int) -> EncoderDecoderGraphs:
 
 
 def _values(node: fx.Node) -> list[fx.Node]:
-    """The operands that are no sizes: sizes are measured wherever they are needed."""
+    """Return the operands that are no sizes: sizes are read again wherever they are needed."""
     return [operand for operand in node.all_input_nodes if not isinstance(operand.meta["val"], torch.SymInt)]
 
 
@@ -94,7 +95,7 @@ def _above(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _early(graph: fx.Graph, inputs: set[fx.Node]) -> set[fx.Node]:
-    """The inputs and what depends on them, and on no other input and no other input's sizes."""
+    """Return the inputs and the nodes that depend on them alone, and on no other input's sizes."""
     known = {str(size) for node in inputs for size in node.meta["val"].shape}
     early, late = set(inputs), set[fx.Node]()
     for node in graph.nodes:
@@ -136,7 +137,7 @@ def _decoder(graph: fx.Graph, carried: list[str], early: set[str]) -> fx.Graph:
 
 
 def _only(graph: fx.Graph, inputs: list[fx.Node]) -> fx.Graph:
-    """`graph`, in place, with no other inputs: sizes are read off these."""
+    """Restrict `graph`, in place, to these inputs; sizes are read from them."""
     for node in graph.nodes:
         if node.target is aten.sym_size.int and node.args[0] not in inputs:
             read_size_from(node, inputs)
@@ -158,10 +159,10 @@ class EncoderDecoderRunner:
         self._decoders: dict[frozenset[str], tuple[Code, tuple[bool, ...]]] = {}
 
     def encode(self, module: nn.Module, tensors: Sequence[Tensor | None]) -> Any:
-        """The encoder's output, with what the decoder reads from it.
+        """Return the encoder's output, with the values that the decoder reads from the encoder.
 
         Raises:
-            CallError: an input of the encoder is left out.
+            CallError: an input of the encoder is missing.
         """
         from transformers.modeling_outputs import BaseModelOutput
 
@@ -175,7 +176,7 @@ class EncoderDecoderRunner:
         return output
 
     def decode(self, module: nn.Module, encoded: Any, tensors: Sequence[Tensor | None]) -> Any:
-        """The model's output; tensors in placeholder order, of which the encoder's are not read.
+        """Return the model's output for tensors in placeholder order; those of the encoder are not read.
 
         Raises:
             CallError: `encoded` does not come from `encode`.

@@ -47,17 +47,17 @@ class Execution:
         mark_block_regions(self.graph, self.blocks)
 
     def missing(self, tensors: Sequence[Tensor | None]) -> frozenset[str]:
-        """The names of the inputs that a call leaves out."""
+        """Return the names of the inputs that a call omits."""
         return frozenset(spec.name for spec, value in zip(self.signature.inputs, tensors, strict=True) if value is None)
 
     def run(self, net: nn.Module, tensors: Sequence[Tensor | None], missing: frozenset[str]) -> Any:
-        """The outputs of code that was made before."""
+        """Run code that `prepare` made, and return its outputs."""
         code, kept = self._codes[net.training, missing]
         leaves = code(net, *(value for value in tensors if value is not None))
         return build_outputs(self.signature.outputs, leaves, kept)
 
     def prepare(self, net: nn.Module, missing: frozenset[str]) -> None:
-        """Makes the code that runs in the module's mode without the inputs in `missing`, once."""
+        """Compile, once, the code that runs in the module's mode without the inputs in `missing`."""
         key = (net.training, missing)
         if key not in self._codes:
             graph, kept = self.graph_for(*key)
@@ -66,7 +66,7 @@ class Execution:
             self._codes[key] = (self._compiled(graph), kept)
 
     def graph_for(self, training: bool, missing: frozenset[str] = frozenset()) -> tuple[fx.Graph, tuple[bool, ...]]:
-        """The graph that runs in a mode without the inputs in `missing`, and which output leaves it gives.
+        """Return the graph that runs in a mode without the inputs in `missing`, and which output leaves remain.
 
         Raises:
             CallError: every output depends on a missing input.
@@ -77,7 +77,7 @@ class Execution:
         return without_missing_inputs(graph, self.signature, missing)
 
     def move(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Follows the weights to another dtype or device."""
+        """Convert the graph's literals to the dtype and device that the weights were moved to."""
         if (dtype, device) != self.target:
             self.target = (dtype, device)
             convert_literals(self.graph, dtype, device)
@@ -91,7 +91,7 @@ class Execution:
 def without_missing_inputs(
     graph: fx.Graph, signature: Signature, missing: frozenset[str]
 ) -> tuple[fx.Graph, tuple[bool, ...]]:
-    """`graph` without the inputs in `missing`, and which output leaves it gives.
+    """Return `graph` without the inputs in `missing`, and which output leaves remain.
 
     Raises:
         CallError: every output depends on a missing input.
@@ -105,9 +105,9 @@ def without_missing_inputs(
 
 
 def build_outputs(spec: pytree.TreeSpec, leaves: list[Any], kept: tuple[bool, ...]) -> Any:
-    """The model's output tree; what depends on a missing input is left out, as the model does it.
+    """Return the model's output tree, without the outputs that depend on a missing input, as the model omits them.
 
-    A dict or a tuple becomes shorter; any other class holds None there.
+    A dict or a tuple becomes shorter; any other class has None there.
     """
     result = pytree.tree_unflatten(leaves, spec)
     if all(kept) or type(result) not in (dict, tuple, list):

@@ -37,7 +37,7 @@ class GraphModule(NotPicklable, nn.Module):
         self._peftgraph_register(program.table, program.submodules)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the graph with the traced model's own arguments and returns its own output type.
+        """Run the graph with the traced model's own arguments and return its own output type.
 
         Raises:
             CallError: the graph was not traced for these arguments.
@@ -45,7 +45,7 @@ class GraphModule(NotPicklable, nn.Module):
         return self._peftgraph_run(self._peftgraph.signature.bind(args, kwargs))
 
     def _peftgraph_run(self, tensors: Sequence[Tensor | None]) -> Any:
-        """The outputs for the tensors of a call in placeholder order; None for what it leaves out."""
+        """Return the outputs for the tensors of a call in placeholder order; None for an input that it omits."""
         missing = self._peftgraph.missing(tensors)
         self._peftgraph_prepare(missing)
         return self._peftgraph.run(self, tensors, missing)
@@ -65,7 +65,7 @@ class GraphModule(NotPicklable, nn.Module):
             offload: not offered.
 
         Raises:
-            PeftGraphError: the program has no blocks, or something is asked that is not offered.
+            PeftGraphError: the program has no blocks, or an option is not supported.
         """
         enable_recomputation(
             self, self._peftgraph.title, dict(activation_checkpointing_kwargs or {}), every_n_layers, offload
@@ -81,15 +81,15 @@ class GraphModule(NotPicklable, nn.Module):
         every_n_layers: int = 1,
         offload: bool = False,
     ) -> None:
-        """The older name of `activation_checkpointing_enable`."""
+        """Enable activation checkpointing: the older name of `activation_checkpointing_enable`."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, every_n_layers, offload)
 
     def gradient_checkpointing_disable(self) -> None:
-        """The older name of `activation_checkpointing_disable`."""
+        """Disable activation checkpointing: the older name of `activation_checkpointing_disable`."""
         disable_recomputation(self)
 
     def extra_repr(self) -> str:
-        """The inputs and how much trains."""
+        """Return the inputs and the number of trainable parameters."""
         count = sum(p.numel() for p in self.parameters() if p.requires_grad)
         return f"{self._peftgraph.title}: {self._peftgraph.signature.describe()}; {count:,} trainable parameters"
 

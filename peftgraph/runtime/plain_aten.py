@@ -13,7 +13,8 @@ aten = torch.ops.aten
 
 
 def in_plain_aten(graph: fx.Graph) -> fx.Graph:
-    """A copy of `graph` with experts' grouped products spelled out: one product an expert, chosen by row."""
+    """Return a copy of `graph` with experts' grouped products decomposed into one product for each expert, selected by
+    row."""
     new = copy_graph(graph)
     for node in list(new.nodes):
         if str(node.target).startswith(("transformers.grouped_mm_fallback", "aten._grouped_mm")):
@@ -24,7 +25,7 @@ def in_plain_aten(graph: fx.Graph) -> fx.Graph:
 
 
 def _spelled_out(graph: fx.Graph, x: Any, w: Any, offsets: Any) -> fx.Node:
-    """x (N, I), w (E, I, O), offsets (E,): row n times w[e] where offsets[e - 1] <= n < offsets[e]."""
+    """Return x (N, I), w (E, I, O), offsets (E,): row n times w[e] where offsets[e - 1] <= n < offsets[e]."""
     call = graph.call_function
     numbers = call(aten.arange.default, (call(aten.sym_size.int, (x, 0)),), {"device": x.meta["val"].device})
     rows = call(aten.unsqueeze.default, (numbers, -1))

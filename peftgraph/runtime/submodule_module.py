@@ -20,7 +20,7 @@ from peftgraph.runtime.module import GraphModule
 
 
 def embed_in_model(program: ProgramData, blocks: Sequence[BlockRegion], around: EnclosingModel) -> nn.Module:
-    """The traced model with the program in the place of its submodule; only new parameters require grad."""
+    """Return the traced model with its submodule replaced by the program; only new parameters require grad."""
     graph = GraphModule(program, blocks)
     memo: dict[int, Any] = {}
     parameters = list(around.model.named_parameters(remove_duplicate=False))
@@ -40,10 +40,10 @@ def embed_in_model(program: ProgramData, blocks: Sequence[BlockRegion], around: 
 
 
 def _serve(part: nn.Module, graph: GraphModule, root: str) -> None:
-    """Makes `part` run `graph`, in place.
+    """Make `part` run `graph`, in place.
 
-    Its modules stay, since the code around may use them too (an embedding), on the tensors that the graph keeps
-    under `root`; modules that passes have added join them.
+    Its modules stay, since the surrounding code may also use them (an embedding), with the tensors that the graph
+    stores under `root`; modules that passes added are added to them.
     """
     known = dict(part.named_modules(remove_duplicate=False))
     for name, place in graph.get_submodule(root).named_modules():
@@ -70,7 +70,7 @@ def _serve(part: nn.Module, graph: GraphModule, root: str) -> None:
 
 
 def _share(module: nn.Module, place: nn.Module) -> None:
-    """Lets `module` look up its tensors where `place` does."""
+    """Make `module` share the tensors of `place`."""
     for slots, others in ((module._parameters, place._parameters), (module._buffers, place._buffers)):
         others.update({name: value for name, value in slots.items() if value is None})
     shared = ("_parameters", "_buffers", "_non_persistent_buffers_set")
@@ -78,6 +78,6 @@ def _share(module: nn.Module, place: nn.Module) -> None:
 
 
 def _like(cls: type, **methods: Any) -> type:
-    """A class that is `cls` with other methods, under the same name."""
+    """Return a subclass of `cls` with other methods and the same name."""
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     return type(cls.__name__, (NotPicklable, cls), {**names, **methods})

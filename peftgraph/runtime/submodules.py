@@ -25,12 +25,12 @@ class SubmoduleFactory:
         self._root, self._known, self._blocks = root, known, blocks
 
     def make_all(self) -> None:
-        """Makes every submodule that the model had, in its order, with those that hold no tensor."""
+        """Make every submodule that the model had, in its order, including those without tensors."""
         for path in self._known:
             self.at(path)
 
     def at(self, path: str) -> nn.Module:
-        """The module at a path; one that is not there is made."""
+        """Return the module at a path, which is made if it is missing."""
         if not path:
             return self._root
         parent, _, leaf = path.rpartition(".")
@@ -55,7 +55,7 @@ class SubmoduleFactory:
 
 
 def _like(cls: type[nn.Module]) -> nn.Module:
-    """An empty module of a class, which does not compute by itself: the graph of the whole does."""
+    """Return an empty module of a class; it computes nothing itself, since the graph of the whole model does."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> NoReturn:
         raise CallError(

@@ -54,13 +54,13 @@ class TransformersModule(GraphModule):
         return any(spec.key == COUNT for spec in self._peftgraph.signature.inputs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model's own `generate` does, on the graph.
+        """Generate with the model's own `generate`, on the graph.
 
-        Without a cache the whole sequence is read at every step. With use_cache=True in the example that was traced,
-        only what is new is.
+        Without a cache the whole sequence is computed at every step; with use_cache=True in the traced example, only
+        the new tokens are.
 
         Raises:
-            CallError: a cache is asked for, and the program was traced without one.
+            CallError: a cache is requested, and the program was traced without one.
         """
         if self._peftgraph.signature.kv_cache is None and kwargs.setdefault("use_cache", False):
             raise CallError(
@@ -70,7 +70,7 @@ class TransformersModule(GraphModule):
         return cast(Any, super()).generate(*args, **kwargs)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The model's own inputs of the next step, with the mask of ones that generation leaves out."""
+        """Return the model's own inputs of the next step, with the mask of ones that generation omits."""
         inputs = cast(Any, super()).prepare_inputs_for_generation(*args, **kwargs)
         tokens = inputs.get("input_ids")
         if self._peftgraph.signature.kv_cache is None and tokens is not None and inputs.get(MASK) is None:
@@ -82,22 +82,22 @@ class TransformersModule(GraphModule):
     def save_pretrained(
         self, save_directory: str | PathLike[str], is_main_process: bool = True, **options: Any
     ) -> None:
-        """Writes the adapter, and its tensors once more where the Trainer looks for them when it resumes.
+        """Write the adapter, and a second copy of its tensors where the Trainer looks for them when it resumes.
 
         Args:
             save_directory: where to; `program.load_adapter` reads it.
             is_main_process: nothing is written by other processes.
-            options: what else the Trainer says about files that are not written.
+            options: further arguments of the Trainer, about files that are not written.
         """
         if is_main_process:
             trained = {n: p for n, p in self.named_parameters(remove_duplicate=False) if p.requires_grad}
             self._save(trained, Path(save_directory))
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Does nothing: tied names are one parameter already."""
+        """Do nothing: tied names are one parameter already."""
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the graph as `forward` of the traced model; a cache that is given is brought forward in place.
+        """Run the graph as `forward` of the traced model; a given cache is updated in place.
 
         Raises:
             CallError: the graph was not traced for these arguments.
@@ -148,7 +148,8 @@ class TransformersModule(GraphModule):
         return output
 
     def get_encoder(self, modality: str | None = None) -> nn.Module:
-        """The half of the graph that reads the encoder's inputs; its output goes into calls as `encoder_outputs`.
+        """Return the part of the graph that reads the encoder's inputs; its output is passed to calls as
+        `encoder_outputs`.
 
         Raises:
             CallError: the program was traced without a cache, or of another kind of model.
@@ -174,7 +175,7 @@ class TransformersModule(GraphModule):
         return self
 
     def _fill(self, tensors: list[Tensor | None], before: int) -> None:
-        """Gives inputs that were left out, in place, what the model takes for them."""
+        """Fill in omitted inputs, in place, with the model's own defaults."""
         like = mask = next((value for value in tensors if value is not None), None)
         if like is None or mask is None:
             raise CallError(f"A call needs at least one tensor: {self._peftgraph.signature.describe()}.")
@@ -193,7 +194,7 @@ def _is_off(name: str, value: Any) -> bool:
 
 
 def _as(dtype: torch.dtype, value: Tensor | float, device: torch.device) -> Tensor:
-    """A number as a tensor; an integer fits every dtype, a fraction none of integers."""
+    """Return a number as a tensor of `dtype`; a fraction keeps its own dtype where `dtype` is an integer one."""
     found = torch.as_tensor(value, device=device)
     return found.to(dtype) if dtype.is_floating_point or not found.is_floating_point() else found
 
@@ -205,12 +206,12 @@ def _take(arguments: dict[str, Any], name: str, traced: Any) -> Any:
 def make_transformers_module(
     program: ProgramData, blocks: Sequence[BlockRegion], host: ModelClass, save: Save
 ) -> TransformersModule:
-    """The program as an instance of the class of the traced model.
+    """Return the program as an instance of the class of the traced model.
 
     Args:
         program: what runs.
         blocks: its blocks.
-        host: the class, and what an instance of it holds.
+        host: the class, and the state of an instance.
         save: writes parameters, by name, as an adapter into a directory.
     """
 

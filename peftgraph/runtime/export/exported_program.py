@@ -24,12 +24,12 @@ EQUAL_SIZES = re.compile(r"L\['\w+'\]\.size\(\)\[\d+\] == L\['\w+'\]\.size\(\)\[
 
 
 def export_program(program: ProgramData, path: Path) -> Path:
-    """Writes the evaluation graph to `path`; inputs are keywords with their own names, outputs a dict by name.
+    """Write the evaluation graph to `path`; inputs are keywords with their own names, outputs a dict by name.
 
     Raises:
         ExportError: no exporter has the suffix, a package is missing, the weights are on the meta device, or the
             exporter refuses.
-        PeftGraphError: the disk refuses; a file that was there before stays whole.
+        PeftGraphError: the file cannot be written; an existing one stays unchanged.
     """
     exporter = find_exporter(path)
     if program.table.device.type == "meta":
@@ -41,7 +41,7 @@ def export_program(program: ProgramData, path: Path) -> Path:
 
 
 def to_exported_program(program: ProgramData) -> ExportedProgram:
-    """Exports the evaluation graph by torch.export, with dynamic batch and length.
+    """Export the evaluation graph by torch.export, with dynamic batch and length.
 
     Raises:
         ExportError: torch.export refuses.
@@ -64,7 +64,7 @@ def to_exported_program(program: ProgramData) -> ExportedProgram:
 
 
 def _module(program: ProgramData) -> tuple[nn.Module, list[str]]:
-    """Returns the evaluation graph as a module that takes keywords and returns a dict, and the names of its inputs.
+    """Return the evaluation graph as a module that takes keywords and returns a dict, and the names of its inputs.
 
     The names are the model's own arguments; an input that is nested in an argument keeps the graph's name for it.
     """

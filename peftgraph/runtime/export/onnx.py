@@ -15,7 +15,7 @@ LARGE = 1 << 30  # a file with that many bytes of weights keeps them beside it: 
 
 
 def write_onnx(exported: ExportedProgram, path: Path) -> None:
-    """Writes an exported program by torch.onnx.export; large weights lie in a file beside it.
+    """Write an exported program by torch.onnx.export; large weights are written to a file next to it.
 
     Raises:
         ExportError: torch.onnx refuses.

@@ -12,7 +12,7 @@ from peftgraph.runtime.export.registry import Exporter
 
 
 def write_pt2(exported: ExportedProgram, path: Path) -> None:
-    """Writes an exported program by torch.export.save."""
+    """Write an exported program by torch.export.save."""
     with exporter_silenced():
         torch.export.save(exported, path)
 

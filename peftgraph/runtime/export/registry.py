@@ -45,7 +45,7 @@ class Exporter:
         return f".{self.name}"
 
     def check_installed(self) -> None:
-        """Checks that the modules that it requires can be imported.
+        """Check that the modules that the exporter requires can be imported.
 
         Raises:
             ExportError: one cannot.
@@ -65,12 +65,12 @@ EXPORTERS: Registry[Exporter] = Registry(
 
 
 def suffixes() -> str:
-    """Names the suffixes that can be exported to: ".onnx, .pt2"; imports no exporter."""
+    """Name the suffixes that can be exported to: ".onnx, .pt2"; imports no exporter."""
     return ", ".join(f".{name}" for name in EXPORTERS.names())
 
 
 def find_exporter(path: Path) -> Exporter:
-    """Returns the exporter for a file, by its suffix.
+    """Return the exporter for a file, by its suffix.
 
     Raises:
         ExportError: there is none, or what it requires is not installed.
