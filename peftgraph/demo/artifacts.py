@@ -20,7 +20,7 @@ from peftgraph.utils.atomic_files import atomic_file
 
 
 def write_artifacts(setup: Setup, tuned: pg.Program, merged: pg.Program, head: nn.Linear, scores_NC: Tensor) -> None:
-    """Writes the recipe, the adapter, the merged model, the head and the exported files, and checks them.
+    """Write the recipe, the adapter, the merged model, the head and the exported files, and check them.
 
     Args:
         setup: of the run.
@@ -57,7 +57,7 @@ def write_artifacts(setup: Setup, tuned: pg.Program, merged: pg.Program, head: n
 
 
 def _export(setup: Setup, tuned: pg.Program, merged: pg.Program) -> dict[str, Any]:
-    """Exports the merged program in every format, and runs each file again."""
+    """Export the merged program in every format, and run each file again."""
     cases = _cases(setup, tuned)
     found: dict[str, Any] = {}
     for suffix in setup.settings.exports:
@@ -71,7 +71,7 @@ def _export(setup: Setup, tuned: pg.Program, merged: pg.Program) -> dict[str, An
 
 
 def _cases(setup: Setup, tuned: pg.Program) -> dict[str, dict[str, Tensor]]:
-    """Returns test sentences, one alone and a padded batch, with the outputs of the adapted, unmerged encoder."""
+    """Return test sentences, one alone and a padded batch, with the outputs of the adapted, unmerged encoder."""
     net = tuned.module().eval()
     test = setup.parts["test"]
     cases: dict[str, dict[str, Tensor]] = {}

@@ -26,7 +26,7 @@ class Baseline:
 
 
 def fit_baseline(embeddings: Mapping[str, Tensor], labels: Mapping[str, Tensor], classes: int) -> Baseline:
-    """Fits the head to convergence for every weight decay and keeps the one with the best validation accuracy.
+    """Fit the head to convergence for every weight decay and keep the one with the best validation accuracy.
 
     Features are standardised for fitting, so that a decay means the same for all of them. The standardisation is folded
     into the head that is returned, which takes plain embeddings.

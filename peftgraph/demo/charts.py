@@ -51,7 +51,7 @@ SETTINGS: dict[Any, Any] = {
 
 
 def loss_chart(losses: Sequence[Point], mean: Sequence[Point]) -> str:
-    """Draws the loss over steps: every step, and a moving mean."""
+    """Draw the loss over steps: every step, and a moving mean."""
 
     def draw(axes: Axes) -> None:
         axes.plot(*_columns(losses), color=COLOURS["a"], alpha=0.35, linewidth=1)
@@ -62,7 +62,7 @@ def loss_chart(losses: Sequence[Point], mean: Sequence[Point]) -> str:
 
 
 def accuracy_chart(checks: Sequence[Point], baseline: float) -> str:
-    """Draws validation accuracies over steps, and the baseline's as a dashed line."""
+    """Draw validation accuracies over steps, and the baseline's as a dashed line."""
 
     def draw(axes: Axes) -> None:
         axes.axhline(baseline, color=COLOURS["c"], linewidth=1.6, dashes=(4, 3))
@@ -78,7 +78,7 @@ def accuracy_chart(checks: Sequence[Point], baseline: float) -> str:
 
 
 def family_chart(rows: Sequence[tuple[str, float, float]]) -> str:
-    """Draws two horizontal bars for each family, shares from 0 to 1: the frozen head's pale, the tuned one's full."""
+    """Draw two horizontal bars for each family, shares from 0 to 1: the frozen head's pale, the tuned one's full."""
 
     def draw(axes: Axes) -> None:
         for number, (_, frozen, tuned) in enumerate(rows):
@@ -91,7 +91,7 @@ def family_chart(rows: Sequence[tuple[str, float, float]]) -> str:
 
 
 def confusion_chart(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> str:
-    """Draws counts of true families (rows) by predicted ones (columns); opacity is the share of the row."""
+    """Draw counts of true families (rows) by predicted ones (columns); opacity is the share of the row."""
 
     def draw(axes: Axes) -> None:
         for i, row in enumerate(matrix):
@@ -113,7 +113,7 @@ def confusion_chart(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> st
 
 
 def latency_chart(rows: Sequence[tuple[str, float, str]], title: str) -> str:
-    """Draws horizontal bars of ratios to the first row; the third entry of a row is the text beside its bar."""
+    """Draw horizontal bars of ratios to the first row; the third entry of a row is the text beside its bar."""
 
     def draw(axes: Axes) -> None:
         longest = max((value for _, value, _ in rows), default=1.0)
@@ -130,7 +130,7 @@ def _columns(points: Sequence[Point]) -> tuple[list[float], list[float]]:
 
 
 def _label_steps(axes: Axes, points: Sequence[Point]) -> None:
-    """Labels the axis of steps, from 0 to the last one."""
+    """Label the axis of steps, from 0 to the last one."""
     last = max((x for x, _ in points), default=1.0)
     axes.set_xlim(0, max(1.0, last))
     axes.margins(y=0.12)
@@ -141,7 +141,7 @@ def _label_steps(axes: Axes, points: Sequence[Point]) -> None:
 
 
 def _label_rows(axes: Axes, names: Sequence[str], right: float) -> None:
-    """Labels horizontal bars by name, from top to bottom, and hides the axis of values."""
+    """Label horizontal bars by name, from top to bottom, and hide the axis of values."""
     axes.set_yticks(range(len(names)), names, color=COLOURS["ink"])
     axes.set(xlim=(0, right), ylim=(len(names) - 0.5, -0.5))
     axes.set_xticks([])
@@ -149,7 +149,7 @@ def _label_rows(axes: Axes, names: Sequence[str], right: float) -> None:
 
 
 def _render(draw: Callable[[Axes], None], width: int, height: int, label: str) -> str:
-    """Renders a chart as an SVG element for HTML.
+    """Render a chart as an SVG element for HTML.
 
     Args:
         draw: draws on the axes.
@@ -167,7 +167,7 @@ def _render(draw: Callable[[Axes], None], width: int, height: int, label: str) -
 
 
 def _inline(document: str, width: int, height: int, label: str) -> str:
-    """Turns an SVG document into an element of an HTML page: without addresses, in its font, colours and width."""
+    """Turn an SVG document into an element of an HTML page: without addresses, in its font, colours and width."""
     _, _, body = document.partition("<svg")
     _, _, body = body.partition(">")
     body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body, flags=re.DOTALL)

@@ -23,15 +23,15 @@ class Classifier(nn.Module):
         self.encoder, self.head, self.dropout = encoder, head, dropout
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Returns the scores, (B, C)."""
+        """Return the scores, (B, C)."""
         return self.classify(self.embed(input_ids, attention_mask))
 
     def classify(self, embeddings_BD: Tensor) -> Tensor:
-        """Returns the scores of embeddings, (B, C)."""
+        """Return the scores of embeddings, (B, C)."""
         return self.head(nn.functional.dropout(embeddings_BD, self.dropout, self.training))
 
     def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Returns the sentences' embeddings, (B, D)."""
+        """Return the sentences' embeddings, (B, D)."""
         hidden_BSD = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         mask_BS1 = attention_mask.unsqueeze(-1).to(hidden_BSD.dtype)
         return (hidden_BSD * mask_BS1).sum(1) / mask_BS1.sum(1)
@@ -45,7 +45,7 @@ class TokenisedPart:
     labels_N: Tensor
 
     def batch(self, rows: Sequence[int]) -> Batch:
-        """Returns some sentences as model inputs, padded on the right to the longest of them."""
+        """Return some sentences as model inputs, padded on the right to the longest of them."""
         longest = max(len(self.ids[row]) for row in rows)
         ids_BS = torch.zeros(len(rows), longest, dtype=torch.long)
         mask_BS = torch.zeros_like(ids_BS)
@@ -55,7 +55,7 @@ class TokenisedPart:
         return {"input_ids": ids_BS, "attention_mask": mask_BS}
 
     def chunks(self) -> Iterator[list[int]]:
-        """Yields all rows in batches of sentences of similar length."""
+        """Yield all rows in batches of sentences of similar length."""
         order = sorted(range(len(self.ids)), key=lambda row: len(self.ids[row]))
         for start in range(0, len(order), EVALUATION_BATCH):
             yield order[start : start + EVALUATION_BATCH]
@@ -64,7 +64,7 @@ class TokenisedPart:
 def map_sentences(
     part: TokenisedPart, function: Callable[[Batch], Tensor], tick: Callable[[int], None] = lambda rows: None
 ) -> Tensor:
-    """Applies a function of batches to all sentences of a part; returns the results in the part's order.
+    """Apply a function of batches to all sentences of a part; return the results in the part's order.
 
     Args:
         part: the sentences.
@@ -81,5 +81,5 @@ def map_sentences(
 
 
 def accuracy(scores_NC: Tensor, labels_N: Tensor) -> float:
-    """Returns the share of rows whose largest score is the label's."""
+    """Return the fraction of rows whose largest score is the label's."""
     return float((scores_NC.argmax(-1) == labels_N).float().mean())

@@ -27,16 +27,16 @@ class Dataset:
     dropped: Mapping[str, int]
 
     def texts(self, part: str) -> list[str]:
-        """Returns the sentences of a part."""
+        """Return the sentences of a part."""
         return [sentence.text for sentence in self.parts[part]]
 
     def labels(self, part: str) -> list[int]:
-        """Returns the family of each sentence of a part, as an index into `families`."""
+        """Return the family of each sentence of a part, as an index into `families`."""
         return [self.families.index(sentence.family) for sentence in self.parts[part]]
 
 
 def build_dataset(seed: int, per_module: int = 40, per_family: int = 500) -> Dataset:
-    """Builds the data set from the running Python's standard library.
+    """Build the data set from the running Python's standard library.
 
     Args:
         seed: decides which sentences are kept where there are too many, and the split.
@@ -53,7 +53,7 @@ def build_dataset(seed: int, per_module: int = 40, per_family: int = 500) -> Dat
 
 
 def family_sentences(family: str, dropped: Counter[str]) -> list[Sentence]:
-    """Returns the clean sentences of one family, and counts the others in `dropped` by reason."""
+    """Return the clean sentences of one family, and count the others in `dropped` by reason."""
     found: list[Sentence] = []
     for module in modules_of(family):
         for docstring in docstrings(module):

@@ -21,7 +21,7 @@ WORDS = range(9, 31)  # a shorter sentence tells too little; a longer one is usu
 
 
 def modules_of(family: str) -> list[str]:
-    """Returns the sorted names of a family's modules; `package.*` is expanded from the standard library's folders."""
+    """Return the sorted names of a family's modules; `package.*` is expanded from the standard library's folders."""
     root = Path(sysconfig.get_path("stdlib"))
     names: set[str] = set()
     for pattern in FAMILIES[family]:
@@ -37,7 +37,7 @@ def modules_of(family: str) -> list[str]:
 
 
 def docstrings(module: str) -> Iterator[str]:
-    """Yields every docstring of a module, from its source or from the objects of an extension module."""
+    """Yield every docstring of a module, from its source or from the objects of an extension module."""
     path = Path(sysconfig.get_path("stdlib")).joinpath(*module.split("."))
     for source in (path.with_suffix(".py"), path / "__init__.py"):
         if source.is_file():
@@ -80,7 +80,7 @@ def _from_extension(name: str) -> Iterator[str]:
 
 
 def sentences_in(docstring: str) -> Iterator[str]:
-    """Yields the sentences of a docstring's prose; skips examples, tables, headings and indented code."""
+    """Yield the sentences of a docstring's prose; skips examples, tables, headings and indented code."""
     for paragraph in re.split(r"\n\s*\n", docstring):
         lines = paragraph.splitlines()
         if any(line.lstrip().startswith((">>>", "...", "|", "+-", "==", "--", "@", ":param")) for line in lines):
@@ -92,7 +92,7 @@ def sentences_in(docstring: str) -> Iterator[str]:
 
 
 def rejection(text: str, module: str) -> str | None:
-    """Returns the reason why a sentence of a module is not used; None when it is used."""
+    """Return the reason why a sentence of a module is not used; None when it is used."""
     words = re.findall(r"[A-Za-z]+", text)
     if len(words) < WORDS.start:
         return f"shorter than {WORDS.start} words"
@@ -108,6 +108,6 @@ def rejection(text: str, module: str) -> str | None:
 
 
 def module_words(module: str) -> list[str]:
-    """Returns the words that would give a module away: the parts of its dotted name, without underscores."""
+    """Return the words that would give a module away: the parts of its dotted name, without underscores."""
     parts = {part.strip("_") for part in module.split(".")}
     return sorted(part for part in parts if part)

@@ -12,7 +12,7 @@ NAME = "all-MiniLM-L6-v2"
 
 
 def encoder_folder() -> Path:
-    """Returns the folder with the encoder's configuration, tokenizer and weights.
+    """Return the folder with the encoder's configuration, tokenizer and weights.
 
     Raises:
         PeftGraphError: the package is not installed, or contains no model.

@@ -22,7 +22,7 @@ EXAMPLES = 12  # predictions that the report shows
 
 
 def evaluate_on_test(setup: Setup, baseline: Baseline, frozen_NC: Tensor, tuned_NC: Tensor, curve: Curve) -> None:
-    """Computes the accuracies on the test part, shows them, and adds them to the metrics.
+    """Compute the accuracies on the test part, show them, and add them to the metrics.
 
     Args:
         setup: of the run.
@@ -61,7 +61,7 @@ def evaluate_on_test(setup: Setup, baseline: Baseline, frozen_NC: Tensor, tuned_
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """Returns the two-sided p of the exact sign test: how likely a split is that is at least as uneven, by chance."""
+    """Return the two-sided p-value of the exact sign test: the probability of a split at least as uneven by chance."""
     total, larger = wins + losses, max(wins, losses)
     tail = sum(comb(total, k) for k in range(larger, total + 1)) / 2**total
     return min(1.0, 2 * tail)
@@ -72,7 +72,7 @@ def _share(hits_N: Tensor, rows_N: Tensor) -> float:
 
 
 def _examples(setup: Setup, frozen_NC: Tensor, tuned_NC: Tensor) -> list[dict[str, Any]]:
-    """Returns predictions for the first sentences of the shuffled test part, so that none is chosen by hand."""
+    """Return predictions for the first sentences of the shuffled test part, so that none is chosen by hand."""
     families = setup.dataset.families
     chances_NC = tuned_NC.softmax(-1)
     return [

@@ -21,7 +21,7 @@ BATCHES = (1, 32)
 def measure_latency(
     programs: Mapping[str, pg.Program], part: TokenisedPart, rounds: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Times programs at batch 1 and 32; the first program is what the ratios refer to.
+    """Time programs at batch sizes 1 and 32; ratios are relative to the first program.
 
     Args:
         programs: name -> program.
@@ -57,7 +57,7 @@ def _call(net: nn.Module, batch: dict[str, Tensor]) -> Callable[[], object]:
 
 
 def run_interleaved(variants: Mapping[str, Callable[[], object]], rounds: int, warm: int = 2) -> dict[str, list[float]]:
-    """Returns the seconds of each variant in every round; in a round each runs once, in an order that rotates."""
+    """Return the seconds of each variant in every round; in a round each runs once, in an order that rotates."""
     names = list(variants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     with torch.inference_mode():
@@ -73,7 +73,7 @@ def run_interleaved(variants: Mapping[str, Callable[[], object]], rounds: int, w
 
 
 def ratio(seconds: Sequence[float], base: Sequence[float]) -> tuple[float, float, float]:
-    """Returns the ratio of the medians, and the lower and upper quartile of the ratios of single rounds."""
+    """Return the ratio of the medians, and the lower and upper quartile of the ratios of single rounds."""
     each = [a / b for a, b in zip(seconds, base, strict=True)]
     quartiles = statistics.quantiles(each, n=4) if len(each) > 1 else each * 3
     return statistics.median(seconds) / statistics.median(base), quartiles[0], quartiles[2]

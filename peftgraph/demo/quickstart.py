@@ -36,7 +36,7 @@ MAPPED = (
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    """Runs the quickstart, writes its folder, and returns the metrics."""
+    """Run the quickstart, write its folder, and return the metrics."""
     start = time.perf_counter()
     torch.manual_seed(settings.seed)
     setup = prepare(settings)
@@ -71,7 +71,7 @@ def run(settings: Settings) -> dict[str, Any]:
 
 
 def prepare(settings: Settings) -> Setup:
-    """Loads the encoder, builds the data set and tokenises it."""
+    """Load the encoder, build the data set and tokenise it."""
     folder = encoder_folder()
     model = load(folder)
     with working("reading the documentation of the standard library"):
@@ -105,7 +105,7 @@ def prepare(settings: Settings) -> Setup:
 
 
 def adapt(setup: Setup) -> tuple[pg.Program, pg.Program]:
-    """Traces the encoder and applies the recipe; returns both programs."""
+    """Trace the encoder and apply the recipe; return both programs."""
     with working("tracing"):
         base = pg.trace(setup.model, setup.parts["train"].batch([0, 1, 2]))
     tuned = base.apply(pg.load_recipe(setup.settings.recipe))
@@ -132,7 +132,7 @@ def _passes_at(tuned: pg.Program, site: str) -> list[str]:
 
 
 def fold(setup: Setup, tuned: pg.Program) -> pg.Program:
-    """Folds the tuned program, with its proof."""
+    """Fold the tuned program, with its proof."""
     with working("folding, with proof"):
         merged = pg.fold(tuned)
     assert merged.proof is not None
@@ -142,7 +142,7 @@ def fold(setup: Setup, tuned: pg.Program) -> pg.Program:
 
 
 def finish(setup: Setup) -> None:
-    """Writes metrics.json and report.html."""
+    """Write metrics.json and report.html."""
     out = setup.settings.out
     with atomic_file(out / "metrics.json") as path:
         path.write_text(json.dumps(setup.metrics, indent=1), encoding="utf-8")

@@ -15,14 +15,14 @@ from peftgraph.utils.atomic_files import atomic_file
 
 
 def write_report(metrics: Mapping[str, Any], path: Path) -> None:
-    """Writes the report of a run; the file appears whole or not at all."""
+    """Write the report of a run; an interrupted write leaves no partial file."""
     page = render(metrics)
     with atomic_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 
 def render(metrics: Mapping[str, Any]) -> str:
-    """Returns the report of a run as HTML."""
+    """Return the report of a run as HTML."""
     template = files("peftgraph.demo").joinpath("report.html").read_text(encoding="utf-8")
     parts = {
         **_opening(metrics),
@@ -101,12 +101,12 @@ def _structure(m: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _kind(passes: Sequence[str]) -> str:
-    """Returns the CSS class of a site by the passes on it."""
+    """Return the CSS class of a site by the passes on it."""
     return "two" if len(passes) > 1 else "".join(passes) or "plain"
 
 
 def _block_row(block: Mapping[str, Any]) -> str:
-    """Renders a block as a row of the map: one cell for each site, coloured by its passes."""
+    """Render a block as a row of the map: one cell for each site, coloured by its passes."""
     cells = [
         f'<td class="{_kind(passes)}" title="{escape(role)}: {escape(", ".join(passes) or "frozen")}">'
         f"{escape(role.rpartition('.')[2])}</td>"

@@ -54,7 +54,7 @@ Cases = Mapping[str, Mapping[str, Tensor]]  # name of a case -> its inputs, and 
 
 
 def rerun_pt2(file: Path, cases: Cases) -> dict[str, Any]:
-    """Runs a `.pt2` file in a fresh Python that cannot import peftgraph.
+    """Run a `.pt2` file in a fresh Python that cannot import peftgraph.
 
     Returns:
         The largest relative difference, the version of torch, and evidence that peftgraph was absent.
@@ -82,7 +82,7 @@ def rerun_pt2(file: Path, cases: Cases) -> dict[str, Any]:
 
 
 def rerun_onnx(file: Path, cases: Cases) -> dict[str, Any] | None:
-    """Runs an `.onnx` file in onnxruntime and returns its largest relative difference; None without onnxruntime."""
+    """Run an `.onnx` file in onnxruntime and return its largest relative difference; None without onnxruntime."""
     try:
         import onnxruntime
     except ImportError:

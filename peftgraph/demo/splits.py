@@ -24,13 +24,13 @@ class Sentence:
 
 
 def shingles(text: str) -> frozenset[tuple[str, ...]]:
-    """Returns a sentence's word triples in lower case; two sentences are near copies when most of them agree."""
+    """Return a sentence's word triples in lower case; two sentences are near copies when most of them agree."""
     words = re.findall(r"[a-z]+", text.lower())
     return frozenset(tuple(words[i : i + SHINGLE]) for i in range(len(words) - SHINGLE + 1))
 
 
 def without_copies(sentences: Sequence[Sentence], dropped: Counter[str]) -> list[Sentence]:
-    """Returns sentences of which no two are near copies, and counts the others in `dropped`.
+    """Return sentences of which no two are near copies, and count the others in `dropped`.
 
     Of copies within one family the first is kept. A sentence that occurs in two families identifies neither, so all its
     copies are dropped.
@@ -69,7 +69,7 @@ def sample_groups(
     dropped: Counter[str],
     reason: str,
 ) -> list[Sentence]:
-    """Returns the sentences with at most `limit` of each group, drawn at random; counts the others under `reason`."""
+    """Return the sentences with at most `limit` of each group, drawn at random; count the others under `reason`."""
     groups: defaultdict[str, list[Sentence]] = defaultdict(list)
     for sentence in sentences:
         groups[key(sentence)].append(sentence)
@@ -81,7 +81,7 @@ def sample_groups(
 
 
 def split(sentences: Sequence[Sentence], rng: random.Random) -> dict[str, tuple[Sentence, ...]]:
-    """Splits the sentences into `PARTS`; in each family, whole modules go to the part that lacks the most."""
+    """Split the sentences into `PARTS`; in each family, whole modules go to the part that lacks the most."""
     parts: dict[str, list[Sentence]] = {part: [] for part in PARTS}
     for family in dict.fromkeys(sentence.family for sentence in sentences):
         groups: defaultdict[str, list[Sentence]] = defaultdict(list)

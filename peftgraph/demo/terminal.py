@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 
 def heading(text: str) -> None:
-    """Prints a heading."""
+    """Print a heading."""
     OUT.print()
     OUT.print(Rule(f"[bold]{text}[/]", align="left", style="dim"))
 
 
 def dataset(data: Mapping[str, Any]) -> None:
-    """Prints the families, how many sentences of each are in each part, and how many were dropped, and why."""
+    """Print the families, how many sentences of each are in each part, and how many were dropped, and why."""
     heading("1  The data: one sentence of documentation, which family of the standard library?")
     table = _table("family", *(f"{part}>" for part in data["sentences"]))
     for family in data["families"]:
@@ -44,7 +44,7 @@ def dataset(data: Mapping[str, Any]) -> None:
 
 
 def program(base: pg.Program, tuned: pg.Program) -> None:
-    """Prints the sites, the diff of one layer, and the counts of parameters."""
+    """Print the sites, the diff of one layer, and the counts of parameters."""
     from peftgraph.draw import outline
 
     heading("2  The model: its sites, found by structure")
@@ -56,7 +56,7 @@ def program(base: pg.Program, tuned: pg.Program) -> None:
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Shows a progress bar on stderr; yields a function to call with how much was done."""
+    """Show a progress bar on stderr; yield a function to call with the amount of work done."""
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -71,7 +71,8 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def training(steps: int, frozen: float) -> Iterator[Callable[[Curve], None]]:
-    """Shows a live bar with the loss and the validation accuracy beside the frozen head's; yields its update."""
+    """Show a live bar with the loss, the validation accuracy and the frozen head's; yield the function that updates
+    it."""
     heading("4  Training")
     columns = (
         TextColumn("step {task.completed}/{task.total}"),
@@ -98,7 +99,7 @@ def training(steps: int, frozen: float) -> Iterator[Callable[[Curve], None]]:
 
 
 def accuracies(found: Mapping[str, Any]) -> None:
-    """Prints the test accuracies of the majority class, the frozen head and the tuned classifier."""
+    """Print the test accuracies of the majority class, the frozen head and the tuned classifier."""
     table = _table("on the test part", "accuracy>", "validation>", "")
     table.add_row("always the largest family", f"{found['majority']:.1%}", "", "")
     table.add_row(
@@ -119,7 +120,7 @@ def accuracies(found: Mapping[str, Any]) -> None:
 
 
 def verdict(found: Mapping[str, Any]) -> str:
-    """Describes the difference to the frozen head and its significance, in one sentence."""
+    """Describe the difference to the frozen head and its significance, in one sentence."""
     difference = 100 * (found["tuned"] - found["frozen"])
     wins, losses = found["only_tuned_right"], found["only_frozen_right"]
     return (
@@ -129,13 +130,13 @@ def verdict(found: Mapping[str, Any]) -> str:
 
 
 def proof(lines: Sequence[str]) -> None:
-    """Prints the evidence of the fold."""
+    """Print the evidence of the fold."""
     heading("5  Folding: nothing of the recipe is left, and this is the proof")
     OUT.print(Padding("\n".join(lines), (0, 2)), highlight=False, markup=False)
 
 
 def latency(found: Sequence[Mapping[str, Any]], threads: int) -> None:
-    """Prints the medians and their ratios to the base."""
+    """Print the medians and their ratios to the base."""
     heading("6  Latency: what the adapter costs, and what is left after folding")
     table = _table("batch", "tokens>", *(f"{name}>" for name in found[0]["ratio"]), "base, ms>")
     for row in found:
@@ -154,20 +155,20 @@ def latency(found: Sequence[Mapping[str, Any]], threads: int) -> None:
 
 
 def ratio_text(ratio: Sequence[float]) -> str:
-    """Formats a ratio with the quartiles of the rounds."""
+    """Format a ratio with the quartiles of the rounds."""
     middle, low, high = ratio
     return "1" if low == high == 1 else f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 def exports(found: Mapping[str, Mapping[str, Any]]) -> None:
-    """Prints the written files and how their outputs compare."""
+    """Print the written files and how their outputs compare."""
     heading("7  Files that run without peftgraph")
     for name, facts in found.items():
         OUT.print(f"  [bold]{name}[/]  {export_line(facts)}", highlight=False)
 
 
 def export_line(facts: Mapping[str, Any]) -> str:
-    """Describes one exported file and how its outputs compare."""
+    """Describe one exported file and how its outputs compare."""
     if "accuracy" in facts:
         same = f"{facts['same_predictions']:.1%} of the predictions unchanged"
         return f"read back by AutoModel: {facts['accuracy']:.1%} on the test part, {same}"
@@ -181,7 +182,7 @@ def export_line(facts: Mapping[str, Any]) -> str:
 
 
 def closing(out: Path, seconds: float) -> None:
-    """Prints where the report is."""
+    """Print where the report is."""
     OUT.print()
     OUT.print(f"{seconds:.0f} s in all. Open [bold]{out / 'report.html'}[/] in a browser.", highlight=False)
 

@@ -64,14 +64,14 @@ def train(
     seed: int,
     tick: Callable[[Curve], None] = lambda curve: None,
 ) -> Curve:
-    """Trains the parameters that require grad, for all steps; nothing is chosen by the validation part.
+    """Train the parameters that require grad, for all steps; nothing is chosen by the validation part.
 
     The last validation accuracy is measured after the weights were interpolated back towards their start.
 
     Args:
-        net: what is trained, in place.
+        net: the classifier to train, in place.
         parts: "train" and "validation".
-        schedule: how.
+        schedule: of the training.
         seed: of the order of the batches.
         tick: called with the curve so far after every step.
     """
@@ -111,7 +111,7 @@ def _loss(net: Classifier, batch: Batch, labels_B: Tensor, schedule: Schedule) -
 
 
 def contrastive_loss(embeddings_BD: Tensor, labels_B: Tensor, temperature: float) -> Tensor:
-    """Computes the supervised contrastive loss (Khosla et al., 2020, equation 2).
+    """Compute the supervised contrastive loss (Khosla et al., 2020, equation 2).
 
     For each sentence: the mean of -log p over the other sentences of its family, where p is a softmax over all other
     sentences of the batch by cosine similarity. Sentences that are alone in their family do not count.
@@ -127,7 +127,7 @@ def contrastive_loss(embeddings_BD: Tensor, labels_B: Tensor, temperature: float
 
 
 def evaluate(net: Classifier, part: TokenisedPart) -> float:
-    """Returns the accuracy on a part, in eval mode."""
+    """Return the accuracy on a part, in eval mode."""
     net.eval()
     return accuracy(map_sentences(part, lambda batch: net(**batch)), part.labels_N)
 
@@ -148,7 +148,7 @@ def _optimiser(net: Classifier, schedule: Schedule) -> tuple[torch.optim.Optimiz
 
 
 def _batches(part: TokenisedPart, size: int, seed: int) -> Iterator[list[int]]:
-    """Yields batches without end: each epoch is shuffled, and batches are made of sentences of similar length."""
+    """Yield batches without end: each epoch is shuffled, and batches are made of sentences of similar length."""
     rng = random.Random(seed)
     size = min(size, len(part.ids))
     while True:

@@ -46,19 +46,19 @@ class BlockSceneBuilder:
     most_unknown: int
 
     def block(self, blocks: Sequence[BlockOutline]) -> list[Element]:
-        """Returns what stands on the residual stream of a block.
+        """Return the elements on the residual stream of a block.
 
         Args:
-            blocks: of one skeleton, drawn as one.
+            blocks: with one skeleton, drawn as one.
         """
         return [element for step in _steps(blocks[0]) for element in self._step(step, blocks)]
 
     def end(self, found: ComponentVariants, detail: str | None = None) -> LabelledBox:
-        """Returns the box of what stands before or after the blocks."""
+        """Return the box of a component before or after the blocks."""
         return self._box(found, found.role, 150.0, detail=detail)
 
     def _step(self, step: Sequence[tuple[int, str]], blocks: Sequence[BlockOutline]) -> Iterable[Element]:
-        """The sublayers between two points of the stream, and the norms on the stream after them."""
+        """Yield the sublayers between two points of the stream, and the norms on the stream after them."""
         columns = [
             (blocks[0].sublayers[place], _part(variants([block.sublayers[place] for block in blocks]), part))
             for place, part in step
@@ -106,7 +106,7 @@ class BlockSceneBuilder:
     # attention
 
     def _attention(self, found: Sequence[ComponentVariants], one: Sublayer) -> list[Element]:
-        """q, k and v into the core, its gate beside them, and o."""
+        """Return the elements of an attention: q, k and v into the core, its gate, and o."""
         elements = self._latents(found)
         operands = pick(found, *OPERANDS)
         counts = [number for q in pick(operands, "attention.q") for number in q.head_counts]
@@ -139,7 +139,7 @@ class BlockSceneBuilder:
     def _operands(
         self, operands: Sequence[ComponentVariants], scaled: Sequence[ComponentVariants], fused: bool
     ) -> list[Line]:
-        """q, k and v, each with the norms of its own; a fused weight is one box in segments."""
+        """Return the lines of q, k and v, each with its own norms; a fused weight is one box in segments."""
         width = COLUMN / len(operands) if fused else _share(len(operands))
         lines: list[Line] = []
         for one in operands:
@@ -152,7 +152,8 @@ class BlockSceneBuilder:
     # feed-forward
 
     def _feedforward(self, found: Sequence[ComponentVariants]) -> list[Element]:
-        """gate and up, the nonlinearity, and down; experts are a pile, and a router stands before or beside them."""
+        """Return the elements of a feed-forward: gate and up, the nonlinearity, and down; experts are drawn as a pile,
+        with their router before or beside them."""
         experts = [number for one in found for number in one.experts]
         elements = self._hidden(found, COLUMN - FRAME if experts else COLUMN)
         if experts:
@@ -180,7 +181,7 @@ class BlockSceneBuilder:
     # no role
 
     def _unknown(self, found: Sequence[ComponentVariants]) -> list[Element]:
-        """Projections that play no role, by the last word of their paths."""
+        """Return projections without a known role, named by the last part of their paths."""
         shown = [one for one in found if one.role != "norm" or not one.first.slot]
         elements: list[Element] = [
             self._norm(one) if one.role == "norm" else self._box(one, one.first.path.rpartition(".")[2] or one.role)
@@ -191,14 +192,16 @@ class BlockSceneBuilder:
 
 
 def _share(count: int, width: float = COLUMN) -> float:
-    """The width of each of several boxes side by side."""
+    """Return the width of each of several boxes side by side."""
     return (width - APART * (count - 1)) / count
 
 
 def _steps(block: BlockOutline) -> list[list[tuple[int, str]]]:
-    """The block as steps of its stream; a step is columns side by side, each a sublayer's number and which part of it.
+    """Return the block as steps along its residual stream; a step is a list of parallel columns, each the number of a
+    sublayer and one of its parts.
 
-    Part "dense" is what all values pass of a feed-forward, "routed" what the router chooses; "" is all of it.
+    Part "dense" is the part of a feed-forward that all values pass through, "routed" the part that the router selects;
+    "" is all of it.
     """
     steps: list[list[tuple[int, str]]] = []
     previous: Sublayer | None = None
@@ -214,7 +217,8 @@ def _steps(block: BlockOutline) -> list[list[tuple[int, str]]]:
 
 
 def _part(found: Sequence[ComponentVariants], part: str) -> list[ComponentVariants]:
-    """The components of a column; the routers of a feed-forward with a dense part go with what they weigh."""
+    """Return the components of a column; the routers of a feed-forward with a dense part belong to the column that they
+    weight."""
     if not part:
         return list(found)
     experts = {number for one in found for number in one.experts}

@@ -24,15 +24,15 @@ class BoxStyle(Protocol):
     def memory(self) -> str: ...
 
     def css(self, role: str) -> str:
-        """Returns the CSS class of a role's boxes."""
+        """Return the CSS class of a role's boxes."""
         ...
 
     def detail(self, found: ComponentVariants) -> str:
-        """Returns the second text of a box."""
+        """Return the second text of a box."""
         ...
 
     def tip(self, found: ComponentVariants) -> str:
-        """Returns the tooltip of a box."""
+        """Return the tooltip of a box."""
         ...
 
 
@@ -43,17 +43,17 @@ class RoleStyle:
     memory: str = "memory"
 
     def css(self, role: str) -> str:
-        """Returns the CSS class of a role's boxes."""
+        """Return the CSS class of a role's boxes."""
         return "core" if role == "attention.core" else css_class(role)
 
     def detail(self, found: ComponentVariants) -> str:
-        """Returns heads and their width, or input and output width."""
+        """Return heads and their width, or input and output width."""
         if found.role == "norm":
             return ""
         return found.heads if found.role in INPUTS else found.sizes
 
     def tip(self, found: ComponentVariants) -> str:
-        """Returns role, path and shape, with the stars of the outline."""
+        """Return role, path and shape, with the outline's stars for layer numbers."""
         return found.tip
 
 
@@ -71,14 +71,14 @@ class BaseStyle:
     memory: str = "wire"
 
     def css(self, role: str) -> str:
-        """Returns the CSS class of a role's boxes."""
+        """Return the CSS class of a role's boxes."""
         return {"norm": "base norm", "attention.core": "base core"}.get(role, "base")
 
     def detail(self, found: ComponentVariants) -> str:
-        """Returns the shape of the weight, in letters where they are known."""
+        """Return the shape of the weight, in letters where they are known."""
         shape = found.first.shape
         return self.symbols.shape(shape) if shape and found.role != "norm" else ""
 
     def tip(self, found: ComponentVariants) -> str:
-        """Returns role and path."""
+        """Return role and path."""
         return f"{found.role}  {found.first.path}".replace("*", str(self.layer), 1).rstrip()

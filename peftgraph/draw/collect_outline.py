@@ -28,7 +28,7 @@ QKV = with_slot(("input",))
 
 
 def outline(program: ProgramData, sites: Sites) -> Outline:
-    """Returns what a program's model is made of, before any pass."""
+    """Return the outline of a program's model, before any pass."""
     return _Collector(program.base or program, sites).outline()
 
 
@@ -85,7 +85,8 @@ class _Collector:
         )
 
     def _shown(self, site: Site) -> bool:
-        """Tells whether a site is a component: no sublayer or block, and no bias that another site has for its own."""
+        """Tell whether a site is drawn as a component: not a sublayer or block, nor a bias that belongs to another
+        site."""
         if site.role == "bias" and site.bias is not None:
             return site.bias.parameter not in self.owned
         return not is_structure(site.role)
@@ -104,7 +105,7 @@ class _Collector:
         )
 
     def _block(self, members: Sequence[Site]) -> BlockOutline:
-        """The block of one layer."""
+        """Return the block of one layer."""
         found = [_Slotted(site, self.order[site.op]) for site in members if site.role in ("attention", "ffn")]
         for site in members:
             if not self._shown(site):
@@ -118,7 +119,7 @@ class _Collector:
         return BlockOutline(tuple(self._sublayer(one, members) for one in found))
 
     def _home(self, site: Site, found: Sequence[_Slotted]) -> tuple[_Slotted | None, Slot]:
-        """The sublayer that a site belongs to, and where in it a norm stands."""
+        """Return the sublayer that a site belongs to, and the position of a norm in it."""
         if site.role == "norm":
             for one in found:
                 slot = self._slot(site, one)
@@ -136,14 +137,14 @@ class _Collector:
         return loose, ""
 
     def _joined(self, site: Site, sublayer: Site | None) -> bool:
-        """Tells whether a site reads what a sublayer reads, or makes its result."""
+        """Tell whether a site reads a sublayer's input or makes its result."""
         assert sublayer is not None
         read = {one.op for one in self.nearest.before(site.ports.get("input"))}
         starts = {one.op for one in self.nearest.before(sublayer.ports["input"])}
         return bool(read & starts) or site.op in {one.op for one in self.nearest.before(sublayer.ports.get("output"))}
 
     def _slot(self, norm: Site, one: _Slotted) -> Slot:
-        """Where a norm stands in a sublayer; "" where it is not of it."""
+        """Return the position of a norm in a sublayer; "" if it does not belong to it."""
 
         def fed_by_norm(value: str | None) -> bool:
             return any(site.op == norm.op for site in self.nearest.before(value))
@@ -198,7 +199,7 @@ class _Collector:
         )
 
     def _components(self, slotted: Iterable[tuple[Site, Slot]]) -> tuple[Component, ...]:
-        """The sites as components, in order; numbered experts of one shape become one."""
+        """Return the sites as components, in order; numbered experts of one shape are merged."""
         found: dict[Component, list[str]] = {}
         experts: Counter[Component] = Counter()
         values: Counter[Component] = Counter()
@@ -247,7 +248,7 @@ class _Collector:
         )
 
     def _tied(self, site: Site) -> tuple[str, ...]:
-        """What else uses its tensor: other roles, the same role in other layers."""
+        """Return the other users of a site's tensor: other roles, or the same role in other layers."""
         if site.weight is None:
             return ()
         names = self.program.table.tied(site.weight.parameter)
@@ -265,7 +266,7 @@ class _Collector:
 
 
 def starred(site: Site) -> str:
-    """Returns the path, with its layer's number as a star: layers that differ in nothing else are alike."""
+    """Return the path with a star in place of its layer's number, so that equal layers have equal paths."""
     words = site.path.split(".")
     if site.layer is not None:
         number = next((i for i, word in enumerate(words) if word == str(site.layer)), None)
@@ -280,7 +281,7 @@ def starred(site: Site) -> str:
 
 
 def _merged(blocks: Sequence[BlockOutline]) -> BlockOutline:
-    """One block that holds the sites of all: equal but for their ids."""
+    """Return one block with the sites of all; they are equal except for their ids."""
     together = zip(*(block.sublayers for block in blocks), strict=True)
     return BlockOutline(
         tuple(

@@ -55,23 +55,23 @@ class ComponentVariants:
 
 
 def variants(alike: Sequence[Sublayer]) -> list[ComponentVariants]:
-    """Returns the components of sublayers with one skeleton, without biases."""
+    """Return the components of sublayers with one skeleton, without biases."""
     kept = [[one for one in sublayer.components if one.role != "bias"] for sublayer in alike]
     return [ComponentVariants(tuple(column)) for column in zip(*kept, strict=True)]
 
 
 def pick(found: Sequence[ComponentVariants], *roles: str) -> list[ComponentVariants]:
-    """Returns those of some roles, in the order of the roles."""
+    """Return the components with some roles, in the order of the roles."""
     return [one for role in roles for one in found if one.role == role]
 
 
 def norms(found: Sequence[ComponentVariants], *slots: str) -> list[ComponentVariants]:
-    """Returns the norms in some slots."""
+    """Return the norms at some positions."""
     return [one for one in pick(found, "norm") if one.first.slot in slots]
 
 
 def number_range(values: Sequence[int]) -> str:
-    """Returns one number, or the smallest and the largest.
+    """Format numbers as one number, or as the range from the smallest to the largest.
 
     >>> number_range([32, 32]), number_range([40, 32, 56])
     ('32', '32–56')

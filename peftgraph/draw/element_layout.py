@@ -28,11 +28,11 @@ PILE, FRAME = 6.0, 20.0  # by how much the experts at the back stand out, the ro
 
 
 def draw_element(element: Element, inner: Sequence[ShapeGroup], centre: float) -> ShapeGroup:
-    """Draws an element.
+    """Draw an element.
 
     Args:
-        element: what stands on a line.
-        inner: the lines that it is made of, drawn, in the order of `inner_lines`.
+        element: an element of a line.
+        inner: its inner lines, drawn, in the order of `inner_lines`.
         centre: the least distance from a residual stream to the first line of a branch.
     """
     match element:
@@ -54,7 +54,7 @@ def draw_element(element: Element, inner: Sequence[ShapeGroup], centre: float) -
 
 
 def _box(one: LabelledBox, width: float = 0.0) -> ShapeGroup:
-    """A box in the middle, of its own width or another one; the marks on its right side."""
+    """Draw a box in the middle, with its own width or a given one, and its marks on the right side."""
     width = width or one.width
     half, radius = width / 2, 0.0 if one.square else 5.0
     shapes: list[Shape] = [Box(one.css, -half, 0, width, one.height, one.label, one.detail, one.tip, radius)]
@@ -67,7 +67,7 @@ def _box(one: LabelledBox, width: float = 0.0) -> ShapeGroup:
 
 
 def _note(note: Note) -> ShapeGroup:
-    """Words: beside a dotted piece of the stream for blocks that are left out, else in the middle."""
+    """Draw a text: beside a dotted piece of the stream for omitted blocks, otherwise in the middle."""
     if not note.dotted:
         text = Words(0, 4, note.text, "detail", "middle")
         return ShapeGroup([text], [Extent(-8, 8, -3 * len(note.text), 3 * len(note.text))], 8.0)
@@ -79,7 +79,8 @@ def _note(note: Note) -> ShapeGroup:
 
 
 def _side_by_side(element: SideBySide, inner: Sequence[ShapeGroup]) -> ShapeGroup:
-    """The lines, the first with its lanes on the left and the others on the right, and where they meet."""
+    """Draw parallel lines, the first with its lanes on the left and the others with theirs on the right, and where they
+    join."""
     groups = [one.mirrored() if i == 0 and len(inner) > 1 else one for i, one in enumerate(inner)]
     widths = [_own_width(line.elements[0]) for line in element.lines]
     places = _places(groups, widths, element.fused)
@@ -109,7 +110,7 @@ def _own_width(element: Element) -> float:
 
 
 def _places(groups: Sequence[ShapeGroup], widths: Sequence[float], fused: bool) -> list[float]:
-    """The x of each line, around 0; boxes of one weight touch where nothing stands between them."""
+    """Return the x of each line, around 0; boxes of one weight touch unless something is between them."""
     places = [0.0]
     for (one, width), (other, next_width) in itertools.pairwise(zip(groups, widths, strict=True)):
         touching = fused and one.right <= width / 2 and other.left >= -next_width / 2
@@ -143,7 +144,7 @@ def _meet(element: SideBySide, result: ShapeGroup, places: Sequence[float], widt
 
 
 def _enter_core(core: ShapeGroup, result: ShapeGroup, arrival: Arrival) -> None:
-    """What enters inside the core: a lane whose result comes to it from the right."""
+    """Draw an insertion inside the core: a lane whose result enters from the right."""
     height = arrival.diagram.arrange(0, {}).bottom
     lane = arrival.diagram.arrange(result.height - core.height / 2 - GAP - height, {})
     x = max(one.right for one in result.extents if one.bottom > lane.top) + LANE
@@ -158,7 +159,7 @@ def _enter_core(core: ShapeGroup, result: ShapeGroup, arrival: Arrival) -> None:
 
 
 def _weighed(element: Gated, main: ShapeGroup, gate: ShapeGroup) -> ShapeGroup:
-    """The gate on the right of the line; its value comes down to the product with the result."""
+    """Draw a gate on the right of the line; its value is multiplied with the result below."""
     result = ShapeGroup()
     result.add(main, 0, 0)
     x = main.right - gate.left + APART
@@ -174,7 +175,8 @@ def _weighed(element: Gated, main: ShapeGroup, gate: ShapeGroup) -> ShapeGroup:
 
 
 def _routed(main: ShapeGroup, gate: ShapeGroup) -> ShapeGroup:
-    """A router on the left, what it says dashed to the experts; the value itself passes on its right."""
+    """Draw a router on the left, with a dashed wire for its weights to the experts; the value itself passes on its
+    right."""
     router, result = gate.mirrored(), ShapeGroup()
     x = min(-GAP - router.right, main.left - router.left)
     result.add(router, x, FORK)
@@ -189,7 +191,7 @@ def _routed(main: ShapeGroup, gate: ShapeGroup) -> ShapeGroup:
 
 
 def _experts(element: Experts, inner: ShapeGroup) -> ShapeGroup:
-    """A pile of frames around the line, the uppermost in front."""
+    """Draw a pile of frames around the line, the uppermost in front."""
     left, right, height = inner.left - 12, inner.right + 12, FRAME + inner.height + 12
     top, result = 2 * PILE, ShapeGroup()
     for shift in (2 * PILE, PILE, 0.0):
@@ -207,7 +209,7 @@ def _experts(element: Experts, inner: ShapeGroup) -> ShapeGroup:
 
 
 def place_columns(columns: Sequence[ShapeGroup], centre: float) -> tuple[list[float], float, float]:
-    """Returns the x of columns beside a stream, and the left and the right side of all of them."""
+    """Return the x of the columns beside a stream, and the left and right edges of all of them."""
     x, centres = 0.0, list[float]()
     for one in columns:
         centres.append(max(x - one.left, centre))
@@ -216,7 +218,7 @@ def place_columns(columns: Sequence[ShapeGroup], centre: float) -> tuple[list[fl
 
 
 def _branch(element: ResidualBranch, inner: Sequence[ShapeGroup], centre: float) -> ShapeGroup:
-    """The columns to the right of the stream, and the add where they come back."""
+    """Draw the columns to the right of the stream, and the add where they join it again."""
     columns, heads = inner[: len(element.lines)], inner[len(element.lines) :]
     centres, left, right = place_columns(columns, centre)
     result, top = ShapeGroup(), ROUND

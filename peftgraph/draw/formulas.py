@@ -39,13 +39,13 @@ class ParameterFormula:
 
 
 def parameter(name: str, shape: Sequence[int], base: str | None, frozen: bool) -> ParameterFormula:
-    """One stored tensor; `base` is what a formula calls it when it is the base's."""
+    """Return the formula of a stored tensor; `base` is its name in formulas if it belongs to the base."""
     text = base or short_name(name.rpartition(".")[2])
     return ParameterFormula(text, tuple(shape), (name,), base is None, frozen)
 
 
 def short_name(name: str) -> str:
-    """The name of a parameter as a formula has it: its last part, when that is a letter or an upper-case one.
+    """Return the name of a parameter in formulas: its last part, if that is a letter or upper-case.
 
     >>> [short_name(name) for name in ("lora_A", "ia3_l", "lora_B0", "prefix_k", "down_weight", "phm_rule")]
     ['A', 'l', 'B0', 'prefix_k', 'down', 'phm_rule']
@@ -59,12 +59,12 @@ def short_name(name: str) -> str:
 def formula(
     op: str, parts: Sequence[ParameterFormula], numbers: Sequence[float], shape: Sequence[int]
 ) -> ParameterFormula:
-    """An operation on values of parameters alone.
+    """Return the formula of an operation whose operands depend on parameters alone.
 
     Args:
         op: the operator's name.
         parts: its operands, at least one.
-        numbers: its numeric operands, where they count.
+        numbers: its numeric operands, where they matter.
         shape: of the result.
     """
     text, level = _spelled(op, parts, numbers)
@@ -99,7 +99,7 @@ def _within(part: ParameterFormula, level: int) -> str:
 
 
 def number(value: float) -> str:
-    """A number as short as it is exact, to four digits otherwise.
+    """Format a number exactly if that is short, otherwise to four digits.
 
     >>> number(2.0), number(1), number(0.35355339)
     ('2', '1', '0.3536')
@@ -124,7 +124,7 @@ class SizeSymbols:
 
     @classmethod
     def of(cls, sites: Sites, methods: Mapping[int, Any]) -> SizeSymbols:
-        """The letters of a model, and of passes by their application."""
+        """Return the letters for sizes of a model, and of passes by the order in which they were applied."""
         base: dict[str, int] = {}
         for role, letter in (("ffn.down", "D"), ("attention.o", "D"), ("ffn.hidden", "F")):
             sizes = {_size(site) for site in sites if site.role == role and site.shape}
@@ -156,7 +156,7 @@ def _size(site: Site) -> int:
 
 
 def _options(method: Any) -> Iterable[tuple[str, int]]:
-    """The options of a pass that have a letter, with their values; those of a pass inside it too."""
+    """Yield the options of a pass that have a letter, with their values, including those of a pass inside it."""
     documented = "\n".join(one.__doc__ or "" for one in type(method).__mro__[:-1])
     for field in dataclasses.fields(method):
         value = getattr(method, field.name)

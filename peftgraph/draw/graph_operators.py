@@ -20,7 +20,8 @@ PRODUCTS = {"linear", "matmul", "mm", "bmm", "einsum", "embedding", "addmm", "co
 
 
 def differences(new: fx.Node, old: fx.Node) -> Iterator[tuple[fx.Node, fx.Node, fx.Node]]:
-    """Where the computation of `new` leaves that of `old`: the old operand, the new one, and who reads the old one."""
+    """Yield where the computation of `new` departs from that of `old`: the old operand, the new one, and the reader of
+    the old one."""
     if new.target != old.target or len(new.all_input_nodes) != len(old.all_input_nodes):
         yield old, new, old
         return
@@ -33,7 +34,7 @@ def differences(new: fx.Node, old: fx.Node) -> Iterator[tuple[fx.Node, fx.Node, 
 
 
 def alike(new: Any, old: Any, start: fx.Node, bound: list[fx.Node]) -> bool:
-    """Whether `new` is `old` with one value in the place of `start`; that value is put into `bound`."""
+    """Tell whether `new` equals `old` with one value in place of `start`; that value is stored in `bound`."""
     if isinstance(new, fx.Node) and isinstance(old, fx.Node):
         if old is start:
             bound.append(new)
@@ -48,7 +49,7 @@ def alike(new: Any, old: Any, start: fx.Node, bound: list[fx.Node]) -> bool:
 
 
 def operator(node: fx.Node) -> str:
-    """The operator of a node, without its overload."""
+    """Return the operator of a node, without its overload."""
     target = node.target
     schema = getattr(target, "_schema", None)
     found = schema.name.rpartition("::")[2] if schema else getattr(target, "__name__", str(target))

@@ -17,10 +17,10 @@ KEY = {one.name: f"--{one.fill}" for one in ROLES if one.fill}
 
 
 def page(outline: Outline, footer: str = "") -> str:
-    """Returns the page of a model, as text.
+    """Return the HTML page of a model.
 
     Args:
-        outline: what the model is made of.
+        outline: of the model.
         footer: a line at the end, such as how long tracing took.
     """
     room = files("peftgraph.draw")
@@ -37,13 +37,13 @@ def page(outline: Outline, footer: str = "") -> str:
 
 
 def fragment(outline: Outline) -> str:
-    """Returns the drawing with its style, for a notebook."""
+    """Return the drawing with its style, as HTML for a notebook."""
     drawing = model_figure(outline)
     return f"<style>{style()}</style>{drawing}" if drawing else f"<p>{escape(nothing(outline))}</p>"
 
 
 def nothing(outline: Outline) -> str:
-    """Returns the sentence that says why there is nothing to draw."""
+    """Return a sentence that says why there is nothing to draw."""
     why = "no residual stream with attention or a feed-forward on it was found, so there are no blocks to draw"
     return f"{outline.model}: {why}."
 
@@ -74,7 +74,7 @@ def _components(outline: Outline) -> Iterable[Component]:
 
 
 def _strips(outline: Outline) -> str:
-    """The order of the layers, for stacks that have blocks of several kinds."""
+    """Draw the order of the layers, for stacks with several kinds of blocks."""
     strips = "".join(_strip(stack) for stack in outline.stacks if len(distinct_blocks(stack)) > 1)
     return f'<div class="strips">{strips}</div>' if strips else ""
 

@@ -120,11 +120,12 @@ class Diagram:
             cell.layer = deepest - cell.layer
 
     def arrange(self, top: float, read_at: Mapping[OuterValue, float]) -> Lane:
-        """Returns the diagram as shapes, its first layer below `top`; `read_at` is where each value can be read."""
+        """Return the diagram as shapes, with its first layer below `top`; `read_at` is the position of each value that
+        is read."""
         return _Arrangement(self, top, read_at).lane()
 
     def _cell_of(self, operand: Operand) -> int:
-        """Returns the number of the cell of an operand."""
+        """Return the number of the cell of an operand."""
         if isinstance(operand, int):
             return operand
         if isinstance(operand, ParameterFormula):
@@ -140,7 +141,7 @@ class Diagram:
             self.symbols.defined[name] = formula
 
     def _connect(self, cell: Cell, operand: Operand, among: bool) -> None:
-        """Leads an operand to a cell; a value that is read beside others comes down a column of its own."""
+        """Connect an operand to a cell; a value that is read along with others gets its own column."""
         if not isinstance(operand, OuterValue) or operand in self.elsewhere:
             cell.operands.append(self._cell_of(operand))
         elif among:
@@ -150,7 +151,7 @@ class Diagram:
             cell.reads.append(operand)
 
     def _set_layers(self, number: int, layer: int) -> None:
-        """Numbers the layers from the result upwards; the constructor turns them around."""
+        """Assign layers from the result upwards; the constructor reverses their numbers."""
         cell = self.cells[number]
         if layer > cell.layer or number == self.out:
             cell.layer = layer
@@ -177,7 +178,7 @@ class _Arrangement:
         self.x = [sum(self.widths[:column]) + BESIDE * column + self.widths[column] / 2 for column in self.columns]
 
     def lane(self) -> Lane:
-        """Returns the shapes, and where wires enter and leave."""
+        """Return the shapes, and the positions where wires enter and leave."""
         shapes: list[Shape] = []
         entries: dict[OuterValue, list[WireEnd]] = {}
         for number, cell in enumerate(self.cells):
@@ -198,7 +199,7 @@ class _Arrangement:
     # columns
 
     def _set_column(self, number: int, column: int, until: int) -> None:
-        """Puts a cell and its operands into columns; what is read further down stands nearer to the line."""
+        """Assign a cell and its operands to columns; values that are read further down are nearer to the line."""
         cell = self.cells[number]
         self.columns[number] = column
         while len(self.taken) <= column:
@@ -221,7 +222,7 @@ class _Arrangement:
         return all(stop < first or start > last for start, stop in self.taken[column])
 
     def _first_layer(self, number: int) -> int:
-        """Returns the uppermost layer that the main path to a cell takes up."""
+        """Return the uppermost layer that the main path to a cell occupies."""
         cell = self.cells[number]
         if cell.reads:
             return 0
@@ -251,7 +252,7 @@ class _Arrangement:
     # shapes
 
     def _edge(self, source: int, target: int) -> Shape:
-        """The wire from one cell to another."""
+        """Return the wire from one cell to another."""
         css, cell = f"wire {self.css}", self.cells[target]
         start, (x, y) = (self.x[source], self._bottom(source)), (self.x[target], self.y[target])
         if self.columns[source] == self.columns[target]:

@@ -29,7 +29,7 @@ class InsertionPlacement:
         self.stands_for = {move.after: move.anchor.value for edit in program.edits for move in edit.moves}
 
     def insert(self, found: Iterable[Insertion]) -> None:
-        """Puts insertions at the stations where they enter, inner ones first; leaves out those that enter elsewhere."""
+        """Put insertions at the stations where they enter, inner ones first; omit those that enter elsewhere."""
         for one in sorted(found, key=lambda one: self.stations.order.get(one.value, 0)):
             inside = self._inside(one)
             if inside is not None:
@@ -48,7 +48,7 @@ class InsertionPlacement:
         return Arrival(one, css, Diagram(one, self.symbols, css, elsewhere), here)
 
     def _entry(self, one: Insertion) -> Station | None:
-        """The station after its site where that carries its value, else the one on the outermost line."""
+        """Return the station after its site if that carries its value, otherwise the one on the outermost line."""
         carrying = self.stations.of(one.value)
         after_site = self.stations.results.get(one.site)
         if after_site is not None:
@@ -60,7 +60,8 @@ class InsertionPlacement:
         return after_site if one.owns else None
 
     def _inside(self, one: Insertion) -> SideBySide | None:
-        """The lines in whose core an insertion enters, when it enters between its operands and its result."""
+        """Return the parallel lines into whose core an insertion enters, if it enters between the core's operands and
+        its result."""
         if one.site not in self.stations.cores or not one.reader or self.stations.upstream(one.value):
             return None
         line, place = self.stations.cores[one.site]
@@ -68,17 +69,17 @@ class InsertionPlacement:
         return element if isinstance(element, SideBySide) else None
 
     def _base_value(self, value: str) -> str:
-        """The base value in whose place a value stands."""
+        """Return the base value that a value replaces."""
         return self.stands_for.get(value, value)
 
     def _read(self, read: OuterValue, line: Line, place: int) -> int | str:
-        """The station of the line at which a value is read, or words for a value that is elsewhere."""
+        """Return the station of the line at which a value is read, or a label for a value that is elsewhere."""
         carrying = self.stations.of(self._base_value(read.value))
         here = [station for owner, station in carrying if owner is line and station <= place]
         return here[-1] if here else self._words(read)
 
     def _words(self, read: OuterValue) -> str:
-        """The label of the box that gives a value, else the value's name."""
+        """Return the label of the box that computes a value, otherwise the value's name."""
         value = self._base_value(read.value)
         for line, place in self.stations.upstream(value):
             element = line.elements[place - 1] if place else None

@@ -104,7 +104,7 @@ class Insertion:
 
 
 def insertions(program: ProgramData, sites: Sites, edits: Iterable[Edit]) -> list[Insertion]:
-    """What `edits` of a program inserted, inner ones before outer ones at the same place."""
+    """Return what `edits` of a program inserted, inner ones before outer ones at the same place."""
     context = _Context(program, sites)
     found = [one for edit in edits for move in edit.moves for one in _Analysis(context, edit).entering(move)]
     anchors = {move.anchor for edit in program.edits for move in edit.moves}
@@ -131,14 +131,14 @@ class _Context:
         self.added = {name for name, entry in made.items() if entry.added}
 
     def below(self, move: Move) -> str:
-        """The value that an edit's result stands on."""
+        """Return the value that an edit's result is combined with."""
         chain = self.edits.chain(move.anchor)
         place = chain.index(move)
         return chain[place - 1].after if place else move.anchor.value
 
 
 def _called(sites: Sites) -> dict[str, str]:
-    """How a formula calls the stored tensors of the base: W_k, b_k; W alone where several sites share one."""
+    """Return the names of the base's stored tensors in formulas: W_k, b_k; W alone if several sites share one."""
     found: dict[str, str] = {}
     for site in sites:
         if site.role not in ("ffn.hidden", "bias"):
@@ -159,7 +159,7 @@ class _Analysis:
     known: dict[str, Operand | None] = field(default_factory=dict)
 
     def entering(self, move: Move) -> Iterator[Insertion]:
-        """What enters by one move; nothing where only sizes or constants do, such as a wider mask."""
+        """Yield the insertions that enter by one move; none where only sizes or constants do, such as a wider mask."""
         below = self.context.below(move)
         value, reader = move.anchor.value, move.anchor.reader or ""
         after = self._carrier(self.context.nodes[move.after])
@@ -183,7 +183,7 @@ class _Analysis:
             yield Insertion(self.edit.application, self.edit.site, value, reader, sign, operations, out, after)
 
     def _carrier(self, node: fx.Node) -> fx.Node:
-        """The node behind those that only put a result in its place."""
+        """Skip the nodes that only put a result in its place, and return the node before them."""
         while self._own(node) and (operator(node) in MOVES or operator(node) in SCATTERS):
             node = node.all_input_nodes[0] if operator(node) in MOVES else operand(node, SCATTERS[operator(node)])
         return node
@@ -192,7 +192,7 @@ class _Analysis:
         return node.name not in self.context.base and node.op == "call_function"
 
     def _joined(self, after: fx.Node, below: str) -> tuple[Sign, Operand | None] | None:
-        """How the result stands on what was there, if it does, and what enters."""
+        """Return how the result is combined with the former value, if it is, and the value that enters."""
         if not self._own(after):
             return None
         signs: dict[str, Sign] = {"add": "plus", "mul": "times", "cat": "concat"}
@@ -208,7 +208,7 @@ class _Analysis:
     # values
 
     def ref(self, node: fx.Node) -> Operand | None:
-        """What a value is for the drawing; None for sizes and constants."""
+        """Return a value as an operand of the drawing; None for sizes and constants."""
         if node.name not in self.known:
             self.known[node.name] = self._ref(node)
         return self.known[node.name]
@@ -232,13 +232,13 @@ class _Analysis:
 
     @staticmethod
     def _named(node: fx.Node, ref: Operand | None) -> Operand | None:
-        """A value of parameters alone by the name that its pass gives it, with the formula behind."""
+        """Return a value that depends on parameters alone, under its pass's name for it, with its formula."""
         if isinstance(ref, ParameterFormula) and "derived" in node.meta:
             return replace(ref, text=node.meta["derived"].rpartition(".")[2], formula=ref.text, level=ATOM)
         return ref
 
     def _again(self, node: fx.Node) -> Operand | None:
-        """A norm of the base that is computed once more, from another value."""
+        """Return a norm of the base that is recomputed from another value."""
         for output, start in self.context.norms:
             bound: list[fx.Node] = []
             if output.target == node.target and alike(node, output, start, bound) and bound:
@@ -311,7 +311,7 @@ class _Analysis:
         return self._add(Operation("pill", f"{sign} {number(numbers[0])}", (main,)))
 
     def _product(self, node: fx.Node, signals: Sequence[Operand], made: Sequence[ParameterFormula]) -> Operand:
-        """A product with weights; of what it reads, numbers of rows or experts are not drawn beside a signal."""
+        """Return a product with weights; numbers of rows or of experts that it reads are not drawn beside a signal."""
         floats = [self.ref(one) for one in node.all_input_nodes if one.meta["val"].dtype.is_floating_point]
         signals = [one for one in signals if one in floats] or signals
         weights = [one for one in made if len(one.shape) > 1] or list(made)
@@ -328,7 +328,7 @@ class _Analysis:
 
 
 def _needed(operations: Sequence[Operation], out: Operand) -> tuple[tuple[Operation, ...], Operand]:
-    """The operations that a result is made of, numbered anew."""
+    """Return the operations that a result is computed by, renumbered."""
     needed, todo = set[int](), [out]
     while todo:
         ref = todo.pop()

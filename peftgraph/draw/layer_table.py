@@ -25,7 +25,7 @@ class Section:
 
 
 def sections(outline: Outline) -> list[Section]:
-    """The sections of a model, in the order of its data flow."""
+    """Return the sections of a model, in the order of its data flow."""
     found: list[Section] = []
     for stack in outline.stacks:
         name = f"{stack.name}, " if stack.name else ""
@@ -45,7 +45,7 @@ def _layers(stack: StackOutline, group: LayerGroup) -> Section:
 
 
 def described(one: Sublayer) -> str:
-    """A sublayer in words: "self attention (pre-norm, window 4096)"."""
+    """Describe a sublayer in words: "self attention (pre-norm, window 4096)"."""
     name = {"ffn": "feed-forward", "other": "projections without a role"}.get(
         one.role, f"{one.kind}-{one.role}".strip("-")
     )
@@ -57,7 +57,7 @@ def described(one: Sublayer) -> str:
 
 
 def notes(part: Component) -> list[str]:
-    """What else is known of a part."""
+    """Return further facts about a component."""
     places = {
         "pre": "pre-norm",
         "post": "post-norm",

@@ -26,26 +26,26 @@ BESIDE = 30.0  # between a stream and the columns beside it
 
 
 def draw_line(line: Line, corner: float = 0.0, lead: float | None = None, side_lead: float = 0.0) -> ShapeGroup:
-    """Draws a line with all that stands on it and leaves it.
+    """Draw a line with all its elements and branches.
 
     Args:
-        line: a stream, or a line that leaves another one.
+        line: a stream, or a branch of another line.
         corner: where its own wire starts; the wire that leads to it ends there.
-        lead: how much room there is before the first element; what the first forks need by default.
-        side_lead: how much room there is at least before the first elements of lines side by side.
+        lead: the space before the first element; by default what the first forks need.
+        side_lead: the least space before the first elements of parallel lines.
     """
     return _LineLayout(line, corner, _lead(line) if lead is None else lead, side_lead).draw()
 
 
 def draw_stream(stream: Line) -> ShapeGroup:
-    """Draws a residual stream; the first columns of its branches have one middle."""
+    """Draw a residual stream; the first columns of its branches are centred on one x."""
     branches = [one for one in stream.elements if isinstance(one, ResidualBranch)]
     reach = max((-draw_line(one.lines[0], CORNER).left for one in branches), default=0.0)
     return _LineLayout(stream, 0.0, _lead(stream), 0.0, reach + BESIDE).draw()
 
 
 def _lead(line: Line) -> float:
-    """How much room the forks of a line's first station need."""
+    """Return the space that the forks of a line's first station need."""
     return FORK if line.forks(0) else 0.0
 
 
@@ -60,7 +60,7 @@ class _LineLayout:
         self.entered = ""  # what last entered at this station
 
     def draw(self) -> ShapeGroup:
-        """Draws station by station."""
+        """Draw station by station."""
         elements = self.line.elements
         for station in range(len(elements) + 1):
             self._station(station)
@@ -90,7 +90,7 @@ class _LineLayout:
         self.wired = self.result.height
 
     def _inner(self, element: Element) -> list[ShapeGroup]:
-        """The inner lines of an element, drawn."""
+        """Return the inner lines of an element, drawn."""
         match element:
             case SideBySide():
                 lead = max(self.side_lead, *map(_lead, element.lines))
@@ -108,7 +108,7 @@ class _LineLayout:
                 return []
 
     def _columns(self, branch: ResidualBranch) -> list[ShapeGroup]:
-        """The columns of a branch; what stands before all of them is as wide as they are together."""
+        """Draw the columns of a branch; an element before all of them is as wide as all of them together."""
         columns = [draw_line(line, CORNER) for line in branch.lines]
         if branch.head is None:
             return columns
@@ -126,7 +126,7 @@ class _LineLayout:
             self._enter(one, station)
 
     def _enter(self, one: Arrival, station: int) -> None:
-        """One insertion: its forks, its lane, and where it enters."""
+        """Draw an insertion: its forks, its lane, and where it enters."""
         read_at = {read: self._height(read, place, station) for read, place in one.stations.items()}
         top = min(read_at.values(), default=self.result.height - GAP / 2)
         lane = one.diagram.arrange(top, read_at)
@@ -137,7 +137,7 @@ class _LineLayout:
         self._lane(one, lane, read_at, y)
 
     def _height(self, read: OuterValue, place: int, station: int) -> float:
-        """Where a wire to a read value leaves the line: below everything that has entered, if it reads that."""
+        """Return the height at which a wire to a read value leaves the line: below all insertions that it reads."""
         first = not self.line.arrivals.get(station) or not self.entered
         if place == station and (first or read.value == self.entered):
             return self.result.height + FORK

@@ -70,7 +70,7 @@ def _cone(node: fx.Node) -> set[fx.Node]:
 
 
 def _digest(node: fx.Node, known: dict[fx.Node, int]) -> int:
-    """A hash of the computation that ends in a node; stored tensors count by their shape."""
+    """Return a hash of the computation that ends in a node; stored tensors are represented by their shapes."""
     todo = [node]
     while todo:
         here = todo[-1]
@@ -90,7 +90,7 @@ def _digest(node: fx.Node, known: dict[fx.Node, int]) -> int:
 
 
 def _window(node: fx.Node) -> int | None:
-    """n, where a node compares positions with positions moved by n."""
+    """Return n if a node compares positions with positions shifted by n."""
     if _name(node) not in COMPARISONS:
         return None
     for side in node.args:

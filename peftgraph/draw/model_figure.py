@@ -41,7 +41,7 @@ class DistinctBlock:
 
 
 def distinct_blocks(stack: StackOutline) -> list[DistinctBlock]:
-    """Returns the distinct blocks of a stack: layers that differ in sizes alone are one."""
+    """Return the distinct blocks of a stack; layers that differ only in sizes are merged."""
     found: dict[BlockOutline, list[LayerGroup]] = {}
     for group in stack.groups:
         found.setdefault(skeleton(group.block), []).append(group)
@@ -49,11 +49,11 @@ def distinct_blocks(stack: StackOutline) -> list[DistinctBlock]:
 
 
 def model_figure(outline: Outline, standalone: bool = False) -> str:
-    """Returns the drawing as SVG; "" where no layers were found.
+    """Return the drawing as SVG; "" where no layers were found.
 
     Args:
         outline: the model.
-        standalone: as a file of its own, with its style.
+        standalone: whether to make a file of its own, with its style.
     """
     if not outline.stacks:
         return ""
@@ -141,7 +141,7 @@ class _StackDrawing:
         self.y += by
 
     def _end(self, one: Component) -> None:
-        """What stands before or after the blocks, over the whole width."""
+        """Draw a part before or after the blocks, over the whole width."""
         found, norm = ComponentVariants((one,)), one.role == "norm"
         height = NORM if norm else ENDS
         detail = ("" if norm else found.sizes) + (", tied" if one.tied else "")
@@ -149,7 +149,8 @@ class _StackDrawing:
         self.y += height
 
     def _card(self, distinct: DistinctBlock, block: ShapeGroup, mark: str) -> None:
-        """What repeats, how often, and which layers; `mark` is its shade in the strip of layers."""
+        """Draw a block on a card that says how often it repeats and in which layers; `mark` is its shade in the strip
+        of layers."""
         top = self.y
         times = Words(self.width - 18, top + 24, f"× {len(distinct.layers)}", "times", "end")
         title = Words(self.width - 30 - 10 * len(times.text), top + 23, distinct.title, "soft", "end")

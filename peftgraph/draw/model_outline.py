@@ -71,11 +71,11 @@ class Sublayer:
     ids: tuple[str, ...] = field(default=(), compare=False)
 
     def of(self, *roles: str) -> tuple[Component, ...]:
-        """Its parts of some roles."""
+        """Return the components with some roles."""
         return tuple(part for part in self.components if part.role in roles)
 
     def norm(self, *slots: Slot) -> tuple[Component, ...]:
-        """Its norms that stand in some places."""
+        """Return the norms at some positions."""
         return tuple(part for part in self.components if part.role == "norm" and part.slot in slots)
 
 
@@ -119,7 +119,7 @@ class StackOutline:
         return sum(len(group.layers) for group in self.groups)
 
     def block(self, layer: int) -> BlockOutline | None:
-        """Returns the block of a layer; None where the stack has no such layer."""
+        """Return the block of a layer; None where the stack has no such layer."""
         return next((group.block for group in self.groups if layer in group.layers), None)
 
 
@@ -162,11 +162,11 @@ class Outline:
         return sum(stack.depth for stack in self.stacks)
 
     def sublayers(self) -> Iterable[Sublayer]:
-        """The sublayers of every distinct block."""
+        """Return the sublayers of every distinct block."""
         return (one for stack in self.stacks for group in stack.groups for one in group.block.sublayers)
 
     def facts(self) -> list[str]:
-        """What a headline says of it: sizes, attention, layout."""
+        """Return the facts for its headline: sizes, attention, layout."""
         facts = [f"{self.parameters:,} parameters"]
         for stack in self.stacks:
             facts.append(counted(stack.depth, f"{stack.name} layer".strip()))
@@ -190,7 +190,7 @@ def _attention_fact(one: Sublayer) -> str:
 
 
 def skeleton(block: BlockOutline) -> BlockOutline:
-    """A block without sizes and names: blocks with one skeleton are drawn once."""
+    """Return a block without sizes and names; blocks with equal skeletons are drawn once."""
     return BlockOutline(
         tuple(
             replace(

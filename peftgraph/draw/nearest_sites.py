@@ -26,7 +26,7 @@ class NearestSites:
                 self.at.setdefault(site.ports["join"], []).append(site)
 
     def before(self, name: str | None) -> list[Site]:
-        """Returns the sites whose outputs a value is made of with no site between; none for no value."""
+        """Return the nearest sites whose outputs a value is computed from; none for no value."""
         found: dict[str, list[Site]] = {}
         todo, seen = [] if name is None else [self.nodes[name]], set[fx.Node]()
         while todo:
@@ -41,7 +41,7 @@ class NearestSites:
         return [site for group in found.values() for site in group]
 
     def upstream(self, name: str | None) -> Iterable[Site]:
-        """Yields the nearest sites, and through those outside of layers the sites before them, each once."""
+        """Yield the nearest sites and, through those outside layers, the sites before them, each once."""
         todo, seen = self.before(name), set[str]()
         while todo:
             site = todo.pop()
@@ -55,7 +55,7 @@ class NearestSites:
 def sites_around_stacks(
     nearest: NearestSites, sites: Sites, outside: Sequence[Site], stacks: Iterable[str]
 ) -> dict[str, tuple[str, bool]]:
-    """Returns, by the id of a site outside of layers, its stack and whether it stands before the layers.
+    """Return, by the id of a site outside of layers, its stack and whether it comes before the layers.
 
     Args:
         nearest: of the same graph.
@@ -80,7 +80,8 @@ def sites_around_stacks(
 
 
 def memory_reads(nearest: NearestSites, sites: Sites) -> tuple[tuple[str, str], ...]:
-    """Returns (reader, memory) of the stacks, by where the memory of cross-attention comes from."""
+    """Return (reader, memory) pairs of stacks: the stack of a cross-attention, and the stack that computes its
+    memory."""
     found = {
         (site.stack or "", source.stack or ""): None
         for site in sites

@@ -49,7 +49,7 @@ class Picture:
         self._inline = svg(shapes, width, height, label)
 
     def save(self, path: str | PathLike[str]) -> Path:
-        """Writes the drawing as an SVG file and returns its path."""
+        """Write the drawing as an SVG file and return its path."""
         target = Path(path)
         if target.suffix != ".svg":
             raise PeftGraphError(f"A picture is saved as .svg, got {target.name!r}.")
@@ -92,7 +92,7 @@ def picture(
     layer: int | None = None,
     stack: str | None = None,
 ) -> Picture:
-    """Draws what turned `before` into `program`, in one block of each stack.
+    """Draw the changes from `before` to `program` in one block of each stack.
 
     Args:
         program: a rewritten program.
@@ -149,7 +149,7 @@ class _Rewritten:
     classes: Mapping[int, str]
 
     def changed(self) -> dict[str, list[int]]:
-        """Returns, for every stack that the shown passes changed, the numbers of its changed layers."""
+        """Return, for every stack that the shown passes changed, the numbers of its changed layers."""
         found: dict[str, list[int]] = {}
         by_id = {site.id: site for site in self.sites}
         for edit in self.program.edits:
@@ -159,7 +159,7 @@ class _Rewritten:
         return found
 
     def drawing(self, stack: StackOutline, layer: int, block: BlockOutline) -> ShapeGroup:
-        """Draws a block with everything that the shown passes did to it, and to what stands around the blocks."""
+        """Draw a block with everything that the shown passes did to it, and to the parts around the blocks."""
         sites = BlockSites(self.sites, stack.name, layer)
         edits = [edit for edit in self.program.edits if self._concerns(edit, stack, sites)]
         touched = {edit.site for edit in edits} | self._trained(edits)
@@ -186,7 +186,7 @@ class _Rewritten:
         return draw_stream(stream)
 
     def _concerns(self, edit: Edit, stack: StackOutline, sites: BlockSites) -> bool:
-        """Tells whether an edit belongs to a block or to what stands around the blocks of its stack."""
+        """Tell whether an edit belongs to a block or to the parts around the blocks of its stack."""
         site = sites.by_id[edit.site]
         if edit.application not in self.classes:
             return False
@@ -196,7 +196,7 @@ class _Rewritten:
         return site.layer == sites.layer and (site.stack or "") == stack.name
 
     def _trained(self, edits: Iterable[Edit]) -> set[str]:
-        """The sites outside of blocks whose own parameters some edits train."""
+        """Return the sites outside blocks whose own parameters some edits train."""
         names = {name for edit in edits if not edit.moves for name in edit.parameters}
         return {site.id for site in self.sites if site.layer is None and names & set(names_of(site))}
 
@@ -208,7 +208,7 @@ def _omitted(count: int) -> list[Note]:
 def _arranged(
     model: str, drawn: Sequence[tuple[str, ShapeGroup]], legend: Sequence[tuple[str, str]], symbols: SizeSymbols
 ) -> Picture:
-    """Blocks side by side, each on a card, and the legend below."""
+    """Arrange blocks side by side, each on a card, with the legend below."""
     shapes: list[Shape] = []
     x, height = MARGIN, 0.0
     for title, one in drawn:
@@ -228,7 +228,7 @@ def _arranged(
 
 
 def _legend(passes: Sequence[tuple[str, str]], symbols: SizeSymbols, y: float, room: int) -> tuple[list[Shape], float]:
-    """The passes with their colours, what names and letters stand for, and where all that ends."""
+    """Draw the passes with their colours and the meanings of names and letters; also return the y below them."""
     rows: list[Shape] = []
     for css, text in passes:
         for place, line in enumerate(_wrapped(text, max(room, 30))):

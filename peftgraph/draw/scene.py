@@ -45,14 +45,14 @@ class Line:
     arrow: bool = False
 
     def lines(self) -> Iterator[Line]:
-        """Yields this line, then all that leave it."""
+        """Yield this line, then all its branches."""
         yield self
         for element in self.elements:
             for line in inner_lines(element):
                 yield from line.lines()
 
     def forks(self, station: int) -> bool:
-        """Tells whether something leaves the line at a station that enters it further down."""
+        """Tell whether something forks off the line at a station and enters it further down."""
         return any(
             station in one.stations.values() for place, ones in self.arrivals.items() for one in ones if place > station
         )
@@ -167,7 +167,7 @@ Element = LabelledBox | Nonlinearity | SideBySide | Gated | Experts | ResidualBr
 
 
 def inner_lines(element: Element) -> list[Line]:
-    """Returns the lines that an element is made of."""
+    """Return the lines that an element is made of."""
     match element:
         case SideBySide():
             return element.lines

@@ -43,12 +43,12 @@ class ShapeGroup:
         return max((one.right for one in self.extents), default=0.0)
 
     def add(self, other: ShapeGroup, dx: float, dy: float) -> None:
-        """Adds another group at a place; `height` stays."""
+        """Add another group at a position; `height` does not change."""
         self.shapes += moved(other.shapes, dx, dy)
         self.extents += [Extent(e.top + dy, e.bottom + dy, e.left + dx, e.right + dx) for e in other.extents]
         self.memory += [(x + dx, y + dy) for x, y in other.memory]
 
     def mirrored(self) -> ShapeGroup:
-        """Returns it as seen in a mirror on the line."""
+        """Return the group mirrored at the line."""
         extents = [Extent(e.top, e.bottom, -e.right, -e.left) for e in self.extents]
         return ShapeGroup(mirrored(self.shapes, 0.0), extents, self.height, [(-x, y) for x, y in self.memory])

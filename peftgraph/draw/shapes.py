@@ -71,7 +71,7 @@ Shape = Box | Wire | Circle | Words
 
 
 def moved(shapes: Iterable[Shape], dx: float, dy: float) -> list[Shape]:
-    """The shapes at another place."""
+    """Return the shapes shifted."""
     return [
         replace(one, points=tuple((x + dx, y + dy) for x, y in one.points))
         if isinstance(one, Wire)
@@ -81,7 +81,7 @@ def moved(shapes: Iterable[Shape], dx: float, dy: float) -> list[Shape]:
 
 
 def mirrored(shapes: Iterable[Shape], width: float) -> list[Shape]:
-    """The shapes as seen in a mirror that stands to their right, inside of `width`; words stay readable."""
+    """Return the shapes mirrored within `width`; text stays readable."""
     return [_mirrored(one, width) for one in shapes]
 
 
@@ -96,5 +96,5 @@ def _mirrored(one: Shape, width: float) -> Shape:
 
 
 def wire(*points: Point, css: str = "wire", arrow: bool = True) -> Wire:
-    """A wire through points."""
+    """Return a wire through points."""
     return Wire(tuple(points), css, arrow)

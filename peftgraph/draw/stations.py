@@ -39,16 +39,16 @@ class BlockSites:
         self.members = [site for site in sites if site.layer == layer and (site.stack or "") == stack]
 
     def of(self, one: Component | Sublayer) -> Site | None:
-        """Returns the site of a component or a sublayer in this block, or outside of the blocks."""
+        """Return the site of a component or a sublayer in this block, or outside the blocks."""
         found = [self.by_id[id] for id in one.ids if self.by_id[id].layer in (self.layer, None)]
         return found[0] if found else None
 
     def with_role(self, role: str) -> Iterator[Site]:
-        """Yields the sites of a role."""
+        """Yield the sites of a role."""
         return (site for site in self.members if site.role == role)
 
     def entry(self) -> str:
-        """Returns the value that enters the block, "" where it is not known."""
+        """Return the value that enters the block; "" if it is unknown."""
         return next((site.ports["input"] for site in self.with_role("block")), "")
 
 
@@ -85,7 +85,8 @@ class Stations:
                 known.insert(0, there)
 
     def of(self, value: str) -> list[Station]:
-        """Returns the stations of a base value: after what it is made of, or before what is made of it alone."""
+        """Return the stations of a base value: after the parts that compute it, or before the parts computed from it
+        alone."""
         found = self.upstream(value)
         reader = _only_reader(self.nodes[value])
         while not found and reader is not None and operator(reader) in MOVES:
@@ -94,7 +95,7 @@ class Stations:
         return found
 
     def upstream(self, value: str) -> list[Station]:
-        """Returns the stations of the nearest values that a base value is made of, when that is one value."""
+        """Return the stations of the nearest value that a base value is computed from, if it is only one."""
         todo, seen, found = [self.nodes[value]], set[fx.Node](), set[str]()
         while todo:
             node = todo.pop()
@@ -112,7 +113,7 @@ class Stations:
     # which value a station carries
 
     def _line(self, line: Line, start: str, sublayer: Sublayer | None) -> None:
-        """Notes the values of a line, and then those of the lines that leave it."""
+        """Record the values of a line, then those of its branches."""
         values = [start]
         self._own(start, (line, 0))
         for place, element in enumerate(line.elements, 1):
@@ -128,7 +129,7 @@ class Stations:
             self.owners.setdefault(value, []).append(station)
 
     def _inner(self, element: Element, i: int, line: Line, before: str, sublayer: Sublayer | None) -> None:
-        """One of the lines that leave a line at an element."""
+        """Record the values of a line that branches off at an element."""
         if isinstance(element, ResidualBranch) and i < len(element.lines):
             sublayer = element.sublayers[i]
             if element.head is not None:
@@ -146,7 +147,7 @@ class Stations:
                 self.also.append((core.ports.get(port, ""), (line, len(line.elements))))
 
     def _read(self, line: Line) -> str:
-        """What the first box of a line reads."""
+        """Return the value that the first box of a line reads."""
         site = self._site(line.elements[0])
         return site.ports.get("input", "") if site is not None else ""
 
@@ -158,7 +159,7 @@ class Stations:
         return next((site for site in self.sites.with_role("attention.core") if (site.kind or "") == kind), None)
 
     def _result(self, element: Element, station: Station, sublayer: Sublayer | None) -> str:
-        """The value that an element gives, "" where it is not known; notes the station of its site."""
+        """Return the value that an element computes, "" if unknown; record the station of its site."""
         match element:
             case LabelledBox(components=[_, *_]):
                 site = self._site(element)
@@ -190,7 +191,7 @@ class Stations:
         return core.ports["output"]
 
     def _hidden_result(self, station: Station, sublayer: Sublayer | None) -> str:
-        """The hidden value of a feed-forward, that which the down projection on the same line reads where known."""
+        """Return the hidden value of a feed-forward: the input of the down projection on the same line, if known."""
         line, place = station
         after = [site for site in map(self._site, line.elements[place:]) if site is not None]
         hidden = list(self.sites.with_role("ffn.hidden"))
@@ -202,13 +203,13 @@ class Stations:
         return chosen.ports["output"]
 
     def _weighed_result(self, sublayer: Sublayer | None) -> str:
-        """The weighed result of an attention, as its output projection reads it."""
+        """Return the weighed result of an attention, as its output projection reads it."""
         outputs = [] if sublayer is None else sublayer.of("attention.o")
         site = self.sites.of(outputs[0]) if outputs else None
         return site.ports["input"] if site is not None else ""
 
     def _result_of_line(self, line: Line) -> str:
-        """What the last box of a line gives."""
+        """Return the value that the last box of a line computes."""
         for element in reversed(line.elements):
             site = self._site(element)
             if site is not None:
@@ -232,13 +233,13 @@ def _is_signal(node: fx.Node) -> bool:
 
 
 def names_of(site: Site) -> Mapping[str, str]:
-    """Returns the stored parameters of a site, and what a formula calls them."""
+    """Return the stored parameters of a site with their names in formulas."""
     weight, bias = site.weight and site.weight.parameter, site.bias and site.bias.parameter
     return {name: letter for name, letter in ((weight, "W"), (site.scale, "g"), (bias, "b")) if name}
 
 
 def mark_trained(boxes: Iterable[tuple[LabelledBox, Site]], names: Iterable[str], css: str) -> None:
-    """Marks the boxes whose own parameters are among some that train."""
+    """Mark the boxes whose own parameters are among some that train."""
     trained = set(names)
     for box, site in boxes:
         for name, letter in names_of(site).items():

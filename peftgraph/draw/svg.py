@@ -30,14 +30,14 @@ def css_class(role: str) -> str:
 
 
 def svg(shapes: Iterable[Shape], width: float, height: float, label: str, standalone: bool = False) -> str:
-    """A drawing as one SVG element.
+    """Return a drawing as one SVG element.
 
     Args:
-        shapes: what it shows; later ones lie on top.
+        shapes: the shapes to draw; later ones are on top.
         width: in pixels, like `height`.
         height: in pixels.
         label: what it shows, for screen readers.
-        standalone: with its own style and name space, as a file of its own.
+        standalone: whether to include style and name space, for a file of its own.
     """
     head = f'viewBox="0 0 {_number(width)} {_number(height)}" width="{_number(width)}" height="{_number(height)}"'
     own = ' xmlns="http://www.w3.org/2000/svg"' if standalone else ""
@@ -79,7 +79,7 @@ def _box(one: Box) -> str:
 
 
 def _leaning(one: Box) -> str:
-    """A box whose sides lean, as a polygon."""
+    """Draw a box with slanted sides, as a polygon."""
     top, bottom = max(-one.taper, 0.0), max(one.taper, 0.0)
     left, right, low = one.x, one.x + one.width, one.y + one.height
     corners = [(left + top, one.y), (right - top, one.y), (right - bottom, low), (left + bottom, low)]
@@ -87,7 +87,7 @@ def _leaning(one: Box) -> str:
 
 
 def _wire(one: Wire) -> str:
-    """A line with rounded corners; the arrow's head is a path of its own, so that it needs no marker."""
+    """Draw a line with rounded corners; the arrowhead is a separate path, so that no marker is needed."""
     path = f"M{_pair(*one.points[0])}"
     for before, here, after in zip(one.points, one.points[1:], one.points[2:], strict=False):
         near = min(6.0, _distance(before, here) / 2, _distance(here, after) / 2)

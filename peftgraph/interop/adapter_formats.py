@@ -68,7 +68,7 @@ ADAPTER_FORMATS: Registry[AdapterFormat] = Registry(
 
 
 def find_format(directory: Path) -> AdapterFormat | None:
-    """Returns the foreign format of an adapter's directory; None where it is this library's own, or of no known format.
+    """Return the foreign format of an adapter's directory; None where it is this library's own, or of no known format.
 
     Raises:
         AdapterError: several formats recognise it, or its files are damaged.
@@ -85,20 +85,20 @@ def find_format(directory: Path) -> AdapterFormat | None:
 def load_adapter(
     program: P, sites: Sites, apply: Callable[..., P], directory: Path, name: str | None, format: str | None
 ) -> P:
-    """Applies the adapter of a directory.
+    """Apply the adapter in a directory.
 
     Args:
         program: what the adapter is applied to; it is unchanged whatever happens.
         sites: its sites.
         apply: its method that applies passes.
         directory: of the adapter.
-        name: for the adapter's passes, instead of the names that they were saved with.
+        name: for the adapter's passes, instead of their saved names.
         format: of the directory; None to recognise it by its files.
 
     Raises:
         AdapterError: the files are missing, damaged, fit another base, or say what no pass does; or the format is
             unknown.
-        Conflict: an adapter of that name is there already.
+        Conflict: an adapter of that name was applied already.
     """
     if not directory.exists():
         remove_leftovers(directory.absolute().parent)  # a writer may have been killed while it replaced the directory
@@ -112,11 +112,11 @@ def load_adapter(
 
 
 def save_adapter(program: ProgramData, sites: Sites, directory: Path, format: str) -> Path:
-    """Writes the adapter of a program in a format; returns the directory.
+    """Write the adapter of a program in a format; return the directory.
 
     Raises:
         AdapterError: the format is unknown or only read, there is nothing to save, or the format cannot express it.
-        PeftGraphError: the disk refuses; what was there before stays.
+        PeftGraphError: the directory cannot be written; its earlier content stays.
     """
     chosen = _named(format)
     if chosen is None:
@@ -128,7 +128,7 @@ def save_adapter(program: ProgramData, sites: Sites, directory: Path, format: st
 
 
 def _check_own(directory: Path) -> None:
-    """Checks that a directory of no foreign format is this library's own.
+    """Check that a directory of no foreign format is this library's own.
 
     Raises:
         AdapterError: it has no `adapter.json`.
@@ -141,7 +141,7 @@ def _check_own(directory: Path) -> None:
 
 
 def _named(format: object) -> AdapterFormat | None:
-    """Returns the foreign format of a name; None for this library's own.
+    """Return the foreign format with a name; None for this library's own.
 
     Raises:
         AdapterError: there is none of that name.

@@ -10,18 +10,18 @@ from peftgraph.sites.roles import WORDS
 
 
 def equals_or_unknown(own: Tensor, value: Tensor) -> bool:
-    """Checks whether the base's tensor has a value already; True where it has no values, on the meta device."""
+    """Check whether the base's tensor has a value already; True where it has no values, on the meta device."""
     return own.device.type == "meta" or torch.equal(own.detach().cpu(), value.to(own.dtype))
 
 
 def parameters_of(site: Site) -> list[str]:
-    """Returns the names of a site's own stored tensors."""
+    """Return the names of a site's own stored tensors."""
     own = [site.weight and site.weight.parameter, site.scale, site.bias and site.bias.parameter]
     return [name for name in (own[2:] if site.role == "bias" else own) if name]
 
 
 def sites_owning_only(sites: Sites, names: set[str]) -> list[Site]:
-    """Returns the sites whose own tensors are all among `names`: whole sites first, then the biases that are left."""
+    """Return the sites whose own tensors are all among `names`: whole sites first, then the biases that are left."""
     whole = [site for site in sites if site.role in WORDS and site.role not in ("bias", "block", "ffn.hidden")]
     chosen = [site for site in whole if parameters_of(site) and names.issuperset(parameters_of(site))]
     left = names - {name for site in chosen for name in parameters_of(site)}

@@ -20,7 +20,7 @@ NAME = 1024  # characters of a tensor's name
 
 
 def read_json(path: Path, missing: str, raises: type[PeftGraphError] = AdapterError) -> Any:
-    """Reads a JSON file; refuses numbers that JSON does not have or that are too long, and keys that occur twice.
+    """Read a JSON file; refuse numbers that JSON does not have or that are too long, and keys that occur twice.
 
     Args:
         path: the file.
@@ -39,7 +39,7 @@ def read_json(path: Path, missing: str, raises: type[PeftGraphError] = AdapterEr
 
 
 def parse_json(text: str) -> Any:
-    """Parses a JSON text strictly.
+    """Parse a JSON text strictly.
 
     Raises:
         ValueError: it is not JSON, or ambiguous.
@@ -51,7 +51,7 @@ def parse_json(text: str) -> Any:
 
 
 def read_object(path: Path, missing: str, raises: type[PeftGraphError] = AdapterError) -> dict[str, Any]:
-    """Reads a JSON file that holds an object.
+    """Read a JSON file that holds an object.
 
     Arguments and errors as for `read_json`; an error also where the file holds no object.
     """
@@ -62,7 +62,7 @@ def read_object(path: Path, missing: str, raises: type[PeftGraphError] = Adapter
 
 
 def read_tensors(path: Path, check: Callable[[bytes], None] = lambda content: None) -> dict[str, Tensor]:
-    """Reads the tensors of a safetensors file.
+    """Read the tensors of a safetensors file.
 
     Args:
         path: the file.
@@ -86,7 +86,7 @@ def read_tensors(path: Path, check: Callable[[bytes], None] = lambda content: No
 
 
 def check_names(names: Iterable[str], path: Path) -> None:
-    """Checks that no tensor has an absurdly long name.
+    """Check that no tensor has an absurdly long name.
 
     Raises:
         AdapterError: one has.

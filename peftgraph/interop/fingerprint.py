@@ -11,14 +11,14 @@ from peftgraph.ir.program import ProgramData
 
 
 def fingerprint(program: ProgramData) -> dict[str, Any]:
-    """Returns the traced class and the shape of every parameter, as JSON."""
+    """Return the traced class and the shape of every parameter, as JSON."""
     base = program.base if program.base is not None else program
     shapes = {name: list(entry.tensor.shape) for name, entry in base.table.items() if entry.kind == "parameter"}
     return {"model": base.model, "parameters": shapes}
 
 
 def first_difference(saved: dict[str, Any], program: ProgramData) -> str | None:
-    """Describes the first difference of `program` to the base that a fingerprint names; None where there is none."""
+    """Describe the first difference of `program` to the base that a fingerprint names; None where there is none."""
     own = fingerprint(program)
     theirs, ours = f"the adapter's base {saved['model']}", f"this {own['model']}"
     wanted, have = saved["parameters"], own["parameters"]

@@ -11,7 +11,7 @@ PAPER = ("attention.k", "attention.v", "ffn.hidden")
 
 
 def describe_departures(sites: Sites, directory: Path, outputs: Collection[Site], inputs: Collection[Site]) -> str:
-    """Describes where an adapter departs from the paper, which scales keys, values and the feed-forward's hidden value.
+    """Describe where an adapter departs from the paper, which scales keys, values and the feed-forward's hidden value.
 
     The linear branch of a gated unit may be scaled instead of its product: act(g) (l u) = l (act(g) u).
 

@@ -37,12 +37,12 @@ P = TypeVar("P", bound=ProgramData)
 
 
 def save(program: ProgramData, directory: Path) -> Path:
-    """Writes the adapter of `program`.
+    """Write the adapter of `program`.
 
     Raises:
         AdapterError: nothing was applied, the weights are on the meta device, or a partial fold changed the
             base.
-        PeftGraphError: the disk refuses; an adapter that was there before stays whole.
+        PeftGraphError: the directory cannot be written; an existing adapter stays unchanged.
     """
     check_can_save(program)
     names = _own_tensors(program)
@@ -65,7 +65,7 @@ def save(program: ProgramData, directory: Path) -> Path:
 
 
 def _write(directory: Path, file: Path, content: bytes, document: dict[str, Any]) -> None:
-    """Writes both files; an error leaves the old adapter."""
+    """Write both files; after an error the old adapter is unchanged."""
     old = _file_of(directory)
     try:
         with atomic_file(file) as temporary:
@@ -82,14 +82,14 @@ def _write(directory: Path, file: Path, content: bytes, document: dict[str, Any]
 
 
 def checksum(document: Mapping[str, Any], content: bytes) -> str:
-    """Computes what `adapter.json` holds under "sha256": the checksum of its other content and of the tensors' file."""
+    """Compute the value of "sha256" in `adapter.json`: the checksum of its other content and of the tensors' file."""
     rest = {key: value for key, value in document.items() if key != "sha256"}
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode() + b"\n" + content).hexdigest()
 
 
 def save_trained(program: ProgramData, trained: Mapping[str, Tensor], directory: Path) -> None:
-    """Writes the adapter of `program` with other values, and `model.safetensors` with them, which the Trainer loads.
+    """Write the adapter of `program` with other values, and `model.safetensors` with them, which the Trainer loads.
 
     Raises:
         AdapterError: as `save`.
@@ -102,17 +102,17 @@ def save_trained(program: ProgramData, trained: Mapping[str, Tensor], directory:
 
 
 def load(program: P, apply: Callable[..., P], directory: Path, name: str | None) -> P:
-    """Applies the saved passes with their parameters; `program` is unchanged whatever happens.
+    """Apply the saved passes with their parameters; `program` is unchanged whatever happens.
 
     Args:
         program: what the adapter is applied to.
         apply: its method that applies passes.
         directory: what `save` wrote.
-        name: for the adapter's passes, instead of the names that they were saved with.
+        name: for the adapter's passes, instead of their saved names.
 
     Raises:
         AdapterError: the files are missing, damaged, or fit another base.
-        Conflict: an adapter of that name is there already.
+        Conflict: an adapter of that name was applied already.
     """
     tuned, tensors = read(program, apply, directory, name)
     with torch.no_grad():
@@ -122,7 +122,7 @@ def load(program: P, apply: Callable[..., P], directory: Path, name: str | None)
 
 
 def read(program: P, apply: Callable[..., P], directory: Path, name: str | None) -> tuple[P, dict[str, Tensor]]:
-    """Applies the saved passes, and returns the program with their initial values, and the saved values by parameter.
+    """Apply the saved passes, and return the program with their initial values, and the saved values by parameter.
 
     Arguments and errors as for `load`; the program may be on the meta device.
     """
@@ -143,7 +143,7 @@ def read(program: P, apply: Callable[..., P], directory: Path, name: str | None)
 
 
 def read_document(directory: Path) -> dict[str, Any]:
-    """Reads and checks `adapter.json`.
+    """Read and check `adapter.json`.
 
     Raises:
         AdapterError: it is missing, unreadable or incomplete.
@@ -191,13 +191,13 @@ OWN_NAME = re.compile(r"adapter-[0-9a-f]{16}\.safetensors")
 
 
 def _discard(file: Path) -> None:
-    """Removes a tensors' file that no index names; a disk that refuses leaves an unused file, not damage."""
+    """Remove a tensors' file that no index names; if that fails, an unused file is left, which is harmless."""
     with contextlib.suppress(OSError):
         file.unlink()
 
 
 def check_can_save(program: ProgramData) -> None:
-    """Checks that a program has passes with values, and that no partial fold changed its base.
+    """Check that a program has passes with values, and that no partial fold changed its base.
 
     Raises:
         AdapterError: a condition does not hold.
@@ -217,7 +217,7 @@ def check_can_save(program: ProgramData) -> None:
 
 
 def _own_tensors(program: ProgramData, since: int = 0) -> list[str]:
-    """Returns the parameters of the passes from number `since` on, in the order of the edits, and the program's state,
+    """Return the parameters of the passes from number `since` on, in the order of the edits, and the program's state,
     with one name for each tensor."""
     claimed = [name for edit in program.edits if edit.application >= since for name in edit.parameters]
     found = dict.fromkeys([*claimed, *program.table.state])
@@ -233,7 +233,7 @@ def _methods(document: dict[str, Any], directory: Path, name: str | None) -> lis
 
 
 def _file_of(directory: Path) -> Path | None:
-    """Returns the tensors' file of the adapter that is in `directory` now; None where there is none."""
+    """Return the tensors' file of the adapter that is in `directory` now; None where there is none."""
     try:
         return _tensors_path(read_document(directory), directory)
     except AdapterError:

@@ -39,7 +39,7 @@ class PassWithValues:
 
 
 def apply_passes(apply: Callable[..., P], methods: Sequence[Pass], directory: Path) -> P:
-    """Applies passes whose initial values will be overwritten; the user's random generator keeps its state.
+    """Apply passes whose initial values will be overwritten; the user's random generator keeps its state.
 
     Raises:
         AdapterError: a width or rank is absurdly large.
@@ -52,7 +52,7 @@ def apply_passes(apply: Callable[..., P], methods: Sequence[Pass], directory: Pa
 
 
 def rename_passes(methods: Sequence[Pass], name: str | None, directory: Path) -> list[Pass]:
-    """Returns the passes under another name; as they are where `name` is None.
+    """Return the passes under another name; unchanged if `name` is None.
 
     Raises:
         AdapterError: two passes of one kind would have the same name.
@@ -67,10 +67,10 @@ def rename_passes(methods: Sequence[Pass], name: str | None, directory: Path) ->
 
 
 def check_fit(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], directory: Path) -> None:
-    """Checks that tensors have, one for one, the names, the shapes and the kind of dtype that are wanted.
+    """Check that tensors have, one for one, the names, the shapes and the kind of dtype that are wanted.
 
     Raises:
-        AdapterError: names the first that does not fit.
+        AdapterError: one does not fit; the message names the first.
     """
     for key in sorted(tensors.keys() ^ wanted.keys()):
         where = "is not in the file" if key in wanted else "belongs to no parameter of the recipe"
@@ -88,7 +88,7 @@ def check_fit(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], direc
 def load_passes(
     program: P, apply: Callable[..., P], parts: Sequence[PassWithValues], directory: Path, name: str | None
 ) -> P:
-    """Applies passes with values under another name, if one is wanted, and warns of their remarks.
+    """Apply passes with values, under another name if one is given, and warn of their remarks.
 
     Args:
         program: what the passes are applied to.
@@ -112,7 +112,7 @@ def load_passes(
 
 
 def apply_with_values(program: P, apply: Callable[..., P], parts: Sequence[PassWithValues], directory: Path) -> P:
-    """Applies passes and gives their parameters the known values.
+    """Apply passes and give their parameters the known values.
 
     Raises:
         AdapterError: a value fits no parameter, or a parameter has no value.
@@ -148,6 +148,6 @@ def apply_with_values(program: P, apply: Callable[..., P], parts: Sequence[PassW
 
 
 def _trained(program: ProgramData, since: int) -> list[str]:
-    """Returns the trainable parameters of the passes from number `since` on."""
+    """Return the trainable parameters of the passes from number `since` on."""
     names = [name for edit in program.edits if edit.application >= since for name in edit.parameters]
     return [name for name in names if program.table[name].trainable]

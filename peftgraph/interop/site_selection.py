@@ -19,13 +19,13 @@ from peftgraph.sites.selectors.selector import RoleSelector
 
 
 def sites_of_weight(sites: Sites, parameter: str) -> list[Site]:
-    """Returns the sites that multiply by a stored weight; several where it is fused, or used more than once."""
+    """Return the sites that multiply by a stored weight; several where it is fused, or used more than once."""
     roles = [one.name for one in ROLES if one.owns_weight]
     return [site for site in sites if site.weight and site.weight.parameter == parameter and site.role in roles]
 
 
 def cover_all_features(found: Sequence[Site], features: int) -> bool:
-    """Checks whether the sites of one weight together own each of its output features, at every use."""
+    """Check whether the sites of one weight together own each of its output features, at every use."""
     by_use: dict[str, list[int]] = {}
     for site in found:
         view = weight_view(site)
@@ -35,7 +35,7 @@ def cover_all_features(found: Sequence[Site], features: int) -> bool:
 
 
 def sites_adapted_at(program: ProgramData, sites: Sites, parameter: str, directory: Path) -> list[Site]:
-    """Returns the sites that own the features of a weight that an adapter's directory adapts as a whole.
+    """Return the sites that own the features of a weight that an adapter's directory adapts as a whole.
 
     Raises:
         AdapterError: there are none, or they do not own all features.
@@ -60,13 +60,13 @@ def sites_adapted_at(program: ProgramData, sites: Sites, parameter: str, directo
 
 
 def output_rows(site: Site) -> Any:
-    """Returns an index of the output features of a stored weight that a site owns."""
+    """Return an index of the output features of a stored weight that a site owns."""
     view = weight_view(site)
     return slice(None) if view is None or view.window is None else view.window.index()
 
 
 def selector_for(sites: Sites, chosen: Iterable[Site]) -> Selector:
-    """Builds a selector that matches `chosen` and nothing else: by role, narrowed by path where roles match more."""
+    """Build a selector that matches `chosen` and nothing else: by role, narrowed by path where roles match more."""
     wanted = list(dict.fromkeys(chosen))
     wanted_roles = {site.role for site in wanted}
     roles = [RoleSelector(one.name) for one in ROLES if one.name in wanted_roles]

@@ -14,11 +14,10 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def write_back(program: ProgramData, model: M) -> M:
-    """Copies the program's weights into `model`, in place, and returns it.
+    """Copy the program's weights into `model`, in place, and return it.
 
-    Each tensor that differs gets new storage, so the traced model itself may be given: programs that were
-    made from it keep the weights they were traced with. A tie that folding has cut is cut in the model too,
-    and its configuration says so.
+    Each tensor that differs gets new storage, so `model` may be the traced model itself: existing programs keep the
+    weights that they were traced with. A tie that folding broke is broken in the model too, and in its configuration.
 
     Raises:
         PeftGraphError: unfolded passes would be lost, or the model does not have the program's parameters.
@@ -76,7 +75,7 @@ def _check(program: ProgramData, stored: dict[str, Tensor], slots: dict[str, Ten
 
 
 def _cut_ties(stored: dict[str, Tensor], slots: dict[str, Tensor]) -> list[str]:
-    """Returns the names that are tied in the model and no longer tied in the program."""
+    """Return the names that are tied in the model and no longer tied in the program."""
     owners: dict[int, str] = {}
     cut: list[str] = []
     for name, slot in slots.items():
@@ -88,7 +87,7 @@ def _cut_ties(stored: dict[str, Tensor], slots: dict[str, Tensor]) -> list[str]:
 
 
 def _check_untie(model: Any, name: str) -> None:
-    """Refuses to untie a weight that a transformers model would tie again when it is loaded."""
+    """Refuse to untie a weight that a transformers model would tie again when it is loaded."""
     if not hasattr(model, "get_output_embeddings"):
         return
     head = model.get_output_embeddings()

@@ -45,10 +45,10 @@ AFTER_SUM = {"original_ln_before": True, "residual_before_ln": False, "use_gatin
 
 
 def bottleneck_pass(sites: Sites, saved: SavedAdapter) -> PassWithValues:
-    """Returns the pass of a bottleneck configuration.
+    """Return the pass of a bottleneck configuration.
 
     Raises:
-        AdapterError: an option makes another method of it, or it is at no sublayer of this model.
+        AdapterError: an option turns it into another method, or it is at no sublayer of this model.
     """
     saved.check(FORM)
     if saved.options.get("original_ln_after") is False and not saved.options.get("is_parallel"):
@@ -69,7 +69,7 @@ def bottleneck_pass(sites: Sites, saved: SavedAdapter) -> PassWithValues:
 
 
 def _after_sum(sites: Sites, saved: SavedAdapter) -> PassWithValues:
-    """Returns an Adapter+; a single scale becomes equal scales of all features."""
+    """Return an Adapter+; a single scale becomes equal scales of all features."""
     saved.check(AFTER_SUM | {"phm_layer": False})
     adapters = _by_site(sites, saved, NAMES)
     drop_path = float(saved.option("stochastic_depth", float, int))
@@ -81,7 +81,7 @@ def _after_sum(sites: Sites, saved: SavedAdapter) -> PassWithValues:
 
 
 def _scaled(saved: SavedAdapter, method: Pass, adapters: Mapping[Site, Mapping[str, Tensor]]) -> PassWithValues:
-    """Returns a pass without a scale of its own, with the scale multiplied into its up projection."""
+    """Return a pass without a scale of its own, with the scale multiplied into its up projection."""
     if saved.options.get("scaling") == 1.0:
         return PassWithValues(method, _values(adapters, method.word))
     scaled: dict[Site, dict[str, Tensor]] = {}
@@ -94,7 +94,7 @@ def _scaled(saved: SavedAdapter, method: Pass, adapters: Mapping[Site, Mapping[s
 
 
 def _factor(saved: SavedAdapter, tensors: Mapping[str, Tensor]) -> Tensor:
-    """Returns the scale of one adapter, (1,) or (D,).
+    """Return the scale of one adapter, (1,) or (D,).
 
     Raises:
         AdapterError: tensors are missing.
@@ -109,12 +109,12 @@ def _factor(saved: SavedAdapter, tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def _remark(saved: SavedAdapter, what: str) -> str:
-    """Words the warning that a scale is expressed in another way."""
+    """Return the warning that a scale is expressed in another way."""
     return f"{saved.directory} has scaling={saved.options.get('scaling')!r}, which {what}: it answers as it did."
 
 
 def _compacter(sites: Sites, saved: SavedAdapter) -> PassWithValues:
-    """Returns a Compacter, with one shared rule or one for each projection."""
+    """Return a Compacter, with one shared rule or one for each projection."""
     saved.check({"is_parallel": False, "phm_bias": True, "scaling": 1.0, "shared_W_phm": False, "use_gating": False})
     adapters = {site: _whole_rules(tensors) for site, tensors in _by_site(sites, saved, COMPACT).items()}
     options = _common(sites, saved, adapters)
@@ -128,7 +128,7 @@ def _compacter(sites: Sites, saved: SavedAdapter) -> PassWithValues:
 
 
 def _rule(saved: SavedAdapter) -> Tensor:
-    """Returns the rule that all projections share.
+    """Return the rule that all projections share.
 
     Raises:
         AdapterError: the file lacks it.
@@ -145,7 +145,7 @@ def _rule(saved: SavedAdapter) -> Tensor:
 
 
 def _whole_rules(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors of one adapter, with the two factors of each rule multiplied."""
+    """Return the tensors of one adapter, with the two factors of each rule multiplied."""
     whole = dict(tensors)
     for side in ("down", "up"):
         factors = [whole.pop(f"{side}_rule_{end}", None) for end in ("left", "right")]
@@ -155,7 +155,7 @@ def _whole_rules(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _by_site(sites: Sites, saved: SavedAdapter, names: Mapping[str, str]) -> dict[Site, dict[str, Tensor]]:
-    """Returns the tensors of the adapters by site and by our names."""
+    """Return the tensors of the adapters by site and by our names."""
     return {
         saved.site(sites, path, "attention", "ffn"): saved.named(path, tensors, names)
         for path, tensors in saved.at("adapters").items()
@@ -163,13 +163,13 @@ def _by_site(sites: Sites, saved: SavedAdapter, names: Mapping[str, str]) -> dic
 
 
 def _values(adapters: Mapping[Site, Mapping[str, Tensor]], word: str = "") -> dict[ParameterKey, Tensor]:
-    """Returns the values by site; the names of gates begin with the word of the pass that they gate."""
+    """Return the values by site; the names of gates begin with the word of the pass that they gate."""
     named = {leaf: f"{word}_{leaf}" if leaf.startswith("gate_") else leaf for one in adapters.values() for leaf in one}
     return {(site.id, named[leaf]): value for site, tensors in adapters.items() for leaf, value in tensors.items()}
 
 
 def _common(sites: Sites, saved: SavedAdapter, adapters: Mapping[Site, Mapping[str, Tensor]]) -> dict[str, Any]:
-    """Returns the options that all bottlenecks have.
+    """Return the options that all bottlenecks have.
 
     Raises:
         AdapterError: they have several widths.
@@ -183,7 +183,7 @@ def _common(sites: Sites, saved: SavedAdapter, adapters: Mapping[Site, Mapping[s
 
 
 def _scale(saved: SavedAdapter) -> dict[str, Any]:
-    """Returns the options of a parallel adapter's scale."""
+    """Return the options of a parallel adapter's scale."""
     if saved.options.get("scaling") == "learned":
         return {"scale": 1.0, "learned": True}
     return {"scale": float(saved.option("scaling", float, int)), "learned": False}

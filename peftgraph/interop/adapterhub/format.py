@@ -11,7 +11,7 @@ from peftgraph.interop.checked_files import read_json
 
 
 def is_adapterhub(directory: Path) -> bool:
-    """Checks whether a directory is the library's: its configuration has the model's class beside the options.
+    """Check whether a directory is the library's: its configuration has both the model's class and the options.
 
     Raises:
         AdapterError: the configuration is damaged.

@@ -25,7 +25,7 @@ TENSORS = "model_head.safetensors"
 
 
 def head_passes(program: ProgramData, sites: Sites, saved: SavedAdapter) -> tuple[list[PassWithValues], str]:
-    """Returns the pass that trains the head, none where it equals the base's; and a warning where it is not read.
+    """Return the pass that trains the head (none if it equals the base's), and a warning if the head is not read.
 
     Raises:
         AdapterError: a file is damaged.

@@ -26,7 +26,7 @@ OWN_HEAD = re.compile(r"For[A-Z]|Head")
 
 
 def invertible_passes(saved: SavedAdapter) -> list[PassWithValues]:
-    """Returns the passes of the invertible adapters in a directory; often none.
+    """Return the passes of the invertible adapters in a directory; often none.
 
     Raises:
         AdapterError: they are of a kind that no pass does, or the configuration does not mention them.

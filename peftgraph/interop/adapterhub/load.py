@@ -28,10 +28,10 @@ from peftgraph.sites import Sites
 
 
 def read_adapterhub(program: ProgramData, sites: Sites, directory: Path) -> list[PassWithValues]:
-    """Returns the passes that a directory of the library stands for, with their parameters.
+    """Return the passes that a directory of the library describes, with their parameters.
 
     Raises:
-        AdapterError: the files are damaged, fit another base, or say what no pass does.
+        AdapterError: the files are damaged, belong to another base, or describe what no pass does.
     """
     saved = SavedAdapter.read(directory)
     try:
@@ -45,7 +45,7 @@ def read_adapterhub(program: ProgramData, sites: Sites, directory: Path) -> list
 
 
 def _passes(program: ProgramData, sites: Sites, saved: SavedAdapter) -> list[PassWithValues]:
-    """Returns the passes of a directory; passes that change the embeddings come first."""
+    """Return the passes of a directory; passes that change the embeddings come first."""
     first = invertible_passes(saved)
     found = [(part, member) for member in saved.members() for part in _passes_of(program, sites, member)]
     parts = [part for part, _ in found]
@@ -58,7 +58,7 @@ def _passes(program: ProgramData, sites: Sites, saved: SavedAdapter) -> list[Pas
 
 
 def _passes_of(program: ProgramData, sites: Sites, saved: SavedAdapter) -> list[PassWithValues]:
-    """Returns the passes of one configuration."""
+    """Return the passes of one configuration."""
     match saved.options.get("architecture"):
         case None:
             return [bottleneck_pass(sites, saved)]

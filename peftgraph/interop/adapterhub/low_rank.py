@@ -37,10 +37,10 @@ FACTORS = "lora_A", "lora_B"  # by the library's names
 
 
 def low_rank_pass(program: ProgramData, sites: Sites, saved: SavedAdapter) -> PassWithValues:
-    """Returns the pass of a LoRA or a DoRA; a gate replaces alpha / r.
+    """Return the pass of a LoRA or a DoRA; a gate replaces alpha / r.
 
     Raises:
-        AdapterError: an option makes another method of it, or a module is no projection of this model.
+        AdapterError: an option turns it into another method, or a module is no projection of this model.
     """
     values: dict[ParameterKey, Tensor] = {}
     adapted: list[Site] = []
@@ -65,7 +65,7 @@ def low_rank_pass(program: ProgramData, sites: Sites, saved: SavedAdapter) -> Pa
 
 
 def _two_factors(saved: SavedAdapter, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors of one module, with more than two factors multiplied to A and B.
+    """Return the tensors of one module, with more than two factors multiplied to A and B.
 
     VeRA: D A and B' B, with the A and B of all modules. MTL-LoRA: diag(l) A and the weighted mean of several B.
     """
@@ -81,7 +81,7 @@ def _two_factors(saved: SavedAdapter, tensors: Mapping[str, Tensor]) -> dict[str
 
 
 def _shared_factors(saved: SavedAdapter) -> list[Tensor]:
-    """Returns A and B, which all modules of a VeRA share.
+    """Return A and B, which all modules of a VeRA share.
 
     Raises:
         AdapterError: the file lacks them.
@@ -97,7 +97,7 @@ def _shared_factors(saved: SavedAdapter) -> list[Tensor]:
 
 
 def _remark(saved: SavedAdapter) -> str:
-    """Words the warning for an adapter that has more than two factors; "" for one that has two."""
+    """Return the warning for an adapter that has more than two factors; "" for one that has two."""
     word = "an MTL-LoRA" if saved.options.get("architecture") == "mtl_lora" else "a VeRA"
     if word == "a VeRA" and saved.options.get("vera_d") is None and saved.options.get("vera_b") is None:
         return ""
@@ -108,10 +108,10 @@ def _remark(saved: SavedAdapter) -> str:
 
 
 def scale_pass(program: ProgramData, sites: Sites, saved: SavedAdapter) -> PassWithValues:
-    """Returns the pass of an (IA)3.
+    """Return the pass of an (IA)3.
 
     Raises:
-        AdapterError: an option makes another method of it, or a module is no projection of this model.
+        AdapterError: an option turns it into another method, or a module is no projection of this model.
     """
     saved.check({"alpha": 1, "r": 1, "use_gating": False})
     found: dict[Site, Tensor] = {}
@@ -126,7 +126,7 @@ def scale_pass(program: ProgramData, sites: Sites, saved: SavedAdapter) -> PassW
 
 
 def _chosen(program: ProgramData, sites: Sites, path: str, saved: SavedAdapter) -> list[Site]:
-    """Returns the adapted sites of one weight; of a fused one those of the chosen q, k and v, in that order.
+    """Return the adapted sites of one weight; of a fused one those of the chosen q, k and v, in that order.
 
     Raises:
         AdapterError: the parts of a fused weight are no contiguous thirds.
@@ -145,7 +145,8 @@ def _chosen(program: ProgramData, sites: Sites, path: str, saved: SavedAdapter) 
 
 
 def _weight(program: ProgramData, path: str) -> str:
-    """Returns the name here of a module's weight: its path may begin with the name of the base model, or lack it."""
+    """Return this model's name of a module's weight; the module's path may begin with the name of the base model, or
+    lack it."""
     own = f"{path}.weight"
     inner = own.partition(".")[2]
     ending = [name for name in program.table if name.endswith(f".{own}")]

@@ -39,7 +39,7 @@ Biases = Literal["kept", "shifted", "dropped"]
 
 
 def prefix_passes(sites: Sites, saved: SavedAdapter) -> list[PassWithValues]:
-    """Returns the pass of a prefix; two passes where a T5 has biases in only one of its stacks.
+    """Return the pass of a prefix; two passes where a T5 has biases in only one of its stacks.
 
     Raises:
         AdapterError: the model has other attentions, or a T5 has one without a prefix above one with a prefix.
@@ -76,7 +76,7 @@ def prefix_passes(sites: Sites, saved: SavedAdapter) -> list[PassWithValues]:
 
 
 def _biases(sites: Sites, saved: SavedAdapter, word: str, cores: list[Site]) -> Biases:
-    """Returns what happens to the model's biases of the distance in the attentions that have a prefix.
+    """Return how the model's relative position biases are treated in the attentions that have a prefix.
 
     Raises:
         AdapterError: an attention without a prefix, above one with a prefix, loses its biases.
@@ -98,7 +98,7 @@ def _biases(sites: Sites, saved: SavedAdapter, word: str, cores: list[Site]) -> 
 
 
 def _attentions(sites: Sites, saved: SavedAdapter, word: str) -> list[Site]:
-    """Returns the attentions that a prefix serves, from the lowest on.
+    """Return the attentions that a prefix applies to, from the lowest on.
 
     Raises:
         AdapterError: the model does not have one attention of the kind in each layer.
@@ -119,12 +119,12 @@ def _attentions(sites: Sites, saved: SavedAdapter, word: str) -> list[Site]:
 
 
 def _found(sites: Sites, stack: str, kind: str) -> list[Site]:
-    """Returns the attentions of a kind."""
+    """Return the attentions of a kind."""
     return [site for site in sites.select("attention.core") if site.kind == kind and site.stack in (None, stack)]
 
 
 def _rows(saved: SavedAdapter, cores: list[Site], own: Mapping[str, Tensor]) -> dict[ParameterKey, Tensor]:
-    """Returns P_K and P_V of each attention."""
+    """Return P_K and P_V of each attention."""
     if own.keys() != {FLAT}:
         raise AdapterError(f"{saved.directory / TENSORS} has {', '.join(own)}, and not {FLAT} alone.")
     length = saved.option("prefix_length", int)
@@ -136,7 +136,7 @@ def _rows(saved: SavedAdapter, cores: list[Site], own: Mapping[str, Tensor]) -> 
 
 
 def _through_mlp(saved: SavedAdapter, cores: list[Site], own: Mapping[str, Tensor]) -> dict[ParameterKey, Tensor]:
-    """Returns the MLP that the attentions share, and the rows of its last layer for each of them."""
+    """Return the MLP that the attentions share, and the rows of its last layer for each of them."""
     family = "_".join(part for part in (cores[0].stack, cores[0].kind) if part)
     named = saved.named("prefix_tuning", own, MLP | LAST)
     last = {leaf: _cut(saved, named.pop(leaf), (2 * len(cores),)) for leaf in ("weight", "bias") if leaf in named}
@@ -148,7 +148,7 @@ def _through_mlp(saved: SavedAdapter, cores: list[Site], own: Mapping[str, Tenso
 
 
 def _cut(saved: SavedAdapter, tensor: Tensor, parts: tuple[int, ...]) -> Tensor:
-    """Cuts the first axis of a tensor into equal parts.
+    """Cut the first axis of a tensor into equal parts.
 
     Raises:
         AdapterError: its size is not divisible.
@@ -162,7 +162,7 @@ def _cut(saved: SavedAdapter, tensor: Tensor, parts: tuple[int, ...]) -> Tensor:
 
 
 def _gates(sites: Sites, saved: SavedAdapter) -> dict[tuple[str, str], Tensor]:
-    """Returns the gates of a UniPELT, by their sites: "weight" and "bias"."""
+    """Return the gates of a UniPELT, by their sites: "weight" and "bias"."""
     if not saved.options.get("use_gating"):
         return {}
     saved.check({"shared_gating": True})

@@ -25,7 +25,7 @@ POSITIONS: dict[str, Literal["front", "after_first"]] = {"prefix": "front", "pre
 
 
 def prompt_pass(program: ProgramData, sites: Sites, saved: SavedAdapter) -> PassWithValues:
-    """Returns the pass of a prompt.
+    """Return the pass of a prompt.
 
     Raises:
         AdapterError: the rows are of another width than the embedded tokens, or at a position where no pass puts them.
@@ -49,7 +49,7 @@ def prompt_pass(program: ProgramData, sites: Sites, saved: SavedAdapter) -> Pass
 
 
 def _tokens(program: ProgramData, sites: Sites, width: int) -> Site | None:
-    """Returns the largest embedding table, which is the tokens'; None where its width is another."""
+    """Return the largest embedding table, which is the tokens'; None where its width is another."""
     weights = program.table.tensors()
     tables = {site: site.weight.shape(weights) for site in sites.select("embedding") if site.weight is not None}
     found = max(tables, key=lambda site: tables[site][1], default=None)
@@ -57,6 +57,6 @@ def _tokens(program: ProgramData, sites: Sites, width: int) -> Site | None:
 
 
 def _pictures(program: ProgramData, sites: Sites, width: int) -> Site | None:
-    """Returns the block that reads the embedded patches first; None where its width is another."""
+    """Return the block that reads the embedded patches first; None where its width is another."""
     starts = (one for one in match_all(program, sites, sites.select("block")) if is_first_block_without_embedding(one))
     return next((one.site for one in starts if one.features == width), None)

@@ -25,7 +25,7 @@ FREE, BASE = "projection.parametrizations.weight.original", "projection.parametr
 
 
 def reft_pass(sites: Sites, saved: SavedAdapter) -> PassWithValues:
-    """Returns the pass of a ReFT configuration.
+    """Return the pass of a ReFT configuration.
 
     Raises:
         AdapterError: a module is no block of this model, or last tokens are edited in an encoder and a decoder.
@@ -61,7 +61,7 @@ def reft_pass(sites: Sites, saved: SavedAdapter) -> PassWithValues:
 
 
 def _remark(saved: SavedAdapter, orthogonal: bool, whole: bool) -> str:
-    """Words the warning for an R that is not orthonormal; "" for one that is."""
+    """Return the warning for an R that is not orthonormal; "" for one that is."""
     if whole:
         return ""
     if orthogonal:
@@ -83,7 +83,7 @@ def _are_orthonormal(r_RD: Tensor) -> bool:
 def _pass(
     saved: SavedAdapter, sites: Sites, blocks: list[Site], values: dict[ParameterKey, Tensor], last: int, whole: bool
 ) -> tuple[dict[ParameterKey, Tensor], LoReFT]:
-    """Returns LoReFT with the options of the library, and its values.
+    """Return LoReFT with the options of the library, and its values.
 
     An adapter that edits only the first or only the last tokens is written as a tied one: it has one set of parameters.
     """
@@ -108,7 +108,7 @@ def _pass(
 
 
 def _orthonormal_rows(unit: Mapping[str, Tensor], saved: SavedAdapter, path: str) -> Tensor:
-    """Computes R from its parametrisation, as torch does.
+    """Compute R from its parametrisation, as torch does.
 
     Raises:
         AdapterError: the file lacks a part of it.

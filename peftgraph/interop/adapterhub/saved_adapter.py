@@ -52,7 +52,7 @@ class SavedAdapter:
 
     @classmethod
     def read(cls, directory: Path) -> SavedAdapter:
-        """Reads a directory.
+        """Read a directory.
 
         Raises:
             AdapterError: a file is missing, damaged or a pickle, or a tensor belongs to no method of the library.
@@ -79,7 +79,7 @@ class SavedAdapter:
         return cls(directory, options, str(document.get("model_type")), str(document.get("model_class")), tensors)
 
     def members(self) -> list[SavedAdapter]:
-        """Returns one adapter for each configuration of a union, or this one where it is no union.
+        """Return one adapter for each configuration of a union, or this one where it is no union.
 
         Raises:
             AdapterError: a configuration is none.
@@ -95,7 +95,7 @@ class SavedAdapter:
         return [replace(self, options=one) for one in configs]
 
     def at(self, kind: str) -> Tensors:
-        """Returns the tensors of one kind, by path.
+        """Return the tensors of one kind, by path.
 
         Raises:
             AdapterError: there are none.
@@ -105,11 +105,11 @@ class SavedAdapter:
         return self.tensors[kind]
 
     def refuse(self, what: str) -> AdapterError:
-        """Returns the error for what no pass does."""
+        """Return the error for an option that no pass implements."""
         return AdapterError(f"{self.directory / CONFIG} has {what}, which is not read.")
 
     def option(self, key: str, *kinds: type[T]) -> T:
-        """Returns an option of one of the kinds.
+        """Return an option of one of the kinds.
 
         Raises:
             AdapterError: it is missing, or of another kind.
@@ -120,7 +120,7 @@ class SavedAdapter:
         return value
 
     def check(self, needed: Mapping[str, object]) -> None:
-        """Checks that options do not make another method of it.
+        """Check that no option turns the adapter into another method.
 
         Raises:
             AdapterError: one has another value than the needed one.
@@ -130,7 +130,7 @@ class SavedAdapter:
                 raise self.refuse(f"{key}={self.options[key]!r}")
 
     def activation(self) -> str:
-        """Returns our word for its nonlinearity.
+        """Return this library's name of its nonlinearity.
 
         Raises:
             AdapterError: there is none.
@@ -141,10 +141,10 @@ class SavedAdapter:
         return ACTIVATIONS[word]
 
     def named(self, path: str, tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
-        """Returns the tensors of one module by our names.
+        """Return the tensors of one module by our names.
 
         Raises:
-            AdapterError: one has no name here.
+            AdapterError: one has no counterpart here.
         """
         unknown = next((leaf for leaf in tensors if leaf not in names), None)
         if unknown is not None:
@@ -152,7 +152,7 @@ class SavedAdapter:
         return {names[leaf]: value for leaf, value in tensors.items()}
 
     def site(self, sites: Sites, path: str, *roles: str) -> Site:
-        """Returns the site of a module of the library: the one inside it, else the one that the words of its path name.
+        """Return the site of a module of the library: the one inside it, else the one that the words of its path name.
 
         Raises:
             AdapterError: there is none, or more than one.
@@ -192,7 +192,7 @@ class SavedAdapter:
 
 
 def _as_the_library_reads(document: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns the options; before release 1.1 the library did not apply alpha / r."""
+    """Return the options; before release 1.1 the library did not apply alpha / r."""
     options = document["config"]
     release = re.match(r"adapters\.(\d+)\.(\d+)", str(document.get("version", "")))
     early = release is not None and (int(release[1]), int(release[2])) < (1, 1)

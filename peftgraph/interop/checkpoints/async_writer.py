@@ -54,7 +54,7 @@ class AsyncWriter:
         torch.empty(KEPT, dtype=torch.uint8)  # given back at once
 
     def lend(self, size: int) -> Tensor:
-        """Lends memory, (size,) uint8 with any values, until the data of the next call of `write` is written."""
+        """Lend memory, (size,) uint8 with any values, until the data of the next call of `write` is written."""
         while self._waiting and self._used + size > self._limit:
             self._finish()
         fits = [one for one in self._free if one.numel() >= size]
@@ -68,17 +68,17 @@ class AsyncWriter:
         return memory[:size]
 
     def write(self, target: BinaryIO, data: bytes | memoryview) -> None:
-        """Queues `data` to be written after all earlier data; it must not change until then."""
+        """Queue `data` to be written after all earlier data; it must not change until then."""
         lent, self._lent = self._lent, []
         self._waiting.append(_QueuedWrite(self._thread.submit(self._write, target, data), len(data), lent))
         while self._waiting and (self._waiting[0].done.done() or self._used > self._limit):
             self._finish()
 
     def finish(self) -> None:
-        """Waits until everything is written.
+        """Wait until everything is written.
 
         Raises:
-            OSError: the disk refuses.
+            OSError: the data cannot be written.
         """
         while self._waiting:
             self._finish()
@@ -125,7 +125,7 @@ class AsyncWriter:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Limits torch to one thread: chunks are too small to share, and waiting for busy cores costs more."""
+    """Limit torch to one thread: chunks are too small to share, and waiting for busy cores costs more."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

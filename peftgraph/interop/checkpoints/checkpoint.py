@@ -33,10 +33,10 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
-        """Reads the headers of a model directory.
+        """Read the headers of a model directory.
 
         Raises:
-            PeftGraphError: there are no safetensors, a shard is missing or damaged, the shards do not hold what the
+            PeftGraphError: there are no safetensors, a shard is missing or damaged, the shards do not contain what the
                 index says, or the weights are quantised.
         """
         _refuse_quantised(folder)
@@ -68,15 +68,15 @@ class Checkpoint:
         return FLOATS[max(sizes, key=lambda kind: sizes[kind])] if sizes else None
 
     def slot(self, tensor: str) -> Slot:
-        """Returns the dtype, shape and position of a stored tensor."""
+        """Return the dtype, shape and position of a stored tensor."""
         return self.shards[tensor].slots[tensor]
 
     def read(self, tensor: str, lend: Callable[[int], Tensor] | None = None) -> Tensor:
-        """Reads one stored tensor, into memory of its own or memory that `lend` returns."""
+        """Read one stored tensor, into memory of its own or memory that `lend` returns."""
         return self.shards[tensor].read(tensor, lend)
 
     def key(self, names: Iterable[str], prefix: str = "") -> str | None:
-        """Returns the name under which a parameter is stored; None where it is not.
+        """Return the name under which a parameter is stored; None where it is not.
 
         Args:
             names: of the parameter in the model; several where it is tied.
@@ -92,7 +92,7 @@ class Checkpoint:
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
-    """Reads the index: tensor -> name of its file.
+    """Read the index: tensor -> name of its file.
 
     Raises:
         PeftGraphError: it is missing or damaged.
@@ -114,7 +114,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 
 def _refuse_quantised(folder: Path) -> None:
-    """Checks that the weights are not quantised.
+    """Check that the weights are not quantised.
 
     Raises:
         PeftGraphError: they are.

@@ -46,11 +46,11 @@ class FoldedUpdates:
         }
 
     def report(self) -> str:
-        """Returns the proof of the fold, as text."""
+        """Return the proof of the fold, as text."""
         return str(self.plan.proof)
 
     def value(self, key: str, read: Read) -> Tensor:
-        """Computes the new value of a stored tensor, in its shape and dtype."""
+        """Compute the new value of a stored tensor, in its shape and dtype."""
         name, piece = self._pieces[key]
         expert = self._expert(name, piece)
         return piece.slice(self.plan.value(name, lambda one: self.stored[one].read(read, expert), expert))
@@ -61,14 +61,14 @@ class FoldedUpdates:
         return {piece.key: (name, piece) for name in self.plan.changed for piece in self.stored[name].pieces}
 
     def _expert(self, name: str, piece: Piece) -> int | None:
-        """Returns the expert that is computed for a piece; None where all are needed."""
+        """Return the expert that is computed for a piece; None where all are needed."""
         return piece.expert if self.plan.by_expert(name) else None
 
 
 def folded_updates(
     program: P, sites: Sites, apply: Callable[..., P], directory: Path, layout: StorageLayout
 ) -> FoldedUpdates:
-    """Computes what folding an adapter changes in a checkpoint.
+    """Compute what folding an adapter changes in a checkpoint.
 
     Args:
         program: the model without passes, on the meta device.
@@ -93,7 +93,7 @@ def folded_updates(
 
 
 def _stored_as(table: TensorTable, kinds: Mapping[str, torch.dtype | None]) -> TensorTable:
-    """Returns the table of a program on the meta device, with the dtypes of a checkpoint; ties are kept."""
+    """Return the table of a program on the meta device, with the dtypes of a checkpoint; ties are kept."""
     made: dict[int, Tensor] = {}
 
     def converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -22,7 +22,7 @@ from peftgraph.utils.atomic_files import atomic_file
 def write_shards(
     checkpoint: Checkpoint, updates: Updates, target: Path, wrote: Callable[[int], None], limit: int = QUEUED
 ) -> int:
-    """Writes the merged shards of a checkpoint, and its index.
+    """Write the merged shards of a checkpoint, and its index.
 
     A shard has a temporary name until it is whole and on the disk. A file with a shard's name and size is kept, so the
     folder must be of this merge. One thread writes finished tensors while the next one is computed. At any time, memory
@@ -64,7 +64,7 @@ def write_shards(
 
 
 def _finite_value(checkpoint: Checkpoint, updates: Updates, key: str, read: Read) -> Tensor:
-    """Computes a new value and checks that it is finite wherever the stored one is.
+    """Compute a new value and check that it is finite wherever the stored one is.
 
     Raises:
         PeftGraphError: it is not.
@@ -81,7 +81,7 @@ def _finite_value(checkpoint: Checkpoint, updates: Updates, key: str, read: Read
 
 
 def check_space(checkpoint: Checkpoint, target: Path, begun: Path) -> None:
-    """Checks that the disk has space for the merged shards.
+    """Check that the disk has space for the merged shards.
 
     Args:
         checkpoint: of the base.
@@ -89,7 +89,7 @@ def check_space(checkpoint: Checkpoint, target: Path, begun: Path) -> None:
         begun: the folder with finished shards; it need not exist.
 
     Raises:
-        PeftGraphError: it has not.
+        PeftGraphError: it does not.
     """
     disk = next((folder for folder in (target, *target.parents) if folder.exists()), Path(target.anchor))
     free = shutil.disk_usage(disk).free
@@ -101,7 +101,7 @@ def check_space(checkpoint: Checkpoint, target: Path, begun: Path) -> None:
 
 
 def identity(checkpoint: Checkpoint, adapter: Iterable[Path]) -> str:
-    """Hashes what a merge is made of: the contents of small files; of shards the header, the size and the time."""
+    """Hash the inputs of a merge: the contents of small files, and the header, size and time of shards."""
     digest = hashlib.sha256()
     index = checkpoint.folder / INDEX
     for path in (checkpoint.folder / "config.json", *([index] if index.is_file() else []), *adapter):

@@ -40,7 +40,7 @@ class Piece:
     last: int | None = None
 
     def slice(self, full: Tensor) -> Tensor:
-        """Returns the piece's part of a parameter, in its memory."""
+        """Return the piece's part of a parameter, in its memory."""
         own = full if self.expert is None else full[self.expert]
         return own if self.last is None else own.narrow(self.axis, self.first, self.last - self.first)
 
@@ -58,11 +58,11 @@ class StoredParameter:
     experts: int | None = None
 
     def names(self, expert: int | None = None) -> tuple[str, ...]:
-        """Returns the names of the stored tensors of the parameter, or of one expert of it."""
+        """Return the names of the stored tensors of the parameter, or of one expert of it."""
         return tuple(piece.key for piece in self._of(expert))
 
     def read(self, read: Callable[[str], Tensor], expert: int | None = None) -> Tensor:
-        """Reads the parameter; with an expert, its values for every expert of the stack, in the memory of one."""
+        """Read the parameter; with an expert, its values for every expert of the stack, in the memory of one."""
         if self.experts is None:
             return _joined([read(piece.key) for piece in self.pieces], self.pieces[0].axis)
         if expert is not None:
@@ -95,7 +95,7 @@ class StorageLayout:
 
     @classmethod
     def of(cls, model: nn.Module, checkpoint: Checkpoint) -> StorageLayout:
-        """Finds the layout of a checkpoint.
+        """Find the layout of a checkpoint.
 
         Args:
             model: on the meta device. A model that is not transformers' stores each parameter under its own name.
@@ -107,7 +107,7 @@ class StorageLayout:
         return cls(checkpoint, prefix, _converted(model, checkpoint, prefix))
 
     def find(self, names: Iterable[str]) -> StoredParameter | None:
-        """Returns how a parameter is stored; None where it is not, or not value by value.
+        """Return how a parameter is stored; None where it is not, or not value by value.
 
         Args:
             names: of the parameter in the model; several where it is tied.
@@ -120,7 +120,7 @@ class StorageLayout:
 
 
 def _converted(model: Any, checkpoint: Checkpoint, prefix: str) -> dict[str, StoredParameter]:
-    """Returns the parameters that transformers assembles, value by value, from stored tensors with other names."""
+    """Return the parameters that transformers assembles, value by value, from stored tensors with other names."""
     from transformers import conversion_mapping
     from transformers import core_model_loading as loading
 
@@ -144,7 +144,8 @@ def _converted(model: Any, checkpoint: Checkpoint, prefix: str) -> dict[str, Sto
 
 
 def _stored(checkpoint: Checkpoint, groups: Mapping[str | None, list[str]], converter: Any) -> StoredParameter | None:
-    """Returns one parameter from its tensors by pattern; None where transformers does more than assemble them."""
+    """Return a parameter that is assembled from its tensors by pattern; None where transformers does more than
+    assemble."""
     if converter is None:
         keys = groups[None]
         return StoredParameter((Piece(keys[0]),)) if len(groups) == len(keys) == 1 else None
@@ -161,7 +162,7 @@ def _stored(checkpoint: Checkpoint, groups: Mapping[str | None, list[str]], conv
 
 
 def _steps(operations: Sequence[Any]) -> tuple[bool, int | None]:
-    """Returns whether operations stack, and the axis along which they concatenate; None for it where they do more."""
+    """Return whether operations stack, and the axis along which they concatenate; None for it where they do more."""
     steps = [(type(one).__name__, getattr(one, "dim", None)) for one in operations]
     stacks = steps[0] == ("MergeModulelist", 0)
     rest = steps[stacks:]
@@ -173,7 +174,7 @@ def _steps(operations: Sequence[Any]) -> tuple[bool, int | None]:
 
 
 def _along(checkpoint: Checkpoint, keys: Sequence[str], expert: int | None, axis: int) -> list[Piece]:
-    """Returns pieces that are concatenated along an axis."""
+    """Return pieces that are concatenated along an axis."""
     pieces: list[Piece] = []
     first = 0
     for key in keys:
@@ -184,7 +185,7 @@ def _along(checkpoint: Checkpoint, keys: Sequence[str], expert: int | None, axis
 
 
 def _fits(checkpoint: Checkpoint, stored: StoredParameter, shape: tuple[int, ...]) -> bool:
-    """Checks whether the pieces have one floating dtype and fill a parameter of that shape."""
+    """Check whether the pieces have one floating dtype and fill a parameter of that shape."""
     slots = {piece: checkpoint.slot(piece.key) for piece in stored.pieces}
     kinds = {slot.dtype for slot in slots.values()}
     if len(kinds) > 1 or not kinds <= FLOATS.keys():

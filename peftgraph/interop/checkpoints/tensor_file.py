@@ -65,7 +65,7 @@ class TensorFile:
 
     @classmethod
     def open(cls, path: Path) -> TensorFile:
-        """Reads the header.
+        """Read the header.
 
         Raises:
             PeftGraphError: the file is missing or no whole safetensors file.
@@ -93,7 +93,7 @@ class TensorFile:
         return cls(path, head, ordered, path.stat().st_size)
 
     def read(self, name: str, lend: Callable[[int], Tensor] | None = None) -> Tensor:
-        """Reads one tensor.
+        """Read one tensor.
 
         Args:
             name: of the tensor.
@@ -115,12 +115,12 @@ class TensorFile:
         return data.view(FLOATS[slot.dtype]).reshape(slot.shape)
 
     def rewrite(self, target: BinaryIO, values: Mapping[str, Callable[[], Tensor]], writer: AsyncWriter) -> None:
-        """Writes a copy of the file, in order, with other values for some tensors.
+        """Write a copy of the file, in order, with other values for some tensors.
 
         Args:
             target: what to write to, unbuffered.
             values: compute the new values; called in the order of the file.
-            writer: writes.
+            writer: writes the data.
 
         Raises:
             PeftGraphError: a new value has another shape or dtype, or the file has changed.
@@ -152,10 +152,10 @@ class TensorFile:
 
 
 def _read_into(file: FileIO, start: int, data: Tensor, path: Path) -> None:
-    """Fills `data` with the bytes of a file from an offset on.
+    """Fill `data` with the bytes of a file from an offset on.
 
     Raises:
-        PeftGraphError: the file ends before.
+        PeftGraphError: the file is too short.
     """
     left = data.numpy().data
     file.seek(start)
@@ -167,6 +167,6 @@ def _read_into(file: FileIO, start: int, data: Tensor, path: Path) -> None:
 
 
 def _read_ahead(file: FileIO, slot: Slot) -> None:
-    """Asks the system, where it can be asked, to read what follows a tensor while this one is computed."""
+    """Ask the system, where it supports this, to read the data after a tensor ahead of time."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file.fileno(), slot.end, AHEAD, os.POSIX_FADV_WILLNEED)

@@ -23,7 +23,7 @@ class Updates(Protocol):
         ...
 
     def value(self, key: str, read: Read) -> Tensor:
-        """Computes the new value of a stored tensor, in its shape and dtype.
+        """Compute the new value of a stored tensor, in its shape and dtype.
 
         Args:
             key: one of `changed`.
@@ -32,12 +32,12 @@ class Updates(Protocol):
         ...
 
     def report(self) -> str:
-        """Says what changes, or what was proved of it, in lines for the user."""
+        """Say what changes, or what was proved about it, in lines for the user."""
         ...
 
 
 def stored_as(layout: StorageLayout, names: Sequence[str], shape: Iterable[int]) -> StoredParameter:
-    """Returns how a parameter that changes is stored.
+    """Return how a parameter that changes is stored.
 
     Args:
         layout: of the model's weights.

@@ -35,7 +35,7 @@ class PeftContent:
 
 
 def module_paths(program: ProgramData) -> set[str]:
-    """Returns the paths of the base's modules that hold tensors, and of the modules that contain them."""
+    """Return the paths of the base's modules that hold tensors, and of the modules that contain them."""
     found: set[str] = set()
     for name, entry in program.table.items():
         path = "" if entry.added else name.rpartition(".")[0]
@@ -46,10 +46,10 @@ def module_paths(program: ProgramData) -> set[str]:
 
 
 def target_names(paths: Iterable[str], known: set[str]) -> list[str] | str:
-    """Returns names that select these modules among the known ones, as `target_modules` takes them.
+    """Return names that select these modules among the known ones, in the form of `target_modules`.
 
-    The last parts of the paths where these suffice; else the whole paths; a regular expression where a path is the end
-    of another one.
+    The last parts of the paths if these suffice, otherwise the whole paths, or a regular expression if a path is the
+    end of another one.
     """
     wanted = set(paths)
     for names in ({path.rpartition(".")[2] for path in wanted}, wanted):

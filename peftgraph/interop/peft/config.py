@@ -65,11 +65,11 @@ class PeftConfig:
     def read(
         cls, directory: Path, known: Mapping[str, Collection[str]] = KNOWN, refused: str = "which no pass does."
     ) -> PeftConfig:
-        """Reads and checks the options of a directory.
+        """Read and check the options of a directory.
 
         Args:
             directory: of the adapter.
-            known: by method, the options that are read or say nothing, besides those of every method.
+            known: the options that are read or have no effect, by method, besides those of every method.
             refused: the end of the sentence that refuses another option.
 
         Raises:
@@ -92,7 +92,7 @@ class PeftConfig:
         return self.option("peft_type", str, "")
 
     def option(self, key: str, kind: type[T] | tuple[type[T], ...], default: T) -> T:
-        """Returns an option of a kind, or its default.
+        """Return an option of a kind, or its default.
 
         Raises:
             AdapterError: it is of another kind.
@@ -105,11 +105,11 @@ class PeftConfig:
         return value
 
     def number(self, key: str, default: float) -> float:
-        """Returns an option that is a number, or its default."""
+        """Return an option that is a number, or its default."""
         return self.option(key, (int, float), default)
 
     def number_at(self, key: str, pattern: str, path: str, default: float) -> float:
-        """Returns the number of a module: that of the first entry of `pattern` that matches its path, else `key`'s."""
+        """Return the number of a module: that of the first entry of `pattern` that matches its path, else `key`'s."""
         entries: dict[str, Any] = self.option(pattern, dict, {})
         found = next((one for one in entries if self.matches(rf"(.*\.)?({one})$", path)), None)
         if found is None:
@@ -117,7 +117,7 @@ class PeftConfig:
         return PeftConfig(self.directory, entries).number(found, default)
 
     def scale(self, key: str) -> float:
-        """Returns alpha / rank, or alpha / sqrt(rank), of a module or of a parameter that is a target by itself."""
+        """Return alpha / rank, or alpha / sqrt(rank), of a module or of a parameter that is a target by itself."""
         rank = self.rank(key)
         return self.alpha(key) / (math.sqrt(rank) if self.option("use_rslora", bool, False) else rank)
 
@@ -127,7 +127,7 @@ class PeftConfig:
         return self.option("trainable_token_indices", (list, dict), []) or self.option("token_indices", list, [])
 
     def tokens(self, path: str) -> tuple[int, ...]:
-        """Returns the tokens of a module whose rows train.
+        """Return the tokens of a module whose rows train.
 
         Raises:
             AdapterError: they are no numbers.
@@ -140,7 +140,7 @@ class PeftConfig:
         return tuple(found)
 
     def selects(self, path: str) -> bool:
-        """Checks whether a module is a target."""
+        """Check whether a module is a target."""
         return self.matches_target("target_modules", path) and not (
             self.matches_target("exclude_modules", path)
             or any(self.matches(rf"(^|.*\.){one}($|\..*)", path) for one in self.option("modules_to_save", list, []))
@@ -148,7 +148,7 @@ class PeftConfig:
         )
 
     def check_selects(self, path: str) -> None:
-        """Checks that a module with tensors is a target; peft would not load them otherwise.
+        """Check that a module with tensors is a target; peft would not load them otherwise.
 
         Raises:
             AdapterError: it is none.
@@ -157,15 +157,15 @@ class PeftConfig:
             raise AdapterError(f"{self.directory}: {path} has tensors, but target_modules does not select it.")
 
     def trains_whole(self, path: str) -> bool:
-        """Checks whether a module trains as a whole (modules_to_save)."""
+        """Check whether a module trains as a whole (modules_to_save)."""
         return any(path.endswith(str(end)) for end in self.option("modules_to_save", list, []))
 
     def selects_parameter(self, name: str) -> bool:
-        """Checks whether a parameter is a target by itself (target_parameters)."""
+        """Check whether a parameter is a target by itself (target_parameters)."""
         return ends_with(name, self.option("target_parameters", list, []))
 
     def target_parameters(self, names: Iterable[str], path: str) -> list[str]:
-        """Returns the parameters of a module that are targets by themselves, the innermost wrap first.
+        """Return the parameters of a module that are targets by themselves, the innermost wrap first.
 
         Args:
             names: of a model's parameters, in its order.
@@ -174,22 +174,22 @@ class PeftConfig:
         return [name for name in names if name.rpartition(".")[0] == path and self.selects_parameter(name)]
 
     def rank(self, key: str) -> int:
-        """Returns the rank of a module, or of a parameter that is a target by itself."""
+        """Return the rank of a module, or of a parameter that is a target by itself."""
         return int(self.number_at("r", "rank_pattern", key, 8))
 
     def alpha(self, key: str) -> float:
-        """Returns alpha of a module, or of a parameter that is a target by itself."""
+        """Return alpha of a module, or of a parameter that is a target by itself."""
         return float(self.number_at("lora_alpha", "alpha_pattern", key, 8))
 
     def matches_target(self, option: str, path: str) -> bool:
-        """Checks whether an option selects a path: it is a regular expression, or a list of ends of paths."""
+        """Check whether an option selects a path: it is a regular expression, or a list of ends of paths."""
         value = self.options.get(option)
         if isinstance(value, str):
             return self.matches(rf"(?:{value})\Z", path)
         return ends_with(path, self.option(option, list, []))
 
     def matches(self, pattern: str, path: str) -> bool:
-        """Checks whether a regular expression of the file matches from the start of a path.
+        """Check whether a regular expression of the file matches from the start of a path.
 
         Raises:
             AdapterError: it is no regular expression.
@@ -203,7 +203,7 @@ class PeftConfig:
             raise AdapterError(f"{self.directory / CONFIG} is damaged: {error}") from None
 
     def _in_layers(self, path: str) -> bool:
-        """Checks whether a path is in one of the layers of layers_to_transform."""
+        """Check whether a path is in one of the layers of layers_to_transform."""
         layers = self.options.get("layers_to_transform")
         if layers in (None, []) or isinstance(self.options.get("target_modules"), str):
             return True
@@ -218,5 +218,5 @@ class PeftConfig:
 
 
 def ends_with(path: str, ends: Iterable[object]) -> bool:
-    """Checks whether a dotted path is one of `ends`, or ends with one after a dot."""
+    """Check whether a dotted path is one of `ends`, or ends with one after a dot."""
     return any(path == end or path.endswith(f".{end}") for end in ends)

@@ -13,7 +13,7 @@ from peftgraph.interop.peft.save import write_peft
 
 
 def is_peft(directory: Path) -> bool:
-    """Checks whether a directory is peft's: its configuration has a peft_type, or is no object at all.
+    """Check whether a directory is peft's: its configuration has a peft_type, or is no object at all.
 
     Raises:
         AdapterError: the configuration is damaged.

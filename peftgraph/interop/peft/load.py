@@ -32,7 +32,7 @@ MODULES = ("LORA", "IA3")  # the methods whose target_modules are projections
 
 
 def read_peft(program: ProgramData, sites: Sites, directory: Path) -> list[PassWithValues]:
-    """Returns the passes that a peft directory stands for, with their parameters.
+    """Return the passes that a peft directory describes, with their parameters.
 
     Args:
         program: what the adapter is to be applied to.
@@ -40,7 +40,7 @@ def read_peft(program: ProgramData, sites: Sites, directory: Path) -> list[PassW
         directory: what peft wrote.
 
     Raises:
-        AdapterError: the files are damaged, fit another base, or say what no pass does.
+        AdapterError: the files are damaged, belong to another base, or describe what no pass does.
     """
     config = PeftConfig.read(directory)
     tensors = PeftTensors.read(config)
@@ -52,14 +52,14 @@ def read_peft(program: ProgramData, sites: Sites, directory: Path) -> list[PassW
 
 
 def _passes(program: ProgramData, sites: Sites, config: PeftConfig, tensors: PeftTensors) -> list[PassWithValues]:
-    """Returns the passes of the method, of tokens beside a LoRA, and of the base's own parameters."""
+    """Return the passes of the method, of tokens that train along with a LoRA, and of the base's own parameters."""
     passes = READERS[config.method](program, sites, config, tensors)
     passes += token_passes(program, sites, config, tensors) if config.method == "LORA" else []
     return passes + base_parameter_passes(program, sites, config, tensors)
 
 
 def _check_complete(sites: Sites, config: PeftConfig, tensors: PeftTensors) -> None:
-    """Checks that the file has the tensors of every target; peft would initialise a missing one afresh.
+    """Check that the file has the tensors of every target; peft would randomly initialise a missing one.
 
     Raises:
         AdapterError: it lacks those of a target.

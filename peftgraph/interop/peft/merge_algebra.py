@@ -46,10 +46,10 @@ class TensorChange:
     tokens: tuple[int, ...] = ()
 
     def apply(self, stored: Tensor, load: Load, expert: int | None = None) -> Tensor:
-        """Computes the new value of the tensor, in its dtype and memory; one chunk at a time is in the wide dtype.
+        """Compute the new value of the tensor, in its dtype and memory; one chunk at a time is in the wide dtype.
 
         Args:
-            stored: its value, or what replaces it.
+            stored: its value, or the one that replaces it.
             load: returns a tensor of the adapter.
             expert: the only expert of a stack that changes; None for all.
         """
@@ -72,11 +72,11 @@ class TensorChange:
         return stored
 
     def _axis(self, role: str, value: Tensor) -> int | None:
-        """Returns the axis of output features of a role's tensor; None where it has none."""
+        """Return the axis of output features of a role's tensor; None where it has none."""
         return {"B": -2, "m": -1, "d": -1, "l": -2 if value.shape[0] > 1 else None}.get(role)
 
     def _changed(self, window: Tensor, own: Mapping[str, Tensor]) -> Tensor:
-        """Computes the new value of a window of the tensor."""
+        """Compute the new value of a window of the tensor."""
         if "A" in own:
             v_OI = window + self.scale * (own["B"] @ own["A"])
             return (own["m"] / torch.linalg.vector_norm(v_OI, 2, -1)).unsqueeze(-1) * v_OI if "m" in own else v_OI

@@ -23,7 +23,7 @@ PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # the other
 
 
 def read_merge(directory: Path) -> PeftConfig:
-    """Reads and checks the options of an adapter that is to be merged weight by weight.
+    """Read and check the options of an adapter that is to be merged weight by weight.
 
     Raises:
         AdapterError: it is no LoRA, (IA)3 or rows of tokens, or has an option that no change of the base's weights

@@ -55,11 +55,11 @@ class PeftUpdates:
         }
 
     def report(self) -> str:
-        """Says how many tensors change."""
+        """Say how many tensors change."""
         return f"changed   {len(self.changed)} tensors; every other tensor is the base's own"
 
     def value(self, key: str, read: Read) -> Tensor:
-        """Computes the new value of a stored tensor, in its shape and dtype."""
+        """Compute the new value of a stored tensor, in its shape and dtype."""
         name, piece = self._pieces[key]
         change = self.changes[name]
         if change.replaced is None:
@@ -75,7 +75,7 @@ class PeftUpdates:
 
 
 def peft_updates(model: nn.Module, directory: Path, checkpoint: Checkpoint) -> PeftUpdates:
-    """Computes what merging an adapter of peft changes in a checkpoint.
+    """Compute what merging an adapter of peft changes in a checkpoint.
 
     Args:
         model: the base, on the meta device.
@@ -121,19 +121,20 @@ class _Base:
         return getattr(self.model, "base_model_prefix", "")
 
     def find(self, parameter: str) -> str | None:
-        """Returns the name here of an adapter's parameter; the adapter may be of a model with a head, this one bare."""
+        """Return this model's name of an adapter's parameter; the adapter may belong to a model with a head, and this
+        model have none."""
         bare = parameter.removeprefix(f"{self.prefix}.") if self.prefix else parameter
         names = (parameter, bare, f"{self.prefix}.{parameter}")
         return next((name for name in names if name in self.tensors), None)
 
     def find_module(self, path: str) -> str | None:
-        """Returns the path here of an adapter's module; None where no such module has parameters of its own."""
+        """Return this model's path of an adapter's module; None where no such module has parameters of its own."""
         bare = path.removeprefix(f"{self.prefix}.") if self.prefix else path
         owners = {name.rpartition(".")[0] for name in self.tensors}
         return next((one for one in (path, bare, f"{self.prefix}.{path}") if one in owners), None)
 
     def name(self, parameter: str, directory: Path) -> str:
-        """Returns the name here of an adapter's parameter.
+        """Return this model's name of an adapter's parameter.
 
         Raises:
             AdapterError: the model does not have it.
@@ -144,12 +145,12 @@ class _Base:
         return name
 
     def tied(self, name: str) -> list[str]:
-        """Returns all names of the same tensor, this one first."""
+        """Return all names of the same tensor, this one first."""
         others = [other for other, tensor in self.tensors.items() if tensor is self.tensors[name] and other != name]
         return [name, *others]
 
     def view(self, name: str) -> View | None:
-        """Returns the view of a tensor as (out, in) matrix or (out,) vector; None where it is neither."""
+        """Return the view of a tensor as (out, in) matrix or (out,) vector; None where it is neither."""
         module = self.model.get_submodule(name.rpartition(".")[0])
         if self.tensors[name].dim() == 1:
             return View(name, vector=True)
@@ -170,7 +171,7 @@ def _tensors(directory: Path) -> TensorFile:
 
 
 def _by_parameter(config: PeftConfig, file: TensorFile, base: _Base) -> dict[str, dict[str, str]]:
-    """Returns the adapter's tensors by the parameter that they change, under the adapter's name for it, and by role."""
+    """Return the adapter's tensors by the parameter that they change, under the adapter's name for it, and by role."""
     found: dict[str, dict[str, str]] = {}
     for key, slot in file.slots.items():
         parsed = parse_tensor_name(key.removeprefix(PREFIX))
@@ -193,7 +194,7 @@ def _by_parameter(config: PeftConfig, file: TensorFile, base: _Base) -> dict[str
 def _change(
     config: PeftConfig, file: TensorFile, base: _Base, parameter: str, roles: Mapping[str, str]
 ) -> TensorChange:
-    """Returns the checked change of one parameter, under the adapter's name for it.
+    """Return the checked change of one parameter, under the adapter's name for it.
 
     Raises:
         AdapterError: the tensors do not fit the base, or the module cannot be merged by weights.
@@ -227,7 +228,7 @@ def _change(
 def _shapes(
     config: PeftConfig, at: str, sizes: tuple[int, ...], have: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes that an adapter's tensors must have at a weight (O, I) or (E, O, I), or a bias (O,)."""
+    """Return the shapes that an adapter's tensors must have at a weight (O, I) or (E, O, I), or a bias (O,)."""
     if "l" in have:
         return {"l": (1, sizes[1]) if len(sizes) == 2 and have["l"][0] == 1 != sizes[0] else (sizes[0], 1)}
     if len(sizes) == 1:
@@ -239,7 +240,7 @@ def _shapes(
 
 
 def _check_ties(file: TensorFile, base: _Base, name: str, changes: Mapping[str, TensorChange]) -> None:
-    """Checks that no change of a tied weight leaks into another one.
+    """Check that no change of a tied weight leaks into another one.
 
     The adapter may give all names of a tied weight the same new value, or change the rows of its first name, the
     embedding's.
@@ -260,7 +261,7 @@ def _check_ties(file: TensorFile, base: _Base, name: str, changes: Mapping[str, 
 
 
 def _changes_rows_of_first(file: TensorFile, base: _Base, name: str, changes: Mapping[str, TensorChange]) -> bool:
-    """Checks whether a tied table changes only in the trained rows of its first name."""
+    """Check whether a tied table changes only in the trained rows of its first name."""
     tied = set(base.tied(name))
     first = changes.get(next((one for one in base.tensors if one in tied), name))
     if first is None or not first.tokens:

@@ -25,7 +25,7 @@ from peftgraph.sites import Site, Sites
 def base_parameter_passes(
     program: ProgramData, sites: Sites, config: PeftConfig, tensors: PeftTensors
 ) -> list[PassWithValues]:
-    """Returns one pass that trains the base's own parameters that the file holds; none where it holds none.
+    """Return one pass that trains the base's own parameters that the file holds; none where it holds none.
 
     Raises:
         AdapterError: a tensor is no site's own, or is tied to one that the file does not hold.
@@ -63,7 +63,8 @@ def base_parameter_passes(
 
 
 def biases_of_b(config: PeftConfig, tensors: PeftTensors) -> dict[str, torch.Tensor]:
-    """Returns what the biases of B (lora_bias) add to the bias of each projection, s d, by the name of that bias."""
+    """Return the value s d that the biases of B (lora_bias) add to the bias of each projection, by the name of that
+    bias."""
     return {
         f"{path}.bias": config.scale(path) * values[LORA_BIAS]
         for (path, _), values in tensors.modules.items()
@@ -72,7 +73,7 @@ def biases_of_b(config: PeftConfig, tensors: PeftTensors) -> dict[str, torch.Ten
 
 
 def _check(program: ProgramData, config: PeftConfig, wanted: dict[str, torch.Tensor], chosen: list[Site]) -> None:
-    """Checks that sites own all tensors that differ from the base, and that no tie is cut.
+    """Check that sites own all tensors that differ from the base, and that no tie is broken.
 
     Raises:
         AdapterError: a condition does not hold.

@@ -55,7 +55,7 @@ class Adapted:
 def low_rank_passes(
     program: ProgramData, sites: Sites, config: PeftConfig, tensors: PeftTensors
 ) -> list[PassWithValues]:
-    """Returns the passes of a LoRA directory, with their values.
+    """Return the passes of a LoRA directory, with their values.
 
     Raises:
         AdapterError: a target is no site, or the file says what no pass does.
@@ -82,7 +82,7 @@ def low_rank_passes(
 
 
 def _check_start(config: PeftConfig) -> None:
-    """Checks that the start of the adapter leaves the base's weights alone, or can be recomputed.
+    """Check that the adapter's initialisation left the base's weights unchanged, or can be recomputed.
 
     Raises:
         AdapterError: it does not.
@@ -97,7 +97,7 @@ def _check_start(config: PeftConfig) -> None:
 
 
 def _transposed_twin(program: ProgramData, site: Site, others: Sequence[Site]) -> Site | None:
-    """Returns a site that multiplies by the transpose of the same tensor: the embedding of a tied head."""
+    """Return a site that multiplies by the transpose of the same tensor: the embedding of a tied head."""
     assert site.weight is not None
     tied = program.table.tied(site.weight.parameter)
     same = [one for one in others if one.weight is not None and one.weight.parameter in tied]
@@ -105,14 +105,14 @@ def _transposed_twin(program: ProgramData, site: Site, others: Sequence[Site]) -
 
 
 def _are_transposes(known: Mapping[ParameterKey, Tensor], leader: Site, values: Mapping[str, Tensor]) -> bool:
-    """Checks whether a low-rank change is the transpose of another site's, factor by factor; DoRA's never is."""
+    """Check whether a low-rank change is the transpose of another site's, factor by factor; DoRA's never is."""
     a, b = (known[leader.id, name] for name in (LORA_A, LORA_B))
     plain = values.keys() == {LORA_A, LORA_B}
     return plain and torch.equal(values[LORA_A], b.t()) and torch.equal(values[LORA_B], a.t())
 
 
 def _added_biases(program: ProgramData, sites: Sites, config: PeftConfig, tensors: PeftTensors) -> list[PassWithValues]:
-    """Returns a pass that adds the biases of B where the projection has none of its own."""
+    """Return a pass that adds the biases of B where the projection has none of its own."""
     values: dict[ParameterKey, Tensor] = {}
     chosen: list[Site] = []
     for name, d_O in biases_of_b(config, tensors).items():
@@ -147,7 +147,7 @@ def _changes_base(config: PeftConfig, what: str) -> AdapterError:
 
 
 def _adapted(program: ProgramData, config: PeftConfig, tensors: PeftTensors) -> Iterator[Adapted]:
-    """Yields every adapted weight of the file, in the shapes of a plain projection."""
+    """Yield every adapted weight of the file, in the shapes of a plain projection."""
     for module in tensors.modules:
         path, wraps = module
         if TOKEN_ROWS in tensors.modules[module]:
@@ -174,7 +174,7 @@ def _adapted(program: ProgramData, config: PeftConfig, tensors: PeftTensors) -> 
 
 
 def _changes_rows(program: ProgramData, site: Site, one: Adapted) -> bool:
-    """Checks whether an adapter changes the rows that a site owns."""
+    """Check whether an adapter changes the rows that a site owns."""
     view, rows = weight_view(site), output_rows(site)
     assert view is not None
     still = not bool(one.b_OR[..., rows, :].any())
@@ -185,7 +185,7 @@ def _changes_rows(program: ProgramData, site: Site, one: Adapted) -> bool:
 
 
 def _at_site(site: Site, one: Adapted, config: PeftConfig) -> tuple[int, float, dict[str, Tensor]]:
-    """Returns rank, alpha and values at one site: its own rows, with a rank of at most its matrix's smaller side."""
+    """Return rank, alpha and values at one site: its own rows, with a rank of at most its matrix's smaller side."""
     view = weight_view(site)
     window = None if view is None else view.window
     start = config.options.get("init_lora_weights")

@@ -26,10 +26,10 @@ from peftgraph.sites import Selector, Site, Sites
 
 
 def prefix_passes(program: ProgramData, sites: Sites, config: PeftConfig, tensors: PeftTensors) -> list[PassWithValues]:
-    """Returns the pass of a PREFIX_TUNING directory.
+    """Return the pass of a PREFIX_TUNING directory.
 
     Raises:
-        AdapterError: the model has other layers, or positions that cannot be moved as peft moves them.
+        AdapterError: the model has other layers, or positions that cannot be shifted as peft shifts them.
     """
     rows = _rows(config, tensors)
     with_encoder = config.number("num_transformer_submodules", 1) == 2
@@ -58,17 +58,18 @@ def prefix_passes(program: ProgramData, sites: Sites, config: PeftConfig, tensor
 
 
 def decoder_cores(sites: Sites) -> list[Site]:
-    """Returns the self-attentions of a decoder that has an encoder."""
+    """Return the self-attentions of a decoder that has an encoder."""
     return [site for site in sites.select("attention.core") if site.stack == "decoder" and site.kind == "self"]
 
 
 def source_layer(layer: int, layers: int) -> int:
-    """Returns the layer whose rows peft gives to a layer of a decoder that has an encoder: it takes two a layer."""
+    """Return the layer whose rows peft uses for a layer of a decoder that has an encoder: it uses two for each
+    layer."""
     return 2 * layer % layers
 
 
 def have_biases(program: ProgramData, cores: Sequence[Site]) -> bool:
-    """Checks whether attentions add trained biases of the distance, as in T5; these apply to peft's prefix too."""
+    """Check whether attentions add trained relative position biases, as in T5; these apply to peft's prefix too."""
     products = {name for site in cores for port, name in site.ports.items() if port in "qkv" or "product" in port}
     todo = [program.node(site.op) for site in cores]
     seen = {*todo, *map(program.node, products)}
@@ -83,7 +84,7 @@ def have_biases(program: ProgramData, cores: Sequence[Site]) -> bool:
 
 
 def position_advice(program: ProgramData, length: int, with_encoder: bool, what: object) -> str:
-    """Says what the user must do so that the model gets the positions that peft gives it.
+    """Say what the user must do so that the model gets the same positions as under peft.
 
     Raises:
         AdapterError: nothing can be done: the model computes its positions itself.
@@ -101,7 +102,7 @@ def position_advice(program: ProgramData, length: int, with_encoder: bool, what:
 
 
 def prompt_passes(program: ProgramData, sites: Sites, config: PeftConfig, tensors: PeftTensors) -> list[PassWithValues]:
-    """Returns the pass of a PROMPT_TUNING directory.
+    """Return the pass of a PROMPT_TUNING directory.
 
     Raises:
         AdapterError: the model embeds no tokens of that width, or more than one kind of them.
@@ -114,7 +115,7 @@ def prompt_passes(program: ProgramData, sites: Sites, config: PeftConfig, tensor
 def ptuning_passes(
     program: ProgramData, sites: Sites, config: PeftConfig, tensors: PeftTensors
 ) -> list[PassWithValues]:
-    """Returns the pass of a P_TUNING directory: the rows that its encoder computed.
+    """Return the pass of a P_TUNING directory: the rows that its encoder computed.
 
     Raises:
         AdapterError: as for a prompt.
@@ -127,7 +128,7 @@ def ptuning_passes(
 def adaption_passes(
     program: ProgramData, sites: Sites, config: PeftConfig, tensors: PeftTensors
 ) -> list[PassWithValues]:
-    """Returns the pass of an ADAPTION_PROMPT directory: LLaMA-Adapter with one gate for each layer.
+    """Return the pass of an ADAPTION_PROMPT directory: LLaMA-Adapter with one gate for each layer.
 
     Raises:
         AdapterError: a target is no attention.
@@ -159,7 +160,8 @@ def _rows(config: PeftConfig, tensors: PeftTensors) -> Tensor:
 
 
 def _embedding(program: ProgramData, sites: Sites, config: PeftConfig, rows: Tensor) -> tuple[Site, Selector, int]:
-    """Returns the embedding whose tokens get the rows, an encoder's where there is one, its selector, and their number.
+    """Return the embedding whose tokens the rows are prepended to (an encoder's where there is one), its selector, and
+    the number of rows.
 
     Raises:
         AdapterError: the model embeds no tokens of that width, or more than one kind of them.

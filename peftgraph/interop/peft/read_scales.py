@@ -25,7 +25,7 @@ from peftgraph.sites import Site, Sites
 
 
 def scale_passes(program: ProgramData, sites: Sites, config: PeftConfig, tensors: PeftTensors) -> list[PassWithValues]:
-    """Returns the passes of an IA3 directory, with their values; warns of sites that the paper does not scale.
+    """Return the passes of an IA3 directory, with their values; warn of sites that the paper does not scale.
 
     Raises:
         AdapterError: a target is no site.

@@ -23,7 +23,7 @@ from peftgraph.sites import Site, Sites
 
 
 def token_passes(program: ProgramData, sites: Sites, config: PeftConfig, tensors: PeftTensors) -> list[PassWithValues]:
-    """Returns the passes of the trained rows in a directory, with their values; none where it holds none.
+    """Return the passes of the trained rows in a directory, with their values; none where it holds none.
 
     Raises:
         AdapterError: the rows are of no table, other rows than the options say, or of one of several tied modules
@@ -42,7 +42,7 @@ def token_passes(program: ProgramData, sites: Sites, config: PeftConfig, tensors
 
 
 def warn_of_biases(program: ProgramData, sites: Sites, paths: Iterable[str]) -> None:
-    """Warns where peft's outputs differ: it drops the bias of a head that has trained tokens."""
+    """Warn where peft's outputs differ: it drops the bias of a head that has trained tokens."""
     names = [name for path in paths for name in program.table.tied(f"{path}.weight")]
     for site in (site for name in names for site in sites_of_weight(sites, name)):
         if site.bias is not None and bool(program.table[site.bias.parameter].tensor.any()):
@@ -53,10 +53,10 @@ def warn_of_biases(program: ProgramData, sites: Sites, paths: Iterable[str]) -> 
 
 
 def _check_complete(program: ProgramData, config: PeftConfig, rows: Mapping[str, Tensor]) -> None:
-    """Checks that the file has the rows that its options name; of tied modules it may have them once.
+    """Check that the file has the rows that its options name; of tied modules it may contain them once.
 
     Raises:
-        AdapterError: it lacks some, which peft would initialise afresh.
+        AdapterError: it lacks some, which peft would randomly initialise.
     """
     named = config.token_options
     ends: Sequence[str] = list(named) if isinstance(named, dict) else [""][: len(named)]
@@ -70,7 +70,8 @@ def _check_complete(program: ProgramData, config: PeftConfig, rows: Mapping[str,
 
 
 def _tables(program: ProgramData, config: PeftConfig, rows: Mapping[str, Tensor]) -> Iterable[str]:
-    """Yields the modules of the file; of those that are tied here, the one that peft ties the others to."""
+    """Yield the modules of the file; of modules that are tied in this model, only the one that peft ties the others
+    to."""
     tied: dict[tuple[str, ...], list[str]] = {}
     for path in rows:
         if f"{path}.weight" not in program.table:
@@ -102,7 +103,7 @@ def _check_equal(config: PeftConfig, rows: Mapping[str, Tensor], first: str, pat
 
 
 def _sites(program: ProgramData, sites: Sites, config: PeftConfig, path: str) -> list[Site]:
-    """Returns the embeddings that look up a table, or the projection that has it for itself."""
+    """Return the embeddings that look up a table, or the projection that alone reads it."""
     if config.method == "TRAINABLE_TOKENS":
         config.check_selects(path)
     found = [site for name in program.table.tied(f"{path}.weight") for site in sites_of_weight(sites, name)]

@@ -52,11 +52,11 @@ TASKS = {  # the end of a class's name -> how peft calls it
 
 
 def write_peft(program: ProgramData, sites: Sites, directory: Path) -> None:
-    """Writes the adapter of `program` for peft.
+    """Write the adapter of `program` for peft.
 
     Raises:
-        AdapterError: peft's format cannot express it; names the pass, the site and the reason.
-        PeftGraphError: the disk refuses; what was there before stays.
+        AdapterError: peft's format cannot express it; the message names the pass, the site and the reason.
+        PeftGraphError: the directory cannot be written; its earlier content stays.
     """
     check_can_save(program)
     methods = [applied.method for applied in program.history]
@@ -69,7 +69,7 @@ def write_peft(program: ProgramData, sites: Sites, directory: Path) -> None:
 
 
 def _content(program: ProgramData, sites: Sites) -> PeftContent:
-    """Returns the options and tensors of the adapter by peft's names."""
+    """Return the options and tensors of the adapter by peft's names."""
     by_method = _adapted_sites(program, sites)
     shifted = by_method.pop(BitFit, ())
     tokens_beside = by_method.pop(TrainableTokens, ()) if by_method.keys() & LOW_RANK else ()
@@ -100,7 +100,7 @@ def _content(program: ProgramData, sites: Sites) -> PeftContent:
 
 
 def _adapted_sites(program: ProgramData, sites: Sites) -> dict[type[Pass], AdaptedSites]:
-    """Returns, by the class of a pass, the sites where it computes something, with its parameters there.
+    """Return, by the class of a pass, the sites where it computes something, with its parameters there.
 
     Raises:
         AdapterError: peft has no such method.
@@ -120,7 +120,7 @@ def _adapted_sites(program: ProgramData, sites: Sites) -> dict[type[Pass], Adapt
 
 
 def _task(program: ProgramData, rows: bool) -> dict[str, Any]:
-    """Returns peft's word for the model's task, which it needs to put rows in front of a model."""
+    """Return peft's name of the model's task, which it needs to prepend rows."""
     task = next((word for end, word in TASKS.items() if program.model.endswith(end)), None)
     if rows and task is None:
         raise AdapterError(
@@ -130,7 +130,7 @@ def _task(program: ProgramData, rows: bool) -> dict[str, Any]:
 
 
 def _write(directory: Path, config: str, tensors: bytes) -> None:
-    """Writes a directory that replaces an old one and keeps its README."""
+    """Write a directory that replaces an old one, keeping its README."""
     if directory.exists() and not directory.is_dir():
         raise AdapterError(f"{directory} cannot be written: it is a file.")
     others = {path.name for path in directory.glob("*")} - {CONFIG, TENSORS, README}

@@ -50,11 +50,11 @@ ROWS = "prompt_embeddings"
 
 
 def parse_tensor_name(name: str) -> tuple[str, int, str] | str:
-    """Parses the name of a tensor, without its prefix.
+    """Parse the name of a tensor, without its prefix.
 
     Returns:
-        The path of the module, the number of its further wraps and our name of the parameter; or, for a tensor of the
-        base, its name there.
+        The path of the module, the number of its further wraps and our name of the parameter; or, for a tensor of
+        the base, its name in the base.
     """
     found = KEY.fullmatch(name)
     if found is None:
@@ -63,7 +63,7 @@ def parse_tensor_name(name: str) -> tuple[str, int, str] | str:
 
 
 def by_expert(a_RI: Tensor, b_OR: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """Returns A (E, R, I) and B (E, O, R) of a stack of E experts, which peft stores as (E R, I) and (O, R E)."""
+    """Return A (E, R, I) and B (E, O, R) of a stack of E experts, which peft stores as (E R, I) and (O, R E)."""
     return a_RI.unflatten(0, (experts, -1)), b_OR.unflatten(1, (-1, experts)).permute(2, 0, 1)
 
 
@@ -83,7 +83,7 @@ class PeftTensors:
 
     @classmethod
     def read(cls, config: PeftConfig) -> PeftTensors:
-        """Reads the tensors of a directory.
+        """Read the tensors of a directory.
 
         Raises:
             AdapterError: the file is missing, a pickle, or damaged.
@@ -110,7 +110,7 @@ class PeftTensors:
         return cls(modules, stored, rows)
 
     def at(self, module: tuple[str, int], leaf: str, config: PeftConfig) -> Tensor:
-        """Returns one tensor of a module.
+        """Return one tensor of a module.
 
         Raises:
             AdapterError: it is missing.

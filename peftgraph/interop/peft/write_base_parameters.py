@@ -20,7 +20,7 @@ from peftgraph.rewrite.weight_views import bias_view
 
 
 def trained_values(program: ProgramData, shifted: Sequence[AdaptedSite[BitFit]]) -> dict[str, Tensor]:
-    """Returns the base's parameters that passes train, by name, and biases that a pass adds to.
+    """Return the base's parameters that passes train, by name, and biases that a pass adds to.
 
     Args:
         program: the tuned program.
@@ -44,7 +44,7 @@ def trained_values(program: ProgramData, shifted: Sequence[AdaptedSite[BitFit]])
 def write_base_parameters(
     program: ProgramData, values: dict[str, Tensor], adapted: Collection[str], prefix: str, biases: bool
 ) -> PeftContent:
-    """Returns the options and tensors of trained parameters of the base.
+    """Return the options and tensors of trained parameters of the base.
 
     Args:
         program: the tuned program.
@@ -79,7 +79,7 @@ def write_base_parameters(
 
 
 def saved_names(modules: set[str], known: set[str]) -> list[str]:
-    """Returns names for `modules_to_save`, by which peft saves every module whose path ends with one, as text.
+    """Return names for `modules_to_save`, by which peft saves every module whose path ends with one, as text.
 
     Raises:
         AdapterError: the names would also save another module.

@@ -71,10 +71,10 @@ class WeightAdapter:
 
 
 def write_low_rank(program: ProgramData, sites: Sites, adapted: Sequence[AdaptedSite[Method]]) -> PeftContent:
-    """Returns the options and tensors of LoRA or DoRA.
+    """Return the options and tensors of LoRA or DoRA.
 
     Raises:
-        AdapterError: peft's format has no such adapter; names the pass, the site and the reason.
+        AdapterError: peft's format has no such adapter; the message names the pass, the site and the reason.
     """
     paths: dict[str, list[LowRankPath]] = {}
     leaders: dict[int, Site] = {}  # by the memory of A: the first site of those that share it
@@ -94,7 +94,7 @@ def write_low_rank(program: ProgramData, sites: Sites, adapted: Sequence[Adapted
 
 
 def _paths(method: Method, site: Site, tensors: Mapping[str, Tensor]) -> list[LowRankPath]:
-    """Returns the low-rank paths of a pass at a site.
+    """Return the low-rank paths of a pass at a site.
 
     Raises:
         AdapterError: peft has no such DoRA.
@@ -111,7 +111,7 @@ def _paths(method: Method, site: Site, tensors: Mapping[str, Tensor]) -> list[Lo
 
 
 def _weight_adapter(program: ProgramData, sites: Sites, parameter: str, paths: Sequence[LowRankPath]) -> WeightAdapter:
-    """Adds up the paths on one stored weight.
+    """Add up the paths on one stored weight.
 
     Raises:
         AdapterError: the weight is used several times, with different paths.
@@ -130,7 +130,7 @@ def _weight_adapter(program: ProgramData, sites: Sites, parameter: str, paths: S
 
 
 def _add_up(program: ProgramData, parameter: str, paths: Sequence[LowRankPath]) -> WeightAdapter:
-    """Returns one path on all rows of a weight."""
+    """Return one path on all rows of a weight."""
     stored, site = program.table[parameter].tensor, paths[0].site
     view = weight_view(site)
     assert view is not None
@@ -149,7 +149,7 @@ def _add_up(program: ProgramData, parameter: str, paths: Sequence[LowRankPath]) 
 
 
 def _magnitudes(matrix_OI: Tensor, paths: Sequence[LowRankPath]) -> Tensor | None:
-    """Returns DoRA's magnitudes of all rows; None for LoRA.
+    """Return DoRA's magnitudes of all rows; None for LoRA.
 
     Raises:
         AdapterError: two DoRAs are on the same rows.
@@ -168,7 +168,7 @@ def _magnitudes(matrix_OI: Tensor, paths: Sequence[LowRankPath]) -> Tensor | Non
 
 
 def _options(methods: Sequence[Method], weights: Sequence[WeightAdapter]) -> dict[str, Any]:
-    """Returns the options except the targets; the most frequent rank and alpha are the default ones.
+    """Return the options except the targets; the most frequent rank and alpha are the default ones.
 
     Raises:
         AdapterError: the passes have several rates of dropout, or one where peft has none.
@@ -202,7 +202,7 @@ def _targets(program: ProgramData, weights: Sequence[WeightAdapter]) -> dict[str
 
 
 def _tensors(program: ProgramData, weights: Sequence[WeightAdapter], one: WeightAdapter) -> dict[str, Tensor]:
-    """Returns the tensors of one weight by peft's names, in peft's shapes.
+    """Return the tensors of one weight by peft's names, in peft's shapes.
 
     Raises:
         AdapterError: peft does not adapt a weight of that shape.

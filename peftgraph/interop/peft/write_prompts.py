@@ -22,7 +22,7 @@ ADAPTED = {"Llama": "attention.core", "Mistral": "attention.core", "GPT2": "atte
 
 
 def write_prefix(program: ProgramData, sites: Sites, adapted: Sequence[AdaptedSite[Prefix]]) -> PeftContent:
-    """Returns the options and rows of a prefix of every layer of one stack, (L, 2 N G F).
+    """Return the options and rows of a prefix of every layer of one stack, (L, 2 N G F).
 
     Raises:
         AdapterError: peft's format has no such prefix.
@@ -59,7 +59,7 @@ def write_prefix(program: ProgramData, sites: Sites, adapted: Sequence[AdaptedSi
 
 
 def _check_every_layer(adapted: Sequence[AdaptedSite[Prefix]], cores: list[Site], with_encoder: bool) -> None:
-    """Checks that every attention of one stack has one prefix.
+    """Check that every attention of one stack has one prefix.
 
     Raises:
         AdapterError: one has none, or several.
@@ -71,10 +71,10 @@ def _check_every_layer(adapted: Sequence[AdaptedSite[Prefix]], cores: list[Site]
 
 
 def _arrange_for_decoder(method: Prefix, cores: list[Site], by_layer: list[list[Tensor]]) -> list[list[Tensor]]:
-    """Returns the rows where peft looks for those of a decoder's layers, and zeros where it never looks.
+    """Arrange the rows where peft reads those of a decoder's layers, with zeros where it reads nothing.
 
     Raises:
-        AdapterError: two layers have rows of their own, and peft looks for them in one place.
+        AdapterError: two layers have different rows, and peft reads them from one place.
     """
     placed = [[torch.zeros_like(row) for row in layer] for layer in by_layer]
     owners: dict[int, int] = {}
@@ -89,7 +89,7 @@ def _arrange_for_decoder(method: Prefix, cores: list[Site], by_layer: list[list[
 
 
 def write_prompt(program: ProgramData, sites: Sites, adapted: Sequence[AdaptedSite[Prompt | PTuning]]) -> PeftContent:
-    """Returns the options and rows of a prompt, (L, D).
+    """Return the options and rows of a prompt, (L, D).
 
     Raises:
         AdapterError: peft's format has no such prompt.
@@ -113,7 +113,7 @@ def write_prompt(program: ProgramData, sites: Sites, adapted: Sequence[AdaptedSi
 
 
 def write_adaption(program: ProgramData, sites: Sites, adapted: Sequence[AdaptedSite[ZeroInitPrefix]]) -> PeftContent:
-    """Returns the options and rows of a LLaMA-Adapter in the upper layers; a tanh of a gate is written as its value.
+    """Return the options and rows of a LLaMA-Adapter in the upper layers; a tanh of a gate is written as its value.
 
     Raises:
         AdapterError: peft's format has no such rows.
@@ -141,7 +141,7 @@ def write_adaption(program: ProgramData, sites: Sites, adapted: Sequence[Adapted
 
 
 def _heads(sites: Sites, role: str) -> int:
-    """Returns the number of heads of queries or keys; rows of a prompt do not depend on it."""
+    """Return the number of heads of queries or keys; rows of a prompt do not depend on it."""
     return next((site.heads for site in sites.select(role) if site.heads), 1)
 
 

@@ -23,10 +23,10 @@ from peftgraph.sites import Site, Sites
 
 
 def write_scales(program: ProgramData, sites: Sites, adapted: Sequence[AdaptedSite[IA3]]) -> PeftContent:
-    """Returns the options and tensors of (IA)3.
+    """Return the options and tensors of (IA)3.
 
     Raises:
-        AdapterError: peft's format has no such adapter; names the pass, the site and the reason.
+        AdapterError: peft's format has no such adapter; the message names the pass, the site and the reason.
     """
     by_use: dict[tuple[str, bool], dict[str, Tensor]] = {}
     for one in adapted:
@@ -83,7 +83,7 @@ def _own_features(site: Site, reads: bool) -> Any:
 
 
 def _reader(sites: Sites, hidden: Site) -> str:
-    """Returns the operator of the projection that reads a hidden value.
+    """Return the operator of the projection that reads a hidden value.
 
     Raises:
         AdapterError: no projection of its layer does.

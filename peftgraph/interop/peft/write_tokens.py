@@ -42,10 +42,10 @@ class TableRows:
 
 
 def write_tokens(program: ProgramData, sites: Sites, adapted: Sequence[AdaptedSite[TrainableTokens]]) -> PeftContent:
-    """Returns the options and tensors of peft's method for tokens alone.
+    """Return the options and tensors of peft's method for tokens alone.
 
     Raises:
-        AdapterError: peft's format has no such adapter; names the pass, the site and the reason.
+        AdapterError: peft's format has no such adapter; the message names the pass, the site and the reason.
     """
     tables = token_tables(program, adapted)
     warn_of_biases(program, sites, tables)
@@ -71,7 +71,7 @@ def write_tokens(program: ProgramData, sites: Sites, adapted: Sequence[AdaptedSi
 def write_tokens_beside(
     program: ProgramData, sites: Sites, adapted: Sequence[AdaptedSite[TrainableTokens]]
 ) -> PeftContent:
-    """Returns the option and tensors of tokens that train beside a LoRA; nothing where none train."""
+    """Return the option and tensors of tokens that train along with a LoRA; empty if none do."""
     tables, known = token_tables(program, adapted), module_paths(program)
     warn_of_biases(program, sites, tables)
     named = {saved_names({path}, known)[0]: one.tokens for path, one in tables.items()}
@@ -80,10 +80,10 @@ def write_tokens_beside(
 
 
 def token_tables(program: ProgramData, adapted: Sequence[AdaptedSite[TrainableTokens]]) -> Mapping[str, TableRows]:
-    """Returns the rows of each table, by the path of the module at which peft stores them.
+    """Return the rows of each table, by the path of the module at which peft stores them.
 
     Raises:
-        AdapterError: peft would not give the rows to all who read the table.
+        AdapterError: peft would not use the rows for all readers of the table.
     """
     found: dict[str, TableRows] = {}
     readers: dict[str, str] = {}
