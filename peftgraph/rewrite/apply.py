@@ -39,7 +39,7 @@ Windows = Mapping[tuple[str, str], Sequence[Columns]]
 
 
 def apply(program: P, sites: Sites, methods: tuple[Pass, ...], dtype: torch.dtype | None = None) -> P:
-    """The program after `methods`, in order. The input program is unchanged.
+    """Return the program with `methods` applied, in order. The input program is unchanged.
 
     Args:
         program: what to rewrite.
@@ -61,7 +61,7 @@ def apply(program: P, sites: Sites, methods: tuple[Pass, ...], dtype: torch.dtyp
 
 
 def remove(program: P, sites: Sites, which: int) -> P:
-    """The program without the pass at index `which` of its history; the other passes keep their parameters."""
+    """Return the program without the pass at index `which` of its history; the other passes keep their parameters."""
     graph = copy_graph(program.graph)
     table, inference = program.table, ShapeInference(fake_mode_of(graph))
     gone = [edit for edit in program.edits if edit.application == which]
@@ -90,9 +90,9 @@ def remove(program: P, sites: Sites, which: int) -> P:
 
 
 def undo(graph: fx.Graph, names: dict[str, fx.Node], edits: EditLog, edit: Edit) -> None:
-    """Takes one edit out of `graph` and its `names`, in place: its users get back the value below it.
+    """Remove one edit from `graph` and its `names`, in place: its users read the value below it again.
 
-    What another edit made of its nodes for their users goes with them.
+    Nodes that another edit made from this edit's nodes, for their users, are removed too.
     """
     for move in edit.moves:
         below = edits.value_after_removal(move)
@@ -133,7 +133,7 @@ def _apply_one(program: P, sites: Sites, method: Pass, dtype: torch.dtype | None
 
 
 def _chosen(program: ProgramData, sites: Sites, method: Pass) -> list[tuple[int, Rule, Site]]:
-    """Every rule of a pass with its sites.
+    """Return every rule of a pass with its sites.
 
     Raises:
         NoMatch: a rule that is not optional has none, or no rule has any.
@@ -159,7 +159,7 @@ def _none_left(method: Pass, rule: Rule, sites: int) -> NoMatch:
 
 
 def _check_conflicts(program: ProgramData, method: Pass, chosen: list[tuple[int, Rule, Site]]) -> None:
-    """Refuses what cannot hold together: one name for two adapters, one place trained or one value replaced twice."""
+    """Refuse contradictions: one name for two adapters, one tensor trained or one value replaced twice."""
     for applied in program.history:
         if method.name and applied.name == method.name and applied.method.word == method.word:
             raise Conflict(
@@ -180,7 +180,7 @@ def _check_conflicts(program: ProgramData, method: Pass, chosen: list[tuple[int,
 
 
 def _check_trained(program: ProgramData, method: Pass, rule: Rule, site: Site) -> None:
-    """Refuses to train a tensor that trains already, unless both do so for adapters of different names."""
+    """Refuse to train a tensor that trains already, unless both do so for adapters of different names."""
     for name in _own_names(site, rule):
         for edit in program.edits:
             other = program.history[edit.application]
@@ -192,7 +192,7 @@ def _check_trained(program: ProgramData, method: Pass, rule: Rule, site: Site) -
 
 
 def _replaced(program: ProgramData) -> dict[tuple[str, str], Pass]:
-    """The passes that replaced a value, by site and port."""
+    """Return the passes that replaced a value, by site and port."""
     found: dict[tuple[str, str], Pass] = {}
     rules = [applied.method.rules() for applied in program.history]
     for edit in program.edits:
@@ -254,7 +254,7 @@ class _Work:
             self.edits.append(edit)
 
     def _train(self, number: int, rule: Rule, match: Match) -> Edit | None:
-        """Makes the site's own parameters trainable: copies, so that the base keeps its values."""
+        """Make the site's own parameters trainable: copies, so that the base keeps its values."""
         claimed: list[str] = []
         for view in match.own_parameters(rule.bias_only):
             group = self.program.table.tied(view.parameter)
@@ -269,7 +269,7 @@ class _Work:
         return Edit(self.application, number, match.site.id, (), (), tuple(claimed)) if claimed else None
 
     def _install(self, number: int, rule: Rule, match: Match) -> Edit | None:
-        """Puts trainable copies in the places of the site's own parameters: those of one named adapter among others."""
+        """Replace the site's own parameters by trainable copies, which belong to one named adapter among others."""
         builder = self._builder(match, rule)
         moves: list[Move] = []
         installed: list[tuple[str, str]] = []
@@ -340,12 +340,12 @@ class _Work:
         )
 
     def _keep(self, builder: Builder) -> None:
-        """Takes over what a builder made."""
+        """Record the nodes and parameters that a builder made."""
         self.names.update({node.name: node for node in builder.nodes})
         self.entries.update(builder.entries)
 
     def _refresh(self, match: Match, resized: list[fx.Node], stretched: set[fx.Node]) -> None:
-        """Infers what follows from values that changed their shapes."""
+        """Infer the values again that depend on values whose shapes changed."""
         try:
             infer_changed_values(self.graph, resized, self.common.inference, stretched)
         except RuntimeError as error:  # what torch says of sizes that do not fit
@@ -411,7 +411,7 @@ class _Work:
 
 
 def _with_state(table: TensorTable, graph: fx.Graph) -> TensorTable:
-    """The table with copies of the buffers that training writes: they belong to the adapted program."""
+    """Return the table with copies of the buffers that training writes, since these belong to the adapted program."""
     copies: dict[int, torch.Tensor] = {}
     state: dict[str, TensorEntry] = {}
     for name in written_buffers(graph):
@@ -427,10 +427,10 @@ def _are_other_sizes(a: object, b: object) -> bool:
 
 
 def owner_path(site: Site, method: Pass, windows: Windows) -> str:
-    """The dotted prefix of the parameters made at a site.
+    """Return the dotted prefix of the parameters made at a site.
 
     It is the path of the site's weight, with the role inside a fused weight, and the name of the pass if it has one. A
-    sublayer shares its path with others, so its parameters stand under a module of their own: `blocks.0.ffn_adapter`.
+    sublayer shares its path with others, so its parameters are in a module of their own: `blocks.0.ffn_adapter`.
     """
     path, role = site.path, site.role.rpartition(".")[2]
     if site.weight is None:

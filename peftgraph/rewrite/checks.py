@@ -16,10 +16,10 @@ from peftgraph.sites.roles import PORTS
 
 
 def check_join(maker: str, join: object) -> None:
-    """Refuses a `Rule.join` that is no join.
+    """Refuse a `Rule.join` that is no join.
 
     Raises:
-        PeftGraphError: names the pass.
+        PeftGraphError: it is none; the message names the pass.
     """
     if not isinstance(join, Join):
         raise PeftGraphError(
@@ -28,7 +28,7 @@ def check_join(maker: str, join: object) -> None:
 
 
 def check_delta(maker: str, m: Match, delta: object, what: str = "delta") -> Delta:
-    """Returns a delta as it is.
+    """Check the form of a delta and return it.
 
     Raises:
         PeftGraphError: it is neither a node nor a mapping from ports to nodes.
@@ -43,11 +43,11 @@ def check_delta(maker: str, m: Match, delta: object, what: str = "delta") -> Del
 
 
 def check_values(maker: str, m: Match, join: Join, values: object) -> Mapping[str, fx.Node]:
-    """Returns the new values of a join as they are.
+    """Check the new values of a join and return them.
 
     Raises:
-        PeftGraphError: it gives no mapping, a port that the site does not have, or a value of other sizes or another
-            kind of dtype than the one that it replaces.
+        PeftGraphError: it returns no mapping, a port that the site does not have, or a value whose sizes or kind of
+            dtype differ from the replaced one's.
     """
     told = f"{maker} at {m.site.id}: {type(join).__name__}.combine"
     if not isinstance(values, Mapping) or not all(isinstance(value, fx.Node) for value in values.values()):
@@ -64,7 +64,7 @@ def check_values(maker: str, m: Match, join: Join, values: object) -> Mapping[st
 
 
 def check_gated(maker: str, m: Match, join: Join, delta: Delta, gate: fx.Node, gated: object) -> Delta:
-    """Returns a gated delta as it is.
+    """Check a gated delta and return it.
 
     Raises:
         PeftGraphError: it has other ports than the delta, or other sizes than the delta times the gate.
@@ -110,7 +110,7 @@ def _broadcasts_to(small: list[int], large: list[int]) -> bool:
 
 
 def _sizes(value: Tensor) -> list[int]:
-    """Returns the sizes of a value, symbols as they are in the traced example."""
+    """Return the sizes of a value, with the traced example's numbers for symbols."""
     return [size if isinstance(size, int) else hint(size) for size in value.shape]
 
 

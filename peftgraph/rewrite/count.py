@@ -74,7 +74,7 @@ class Count:
 
 
 def count(program: ProgramData, sites: Sites) -> Count:
-    """Counts a program's parameters."""
+    """Count a program's parameters."""
     changes = changes_of(program, sites)
     changed = {(change.view.parameter, str(change.view.window)): change.values for change in changes}
     return Count(
@@ -88,17 +88,17 @@ def count(program: ProgramData, sites: Sites) -> Count:
 
 
 def rule_of(program: ProgramData, edit: Edit) -> Rule:
-    """The rule that made an edit."""
+    """Return the rule that made an edit."""
     return program.history[edit.application].method.rules()[edit.rule]
 
 
 def short_params(edit: Edit) -> dict[str, str]:
-    """The parameters of an edit: short name -> full name."""
+    """Return the parameters of an edit: short name -> full name."""
     return {name.rpartition(".")[2]: name for name in edit.parameters}
 
 
 def changes_of(program: ProgramData, sites: Sites) -> tuple[Change, ...]:
-    """What folding everything foldable would change, found by running each fold on shapes alone."""
+    """Return the changes that folding would make, found by running each possible fold on shapes alone."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake = program.evolve(table=fake_table(program.table, mode))
     edited = {edit.site for edit in program.edits}

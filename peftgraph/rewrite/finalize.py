@@ -18,7 +18,7 @@ P = TypeVar("P", bound=ProgramData)
 
 
 def finalize(program: P, sites: Sites) -> P:
-    """The program with every pass in its `finalized` form, and the values that were computed in their places.
+    """Return the program with every pass in its `finalized` form; values that passes computed become parameters.
 
     Raises:
         PeftGraphError: no pass computes anything from its parameters alone.
@@ -44,6 +44,6 @@ def finalize(program: P, sites: Sites) -> P:
 
 
 def derived_values(program: ProgramData) -> dict[str, Tensor]:
-    """The values that `Builder.mark_derived` marked, by the names they get as parameters."""
+    """Return the values that `Builder.mark_derived` marked, by the names they get as parameters."""
     nodes = [node for node in evaluation_graph(program.graph).nodes if "derived" in node.meta]
     return {node.meta["derived"]: compute_node(node, {}, program.table) for node in nodes}

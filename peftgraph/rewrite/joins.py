@@ -39,11 +39,11 @@ class Join(ABC):
 
     @abstractmethod
     def combine(self, m: Match, op: Builder, delta: Delta) -> Mapping[str, fx.Node]:
-        """Returns, by port, the value that the users there read from now on."""
+        """Return, by port, the new value for the users there."""
 
     @abstractmethod
     def gate(self, m: Match, op: Builder, delta: Delta, gate: fx.Node) -> Delta:
-        """Returns the delta scaled by a gate: with 0 nothing changes, with 1 `delta` enters as it is.
+        """Return the delta scaled by a gate: with 0 nothing changes, with 1 `delta` enters as it is.
 
         Args:
             m: the match.
@@ -72,18 +72,18 @@ class PortByPort(Join):
 
     @abstractmethod
     def combine_port(self, m: Match, op: Builder, value: fx.Node, delta: fx.Node) -> fx.Node:
-        """Returns what the port's users read instead of `value`."""
+        """Return the value that the port's users read instead of `value`."""
 
     @abstractmethod
     def gate_port(self, m: Match, op: Builder, value: fx.Node, delta: fx.Node, gate: fx.Node) -> fx.Node:
-        """Returns the port's part of the delta, scaled by the gate."""
+        """Return the port's part of the delta, scaled by the gate."""
 
     def combine(self, m: Match, op: Builder, delta: Delta) -> dict[str, fx.Node]:
-        """Combines every port's value."""
+        """Combine every port's value."""
         return {port: self.combine_port(m, op, m.value(port), part) for port, part in self._parts(delta).items()}
 
     def gate(self, m: Match, op: Builder, delta: Delta, gate: fx.Node) -> dict[str, fx.Node]:
-        """Gates every port's part."""
+        """Gate every port's part."""
         return {port: self.gate_port(m, op, m.value(port), part, gate) for port, part in self._parts(delta).items()}
 
     def _parts(self, delta: Delta) -> Mapping[str, fx.Node]:
@@ -97,11 +97,11 @@ class Add(PortByPort):
     port: str = "output"
 
     def combine_port(self, m: Match, op: Builder, value: fx.Node, delta: fx.Node) -> fx.Node:
-        """Computes y + delta."""
+        """Compute y + delta."""
         return m.on_columns(op, value, lambda part: op.add(part, delta))
 
     def gate_port(self, m: Match, op: Builder, value: fx.Node, delta: fx.Node, gate: fx.Node) -> fx.Node:
-        """Computes g delta."""
+        """Compute g delta."""
         return op.mul(delta, gate)
 
 
@@ -120,7 +120,7 @@ class AddProduct(Join):
     turns: bool = False
 
     def combine(self, m: Match, op: Builder, delta: Delta) -> dict[str, fx.Node]:
-        """Computes the new output; or the new weight, for each name that it is read under."""
+        """Compute the new output; or the new weight, under each name that it is read by."""
         assert isinstance(delta, fx.Node)
         if m.form == "output":
             return {"output": m.on_columns(op, m.value("output"), lambda part: op.add(part, delta))}
@@ -129,7 +129,7 @@ class AddProduct(Join):
         return {first: changed, **{port: op.call(aten.alias.default, changed) for port in others}}
 
     def gate(self, m: Match, op: Builder, delta: Delta, gate: fx.Node) -> fx.Node:
-        """Computes g delta.
+        """Compute g delta.
 
         Raises:
             PeftGraphError: the change enters the weight, which all rows of a batch share.
@@ -150,11 +150,11 @@ class Multiply(PortByPort):
     port: str = "output"
 
     def combine_port(self, m: Match, op: Builder, value: fx.Node, delta: fx.Node) -> fx.Node:
-        """Computes y * delta."""
+        """Compute y * delta."""
         return m.on_columns(op, value, lambda part: op.mul(part, delta))
 
     def gate_port(self, m: Match, op: Builder, value: fx.Node, delta: fx.Node, gate: fx.Node) -> fx.Node:
-        """Computes 1 + g (delta - 1)."""
+        """Compute 1 + g (delta - 1)."""
         return op.call(aten.add.Scalar, op.mul(op.call(aten.sub.Scalar, delta, 1.0), gate), 1.0)
 
 
@@ -174,9 +174,9 @@ class Replace(PortByPort):
     resizes: bool = False
 
     def combine_port(self, m: Match, op: Builder, value: fx.Node, delta: fx.Node) -> fx.Node:
-        """Returns delta."""
+        """Return delta."""
         return delta
 
     def gate_port(self, m: Match, op: Builder, value: fx.Node, delta: fx.Node, gate: fx.Node) -> fx.Node:
-        """Computes y + g (delta - y)."""
+        """Compute y + g (delta - y)."""
         return op.add(value, op.mul(op.call(aten.sub.Tensor, delta, value), gate))

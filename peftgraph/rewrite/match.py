@@ -48,7 +48,7 @@ BEFORE_DROPOUT = {"undropped": "output", "embedded": "input"}
 
 
 def is_given(port: str) -> bool:
-    """Whether an edit at a port is for all who use the value there."""
+    """Tell whether an edit at a port applies to all users of the value there."""
     return port in GIVEN or port.startswith((INPUT, STORED))
 
 
@@ -84,19 +84,20 @@ class Match:
         return next(node for name in names for node in self._readers_of(name))
 
     def _readers_of(self, parameter: str) -> list[str]:
-        """The base's nodes that read a stored tensor under one of its names."""
+        """Return the base's nodes that read a stored tensor under one of its names."""
         return [
             node.name for node in self.graph.find_nodes(op="get_attr", target=parameter) if "origin" not in node.meta
         ]
 
     def ports_of_weight(self) -> list[str]:
-        """The ports at which a change of the weight itself enters, so that all who read it read the changed one."""
+        """Return the ports at which a change of the weight itself enters, so that all its readers read the changed
+        one."""
         weight = self.site.weight
         assert weight is not None
         return ["weight"] if weight.computed is not None else self.ports_of_stored(weight.parameter)
 
     def ports_of_stored(self, parameter: str) -> list[str]:
-        """The ports of a stored tensor: one for each name that the base reads it under."""
+        """Return the ports of a stored tensor: one for each name that the base reads it under."""
         return [f"{STORED}{name}" for name in self.table.tied(parameter) if self._readers_of(name)]
 
     @property
@@ -107,21 +108,23 @@ class Match:
     # values
 
     def anchor(self, port: str) -> Anchor:
-        """Where edits at a port enter: at the value for all its readers, or at the one operand that the site reads."""
+        """Return where edits at a port enter: at the value for all its readers, or at the one operand that the site
+        reads."""
         return Anchor(self.port(port), None if is_given(port) else self.reader(port))
 
     def has(self, port: str) -> bool:
-        """Whether the site, or the model around it, has that port."""
+        """Tell whether the site, or the model around it, has a port."""
         if port == "weight":
             return self.site.weight is not None
         return port.startswith((INPUT, RESULT, STORED)) or BEFORE_DROPOUT.get(port, port) in self.site.ports
 
     def port(self, name: str) -> str:
-        """The base graph's node at a port; `undropped` is the output, and `embedded` the input, before its dropout.
+        """Return the base graph's node at a port; `undropped` is the output, and `embedded` the input, before its
+        dropout.
 
-        `input:NAME` is an input of the model itself, and `result:NAME` a value that the model returns. `weight` is what
-        the site's operator multiplies by, as it is stored, and `stored:NAME` a stored tensor that the graph reads under
-        that name.
+        `input:NAME` is an input of the model itself, and `result:NAME` a value that the model returns. `weight` is the
+        weight of the site's operator, in its stored layout, and `stored:NAME` a stored tensor that the graph reads
+        under that name.
         """
         if name.startswith((INPUT, RESULT)):
             return name.partition(":")[2]
@@ -142,18 +145,18 @@ class Match:
         return node.name
 
     def reader(self, port: str) -> str:
-        """The node that reads a port's value."""
+        """Return the node that reads a port's value."""
         if port.startswith(RESULT):
             return self.graph.output_node().name
         return self.site.readers.get(port, self.site.op)
 
     def value(self, port: str) -> fx.Node:
-        """The current value at a port: what the site reads, or what it gives at its own level of nesting; the features
-        of a sublayer or block are last, wherever the model has them."""
+        """Return the current value at a port: the site's input, or its output at its own level of nesting. The features
+        of a sublayer or block are last, whatever the model's own layout."""
         return self.features_last(self.raw_value(port))
 
     def raw_value(self, port: str) -> fx.Node:
-        """The current value at a port, in the model's own layout."""
+        """Return the current value at a port, in the model's own layout."""
         node = self.port(port)
         if is_given(port):
             return self._latest(node, self.nesting)
@@ -161,7 +164,8 @@ class Match:
         return self.names[inside[-1].after] if inside else self._read(node, self.names[self.reader(port)])
 
     def _read(self, node: str, reader: fx.Node) -> fx.Node:
-        """What `reader` reads in the place of a value of the base: the latest, or what an edit held it to."""
+        """Return the value that `reader` reads in place of a value of the base: the latest, or the one that an edit
+        fixed."""
         afters = [self.names[move.after] for move in self.edits.moves_at(node)]
         read = next((after for after in reversed(afters) if after in reader.all_input_nodes), self.names[node])
         return read if read in reader.all_input_nodes else self._latest(node, Nesting.OUTERMOST)
@@ -176,7 +180,8 @@ class Match:
         return level_of(self.site.role) > 0 and self.site.feature_axis != -1
 
     def features_last(self, value: fx.Node) -> fx.Node:
-        """A value of the site with its features last, while an edit is built; that value itself for all other sites."""
+        """Return a value of the site with its features last, while an edit is built; for other sites, return the value
+        unchanged."""
         if not self._turned or self.builder is None or value.meta["val"].dim() < -self.site.feature_axis:
             return value
         key = value, len(self.edits)
@@ -185,7 +190,7 @@ class Match:
         return self._moved[key]
 
     def features_back(self, op: Builder, value: fx.Node) -> fx.Node:
-        """The inverse of `features_last`."""
+        """Return the inverse of `features_last`."""
         if not self._turned or value.meta["val"].dim() < -self.site.feature_axis:
             return value
         return op.call(aten.movedim.int, value, -1, self.site.feature_axis)
@@ -196,7 +201,7 @@ class Match:
         return list(self.graph.find_nodes(op="placeholder"))
 
     def now(self, node: fx.Node) -> fx.Node:
-        """What stands in the place of a value of the base after every edit so far."""
+        """Return the current replacement of a value of the base, after all edits so far."""
         return self._latest(node.name, Nesting.OUTERMOST)
 
     @property
@@ -211,21 +216,21 @@ class Match:
         return self.value("output")
 
     def normed(self, op: Builder, x: fx.Node) -> fx.Node:
-        """x, a value like the one after a sublayer's residual add, through the norm that follows it in a post-norm
-        block, with its own weights; x itself where none follows."""
+        """Apply to x, a value like a sublayer's residual sum, the norm that follows the sum in a post-norm block, with
+        its own weights; return x itself where none follows."""
         if "normed" not in self.site.ports:
             return x
         normed = op.recompute(self.raw_value("join"), self.names[self.site.ports["normed"]], self.features_back(op, x))
         return self.features_last(normed)
 
     def changed_by(self, port: str) -> object | None:
-        """The pass that put the current value at a port that the site gives; None for the base's own."""
+        """Return the pass that made the current value at an output port of the site; None for the base's own."""
         current = self.raw_value(port).name
         edit = next((one for one in self.edits if any(move.after == current for move in one.moves)), None)
         return None if edit is None else self.history[edit.application].method
 
     def related(self, selector: object, same_layer: bool = False) -> tuple[Match, ...]:
-        """Matches of other sites in the same graph, for methods that read more than one site."""
+        """Return the matches of other sites in the same graph, for methods that read more than one site."""
         found = self.sites.select(selector)
         if same_layer:
             found = tuple(s for s in found if (s.stack, s.layer) == (self.site.stack, self.site.layer))
@@ -248,12 +253,13 @@ class Match:
         return view
 
     def rows(self, numbers: Sequence[int]) -> ParameterValue:
-        """Rows of the site's table, (N, D): of the tokens that an embedding looks up, or a projection's outputs."""
+        """Return rows of the site's table, (N, D): those of tokens for an embedding, of output features for a
+        projection."""
         self._weight_view()
         return bind(rows_view(self.site, numbers), self.table, self.precision)
 
     def shares_weight(self, other: Match) -> bool:
-        """Whether the weight of another site is stored under the same name or one that is tied to it."""
+        """Tell whether another site's weight is stored under the same name or a tied one."""
         mine, theirs = self.site.weight, other.site.weight
         return mine is not None and theirs is not None and theirs.parameter in self.table.tied(mine.parameter)
 
@@ -288,7 +294,7 @@ class Match:
         return int(self.raw_value("output").meta["val"].shape[self.site.feature_axis])
 
     def own_parameters(self, bias_only: bool = False) -> Iterable[View]:
-        """The stored tensors of the site itself: weight, scale of a norm, bias; the bias alone for a `bias` site."""
+        """Return the site's own stored tensors: weight, scale of a norm, bias; only the bias for a `bias` site."""
         bias = bias_view(self.site)
         if bias_only or self.site.role == "bias":
             return [] if bias is None else [bias]
@@ -303,9 +309,9 @@ class Match:
         return "weight" if self.at_weight else "output"
 
     def down(self, op: Builder, x: fx.Node, weight: fx.Node) -> fx.Node:
-        """x W^T as the site itself multiplies: W (R, I), or (E, R, I) with each row's own expert.
+        """Return x W^T, computed like the site's own product: W (R, I), or (E, R, I) with each row's own expert.
 
-        The R features are where the site's output has its own.
+        The R features are on the axis of the site's output features.
         """
         if self.site.role == "embedding":
             return op.call(aten.embedding.default, op.call(aten.t.default, weight), x)
@@ -316,7 +322,8 @@ class Match:
         return self._product(op, x, weight)
 
     def up(self, op: Builder, x: fx.Node, weight: fx.Node) -> fx.Node:
-        """x W^T from a narrow space, as `down` gives it, to the features that the site owns: W (O, R), or (E, O, R)."""
+        """Return x W^T from a narrow space, in the layout of `down`, to the features that the site owns: W (O, R), or
+        (E, O, R)."""
         if self.site.equation is not None:
             return self._like_output(op, self._by_letters(op, x, weight, self.site.equation.widening()))
         if self._convolves:
@@ -325,7 +332,7 @@ class Match:
         return self._like_output(op, self._product(op, x, weight))
 
     def _product(self, op: Builder, x: fx.Node, weight: fx.Node) -> fx.Node:
-        """x W^T where the features are last."""
+        """Return x W^T where the features are last."""
         if "offsets" in self.site.ports:
             transposed = op.call(aten.transpose.int, weight, -2, -1)
             return op.call(self.names[self.site.op].target, x, transposed, self.names[self.site.ports["offsets"]])  # pyright: ignore[reportArgumentType]
@@ -338,7 +345,7 @@ class Match:
         return op.linear(x, weight)
 
     def _by_letters(self, op: Builder, x: fx.Node, weight: fx.Node, product: Lettered) -> fx.Node:
-        """The einsum of x with a matrix whose features are spread over several letters."""
+        """Return the einsum of x with a matrix whose features span several letters."""
         shape = weight.meta["val"].shape
         if len(shape) != len(product.sizes):
             weight = op.call(aten.reshape.default, weight, product.sizes)
@@ -354,7 +361,7 @@ class Match:
         return -1 - self.site.feature_axis
 
     def _convolved(self, op: Builder, x: fx.Node, weight: fx.Node) -> fx.Node:
-        """x through a kernel (R, I k ...) with the site's own stride, padding and dilation."""
+        """Convolve x with a kernel (R, I k ...), with the site's own stride, padding and dilation."""
         node = self.names[self.site.op]
         operand = node.args[1]
         assert isinstance(operand, fx.Node)
@@ -370,14 +377,14 @@ class Match:
         )
 
     def _like_output(self, op: Builder, value: fx.Node) -> fx.Node:
-        """A product in the shape of the output, where a view stands between the site's product and its bias."""
+        """Bring a product into the shape of the output, where a view is between the site's product and its bias."""
         if self.site.columns is not None or value.meta["val"].dim() == self.output.meta["val"].dim():
             return value
         return op.call(aten.view_as.default, value, self.output)
 
     def along_features(self, op: Builder, vector: fx.Node) -> fx.Node:
-        """A vector (F,), or (E, F) for stacked experts, shaped to broadcast over the site's output; over the rows of
-        its weight where a change enters that."""
+        """Return a vector (F,), or (E, F) for stacked experts, in a shape that broadcasts over the site's output, or
+        over the rows of its weight where a change enters the weight."""
         if self.form == "weight":
             return op.call(aten.unsqueeze.default, vector, -1)
         if self.site.equation is not None:
@@ -395,7 +402,7 @@ class Match:
         return vector
 
     def _along_letters(self, op: Builder, vector: fx.Node, equation: Equation) -> fx.Node:
-        """A vector over the letters of the weight that the product has, in the product's order."""
+        """Return a vector over the letters of the weight that are in the product, in the product's order."""
         hidden = self.site.role == "ffn.hidden"  # what the site gives is what its projection reads
         own = equation.stacked + (equation.inner if hidden else equation.outer)
         result = equation.x if hidden else equation.result
@@ -415,7 +422,7 @@ class Match:
     def on_columns(
         self, op: Builder, value: fx.Node, change: Callable[[fx.Node], fx.Node], columns: Columns | None = None
     ) -> fx.Node:
-        """`value` with `change` applied to some columns, those that the site owns by default; all others keep every
+        """Apply `change` to some columns of `value`, by default those that the site owns; all others stay bit for
         bit."""
         columns, axis = columns or self.site.columns, self.site.feature_axis
         if columns is None:
@@ -427,12 +434,12 @@ class Match:
         return op.call(aten.index_copy.default, value, axis, op.constant("columns", columns.index()), part)
 
     def base_output(self, op: Builder) -> fx.Node:
-        """What the base's own projection gives now, before every edit of its output; the site's own columns."""
+        """Return the output of the base's own projection before all edits of it: the site's own columns."""
         return _window(op, self.names[self.port("output")], self.site.columns, self.site.feature_axis, "columns")
 
     def base_product(self, op: Builder) -> fx.Node:
-        """What the base's own weight contributes where its change enters: the output without its bias; or the weight
-        itself, (O, I)."""
+        """Return the contribution of the base's own weight where a change enters: the output without its bias, or the
+        weight itself, (O, I)."""
         if self.form == "weight":
             return self.read(op, self.weight)
         y = self.base_output(op)
@@ -441,7 +448,7 @@ class Match:
         )
 
     def read(self, op: Builder, bound: ParameterValue) -> fx.Node:
-        """The window of a stored tensor as a value in the graph, shaped like `bound.value`, in the stored dtype."""
+        """Read the window of a stored tensor in the graph, in the shape of `bound.value` and the stored dtype."""
         view = bound.view
         full = self._stored_value(op, view)
         if view.vector:
@@ -449,7 +456,7 @@ class Match:
         return _window(op, self._oriented(op, full, view), view.window, -2, "rows")
 
     def _stored_value(self, op: Builder, view: View) -> fx.Node:
-        """A stored tensor, or the weight that is computed from it, after the edits of it so far."""
+        """Return a stored tensor, or the weight that is computed from it, after its edits so far."""
         weight = self.site.weight
         if weight is None or weight.parameter != view.parameter:
             return op.stored_tensor(view.parameter, self.table[view.parameter].tensor)
@@ -458,7 +465,7 @@ class Match:
         return self.value("weight")
 
     def changed_weight(self, op: Builder, full: fx.Node, change_OI: fx.Node) -> fx.Node:
-        """A weight in its stored layout with a change of the site's own window (O, I) added to it."""
+        """Return a weight in its stored layout with a change of the site's own window (O, I) added to it."""
         view = self._weight_view()
         if view.window is not None:
             matrix, columns = self._oriented(op, full, view), view.window
@@ -473,7 +480,7 @@ class Match:
         return op.add(full, self._restored(op, change_OI, full, view))
 
     def _oriented(self, op: Builder, full: fx.Node, view: View) -> fx.Node:
-        """A stored tensor as a matrix (O, I), or a stack of them."""
+        """Return a stored tensor as a matrix (O, I), or a stack of them."""
         axes = view.axes_of(full.meta["val"])
         if axes is None:
             return op.call(aten.transpose.int, full, -2, -1) if view.transposed else full
@@ -482,7 +489,7 @@ class Match:
         return op.call(aten.reshape.default, turned, [*(axes.sizes[axis] for axis in axes.stacked), *axes.shape])
 
     def _restored(self, op: Builder, matrix: fx.Node, full: fx.Node, view: View) -> fx.Node:
-        """The inverse of `_oriented`: a matrix in the layout of a stored tensor."""
+        """Return the inverse of `_oriented`: a matrix in the layout of a stored tensor."""
         axes = view.axes_of(full.meta["val"])
         if axes is None:
             return op.call(aten.transpose.int, matrix, -2, -1) if view.transposed else matrix
@@ -502,7 +509,7 @@ def _window(op: Builder, value: fx.Node, columns: Columns | None, axis: int, nam
 
 
 def match_all(program: ProgramData, sites: Sites, chosen: Iterable[Site]) -> list[Match]:
-    """Matches of `chosen` in the program's own graph."""
+    """Return the matches of `chosen` in the program's own graph."""
     names = {node.name: node for node in program.graph.nodes}
     edits = EditLog(program.edits)
     return [Match(site, sites, program.graph, program.table, edits, names, example=program.examples) for site in chosen]

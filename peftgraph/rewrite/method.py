@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 def omit_default(default: T) -> T:
-    """Declares an option of a pass that its spec leaves out while it has the default.
+    """Declare an option of a pass that is omitted from the spec if it has the default value.
 
     Example:
         With `weight: float = omit_default(1.0)` a pass prints as `lora{rank=8}`, or as `lora{rank=8 weight=0.5}`.
@@ -59,18 +59,18 @@ class Pass:
         self.check()
 
     def check(self) -> None:
-        """Raises RecipeError when the options make no sense together."""
+        """Raise RecipeError if the options are invalid, alone or together."""
 
     def rules(self) -> list[Rule]:
-        """What the pass does, where."""
+        """Return the rules of the pass: what it does, and where."""
         raise NotImplementedError(f"{type(self).__name__} must define rules()")
 
     def passes(self) -> tuple[Pass, ...]:
-        """The atomic passes this one stands for."""
+        """Return the atomic passes that this one consists of."""
         return (self,)
 
     def finalized(self) -> Pass:
-        """The pass as it stands once training is over: every value that `Builder.mark_derived` names is a parameter."""
+        """Return the form of the pass after training: every value that `Builder.mark_derived` marks is a parameter."""
         return self
 
     def __str__(self) -> str:
@@ -79,11 +79,11 @@ class Pass:
         return f"{self.word}{{{' '.join(options)}}}"
 
     def renamed(self, name: str) -> Self:
-        """The same pass under another name."""
+        """Return the same pass under another name."""
         return dataclasses.replace(self, name=name)
 
     def weighted(self, weight: float) -> Self:
-        """The same pass with its change of the model times `weight`; 1 is the pass itself.
+        """Return the same pass with its change of the model multiplied by `weight`; 1 gives the pass itself.
 
         Raises:
             RecipeError: its change cannot be weighted.
@@ -92,29 +92,29 @@ class Pass:
         return self
 
     def require_one_of(self, option: str, words: Iterable[str]) -> None:
-        """Raises RecipeError unless the value of `option` is one of `words`."""
+        """Raise RecipeError unless the value of `option` is one of `words`."""
         value, known = getattr(self, option), " or ".join(f'"{word}"' for word in words)
         self.require(value in words, f"{option} must be {known}, got {value!r}.")
 
     def require_sublayer(self, m: Match) -> None:
-        """Raises RecipeError unless `m` is an attention or a feed-forward with its residual add."""
+        """Raise RecipeError unless `m` is an attention or a feed-forward with its residual add."""
         self.require(m.has("join"), f"{m.site.id} is no sublayer with a residual add; choose attention, ffn or both.")
 
     def require_own_join(self, m: Match, at: Selector) -> None:
-        """Raises RecipeError where another of the sublayers at `at` ends in the same residual sum as `m`."""
+        """Raise RecipeError where another of the sublayers at `at` ends in the same residual sum as `m`."""
         twins = [one.site.id for one in m.related(at, same_layer=True) if one.anchor("join") == m.anchor("join")]
         self.require(
             len(twins) == 1, f"{' and '.join(twins)} end in one residual sum; choose one of them for the adapter."
         )
 
     def require(self, condition: bool, message: str) -> None:
-        """Raises RecipeError with `message` unless `condition` holds."""
+        """Raise RecipeError with `message` unless `condition` holds."""
         if not condition:
             raise RecipeError(f"{self.word}: {message}")
 
 
 def _ordered_fields(method: Pass) -> list[dataclasses.Field[Any]]:
-    """The fields to print: the method's own in order, then the name when there is one."""
+    """Return the fields to print: the method's own in order, then the name when there is one."""
     own = [f for f in dataclasses.fields(method) if f.name != "name"]
     return own + [f for f in dataclasses.fields(method) if f.name == "name" and method.name]
 
@@ -133,11 +133,11 @@ class Pipeline(Pass):
                 raise RecipeError(f"A pipeline holds passes, got {type(part).__name__}.")
 
     def passes(self) -> tuple[Pass, ...]:
-        """The atomic passes, in order."""
+        """Return the atomic passes, in order."""
         return tuple(atom for part in self.parts for atom in part.passes())
 
     def rules(self) -> list[Rule]:
-        """The rules of all parts; a pipeline is applied part by part."""
+        """Return the rules of all parts; a pipeline is applied part by part."""
         return [rule for part in self.passes() for rule in part.rules()]
 
     def __iter__(self) -> Iterator[Pass]:

@@ -17,10 +17,10 @@ P = TypeVar("P", bound=ProgramData)
 
 
 def mix(program: P, sites: Sites, weights: Mapping[str, float]) -> P:
-    """The program in which each pass called by a key of `weights` enters with that weight, on the same parameters.
+    """Return the program in which each pass named in `weights` is scaled by its weight; parameters are shared.
 
     Raises:
-        PeftGraphError: there is no pass of a name.
+        PeftGraphError: a name belongs to no pass.
         RecipeError: a weight is no finite number, or is not 1 and the pass cannot be weighted.
     """
     named = list(dict.fromkeys(applied.name for applied in program.history if applied.name))

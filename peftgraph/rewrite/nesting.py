@@ -29,5 +29,5 @@ class Nesting(IntEnum):
 
 
 def nesting_of(role: str) -> Nesting:
-    """Returns the level of the values of a site of that role."""
+    """Return the nesting level of values at sites of a role."""
     return Nesting(level_of(role))

@@ -28,14 +28,14 @@ LARGEST = 2**63  # of a whole number
 
 
 def plain(value: Any, hint: Any) -> Any:
-    """A value as the plain one that an option of some kind holds; values of kinds that no text spells are kept.
+    """Convert a value to the plain type of an option; values of types without a text form are kept.
 
     Args:
-        value: what was given.
+        value: the given value.
         hint: the option's annotation.
 
     Raises:
-        ValueError: it is of another kind; says which is expected.
+        ValueError: it is of another kind; the message says which is expected.
         PeftGraphError: it is no selector.
     """
     union = typing.get_origin(hint) in (types.UnionType, typing.Union)
@@ -61,10 +61,10 @@ def plain(value: Any, hint: Any) -> Any:
 
 @cache
 def hints(cls: type) -> dict[str, Any]:
-    """Returns the types of the options of a pass, by name.
+    """Return the types of the options of a pass, by name.
 
-    Annotations that name what only the scope of a function knows, as where a class is made within one, cannot be
-    evaluated: such an option has the type of its default where that is a selector, else any type.
+    Annotations that use names local to a function, such as those of a class defined in one, cannot be evaluated:
+    such an option has the type of its default if that is a selector, otherwise any type.
     """
     try:
         return typing.get_type_hints(cls)
@@ -83,10 +83,10 @@ def _evaluated(cls: type, item: dataclasses.Field[Any]) -> Any:
 
 
 def check_name(name: str) -> None:
-    """Refuses a name of a pass that cannot stand in the names of its parameters, which are attributes of modules.
+    """Refuse a name of a pass that cannot be part of the names of its parameters, which are attributes of modules.
 
     Raises:
-        ValueError: says why.
+        ValueError: it cannot; the message says why.
     """
     if not name.isidentifier():
         raise ValueError(f"a name must be an identifier (letters, digits, _), got {name!r}")

@@ -24,10 +24,11 @@ from peftgraph.utils.atomic_files import read_regular_file
 
 
 def load_recipe(source: str | Path) -> Pass:
-    """Reads a recipe.
+    """Read a recipe.
 
     Args:
-        source: the path of a `.toml` file or of a text file with specs; or the text of a spec itself (it holds a `{`).
+        source: the path of a `.toml` file or of a text file with specs; or the text of a spec itself (it contains a
+            `{`).
 
     Raises:
         RecipeError: the file is missing or cannot be read; the message names the table and the option.
@@ -90,12 +91,12 @@ def _patterns(table: Any, where: str) -> dict[str, Pattern]:
 
 
 def patterns_of_pass(method: Pass) -> tuple[Pattern, ...]:
-    """The patterns that a pass speaks of, each once."""
+    """Return the patterns that a pass refers to, each once."""
     return tuple(dict.fromkeys(pattern for rule in method.rules() for pattern in patterns_of(rule.at)))
 
 
 def to_toml(method: Pass) -> str:
-    """The recipe file of a pass; `load_recipe` reads it back."""
+    """Return the recipe file of a pass; `load_recipe` reads it back."""
     patterns = patterns_of_pass(method)
     lines = [f"{_toml(p.name)} = {_toml(str(p).partition(': ')[2])}" for p in patterns]
     lines = ["[patterns]", *lines, ""] if lines else []
@@ -111,12 +112,12 @@ def to_toml(method: Pass) -> str:
 
 
 def _toml(value: float | str) -> str:
-    """A number or a text as TOML spells it: as JSON does, but for what is not ASCII, and for one character."""
+    """Format a number or a text for TOML: as in JSON, except for non-ASCII text and one control character."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _named(text: str, patterns: tuple[Pattern, ...]) -> str:
-    """The text of an option, with the file's patterns by name."""
+    """Return the text of an option, with the file's patterns by name."""
     for pattern in patterns:
         text = text.replace(pattern.reference, pattern.name)
     return text

@@ -24,7 +24,7 @@ PASSES: Registry[type[Pass]] = Registry(
 
 
 def register(cls: C) -> C:
-    """Makes a pass known by its word in this process, so that specs, recipes and adapter directories can name it.
+    """Register a pass under its word in this process, so that specs, recipes and adapter directories can name it.
 
     An entry point of the group `peftgraph.passes` does the same for every process that the distribution is installed
     for. A class that is defined again, as in a notebook, takes the place of the earlier one.
@@ -60,7 +60,7 @@ def register(cls: C) -> C:
 
 @contextmanager
 def temporarily_registered(classes: Iterable[type[Pass]]) -> Iterator[None]:
-    """Registers passes within a `with` block; afterwards those are known that were known before."""
+    """Register passes within a `with` block; the registry is restored at its end."""
     with PASSES.restored():
         for cls in classes:
             register(cls)
@@ -68,7 +68,7 @@ def temporarily_registered(classes: Iterable[type[Pass]]) -> Iterator[None]:
 
 
 def find_pass(word: str) -> type[Pass]:
-    """Returns the pass of that word.
+    """Return the pass with a word.
 
     Raises:
         RecipeError: there is none, or it cannot be imported.

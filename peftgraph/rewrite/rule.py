@@ -93,16 +93,16 @@ class Rule:
 
 
 def trained(m: Match, p: Params) -> Mapping[ParameterValue, Tensor]:
-    """Folds parameters that train in place: their values are the new weights already."""
+    """Fold parameters that train in place: their values already are the new weights."""
     return {}
 
 
 def Train(
     at: Selector, bias_only: bool = False, where: Callable[[Match], bool] | None = None, optional: bool = False
 ) -> Rule:
-    """Makes a rule that trains the sites' own parameters, or only their biases, and computes nothing new.
+    """Make a rule that trains the sites' own parameters, or only their biases, and computes nothing new.
 
-    A stored tensor trains whole: of a fused projection's bias, all that is stored.
+    A stored tensor trains as a whole: of a fused projection's bias, all parts.
     """
     rule = Rule(at=at, delta=None, fold=trained, bias_only=bias_only, where=where, optional=optional)
     return replace(rule, where=where or _has_bias, where_message=NO_BIAS) if bias_only else rule

@@ -45,7 +45,7 @@ class Use:
 
 
 def uses(program: ProgramData, chosen: Sequence[Chosen]) -> Iterator[Use]:
-    """The uses to rewrite, in order; of sites whose weight changes as a whole, the first stands for all.
+    """Yield the uses to rewrite, in order; of sites whose weight changes as a whole, only the first.
 
     Raises:
         Conflict: a tensor that is read in several ways would change for some of its readers only.
@@ -70,8 +70,8 @@ def uses(program: ProgramData, chosen: Sequence[Chosen]) -> Iterator[Use]:
 
 
 def _each_value_once(table: TensorTable, chosen: Sequence[Chosen]) -> Iterator[Chosen]:
-    """The sites without those that give the very same value of one weight, as a projection that is the queries of one
-    attention and the keys of another."""
+    """Yield the sites, but each value of a weight once: a projection may be the queries of one attention and the keys
+    of another."""
     seen: set[Hashable] = set()
     for number, rule, site in chosen:
         value = (number, site.op, _window(table, site), site.port_items if site.role == "ffn.hidden" else None)
@@ -81,13 +81,13 @@ def _each_value_once(table: TensorTable, chosen: Sequence[Chosen]) -> Iterator[C
 
 
 def _is_shared(rule: Rule, site: Site) -> bool:
-    """Whether uses of one part share what a rule makes: all but rows in front of the tokens that a table looks up,
-    which belong to the sequence that they stand in, such as that of an encoder or of its decoder."""
+    """Tell whether the uses of one part share the parameters of a rule. All rules do, except those that prepend rows to
+    embedded tokens: such rows belong to one sequence, for example the encoder's or the decoder's."""
     return rule.delta is not None and not (site.role == "embedding" and isinstance(rule.fold, str))
 
 
 def _mixed(table: TensorTable, chosen: Sequence[Chosen]) -> dict[Hashable, list[Site]]:
-    """The sites of windows of weights that can only change as a whole for all of them, by rule and window."""
+    """Return the sites whose windows of weights can only change for all of them at once, by rule and window."""
     groups: dict[Hashable, list[Site]] = {}
     rules: dict[Hashable, AddProduct] = {}
     for number, rule, site in chosen:
@@ -98,7 +98,7 @@ def _mixed(table: TensorTable, chosen: Sequence[Chosen]) -> dict[Hashable, list[
 
 
 def _is_mixed(join: AddProduct, found: Sequence[Site]) -> bool:
-    """Whether no computation beside what the sites give has the same parameters at all of them."""
+    """Tell whether no computation on the sites' outputs could use the same parameters at all of them."""
     if len(found) < 2:
         return False
     axes = {site.weight and site.weight.axes for site in found}
@@ -111,13 +111,13 @@ def _turned(site: Site) -> bool:
 
 
 def _window(table: TensorTable, site: Site) -> Hashable:
-    """The part of a stored tensor that a site multiplies by; one expert of a stack is no other's."""
+    """Return the part of a stored tensor that a site multiplies by; the experts of a stack are separate parts."""
     weight = site.weight
     return None if weight is None else (table.tied(weight.parameter)[0], weight.computed, weight.window, site.expert)
 
 
 def _identity(table: TensorTable, site: Site) -> Hashable:
-    """What two sites have in common that are one part of the model, used twice; a site's own id where nothing says."""
+    """Return a key that two sites share if they are one part of the model, used twice; a site's own id by default."""
     if site.weight is not None:
         return site.role, site.kind, _window(table, site)
     tensors = [*site.reads, *([site.scale] if site.scale else []), *([site.bias.parameter] if site.bias else [])]
@@ -126,8 +126,8 @@ def _identity(table: TensorTable, site: Site) -> Hashable:
 
 
 def _check_readers(program: ProgramData, use: Use, together: Sequence[Site]) -> None:
-    """Refuses a change of a weight that a place reads which was not chosen. What reads a stored matrix that is no part
-    of another site, such as a table of positions of which a slice is added, is all of one site."""
+    """Refuse a change of a weight that a site outside the chosen ones also reads. All readers of a stored matrix that
+    belong to no other site, such as a slice of a position table that is added, count as one site."""
     weight, chosen = use.site.weight, {site.op for site in together}
     assert weight is not None
     whole = {site.weight.parameter for site in together if site.weight is not None and site.role == "matrix"}

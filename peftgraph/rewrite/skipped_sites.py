@@ -10,7 +10,7 @@ from peftgraph.sites import Absent
 
 
 def warn_of(absent: Sequence[Absent], methods: Sequence[Pass]) -> None:
-    """Warns of the sublayers among what passes left out."""
+    """Warn of the sublayers that passes left out."""
     sublayers = list(dict.fromkeys(one for one in absent if one.site.role == "attention"))
     if not sublayers:
         return

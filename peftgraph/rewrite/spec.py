@@ -21,11 +21,11 @@ from peftgraph.sites.selectors.selector import Selector, as_selector
 
 
 def parse_pass(text: str, patterns: Mapping[str, Pattern] = MappingProxyType({})) -> Pass:
-    """Reads a pass from its spec, or a `Pipeline` from several; the inverse of `str(method)`.
+    """Read a pass from its spec, or a `Pipeline` from several; the inverse of `str(method)`.
 
     Args:
         text: the specs.
-        patterns: the patterns that selectors may call by name.
+        patterns: the patterns that selectors may refer to by name.
 
     Raises:
         RecipeError: the text cannot be read.
@@ -41,12 +41,12 @@ def parse_pass(text: str, patterns: Mapping[str, Pattern] = MappingProxyType({})
 
 
 def build(cls: type[Pass], options: dict[str, Any], patterns: Mapping[str, Pattern] = MappingProxyType({})) -> Pass:
-    """A pass from its options, which may be text or values of a TOML file.
+    """Return a pass from its options, which may be text or values of a TOML file.
 
     Args:
         cls: the pass.
         options: its options.
-        patterns: the patterns that selectors may call by name.
+        patterns: the patterns that selectors may refer to by name.
 
     Raises:
         RecipeError: an option is unknown or has a value of the wrong kind.

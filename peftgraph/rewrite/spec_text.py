@@ -10,7 +10,7 @@ from peftgraph.errors import RecipeError, pointed, shortened
 
 
 def print_value(value: Any) -> str:
-    """One value of a spec."""
+    """Return one value of a spec."""
     if isinstance(value, str):
         return json.dumps(value)
     if isinstance(value, bool) or value is None:
@@ -21,10 +21,10 @@ def print_value(value: Any) -> str:
 
 
 def parse_specs(text: str) -> list[tuple[str, dict[str, str]]]:
-    """The passes of a text as (word, options as text); the specs stand one after the other, by spaces, commas or lines.
+    """Return the passes of a text as (word, options as text); specs are separated by spaces, commas or line ends.
 
     Raises:
-        RecipeError: the text is no list of specs; the message shows the place.
+        RecipeError: the text is no list of specs; the message shows where.
     """
     found: list[tuple[str, dict[str, str]]] = []
     position = _skip(text, 0)
@@ -63,7 +63,7 @@ def _word(text: str, position: int) -> tuple[str, int]:
 
 
 def _balanced(text: str, position: int) -> tuple[str, int]:
-    """The text inside the bracket that opens at `position`, and the position after its closing one."""
+    """Return the text inside the bracket that opens at `position`, and the position after its closing one."""
     start, closing = position, [PAIRS[text[position]]]
     position += 1
     while closing:
@@ -94,7 +94,7 @@ def _end_of_string(text: str, position: int) -> int:
 
 
 def split_items(body: str) -> Iterator[str]:
-    """The items of a body, at spaces and commas outside of brackets and strings."""
+    """Yield the items of a body, split at spaces and commas outside brackets and strings."""
     start = position = _skip(body, 0)
     while position < len(body):
         char = body[position]

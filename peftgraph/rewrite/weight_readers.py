@@ -10,7 +10,7 @@ from peftgraph.sites.dataflow import ops
 
 
 def readers(nodes: Iterable[fx.Node]) -> Iterator[fx.Node]:
-    """The computing nodes that read one of some values, looking through layout."""
+    """Yield the computing nodes that read one of some values, directly or through layout operations."""
     pending = list(nodes)
     seen: set[fx.Node] = set()
     while pending:

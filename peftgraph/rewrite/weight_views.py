@@ -36,21 +36,22 @@ class View:
     axes: MatrixAxes | None = None
 
     def shape(self, full: Tensor) -> tuple[int, ...]:
-        """The window's shape: (O, I), (E, O, I), (O,) or (E, O)."""
+        """Return the window's shape: (O, I), (E, O, I), (O,) or (E, O)."""
         sizes = list(self._oriented(full).shape)
         if self.window is not None:
             sizes[self._axis] = len(self.window)
         return tuple(int(size) for size in sizes)
 
     def get(self, full: Tensor) -> Tensor:
-        """The window of a stored tensor, in (out, in) orientation."""
+        """Return the window of a stored tensor, in (out, in) orientation."""
         oriented = self._oriented(full)
         return (
             oriented if self.window is None else oriented.index_select(self._axis, self.window.index().to(full.device))
         )
 
     def put(self, full: Tensor, value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """A copy of the stored tensor whose window holds `value`, in `dtype` or the stored one; the rest is kept."""
+        """Return a copy of the stored tensor with `value` in the window, in `dtype` or the stored one; the rest is
+        kept."""
         kind = dtype or full.dtype
         value = value.to(device=full.device, dtype=kind)
         if self.window is not None:
@@ -59,13 +60,14 @@ class View:
         return self._restored(value, full).clone(memory_format=torch.contiguous_format)
 
     def stored(self, full: Tensor, value: Tensor) -> Tensor | None:
-        """`value` in the layout of the stored tensor, in its own memory; None where the window is not all of that."""
+        """Return `value` in the layout of the stored tensor, in its own memory; None where the window is not all of
+        that."""
         if self.window is not None or value.shape != self._oriented(full).shape:
             return None
         return self._restored(value, full)
 
     def overlaps(self, other: View) -> bool:
-        """Whether two views share stored values."""
+        """Tell whether two views share stored values."""
         if self.parameter != other.parameter:
             return False
         if self.window is None or other.window is None:
@@ -84,7 +86,7 @@ class View:
         return full.reshape(axes.sizes).permute(axes.order).reshape(*stack, *axes.shape)
 
     def _restored(self, matrix: Tensor, full: Tensor) -> Tensor:
-        """The inverse of `_oriented`."""
+        """Return the inverse of `_oriented`."""
         if self.vector:
             return matrix
         axes = self._axes(full)
@@ -95,7 +97,8 @@ class View:
         return self.axes or MatrixAxes.plain([int(size) for size in full.shape], self.transposed, self.experts)
 
     def axes_of(self, full: Tensor) -> MatrixAxes | None:
-        """Which axes of a stored tensor are features; None where it is a matrix, or a stack of matrices, as it is."""
+        """Return which axes of a stored tensor are features; None where it is a matrix, or a stack of matrices, as it
+        is."""
         plain = self.axes is None and full.dim() == (2 if self.experts is None else 3)
         return None if plain else self._axes(full)
 
@@ -119,7 +122,7 @@ class ParameterValue:
 
 
 def weight_view(site: Site) -> View | None:
-    """The window of a site's weight."""
+    """Return the window of a site's weight."""
     if site.weight is None:
         return None
     weight = site.weight
@@ -127,8 +130,8 @@ def weight_view(site: Site) -> View | None:
 
 
 def rows_view(site: Site, numbers: Sequence[int]) -> View:
-    """The window on rows of the table that a site with a whole weight reads: (N, D), of what an embedding looks up or
-    of a projection's outputs."""
+    """Return the window on rows (N, D) of the table that a site reads as a whole: rows that an embedding looks up, or
+    output features of a projection."""
     assert site.weight is not None
     assert site.weight.window is None
     transposed = site.weight.transposed != (site.role == "embedding")
@@ -136,7 +139,7 @@ def rows_view(site: Site, numbers: Sequence[int]) -> View:
 
 
 def bias_view(site: Site) -> View | None:
-    """The window of a site's bias."""
+    """Return the window of a site's bias."""
     if site.bias is None:
         return None
     experts = None if site.weight is None else site.weight.experts
@@ -144,11 +147,12 @@ def bias_view(site: Site) -> View | None:
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What folding computes in: float64 for float64, float32 for anything narrower."""
+    """Return the dtype in which folding computes: float64 for float64, float32 for anything narrower."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def bind(view: View, table: TensorTable, precision: torch.dtype | None = None) -> ParameterValue:
-    """`view` with the values that `table` holds now, in `precision` or what folding accumulates in by default."""
+    """Return `view` with its current values in `table`, in `precision`, by default the dtype in which folding
+    accumulates."""
     full = table[view.parameter].tensor.detach()
     return ParameterValue(view, view.get(full).to(precision or accumulation_dtype(full.dtype)))

@@ -88,8 +88,8 @@ class MatrixAxes:
 
     @classmethod
     def plain(cls, sizes: Sequence[int], transposed: bool, experts: int | None) -> MatrixAxes:
-        """Of a matrix stored (out, in), or (in, out) where it is transposed, behind an axis of experts if there are
-        any; further axes are further input features, or output features of a transposed one."""
+        """Return the axes of a matrix stored (out, in), or (in, out) if transposed, after an axis of experts if there
+        is one; further axes are further input features, or output features of a transposed one."""
         first = 0 if experts is None else 1
         rest = tuple(range(first + 1, len(sizes)))
         outer, inner = (rest, (first,)) if transposed else ((first,), rest)
@@ -128,7 +128,7 @@ class Weight:
     computed: str | None = None
 
     def shape(self, tensors: Mapping[str, torch.Tensor]) -> tuple[int, int]:
-        """(out, in) of the site's own part, for one expert."""
+        """Return (out, in) of the site's own part, for one expert."""
         sizes = [int(size) for size in tensors[self.parameter].shape]
         axes = self.axes or MatrixAxes.plain(sizes, self.transposed, self.experts)
         out, inner = axes.shape
@@ -156,7 +156,8 @@ class Equation:
     sizes: tuple[tuple[str, int], ...]
 
     def narrowing(self) -> Lettered:
-        """x by a matrix (R, in), or a stack of them, to R features in the place of the product's own."""
+        """Return the product of x and a matrix (R, in), or a stack of them, with R features in place of the product's
+        own."""
         first, *others = (letter for letter in self.result if letter in self.outer)
         narrow = "".join(self.rank if one == first else one for one in self.result if one not in others)
         weight = self.stacked + self.rank + self.inner

@@ -44,16 +44,17 @@ class Shares:
     """Tokens keep what they have; nothing hides the rows, and no bias falls on them."""
 
     def front(self, mask: fx.Node) -> fx.Node | None:
-        """What a mask or bias gives to the rows, (..., T, L), or nothing."""
+        """Return the part of a mask or bias for the rows, (..., T, L); None if it has none."""
         return None
 
     def own(self, mask: fx.Node) -> fx.Node:
-        """What it gives to the tokens, (..., T, T)."""
+        """Return its part for the tokens, (..., T, T)."""
         return mask
 
 
 def shares_of(m: Match, op: Builder, rows: int, placed: bool, biases: Biases) -> Shares:
-    """The shares of an attention's rows and tokens; cross-attention knows no places, and so no distances.
+    """Return the parts of masks and biases for an attention's rows and tokens; cross-attention has no positions, so no
+    distances.
 
     Raises:
         PeftGraphError: inputs cannot be made longer.
@@ -98,11 +99,11 @@ class _Apart(Shares, ABC):
 
     @abstractmethod
     def of_rows(self, bias: fx.Node) -> fx.Node | None:
-        """The biases of the rows, in the place of those that the model has."""
+        """Return the biases of the rows, in place of the model's own."""
 
     @abstractmethod
     def of_tokens(self, bias: fx.Node) -> fx.Node:
-        """The biases of the tokens."""
+        """Return the biases of the tokens."""
 
     def front(self, mask: fx.Node) -> fx.Node | None:
         if not self._is_biased(mask):
@@ -120,7 +121,7 @@ class _Apart(Shares, ABC):
         return self.of_tokens(mask) if inner is None else self.op.copy_call(mask, {inner: self.own(inner)})
 
     def _is_biased(self, mask: fx.Node) -> bool:
-        """Whether a value is looked up in parameters of the model."""
+        """Tell whether a value is looked up in the model's parameters."""
         seen, todo = {mask}, [mask]
         while todo:
             node = todo.pop()
@@ -137,7 +138,8 @@ class _Apart(Shares, ABC):
         return False
 
     def _inner(self, mask: fx.Node) -> fx.Node | None:
-        """Where a mask and a bias met, the bias; or what a value is a copy of. Nothing at a bias alone."""
+        """Return the bias where a mask and a bias are combined, or the value that this one is a copy of; None at a bias
+        alone."""
         if ops.name(mask) in SAME:
             return mask.all_input_nodes[0]
         biased, others = self._operands(mask)
@@ -149,13 +151,13 @@ class _Apart(Shares, ABC):
         return biased[0]
 
     def _operands(self, node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
-        """What a value is made of: the biases, and other tensors."""
+        """Return the values that a value is computed from: the biases, and the other tensors."""
         tensors = [one for one in node.all_input_nodes if isinstance(one.meta["val"], torch.Tensor)]
         biased = [one for one in tensors if self._is_biased(one)]
         return biased, [one for one in tensors if one not in biased]
 
     def _refuse_mixed(self, bias: fx.Node) -> None:
-        """Refuses a bias that other tensors than its places had a part in, which may be a mask."""
+        """Refuse a bias that depends on tensors other than its positions, which may include a mask."""
         todo = [bias]
         while todo:
             node = todo.pop()
@@ -188,7 +190,7 @@ class _Shifted(_Apart):
         return slice_of(self.op, self._whole(bias), -1, self.longer.rows)
 
     def _whole(self, bias: fx.Node) -> fx.Node:
-        """(..., T, L + T)"""
+        """Return the whole mask or bias, (..., T, L + T)."""
         again = self.longer.again(bias)
         if again is bias:
             raise PeftGraphError(

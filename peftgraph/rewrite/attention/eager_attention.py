@@ -30,7 +30,7 @@ MASKING: Final = ops.words("masked_fill where add sub")
 
 
 def refusal(m: Match, node: fx.Node) -> PeftGraphError:
-    """No rows can be led past a node."""
+    """Return the error that rows cannot be carried past a node."""
     label = node.meta.get("label", node.name)
     return PeftGraphError(
         f"{m.site.id} computes its attention by way of %{label} ({node.target}), past which no rows of keys and values "
@@ -49,7 +49,7 @@ class Written:
         self.scores, self.output = _before_level(own), m.names[m.port("output")]
 
     def computed(self, shares: Shares | None) -> fx.Node:
-        """The attention's output with the rows in front; of the rows alone where there are no shares."""
+        """Return the attention's output with the rows prepended; without `shares`, that of the rows alone."""
         raw, axis = self._own_scores()
         front, axis = self._led(self.product, self.scores, {self.product: raw}, axis, (shares or Shares()).front)
         v, axes = self.m.value("v"), axes_of(self.m, "v")
@@ -64,7 +64,7 @@ class Written:
         return self._led(self.scores, self.output, copies, axis, None)[0]
 
     def _axis(self) -> int:
-        """The axis of the keys among the scores."""
+        """Return the axis of the keys among the scores."""
         named, side = spelled(self.product), self._side()
         assert named is not None, self.product
         letter = named.of(side)[axes_of(self.m, "scored").positions]
@@ -76,14 +76,14 @@ class Written:
         return named.result.index(letter)
 
     def _side(self) -> int:
-        """Which factor of the scores k is."""
+        """Return which factor of the scores k is."""
         sides, q = factors(self.product), self.m.value("q")
         if sides is None or q not in sides or sides[0] is sides[1]:
             raise refusal(self.m, self.product)
         return 1 if sides[0] is q else 0
 
     def _own_scores(self) -> tuple[fx.Node, int]:
-        """q P_K^T, times what the model scales its keys by on their way into the product, and the axis of the rows."""
+        """Return q P_K^T, scaled as the model scales its keys before the product, and the axis of the rows."""
         op, axis, side = self.op, self._axis(), self._side()
         k = (factors(self.product) or ())[side]
         rows = laid_out(op, self.keys, axes_of(self.m, "scored"), k)
@@ -101,7 +101,7 @@ class Written:
         return own, axis
 
     def _with_input(self, shares: Shares) -> fx.Node:
-        """The model's own scores, with its share of the bias that a baddbmm adds."""
+        """Return the model's own scores, with its share of the bias that a baddbmm adds."""
         if ops.name(self.product) != "baddbmm" or self.product.kwargs.get("beta", 1) == 0:
             return self.product
         bias = self.product.args[0]
@@ -112,8 +112,8 @@ class Written:
     def _led(
         self, start: fx.Node, stop: fx.Node, copies: dict[fx.Node, fx.Node], axis: int, bias: Bias | None
     ) -> tuple[fx.Node, int]:
-        """What the model does between two values done to copies of them, and the axis of the keys in the end. `bias`:
-        what of masks and biases falls on these keys; without, none may be met."""
+        """Repeat the model's computation between two values on copies of them; return the result and its axis of keys.
+        `bias`: the part of masks and biases for these keys; without it, none may occur."""
         axes = {start: axis}
         if start is stop:
             return copies[start], axis
@@ -151,12 +151,12 @@ class Written:
         return self._again(node, copies)
 
     def _again(self, node: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> fx.Node:
-        """The call of `node` with other operands, or `node` itself where they are the same."""
+        """Return the call of `node` with other operands, or `node` itself where they are the same."""
         same = all(copies.get(one, one) is one for one in node.all_input_nodes)
         return node if same else self.op.copy_call(node, copies)
 
     def _viewed(self, node: fx.Node, source: fx.Node, copies: Mapping[fx.Node, fx.Node], axis: int) -> fx.Node:
-        """The view of a copy that has more keys, or fewer: its axes are joined or parted, the keys' stays apart."""
+        """Apply a view to a copy with another number of keys: axes are merged or split, except the keys'."""
         if copies[source] is source:
             return node
         before = next(one for one in range(source.meta["val"].dim()) if followed(node, source, one) == axis)
@@ -168,7 +168,7 @@ class Written:
 
 
 def _before_level(scores: fx.Node) -> fx.Node:
-    """Scores before what is the same for all keys of a query, their largest, is taken off."""
+    """Return the score before the maximum over a query's keys, which is the same for all of them, is subtracted."""
     if ops.name(scores) != "sub" or not all(isinstance(one, fx.Node) for one in scores.args[:2]):
         return scores
     plain, level = cast("tuple[fx.Node, fx.Node]", scores.args[:2])
@@ -178,7 +178,7 @@ def _before_level(scores: fx.Node) -> fx.Node:
 
 
 def _tensors(nodes: Iterable[fx.Node]) -> list[fx.Node]:
-    """Those whose values are tensors, and not sizes."""
+    """Return the nodes whose values are tensors, not sizes."""
     return [node for node in nodes if isinstance(node.meta["val"], torch.Tensor)]
 
 

@@ -26,10 +26,10 @@ HINT = (
 
 
 def axes_of(m: Match, port: str) -> Axes:
-    """What the axes of an operand of an attention core hold.
+    """Return the meaning of the axes of an attention core's operand.
 
     Raises:
-        PeftGraphError: the site is no attention core, or has heads, positions and features in no way that is known.
+        PeftGraphError: the site is no attention core, or its layout of heads, positions and features is unknown.
     """
     if port not in m.site.ports:
         what = {"k": "keys", "v": "values"}.get(port, port)
@@ -44,10 +44,10 @@ def axes_of(m: Match, port: str) -> Axes:
 
 
 def size_of_head(m: Match, port: str, value: fx.Node) -> int:
-    """The features of one head.
+    """Return the features of one head.
 
     Raises:
-        PeftGraphError: their number is not fixed, as where the softmax weighs features and not positions.
+        PeftGraphError: their number is not fixed, as where the softmax is over features, not positions.
     """
     size: Any = 1
     for axis in _features(axes_of(m, port)):
@@ -62,7 +62,7 @@ def _features(axes: Axes) -> list[int]:
 
 
 def laid_out(op: Builder, rows: fx.Node, axes: Axes, like: fx.Node) -> fx.Node:
-    """Rows (1 or B, G, L, D) as `like` has its own: in every entry of the batch, heads repeated as there."""
+    """Arrange rows (1 or B, G, L, D) in the layout of `like`: for every batch entry, with heads repeated as there."""
     letters = [letter for word in axes.words for letter in word.strip("()").split()]
     features = [like.meta["val"].shape[axis] for axis in _features(axes)]
     value = rows if len(features) == 1 else op.call(aten.unflatten.int, rows, -1, features)
@@ -84,7 +84,7 @@ def laid_out(op: Builder, rows: fx.Node, axes: Axes, like: fx.Node) -> fx.Node:
 
 
 def _sources(letters: Sequence[str]) -> list[int | None]:
-    """For each axis that is to be, the one of rows (B, G, L, D, ...) that it is; none for one that is new."""
+    """Return, for each target axis, the corresponding axis of rows (B, G, L, D, ...); None for a new one."""
     known = {"b": 0, "h": 1, "t": 2, "d": 3}
     found: list[int | None] = []
     for i, letter in enumerate(letters):
@@ -95,7 +95,7 @@ def _sources(letters: Sequence[str]) -> list[int | None]:
 
 
 def _sizes(op: Builder, axes: Axes, like: fx.Node) -> list[Any]:
-    """What rows are expanded to, an axis for each letter: batches and repeats as `like` has them, -1 for the rest."""
+    """Return the sizes to expand rows to, one for each letter: batch and repeats as in `like`, -1 for the rest."""
     sizes: list[Any] = []
     for axis, word in enumerate(axes.words):
         size = like.meta["val"].shape[axis]
@@ -111,7 +111,7 @@ def _sizes(op: Builder, axes: Axes, like: fx.Node) -> list[Any]:
 
 
 def each_by_head(op: Builder, value: fx.Node, axes: Axes, change: Callable[[fx.Node], fx.Node]) -> fx.Node:
-    """`change` of a value whose axes are put in the order (B, H, S, F) for it, and back again."""
+    """Apply `change` to a value with axes in the order (B, H, S, F), and restore the original order."""
     words = list(axes.words)
     joined = next((place for place, word in enumerate(words) if word.startswith("(")), None)
     if joined is not None:

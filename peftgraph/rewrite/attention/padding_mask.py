@@ -17,14 +17,15 @@ HIDDEN = -5e3  # what hides a key lowers its score to -1e4 at most, and no model
 
 
 def token_mask(m: Match, op: Builder) -> fx.Node:
-    """(B, S) booleans: which positions hold tokens, in the sequence that a site of the stack has.
+    """Return booleans (B, S): which positions of the site's sequence contain tokens.
 
-    A position is real if its own query may see its own key: no causal mask, window or position bias hides that one, and
-    padding is what does. So it does not matter how a model takes its mask, or whether 1 or 0 stands for padding. All
-    positions are real where nothing masks. One value serves all sites of the stack that an application of a pass edits.
+    A position contains a token if its own query may attend to its own key: causal masks, windows and position biases
+    never hide that key, only padding does. So the form of the model's mask does not matter, nor whether 1 or 0 means
+    padding. Without a mask all positions contain tokens. One value serves all sites of the stack that an application of
+    a pass edits.
 
     Raises:
-        PeftGraphError: no self-attention of the site's stack tells, or it continues an earlier sequence.
+        PeftGraphError: no self-attention of the site's stack shows it, or it continues an earlier sequence.
     """
     stack = m.site.stack
     cores = [one for one in m.related(attention.core & kind("self")) if one.site.stack == stack]

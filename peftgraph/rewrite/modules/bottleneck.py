@@ -33,7 +33,8 @@ class Bottleneck:
     trainable: bool = True
 
     def check(self, method: Pass) -> None:
-        """Refuses, in the name of `method`, an empty width, an unknown activation and a dropout outside [0, 1)."""
+        """Refuse, in an error that names `method`, a width below 1, an unknown activation and a dropout outside [0,
+        1)."""
         method.require(self.width >= 1, f"width must be at least 1, got {self.width}.")
         method.require(
             self.activation in ACTIVATIONS,
@@ -42,7 +43,7 @@ class Bottleneck:
         method.require(0 <= self.dropout < 1, f"dropout must lie in [0, 1), got {self.dropout}.")
 
     def build(self, op: Builder, x: fx.Node, features: int, prefix: str = "") -> fx.Node:
-        """The bottleneck of x; its four parameters are called `{prefix}down_weight`, ... `features`: O."""
+        """Return the bottleneck of x; its four parameters are named `{prefix}down_weight`, ... `features`: O."""
         inner, trains = int(x.meta["val"].shape[-1]), self.trainable
         down_MI = op.param(f"{prefix}down_weight", (self.width, inner), self.down, trains)
         down_M = op.param(f"{prefix}down_bias", (self.width,), init.zeros, trains)

@@ -25,22 +25,22 @@ class Gate(Protocol):
     """Builds the opening of a gate, (batch,) numbers."""
 
     def __call__(self, m: Match, op: Builder, x_BTD: fx.Node, /) -> fx.Node:
-        """The opening at a site, from what the rule there reads: x (batch, positions, features)."""
+        """Return the gate at a site, from the rule's input there: x (batch, positions, features)."""
         ...
 
 
 def gated(rule: Rule, gate: Gate) -> Rule:
-    """The rule whose delta enters as much as a gate lets it: `join(y, delta)` -> `join(y, g(x) delta)`.
+    """Return a rule whose delta is scaled by a gate: `join(y, delta)` -> `join(y, g(x) delta)`.
 
-    What is added is multiplied by g; of a factor f, 1 + g (f - 1) is left; of a value that replaces another, the way
-    from the other one is; of rows of keys and values, both are.
+    An added value is multiplied by g; a factor f becomes 1 + g (f - 1); a replacement z of y becomes y + g (z - y);
+    rows of keys and values are both multiplied by g.
 
     Args:
         rule: any rule that computes something.
         gate: builds g, (batch,).
 
     Raises:
-        PeftGraphError: the rule computes nothing anew, or (when it is applied) what it reads is no sequence by example.
+        PeftGraphError: the rule computes nothing new, or (on application) its input is no batch of sequences.
     """
     build = rule.delta
     if build is None:
@@ -64,7 +64,7 @@ def gated(rule: Rule, gate: Gate) -> Rule:
 
 
 def _sequence(m: Match, x: fx.Node) -> fx.Node:
-    """What a site reads as (batch, positions, features), though it may read that with the first two axes joined."""
+    """Return a site's input as (batch, positions, features), also where its first two axes are merged."""
     shape = x.meta["val"].shape
     source = x.args[0] if x.target in VIEWS else None
     if len(shape) == 3 and not m.experts:
@@ -78,9 +78,9 @@ def _sequence(m: Match, x: fx.Node) -> fx.Node:
 
 
 def masked_mean(m: Match, op: Builder, x_BT1: fx.Node, tokens_only: bool) -> fx.Node:
-    """The mean of x (B, T, 1) over the positions, (B,): over all of them, or over those that hold tokens.
+    """Return the mean of x (B, T, 1) over the positions, (B,): over all of them, or over those that contain tokens.
 
-    All hold tokens where the model has no input that says otherwise.
+    All positions contain tokens unless an input of the model says otherwise.
 
     Raises:
         PeftGraphError: such an input is no (batch, positions).

@@ -12,12 +12,12 @@ from torch import nn as _nn
 
 
 def zeros(tensor: Tensor) -> None:
-    """All zero."""
+    """Fill with zeros."""
     tensor.zero_()
 
 
 def ones(tensor: Tensor) -> None:
-    """All one."""
+    """Fill with ones."""
     tensor.fill_(1.0)
 
 
@@ -37,7 +37,7 @@ def uniform(bound: float) -> Callable[[Tensor], None]:
 
 
 def normal(std: float) -> Callable[[Tensor], None]:
-    """Normal with mean 0 and standard deviation `std`."""
+    """Return an initialiser: normal with mean 0 and standard deviation `std`."""
 
     def fill(tensor: Tensor) -> None:
         _nn.init.normal_(tensor, std=std)
@@ -46,7 +46,7 @@ def normal(std: float) -> Callable[[Tensor], None]:
 
 
 def truncated_normal(std: float) -> Callable[[Tensor], None]:
-    """Normal with mean 0 and standard deviation `std`, drawn again beyond two of them."""
+    """Return an initialiser: normal with mean 0 and standard deviation `std`, truncated at two standard deviations."""
 
     def fill(tensor: Tensor) -> None:
         _nn.init.trunc_normal_(tensor, std=std, a=-2 * std, b=2 * std)
@@ -55,7 +55,7 @@ def truncated_normal(std: float) -> Callable[[Tensor], None]:
 
 
 def constant(value: float) -> Callable[[Tensor], None]:
-    """All `value`."""
+    """Return an initialiser: every entry is `value`."""
 
     def fill(tensor: Tensor) -> None:
         tensor.fill_(value)
@@ -79,7 +79,7 @@ def xavier_uniform(gain: float = 1.0) -> Callable[[Tensor], None]:
 
 
 def xavier_normal(gain: float = 1.0) -> Callable[[Tensor], None]:
-    """Normal with standard deviation gain sqrt(2 / (m + n)) for matrices (..., m, n)."""
+    """Return an initialiser: normal with standard deviation gain sqrt(2 / (m + n)) for matrices (..., m, n)."""
 
     def fill(tensor: Tensor) -> None:
         _nn.init.normal_(tensor, std=gain * math.sqrt(2 / (tensor.shape[-2] + tensor.shape[-1])))
@@ -90,10 +90,11 @@ def xavier_normal(gain: float = 1.0) -> Callable[[Tensor], None]:
 def principal(
     weight: Tensor, rank: int, scale: float = 1.0
 ) -> tuple[Callable[[Tensor], None], Callable[[Tensor], None]]:
-    """How A (R, I) and B (O, R) start for `scale` B A to be the best approximation of rank R of `weight` (O, I).
+    """Return initialisers of A (R, I) and B (O, R) that make `scale` B A the best rank-R approximation of `weight` (O,
+    I).
 
     A = sqrt(S / scale) V^T and B = U sqrt(S / scale), from the R largest singular values; leading dimensions are
-    batches. Nothing is drawn, and the singular values are computed once, when the first of the two is filled.
+    batches. There is no randomness, and the singular values are computed once, when the first of the two is filled.
     Source: arXiv 2404.02948, equations 2 and 3.
     """
 
@@ -106,9 +107,9 @@ def principal(
 
 
 def orthonormal_columns(weight: Tensor, rank: int) -> tuple[Callable[[Tensor], None], Callable[[Tensor], None]]:
-    """How A (R, I) and B (O, R) start as the first rows of U and columns of Q, where Q U = `weight` (O, I).
+    """Return initialisers of A (R, I) and B (O, R): the first rows of U and columns of Q, where Q U = `weight` (O, I).
 
-    Q has orthonormal columns and U is upper triangular; leading dimensions are batches. Nothing is drawn.
+    Q has orthonormal columns and U is upper triangular; leading dimensions are batches. There is no randomness.
     Source: arXiv 2406.01775, algorithm 1.
     """
 
@@ -120,7 +121,7 @@ def orthonormal_columns(weight: Tensor, rank: int) -> tuple[Callable[[Tensor], N
 
 
 def _pair(factors: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Callable[[Tensor], None], Callable[[Tensor], None]]:
-    """What fills A and B with two factors, which are computed once."""
+    """Return initialisers that fill A and B with two factors, which are computed once."""
     known = cache(factors)
 
     def down(tensor: Tensor) -> None:

@@ -32,15 +32,14 @@ class LowRank:
     dropout: float = 0.0
 
     def check(self, method: Pass) -> None:
-        """Refuses, in the name of `method`, a rank below 1 and a dropout outside [0, 1)."""
+        """Refuse, in an error that names `method`, a rank below 1 and a dropout outside [0, 1)."""
         method.require(self.rank >= 1, f"rank must be at least 1, got {self.rank}.")
         method.require(0 <= self.dropout < 1, f"dropout must lie in [0, 1), got {self.dropout}.")
 
     def fits(self, method: Pass, sites: Sequence[Site], everywhere: bool = False) -> None:
-        """Refuses a rank that is larger than the smaller side of every site's matrix; of any one, with `everywhere`.
+        """Refuse a rank larger than the smaller side of every site's matrix; with `everywhere`, of any site's matrix.
 
-        Among many sites a small matrix, such as a head of one output, takes all the rank it is given, of which it
-        needs less.
+        Among many sites, a small matrix such as a head with one output may get a higher rank than it can use.
         """
         sides = [min(site.shape) for site in sites if site.shape]
         limit = (min if everywhere else max)(sides, default=self.rank)
@@ -60,13 +59,13 @@ class LowRank:
         up: Initializer = init.zeros,
         trainable: bool = True,
     ) -> tuple[fx.Node, fx.Node]:
-        """New parameters lora_A{suffix} and lora_B{suffix}."""
+        """Return new parameters lora_A{suffix} and lora_B{suffix}."""
         out, inner = m.shape
         a_RI = op.param(f"lora_A{suffix}", (*m.experts, self.rank, inner), down, trainable)
         return a_RI, op.param(f"lora_B{suffix}", (*m.experts, out, self.rank), up, trainable)
 
     def build(self, method: Pass, m: Match, op: Builder, a_RI: fx.Node, b_OR: fx.Node) -> fx.Node:
-        """The path from what the site reads now; B A, where a change enters the weight itself.
+        """Return the low-rank path from the site's current input; B A, where a change enters the weight itself.
 
         Raises:
             RecipeError: there is dropout on a value that the path does not read.

@@ -13,10 +13,11 @@ aten = torch.ops.aten
 
 
 def orthonormalise(op: Builder, x_RI: fx.Node) -> fx.Node:
-    """Makes the rows of x (R, I), R at most I, orthonormal in order (Gram-Schmidt, computed by Householder's QR).
+    """Make the rows of x (R, I), R at most I, orthonormal in order (Gram-Schmidt, computed by Householder's QR).
 
-    Row r is what of x's row r the rows before it do not span, at unit length; so orthonormal rows stay as they are.
-    Computed in float32 where the parameters are narrower. The gradient is exact where the rows are independent.
+    Row r is the component of x's row r outside the span of the earlier rows, at unit length, so orthonormal rows stay
+    unchanged. Computed in float32 where the parameters are narrower. The gradient is exact where the rows are
+    independent.
     """
     qr = op.call(aten.linalg_qr.default, op.call(aten.t.default, op.cast(x_RI, "wide")))
     q_IR, triangle_RR = (op.call(operator.getitem, qr, i) for i in (0, 1))
@@ -25,6 +26,6 @@ def orthonormalise(op: Builder, x_RI: fx.Node) -> fx.Node:
 
 
 def orthonormalise_tensor(x_RI: Tensor) -> Tensor:
-    """Makes the rows of a tensor (R, I) orthonormal, to the bit as `orthonormalise` does in the graph."""
+    """Make the rows of a tensor (R, I) orthonormal, bit for bit as `orthonormalise` does in the graph."""
     q_IR, triangle_RR = torch.linalg.qr(x_RI.to(torch.promote_types(x_RI.dtype, torch.float32)).t())
     return (q_IR * triangle_RR.diagonal().sign()).t().to(x_RI.dtype)

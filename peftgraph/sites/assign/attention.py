@@ -141,8 +141,8 @@ def _by_head(tags: torch.Tensor) -> torch.Tensor:
 
 
 def _completed(kept: torch.Tensor, tags: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Heads in which features hide behind others: rotary embedding may write both members of a pair as a mixture
-    of both, in the same order, so that one tag arrives twice. `others`: the tags when the last operand's win."""
+    """Return heads with their overwritten features restored: rotary embedding may compute both members of a pair from
+    both, in the same order, so that one tag arrives twice. `others`: the tags when the last operand's win."""
     for axis in range(tags.dim() - 1, -1, -1):
         if not varies(tags, axis):
             others = others.select(axis, 0)
@@ -164,8 +164,8 @@ def _operand_miss(anatomy: Anatomy, role: str, core: Core, operand: fx.Node) -> 
 
 
 def _outputs(anatomy: Anatomy, inputs: set[Projection]) -> dict[fx.Node, list[Projection]]:
-    """For each core's output the first projection that reads it, before any join; and those that read other
-    positions of it (streams attended jointly part again)."""
+    """Return, for each core's output, the first projection that reads it before any join, and those that read other
+    positions of it (jointly attended streams are split again)."""
     readers: dict[fx.Node, list[Projection]] = {}
     for candidate in anatomy.projections:
         if candidate not in inputs:
@@ -183,7 +183,8 @@ def _reads_apart(anatomy: Anatomy, one: Projection, other: Projection) -> bool:
 
 
 def _kind(anatomy: Anatomy, core: Core, parts: Sequence[ProjectionPart]) -> str:
-    """self: q and k come from the same place on the same stream; linear, whatever they are, without a softmax."""
+    """Return the kind: "self" if q and k come from the same place on the same stream; "linear" in any case without a
+    softmax."""
     if core.linear:
         return "linear"
     q = [part.projection.input for part in parts if part.role == "attention.q"] or [core.q]
@@ -194,9 +195,9 @@ def _kind(anatomy: Anatomy, core: Core, parts: Sequence[ProjectionPart]) -> str:
 
 
 def origins(anatomy: Anatomy, nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    """Where the values come from, behind any projections: roots of the streams, or what else the walk back stops at.
-    It goes on behind convolutions and pooling (keys of a coarser grid); but there, an input that carries no stream of
-    its own says nothing (two towers may see one image)."""
+    """Return where the values come from, before any projections: roots of the streams, or other nodes at which the walk
+    back stops. It continues before convolutions and pooling (keys of a coarser grid); there, an input without a stream
+    of its own is ignored (two towers may read one image)."""
     roots = {join.root for join in anatomy.joins}
     found: set[fx.Node] = set()
     todo, seen = [(node, False) for node in nodes], set[fx.Node]()
@@ -220,10 +221,10 @@ def origins(anatomy: Anatomy, nodes: Sequence[fx.Node]) -> set[fx.Node]:
 
 
 def find_latents(anatomy: Anatomy, attentions: Sequence[Attention]) -> list[tuple[Attention, ProjectionPart]]:
-    """Projections whose features reach q, k or v of one attention through further projections only.
+    """Return projections whose features reach q, k or v of one attention through further projections only.
 
-    Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1) compresses its keys and values so. What
-    a residual stream starts from, or several attentions read, is no latent.
+    Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1) compresses its keys and values so. The
+    start of a residual stream, or a value that several attentions read, is no latent.
     """
     readers: dict[Projection, dict[Attention, list[fx.Node]]] = {}
     for one in attentions:

@@ -89,7 +89,7 @@ class Blocks:
 def _number(
     streams: Sequence[Stream], stacks: Sequence[str | None], sublayers: dict[Join, list[Sublayer]]
 ) -> dict[Join, Place]:
-    """Layers by count within a stack; a block that attends jointly with one already numbered has its number."""
+    """Count the layers within each stack; a block that attends jointly with a numbered one gets its number."""
     numbers: dict[Join, tuple[int, str | None]] = {}
     counts: dict[str | None, int] = {}
     layer_of: dict[Core, int] = {}
@@ -109,7 +109,7 @@ def _cores(joins: Sequence[Join], sublayers: dict[Join, list[Sublayer]]) -> list
 
 
 def _normed(anatomy: Anatomy, node: fx.Node) -> bool:
-    """Is the value a norm's result, up to layout, dropout and scaling?"""
+    """Tell whether a value is a norm's result, up to layout, dropout and scaling."""
     here: fx.Node | None = node
     while here is not None and here not in anatomy.norm_at and here not in anatomy.projection_at:
         here = anatomy.flow.source(here)
@@ -219,8 +219,8 @@ def _streams(anatomy: Anatomy, sublayers: dict[Join, list[Sublayer]]) -> list[St
 
 
 def _is_inner(anatomy: Anatomy, stream: Stream, streams: Sequence[Stream]) -> bool:
-    """Whether sums that no known sublayer stands before are parts of the sublayers of another stream, as a state space
-    adds its scaled input to its result."""
+    """Tell whether sums without a known sublayer before them are parts of another stream's sublayers, such as a state
+    space model that adds its scaled input to its result."""
     flow = anatomy.flow
     around = [join for other in streams if other is not stream and other.blocks for join in other.joins]
 
@@ -264,7 +264,7 @@ def _stacks(
 def _reads(
     anatomy: Anatomy, streams: Sequence[Stream], groups: Sequence[int], attentions: Sequence[Attention]
 ) -> set[tuple[int, int]]:
-    """(group of q, group of k) of every cross attention between two groups."""
+    """Return (group of q, group of k) of every cross attention between two groups."""
     group_of = {join: group for stream, group in zip(streams, groups, strict=True) for join in stream.joins}
     reads: set[tuple[int, int]] = set()
     for one in attentions:
@@ -290,8 +290,8 @@ def _reading(anatomy: Anatomy, one: Attention, group_of: dict[Join, int]) -> int
 
 
 def _groups(anatomy: Anatomy, streams: Sequence[Stream], sublayers: dict[Join, list[Sublayer]]) -> list[int]:
-    """Streams with the same number belong to one stack: each starts where the one before it ended, or attends
-    jointly with it."""
+    """Assign streams to stacks, by number: streams of one stack start where another ended, or attend jointly with
+    it."""
     flow = anatomy.flow
     inputs = sum(flow.bit(node) for node in flow.nodes if node.op == "placeholder")
     groups: list[int] = []

@@ -43,7 +43,7 @@ def stored(one: Projection) -> str:
 
 
 def joined(anatomy: Anatomy, join: Join, node: fx.Node) -> Step:
-    """How a value enters the residual stream."""
+    """Return how a value enters the residual stream."""
     flow = anatomy.flow
     first = anatomy.projection_at[node].output if node in anatomy.projection_at else node
     way = flow.between(first, join.node)

@@ -66,7 +66,8 @@ def _carried(anatomy: Anatomy, candidate: Projection) -> list[Projection]:
 
 
 def _bent(anatomy: Anatomy, candidate: Projection, behind: list[Projection]) -> bool:
-    """Is there a nonlinearity between a projection and those behind it? What weighs their results is none."""
+    """Tell whether a nonlinearity is between a projection and those after it; one that only weights their results does
+    not count."""
     bends = anatomy.frontier(candidate.input).bends
     return any(anatomy.flow.descends(node, one.output) for node in bends for one in behind)
 

@@ -68,7 +68,7 @@ def _bent(anatomy: Anatomy, node: fx.Node) -> bool:
 
 
 def _fused_gate(anatomy: Anatomy, node: fx.Node, sources: list[Projection]) -> list[Side]:
-    """glu(x) = x[:n] * sigmoid(x[n:])."""
+    """Recognise glu(x) = x[:n] * sigmoid(x[n:])."""
     axis = ops.argument(node, 1, "dim")
     tags, bases = arrivals(anatomy, anatomy.flow.operands(node)[0], sources)
     up, gate = tags.chunk(2, dim=axis if isinstance(axis, int) else -1)

@@ -32,7 +32,7 @@ def find_linear(anatomy: Anatomy) -> list[Core]:
 
 
 def _ways(anatomy: Anatomy, node: fx.Node, taken: set[fx.Node]) -> Iterator[tuple[int, fx.Node]]:
-    """Each factor of a product with the products behind it."""
+    """Yield each factor of a product with the products after it."""
     flow = anatomy.flow
     for side, start in enumerate(factors(node) or ()):
         todo, seen = [start], set[fx.Node]()
@@ -60,7 +60,7 @@ class _Factor:
         self.tags = arrivals(anatomy, value, frontier.projections)[0] if self.plain else None
 
     def behind_a_norm(self, anatomy: Anatomy) -> bool:
-        """Whether a norm stands between the projections and the factor, which then is what another layer gave."""
+        """Tell whether a norm is between the projections and the factor, which then is another layer's output."""
         todo, seen = [self.value], set[fx.Node]()
         while todo:
             here = todo.pop()
@@ -72,7 +72,7 @@ class _Factor:
         return False
 
     def featured(self, axes: Sequence[int]) -> bool:
-        """Whether features differ along one of some axes."""
+        """Tell whether features differ along one of some axes."""
         return self.tags is not None and any(varies(self.tags, axis) for axis in axes)
 
 
@@ -117,7 +117,7 @@ def _made(outer: fx.Node, inner: fx.Node, qkv: tuple[Operand, Operand, Operand],
 
 
 def _met(anatomy: Anatomy, inner: fx.Node, value: fx.Node, axis: int) -> tuple[int, str] | None:
-    """Which factor of a product brings the axis that becomes `axis` of a value behind it, and its letter."""
+    """Return which factor of a product has the axis that becomes `axis` of a later value, and its letter."""
     flow, named = anatomy.flow, spelled(inner)
     assert named is not None, inner
     shape = flow.shape(inner)

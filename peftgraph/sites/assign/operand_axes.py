@@ -55,7 +55,7 @@ class _Operand:
         return tags if tags is not None and tags.dim() == len(self.others) + 1 and bool(tags.any()) else None
 
     def differs(self, axis: int) -> bool:
-        """Whether other features arrive at other places of an axis."""
+        """Tell whether different features arrive at different positions of an axis."""
         return self.tags is not None and varies(self.tags, self.others.index(axis))
 
     def axes(self, positions: int | None) -> Axes | None:
@@ -84,7 +84,7 @@ class _Operand:
         return Axes(tuple(words), spelt[1])
 
     def _by_feature(self, positions: int) -> bool:
-        """Whether what is weighed are features, each a vector over positions (attention over channels)."""
+        """Tell whether attention is over channels: it weights features, each a vector over positions."""
         if self.tags is None or self.tags.shape[-1] == 1 or not self.differs(positions):
             return False
         return not varies(self.tags, self.tags.dim() - 1)
@@ -106,7 +106,7 @@ class _Operand:
 
 
 def _spelt(ids: Sequence[int], written: bool) -> tuple[str, int] | None:
-    """How heads lie on an axis, and how many there are; `written`: whether its size is a number."""
+    """Return how heads are laid out on an axis, and their number; `written`: whether its size is a number."""
     size, heads = len(ids), max(ids) + 1
     if heads == size:
         return "h", heads
@@ -156,7 +156,7 @@ def _output(flow: Flow, one: Attention, q: Axes | None, v: Axes | None) -> Axes 
 
 
 def _arrived(flow: Flow, one: Attention, q: Axes, named: Spelled, side: int, word: str) -> tuple[int, str] | None:
-    """Where an axis of the scores that q brings stands in the output, and how it is written there."""
+    """Return the position in the output of an axis of the scores that comes from q, and its form there."""
     scored, of_q = _scored(one)
     weights = (factors(one.core.output) or ())[side]
     axis = next((i for i, text in enumerate(q.words) if word in text), None)

@@ -38,8 +38,9 @@ def cut(kinds: Sequence[str]) -> list[tuple[int, int]]:
 
 
 def _but_for_one(kinds: Sequence[str]) -> list[tuple[int, int]]:
-    """Blocks of a stream that is periodic but for one sublayer in its middle, no attention, such as a prediction that
-    is fed back between two layers; it ends the block before it. None of them where there is no such sublayer.
+    """Return the blocks of a stream that is periodic except for one sublayer in its middle that is no attention, such
+    as a prediction fed back between two layers; it ends the block before it. Return an empty list where there is no
+    such sublayer.
 
     >>> _but_for_one("FMCFFFMCF"), _but_for_one("MFLF")
     ([(0, 5), (5, 9)], [])
@@ -56,15 +57,15 @@ def _but_for_one(kinds: Sequence[str]) -> list[tuple[int, int]]:
 
 
 def bounds(run: Run, at: Sequence[int], count: int) -> list[int]:
-    """Where the blocks of a run start, and where the last one ends. `at`: the index of each sublayer that was read,
+    """Return where the blocks of a run start, and where the last one ends. `at`: the index of each recognised sublayer,
     among `count`."""
     ends = [*at, count]
     return [ends[i] for i in range(run.start, run.start + run.covered + 1, run.period)]
 
 
 def mixers_alike(kinds: Sequence[str]) -> list[str]:
-    """Kinds in which whatever mixes positions is the same letter: layers may take turns in how they mix. A cross
-    attention at the very start is how a stream begins, and stays apart.
+    """Replace the letters of all sublayers that mix positions by one letter, since layers may alternate in how they
+    mix. A cross attention at the very start begins a stream, and keeps its letter.
 
     >>> mixers_alike(["M", "F", "L", "F"]), mixers_alike(["X", "F", "M", "F", "X", "F"])
     (['M', 'F', 'M', 'F'], ['X', 'F', 'M', 'F', 'M', 'F'])

@@ -39,7 +39,8 @@ def mixed(
 
 
 def _handed_out(anatomy: Anatomy, join: Join, candidate: Projection) -> bool:
-    """Is a result added to parallel streams, with a weight for each (hyper-connections, arXiv 2409.19606)?"""
+    """Tell whether a result is added to parallel streams, with a weight for each (hyper-connections, arXiv
+    2409.19606)."""
     flow = anatomy.flow
     for node in anatomy.frontier(join.branch).between:
         sides = sorted(_factors(node), key=lambda one: flow.descends(one, candidate.output))
@@ -54,7 +55,7 @@ def _factors(node: fx.Node) -> list[fx.Node]:
 
 
 def _is_outer(flow: Flow, node: fx.Node, weights: fx.Node, values: fx.Node) -> bool:
-    """Is a product that of values with weights for each of several streams, and none for each feature?"""
+    """Tell whether a product multiplies values by one weight for each of several streams, not for each feature."""
     named = spelled(node)
     if named is not None:
         side = 0 if factors(node) == (values, weights) else 1

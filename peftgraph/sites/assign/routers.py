@@ -12,12 +12,12 @@ REACH = 40  # how many nodes a router's scores may pass before they choose
 
 
 def find_routers(anatomy: Anatomy, taken: set[Projection]) -> set[Projection]:
-    """Projections whose result chooses or weighs others: it reaches a top-k, or scales a wider value."""
+    """Return the projections whose result selects or weights others: it reaches a top-k, or scales a wider value."""
     return {one for one in anatomy.projections if one not in taken and routes(anatomy, one)}
 
 
 def routes(anatomy: Anatomy, candidate: Projection) -> fx.Node | None:
-    """Where the result chooses or weighs others; None where it does neither."""
+    """Return the node where the result selects or weights others; None if it does neither."""
     through = ops.LAYOUT | ops.CAST | ops.NONLINEAR | ops.SCALE | ops.MASKING | ops.DROPOUT | ops.REDUCTION
     todo, seen = [(candidate.output, False)], set[fx.Node]()
     while todo and len(seen) < REACH:

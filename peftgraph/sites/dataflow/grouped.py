@@ -45,7 +45,7 @@ def _swaps(flow: Flow, node: fx.Node) -> bool:
 
 
 def _apart(flow: Flow, node: fx.Node) -> fx.Node:
-    """(B H, T, D) -> (B, H, T, D), where that is what was flattened."""
+    """Undo the flattening of (B, H, T, D) to (B H, T, D), if that is how the value was made."""
     shape, source = flow.shape(node), flow.operands(node)[0] if ops.name(node) in FLATTENING else node
     inner = flow.shape(source)
     flattened = len(shape) == 3 and len(inner) == 4 and shape == (inner[0] * inner[1], *inner[2:])

@@ -83,12 +83,12 @@ def name(node: fx.Node) -> str:
 
 
 def bends(node: fx.Node) -> bool:
-    """Is it a nonlinearity, or an autograd function whose forward is made of one?"""
+    """Tell whether a node is a nonlinearity, or an autograd function whose forward consists of one."""
     return name(node) in NONLINEAR or not NONLINEAR.isdisjoint(node.meta.get("operators", ()))
 
 
 def is_softmax(node: fx.Node) -> bool:
-    """Is it a softmax, or an autograd function whose forward is made of one, and masks?"""
+    """Tell whether a node is a softmax, or an autograd function whose forward consists of one, and masks."""
     inside = node.meta.get("operators", frozenset[str]())
     return name(node) in SOFTMAX or (not SOFTMAX.isdisjoint(inside) and CONTRACTION.isdisjoint(inside))
 

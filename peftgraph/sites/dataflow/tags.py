@@ -171,7 +171,7 @@ def _same_memory(a: Tags, b: Tags) -> bool:
 
 
 def _zeros(shape: Sequence[int]) -> Tags:
-    """No tags, in no memory."""
+    """Return zero tags, without using memory."""
     return torch.zeros((), dtype=torch.int64).expand(list(shape))
 
 
@@ -184,7 +184,7 @@ def squeeze_constant(tags: Tags) -> Tags:
 
 
 def varies(tags: Tags, axis: int) -> bool:
-    """Whether the tags change along an axis."""
+    """Tell whether the tags change along an axis."""
     if tags.shape[axis] == 0:
         return True
     for other in range(tags.dim()):  # compared once where they are stored once
@@ -204,7 +204,7 @@ def in_order(tags: Tags) -> torch.Tensor:
 
 
 def along(shape: Sequence[int], axes: Sequence[int], base: int = 0) -> Tags:
-    """Tags that count the features along `axes` (flattened in that order) from base + 1."""
+    """Return tags that number the features along `axes` (flattened in that order) from base + 1."""
     sizes = [shape[axis] for axis in axes]
     count = 1
     for size in sizes:

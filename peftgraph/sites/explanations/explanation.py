@@ -77,7 +77,7 @@ def nearest(origin: Origin, role: str) -> list[str]:
 
 
 def describe(origin: Origin, miss: NearMiss) -> list[str]:
-    """How far a search got, at which node it failed and why."""
+    """Return how far a search got, at which node it failed and why."""
     head = origin.say(f"    closest: {miss.role} at %{miss.node}, {miss.passed} of {miss.total} conditions")
     return [head, origin.say(f"    expected {miss.expected}, found {miss.found}"), *excerpt(origin, miss)]
 

@@ -72,7 +72,7 @@ def unmatched(sites: FoundSites) -> Unmatched:
 
 
 def _closest(structure: Structure, one: Projection) -> tuple[str, str]:
-    """(role, why not): what the searches recorded about a projection; else what its result runs into."""
+    """Return (role, why not): the searches' record of a projection; otherwise what its result reaches."""
     recorded = next((miss for miss in structure.misses if miss.node == one.node.name), None)
     if recorded is not None:
         return recorded.role, recorded.reason

@@ -78,7 +78,7 @@ def _among(structure: Structure, part: ProjectionPart, ends: Sequence[fx.Node]) 
 
 
 def _linear_attention(structure: Structure) -> Iterator[NearMiss]:
-    """Products of products: q (k^T v), or (q k^T) v without a softmax."""
+    """Yield products of products: q (k^T v), or (q k^T) v without a softmax."""
     flow = structure.flow
     for node in flow.nodes:
         if not is_product(flow, node):
@@ -111,7 +111,7 @@ def _behind_product(structure: Structure):
 
 
 def _unread(structure: Structure) -> Iterator[NearMiss]:
-    """Cores whose result no projection reads."""
+    """Yield cores whose result no projection reads."""
     for one in structure.attentions:
         if not one.role("o"):
             output = one.core.output

@@ -104,8 +104,8 @@ def _gates(structure: Structure) -> Iterator[Gate]:
 
 
 def _products(structure: Structure) -> Iterator[tuple[Attention, fx.Node, fx.Node, fx.Node]]:
-    """Each product on the way from an attention's result to its output projection, with the factor that is not of it:
-    (attention, what the projection reads, product, factor)."""
+    """Yield each product on the way from an attention's result to its output projection, with its other factor:
+    (attention, the projection's input, product, factor)."""
     flow = structure.flow
     for one in structure.attentions:
         for part in one.role("o"):

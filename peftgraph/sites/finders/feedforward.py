@@ -154,7 +154,7 @@ def _ungated(structure: Structure) -> Iterator[NearMiss]:
 
 
 def _branchless(structure: Structure) -> Iterator[NearMiss]:
-    """Two projections and a nonlinearity whose result enters no residual add."""
+    """Yield two projections and a nonlinearity whose result enters no residual add."""
     for one in structure.anatomy.projections:
         frontier = structure.anatomy.frontier(one.input)
         joined = any(structure.flow.descends(join.branch, one.output) for join in structure.anatomy.joins)

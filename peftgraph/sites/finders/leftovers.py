@@ -22,7 +22,7 @@ LAST: Final = ("a projection", "no residual add, attention or other projection t
 
 
 def find(structure: Structure) -> None:
-    """Projections without a role: routers, heads (nothing follows but the output), and the rest."""
+    """Find the projections without a role: routers, heads (only the output follows), and the rest."""
     taken = {site.op for site in structure.into.found}
     anatomy, flow = structure.anatomy, structure.flow
     joined = 0
@@ -73,7 +73,7 @@ def _side_path(structure: Structure, node: fx.Node) -> list[Step]:
 
 
 def _weighing(structure: Structure) -> Iterator[NearMiss]:
-    """Projections whose result is squashed, but weighs nothing."""
+    """Yield projections whose result is squashed, but weights nothing."""
     for one in structure.anatomy.projections:
         for user in one.output.users:
             if ops.name(user) in ops.SOFTMAX or ops.name(user) == "sigmoid":

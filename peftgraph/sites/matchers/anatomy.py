@@ -105,7 +105,7 @@ class Anatomy:
         return inside
 
     def stops_at(self, node: fx.Node) -> bool:
-        """Where a walk for projections ends without one."""
+        """Tell whether a walk that searches for projections ends at a node without one."""
         if self.flow.channelwise(node):
             return False
         return (

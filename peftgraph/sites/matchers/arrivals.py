@@ -14,7 +14,7 @@ from peftgraph.sites.site import Columns
 
 
 def columns_of(projection: Projection, features: torch.Tensor) -> Columns | None:
-    """None where the features are all of them in order."""
+    """Return the columns that features occupy; None where they are all in order."""
     return None if torch.equal(features, torch.arange(projection.width)) else Columns.from_indices(features)
 
 
@@ -44,7 +44,7 @@ def split(tags: torch.Tensor, sources: Sequence[Projection], bases: Sequence[int
 
 
 def by_row(tags: torch.Tensor, axes: Sequence[int]) -> torch.Tensor:
-    """Tags with the features of a head on the last axis."""
+    """Return the tags with a head's features on the last axis."""
     last = [axis % tags.dim() for axis in axes if -tags.dim() <= axis < tags.dim()]
     if not last:
         return tags

@@ -47,7 +47,7 @@ class Core:
 
 
 def find_cores(flow: Flow, projected: set[fx.Node]) -> tuple[list[Core], list[NearMiss]]:
-    """All attention cores in graph order, and for every softmax that is none the reason."""
+    """Return all attention cores in graph order, and the reason for every softmax that is none."""
     cores: list[Core] = []
     misses: list[NearMiss] = []
     softmaxes = find_softmaxes(flow)
@@ -233,8 +233,8 @@ def _normalised(flow: Flow, node: fx.Node) -> tuple[int, ...]:
 
 
 def _keyed(flow: Flow, product: fx.Node, argument: fx.Node, dim: int | None) -> tuple[int, int] | None:
-    """Which factor of the scores is k, and its axis of positions: the one of which an axis of its own is the softmax's,
-    found by running an index along it."""
+    """Return which factor of the scores is k, and its axis of positions: the factor with an axis that becomes the
+    softmax's, found by tagging its indices."""
     named, shape = spelled(product), flow.shape(product)
     if named is None or dim is None:
         return None

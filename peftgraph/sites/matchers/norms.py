@@ -59,7 +59,7 @@ def _name(flow: Flow, node: fx.Node | None) -> str | None:
 
 
 def _handwritten(flow: Flow, node: fx.Node) -> Norm | None:
-    """x * rsqrt(mean(x^2)), x / sqrt(var(x)), (x - mean(x)) / ...: from the multiplication outward."""
+    """Recognise x * rsqrt(mean(x^2)), x / sqrt(var(x)), (x - mean(x)) / ..., starting from the multiplication."""
     sides = [one for one in flow.operands(node) if flow.signal(one) and not flow.constant(one)]
     if len(sides) != 2 or (ops.name(node) == "div" and node.args[0] is not sides[0]):
         return None
@@ -75,7 +75,7 @@ def _handwritten(flow: Flow, node: fx.Node) -> Norm | None:
 
 
 def near_norm(flow: Flow, node: fx.Node) -> NearMiss | None:
-    """How near a multiplication or a division comes to a norm; None for every other node, and for a norm."""
+    """Return how close a multiplication or a division is to a norm; None for every other node, and for a norm."""
     signals = [one for one in flow.operands(node) if flow.signal(one)]
     if ops.name(node) not in ("mul", "div") or not signals or _handwritten(flow, node) is not None:
         return None

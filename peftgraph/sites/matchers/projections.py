@@ -220,7 +220,7 @@ class Place:
 
 
 def store(flow: Flow, found: Contraction) -> Place | None:
-    """Where the weight operand is stored, by running its path on index tensors; and the expert it picks."""
+    """Return where the weight operand is stored, by running its path on index tensors; and the expert it picks."""
     rank = len(flow.shape(found.weight))
     if flow.parametrised(found.weight):
         leaf = flow.parametrised_leaf(found.weight)
@@ -241,7 +241,8 @@ def store(flow: Flow, found: Contraction) -> Place | None:
 
 
 def _plain(flow: Flow, node: fx.Node) -> bool:
-    """Only casts, or the choice of whole experts by index, stand between the stored parameter and its use."""
+    """Tell whether only casts, or the selection of whole experts by index, are between the stored parameter and its
+    use."""
     node = flow.uncast(node)
     if ops.name(node) in ("index", "index_select") and flow.picks(node) is not None:
         node = flow.uncast(flow.operands(node)[0])
@@ -303,7 +304,7 @@ def _traced(flow: Flow, found: Contraction, leaf: fx.Node, sizes: tuple[int, ...
 
 
 def _counts(flow: Flow, found: Contraction, leaf: fx.Node, sizes: tuple[int, ...], axes: Sequence[int]) -> bool:
-    """Whether the features along some stored axes arrive at the operand all, and in their order."""
+    """Tell whether all features along some stored axes arrive at the operand, in their order."""
     tags = squeeze_constant(Tagger(flow, {leaf: along(sizes, axes)}).run(found.weight)).flatten()
     return torch.equal(tags, torch.arange(1, math.prod(sizes[axis] for axis in axes) + 1))
 

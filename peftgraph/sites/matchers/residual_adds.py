@@ -132,8 +132,8 @@ def _heavy_between(flow: Flow, source: fx.Node, branch: fx.Node, heavy: int) -> 
 
 
 def _local(flow: Flow, source: fx.Node, branch: fx.Node, joins: dict[fx.Node, Join]) -> bool:
-    """No join lies between the source and the branch, but of streams that start inside the branch (a state-space
-    model's scan adds its own input, scaled)."""
+    """Tell whether no join is between the source and the branch, except of streams that start inside the branch (a
+    state-space model's scan adds its own scaled input)."""
     for node in reversed(joins):
         if flow.descends(source, node):
             return True
@@ -167,7 +167,7 @@ def behind(
 
 
 def _alike(flow: Flow, a: fx.Node, b: fx.Node) -> bool:
-    """Whether two values have one shape, a batch of one before it or not, as rows of packed pictures may."""
+    """Tell whether two values have one shape, up to a leading batch of one, as rows of packed images may."""
     shapes = [flow.shape(a), flow.shape(b)]
     least = min(map(len, shapes))
     return len({shape[len(shape) - least :] for shape in shapes}) == 1 and all(

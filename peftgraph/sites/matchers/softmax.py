@@ -25,7 +25,7 @@ WRITTEN: Final = Pattern(
 
 
 def find_softmaxes(flow: Flow) -> Mapping[fx.Node, tuple[fx.Node, int | None]]:
-    """Every softmax: its result -> what it is taken of, and the axis along which it runs where that is one."""
+    """Return every softmax: its result -> its operand, and its axis if it is a single one."""
     found = {
         node: (flow.operands(node)[0], _axis(node))
         for node in flow.nodes

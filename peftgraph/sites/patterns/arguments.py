@@ -56,7 +56,7 @@ def same_constant(value: object, wanted: object) -> bool:
 
 
 def excerpt(node: fx.Node) -> str:
-    """One line of the graph: what a node is called and what it computes."""
+    """Format one line of the graph: the name of a node and what it computes."""
     label = node.meta.get("label", node.name)
     if node.op != "call_function":
         return f"@{node.target}" if node.op == "get_attr" else f"%{label}"

@@ -83,7 +83,7 @@ class Matcher:
         return frozenset().union(*known) if len(known) == len(each) else None
 
     def _may_stand(self, term: Term, value: object) -> bool:
-        """Whether the operator at `value` is one that the term starts with; nothing further is looked at."""
+        """Tell whether the term may start with the operator at `value`; nothing else is checked."""
         if not isinstance(value, fx.Node):
             return True
         if isinstance(term, Call):
@@ -157,7 +157,7 @@ class Matcher:
                     yield replace(bound, inside=so_far.inside)
 
     def _fits(self, so_far: Match) -> bool:
-        """Whether the conditions hold, as far as they can be read yet."""
+        """Tell whether the conditions hold, as far as they can be evaluated yet."""
         shapes = {name: self.flow.shape(node) for name, node in so_far.nodes.items()}
         for condition in self.pattern.conditions:
             if all(variable in shapes for variable in condition.variables):

@@ -38,17 +38,17 @@ IDENTIFIER: Final = re.compile(r"[A-Za-z_]\w*")
 
 
 def is_operator(word: str) -> bool:
-    """Whether a word is an operator, a class of operators or a whole."""
+    """Tell whether a word names an operator, a class of operators or a whole."""
     if word in CLASSES or word in WHOLES or word == "getitem":
         return True
     return not word.startswith("__") and (hasattr(torch.ops.aten, word) or word in _registered())
 
 
 def check_operator(word: str) -> None:
-    """Refuses a word that no operator has.
+    """Refuse a word that names no operator.
 
     Raises:
-        PeftGraphError: with the nearest word that is one.
+        PeftGraphError: it names none; the message suggests the nearest that does.
     """
     if not is_operator(word):
         known = {*CLASSES, *WHOLES, *_registered()}

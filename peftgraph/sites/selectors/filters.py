@@ -94,7 +94,7 @@ class Expert(Selector):
 
 
 def _check_word(name: object, filter: str) -> None:
-    """Refuses what the text of a selector cannot say."""
+    """Refuse a word that the text of a selector cannot express."""
     plain = isinstance(name, str) and not {'"', "\\"} & set(name)
     require(plain, f"{filter}(...) takes a name in which no quote and no backslash stands, got {name!r}.")
 
@@ -107,19 +107,21 @@ ALONE: Final = _Alone()
 
 
 def layers(start: int, stop: int | _Alone | None = ALONE) -> Layers:
-    """layers(2, 6): layers 2 to 5; layers(3): layer 3 alone; layers(-2, None): the last two of each stack."""
+    """Select sites by layer. layers(2, 6): layers 2 to 5; layers(3): layer 3 alone; layers(-2, None): the last two of
+    each stack."""
     if isinstance(stop, _Alone):
         return Layers(start, None if start == -1 else start + 1)
     return Layers(start, stop)
 
 
 def layer(number: int) -> Layers:
-    """One layer; -1 is the last."""
+    """Select the sites of one layer; -1 is the last."""
     return layers(number)
 
 
 def stack(name: str) -> Stack:
-    """Sites of one stack of blocks: "encoder", "decoder", or "tower0", "tower1", ... where there are several."""
+    """Select the sites of one stack of blocks: "encoder", "decoder", or "tower0", "tower1", ... where there are
+    several."""
     return Stack(name)
 
 
@@ -129,7 +131,7 @@ def kind(name: str) -> Kind:
 
 
 def expert(number: int) -> Expert:
-    """Sites of one expert, where a model holds its experts as separate modules."""
+    """Select the sites of one expert, where a model's experts are separate modules."""
     return Expert(number)
 
 

@@ -174,7 +174,7 @@ class Not(Selector):
 
 
 def _strength(selector: Selector) -> int:
-    """How tightly a selector's text binds: | 0, & 1, ~ 2, all else 3."""
+    """Return how tightly a selector's text binds: | 0, & 1, ~ 2, all else 3."""
     order = {Either: 0, Both: 1, Not: 2}
     return order.get(type(selector), 3)
 
@@ -261,7 +261,7 @@ class Where(Selector):
 
 
 def comparison(value: int | str | None) -> Comparison | None:
-    """48 or ">=1024" as a comparison.
+    """Parse 48 or ">=1024" as a comparison.
 
     Raises:
         PeftGraphError: the text is no comparison with a whole number.
