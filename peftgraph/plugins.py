@@ -1,6 +1,6 @@
-"""Public parts of plug-ins: foreign adapter formats and exporters, and the registries that find them by name.
+"""The public interface for plug-ins: foreign adapter formats and exporters, and the registries that find them by name.
 
-A distribution adds one by an entry point, as it adds a pass:
+A distribution adds one by an entry point, in the same way as a pass:
 
     [project.entry-points."peftgraph.adapter_formats"]
     mine = "my_package.adapters:FORMAT"
@@ -8,7 +8,7 @@ A distribution adds one by an entry point, as it adds a pass:
     [project.entry-points."peftgraph.exporters"]
     tflite = "my_package.export:EXPORTER"
 
-A program adds one for its own process: `EXPORTERS.register(Exporter(...))`.
+Code adds one for its own process by registering it: `EXPORTERS.register(Exporter(...))`.
 """
 
 from peftgraph.interop.adapter_formats import ADAPTER_FORMATS as ADAPTER_FORMATS

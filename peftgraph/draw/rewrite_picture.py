@@ -1,4 +1,4 @@
-"""What passes did to one block, as a drawing: the base in grey, what was inserted in colour where it enters."""
+"""Draws what passes did to one block: the base in grey, insertions in colour where they enter."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class NothingToDraw(PeftGraphError):
 
 
 class Picture:
-    """A drawing as SVG; a notebook shows it by itself.
+    """A drawing as SVG; a notebook displays it automatically.
 
     Attributes:
-        svg: the drawing as a file of its own.
+        svg: the content of an SVG file.
     """
 
     def __init__(self, shapes: list[Shape], width: float, height: float, label: str) -> None:
@@ -61,7 +61,7 @@ class Picture:
 
 
 class Diff(str):
-    """The text of a difference; a notebook shows it below a picture of the first block that was changed."""
+    """The text of a difference; a notebook displays it below a picture of the first changed block."""
 
     def __new__(cls, text: str, draw: Callable[[], Picture]) -> Diff:
         made = super().__new__(cls, text)

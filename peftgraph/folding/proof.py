@@ -28,7 +28,7 @@ LIMIT = 8.0  # epsilons between a stored value and the exact one: float32 sums o
 
 
 class ProofError(PeftGraphError):
-    """A fold did not hold what it promises. Nothing was changed."""
+    """The proof of a fold failed. Nothing was changed."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,13 @@ class Proof:
     """The evidence that a fold is exact.
 
     Attributes:
-        text_equal: the folded program prints as the base does; None after a partial fold.
+        text_equal: whether the folded program prints as the base does; None after a partial fold.
         changed: the base tensors that differ, with the windows the fold wrote.
-        split: tied tensors that got one of their own.
-        state: the buffers that training wrote, which have the adapted program's values.
+        split: tied names that got their own tensor.
+        state: the buffers that training wrote, which keep the adapted program's values.
         rounding: the largest distance of a stored value from the float64 algebra, in units of the dtype's epsilon.
         probes: the comparisons of outputs; empty on the meta device.
-        left: the reasons for edits that a partial fold left.
+        left: the reasons for the edits that a partial fold did not fold.
     """
 
     text_equal: bool | None

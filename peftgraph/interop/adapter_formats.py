@@ -29,17 +29,17 @@ OWN = "peftgraph"
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterFormat:
-    """A way in which other software stores adapters in a directory. What it cannot do is None.
+    """A format in which other software stores adapters in a directory. Functions that it does not support are None.
 
     Attributes:
-        name: the word for it: `save_adapter(..., format=name)`.
+        name: its name in `save_adapter(..., format=name)`.
         description: one line, for tables.
         detect: whether a directory is of this format, by the files in it; called for directories without an
             `adapter.json` only.
-        read: gives the passes of a directory with the values of their parameters, for a program and its sites.
+        read: returns the passes of a directory with the values of their parameters, for a program and its sites.
         write: writes the adapter of a program, with its sites, to a directory.
-        checkpoint_updates: gives what merging the adapter changes in a checkpoint, tensor by tensor, for the base on
-            the meta device; nothing is traced then. A merge uses it by default.
+        checkpoint_updates: returns what merging the adapter changes in a checkpoint, tensor by tensor, for the base on
+            the meta device, without a trace. A merge uses it by default.
 
     Example:
         >>> from peftgraph.plugins import ADAPTER_FORMATS, AdapterFormat

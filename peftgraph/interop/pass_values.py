@@ -25,9 +25,9 @@ class PassWithValues:
 
     Attributes:
         method: the pass.
-        values: by (id of a site, last part of the parameter's name) for what the pass makes at a site, by (SHARED, last
-            part) for what its sites share, and by the full name for a parameter of the base that it trains.
-        remark: what the user is warned of when the pass is applied; "" for nothing.
+        values: keyed by (id of a site, last part of the parameter's name) for parameters at a site, by (SHARED, last
+            part) for parameters that its sites share, and by the full name for a parameter of the base that it trains.
+        remark: a warning for the user when the pass is applied; "" for none.
 
     Example:
         >>> PassWithValues(LoRA(at="head", rank=2), {("head", "lora_A"): a_RI, ("head", "lora_B"): b_OR})

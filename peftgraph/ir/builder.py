@@ -1,6 +1,6 @@
-"""Makes, redirects and erases nodes of a program's graph; nothing else in the library does.
+"""Makes, redirects and erases nodes of a program's graph; no other code in the library does so.
 
-The builder sets the value metadata and the origin of every node that it makes, and records what it did.
+The builder sets the value metadata and the origin of every node that it makes, and records its changes.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ BORROWING_OPERATORS = {aten.to.other, aten.type_as.default, aten.view_as.default
 
 @dataclass
 class ApplicationContext:
-    """Holds what all edits of one application of a pass share.
+    """State that all edits of one application of a pass share.
 
     Attributes:
         owner: the dotted prefix of shared parameters: the pass's word and, if it has one, its name.
-        inference: of the new nodes' values, so that like sites infer them once.
+        inference: of the new nodes' values, so that equal sites infer them once.
         entries: the shared parameters.
         nodes: the shared values, by the key they were built under.
         labels: how many values have been printed under each name so far.
@@ -60,25 +60,26 @@ class ApplicationContext:
 class Builder:
     """Builds one edit in `graph`, inserting after `cursor`.
 
-    This is the `op` of a pass's `delta`. Every method returns an fx node whose shape and dtype are inferred at once.
+    It is the argument `op` of a pass's `delta`. Methods return fx nodes, whose shape and dtype are inferred
+    immediately.
 
     Attributes:
         graph: a copy of a program's graph, owned by the caller.
-        site, word: where it builds and for which pass; together the prefix of the printed names of new nodes, such as
+        site, word: of the site and the pass; together the prefix of the printed names of new nodes, such as
             `0.attention.q.lora`.
         owner: the dotted prefix of new parameters, such as `layers.0.self_attn.q_proj`.
         dtype: of the base.
-        adapter_dtype: of new parameters; where it is wider than the base's, products are computed in it.
+        adapter_dtype: of new parameters; if it is wider than the base's, products are computed in it.
         device: of new parameters.
-        tensor_names: the names already in use, and who made them.
+        tensor_names: the names already in use, and what made them.
         pass_spec: the spec of the pass that builds.
         order: the `meta["order"]` that those of new nodes begin with.
-        cursor: new nodes go after it.
-        context: what all edits of the pass share.
-        pinned_users: nodes that go on reading what they read, whatever the edit puts in its place.
-        size_increases: the numbers in calls of others that the edit made larger.
-        disabled_writes: the writes of others that the edit made to stop.
-        shared_parameters: those of another use of the same weight, by full name, which this use reads too.
+        cursor: the node after which new ones are inserted.
+        context: the state that all edits of the pass share.
+        pinned_users: nodes that keep reading their old operands, whatever the edit replaces.
+        size_increases: literal sizes in existing calls that the edit increased.
+        disabled_writes: existing in-place writes that the edit disabled.
+        shared_parameters: those of another use of the same weight, by full name, which this use shares.
     """
 
     graph: fx.Graph

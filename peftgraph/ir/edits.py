@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Anchor:
-    """Names where edits enter: at a value of the base graph for all who read it, or at the operand of one reader.
+    """The place where edits enter: a value of the base graph for all its readers, or the operand of one reader.
 
     Attributes:
         value: the node whose value it is.
@@ -69,10 +69,10 @@ class Edit:
         moves: the values it replaced; none when it only makes parameters of the base trainable.
         nodes: every node it made, those of the delta first.
         parameters: the names of the parameters it made or made trainable.
-        size_increases: the numbers it made larger.
+        size_increases: the literal sizes that it increased.
         join_nodes: which of the nodes put the delta in its place.
-        disabled_writes: the writes of the model that it made to stop.
-        installed: for each stored tensor that a parameter of the edit stands for, by name, that parameter.
+        disabled_writes: the model's in-place writes that it disabled.
+        installed: the parameters of the edit that replace stored tensors, by the name of the tensor.
     """
 
     application: int
@@ -97,8 +97,7 @@ class Edit:
 
 
 class EditLog:
-    """Holds the edits of a graph that is being rewritten, in order of application, indexed by the values they
-    replaced."""
+    """The edits of a graph that is being rewritten, in order of application, indexed by the values they replaced."""
 
     def __init__(self, edits: Iterable[Edit] = ()) -> None:
         self._edits: dict[int, Edit] = {}  # by identity: taking one out costs nothing

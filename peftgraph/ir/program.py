@@ -29,8 +29,8 @@ class AppliedPass:
 
     Attributes:
         method: the pass.
-        name: under which its parameters stand; "" for none.
-        dtype: that its parameters were asked to be in; None for the default.
+        name: in the names of its parameters; "" for none.
+        dtype: the requested dtype of its parameters; None for the default.
     """
 
     method: Any
@@ -40,7 +40,7 @@ class AppliedPass:
 
 @dataclass(frozen=True, eq=False)
 class ProgramData:
-    """Holds a traced model and the edits that passes made to it.
+    """A traced model and the edits that passes made to it.
 
     Attributes:
         model: the class name of the traced model.
@@ -54,10 +54,10 @@ class ProgramData:
         base: the traced program that all edits started from; None for that program itself.
         proof: the evidence of folding, on a folded program.
         model_class: the library's class of the model, if it is one of its classes.
-        submodules: what the submodules are beside their tensors, by path, in the model's order.
-        enclosing_model: the model around, when a submodule was traced; the table holds the tensors of the whole model.
+        submodules: the submodules' state other than tensors, by path, in the model's order.
+        enclosing_model: the whole model, if a submodule was traced; the table contains the tensors of the whole model.
         model_class: the library's class that the model is an instance of.
-        comparison: what was compared with the model; None: nothing.
+        comparison: what was compared with the model; None if nothing was.
     """
 
     model: str
@@ -81,7 +81,7 @@ class ProgramData:
 
     @property
     def examples(self) -> dict[str, torch.Tensor]:
-        """Returns the tensors of the traced call, by the names of the inputs in the graph."""
+        """The tensors of the traced call, by the names of the inputs in the graph."""
         return dict(zip((spec.name for spec in self.signature.inputs), self.example, strict=True))
 
     def prepended_lengths(self) -> dict[str, int]:

@@ -37,7 +37,7 @@ class Count:
     """The sizes of a program.
 
     Attributes:
-        trainable: values that training moves.
+        trainable: values that train.
         added: values of parameters that passes added.
         changed: values of the base that differ once everything foldable is folded.
         total: values of the base's own parameters; tied ones once.

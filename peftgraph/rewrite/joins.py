@@ -1,7 +1,7 @@
-"""Joins: how what a rule computes is combined with the values at its site's ports.
+"""Joins: how the result of a rule is combined with the values at its site's ports.
 
-A join of one's own subclasses `PortByPort`, or `Join` where the ports depend on one another, and passes as
-`Rule(join=...)`. What it returns is checked when the pass is applied.
+For a join of your own, subclass `PortByPort`, or `Join` if the ports depend on one another, and use it as
+`Rule(join=...)`. Its results are checked when the pass is applied.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class Join(ABC):
     """Combines a delta with the values at the ports of a site.
 
     Attributes:
-        port: where the delta enters when it is a single node and not a mapping from ports to nodes.
-        exclusive: whether the new values ignore the old ones, so that of two such joins at one port one would undo the
-            other; applying both is a `Conflict`.
+        port: where the delta enters if it is a single node, not a mapping from ports to nodes.
+        exclusive: whether the new values ignore the old ones, so that the second of two such joins at one port would
+            undo the first; applying both is a `Conflict`.
         resizes: whether a new value may have other sizes than the old one, as a sequence with prepended rows has. The
-            sizes of everything that reads it are then inferred anew.
+            sizes of all values that depend on it are then inferred again.
     """
 
     port: str = "output"
@@ -107,13 +107,14 @@ class Add(PortByPort):
 
 @dataclass(frozen=True)
 class AddProduct(Join):
-    """y -> y + x D^T for a change D of the site's weight: delta is x D^T, on the site's own columns. Where a change can
-    only enter the weight itself, W -> W + D, delta is D (O, I), and every reader of the weight reads the changed one.
+    """y -> y + x D^T for a change D of the site's weight: delta is x D^T, on the site's own columns. Where the change
+    must be made in the weight itself, W -> W + D, delta is D (O, I), and every reader of the weight reads the changed
+    one.
 
     Attributes:
         port: where x D^T enters.
-        turns: whether the delta is also right where another site multiplies by the transpose of the same weight, with
-            the same parameters (`Match.transposed`).
+        turns: whether the delta is also correct at a site that multiplies by the transpose of the same weight, with the
+            same parameters (`Match.transposed`).
     """
 
     port: str = "output"
@@ -163,7 +164,7 @@ class Replace(PortByPort):
     """y -> delta.
 
     Attributes:
-        port: where.
+        port: where delta enters.
         exclusive: whether delta ignores y. With `exclusive=False` it is computed from y, so that other passes may
             replace y as well.
         resizes: whether delta may have other sizes than y.

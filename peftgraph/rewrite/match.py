@@ -1,4 +1,4 @@
-"""A match: one site of one program, as a pass sees it."""
+"""Match: the interface through which a pass reads one site of a program."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def is_given(port: str) -> bool:
 class Match:
     """A site in a graph that is being rewritten.
 
-    Values are looked up when they are read, so `input` is what the projection reads after every edit made so far:
-    passes on different sites commute.
+    Values are looked up on access, so `input` is what the projection reads after all edits so far: passes on different
+    sites commute.
     """
 
     site: Site
@@ -102,7 +102,7 @@ class Match:
 
     @property
     def nesting(self) -> Nesting:
-        """How deep the edit is nested: as deep as the site's role, unless the rule says otherwise."""
+        """The nesting level of the edit: that of the site's role, unless the rule sets another."""
         return nesting_of(self.site.role) if self.nesting_of_rule is None else self.nesting_of_rule
 
     # values
@@ -206,13 +206,13 @@ class Match:
 
     @property
     def input(self) -> fx.Node:
-        """What the site reads, (..., I)."""
+        """The site's input, (..., I)."""
         return self.value("input")
 
     @property
     def output(self) -> fx.Node:
-        """What the site gives, before edits of the sublayers around it; the features of a projection, a norm or a
-        convolution on `site.feature_axis`."""
+        """The site's output, before edits of the sublayers around it. The features of a projection, a norm or a
+        convolution are on `site.feature_axis`."""
         return self.value("output")
 
     def normed(self, op: Builder, x: fx.Node) -> fx.Node:
@@ -265,21 +265,21 @@ class Match:
 
     @property
     def bias(self) -> ParameterValue | None:
-        """The site's bias, (O,) or (E, O); None when it has none."""
+        """The site's bias, (O,) or (E, O); None if it has none."""
         view = bias_view(self.site)
         return None if view is None else bind(view, self.table, self.precision)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in) features of the site's own part of its weight; of the matrix that it shares with the site that made
-        the parameters, where it multiplies by the transpose of that."""
+        """(out, in) features of the site's own part of its weight. Where the site multiplies by the transpose of
+        another site's weight and shares that site's parameters, those of the other site."""
         view = self._weight_view()
         *_, out, inner = view.shape(self.table[view.parameter].tensor)
         return (inner, out) if self.transposed else (out, inner)
 
     @property
     def experts(self) -> tuple[int, ...]:
-        """(E,) for stacked experts, else (): the leading dimensions of every parameter made at this site."""
+        """(E,) for stacked experts, otherwise (): the leading dimensions of every parameter made at this site."""
         count = None if self.site.weight is None else self.site.weight.experts
         return () if count is None else (count,)
 
@@ -305,7 +305,7 @@ class Match:
 
     @property
     def form(self) -> Form:
-        """Where what the rule computes enters: beside what the site gives, or into the weight that it reads."""
+        """Where the rule's result enters: at the site's output, or in the weight that it reads."""
         return "weight" if self.at_weight else "output"
 
     def down(self, op: Builder, x: fx.Node, weight: fx.Node) -> fx.Node:

@@ -29,13 +29,13 @@ def omit_default(default: T) -> T:
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """A method: a frozen dataclass that is its own configuration and prints as its spec.
+    """A fine-tuning method: a frozen dataclass whose fields are its options; it prints as its spec.
 
-    A subclass sets `word`, declares its options as fields, and gives `rules()`.
+    A subclass sets `word`, declares its options as fields, and implements `rules()`.
 
     Attributes:
         word: the name in specs and recipes.
-        name: distinguishes two applications of one method; it stands in the names of the new parameters.
+        name: distinguishes two applications of one method; it is part of the names of the new parameters.
     """
 
     word: ClassVar[str] = ""
@@ -120,7 +120,7 @@ def _ordered_fields(method: Pass) -> list[dataclasses.Field[Any]]:
 
 
 class Pipeline(Pass):
-    """Passes applied one after the other; itself a pass."""
+    """Several passes, applied in order; itself a pass."""
 
     word = "pipeline"
     parts: tuple[Pass, ...]

@@ -1,4 +1,4 @@
-"""How deep the value that an edit changes is nested."""
+"""The nesting levels of edits of one value."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from peftgraph.sites.roles import level_of
 
 
 class Nesting(IntEnum):
-    """Orders the edits of one value: an edit enters inside of those with a higher level, whatever was applied first.
+    """Orders the edits of one value: an edit is applied inside those with a higher level, whatever the order of
+    application.
 
-    A projection's own output lies within its sublayer's, and that within its block's, though all three may be one node
-    of the graph. A rule takes the level of its site's role unless it sets `Rule.nesting`.
+    A projection's own output is part of its sublayer's, and that of its block's, though all three may be one node of
+    the graph. A rule takes the level of its site's role unless it sets `Rule.nesting`.
 
     Attributes:
-        INNERMOST: changes what the site itself computes, inside of the edits of all other passes.
+        INNERMOST: changes the site's own computation, inside the edits of all other passes.
         PROJECTION: the output of one operation.
         SUBLAYER: the output of an attention or a feed-forward.
         BLOCK: the output of a block.
-        OUTERMOST: outside of every edit within the site's own computation.
+        OUTERMOST: outside all other edits of the site's own computation.
     """
 
     INNERMOST = -1

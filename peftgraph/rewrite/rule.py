@@ -1,8 +1,8 @@
 """Rule(site, delta, join, fold): the four things that define a method.
 
-`delta` builds the new computation, `join` says how it is combined with what is there, `fold` says how it goes back into
-the weights, or why it cannot. The four are independent: a gate may multiply any delta, and any delta may enter by any
-join that fits its shape.
+`delta` builds the new computation, `join` says how it is combined with the existing value, `fold` says how it goes back
+into the weights, or why it cannot. The four are independent: a gate may scale any delta, and any delta may be used with
+any join that fits its shape.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from peftgraph.sites.selectors.selector import Selector
 
 
 class Params(Mapping[str, Tensor]):
-    """The trained parameters of one edit, by the short name that `delta` gave them: `p.lora_A`, in fold precision."""
+    """The trained parameters of one edit, under the short names that `delta` gave them: `p.lora_A`, in fold
+    precision."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = dict(tensors)
@@ -49,30 +50,29 @@ Fold = Callable[[Match, Params], Mapping[ParameterValue, Tensor]]
 
 @dataclass(frozen=True)
 class Rule:
-    """One rewrite, at every site that `at` selects.
+    """A rewrite that is applied at every site that `at` selects.
 
     Attributes:
-        at: where.
-        delta: builds the new computation: a node, or a mapping from ports to nodes to enter at several ports of one
-            site. None when the site's own parameters train and nothing new is computed; see `Train`.
-        fold: computes the new values by the parameters they replace, from the current ones and the trained parameters;
-            or the reason why no weight can hold the change.
-        join: how the delta is combined with the values that are there.
-        max_rank: the largest rank of the change of a weight, when the method bounds it.
-        bias_only: whether of a site's own parameters only its bias trains, when there is no delta.
-        check: raises an error where the rule cannot be put on these sites together.
+        at: the sites.
+        delta: builds the new computation: a node, or a mapping from ports to nodes for several ports of one site. None
+            if the site's own parameters train and nothing new is computed; see `Train`.
+        fold: returns the new values, keyed by the parameter values that they replace, from the current ones and the
+            trained parameters; or a text, the reason why no weight can express the change.
+        join: how the delta is combined with the existing values.
+        max_rank: the largest rank of the change of a weight, if the method bounds it.
+        bias_only: without a delta, whether only the bias of a site's own parameters trains.
+        check: raises an error if the rule cannot be applied to these sites together.
         where: keeps the matches for which it returns true.
-        where_message: follows "none of the N sites at ..." in the error that is raised when `where` keeps none.
-        optional: whether no site at all is fine, as long as another rule of the pass has one.
-        gate_input: builds what a gate on this rule reads; by default the gate reads the site's input.
-        row_axes: for a fold that makes each row of the new weight, and each entry of the new bias, from the old one and
-            that row of some parameters: returns these parameters by short name, each with its axis of output features,
-            counted from the end. The fold is then computed a part at a time.
+        where_message: follows "none of the N sites at ..." in the error if `where` keeps no site.
+        optional: whether the rule may have no site, as long as another rule of the pass has one.
+        gate_input: builds the input of a gate on this rule; by default that is the site's input.
+        row_axes: for a fold that computes each row of the new weight, and each entry of the new bias, from the old one
+            and the same row of some parameters: returns these parameters by short name, each with its axis of output
+            features, counted from the end. The fold is then computed chunk by chunk.
         table_rows: for a rule that changes only some rows of the table that its sites read: their numbers. All readers
-            of the table, by any name that is tied to it, are sites of the pass, so that they fold together and the tie
-            stays.
-        training_only: whether the edit changes nothing in evaluation, so that folding takes it out.
-        nesting: how deep the edit is nested; by default the level of the site's role.
+            of the table, under any tied name, are sites of the pass, so that they fold together and the tie stays.
+        training_only: whether the edit changes nothing in evaluation, so that folding removes it.
+        nesting: the nesting level of the edit; by default that of the site's role.
     """
 
     at: Selector

@@ -25,7 +25,7 @@ class View:
         window: the stored output features it covers; None = all.
         vector: it is a bias (O,) and not a matrix (O, I).
         experts: size of a leading expert dimension, (E, O, I) and (E, O); None when there is none.
-        axes: which stored axes are features, where that is not a plain matrix's.
+        axes: which stored axes are features, if it is not stored as a plain matrix.
     """
 
     parameter: str
@@ -110,7 +110,7 @@ class View:
 class ParameterValue:
     """A view of a stored parameter with its current value, in the dtype that folding accumulates in.
 
-    What `Match.weight`, `Match.bias` and `Match.rows` give. `Rule.fold` maps each that changes to its new value.
+    `Match.weight`, `Match.bias` and `Match.rows` return them. `Rule.fold` maps each one that changes to its new value.
 
     Attributes:
         view: which part of which stored parameter.

@@ -1,4 +1,4 @@
-"""Sites: the recognised parts of a model, with the weights they own and the ports they have. Data alone."""
+"""Sites: the recognised parts of a model, with their weights and ports. Only data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Form = Literal["output", "weight"]
 
 @dataclass(frozen=True)
 class Columns:
-    """An ordered list of half-open feature ranges, in the order in which the heads see them."""
+    """An ordered list of half-open feature ranges, in the order in which the heads use them."""
 
     runs: tuple[tuple[int, int], ...]
 
@@ -108,14 +108,14 @@ class MatrixAxes:
 
 @dataclass(frozen=True)
 class Weight:
-    """Where a weight lives.
+    """The stored location of a weight.
 
     Attributes:
         parameter: the stored parameter's dotted name.
         transposed: stored (in, out), like GPT-2's Conv1D.
         window: which of the stored parameter's output features the site owns (None = all).
         experts: the size of a leading expert dimension.
-        axes: which axes are features, where the rank or their order is not a plain matrix's.
+        axes: which axes are features, if the rank or their order is not that of a plain matrix.
         computed: the node that computes the weight from `parameter` and others, behind a parametrisation such as
             weight_norm; None where the parameter is the weight.
     """
@@ -260,7 +260,7 @@ class Site:
 
     @property
     def axes(self) -> Mapping[str, Axes]:
-        """Port -> what its axes hold."""
+        """Port -> the meaning of its axes."""
         return MappingProxyType(dict(self.axis_items))
 
     @property
@@ -289,15 +289,15 @@ class Site:
 
 @dataclass(frozen=True, kw_only=True)
 class NearMiss:
-    """How far a search for a role got, and why it stopped.
+    """The record of a failed search for a role: how far it got, and why it stopped.
 
     Attributes:
-        role: what was looked for.
+        role: the role that was searched for.
         node: where it stopped, by graph name.
         expected: the condition that failed there.
-        found: what stands there instead; a node in it is written %name, with its graph name.
+        found: what is there instead; a node in it is written %name, with its graph name.
         passed: how many conditions held, of `total`.
-        near: more nodes worth seeing, by graph name.
+        near: further relevant nodes, by graph name.
     """
 
     role: str
@@ -332,8 +332,8 @@ class NearMiss:
 
 @dataclass(frozen=True)
 class Absent:
-    """A site that a graph has not where others of its kind have it: an attention without a residual add, or without a
-    projection that makes its queries. `site` is what it would be, and has no ports."""
+    """A site that is missing where others of its kind have one: the sublayer of an attention without a residual add, or
+    the queries of an attention without a projection for them. `site` describes what it would be, and has no ports."""
 
     site: Site
     reason: str

@@ -1,4 +1,4 @@
-"""The sites of a program: a sequence that is selected from, explained and printed."""
+"""The sites of a program: a sequence with selection, explanations and a printed table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peftgraph.sites.site import Site
 class Sites(FoundSites):
     """The sites of one graph, in graph order. Immutable.
 
-    `sites.select("attention.q")` gives sites; `print(sites.explain("attention.q", layer=0))` says why they are sites.
+    `sites.select("attention.q")` returns sites; `print(sites.explain("attention.q", layer=0))` says why they are sites.
     """
 
     def require(self, selector: object) -> tuple[Site, ...]:

@@ -16,14 +16,14 @@ T = TypeVar("T")
 class Registry(Generic[T]):
     """The plug-ins of one kind, by name.
 
-    A plug-in is an entry point of a group, whose name is the plug-in's own, or it is registered at run time. It is
-    loaded on first use: listing the names imports nothing.
+    A plug-in is an entry point of a group, with the plug-in's name, or it is registered at run time. It is loaded on
+    first use: listing the names imports nothing.
 
     Args:
         group: of the entry points, such as "peftgraph.exporters".
-        noun: what messages call one, such as "exporter".
-        error: what is raised.
-        kind: what messages call its kind, such as "Exporter".
+        noun: the word for one in messages, such as "exporter".
+        error: the class of errors to raise.
+        kind: the name of its class in messages, such as "Exporter".
         accepts: whether an object is a plug-in of the kind.
         name_of: the name of a plug-in.
         how_to_add: how to add one at run time, for messages.

@@ -1,1 +1,2 @@
-"""Modules that passes insert beside a site: low-rank paths, bottlenecks, gates, and how their parameters start."""
+"""Modules that passes insert at a site: low-rank paths, bottlenecks, gates, and the initialisers of their
+parameters."""

@@ -1,4 +1,4 @@
-"""The bottleneck that adapters are made of."""
+"""The bottleneck module of adapters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Bottleneck:
         width: M.
         activation: a word of `ACTIVATIONS`.
         dropout: on the narrow value, in training.
-        down, up: how the two weights start. With `up` zero an added bottleneck changes nothing at first.
+        down, up: initialisers of the two weights. With `up` zero, an added bottleneck changes nothing at first.
         trainable: whether its parameters train.
     """
 

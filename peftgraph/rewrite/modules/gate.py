@@ -1,4 +1,4 @@
-"""Gates: a number for each example that says how much of what a method computes enters."""
+"""Gates: one number for each example, which scales the result of a method."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VIEWS = {aten.view.default, aten.reshape.default, aten.flatten.using_ints}
 
 
 class Gate(Protocol):
-    """Builds the opening of a gate, (batch,) numbers."""
+    """Builds a gate: (batch,) numbers."""
 
     def __call__(self, m: Match, op: Builder, x_BTD: fx.Node, /) -> fx.Node:
         """Return the gate at a site, from the rule's input there: x (batch, positions, features)."""

@@ -1,4 +1,4 @@
-"""Initialisers of new parameters: each fills a tensor in place, drawing from torch's global generator."""
+"""Initialisers of new parameters: each fills a tensor in place, using torch's global generator."""
 
 from __future__ import annotations
 

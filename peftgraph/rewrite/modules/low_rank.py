@@ -1,4 +1,4 @@
-"""The low-rank path that LoRA and its kin put beside a projection."""
+"""The low-rank path of LoRA and related methods, in parallel to a projection."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True, kw_only=True)
 class LowRank:
-    """x (..., I)  ->  (drop(x) A^T) B^T, (..., O), multiplied as the site itself multiplies
+    """x (..., I)  ->  (drop(x) A^T) B^T, (..., O), computed like the site's own product
 
-    Shapes: I in, O out, R rank; A (R, I), B (O, R), with the number of experts in front where weights are stacked.
+    Shapes: I in, O out, R rank; A (R, I), B (O, R), with the number of experts as the first dimension where weights are
+    stacked.
 
     Attributes:
         rank: R.
-        dropout: on x, in training; none on the numbers that an embedding reads.
+        dropout: on x, in training; not on the token ids that an embedding reads.
     """
 
     rank: int

@@ -1,4 +1,4 @@
-"""Matrices with orthonormal rows, out of parameters that any optimizer may move freely."""
+"""Matrices with orthonormal rows, computed from unconstrained parameters, so that any optimizer can train them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Why a site is one: the steps that led to it, each with the nodes it speaks of.
+"""Why a site is one: the steps that led to it, each with the nodes it refers to.
 
-Nothing is recorded while sites are found. When somebody asks, the search runs again (`Origin.structure`) and the module
-that found the site reads its reasons off the result. In a claim a node is written %name, with its graph name;
+Nothing is recorded while sites are found. On request, the search runs again (`Origin.structure`) and the module that
+found the site derives the reasons from the result. In a claim a node is written %name, with its graph name;
 `Origin.say` puts the printed name there.
 """
 

@@ -44,7 +44,7 @@ class Explanation:
         selector: the question.
         reasons: for each site that is explained, why it is one.
         others: the ids of further sites, which the same reasons hold for.
-        problem: why there is no site, where there is none.
+        problem: why there is no site, if there is none.
     """
 
     selector: str

@@ -1,4 +1,4 @@
-"""What came closest to a role that nothing plays."""
+"""What came closest to a role that no site has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Why a pattern matches nowhere: how far the nearest match came, and what stood in its way."""
+"""Why a pattern matches nowhere: how far the nearest attempt came, and where it failed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Projections that belong to no site: what they come closest to, and where that failed."""
+"""Projections without a role: the closest role of each, and why it does not apply."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Loose:
 
     Attributes:
         site: its site, of role "projection".
-        closest: the role it comes closest to; "" where it comes close to none.
-        reason: why it does not play that role, with printed names.
+        closest: the closest role; "" if there is none.
+        reason: why it does not have that role, with printed names.
     """
 
     site: Site

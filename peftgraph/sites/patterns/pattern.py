@@ -17,16 +17,16 @@ from peftgraph.sites.site import Site
 
 @dataclass(frozen=True, init=False)
 class Pattern:
-    """Values of a graph and how they hang together.
+    """A pattern of operators: named values of a graph and the equations between them.
 
-    `Pattern("swiglu", "down = linear(mul(silu(gate), up)); gate = linear(x); up = linear(x)")`: the first equation is
-    the value that no other reads; the order of the others is free. Each equation is a site of role `swiglu.gate` and
-    so on, selected by `swiglu["gate"]`. Equal patterns are equal values; `Pattern.parse(str(p)) == p`.
+    `Pattern("swiglu", "down = linear(mul(silu(gate), up)); gate = linear(x); up = linear(x)")`: the first equation
+    defines the value that no other reads; the order of the others is free. Each equation defines sites of a role, such
+    as `swiglu.gate`, selected by `swiglu["gate"]`. Equal patterns are equal values; `Pattern.parse(str(p)) == p`.
 
     Attributes:
         name: dotted identifiers; no role or filter of the selectors may be its first one.
         equations: (name, term) of each value, the last one of the graph first.
-        operators: (name, ((operator, tag), ...)) of each name that stands for an operator.
+        operators: (name, ((operator, tag), ...)) of each name for a choice of operators.
         conditions: relations between sizes.
     """
 
@@ -75,7 +75,7 @@ class Pattern:
 
     @property
     def reference(self) -> str:
-        """How the text of a selector carries the whole pattern."""
+        """The whole pattern, as written in the text of a selector."""
         return f"pattern({quoted(str(self))})"
 
     @property

@@ -1,1 +1,1 @@
-"""Selectors: which sites a pass wants, as objects and as text."""
+"""Selectors choose the sites of a pass, as objects or as text."""

@@ -1,4 +1,4 @@
-"""Selectors: which sites a pass wants. Objects that combine with |, & and ~, and text that means the same.
+"""Selectors choose the sites of a pass: objects that combine with |, & and ~, or equivalent text.
 
     attention.q|attention.v        (attention.q|attention.v)&layers(2,6)        ffn.up.where(path="decoder.*")
     linear.where(shape=(144,48))   weight.where(out_features=">=1024",in_features=48)
@@ -27,7 +27,7 @@ FILTERS: Final = ("layers", "layer", "stack", "kind", "expert")
 
 @runtime_checkable
 class Selectable(Protocol):
-    """A value that stands for a selector, such as a pattern of one value."""
+    """A value that can be used as a selector, such as a pattern of one value."""
 
     @property
     def selector(self) -> Selector:
@@ -92,7 +92,7 @@ class Selector:
 
 @dataclass(frozen=True)
 class RoleSelector(Selector):
-    """Select the sites of a role, or of the roles that a group's word stands for.
+    """Selects the sites of a role, or of the roles in a named group.
 
     Parts of a family are attributes: `attention.q`, `ffn.up`, `conv.depthwise`; `attention.all` is `attention.*`.
     """
@@ -191,7 +191,7 @@ def quoted(text: str) -> str:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a number of features must satisfy."""
+    """A condition on a number of features."""
 
     sign: str
     number: int
@@ -205,7 +205,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Where(Selector):
-    """The sites of `inner` whose path and shape are as asked; a name may only narrow what structure found."""
+    """The sites of `inner` with the given path and shape; names only narrow what was found by structure."""
 
     inner: Selector
     path: str | None = None
