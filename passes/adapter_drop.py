@@ -1,13 +1,14 @@
-"""AdapterDrop (Rueckle et al., 2021): adapters leave the lowest blocks, for good or at random while training.
+"""AdapterDrop (Rueckle et al., 2021): adapters without the lowest blocks, permanently or at random in training.
 
     h + A(h)   ->   h                        in the lowest n blocks (layers=n)
     h + A(h)   ->   h + [n <= block] A(h)    under train(), n drawn anew at every step (random=true); all under eval()
     fold: what the adapter itself says; with random=true none, since a step's depth is drawn
 
-A stack of L blocks draws n uniformly from 0 ... L-1, as the paper's robust form does, once a step for all its adapters;
-an encoder and a decoder draw one each. Whatever else the adapter's method trains (norms) trains at every depth, as in
-Compacter's baseline. The parameters of layers=n carry the names that random=true gives them, so a robust adapter is put
-at a fixed depth by copying what is left. With layers=n no gradient is needed below block n.
+For a stack of L blocks, n is drawn uniformly from 0 ... L-1, as in the paper's robust form, once per step for all
+its adapters; encoder and decoder draw independently. Other parameters that the adapter's method trains (norms) train
+at every depth, as in Compacter's baseline. The parameters of layers=n have the same names as with random=true, so a
+robust adapter is converted to a fixed depth by copying the remaining parameters. With layers=n no gradient is needed
+below block n.
 Source: arXiv 2010.11918, section 3.
 """
 
@@ -30,12 +31,12 @@ Build = Callable[[Match, Builder], "fx.Node | Mapping[str, fx.Node]"]
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterDrop(Pass):
-    """Another method's adapters at some of the depths.
+    """Another method's adapters, without those of the lowest blocks.
 
     Attributes:
-        adapter: the method; a name is given to this pass and not to it.
+        adapter: the method, without a name; a name belongs to this pass.
         layers: n, the number of blocks without adapters, from the lowest on.
-        random: whether n is drawn in training, from `layers` on.
+        random: whether n is random in training, at least `layers`.
     """
 
     word = "adapter_drop"
@@ -64,7 +65,7 @@ class AdapterDrop(Pass):
             isinstance(rule.join, Add | AddProduct),
             f"random=true needs a method that adds; {self.adapter} does not.",
         )
-        reason = "the depth it runs at is drawn at every step of training"
+        reason = "its depth is random at every training step"
         assert rule.delta is not None
         return replace(rule, at=at, delta=partial(self.gated, rule.delta), fold=reason)
 
@@ -73,7 +74,7 @@ class AdapterDrop(Pass):
         layer, stack = m.site.layer, m.site.stack
         blocks = [one.site.layer for one in m.related(pg.block) if one.site.stack == stack]
         if layer is None or layer not in blocks:
-            raise pg.RecipeError(f"{self.word}: {m.site.id} lies in no block, so it has no depth to be dropped at.")
+            raise pg.RecipeError(f"{self.word}: {m.site.id} is in no block, so it has no depth to be dropped at.")
 
         def draw() -> fx.Node:
             return op.call(aten.randint.low, self.layers, len(blocks), [1], device=op.device)

@@ -3,11 +3,12 @@
     s   ->   s + sum_n p_n V z_n        z_n = A_n(N(s)),  p = softmax_n((Q N(s) + b_q) . (K z_n + b_k))
     no fold: the mixture depends on the input
 
-s is the residual sum where `Pfeiffer` stands and N its norm; A_n are the N Pfeiffer adapters of the first stage, frozen
-here, without their own residuals. Scores are not divided by sqrt(D). Only Q, K and V train, in the second stage;
-`take` fills in the adapters of the first, and `regulariser` is the term 0.01 ||I - V||^2 of the authors' code.
-Shapes: D features, M width. Q and K are normal with std 0.02, V is the identity plus 1e-6 beside its diagonal.
-value=false leaves V out (the library's static form).
+s is the residual sum at which `Pfeiffer` is applied and N its norm; A_n are the N Pfeiffer adapters of the first
+stage, frozen here, without their own residuals. Scores are not divided by sqrt(D). Only Q, K and V train, in the
+second stage; `take` fills in the adapters of the first, and `regulariser` is the term 0.01 ||I - V||^2 of the
+authors' code.
+Shapes: D features, M width. Q and K are normal with std 0.02, V is the identity plus 1e-6 off its diagonal.
+value=false omits V (the library's static form).
 Source: arXiv 2005.00247, section 3.2; adapter-hub/adapters, methods/modeling.py, BertFusion.
 """
 

@@ -1,13 +1,13 @@
-"""Adapter+ (Steitz and Roth, 2024): a bottleneck behind the residual sum of a sublayer, each feature of it scaled.
+"""Adapter+ (Steitz and Roth, 2024): a bottleneck after the residual sum of a sublayer, with a scale for each feature.
 
     s = x + drop(F(x))   ->   s + c * (W_up drop(act(W_down s + b_down)) + b_up)
-    no fold: a nonlinearity stands between the adapter and every weight around it
+    no fold: the adapter is nonlinear, so no weight can express it
 
-One adapter a block, after the feed-forward. In a post-norm block, which the paper has none of, it stands behind the
-norm, y = N(s) -> y + c * A(y), as in the adapters library. c trains and starts at one. In training the adapter of a
-whole example is left out with the probability drop_path, and is divided by 1 - drop_path where it stays.
+One adapter per block, after the feed-forward. In a post-norm block, which the paper does not have, it follows the
+norm, y = N(s) -> y + c * A(y), as in the adapters library. c trains and starts at one. In training the adapter is
+dropped for a whole example with probability drop_path, and divided by 1 - drop_path otherwise.
 Shapes: D features of s, M width, c (D,). Both weights are normal with std 1e-2, truncated at two of them, and biases
-zero: Houlsby's start by the paper of the same name; init="identity" starts W_up at zero.
+zero: Houlsby's initialisation, as in the paper; init="identity" starts W_up at zero.
 Source: arXiv 2406.06820, section 3 (Post-Adapter, channel-wise scaling); visinf/adapter_plus, vit_adapter.py;
 adapter-hub/adapters 1.3, AdapterPlusConfig.
 """
@@ -32,13 +32,13 @@ UP = {"houlsby": init.truncated_normal(1e-2), "identity": init.zeros}
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterPlus(Pass):
-    """A scaled bottleneck behind the residual sum.
+    """A scaled bottleneck after the residual sum.
 
     Attributes:
         at: sublayers; the feed-forward by default.
         width: M, the size of the bottleneck; the paper's are 1 to 32.
         activation: a word of `peftgraph.authoring.ACTIVATIONS`.
-        drop_path: how often an example goes without the adapter, in training.
+        drop_path: the probability of dropping the adapter for an example, in training.
         dropout: on the bottleneck, in training.
         init: how W_up starts: "houlsby" or "identity" (zero).
     """
@@ -65,7 +65,7 @@ class AdapterPlus(Pass):
 
     def rules(self) -> list[Rule]:
         """Return one rule: add the scaled bottleneck to the residual sum, or to the norm that follows it."""
-        return [Rule(at=self.at, delta=self.delta, fold="its nonlinearity stands between it and every weight")]
+        return [Rule(at=self.at, delta=self.delta, fold="it is nonlinear, so no weight can express it")]
 
     def delta(self, m: Match, op: Builder) -> Mapping[str, fx.Node]:
         """Return c times the bottleneck of s, by the port where it enters."""

@@ -4,11 +4,11 @@
     y = x W^T + b     ->   y = x W^T + b + d             for one slice of a fused projection; fold: b <- b + d there
     y = x W^T         ->   y = x W^T + d                 with zero=true; no fold: there is no b to fold d into
 
-`at` names biases, or the projections and norms whose biases they are. The program trains copies, so the base keeps its
-own biases, and d starts at zero. The paper's smaller set is at="attention.q|ffn.up". Models without biases get them by
-zero=true, as T-Few gave T5 zero biases: at="attention.*|ffn.up|ffn.gate" norms=true, without the second matrix of the
-feed-forward, which the pattern in the authors' configuration misses (at="attention.*|ffn.*" has it).
-The authors' code trains the task's classifier too: head=true.
+`at` selects biases, or the projections and norms that they belong to. The program trains copies, so the base keeps
+its own biases, and d starts at zero. The paper's smaller set is at="attention.q|ffn.up". With zero=true models
+without biases get zero ones, as in T-Few's T5: at="attention.*|ffn.up|ffn.gate" norms=true, without the second
+matrix of the feed-forward, which the pattern in the authors' configuration misses (at="attention.*|ffn.*" includes
+it). The authors' code trains the task's classifier too: head=true.
 Source: arXiv 2106.10199, section 3; arXiv 2205.05638 and r-three/t-few, configs/bitfit.json.
 """
 
@@ -46,9 +46,9 @@ class BitFit(Pass):
     Attributes:
         at: which biases; all by default. `bias.where(path=".*(query|intermediate).*")` narrows: the whole path must
             match.
-        zero: whether a projection or norm that has no bias gets one, which starts at zero.
+        zero: whether a projection or norm without a bias gets one that starts at zero.
         norms: whether the scales of all norms train too.
-        head: whether the output projection trains too; where it is tied to the embedding, so does that.
+        head: whether the output projection trains too; if it is tied to the embedding, that trains too.
     """
 
     word = "bitfit"

@@ -1,15 +1,16 @@
-"""CIAT (Zhu et al., 2021): adapters beside every sublayer and after the embedding, for one direction of translation.
+"""CIAT (Zhu et al., 2021): adapters parallel to every sublayer and after the embedding, for one translation direction.
 
     e                ->   e + B(LN(e))      e is what enters the first block, before its dropout
     h = drop(F(x))   ->   h + B(LN(x))        B(x) = W_up drop(act(W_down x + b_down)) + b_up
-    no fold: a nonlinearity stands between the adapter and every weight around it
+    no fold: the adapter is nonlinear, so no weight can express it
 
-x is what the sublayer reads, in a pre-norm block the norm's output; LN is the adapter's own, which in the authors' code
-stands behind that norm all the same (layer_norm=false leaves it out of the layer adapters). Self-attention and
+x is the sublayer's input, in a pre-norm block the norm's output; LN is the adapter's own norm, which the authors'
+code applies after that norm as well (layer_norm=false omits it in the layer adapters). Self-attention and
 feed-forward of encoder and decoder have an adapter, cross-attention has none; the base and its norms stay frozen.
-Shapes: D features, M width (D / 2 by default, as in the authors' code). Weights start as that code's framework starts
-dense layers, Xavier-uniform, and biases at zero; init="identity" starts W_up at zero. The authors switch the sublayers'
-own dropout off while adapters train: trace a model without dropout for that. Theirs in the bottleneck is 0.3.
+Shapes: D features, M width (D / 2 by default, as in the authors' code). Weights are Xavier-uniform, the default of
+that code's framework for dense layers, and biases zero; init="identity" starts W_up at zero. The authors disable the
+sublayers' own dropout while adapters train: trace a model without dropout for that. Their dropout in the bottleneck
+is 0.3.
 Source: arXiv 2104.08154, section 3; Yaoming95/CIAT, neurst/layers/adapters, neurst/models/transformer_CIAT.py.
 """
 
@@ -65,7 +66,7 @@ class CIAT(Pass):
 
     def rules(self) -> list[Rule]:
         """Add B(LN(x)) to every sublayer's output, and B(LN(e)) to what enters the first block of every stack."""
-        reason = "its nonlinearity stands between it and every weight"
+        reason = "it is nonlinear, so no weight can express it"
         layers = Rule(at=self.at, delta=self.layer, fold=reason)
         first = pg.block & pg.layers(0)
         embedding = Rule(at=first.where(path=".*"), delta=self.embedded, join=Add("embedded"), fold=reason)

@@ -1,16 +1,16 @@
 """Compacter and Compacter++ (Mahabadi et al., 2021): serial bottlenecks whose weights are sums of Kronecker products.
 
     h   ->   h + U act(D h + b_down) + b_up          D, U = sum_i A_i (x) (s_i t_i)          LN trains
-    no fold: a nonlinearity stands between the adapter and every weight around it (trained norms do fold)
+    no fold: the adapter is nonlinear, so no weight can express it (trained norms do fold)
 
-x W with W = sum_i A_i (x) (s_i t_i) is computed without W: x is cut into N rows, which go through s, are mixed by A,
-and go through t. The rule A is one parameter of the whole pass (shared=true); s and t have rank 1.
-Shapes: I in, O out, N the number of products, R rank; A (N, N, N), left s (N, I/N, R), right t (N, R, O/N). rank=none
-keeps whole (N, I/N, O/N) matrices instead: with n=12 and shared=false that is the paper's PHM-adapter.
+x W with W = sum_i A_i (x) (s_i t_i) is computed without W: x is split into N rows, which are multiplied by s, mixed
+by A, and multiplied by t. The rule A is one parameter of the whole pass (shared=true); s and t have rank 1.
+Shapes: I in, O out, N the number of products, R rank; A (N, N, N), left s (N, I/N, R), right t (N, R, O/N).
+rank=none keeps whole (N, I/N, O/N) matrices instead: with n=12 and shared=false that is the paper's PHM-adapter.
 Left and right start Xavier-uniform with gain sqrt(2) slice by slice, A normal with std 1e-4 (1e-2 when it is not
 shared), as in the authors' code; init="xavier_normal" (gain 1) is the adapters library's. Biases are zero. Adapters
-stand after self-attention and the feed-forward, before the dropout (Compacter++: after the feed-forward alone); all
-norms train.
+are applied after self-attention and the feed-forward, before the dropout (Compacter++: after the feed-forward
+alone); all norms train.
 Source: arXiv 2106.04647, section 3; rabeehk/compacter, seq2seq/hypercomplex/layers.py, configs/compacter.json.
 """
 
@@ -41,13 +41,13 @@ class Compacter(Pass):
         at: sublayers; self-attention and feed-forward by default.
         width: the size of the bottleneck; n divides it and the model's width.
         n: N, the number of Kronecker products and the size of the rule.
-        rank: R of the second factors; none keeps them whole.
-        shared: whether one rule serves all adapters and both projections; else each projection has one.
+        rank: R of the second factors; none for full matrices.
+        shared: whether all adapters and both projections share one rule; otherwise each projection has its own.
         activation: a word of `peftgraph.authoring.ACTIVATIONS`.
         dropout: on the bottleneck, in training.
         init: "xavier_uniform" (the authors' code) or "xavier_normal" (the adapters library).
-        place: "before_dropout" (the authors' code) or "after_dropout" of the sublayer; or "residual_sum", where
-            `Pfeiffer` stands and the adapters library puts Compacter++.
+        place: "before_dropout" (the authors' code) or "after_dropout" of the sublayer; or "residual_sum", as in
+            `Pfeiffer` and in the adapters library's Compacter++.
         norms: whether all layer norms train.
     """
 
@@ -74,7 +74,7 @@ class Compacter(Pass):
 
     def rules(self) -> list[Rule]:
         """Add the bottleneck of the sublayer's output to it; train the norms."""
-        reason = "its nonlinearity stands between it and every weight"
+        reason = "it is nonlinear, so no weight can express it"
         adapter = Rule(at=self.at, delta=self.delta, join=Add(PORTS[self.place]), fold=reason)
         return [adapter, Train(pg.norm)] if self.norms else [adapter]
 

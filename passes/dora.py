@@ -1,16 +1,16 @@
-"""DoRA (Liu et al., 2024): the weight as magnitude and direction; the direction moves by a low-rank path.
+"""DoRA (Liu et al., 2024): the weight as magnitude and direction; a low-rank path changes the direction.
 
     y = x W^T + b   ->   y = x W'^T + b,    W' = g V,  V = W + s B A,  g = M / ||V||           s = alpha / rank
     fold: W <- g V                                          (the bias and every other column stay as they are)
 
-W is not written anew in the graph: y gains (g - 1) (y - b) + g s (drop(x) A^T) B^T. The norm runs over the inputs of
-each output feature, as in the authors' code. By the paper's section 4.3 it is a constant to the gradient;
-norm_gradient=true differentiates it. M starts at ||W||, A uniform in +-1/sqrt(I) and B at zero, so a fresh pass is the
-identity. Dropout stands on the low-rank path alone; the authors' code drops the input of (g - 1) x W^T as well.
-form="adapters" is what that library computes: g = M / ||W + B A||, without s, and g multiplies the bias as well, so
-that b <- g b. (What it merges has neither s nor the bias in it, and answers otherwise than what it trained.)
-Shapes: I in, O out, R rank; E experts in front. A (R, I), B (O, R), M and g (O,). Each slice of a fused projection has
-its own. What other passes do at the site is added up beside: g scales what the base computes.
+W' is not computed in the graph: (g - 1) (y - b) + g s (drop(x) A^T) B^T is added to y. The norm is over the inputs
+of each output feature, as in the authors' code. As in the paper's section 4.3 it is a constant for the gradient;
+norm_gradient=true differentiates it. M starts at ||W||, A uniform in +-1/sqrt(I) and B at zero, so a fresh pass is
+the identity. Dropout applies to the low-rank path alone; the authors' code applies it to the input of (g - 1) x W^T
+as well. form="adapters" is what that library computes: g = M / ||W + B A||, without s, and g multiplies the bias as
+well, so that b <- g b. (Its merged weights include neither s nor the bias, so outputs differ from the trained ones.)
+Shapes: I in, O out, R rank; E experts in front. A (R, I), B (O, R), M and g (O,). Each slice of a fused projection
+has its own. Deltas of other passes at the site are added separately: g scales only the base's computation.
 Source: arXiv 2402.09353, equations 5 and 11; NVlabs/DoRA, commonsense_reasoning/peft/tuners/dora.py;
 adapter-hub/adapters 1.3, methods/lora.py (LoRALinear.forward, dora_merge).
 """
@@ -38,7 +38,7 @@ class DoRA(Pass):
 
     Attributes:
         at: any projections or embeddings; the paper's five by default.
-        rank: R, at least 1 and at most the smaller side of every matrix it is put on.
+        rank: R, at least 1 and at most the smaller side of every adapted matrix.
         alpha: the scale is alpha / rank.
         dropout: on the input of the low-rank path only, in training.
         rank_stabilised: the scale is alpha / sqrt(rank) instead.
@@ -72,7 +72,7 @@ class DoRA(Pass):
 
     @property
     def weighs(self) -> float:
-        """What B A is multiplied by in ||V||."""
+        """The factor of B A in ||V||."""
         return self.scale if self.form == "paper" else 1.0
 
     def rules(self) -> list[Rule]:

@@ -1,11 +1,11 @@
 """Partial fine-tuning: some layers train, all below stay frozen (variable-depth and layer-norm tuning).
 
-    y = f(x; W)   ->   the same, the W of the chosen places train          fold: none needed, the trained W is the new W
+    y = f(x; W)   ->   the same, the W of the chosen sites train          fold: none needed, the trained W is the new W
 
 Nothing is added to the graph, and the program trains copies, so the base keeps its own weights. Nothing below the
-lowest trained place needs a gradient, so a step of training keeps no activations there and goes no further back.
-top=2 trains the two uppermost blocks of each stack; at="norm" with no top trains every norm. A model with two stacks
-needs `stack("decoder")` in `at`, or one that trains the upper blocks of both says so with `.where(path=".*")`.
+lowest trained site needs a gradient, so a training step keeps no activations there and backpropagates no further.
+top=2 trains the two uppermost blocks of each stack; at="norm" without top trains every norm. For a model with two
+stacks, `at` must contain `stack("decoder")`, or `.where(path=".*")` to train the upper blocks of both.
 Source: arXiv 1902.00751, section 3 (variable fine-tuning, layer norms only); arXiv 2106.09685, table 3 (FT-Top2).
 """
 
@@ -23,8 +23,9 @@ class Freeze(Pass):
 
     Attributes:
         at: what trains: projections with their biases, norms, biases; every part of the model by default.
-        top: how many blocks of a stack train, from the uppermost down; none for whatever `at` selects at any depth.
-        head: whether the output projection trains; where it is tied to the embedding, so does that.
+        top: how many blocks of a stack train, from the uppermost down; none for all sites that `at` selects, at any
+            depth.
+        head: whether the output projection trains; if it is tied to the embedding, that trains too.
     """
 
     word = "freeze"

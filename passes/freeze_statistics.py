@@ -1,4 +1,4 @@
-"""Statistics that stand still: norms over a batch use the running statistics of the base while everything else trains.
+"""Frozen batch statistics: batch norms use the base's running statistics while everything else trains.
 
     y = (x - E[x]) / sqrt(Var[x] + eps) * w + b, running statistics follow   ->   y = (x - m) / sqrt(v + eps) * w + b
     in training; in evaluation nothing changes          fold: nothing to write, the base's own m and v stay
@@ -30,7 +30,7 @@ class FreezeStatistics(Pass):
     """Batch norms that only read their running statistics.
 
     Attributes:
-        at: norms; all by default. Those that keep no statistics are left as they are.
+        at: norms; all by default. Norms without running statistics are unchanged.
     """
 
     word = "freeze_statistics"

@@ -1,14 +1,14 @@
 """Houlsby adapters (Houlsby et al., 2019): two serial bottlenecks in every block, and every layer norm trains.
 
     h   ->   h + W_up act(W_down h + b_down) + b_up          LN trains
-    no fold: a nonlinearity stands between the adapter and every weight around it (trained norms do fold)
+    no fold: the adapter is nonlinear, so no weight can express it (trained norms do fold)
 
-h is what attention and what the feed-forward give, after the dropout, before the residual add (and before the norm of
-a post-norm block): y = LN(x + A(drop(F(x)))), or y = x + A(drop(F(LN(x)))).
-Shapes: D features of h, M width. Both weights are normal, truncated at two standard deviations; biases are zero.
-The paper says std 1e-2, the authors' code has 1e-3 (init="code"). Their code's GELU is the tanh form: "gelu_tanh".
-Ports to T5 put the adapter before the dropout: place="before_dropout". The task's head trains too, which is no part of
-the pass.
+h is the output of attention and of the feed-forward, after the dropout, before the residual add (and before the norm
+of a post-norm block): y = LN(x + A(drop(F(x)))), or y = x + A(drop(F(LN(x)))).
+Shapes: D features of h, M width. Both weights are normal, truncated at two standard deviations; biases are zero. The
+paper says std 1e-2, the authors' code has 1e-3 (init="code"). Their code's GELU is the tanh form: "gelu_tanh". Ports
+to T5 put the adapter before the dropout: place="before_dropout". In the paper the task's head trains too; that is
+not part of the pass.
 Source: arXiv 1902.00751, section 2.1 and appendix A; google-research/adapter-bert, modeling.py.
 """
 
@@ -64,7 +64,7 @@ class Houlsby(Pass):
 
     def rules(self) -> list[Rule]:
         """Add the bottleneck of the sublayer's output to it; train the norms."""
-        reason = "its nonlinearity stands between it and every weight"
+        reason = "it is nonlinear, so no weight can express it"
         adapter = Rule(at=self.at, delta=self.delta, join=Add(PORTS[self.place]), fold=reason, gate_input=self.read)
         return [adapter, Train(pg.norm)] if self.norms else [adapter]
 

@@ -1,18 +1,18 @@
-"""Invertible adapters (MAD-X, Pfeiffer et al., 2020): embeddings of a new language, taken back before the head.
+"""Invertible adapters (MAD-X, Pfeiffer et al., 2020): transformed token embeddings, inverted before the head.
 
     e = [e1; e2]   ->   o = [e1 + F(e2); e2 + G(o1)]               in front of the blocks
     o = [o1; o2]   ->   e = [o1 - F(e2); e2],  e2 = o2 - G(o1)     in front of the head
-    no fold: nonlinearities stand between F, G and every weight
+    no fold: F and G are nonlinear, so no weight can express it
 
-e is what the first block reads of the embedded tokens, and o below what the output embedding reads. F(x) = W_up
-act(W_down x + b_down) + b_up, and G likewise; both directions share them. The output embedding is the head
-that is tied to the table of tokens, or has a row of that width for each token; before other heads nothing is inverted,
-nor where there is none. The embeddings are finished: in BERT they have positions, types, norm and dropout, in Llama
-they are the lookup alone. Where blocks are wider than the embeddings, both ends stand in the embeddings' width. A
-decoder beside an encoder reads its tokens as before, as in the adapters library; at="embedding" changes them as well.
-In MAD-X a Pfeiffer adapter of half the width is the language's other part, and another one is the task's.
-Shapes: E width of the embeddings, e1 (..., E // 2), e2 the rest; F and G are narrow by `reduction`.
-Weights are normal with std 0.02 and biases zero, as in the authors' library, so a fresh pass is not the identity;
+e is the embedded tokens as the first block reads them, and o in the second line the input of the output embedding.
+F(x) = W_up act(W_down x + b_down) + b_up, and G likewise; both directions share them. The output embedding is the
+head that is tied to the table of tokens, or has a row of that width for each token; before other heads nothing is
+inverted. The embeddings are complete: in BERT with positions, types, norm and dropout, in Llama the lookup alone.
+Where blocks are wider than the embeddings, both transformations are in the embeddings' width. In an encoder-decoder
+the decoder's embeddings are unchanged, as in the adapters library; at="embedding" changes them as well. In MAD-X a
+language also has a Pfeiffer adapter of half the width, and the task another one.
+Shapes: E width of the embeddings, e1 (..., E // 2), e2 the rest; F and G are narrow by `reduction`. Weights are
+normal with std 0.02 and biases zero, as in the authors' library, so a fresh pass is not the identity;
 init="identity" starts W_up at zero.
 Source: arXiv 2005.00052, invertible adapters; adapter-hub/adapters, methods/modeling.py, NICECouplingBlock.
 """
@@ -38,11 +38,11 @@ UP = {"bert": init.normal(0.02), "identity": init.zeros}
 
 @dataclass(frozen=True, kw_only=True)
 class Invertible(Pass):
-    """A coupling of the two halves of every embedded token, and its inverse.
+    """An additive coupling of the two halves of every token embedding, and its inverse.
 
     Attributes:
         at: embeddings of tokens.
-        reduction: how many times narrower F and G are than what they read.
+        reduction: how many times narrower the bottlenecks of F and G are than their inputs.
         activation: a word of `peftgraph.authoring.ACTIVATIONS`.
         init: how W_up starts: "bert" (normal, std 0.02) or "identity" (zero).
         inverse: whether the output embedding reads the inverse.
@@ -63,7 +63,7 @@ class Invertible(Pass):
 
     def rules(self) -> list[Rule]:
         """Couple the finished embeddings; take that back before the output embedding, where there is one."""
-        reason = "its nonlinearities stand between it and every weight"
+        reason = "it is nonlinear, so no weight can express it"
         where_message = "embeds the tokens of a sequence"
         there = Rule(
             at=self.at,

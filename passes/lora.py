@@ -1,23 +1,23 @@
-"""LoRA (Hu et al., 2021): a trainable low-rank path beside a frozen projection.
+"""LoRA (Hu et al., 2021): a trainable low-rank path in parallel to a frozen projection.
 
     y = x W^T + b   ->   y = x W^T + b + w s (drop(x) A^T) B^T          s = alpha / rank
     fold: W <- W + w s B A                                  (the bias and every other column stay as they are)
 
-Shapes: I in, O out, R rank; E experts in front where the weight is a stack of experts.
-A_RI is uniform in +-1/sqrt(I) as in the authors' code (the paper says Gaussian: init="gaussian", standard deviation
-1/R) and B_OR is zero, so a fresh pass is the identity. Each slice of a fused projection has an A and a B of its own.
-init="pissa": A and B start as the R largest singular values and vectors of W, s B A = W_R, and the paper's frozen
-residual W - W_R is reached without touching W: frozen copies A0, B0 are taken off,
+Shapes: I in, O out, R rank; E experts in front where the weight is a stack of experts. A_RI is uniform in +-1/sqrt(I)
+as in the authors' code (the paper says Gaussian: init="gaussian", standard deviation 1/R) and B_OR is zero, so a fresh
+pass is the identity. Each slice of a fused projection has an A and a B of its own. init="pissa": A and B start as the R
+largest singular values and vectors of W, s B A = W_R, and the paper's frozen residual W - W_R is obtained without
+changing W: the term of frozen copies A0, B0 is subtracted,
 
     y + s (drop(x) A^T) B^T - s (x A0^T) B0^T,   fold: W <- W + s (B A - B0 A0).
 
 init="olora" does the same with the first columns of Q and rows of U of the decomposition W = Q U, Q with orthonormal
-columns and U upper triangular: B = Q_R, A = U_R, whatever s is.
-rank_stabilised=true: s = alpha / sqrt(rank). w is 1; `Program.mix` weighs several named LoRAs. Ranks that differ by
-site are one LoRA each, in a pipeline. bias="lora_only" trains the whole bias of each projection the pass is put on,
-bias="all" every bias, as the authors' code offers; both fold.
-Source: arXiv 2106.09685, section 4.1; microsoft/LoRA, loralib; arXiv 2312.03732, eq. 11 (rank-stabilised);
-arXiv 2404.02948, section 3 (PiSSA); arXiv 2406.01775, algorithm 1 (OLoRA).
+columns and U upper triangular: B = Q_R, A = U_R, whatever s is. rank_stabilised=true: s = alpha / sqrt(rank). w is
+1; `Program.mix` weights several named LoRAs. For different ranks, use one LoRA for each rank, in a pipeline.
+bias="lora_only" trains the whole bias of each adapted projection, bias="all" every bias, as in the authors' code;
+both fold.
+Source: arXiv 2106.09685, section 4.1; microsoft/LoRA, loralib; arXiv 2312.03732, eq. 11 (rank-stabilised); arXiv
+2404.02948, section 3 (PiSSA); arXiv 2406.01775, algorithm 1 (OLoRA).
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ class LoRA(Pass):
 
     Attributes:
         at: any projections or embeddings; the paper's default is the query and the value.
-        rank: R, at least 1 and at most the smaller side of every matrix it is put on.
+        rank: R, at least 1 and at most the smaller side of every adapted matrix.
         alpha: the scale is alpha / rank.
         dropout: on the input of the low-rank path only, in training.
-        init: how A starts: "kaiming" (the authors' code) or "gaussian" (the paper); or how both do: "pissa", "olora".
+        init: of A: "kaiming" (the authors' code) or "gaussian" (the paper); of both A and B: "pissa", "olora".
         rank_stabilised: the scale is alpha / sqrt(rank) instead.
-        bias: which biases train beside: "none", "all" or "lora_only".
-        weight: w, of either sign; with -1 the pass takes off what it learned.
+        bias: which biases also train: "none", "all" or "lora_only".
+        weight: w, of either sign; with -1 the learned change is subtracted.
     """
 
     word = "lora"
@@ -86,7 +86,7 @@ class LoRA(Pass):
 
     @property
     def moved(self) -> bool:
-        """Whether both factors start away from zero, so that their start is taken off."""
+        """Whether both factors start nonzero, so that their initial product is subtracted."""
         return self.init in ("pissa", "olora")
 
     def weighted(self, weight: float) -> Self:

@@ -3,20 +3,21 @@
     h   ->   h + R^T (W h + b - R h),  R R^T = I     LoReFT
     h   ->   h + R^T (W h + b - R h)                 NoReFT, with orthogonal=false
     h   ->   h + R^T (W h + b)                       DiReFT, with orthogonal=false subtract=false
-    no fold: the edit holds at some positions only, and no one weight gives the hidden state
+    no fold: the edit applies at some positions only, and no single weight computes the hidden state
 
-LoReFT puts W h + b in the place of what h has in the subspace of R's rows. A free matrix X trains, and the graph makes
-its rows orthonormal one after the other: R R^T = I holds under every optimizer, orthonormal rows stay as they are, and
-the lengths of rows do not matter. `finalize()` puts R in the place of X (ONNX has no such operation). What is computed
-is R^T ((W - R) h + b), unless pyreft's `activation` stands on W h + b.
-Edited are the `prefix` first and the `suffix` last tokens; padding counts as no token, unless skip_padding=false says
-so. Where the two meet, a position belongs to the nearer end, and the middle one to the suffix. tied=false gives each
-end an edit of its own, which is what the authors' code and counts call untied; in the paper's text every position has
-one. The authors edit the prompt alone. Here the suffix ends with the last token that the model is given: a model that
-is trained on prompts with answers, or that generates, takes suffix=0.
+LoReFT replaces the component of h in the subspace of R's rows by W h + b. An unconstrained matrix X trains, and the
+graph orthonormalises its rows in order: R R^T = I holds under every optimizer, orthonormal rows stay unchanged, and
+the lengths of rows do not matter. `finalize()` replaces X by R (ONNX has no such operation). The graph computes R^T
+((W - R) h + b), unless pyreft's `activation` is applied to W h + b. The first `prefix` and the last `suffix` tokens
+are edited; padding is not counted, unless skip_padding=false. Where the two overlap, a position belongs to the
+nearer end, and the middle one to the suffix. tied=false gives each end its own edit, which the authors' code and
+counts call untied; in the paper's text every position has one. The authors edit the prompt alone. Here the suffix
+ends with the last token of the input: use suffix=0 for a model that is trained on prompts with answers, or that
+generates.
 Shapes: B batch, S positions, D features of h, R rank; R, W and X (R, D), b (R,). X starts uniform and orthonormal, W
 and b (and R where it is free) as torch.nn.Linear, as in the authors' code, so a fresh pass is not the identity; with
-start="identity" it is: W = R (DiReFT: W = 0) and b = 0. Dropout falls on the edited state, as in the authors' code.
+start="identity" it is: W = R (DiReFT: W = 0) and b = 0. Dropout is applied to the edited state, as in the authors'
+code.
 Source: arXiv 2404.03592, equations 2 and 3, section 4.1; stanfordnlp/pyreft, interventions.py, whose
 NodireftIntervention is the paper's DiReFT, and whose DireftIntervention keeps R orthonormal (subtract=false alone).
 """
@@ -49,7 +50,7 @@ class LoReFT(Pass):
         suffix: how many of the last.
         tied: whether prefix and suffix share one edit.
         orthogonal: whether R has orthonormal rows.
-        subtract: whether R h is taken off.
+        subtract: whether R h is subtracted.
         activation: on W h + b; a word of `peftgraph.authoring.ACTIVATIONS`, or none.
         dropout: on the edited hidden state, in training.
         start: "paper" or "identity".
@@ -88,7 +89,7 @@ class LoReFT(Pass):
 
     def rules(self) -> list[Rule]:
         """Return one rule: replace h by the edited hidden state."""
-        reason = "its edit holds at some positions only, and no one weight gives the hidden state"
+        reason = "its edit applies at some positions only, and no single weight computes the hidden state"
         return [Rule(at=self.at, delta=self.delta, join=Replace(exclusive=False), fold=reason)]
 
     def finalized(self) -> Self:
@@ -156,5 +157,5 @@ class LoReFT(Pass):
 
     @property
     def drawn(self) -> bool:
-        """Whether W and b are drawn."""
+        """Whether W and b start at random."""
         return self.start == "paper"

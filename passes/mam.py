@@ -2,11 +2,12 @@
 
     head = softmax(q K^T) V   ->   softmax(q [P_K; K]^T) [P_V; V]
     h = drop(FFN(x))          ->   h + s (W_up relu(W_down x + b_down) + b_up)
-    no fold: the prefix is attended to, and a nonlinearity stands in the adapter
+    no fold: the prefix is attended to, and the adapter is nonlinear
 
-A pipeline of `Prefix` and `ParallelAdapter`; a program's history and an adapter directory hold the two. The paper has
-L = 30, M = 512 and s = 4 for summarisation and translation, L = 16, M = 16 and s = 2 for GLUE; its code has 800 hidden
-features in the prefix's MLP. adapters' MAMConfig halves the width of the model instead (M = D / 2).
+A pipeline of `Prefix` and `ParallelAdapter`, which appear separately in a program's history and an adapter
+directory. The paper has L = 30, M = 512 and s = 4 for summarisation and translation, L = 16, M = 16 and s = 2 for
+GLUE; its code has 800 hidden features in the prefix's MLP. adapters' MAMConfig halves the width of the model instead
+(M = D / 2).
 Shapes: L length of the prefix, M width of the adapter.
 Source: arXiv 2110.04366, section 4.6; jxhe/unify-parameter-efficient-tuning, exps/run_xsum.sh.
 """

@@ -1,13 +1,13 @@
-"""Parallel and scaled parallel adapters (He et al., 2022): a bottleneck beside a sublayer.
+"""Parallel and scaled parallel adapters (He et al., 2022): a bottleneck in parallel to a sublayer.
 
     h = drop(F(x))   ->   h + s (W_up drop(act(W_down x + b_down)) + b_up)
-    no fold: a nonlinearity stands between the adapter and every weight around it
+    no fold: the adapter is nonlinear, so no weight can express it
 
-x is what the sublayer reads: in a pre-norm block that is the norm's output by the paper's words (input="normed"),
-while the authors' mBART and the adapters library hand the raw residual stream to the adapter (input="residual"); in a
-post-norm block the two are one. s is fixed, 4 for summarisation and translation and 2 for GLUE, or learned, which the
-authors start at 1. The authors' attention form adds to the heads before the output projection, with a layer norm of
-its own on x and s = 1: at="attention.o" layer_norm=true scale=1.
+x is the sublayer's input: in a pre-norm block that is the norm's output according to the paper (input="normed"),
+while the authors' mBART and the adapters library pass the residual stream itself to the adapter (input="residual");
+in a post-norm block the two are the same. s is fixed, 4 for summarisation and translation and 2 for GLUE, or
+learned, which the authors start at 1. The authors' attention form adds to the heads before the output projection,
+with a layer norm of its own on x and s = 1: at="attention.o" layer_norm=true scale=1.
 Shapes: D features of x, O features of h (of the heads at attention.o), M width. init="lora": W_down uniform in
 +-1/sqrt(D), W_up zero, so a fresh pass is the identity; "bert": both normal with std 0.02. Biases are zero.
 Source: arXiv 2110.04366, section 3.3 and table 2; jxhe/unify-parameter-efficient-tuning, petl/petl_factory.py.
@@ -34,12 +34,12 @@ INPUTS = {"normed": "input", "residual": "residual"}
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelAdapter(Pass):
-    """A bottleneck beside a sublayer.
+    """A bottleneck in parallel to a sublayer.
 
     Attributes:
         at: sublayers, the feed-forward by default; or attention.o, to add to the heads before the output projection.
         width: M, the size of the bottleneck.
-        scale: s, or where it starts when it is learned.
+        scale: s, or its initial value if it is learned.
         learned: whether s trains.
         input: "normed" or "residual".
         layer_norm: whether the adapter has a layer norm of its own on x.
@@ -73,7 +73,7 @@ class ParallelAdapter(Pass):
 
     def rules(self) -> list[Rule]:
         """Return one rule: add the scaled bottleneck of the sublayer's input to its output, or to the heads."""
-        reason = "its nonlinearity stands between it and every weight"
+        reason = "it is nonlinear, so no weight can express it"
         return [Rule(at=self.at, delta=self.delta, fold=reason, gate_input=self.read)]
 
     def read(self, m: Match, op: Builder) -> fx.Node:

@@ -1,13 +1,13 @@
 """The Pfeiffer adapter (Pfeiffer et al., 2021): one bottleneck in a block, on the residual sum.
 
     s = x + drop(F(x))   ->   s + W_up act(W_down N(s) + b_down) + b_up
-    no fold: a nonlinearity stands between the adapter and every weight around it
+    no fold: the adapter is nonlinear, so no weight can express it
 
 N is the norm that follows s in a post-norm block, which is thereby used twice: y = LN(s + A(LN(s))). In a pre-norm
-block nothing follows: the adapter reads the residual stream as it is. In a block whose attention and feed-forward run
-in parallel, s is the sum of both, so one adapter serves the two. Norms stay frozen.
+block no norm follows: the adapter reads the residual stream itself. In a block whose attention and feed-forward run
+in parallel, s is the sum of both, so there is one adapter for the two. Norms stay frozen.
 Shapes: D features of s, M width. Both weights are normal with std 0.02 and biases zero, as in the authors' code;
-init="identity" starts W_up at zero. Where the adapter stands differs between sources: after the feed-forward in
+init="identity" starts W_up at zero. The place of the adapter differs between sources: after the feed-forward in
 AdapterFusion, AdapterHub and UniPELT (the default), after self-attention in Compacter's baseline: at="attention".
 Source: arXiv 2005.00247, section 3 and appendix; adapter-hub/adapters, methods/modeling.py, SeqBnConfig.
 """
@@ -63,7 +63,7 @@ class Pfeiffer(Pass):
 
     def rules(self) -> list[Rule]:
         """Return one rule: add the bottleneck of the normed residual sum to the residual sum."""
-        reason = "its nonlinearity stands between it and every weight"
+        reason = "it is nonlinear, so no weight can express it"
         return [Rule(at=self.at, delta=self.delta, join=Add("join"), fold=reason, gate_input=self.normed)]
 
     def normed(self, m: Match, op: Builder) -> fx.Node:

@@ -1,24 +1,23 @@
-"""Prefix tuning (Li and Liang, 2021): trainable keys and values that every query of an attention also sees.
+"""Prefix tuning (Li and Liang, 2021): trainable keys and values that every query of an attention also attends to.
 
     head = softmax(q K^T + mask) V   ->   softmax(q [P_K; K]^T + [0, mask]) [P_V; V]
          = (1 - a) head + a softmax(q P_K^T) P_V,   a the share of the exponentials that falls on the prefix
-    no fold: the prefix is attended to, and no weight holds rows of keys or values
+    no fold: the prefix is attended to, and no weight stores rows of keys or values
 
-While it trains, the prefix comes out of an MLP: [P_K, P_V] = W_up tanh(W_down P' + b_down) + b_up, with P' and the
-first layer shared by all attentions of one kind: encoder, decoder and cross-attention have one each. `finalize()` puts
-the MLP's results in its place. hidden=none trains P_K and P_V themselves: P-tuning v2 (and what peft does by default).
-The prefix has no position: queries and keys keep theirs, and no rotation or position bias reaches it. peft passes it
-as a cache of earlier tokens and so counts positions from L on: give the model position_ids from L on for that. Where
-the model adds biases of the distance, as T5 does, they fall on peft's prefix as on L tokens more: placed=true.
-In T5 of the library adapters the distances of keys grow by L, and those of queries do not: key j of [P_K; K] has the
-bias b(j - i) for query i, on rows and tokens alike, biases="shifted". In layers above one without a prefix, whose
-biases they would share, it adds none: biases="dropped".
-Shapes: L length, D the width of the model, M hidden, G heads of keys and values, F features of one, P' (L, D), W_down
-(M, D), W_up (2 G F, M): the sites' W_up are the rows of the paper's one matrix. P_K and P_V (L, G F).
-P', and P_K and P_V without the MLP, start standard normal, as torch.nn.Embedding does, and the layers as
-torch.nn.Linear.
-Source: arXiv 2101.00190, sections 4 and 5; XiangLi1999/PrefixTuning, gpt2/train_control.py. arXiv 2110.07602 (P-tuning
-v2). The second form of the algebra: arXiv 2110.04366, equation 4.
+In training an MLP computes the prefix: [P_K, P_V] = W_up tanh(W_down P' + b_down) + b_up, with P' and the first
+layer shared by all attentions of one kind: encoder, decoder and cross-attention have one each. `finalize()` replaces
+the MLP by its results. hidden=none trains P_K and P_V themselves: P-tuning v2 (and what peft does by default). The
+prefix has no position: queries and keys keep theirs, and no rotary embedding or position bias applies to it. peft
+passes it as a cache of earlier tokens and so counts positions from L on: pass position_ids from L on for that. Where
+the model adds relative position biases, as T5 does, they apply to peft's prefix as to L more tokens: placed=true. In
+T5 under the adapters library, positions of keys are shifted by L, and those of queries are not: key j of [P_K; K]
+has the bias b(j - i) for query i, on rows and tokens alike, biases="shifted". In layers above one without a prefix,
+whose biases they would share, it adds none: biases="dropped".
+Shapes: L length, D the width of the model, M hidden, G heads of keys and values, F features of one, P' (L, D),
+W_down (M, D), W_up (2 G F, M): the sites' W_up are the rows of the paper's one matrix. P_K and P_V (L, G F). P', and
+P_K and P_V without the MLP, start standard normal, as torch.nn.Embedding does, and the layers as torch.nn.Linear.
+Source: arXiv 2101.00190, sections 4 and 5; XiangLi1999/PrefixTuning, gpt2/train_control.py. arXiv 2110.07602
+(P-tuning v2). The second form of the algebra: arXiv 2110.04366, equation 4.
 """
 
 from __future__ import annotations
@@ -40,15 +39,16 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True, kw_only=True)
 class Prefix(Pass):
-    """Rows of keys and values in front of an attention's own.
+    """Rows of keys and values prepended to an attention's own.
 
     Attributes:
         at: attention cores; all of them by default.
         length: L, how many rows (10 in the authors' code, 5 in its examples).
         hidden: M of the MLP (512 for table-to-text, 800 for summarisation); none trains the rows themselves.
         dropout: on the rows, in training (P-tuning v2's code uses the model's own; prefix tuning none).
-        placed: whether the model's masks and biases of the distance reach the rows as they would L tokens in front.
-        biases: trained ones of the distance: the tokens' own are "kept", keys are "shifted" by L, or all are "dropped".
+        placed: whether the model's masks and relative position biases apply to the rows as to L preceding tokens.
+        biases: for trained relative position biases: the tokens' own are "kept", keys are "shifted" by L, or all are
+            "dropped".
     """
 
     word = "prefix"
@@ -69,7 +69,7 @@ class Prefix(Pass):
 
     def rules(self) -> list[Rule]:
         """Return one rule: prepend the rows to the keys and values."""
-        reason = "the prefix is attended to, and no weight holds rows of keys or values"
+        reason = "the prefix is attended to, and no weight stores rows of keys or values"
         join = PrependKV(placed=self.placed, biases=self.biases)
         return [Rule(at=self.at, delta=self.delta, join=join, fold=reason, gate_input=self.attended)]
 

@@ -1,24 +1,23 @@
-"""Prompt tuning (Lester et al., 2021): trainable rows in front of the embedded tokens. SPoT starts them elsewhere.
+"""Prompt tuning (Lester et al., 2021): trainable rows before the embedded tokens, with SPoT's initialisation.
 
     E = embed(x)   ->   E = [P; embed(x)]
-    no fold: the rows are attended to, and no weight holds rows of a sequence
+    no fold: the rows are attended to, and no weight stores rows of a sequence
 
-Masks, types, positions and labels grow with the sequence: of the rows is said what is said of the first token,
-positions count on, and no loss falls on them. In a batch that is padded on the left the rows stand behind the padding.
-What the model gives for the rows is cut out of its results (returns="all" keeps it). The paper's T5 has rows in its
-encoder alone, so that a decoder beside an encoder is left out by default; T-Few has them in both: at="embedding". In
-adapters the rows stand behind the finished embeddings, in front of all else, and the tokens keep their positions:
-onto="embeddings".
-A model of pictures or sounds embeds no tokens. There the rows stand in front of what the first block reads, as in
-visual prompt tuning, "shallow" (VPT): at="block" onto="embeddings", with place="after_first" behind the class token as
-in VPT. What reads the first place, such as a pooler, reads the first row with place="front", and the class token with
-"after_first". Masks over places and the sizes in views grow with the sequence; position biases, windows, and what lays
-the places out as a picture again are refused.
-Shapes: L length, D features of the embedding, P (L, D).
-P starts uniform in [-0.5, 0.5] (the authors' code draws from [0, 0.5): init="code"; peft takes a standard normal one,
-init="normal"), as the embeddings of tokens drawn from the most frequent ones, which stand first in the authors'
-vocabulary ("vocabulary"), or as those of the answers' words, the mean over a word's tokens, and drawn tokens for the
-rest ("classes"). From the prompt of another task, as SPoT does: `pg.prompts.start`.
+Masks, types, positions and labels grow with the sequence: the rows get the mask and type of the first token,
+positions count on, and the rows have no loss. In a batch that is padded on the left the rows follow the padding.
+Outputs for the rows are removed from the results (returns="all" keeps them). The paper's T5 has rows in its encoder
+alone, so the decoder of an encoder-decoder has none by default; T-Few has them in both: at="embedding". In the
+adapters library the rows are inserted after the complete embeddings, and the tokens keep their positions:
+onto="embeddings". A model of images or audio embeds no tokens. There the rows are prepended to the input of the
+first block, as in "shallow" visual prompt tuning (VPT): at="block" onto="embeddings", with place="after_first" after
+the class token as in VPT. A reader of the first position, such as a pooler, reads the first row with place="front",
+and the class token with "after_first". Masks over positions and the sizes in views grow with the sequence; position
+biases, windows, and operations that arrange the positions as an image again are refused.
+Shapes: L length, D features of the embedding, P (L, D). P starts uniform in [-0.5, 0.5] (the authors' code draws
+from [0, 0.5): init="code"; peft takes a standard normal one, init="normal"), as the embeddings of random tokens
+among the most frequent ones, which come first in the authors' vocabulary ("vocabulary"), or as those of the answers'
+words, the mean over a word's tokens, and random tokens for the rest ("classes"). From the prompt of another task, as
+SPoT does: `pg.prompts.start`.
 Source: arXiv 2104.08691, sections 2.1 and 3.2; google-research/prompt-tuning, train/prompts.py. arXiv 2110.07904
 (SPoT). arXiv 2203.12119, section 3.2 (VPT).
 """
@@ -50,17 +49,17 @@ INITIALIZERS = {"uniform": init.uniform(0.5), "code": upper_half, "normal": init
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt(Pass):
-    """Rows in front of the tokens.
+    """Rows before the tokens.
 
     Attributes:
-        at: embeddings of tokens; or blocks, of which the first of a stack that no embedding feeds gets rows.
+        at: embeddings of tokens; or blocks: the first block of each stack without a token embedding gets rows.
         length: L.
         init: "uniform", "code", "normal", "vocabulary" or "classes".
-        vocabulary: how many tokens, from the first, may be drawn.
+        vocabulary: the number of first tokens to draw from.
         classes: the tokens of each answer, for init="classes".
-        place: "front", or "after_first" token, for a model that reads its answer at the first one.
-        onto: "tokens", among which the rows are embedded, or "embeddings" that have positions and norm already.
-        returns: results for the "tokens", or for "all" that went through the model.
+        place: "front", or "after_first" token, for a model that reads its output at the first one.
+        onto: "tokens", where the rows join the embedded tokens, or "embeddings" that already have positions and norm.
+        returns: results for the "tokens", or for "all" positions, including the rows.
     """
 
     word = "prompt"
@@ -90,12 +89,12 @@ class Prompt(Pass):
 
     @property
     def plan(self) -> PrependTokens:
-        """L more places in front of the tokens."""
+        """L more positions before the tokens."""
         return PrependTokens(rows=self.length, start=START_INDEX[self.place], after_embedding=self.onto == "embeddings")
 
     def rules(self) -> list[Rule]:
         """Make the inputs longer; put the rows in front of the embedded tokens, and cut them out of the results."""
-        reason = "the rows are attended to, and no weight holds rows of a sequence"
+        reason = "the rows are attended to, and no weight stores rows of a sequence"
         return prepend_token_rules(self.at, self.plan, self.prompt, reason, trim_results=self.returns == "tokens")
 
     def prompt(self, m: Match, op: Builder) -> fx.Node:

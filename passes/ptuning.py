@@ -1,16 +1,16 @@
-"""P-tuning (Liu et al., 2021): embeddings at chosen places of the input that a small network makes.
+"""P-tuning (Liu et al., 2021): embeddings at chosen positions of the input, computed by a small network.
 
     E[pseudo tokens]   ->   h,    h = W_2 relu(W_1 BiLSTM(P) + b_1) + b_2
-    no fold: the rows are attended to, and no weight holds rows of a sequence
+    no fold: the rows are attended to, and no weight stores rows of a sequence
 
-Where a template wants a pseudo token, the input holds the number `token`: the k-th one of an example is embedded as
-h_k, whatever stands between. The number may lie beyond the vocabulary. Without `token` the rows stand in front of the
-input, as peft has them; masks, positions and labels then grow as they do for `Prompt`.
-encoder="lstm" is the paper's; hidden=none gives its LSTM D / 2 features a direction. encoder="mlp" is three layers of
-peft's, relu between them. After training `finalize()` runs the encoder once and keeps h alone (encoder="none"). The
-model stays frozen, as in the paper's LAMA experiments; in those of few examples the authors' code trains it as well.
-Shapes: L length, D features of the embedding, M hidden, P (L, D), h (L, D). P starts standard normal, the networks as
-torch.nn.LSTM and torch.nn.Linear.
+At a template's pseudo tokens the input contains the id `token`: the k-th one of an example is embedded as h_k,
+whatever is in between. The id may be outside the vocabulary. Without `token` the rows are prepended to the input, as
+in peft; masks, positions and labels then grow as for `Prompt`. encoder="lstm" is the paper's; hidden=none gives its
+LSTM D / 2 features per direction. encoder="mlp" is peft's: three layers with relu in between. After training
+`finalize()` runs the encoder once and keeps h alone (encoder="none"). The model stays frozen, as in the paper's LAMA
+experiments; in the few-shot ones the authors' code trains it as well.
+Shapes: L length, D features of the embedding, M hidden, P (L, D), h (L, D). P starts standard normal, the networks
+as torch.nn.LSTM and torch.nn.Linear.
 Source: arXiv 2103.10385, section 3.2, equation 5; THUDM/P-tuning, LAMA/p_tuning/prompt_encoder.py.
 """
 
@@ -34,14 +34,14 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True, kw_only=True)
 class PTuning(Pass):
-    """Rows that an encoder makes, at the pseudo tokens of a template.
+    """Rows computed by an encoder, at the pseudo tokens of a template.
 
     Attributes:
         at: embeddings of tokens.
         length: L, how many pseudo tokens there are in an example.
-        token: the number of the pseudo token in the input; none puts the rows in front.
+        token: the id of the pseudo token in the input; none prepends the rows.
         encoder: "lstm", "mlp", or "none" for rows that train themselves.
-        hidden: M of the encoder; none for D / 2 in an LSTM (a direction), and D in an MLP.
+        hidden: M of the encoder; none for D / 2 per direction in an LSTM, and D in an MLP.
     """
 
     word = "ptuning"
@@ -60,7 +60,7 @@ class PTuning(Pass):
 
     def rules(self) -> list[Rule]:
         """Embed the pseudo tokens as rows of h; or put these in front of the tokens."""
-        reason = "the rows are attended to, and no weight holds rows of a sequence"
+        reason = "the rows are attended to, and no weight stores rows of a sequence"
         if self.token is None:
             return prepend_token_rules(self.at, PrependTokens(rows=self.length), self.rows, reason, trim_results=True)
         return [replace_token_rule(self.at, self.token, self.rows, reason)]

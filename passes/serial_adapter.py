@@ -1,7 +1,7 @@
 """The plain serial bottleneck adapter, which starts as the identity; `Houlsby` is the method of the paper.
 
     h   ->   h + W_up act(W_down h + b_down) + b_up
-    no fold: a nonlinearity stands between the adapter and every weight around it
+    no fold: the adapter is nonlinear, so no weight can express it
 
 h is the output of a sublayer after its dropout, before the residual add (and before the norm of a post-norm block).
 Shapes: D features of h, M width. W_down is normal with standard deviation 1e-2, truncated at two of them, as in the
@@ -30,7 +30,7 @@ class SerialAdapter(Pass):
         width: M, the size of the bottleneck.
         activation: "relu", "gelu", "gelu_tanh", "silu", "tanh" or "sigmoid".
         dropout: on the bottleneck, in training.
-        std: the standard deviation that W_down is drawn with, before it is truncated.
+        std: the standard deviation of W_down before truncation.
     """
 
     word = "serial_adapter"
@@ -53,7 +53,7 @@ class SerialAdapter(Pass):
 
     def rules(self) -> list[Rule]:
         """Return one rule: add the bottleneck of the output to the output."""
-        reason = "its nonlinearity stands between it and every weight"
+        reason = "it is nonlinear, so no weight can express it"
         return [Rule(at=self.at, delta=self.delta, fold=reason, gate_input=self.read)]
 
     def read(self, m: Match, op: Builder) -> fx.Node:

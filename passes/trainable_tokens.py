@@ -1,17 +1,17 @@
-"""Trainable tokens (huggingface/peft, 2025): some rows of the table of tokens train, all others stay as they are.
+"""Trainable tokens (huggingface/peft, 2025): some rows of the token embedding train, all others stay unchanged.
 
     y = E[x]            ->   y = E'[x],  E' = E with the rows `tokens` in the place of its own
     y = h E^T (+ b)     ->   y with h (tokens - E_N)^T added on the columns of these tokens, E_N the base's own rows
     fold: E <- E'                                                        (every other row keeps every bit)
 
-New tokens of a resized vocabulary, or old ones with a new meaning, are learned so; beside them the model may be frozen
-or have any other adapter, and what that does at the sites it does to the new rows too. The rows start as the base's,
-so that a fresh pass is the identity. Whoever reads the table has them: the stacks that share it, and a head that is
-tied to it, which therefore stays tied after folding. Of a head that is not tied, at="head" trains rows alone.
-Which lookup is that of tokens is seen in the graph: positions count, and of types there are fewer. As in the model
-itself, looking up the padding's row gives it no gradient.
+This trains new tokens of a resized vocabulary, or existing ones with a new meaning; the model is otherwise frozen or
+has any other adapter, which then also applies to the new rows. The rows start as the base's, so that a fresh pass is
+the identity. All readers of the table use them: the stacks that share it, and a tied head, which therefore stays
+tied after folding. For a head that is not tied, at="head" trains its rows alone. The token lookup is identified in
+the graph: position ids count, and token types are fewer. As in the model itself, the padding row gets no gradient
+from its lookup.
 Shapes: V tokens in the table, D features, N trained tokens. E (V, D); tokens and E_N (N, D).
-Source: huggingface/peft 0.21, tuners/trainable_tokens/layer.py, which writes all of E' anew in each forward.
+Source: huggingface/peft 0.21, tuners/trainable_tokens/layer.py, which recomputes all of E' in each forward.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True, kw_only=True)
 class TrainableTokens(Pass):
-    """Training of some tokens' rows.
+    """Trains the embedding rows of some tokens.
 
     Attributes:
-        tokens: the ids of the tokens, which are the numbers of their rows.
+        tokens: the ids of the tokens, which are the indices of their rows.
         at: the embedding of tokens; or the head, where it has a table of its own.
     """
 

@@ -1,16 +1,16 @@
-"""UniPELT (Mao et al., 2022): several methods in one block, each behind a gate that reads the block's input.
+"""UniPELT (Mao et al., 2022): several methods in one block, each scaled by a gate that reads its input.
 
     join(y, delta)   ->   join(y, G delta),   G = mean over t of sigmoid(w x_t + b), one number for each example
     no fold: the gate depends on the input
 
-Any methods that compute something: what LoRA and adapters add is multiplied by G, and so are the keys and values of a
-prefix. x is what the method reads: the attention's input for LoRA and the prefix, the adapter's own input for the
-adapter. G takes the place of LoRA's alpha / rank, so that alpha is the rank here. The mean of the paper and its code
-runs over padding too, and answers change with it: tokens_only=true takes it over tokens.
-gates: "method" is the paper's text, one for each method in a layer (and attention); "site" the code's, which has one
-for each of q and v; "shared" has one in a layer for all methods, which the paper's published counts have.
-Shapes: B batch, T positions, D features of x, w (1, D), b (1,). They start as torch.nn.Linear (the code starts those of
-the adapter normal with std 0.02 and b = 0).
+Any methods that add computation: the deltas of LoRA and adapters are multiplied by G, and so are the keys and values
+of a prefix. x is the method's input: the attention's input for LoRA and the prefix, the adapter's own input for the
+adapter. G replaces LoRA's alpha / rank, so alpha equals the rank here. In the paper and its code the mean includes
+padding, so outputs depend on it: with tokens_only=true it is over tokens only. gates: "method" is the paper's text,
+one for each method in a layer (and attention); "site" the code's, which has one for each of q and v; "shared" has
+one in a layer for all methods, which the paper's published counts have.
+Shapes: B batch, T positions, D features of x, w (1, D), b (1,). They are initialised as in torch.nn.Linear (in the
+code those of the adapter are normal with std 0.02 and b = 0).
 Source: arXiv 2110.07577, section 3.2; morningmoni/UniPELT, transformers/adapters/modeling.py and lora_layers.py.
 """
 
@@ -39,9 +39,9 @@ class UniPELT(Pass):
     """Gates over methods.
 
     Attributes:
-        methods: the passes that are gated; of one sort, each needs a name.
+        methods: the passes that are gated; several of one class need names.
         gates: "method", "site" or "shared".
-        tokens_only: whether the mean leaves padding out.
+        tokens_only: whether the mean excludes padding.
     """
 
     word = "unipelt"

@@ -1,13 +1,13 @@
-"""LLaMA-Adapter (Zhang et al., 2023): a prefix of keys and values that enters through a gate, closed at first.
+"""LLaMA-Adapter (Zhang et al., 2023): a prefix of keys and values, scaled by a gate that starts at zero.
 
     head   ->   head + g softmax(q P_K^T) P_V,     P_K = P W_k^T + b_k,  P_V = P W_v^T + b_v
-    no fold: the rows are attended to, and no weight holds rows of keys or values
+    no fold: the rows are attended to, and no weight stores rows of keys or values
 
-W_k and W_v are the model's own, frozen; the softmax over the rows is apart from the one over the tokens, and the rows
-carry no position. g starts at zero, so a fresh pass is the identity. The paper has a gate for each head; its code
-squashes it (tanh=true), and peft has one for each layer (gate="layer"). The paper puts prefixes into the upper layers,
-30 of 32: at="attention.core & layers(2,32)". What peft calls LLaMA-Adapter in GPT-2 adds the second term behind W_o and
-not under it; that is at="attention".
+W_k and W_v are the model's own, frozen; the softmax over the rows is separate from the one over the tokens, and the
+rows have no position. g starts at zero, so a fresh pass is the identity. The paper has a gate for each head; its
+code squashes it (tanh=true), and peft has one for each layer (gate="layer"). The paper adapts the upper layers, 30
+of 32: at="attention.core & layers(2,32)". peft's LLaMA-Adapter in GPT-2 adds the second term after W_o instead of
+before it; that is at="attention".
 Shapes: L length, D features that W_k and W_v read, P (L, D), G heads of keys, F features of one, H heads of queries,
 g (H,) or (1,). P starts standard normal.
 Source: arXiv 2303.16199, section 3.2, equations 5 to 8; ZrrSkywalker/LLaMA-Adapter, llama/model.py.
@@ -31,10 +31,10 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroInitPrefix(Pass):
-    """Rows that each attention projects itself, behind a gate.
+    """Rows that each attention projects itself, scaled by a gate.
 
     Attributes:
-        at: attention cores; of self-attention by default. Whole attentions get the term behind their output projection.
+        at: attention cores; of self-attention by default. Whole attentions get the term after their output projection.
         length: L, how many rows.
         gate: one for each "head", or for each "layer".
         tanh: whether the gate is squashed.
@@ -53,7 +53,7 @@ class ZeroInitPrefix(Pass):
 
     def rules(self) -> list[Rule]:
         """Return one rule: add to the heads the queries' attention over the rows."""
-        reason = "the rows are attended to, and no weight holds rows of keys or values"
+        reason = "the rows are attended to, and no weight stores rows of keys or values"
         return [Rule(at=self.at, delta=self.delta, fold=reason)]
 
     def delta(self, m: Match, op: Builder) -> fx.Node:

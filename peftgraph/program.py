@@ -299,7 +299,7 @@ class Program(NotPicklable, ProgramData):
 
 def _path(directory: object) -> Path:
     if not isinstance(directory, str | PathLike) or "\0" in str(directory):
-        raise AdapterError(f"An adapter lies in a directory; {directory!r} names none.")
+        raise AdapterError(f"An adapter is stored in a directory; {directory!r} names none.")
     return Path(directory)
 
 

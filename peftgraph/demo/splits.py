@@ -48,7 +48,7 @@ def without_copies(sentences: Sequence[Sentence], dropped: Counter[str]) -> list
             continue
         dropped["a near copy of another"] += 1
         ambiguous |= {other for other in copies if kept[other][0].family != sentence.family}
-    dropped["stands in two families"] += len(ambiguous)
+    dropped["in two families"] += len(ambiguous)
     return [sentence for number, (sentence, _) in kept.items() if number not in ambiguous]
 
 

@@ -137,7 +137,7 @@ def check_finite(parameters: Iterable[tuple[str, Tensor]]) -> None:
         wrong = int((~torch.isfinite(tensor.detach())).sum()) if known else 0
         if wrong:
             raise ProofError(
-                f"{name} holds {wrong} values that are infinite or no numbers, and these cannot be folded. Go back to "
+                f"{name} holds {wrong} values that are infinite or NaN, and these cannot be folded. Go back to "
                 "an adapter from before its training failed."
             )
 

@@ -92,7 +92,7 @@ def check_name(name: str) -> None:
         raise ValueError(f"a name must be an identifier (letters, digits, _), got {name!r}")
     if keyword.iskeyword(name) or hasattr(_module(), name):
         what = "a word of Python" if keyword.iskeyword(name) else "an attribute of every module"
-        raise ValueError(f"a name stands in the names of parameters, and {name!r} is {what}; choose another")
+        raise ValueError(f"a name becomes part of parameter names, and {name!r} is {what}; choose another")
 
 
 @cache

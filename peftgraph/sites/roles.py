@@ -112,15 +112,19 @@ PORTS: Final[Mapping[str, Port]] = MappingProxyType(
     {
         one.name: one
         for one in (
-            Port("input", PortKind.EDGE, "what the site reads, (..., I)"),
-            Port("output", PortKind.OUTPUT, "what the site gives, (..., O)"),
-            Port("weight", PortKind.WEIGHT, "what the site's operator multiplies by, in its stored layout"),
+            Port("input", PortKind.EDGE, "the site's input, (..., I)"),
+            Port("output", PortKind.OUTPUT, "the site's output, (..., O)"),
+            Port("weight", PortKind.WEIGHT, "the weight of the site's operator, in its stored layout"),
             Port("undropped", PortKind.OUTPUT, "the output before its dropout"),
             Port("embedded", PortKind.OUTPUT, "the input before its dropout: of a first block, the embedded tokens"),
             Port("residual", PortKind.EDGE, "the residual stream that the sublayer's result is added to, (B, T, D)"),
             Port("join", PortKind.OUTPUT, "the residual sum, (B, T, D)"),
-            Port("normed", PortKind.OUTPUT, "the residual sum behind the norm that follows it (post-norm), (B, T, D)"),
-            Port("memory", PortKind.EDGE, "what keys and values of a cross attention are made of, (B, S, D)"),
+            Port("normed", PortKind.OUTPUT, "the residual sum after the norm that follows it (post-norm), (B, T, D)"),
+            Port(
+                "memory",
+                PortKind.EDGE,
+                "the value that keys and values of a cross attention are projected from, (B, S, D)",
+            ),
             Port("q", PortKind.EDGE, "queries, (B, H, T, d) or in the model's own layout"),
             Port("k", PortKind.EDGE, "keys, (B, H, S, d), not transposed"),
             Port("v", PortKind.EDGE, "values, (B, H, S, d)"),
@@ -153,7 +157,7 @@ _FFN: Final = ("ffn.*", "linear")
 ROLES: Final[tuple[Role, ...]] = (
     Role(
         name="attention",
-        meaning="the attention sublayer: what the residual stream gets from one attention",
+        meaning="the attention sublayer: the contribution of one attention to the residual stream",
         finder="attention",
         ports=_SUBLAYER,
         absent=_NO_ATTENTION,
@@ -239,7 +243,7 @@ ROLES: Final[tuple[Role, ...]] = (
     ),
     Role(
         name="attention.gate",
-        meaning="the projection of a gate that weighs an attention's result before its output projection",
+        meaning="the projection of a gate that scales an attention's result before its output projection",
         finder="attention_gates",
         ports=_PROJECTION,
         words=_ATTENTION,
@@ -252,7 +256,7 @@ ROLES: Final[tuple[Role, ...]] = (
     ),
     Role(
         name="ffn",
-        meaning="the feed-forward sublayer: what the residual stream gets from one feed-forward",
+        meaning="the feed-forward sublayer: the contribution of one feed-forward to the residual stream",
         finder="feedforward",
         ports=_SUBLAYER,
         absent=_NO_FEEDFORWARD,
@@ -262,7 +266,7 @@ ROLES: Final[tuple[Role, ...]] = (
     ),
     Role(
         name="ffn.up",
-        meaning="the projection to the hidden value, or to the side of it that carries the value",
+        meaning="the projection to the hidden value, or to its linear branch in a gated unit",
         finder="feedforward",
         ports=_PROJECTION,
         words=_FFN,
@@ -275,7 +279,7 @@ ROLES: Final[tuple[Role, ...]] = (
     ),
     Role(
         name="ffn.gate",
-        meaning="the projection to the side of the hidden value that passes the nonlinearity",
+        meaning="the projection to the branch of the hidden value that passes the nonlinearity",
         finder="feedforward",
         ports=_PROJECTION,
         words=_FFN,
@@ -313,7 +317,7 @@ ROLES: Final[tuple[Role, ...]] = (
     ),
     Role(
         name="router",
-        meaning="a projection whose result chooses or weighs experts",
+        meaning="a projection whose result selects or weights experts",
         finder="leftovers",
         ports=_PROJECTION,
         absent="no projection whose result passes a top-k, softmax or sigmoid",
@@ -325,7 +329,7 @@ ROLES: Final[tuple[Role, ...]] = (
     ),
     Role(
         name="head",
-        meaning="a projection that nothing but the model's output follows",
+        meaning="a projection followed only by the model's output",
         finder="leftovers",
         ports=_PROJECTION,
         absent="no projection",
@@ -336,7 +340,7 @@ ROLES: Final[tuple[Role, ...]] = (
     ),
     Role(
         name="projection",
-        meaning="a projection that plays no other role",
+        meaning="a projection without another role",
         finder="leftovers",
         ports=_PROJECTION,
         words=("linear",),
@@ -347,7 +351,7 @@ ROLES: Final[tuple[Role, ...]] = (
     ),
     Role(
         name="side.down",
-        meaning="the first factor of a low-rank path that stands beside a projection",
+        meaning="the first factor of a low-rank path in parallel to a projection",
         finder="leftovers",
         ports=_PROJECTION,
         words=("linear",),
@@ -355,7 +359,7 @@ ROLES: Final[tuple[Role, ...]] = (
     ),
     Role(
         name="side.up",
-        meaning="the second factor of a low-rank path that stands beside a projection",
+        meaning="the second factor of a low-rank path in parallel to a projection",
         finder="leftovers",
         ports=_PROJECTION,
         words=("linear",),
@@ -372,7 +376,7 @@ ROLES: Final[tuple[Role, ...]] = (
     ),
     Role(
         name="norm",
-        meaning="a normalisation by a statistic of its own input, with what it trains",
+        meaning="a normalisation by a statistic of its own input, with its parameters",
         finder="norms",
         absent="no normalisation operator, and no multiplication or division of two signals",
         rank=20,
@@ -403,7 +407,7 @@ ROLES: Final[tuple[Role, ...]] = (
     ),
     Role(
         name="conv.depthwise",
-        meaning="a convolution in which each input channel has kernels of its own; `conv` selects it too",
+        meaning="a convolution in which each input channel has its own kernels; `conv` selects it too",
         finder="convolutions",
         ports=("input", "output", "weight"),
         words=("conv",),
@@ -413,7 +417,7 @@ ROLES: Final[tuple[Role, ...]] = (
     ),
     Role(
         name="matrix",
-        meaning="a stored matrix that is no projection's, embedding's or convolution's",
+        meaning="a stored matrix that belongs to no projection, embedding or convolution",
         finder="matrices",
         ports=("weight",),
         absent="every stored matrix is a projection's, an embedding's or a convolution's",
@@ -422,7 +426,7 @@ ROLES: Final[tuple[Role, ...]] = (
     ),
     Role(
         name="bias",
-        meaning="a stored vector that is added to what an operator gives",
+        meaning="a stored vector that is added to an operator's result",
         finder="biases",
         ports=("output",),
         absent="no stored vector is added to a projection, convolution or norm",

@@ -61,7 +61,7 @@ def tuned(program: pg.Program, scale: float = 0.1, method: LoRA | None = None) -
 def test_a_parameter_that_is_not_finite_is_named(value: float) -> None:
     program = tuned(traced())
     program.table["down.lora_B"].tensor.data[3, 1] = value
-    with pytest.raises(ProofError, match=r"down.lora_B holds 1 values that are infinite or no numbers.*Go back"):
+    with pytest.raises(ProofError, match=r"down.lora_B holds 1 values that are infinite or NaN.*Go back"):
         pg.fold(program)
 
 

@@ -311,12 +311,12 @@ def test_devices_are_not_read(saved: Path) -> None:
 def test_a_key_that_stands_twice(saved: Path) -> None:
     path = saved / "adapter.json"
     path.write_text(path.read_text().replace('"recipe":', '"recipe": ["lora{}"], "recipe":', 1))
-    refused(saved, "the key 'recipe' stands twice")
+    refused(saved, "the key 'recipe' occurs twice")
 
 
 @pytest.mark.parametrize("where", [5, None, b"adapter", ["a"], "a\0b", object()])
 def test_what_is_no_directory(where: Any) -> None:
-    refused(where, "An adapter lies in a directory")
+    refused(where, "An adapter is stored in a directory")
 
 
 @pytest.mark.parametrize("name", [5, b"x", ["x"]])

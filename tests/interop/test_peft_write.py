@@ -144,7 +144,7 @@ REFUSED: dict[str, tuple[str, tuple[Pass, ...], str]] = {
     "dropout-of-experts": ("mixtral", (LoRA(at="ffn.up", dropout=0.1),), "one dropout at 0.ffn.up at model.layers.0"),
     "dora-of-experts": ("mixtral", (DoRA(at="ffn.up", rank=2),), "peft has no DoRA of experts"),
     "other-dora": ("llama", (DoRA(form="adapters"),), "peft's DoRA is the paper's, which answers otherwise"),
-    "two-doras": ("llama", (DoRA(name="a", at="attention.q"), DoRA(name="b", at="attention.q")), "two DoRAs stand on"),
+    "two-doras": ("llama", (DoRA(name="a", at="attention.q"), DoRA(name="b", at="attention.q")), "two DoRAs are on"),
     "adapted-and-trained": ("vit", (LoRA(at="head", rank=2), Freeze(at="head")), "classifier trains and is adapted"),
     "scaled-twice": ("bert", (IA3(at="attention.o"), IA3(at="attention.o", side="input", name="x")), "not both"),
     "scaled-experts": ("mixtral", (IA3(),), r"ia3{.* at 0.ffn.hidden at .*experts.down_proj: peft's \(IA\)3 scales"),

@@ -104,7 +104,7 @@ def test_folding() -> None:
     assert float((answer(folded) - answer(fixed)).detach().abs().max()) < 1e-12
     untouched = "stack.0.mix.weight"
     assert folded.table[untouched].tensor is base().table[untouched].tensor
-    with pytest.raises(pg.NoFold, match="the depth it runs at is drawn at every step of training"):
+    with pytest.raises(pg.NoFold, match="its depth is random at every training step"):
         pg.fold(base().apply(AdapterDrop(adapter=LoRA(rank=2), random=True)))
 
 
@@ -124,7 +124,7 @@ def test_removing_restores_the_text() -> None:
         (lambda: base().apply(AdapterDrop(adapter=IA3(), random=True)), "random=true needs a method that adds"),
         (
             lambda: base().apply(AdapterDrop(adapter=LoRA(at="head", rank=1), random=True)),
-            "head lies in no block, so it has no depth to be dropped at",
+            "head is in no block, so it has no depth to be dropped at",
         ),
         (lambda: base().apply(AdapterDrop(adapter=Pfeiffer(), layers=LAYERS)), "removed them all: layers 0 to 2"),
     ],

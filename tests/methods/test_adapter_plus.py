@@ -98,7 +98,7 @@ def test_it_refuses(bench: Any) -> None:
         bench.program.apply(AdapterPlus(at="ffn.up"))
     with pytest.raises(pg.RecipeError, match=r"drop_path must lie in \[0, 1\), got 1"):
         AdapterPlus(drop_path=1)
-    with pytest.raises(pg.NoFold, match="its nonlinearity stands between it and every weight"):
+    with pytest.raises(pg.NoFold, match="it is nonlinear, so no weight can express it"):
         pg.fold(bench.program.apply(AdapterPlus(width=2)))
 
 

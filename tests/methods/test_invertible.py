@@ -281,7 +281,7 @@ def test_it_is_saved_and_loaded(tmp_path: Path) -> None:
 
 def test_what_does_not_fold_says_why() -> None:
     tuned = zoo.randomise(traced("LlamaForCausalLM").apply(Invertible(), LoRA(at="head|embedding", rank=2)), 0.3)
-    with pytest.raises(pg.NoFold, match="invertible: its nonlinearities stand between it and every weight"):
+    with pytest.raises(pg.NoFold, match="invertible: it is nonlinear, so no weight can express it"):
         pg.fold(tuned)
     folded, inputs = pg.fold(tuned, partial=True), call("Llama")
     assert {edit.site for edit in folded.edits} == {"embedding", "head"}

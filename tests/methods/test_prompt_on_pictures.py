@@ -272,7 +272,7 @@ def test_what_can_be_folded_beside_a_prompt_is() -> None:
     folded = pg.fold(program, partial=True)
     assert [applied.method.word for applied in folded.history] == ["prompt"]
     close(answers(folded, pictures()), answers(program, pictures()), 1e-12)
-    with pytest.raises(pg.NoFold, match="no weight holds rows of a sequence"):
+    with pytest.raises(pg.NoFold, match="no weight stores rows of a sequence"):
         pg.fold(program)
 
 

@@ -89,7 +89,7 @@ def test_it_refuses_to_fold(bench: Any) -> None:
     tuned = bench.program.apply(SerialAdapter(width=5))
     with pytest.raises(pg.NoFold) as caught:
         pg.fold(tuned)
-    reason = "serial_adapter: its nonlinearity stands between it and every weight"
+    reason = "serial_adapter: it is nonlinear, so no weight can express it"
     assert caught.value.reasons == [f"0.{role}: {reason}" for role in ("attention", "ffn")]
 
 

@@ -79,7 +79,7 @@ def test_an_adapter_after_a_value_that_is_no_projection(fused: pg.Program) -> No
     pattern = pg.Pattern("own", "y = mul(a, b); a = silu(_); b = sigmoid(_)")
     tuned = fused.apply(SerialAdapter(at=pattern["y"], width=3))
     assert [edit.site for edit in tuned.edits] == ["0.own.y", "1.own.y"]
-    with pytest.raises(pg.NoFold, match=r"0\.own\.y: serial_adapter: its nonlinearity"):
+    with pytest.raises(pg.NoFold, match=r"0\.own\.y: serial_adapter: it is nonlinear"):
         pg.fold(tuned)
     with pytest.raises(pg.PeftGraphError, match=r"0\.own\.y at 0 has no weight: it is no projection"):
         fused.apply(LoRA(at=pattern["y"]))

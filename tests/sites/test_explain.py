@@ -301,7 +301,7 @@ embedding: 0 sites in 5 nodes
 """,
     ("blocks", "attention.q&layers(5)"): """
 attention.q&layers(5): 0 sites in 56 nodes
-    layers(5) lies beyond the model, which has layers 0 to 1
+    layers(5) is beyond the model, which has layers 0 to 1
     the stream from %input repeats (self attention, feed-forward) 2 times
 """,
     ("blocks", 'ffn.up.where(out_features=">20")'): """

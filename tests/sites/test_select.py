@@ -150,7 +150,7 @@ def test_what_a_filter_keeps(text: str, expected: list[int]) -> None:
 
 @pytest.mark.parametrize("text", ["layers(-7,end)", "layers(1,9)", "layers(9,end)", "norm&layer(-6)"])
 def test_layers_that_are_not_there_are_refused(text: str) -> None:
-    with pytest.raises(NoMatch, match=r"reaches beyond the|lies beyond the model"):
+    with pytest.raises(NoMatch, match=r"reaches beyond the|is beyond the model"):
         layered(5).require(text)
 
 
@@ -270,7 +270,7 @@ def test_select_and_require() -> None:
     [
         ("ffn.up", "ffn.up: 0 sites\n    nothing plays ffn.up\n    roles found: attention.q (3), attention.v (3)"),
         ('attention.q.where(path="x.*")', 'where(path="x.*") removed all 3 sites of attention.q'),
-        ("attention.q&layers(7)", "layers(7) lies beyond the model, which has layers 0 to 2"),
+        ("attention.q&layers(7)", "layers(7) is beyond the model, which has layers 0 to 2"),
         ("attention.q&layers(1,9)", "layers(1,9) reaches beyond the last layer, 2"),
         ("attention.q&head", "3 sites were left before head removed them all"),
         ('attention.q&kind("cross")', 'kind("cross") matches no site; the model has self'),

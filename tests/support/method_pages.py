@@ -116,18 +116,18 @@ Every method is one file of [passes](api/passes.md), has a page here, and works 
 
 ## On {MODEL}
 
-As each pass stands by default, counted by `program.count()` on a program without weights. **Trainable** is what
-training moves, and what an adapter directory holds; **changed** how many values of the base differ once everything that
-can be folded is folded; **rank** the rank of those differences.
+Each pass with its default options, counted by `program.count()` on a program without weights. **Trainable** is the
+number of trained values, which an adapter directory stores; **changed** is the number of the base's values that differ
+after folding everything that can be folded; **rank** is the rank of those differences.
 
 | method | trainable | of the model | changed | rank of the change | folds |
 |---|---|---|---|---|---|
 {counted}
 
-## Beside the published counts
+## Comparison with published counts
 
-Trained parameters on programs of the real configurations, beside what the sources print. Where the two differ the row
-says so, and the tests hold both. Percentages are of the number of parameters that the source counts with.
+Trained parameters on programs of the real configurations, compared with the numbers that the sources print. The last
+column says whether they agree; tests check both numbers. Percentages refer to the source's total number of parameters.
 
 | pass | model | exact | printed | where | agrees |
 |---|---|---|---|---|---|
@@ -172,7 +172,7 @@ def _folds(program: pg.Program) -> str:
     kinds = {rule.fold if isinstance(rule.fold, str) else rule.delta is not None for rule in rules.values()}
     reasons = [one for one in kinds if isinstance(one, str)]
     if reasons:
-        also = "; what trains in place is folded as it is" if kinds - set(reasons) else ""
+        also = "; parameters that train in place fold" if kinds - set(reasons) else ""
         return _cell(f"no: {'; '.join(sorted(reasons))}{also}")
     return "yes" if True in kinds else "nothing is added"
 
@@ -215,8 +215,8 @@ def _page(page: Page, tuned: list[pg.Program]) -> str:
 
 {picture}
 
-Drawn from the difference between a traced {drawn} and what the pass made of it. Grey is the model's own; dashed does
-not train; `W`, `g` and `b` beside a part say which of its own tensors train.
+Drawn from the difference between a traced {drawn} and the rewritten program. The model's own parts are grey; dashed
+parts do not train; `W`, `g` and `b` next to a part mark those of its own tensors that train.
 
 {text}
 

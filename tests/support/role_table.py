@@ -12,13 +12,13 @@ BEGIN, END = "<!-- roles: written by tests/support/role_table.py -->\n", "<!-- e
 
 def tables() -> str:
     """Return the tables, between the marks that hold their place in the page."""
-    lines = ["| role | what plays it | selected by | ports |", "|---|---|---|---|"]
+    lines = ["| role | meaning | selected by | ports |", "|---|---|---|---|"]
     for one in ROLES:
         words, ports = (", ".join(f"`{name}`" for name in names) for names in (one.words, one.ports))
         lines.append(f"| `{one.name}` | {one.meaning} | {words} | {ports} |")
     lines += ["", "| word for several roles | what it selects |", "|---|---|"]
     lines += [f"| `{one.name}` | {one.meaning} |" for one in GROUPS]
-    lines += ["", "| port | kind | what stands there |", "|---|---|---|"]
+    lines += ["", "| port | kind | value |", "|---|---|---|"]
     lines += [f"| `{one.name}` | {one.kind} | {one.meaning} |" for one in PORTS.values()]
     return "\n".join([BEGIN, *lines, "", END])
 

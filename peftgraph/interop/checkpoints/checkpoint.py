@@ -125,5 +125,5 @@ def _refuse_quantised(folder: Path) -> None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else None
         raise PeftGraphError(
             f"{folder} holds quantised weights ({method or 'quantization_config in its config.json'}): a merged weight "
-            "would have to be rounded anew. Merge into the weights that were quantised."
+            "would have to be rounded again. Merge into the weights that were quantised."
         )

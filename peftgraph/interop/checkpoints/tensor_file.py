@@ -106,7 +106,7 @@ class TensorFile:
         if slot.dtype not in FLOATS:
             raise PeftGraphError(
                 f"{self.path}: {name} is stored as {slot.dtype}. Only {', '.join(FLOATS)} weights are merged; "
-                "a quantised one would have to be rounded anew."
+                "a quantised one would have to be rounded again."
             )
         size = slot.end - slot.begin
         data = torch.empty(size, dtype=torch.uint8) if lend is None else lend(size)

@@ -61,6 +61,6 @@ def stored_as(layout: StorageLayout, names: Sequence[str], shape: Iterable[int])
     if slot.dtype not in FLOATS:
         raise PeftGraphError(
             f"{key} is stored as {slot.dtype} in {folder}. Only {', '.join(FLOATS)} weights are merged; a "
-            "quantised one would have to be rounded anew. Merge into the weights that were quantised."
+            "quantised one would have to be rounded again. Merge into the weights that were quantised."
         )
     return stored

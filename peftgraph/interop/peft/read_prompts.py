@@ -147,7 +147,7 @@ def adaption_passes(
     length = int(config.number("adapter_len", 10))
     if fused:
         warn(
-            f"{config.directory} adds what the queries get from the rows behind the output projection, as peft does in "
+            f"{config.directory} adds what the queries get from the rows after the output projection, as peft does in "
             "GPT-2: it is loaded as it was trained, but the paper's LLaMA-Adapter adds it to the heads.",
         )
     return [PassWithValues(ZeroInitPrefix(at=selector_for(sites, adapted), length=length, gate="layer"), values)]

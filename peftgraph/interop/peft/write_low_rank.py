@@ -161,7 +161,7 @@ def _magnitudes(matrix_OI: Tensor, paths: Sequence[LowRankPath]) -> Tensor | Non
     for path in paths:
         assert path.magnitude_O is not None
         if bool(seen[output_rows(path.site)].any()):
-            raise AdapterError(f"{path.site}: two DoRAs stand on the same features, and peft has one.")
+            raise AdapterError(f"{path.site}: two DoRAs are on the same features, and peft has one.")
         seen[output_rows(path.site)] = True
         magnitude_O[output_rows(path.site)] = path.magnitude_O
     return magnitude_O

@@ -31,7 +31,7 @@ def token_mask(m: Match, op: Builder) -> fx.Node:
     cores = [one for one in m.related(attention.core & kind("self")) if one.site.stack == stack]
     if not cores:
         raise PeftGraphError(
-            f"No self-attention stands in the stack of {m.site.id}, so nothing tells which positions hold padding."
+            f"There is no self-attention in the stack of {m.site.id}, so it is unknown which positions are padding."
         )
     return op.shared_value(f"{stack} real positions", lambda: _sees_itself(cores[0], op))
 

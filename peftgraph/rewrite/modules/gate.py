@@ -60,7 +60,7 @@ def gated(rule: Rule, gate: Gate) -> Rule:
         opening = op.call(aten.reshape.default, opening, [-1, *[1] * (axes - 1)])
         return check_gated(op.pass_spec, m, rule.join, change, opening, rule.join.gate(m, op, change, opening))
 
-    return replace(rule, delta=delta, fold="a gate that reads the input stands before it", max_rank=None)
+    return replace(rule, delta=delta, fold="its gate depends on the input", max_rank=None)
 
 
 def _sequence(m: Match, x: fx.Node) -> fx.Node:

@@ -170,7 +170,7 @@ def _no_filter(sites: FoundSites, chosen: Selector) -> str:
         if not sites.layers:
             return f"{chosen} selects nothing: no layers were found"
         how = [] if sites.origin is None else map(sites.origin.say, cuts(sites.origin.structure))
-        return "\n".join([f"{chosen} lies beyond the model, which has layers 0 to {sites.layers - 1}", *how])
+        return "\n".join([f"{chosen} is beyond the model, which has layers 0 to {sites.layers - 1}", *how])
     known = {
         Stack: sorted({site.stack for site in sites if site.stack}),
         Kind: sorted({site.kind for site in sites if site.kind}),

@@ -71,8 +71,8 @@ def sublayer_evidence(structure: Structure, site: Site, node: fx.Node) -> list[S
         joined(structure.anatomy, join, sublayer.output),
     ]
     placed = {
-        "pre": f"a norm stands between %{join.source.name} and what the sublayer reads: pre-norm",
+        "pre": f"a norm is between %{join.source.name} and the sublayer's input: pre-norm",
         "post": f"a norm follows %{join.node.name} on the stream: post-norm",
-        "sandwich": "a norm stands on the branch after the sublayer as well: sandwich norm",
+        "sandwich": "a norm is on the branch after the sublayer as well: sandwich norm",
     }
     return found if site.layout is None else [*found, step(placed[site.layout])]
