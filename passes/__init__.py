@@ -1,5 +1,6 @@
 """The methods, one file each."""
 
+from .adalora import AdaLoRA as AdaLoRA
 from .adapter_drop import AdapterDrop as AdapterDrop
 from .adapter_fusion import AdapterFusion as AdapterFusion
 from .adapter_plus import AdapterPlus as AdapterPlus
@@ -7,11 +8,13 @@ from .bitfit import BitFit as BitFit
 from .ciat import CIAT as CIAT
 from .compacter import Compacter as Compacter
 from .compacter import CompacterPP as CompacterPP
+from .diff_pruning import DiffPruning as DiffPruning
 from .dora import DoRA as DoRA
 from .freeze import Freeze as Freeze
 from .freeze_statistics import FreezeStatistics as FreezeStatistics
 from .houlsby import Houlsby as Houlsby
 from .ia3 import IA3 as IA3
+from .intrinsic_said import IntrinsicSAID as IntrinsicSAID
 from .invertible import Invertible as Invertible
 from .lora import LoRA as LoRA
 from .loreft import LoReFT as LoReFT

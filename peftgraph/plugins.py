@@ -13,10 +13,10 @@ Code adds one for its own process by registering it: `EXPORTERS.register(Exporte
 
 from peftgraph.interop.adapter_formats import ADAPTER_FORMATS as ADAPTER_FORMATS
 from peftgraph.interop.adapter_formats import AdapterFormat as AdapterFormat
-from peftgraph.interop.pass_values import SHARED as SHARED
-from peftgraph.interop.pass_values import ParameterKey as ParameterKey
-from peftgraph.interop.pass_values import PassWithValues as PassWithValues
 from peftgraph.ir.program import ProgramData as ProgramData
+from peftgraph.rewrite.method import SHARED as SHARED
+from peftgraph.rewrite.method import ParameterKey as ParameterKey
+from peftgraph.rewrite.method import PassWithValues as PassWithValues
 from peftgraph.runtime.export.registry import EXPORTERS as EXPORTERS
 from peftgraph.runtime.export.registry import Exporter as Exporter
 from peftgraph.utils.registry import Registry as Registry

@@ -37,6 +37,7 @@ from peftgraph.runtime.transformers_module import make_transformers_module
 from peftgraph.sites import Absent, Pattern, Selector, Sites, as_selector, find_sites
 from peftgraph.sites.assign.naming import sections, titles
 from peftgraph.sites.patterns.pattern import patterns_of
+from peftgraph.training.run import TrainingRun, start_training
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,6 +234,22 @@ class Program(NotPicklable, ProgramData):
             native.save_trained(self, trained, directory)
 
         return make_transformers_module(self, blocks, self.model_class, save)
+
+    def training(self, net: nn.Module, steps: int) -> TrainingRun:
+        """Start a training that the passes take part in, with terms of the loss, masks and schedules.
+
+        A plain loop adds `run.penalty()` to its loss (0 where no pass has one) and calls `run.step()` after every
+        `optimizer.step()`, before the gradients are zeroed. `peftgraph.training` has callbacks for trainers.
+
+        Args:
+            net: what `module()` returned, or a wrapper of it (DistributedDataParallel, FSDP, torch.compile).
+            steps: how many steps the optimiser will do.
+
+        Raises:
+            PeftGraphError: nothing was applied, or the module is another program's.
+            RecipeError: a pass's schedule does not fit that number of steps.
+        """
+        return start_training(self, self.sites, net, steps)
 
     def export(self, path: str | PathLike[str]) -> Path:
         """Write the graph in the format of the path's suffix: `.pt2` (torch.export), `.onnx`, or that of a plug-in.

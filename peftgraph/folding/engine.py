@@ -29,7 +29,7 @@ from peftgraph.rewrite.apply import undo
 from peftgraph.rewrite.count import rule_of, short_params
 from peftgraph.rewrite.joins import Add, AddProduct
 from peftgraph.rewrite.match import Match
-from peftgraph.rewrite.weight_views import View, bias_view, rows_view, weight_view
+from peftgraph.rewrite.weight_views import View, bias_view, rows_view, scale_view, weight_view
 from peftgraph.sites import Site, Sites, Weight
 
 aten = torch.ops.aten
@@ -211,7 +211,8 @@ class Folding:
     def _at_weight(self, edit: Edit) -> bool:
         """Check whether an edit changes the weight itself, for all its readers."""
         site = self._by_id[edit.site]
-        return isinstance(rule_of(self.program, edit).join, AddProduct) and not _at_output(edit, site)
+        stored = all(self._names[move.anchor.value].op == "get_attr" for move in edit.moves)
+        return stored or (isinstance(rule_of(self.program, edit).join, AddProduct) and not _at_output(edit, site))
 
     def _blocked(self, edit: Edit) -> str | None:
         """Return what is between an edit and its weight; None if nothing."""
@@ -221,7 +222,8 @@ class Folding:
     def _window(self, edit: Edit) -> View | None:
         """Return the window of its site's weight that an edit's fold may change."""
         site, rows = self._by_id[edit.site], rule_of(self.program, edit).table_rows
-        return weight_view(site) if rows is None else rows_view(site, rows)
+        own = weight_view(site) or scale_view(site) or bias_view(site)
+        return own if rows is None else rows_view(site, rows)
 
     def _order_reason(self, edit: Edit, site: Site) -> str | None:
         """Return what is between an edit and its projection on the same columns; None if nothing."""

@@ -16,7 +16,7 @@ from peftgraph.folding.chunks import Chunk, chunks_of
 from peftgraph.ir.tensor_table import TensorEntry, TensorTable
 from peftgraph.rewrite.match import Match
 from peftgraph.rewrite.rule import Params, Rule
-from peftgraph.rewrite.weight_views import View, accumulation_dtype, bias_view, weight_view
+from peftgraph.rewrite.weight_views import View, accumulation_dtype, bias_view, scale_view, weight_view
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +37,8 @@ class WriteWindows:
 
     @cached_property
     def views(self) -> dict[str, View]:
-        """The windows that the fold may write, by parameter: the site's weight and its bias."""
-        found = (weight_view(self.match.site), bias_view(self.match.site))
+        """The windows that the fold may write, by parameter: the site's weight, the scale of a norm, and its bias."""
+        found = (weight_view(self.match.site), scale_view(self.match.site), bias_view(self.match.site))
         return {view.parameter: view for view in found if view is not None}
 
     def run(self, table: TensorTable, precision: torch.dtype | None) -> tuple[TensorTable, list[View]]:

@@ -17,8 +17,9 @@ from peftgraph.errors import AdapterError
 from peftgraph.interop import native
 from peftgraph.interop.checkpoints.checkpoint import Checkpoint
 from peftgraph.interop.checkpoints.updates import Updates
-from peftgraph.interop.pass_values import PassWithValues, load_passes
+from peftgraph.interop.pass_values import load_passes
 from peftgraph.ir.program import ProgramData
+from peftgraph.rewrite.method import PassWithValues
 from peftgraph.sites import Sites
 from peftgraph.utils.atomic_files import remove_leftovers
 from peftgraph.utils.registry import Registry

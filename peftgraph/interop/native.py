@@ -25,6 +25,7 @@ from torch import Tensor
 from peftgraph.errors import AdapterError, PeftGraphError
 from peftgraph.interop.checked_files import read_json, read_tensors
 from peftgraph.interop.fingerprint import fingerprint, first_difference
+from peftgraph.interop.packing import packed, unpacked
 from peftgraph.interop.pass_values import apply_passes, check_fit, rename_passes
 from peftgraph.ir.program import ProgramData
 from peftgraph.rewrite.method import Pass
@@ -46,7 +47,8 @@ def save(program: ProgramData, directory: Path) -> Path:
     """
     check_can_save(program)
     names = _own_tensors(program)
-    tensors = {name: program.table[name].tensor.detach().cpu().contiguous() for name in names}
+    dense = {name: program.table[name].tensor.detach().cpu().contiguous() for name in names}
+    tensors = packed(program, dense)
     content = safetensors.torch.save(tensors)
     file = directory / f"adapter-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
     document = {
@@ -138,6 +140,7 @@ def read(program: P, apply: Callable[..., P], directory: Path, name: str | None)
     if len(saved) != len(wanted):
         raise AdapterError(f"{directory}: it names {len(saved)} parameters, its recipe makes {len(wanted)}.")
     targets = dict(zip(saved, wanted, strict=True))
+    tensors = unpacked(tuned, len(program.history), tensors, targets, directory)
     check_fit(tensors, {old: tuned.table[new].tensor for old, new in targets.items()}, directory)
     return tuned, {new: tensors[old] for old, new in targets.items()}
 

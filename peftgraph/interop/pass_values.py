@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,30 +12,9 @@ from torch import Tensor
 
 from peftgraph.errors import AdapterError, warn
 from peftgraph.ir.program import ProgramData
-from peftgraph.rewrite.method import Pass
+from peftgraph.rewrite.method import SHARED, ParameterKey, Pass, PassWithValues
 
 P = TypeVar("P", bound=ProgramData)
-ParameterKey = tuple[str, str] | str
-SHARED = ""  # in the place of a site's id: a parameter that all sites of a pass share
-
-
-@dataclass(frozen=True)
-class PassWithValues:
-    """A pass and the values of its parameters.
-
-    Attributes:
-        method: the pass.
-        values: keyed by (id of a site, last part of the parameter's name) for parameters at a site, by (SHARED, last
-            part) for parameters that its sites share, and by the full name for a parameter of the base that it trains.
-        remark: a warning for the user when the pass is applied; "" for none.
-
-    Example:
-        >>> PassWithValues(LoRA(at="head", rank=2), {("head", "lora_A"): a_RI, ("head", "lora_B"): b_OR})
-    """
-
-    method: Pass
-    values: Mapping[ParameterKey, Tensor] = field(repr=False)
-    remark: str = ""
 
 
 def apply_passes(apply: Callable[..., P], methods: Sequence[Pass], directory: Path) -> P:

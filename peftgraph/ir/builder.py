@@ -17,6 +17,7 @@ from peftgraph.errors import Conflict, PeftGraphError
 from peftgraph.ir.dead_code import WRITE_DISABLED
 from peftgraph.ir.dtype_literals import LITERAL_FORMS
 from peftgraph.ir.edits import SizeIncrease
+from peftgraph.ir.modes import by_mode
 from peftgraph.ir.shape_inference import ShapeInference, fake_like
 from peftgraph.ir.tensor_names import TensorNames
 from peftgraph.ir.tensor_table import TensorEntry
@@ -245,6 +246,14 @@ class Builder:
         product = self.call(aten.mul.Tensor, x, gate)
         product.meta["evaluates_to_first_operand"] = True
         return product
+
+    def by_mode(self, evaluation: fx.Node, training: fx.Node) -> fx.Node:
+        """Choose a value by the mode of the module: what computes the other one does not run."""
+        return self.call(by_mode, evaluation, training)
+
+    def uniform_noise(self, like: fx.Node) -> fx.Node:
+        """Draw uniform numbers in [0, 1) of the shape, dtype and device of a value, anew at each call."""
+        return self.call(aten.rand_like.default, like)
 
     def recompute(self, start: fx.Node, stop: fx.Node, x: fx.Node) -> fx.Node:
         """Copy the computation from `start` to `stop`, reading `x` in place of `start`.

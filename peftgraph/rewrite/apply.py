@@ -31,7 +31,7 @@ from peftgraph.rewrite.match import Match, is_given, match_all
 from peftgraph.rewrite.method import Pass
 from peftgraph.rewrite.rule import Rule
 from peftgraph.rewrite.sequence.size_limits import adjust_size_limits
-from peftgraph.rewrite.shared_weights import Use, uses
+from peftgraph.rewrite.shared_weights import Use, enters_weight, uses
 from peftgraph.sites import Columns, Site, Sites
 
 P = TypeVar("P", bound=ProgramData)
@@ -242,7 +242,7 @@ class _Work:
         history = (*self.program.history, AppliedPass(self.method, dtype=self.dtype))
         match = Match(site, self.sites, self.graph, self.program.table, self.edits, self.names, history=history)
         match = replace(match, example=self.program.examples, nesting_of_rule=rule.nesting)
-        at_weight = isinstance(rule.join, AddProduct) and (use.at_weight or site.form == "weight")
+        at_weight = isinstance(rule.join, AddProduct) and (use.at_weight or enters_weight(rule, site))
         match = replace(match, at_weight=at_weight, transposed=use.transposed)
         if rule.delta is not None:
             edit = self._insert(use, match)
@@ -433,7 +433,9 @@ def owner_path(site: Site, method: Pass, windows: Windows) -> str:
     sublayer shares its path with others, so its parameters are in a module of their own: `blocks.0.ffn_adapter`.
     """
     path, role = site.path, site.role.rpartition(".")[2]
-    if site.weight is None:
+    if site.weight is None and site.bias is not None and site.bias.parameter == path:
+        path = f"{path}_{method.word}"  # a module beside the bias
+    elif site.weight is None:
         kind = "cross_" if site.kind == "cross" else ""
         path = f"{path}.{kind}{site.role.replace('.', '_')}_{method.word}".lstrip(".")
     elif not site.weight.parameter.endswith(".weight") or path == site.weight.parameter:

@@ -134,10 +134,23 @@ def changes_of(program: ProgramData, sites: Sites) -> tuple[Change, ...]:
                 continue
             seen.add(together)
             largest = None if bound.view.vector else min(value.shape[-2:])
-            rank = largest if largest is None or rule.max_rank is None else min(largest, rule.max_rank)
-            full = rank is not None and rule.max_rank is None
-            found.append(Change(edit.site, bound.view, value.numel(), rank, full))
+            bound_of_rank = _rank_bound(program, edit, rule)
+            rank = largest if largest is None or bound_of_rank is None else min(largest, bound_of_rank)
+            full = rank is not None and bound_of_rank is None
+            values = value.numel() if rule.changed_values is None else rule.changed_values(_params(program, edit))
+            found.append(Change(edit.site, bound.view, values, rank, full))
     return tuple(found)
+
+
+def _rank_bound(program: ProgramData, edit: Edit, rule: Rule) -> int | None:
+    """Return the largest rank of what an edit adds to a weight; None where nothing bounds it."""
+    if not callable(rule.max_rank):
+        return rule.max_rank
+    return rule.max_rank(_params(program, edit))
+
+
+def _params(program: ProgramData, edit: Edit) -> Params:
+    return Params({short: program.table[full].tensor for short, full in short_params(edit).items()})
 
 
 def _full_rank(tensor: torch.Tensor) -> int | None:

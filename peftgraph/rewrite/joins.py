@@ -115,10 +115,12 @@ class AddProduct(Join):
         port: where x D^T enters.
         turns: whether the delta is also correct at a site that multiplies by the transpose of the same weight, with the
             same parameters (`Match.transposed`).
+        into_weight: whether the change enters the weight itself wherever the site is, so that delta is always D (O, I).
     """
 
     port: str = "output"
     turns: bool = False
+    into_weight: bool = False
 
     def combine(self, m: Match, op: Builder, delta: Delta) -> dict[str, fx.Node]:
         """Compute the new output; or the new weight, under each name that it is read by."""

@@ -15,7 +15,7 @@ from peftgraph.ir.modes import DROPOUTS
 from peftgraph.ir.program import AppliedPass, ProgramData
 from peftgraph.ir.tensor_table import TensorTable
 from peftgraph.rewrite.nesting import Nesting, nesting_of
-from peftgraph.rewrite.weight_views import ParameterValue, View, bias_view, bind, rows_view, weight_view
+from peftgraph.rewrite.weight_views import ParameterValue, View, bias_view, bind, rows_view, scale_view, weight_view
 from peftgraph.sites import Columns, Equation, Lettered, Site, Sites
 from peftgraph.sites.roles import level_of
 from peftgraph.sites.site import Form
@@ -264,6 +264,12 @@ class Match:
         return mine is not None and theirs is not None and theirs.parameter in self.table.tied(mine.parameter)
 
     @property
+    def scale(self) -> ParameterValue | None:
+        """Return the scale of a norm, (O,); None when it has none."""
+        view = scale_view(self.site)
+        return None if view is None else bind(view, self.table, self.precision)
+
+    @property
     def bias(self) -> ParameterValue | None:
         """The site's bias, (O,) or (E, O); None if it has none."""
         view = bias_view(self.site)
@@ -298,8 +304,7 @@ class Match:
         bias = bias_view(self.site)
         if bias_only or self.site.role == "bias":
             return [] if bias is None else [bias]
-        scale = None if self.site.scale is None else View(self.site.scale, vector=True)
-        return [view for view in (weight_view(self.site), scale, bias) if view is not None]
+        return [view for view in (weight_view(self.site), scale_view(self.site), bias) if view is not None]
 
     # computation in the site's own form
 

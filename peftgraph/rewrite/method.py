@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self, TypeVar
 
+from torch import Tensor
+
 from peftgraph.errors import PeftGraphError, RecipeError
+from peftgraph.rewrite.adapted_sites import AdaptedSite
 from peftgraph.rewrite.match import Match
 from peftgraph.rewrite.options import check_name, hints, plain
 from peftgraph.rewrite.rule import Rule
 from peftgraph.rewrite.spec_text import print_value
+from peftgraph.rewrite.training_hooks import TrainingHooks
+from peftgraph.sites import Sites
 from peftgraph.sites.selectors.selector import Selector
 
+ParameterKey = tuple[str, str] | str
+SHARED = ""  # in the place of a site's id: a parameter that all sites of a pass share
 OMIT = "omit_default"
 T = TypeVar("T")
 
@@ -73,6 +80,36 @@ class Pass:
         """Return the form of the pass after training: every value that `Builder.mark_derived` marks is a parameter."""
         return self
 
+    def finalized_from(self, sites: Sites, adapted: Sequence[AdaptedSite]) -> Sequence[PassWithValues] | None:
+        """Return the passes, with their values, that do what this one does with the parameters it has now; None where
+        `finalized` says it all.
+
+        Args:
+            sites: of the base.
+            adapted: where the pass was applied, with its parameters.
+        """
+        return None
+
+    def pack(self, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the parameters of one site, by short name, in the form that an adapter's file stores."""
+        return parameters
+
+    def unpack(self, packed: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return what `pack` was given; `like` are fresh parameters of the site."""
+        return packed
+
+    def training_hooks(self, sites: Sequence[AdaptedSite], steps: int) -> TrainingHooks | None:
+        """Return what the pass does while it trains, besides its graph; None for nothing.
+
+        Args:
+            sites: where the pass was applied, with the parameters that train there.
+            steps: how many steps of the optimiser the training has.
+
+        Raises:
+            RecipeError: the options do not fit that number of steps.
+        """
+        return None
+
     def __str__(self) -> str:
         shown = [f for f in _ordered_fields(self) if not f.metadata.get(OMIT) or getattr(self, f.name) != f.default]
         options = [f"{f.name}={print_value(getattr(self, f.name))}" for f in shown]
@@ -111,6 +148,25 @@ class Pass:
         """Raise RecipeError with `message` unless `condition` holds."""
         if not condition:
             raise RecipeError(f"{self.word}: {message}")
+
+
+@dataclass(frozen=True)
+class PassWithValues:
+    """A pass and the values of its parameters.
+
+    Attributes:
+        method: the pass.
+        values: by (id of a site, last part of the parameter's name) for what the pass makes at a site, by (SHARED, last
+            part) for what its sites share, and by the full name for a parameter of the base that it trains.
+        remark: what the user is warned of when the pass is applied; "" for nothing.
+
+    Example:
+        >>> PassWithValues(LoRA(at="head", rank=2), {("head", "lora_A"): a_RI, ("head", "lora_B"): b_OR})
+    """
+
+    method: Pass
+    values: Mapping[ParameterKey, Tensor] = field(repr=False)
+    remark: str = ""
 
 
 def _ordered_fields(method: Pass) -> list[dataclasses.Field[Any]]:

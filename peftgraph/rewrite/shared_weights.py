@@ -60,13 +60,18 @@ def uses(program: ProgramData, chosen: Sequence[Chosen]) -> Iterator[Use]:
                 _check_readers(program, leaders[window], mixed[window])
                 yield leaders[window]
             continue
-        if isinstance(rule.join, AddProduct) and site.form == "weight":
+        if isinstance(rule.join, AddProduct) and enters_weight(rule, site):
             _check_readers(program, Use(number, rule, site), [site])
         key = window if isinstance(rule.join, AddProduct) else (number, _identity(program.table, site))
         leader = leaders.get(key) if _is_shared(rule, site) else None
         use = Use(number, rule, site, leader, transposed=leader is not None and _turned(site) != _turned(leader.site))
         leaders.setdefault(key, use)
         yield use
+
+
+def enters_weight(rule: Rule, site: Site) -> bool:
+    """Tell whether a change of a site's weight enters the weight itself, whoever else reads it."""
+    return site.form == "weight" or (isinstance(rule.join, AddProduct) and rule.join.into_weight)
 
 
 def _each_value_once(table: TensorTable, chosen: Sequence[Chosen]) -> Iterator[Chosen]:
@@ -103,7 +108,7 @@ def _is_mixed(join: AddProduct, found: Sequence[Site]) -> bool:
         return False
     axes = {site.weight and site.weight.axes for site in found}
     turned = not join.turns and len({_turned(site) for site in found}) > 1
-    return turned or len(axes) > 1 or any(site.form == "weight" for site in found)
+    return turned or join.into_weight or len(axes) > 1 or any(site.form == "weight" for site in found)
 
 
 def _turned(site: Site) -> bool:

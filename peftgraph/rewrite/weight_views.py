@@ -120,6 +120,11 @@ class ParameterValue:
     view: View
     value: Tensor
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the value."""
+        return tuple(int(size) for size in self.value.shape)
+
 
 def weight_view(site: Site) -> View | None:
     """Return the window of a site's weight."""
@@ -136,6 +141,11 @@ def rows_view(site: Site, numbers: Sequence[int]) -> View:
     assert site.weight.window is None
     transposed = site.weight.transposed != (site.role == "embedding")
     return View(site.weight.parameter, transposed, Columns.of(numbers))
+
+
+def scale_view(site: Site) -> View | None:
+    """Return the view of the scale of a norm; None when it has none."""
+    return None if site.scale is None else View(site.scale, vector=True)
 
 
 def bias_view(site: Site) -> View | None:

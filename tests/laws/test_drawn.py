@@ -40,6 +40,13 @@ GATED = (passes.LoRA(rank=1, alpha=1.0), passes.Prefix(length=2, hidden=3), pass
 AWAY = passes.Prefix | passes.Prompt | passes.PTuning | passes.UniPELT
 DRAWN: dict[type[Pass], st.SearchStrategy[Pass]] = {
     passes.LoRA: st.builds(passes.LoRA, **RANKS, init=st.sampled_from(["kaiming", "pissa", "olora"])),
+    passes.AdaLoRA: st.builds(
+        passes.AdaLoRA, at=selectors(), rank=st.just(2), target_rank=st.integers(1, 2), name=NAMES
+    ),
+    passes.DiffPruning: st.builds(passes.DiffPruning, at=selectors(), structured=st.booleans(), name=NAMES),
+    passes.IntrinsicSAID: st.builds(
+        passes.IntrinsicSAID, at=selectors(), dimension=st.integers(40, 60), layer_scales=st.booleans(), name=NAMES
+    ),
     passes.DoRA: st.builds(passes.DoRA, **RANKS),
     passes.IA3: st.builds(passes.IA3, at=selectors().map(lambda at: at | pg.ffn.hidden), name=NAMES),
     passes.BitFit: st.builds(passes.BitFit, at=BIASES),

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from peftgraph.errors import AdapterError
 from peftgraph.interop.adapterhub.saved_adapter import CONFIG, TENSORS, SavedAdapter
-from peftgraph.interop.pass_values import SHARED, ParameterKey, PassWithValues
 from peftgraph.interop.site_selection import selector_for
 from peftgraph.passes import AdapterPlus, Compacter, CompacterPP, Houlsby, ParallelAdapter, Pfeiffer
-from peftgraph.rewrite.method import Pass
+from peftgraph.rewrite.method import SHARED, ParameterKey, Pass, PassWithValues
 from peftgraph.sites import Site, Sites
 
 NAMES = {

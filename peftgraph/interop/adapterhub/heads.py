@@ -14,10 +14,10 @@ from torch import Tensor
 from peftgraph.interop.adapterhub.saved_adapter import SavedAdapter
 from peftgraph.interop.base_parameters import equals_or_unknown, parameters_of, sites_owning_only
 from peftgraph.interop.checked_files import read_object, read_tensors
-from peftgraph.interop.pass_values import ParameterKey, PassWithValues
 from peftgraph.interop.site_selection import selector_for
 from peftgraph.ir.program import ProgramData
 from peftgraph.passes import Freeze
+from peftgraph.rewrite.method import ParameterKey, PassWithValues
 from peftgraph.sites import Sites
 
 HEAD = "head_config.json"

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from peftgraph.errors import AdapterError
 from peftgraph.interop.adapterhub.saved_adapter import TENSORS, SavedAdapter
-from peftgraph.interop.pass_values import SHARED, ParameterKey, PassWithValues
 from peftgraph.passes import Invertible
+from peftgraph.rewrite.method import SHARED, ParameterKey, PassWithValues
 
 KIND = "invertible_adapters"
 NAMES = {f"{side}.{number}.{leaf}": f"{side.lower()}_{end}_{leaf}" for side in ("F", "G")

@@ -21,9 +21,9 @@ from peftgraph.interop.adapterhub.prefixes import prefix_passes
 from peftgraph.interop.adapterhub.prompts import prompt_pass
 from peftgraph.interop.adapterhub.reft import reft_pass
 from peftgraph.interop.adapterhub.saved_adapter import SavedAdapter
-from peftgraph.interop.pass_values import ParameterKey, PassWithValues
 from peftgraph.ir.program import ProgramData
 from peftgraph.passes import UniPELT
+from peftgraph.rewrite.method import ParameterKey, PassWithValues
 from peftgraph.sites import Sites
 
 

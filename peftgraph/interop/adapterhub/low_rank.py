@@ -20,10 +20,10 @@ from peftgraph.errors import AdapterError
 from peftgraph.interop.adapterhub.saved_adapter import TENSORS, SavedAdapter
 from peftgraph.interop.ia3_sites import describe_departures
 from peftgraph.interop.parameter_names import DORA_MAGNITUDE, IA3_SCALE, LORA_A, LORA_B
-from peftgraph.interop.pass_values import ParameterKey, PassWithValues
 from peftgraph.interop.site_selection import selector_for, sites_adapted_at
 from peftgraph.ir.program import ProgramData
 from peftgraph.passes import IA3, DoRA, LoRA
+from peftgraph.rewrite.method import ParameterKey, PassWithValues
 from peftgraph.sites import Site, Sites
 
 NAMES = {

@@ -21,9 +21,9 @@ from torch import Tensor
 from peftgraph.errors import AdapterError
 from peftgraph.interop.adapterhub.saved_adapter import TENSORS, SavedAdapter
 from peftgraph.interop.parameter_names import PREFIX_KEYS, PREFIX_VALUES
-from peftgraph.interop.pass_values import SHARED, ParameterKey, PassWithValues
 from peftgraph.interop.site_selection import selector_for
 from peftgraph.passes import Prefix
+from peftgraph.rewrite.method import SHARED, ParameterKey, PassWithValues
 from peftgraph.sites import Site, Sites
 
 KINDS = {

@@ -13,11 +13,11 @@ from typing import Literal
 from peftgraph.errors import AdapterError
 from peftgraph.interop.adapterhub.saved_adapter import TENSORS, SavedAdapter
 from peftgraph.interop.parameter_names import PROMPT_ROWS
-from peftgraph.interop.pass_values import PassWithValues
 from peftgraph.interop.site_selection import selector_for
 from peftgraph.ir.program import ProgramData
 from peftgraph.passes import Prompt
 from peftgraph.rewrite.match import match_all
+from peftgraph.rewrite.method import PassWithValues
 from peftgraph.rewrite.sequence.before_first_block import is_first_block_without_embedding
 from peftgraph.sites import Site, Sites
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from peftgraph.errors import AdapterError
 from peftgraph.interop.adapterhub.saved_adapter import TENSORS, SavedAdapter
-from peftgraph.interop.pass_values import ParameterKey, PassWithValues
 from peftgraph.interop.site_selection import selector_for
 from peftgraph.passes import LoReFT
+from peftgraph.rewrite.method import ParameterKey, PassWithValues
 from peftgraph.sites import Site, Sites
 
 NAMES = {"learned_source.weight": "weight", "learned_source.bias": "bias", "projection.weight": "projection"}

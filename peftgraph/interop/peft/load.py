@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from peftgraph.errors import AdapterError
-from peftgraph.interop.pass_values import PassWithValues
 from peftgraph.interop.peft.config import PeftConfig
+from peftgraph.interop.peft.read_adalora import adalora_passes
 from peftgraph.interop.peft.read_base_parameters import base_parameter_passes
 from peftgraph.interop.peft.read_low_rank import low_rank_passes
 from peftgraph.interop.peft.read_prompts import adaption_passes, prefix_passes, prompt_passes, ptuning_passes
@@ -15,12 +15,14 @@ from peftgraph.interop.peft.read_scales import scale_passes
 from peftgraph.interop.peft.read_tokens import token_passes
 from peftgraph.interop.peft.tensors import PeftTensors
 from peftgraph.ir.program import ProgramData
+from peftgraph.rewrite.method import PassWithValues
 from peftgraph.sites import Sites
 
 Reader = Callable[[ProgramData, Sites, PeftConfig, PeftTensors], list[PassWithValues]]
 
 READERS: dict[str, Reader] = {
     "LORA": low_rank_passes,
+    "ADALORA": adalora_passes,
     "TRAINABLE_TOKENS": token_passes,
     "IA3": scale_passes,
     "PREFIX_TUNING": prefix_passes,
@@ -28,7 +30,7 @@ READERS: dict[str, Reader] = {
     "P_TUNING": ptuning_passes,
     "ADAPTION_PROMPT": adaption_passes,
 }
-MODULES = ("LORA", "IA3")  # the methods whose target_modules are projections
+MODULES = ("LORA", "ADALORA", "IA3")  # the methods whose target_modules are projections
 
 
 def read_peft(program: ProgramData, sites: Sites, directory: Path) -> list[PassWithValues]:

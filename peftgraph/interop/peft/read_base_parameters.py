@@ -12,13 +12,13 @@ import torch
 
 from peftgraph.errors import AdapterError
 from peftgraph.interop.base_parameters import equals_or_unknown, parameters_of, sites_owning_only
-from peftgraph.interop.pass_values import ParameterKey, PassWithValues
 from peftgraph.interop.peft.config import PeftConfig
 from peftgraph.interop.peft.tensors import LORA_BIAS, PeftTensors
 from peftgraph.interop.site_selection import selector_for
 from peftgraph.ir.modes import written_buffers
 from peftgraph.ir.program import ProgramData
 from peftgraph.passes import Freeze
+from peftgraph.rewrite.method import ParameterKey, PassWithValues
 from peftgraph.sites import Site, Sites
 
 

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from peftgraph.errors import AdapterError
 from peftgraph.interop.parameter_names import BIAS_SHIFT, DORA_MAGNITUDE, LORA_A, LORA_B, TOKEN_ROWS
-from peftgraph.interop.pass_values import ParameterKey, PassWithValues
 from peftgraph.interop.peft.config import CONFIG, PeftConfig
 from peftgraph.interop.peft.read_base_parameters import biases_of_b
 from peftgraph.interop.peft.tensors import PeftTensors, by_expert
 from peftgraph.interop.site_selection import output_rows, selector_for, sites_adapted_at
 from peftgraph.ir.program import ProgramData
 from peftgraph.passes import BitFit, DoRA, LoRA
+from peftgraph.rewrite.method import ParameterKey, PassWithValues
 from peftgraph.rewrite.weight_views import weight_view
 from peftgraph.sites import Site, Sites
 

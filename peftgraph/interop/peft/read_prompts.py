@@ -16,12 +16,12 @@ from torch import Tensor
 
 from peftgraph.errors import AdapterError, warn
 from peftgraph.interop.parameter_names import ADAPTION_GATE, ADAPTION_ROWS, PREFIX_KEYS, PREFIX_VALUES, PROMPT_ROWS
-from peftgraph.interop.pass_values import ParameterKey, PassWithValues
 from peftgraph.interop.peft.config import PeftConfig
 from peftgraph.interop.peft.tensors import PeftTensors
 from peftgraph.interop.site_selection import selector_for
 from peftgraph.ir.program import ProgramData
 from peftgraph.passes import Prefix, Prompt, PTuning, ZeroInitPrefix
+from peftgraph.rewrite.method import ParameterKey, PassWithValues
 from peftgraph.sites import Selector, Site, Sites
 
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from peftgraph.errors import AdapterError, warn
 from peftgraph.interop.ia3_sites import describe_departures
 from peftgraph.interop.parameter_names import IA3_SCALE
-from peftgraph.interop.pass_values import PassWithValues
 from peftgraph.interop.peft.config import PeftConfig
 from peftgraph.interop.peft.tensors import PeftTensors
 from peftgraph.interop.site_selection import selector_for, sites_adapted_at
 from peftgraph.ir.program import ProgramData
 from peftgraph.passes import IA3
+from peftgraph.rewrite.method import PassWithValues
 from peftgraph.rewrite.weight_views import weight_view
 from peftgraph.sites import Site, Sites
 

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from peftgraph.errors import AdapterError, warn
 from peftgraph.interop.parameter_names import TOKEN_ROWS
-from peftgraph.interop.pass_values import PassWithValues
 from peftgraph.interop.peft.config import CONFIG, PeftConfig
 from peftgraph.interop.peft.tensors import PeftTensors
 from peftgraph.interop.site_selection import selector_for, sites_of_weight
 from peftgraph.ir.program import ProgramData
 from peftgraph.passes import TrainableTokens
+from peftgraph.rewrite.method import PassWithValues
 from peftgraph.sites import Site, Sites
 
 

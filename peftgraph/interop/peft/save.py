@@ -15,13 +15,14 @@ from peftgraph.interop.native import check_can_save
 from peftgraph.interop.peft.adapter_content import AdaptedSite, PeftContent
 from peftgraph.interop.peft.config import CONFIG, TENSORS
 from peftgraph.interop.peft.tensors import PREFIX, ROWS, ROWS_PREFIX
+from peftgraph.interop.peft.write_adalora import write_adalora
 from peftgraph.interop.peft.write_base_parameters import trained_values, write_base_parameters
 from peftgraph.interop.peft.write_low_rank import write_low_rank
 from peftgraph.interop.peft.write_prompts import write_adaption, write_prefix, write_prompt
 from peftgraph.interop.peft.write_scales import write_scales
 from peftgraph.interop.peft.write_tokens import token_tables, write_tokens, write_tokens_beside
 from peftgraph.ir.program import ProgramData
-from peftgraph.passes import IA3, BitFit, DoRA, LoRA, Prefix, Prompt, PTuning, TrainableTokens, ZeroInitPrefix
+from peftgraph.passes import IA3, AdaLoRA, BitFit, DoRA, LoRA, Prefix, Prompt, PTuning, TrainableTokens, ZeroInitPrefix
 from peftgraph.rewrite.finalize import finalize
 from peftgraph.rewrite.method import Pass
 from peftgraph.sites import Sites
@@ -33,6 +34,7 @@ Writer = Callable[[ProgramData, Sites, AdaptedSites], PeftContent]
 WRITERS: dict[type[Pass], Writer] = {
     LoRA: write_low_rank,
     DoRA: write_low_rank,
+    AdaLoRA: write_adalora,
     IA3: write_scales,
     TrainableTokens: write_tokens,
     Prefix: write_prefix,

@@ -17,6 +17,9 @@ from torch import Tensor
 from peftgraph.errors import AdapterError
 from peftgraph.interop.checked_files import read_tensors
 from peftgraph.interop.parameter_names import (
+    ADALORA_E,
+    ADALORA_P,
+    ADALORA_Q,
     ADAPTION_GATE,
     ADAPTION_ROWS,
     DORA_MAGNITUDE,
@@ -34,6 +37,9 @@ LEAVES = {  # peft's name -> ours
     "lora_A.weight": LORA_A,
     "lora_B.weight": LORA_B,
     "lora_B.bias": LORA_BIAS,
+    "lora_A": ADALORA_Q,
+    "lora_E": ADALORA_E,
+    "lora_B": ADALORA_P,
     "lora_embedding_A": LORA_A,
     "lora_embedding_B": LORA_B,
     "lora_magnitude_vector": DORA_MAGNITUDE,
