@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -70,7 +71,7 @@ class Invertible(Pass):
             delta=self.coupled,
             join=Replace(exclusive=False),
             fold=reason,
-            where=is_token_embedding,
+            where=partial(is_token_embedding, at=self.at),
             where_message=where_message,
             nesting=Nesting.OUTERMOST,
         )
@@ -86,7 +87,7 @@ class Invertible(Pass):
 
     def tables(self, m: Match) -> list[Match]:
         """Return the token embedding tables whose output is transformed."""
-        return [one for one in m.related(self.at) if is_token_embedding(one)]
+        return [one for one in m.related(self.at) if is_token_embedding(one, self.at)]
 
     def gives_tokens(self, m: Match) -> bool:
         """Tell whether a projection is an output embedding: it shares a table's weight or has its shape."""

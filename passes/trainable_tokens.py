@@ -69,7 +69,7 @@ class TrainableTokens(Pass):
 
     def names_tokens(self, m: Match) -> bool:
         """Tell whether the rows of a site's table belong to tokens."""
-        embeds = m.site.role == "embedding" and is_token_embedding(m)
+        embeds = m.site.role == "embedding" and is_token_embedding(m, self.at)
         return embeds or (m.site.role == "head" and m.site.columns is None)
 
     def chosen(self, m: Match) -> list[Match]:

@@ -30,7 +30,7 @@ from peftgraph.rewrite.joins import AddProduct
 from peftgraph.rewrite.match import Match, is_given, match_all
 from peftgraph.rewrite.method import Pass
 from peftgraph.rewrite.rule import Rule
-from peftgraph.rewrite.sequence.size_limits import adjust_size_limits
+from peftgraph.rewrite.sequence.size_constraints import update_size_constraints
 from peftgraph.rewrite.shared_weights import Use, enters_weight, uses
 from peftgraph.sites import Columns, Site, Sites
 
@@ -82,7 +82,7 @@ def remove(program: P, sites: Sites, which: int) -> P:
     table = table.without(name for name, entry in table.items() if entry.added and name not in used)
     if not history:
         table = table.updated({name: _before(table[name]) for name in table.state})
-    result = adjust_size_limits(
+    result = update_size_constraints(
         program.evolve(graph=in_canonical_order(graph), table=table, edits=kept, history=history)
     )
     verify(result, program, inference)
@@ -407,7 +407,7 @@ class _Work:
             edits=tuple(self.edits),
             history=(*program.history, AppliedPass(self.method, self.method.name, self.dtype)),
         )
-        return adjust_size_limits(changed)
+        return update_size_constraints(changed)
 
 
 def _with_state(table: TensorTable, graph: fx.Graph) -> TensorTable:

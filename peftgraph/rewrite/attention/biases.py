@@ -17,8 +17,9 @@ from peftgraph.errors import PeftGraphError
 from peftgraph.ir.builder import Builder
 from peftgraph.rewrite.attention.layout import axes_of
 from peftgraph.rewrite.match import Match
-from peftgraph.rewrite.sequence.longer import Longer, slice_of
-from peftgraph.rewrite.sequence.token_inputs import find_token_inputs, same_size
+from peftgraph.rewrite.sequence.axes import same_size, slice_of
+from peftgraph.rewrite.sequence.prepended_rows import PrependedRows
+from peftgraph.rewrite.sequence.token_inputs import find_token_inputs
 from peftgraph.sites.dataflow import ops
 
 aten = torch.ops.aten
@@ -62,29 +63,30 @@ def shares_of(m: Match, op: Builder, rows: int, placed: bool, biases: Biases) ->
     if m.site.kind != "self":
         return Shares()
     if placed:
-        return _Placed(_longer(m, op, rows))
+        return _Placed(_prepended_rows(m, op, rows))
     match biases:
         case "kept":
             return Shares()
         case "shifted":
-            return _Shifted(m, op, _longer(m, op, rows))
+            return _Shifted(m, op, _prepended_rows(m, op, rows))
         case "dropped":
             return _Dropped(m, op)
 
 
-def _longer(m: Match, op: Builder, rows: int) -> Longer:
+def _prepended_rows(m: Match, op: Builder, rows: int) -> PrependedRows:
     queries, keys = (m.value(port).meta["val"].shape[axes_of(m, port).positions] for port in ("q", "v"))
-    return Longer(m, op, find_token_inputs(m, queries, None if same_size(queries, keys) else keys), queries, rows)
+    inputs = find_token_inputs(m, queries, None if same_size(queries, keys) else keys)
+    return PrependedRows(m, op, rows, inputs=inputs, length=queries)
 
 
 class _Placed(Shares):
     """The rows are so many tokens in front of all others: theirs are the first columns of longer masks and biases."""
 
-    def __init__(self, longer: Longer) -> None:
-        self.longer = longer
+    def __init__(self, plan: PrependedRows) -> None:
+        self.plan = plan
 
     def front(self, mask: fx.Node) -> fx.Node | None:
-        op, rows, again = self.longer.op, self.longer.rows, self.longer.again(mask)
+        op, rows, again = self.plan.op, self.plan.rows, self.plan.recompute(mask)
         if again is mask:
             return None
         queried = again if same_size(again.meta["val"].shape[-2], 1) else slice_of(op, again, -2, rows)
@@ -179,25 +181,25 @@ class _Shifted(_Apart):
     """Keys are counted from the first row on, and queries from the first token: b(L + j - i) on token j, b(p - i) on
     row p. Among so many tokens more, the first queries have these."""
 
-    def __init__(self, m: Match, op: Builder, longer: Longer) -> None:
+    def __init__(self, m: Match, op: Builder, plan: PrependedRows) -> None:
         super().__init__(m, op)
-        self.longer = longer
+        self.plan = plan
 
     def of_rows(self, bias: fx.Node) -> fx.Node | None:
-        return slice_of(self.op, self._whole(bias), -1, 0, self.longer.rows)
+        return slice_of(self.op, self._whole(bias), -1, 0, self.plan.rows)
 
     def of_tokens(self, bias: fx.Node) -> fx.Node:
-        return slice_of(self.op, self._whole(bias), -1, self.longer.rows)
+        return slice_of(self.op, self._whole(bias), -1, self.plan.rows)
 
     def _whole(self, bias: fx.Node) -> fx.Node:
         """Return the whole mask or bias, (..., T, L + T)."""
-        again = self.longer.again(bias)
+        again = self.plan.recompute(bias)
         if again is bias:
             raise PeftGraphError(
                 f"The biases of {self.m.site.id}, %{bias.name}, are the same for any number of tokens: there are none "
-                f'for {self.longer.rows} more. Leave biases="kept".'
+                f'for {self.plan.rows} more. Leave biases="kept".'
             )
-        return slice_of(self.op, again, -2, 0, -self.longer.rows)
+        return slice_of(self.op, again, -2, 0, -self.plan.rows)
 
 
 class _Dropped(_Apart):

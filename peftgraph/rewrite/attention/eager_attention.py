@@ -17,7 +17,7 @@ from peftgraph.ir.builder import Builder
 from peftgraph.rewrite.attention.biases import MASKS, Shares
 from peftgraph.rewrite.attention.layout import HINT, axes_of, laid_out
 from peftgraph.rewrite.match import Match
-from peftgraph.rewrite.sequence.followed import ELEMENTWISE, GONE, REDUCED, followed
+from peftgraph.rewrite.sequence.axes import ELEMENTWISE, GONE, REDUCED, axis_after
 from peftgraph.sites.dataflow import ops
 from peftgraph.sites.dataflow.products import factors, spelled
 
@@ -122,7 +122,7 @@ class Written:
             if not signals:
                 axes[node], copies[node] = GONE, self._again(node, copies)
                 continue
-            found = followed(node, signals[0], axes[signals[0]])
+            found = axis_after(node, signals[0], axes[signals[0]])
             if ops.name(node) in MASKING:
                 found = axes[signals[0]] + node.meta["val"].dim() - signals[0].meta["val"].dim()
             if found is None or (found == GONE and (bias is not None or not self._may_end(node, stop))):
@@ -159,7 +159,7 @@ class Written:
         """Apply a view to a copy with another number of keys: axes are merged or split, except the keys'."""
         if copies[source] is source:
             return node
-        before = next(one for one in range(source.meta["val"].dim()) if followed(node, source, one) == axis)
+        before = next(one for one in range(source.meta["val"].dim()) if axis_after(node, source, one) == axis)
         size = copies[source].meta["val"].shape[before]
         sizes: list[Any] = list(cast("list[Any]", node.args[1]))
         sizes[axis] = size if isinstance(size, int) else self.op.call(aten.sym_size.int, copies[source], before)

@@ -142,7 +142,7 @@ def _computed(m: Match, op: Builder, keys: fx.Node, values: fx.Node, shares: Sha
     raise refusal(m, core)
 
 
-def _in_front(m: Match, op: Builder, rows_1GLD: fx.Node, port: str) -> fx.Node:
+def _with_rows(m: Match, op: Builder, rows_1GLD: fx.Node, port: str) -> fx.Node:
     """[rows; value] along the positions of an operand, in every example of the batch."""
     axes, value = axes_of(m, port), m.value(port)
     return op.call(aten.cat.default, [laid_out(op, rows_1GLD, axes, value), value], axes.positions)
@@ -154,9 +154,9 @@ def _in_front(m: Match, op: Builder, rows_1GLD: fx.Node, port: str) -> fx.Node:
 def _fused(m: Match, op: Builder, core: fx.Node, keys: fx.Node, values: fx.Node, shares: Shares) -> fx.Node:
     length = int(keys.meta["val"].shape[2])
     q, k = m.value("q"), m.value("k")
-    inputs = [q, _in_front(m, op, keys, "k"), _in_front(m, op, values, "v"), None]
+    inputs = [q, _with_rows(m, op, keys, "k"), _with_rows(m, op, values, "v"), None]
     if m.has("mask"):
-        inputs[3] = _longer(op, m.value("mask"), k, length, shares)
+        inputs[3] = _mask_with_rows(op, m.value("mask"), k, length, shares)
     causal = bool(core.args[5]) if len(core.args) > 5 else bool(core.kwargs.get("is_causal", False))
     if causal:
         # The kernel's causal mask is aligned with the first query and the first key: as many empty queries in front
@@ -195,7 +195,7 @@ def _fused_alone(m: Match, op: Builder, core: fx.Node, keys: fx.Node, values: fx
     return op.call(FUSED, q, *rows, None, *core.args[4:5], **named)
 
 
-def _longer(op: Builder, mask: fx.Node, k: fx.Node, length: int, shares: Shares) -> fx.Node:
+def _mask_with_rows(op: Builder, mask: fx.Node, k: fx.Node, length: int, shares: Shares) -> fx.Node:
     """A mask with columns for the rows in front, of any number of leading axes."""
     value = mask.meta["val"]
     queries = value.dim() - 2  # as many as the mask has then, should the sequence become longer

@@ -22,10 +22,16 @@ from peftgraph.ir.builder import Builder
 from peftgraph.ir.ordering import canonical_order
 from peftgraph.ir.shape_inference import example_size
 from peftgraph.rewrite.match import Match
-from peftgraph.rewrite.sequence.longer import END
-from peftgraph.rewrite.sequence.places import COPIES, PIECEWISE, Axes, Places, along, refusal, tensors
-from peftgraph.rewrite.sequence.shapes import Size, groups, grown, told
-from peftgraph.rewrite.sequence.token_inputs import same_size
+from peftgraph.rewrite.sequence.axes import END, Size, enlarged_axes, format_sizes, same_size, view_groups
+from peftgraph.rewrite.sequence.resized_values import (
+    COPIES,
+    PIECEWISE,
+    Axes,
+    ResizedValues,
+    broadcast_axes,
+    refusal,
+    tensors,
+)
 from peftgraph.sites.dataflow import ops
 
 aten = torch.ops.aten
@@ -65,7 +71,7 @@ class Joined:
     place: int
 
 
-class Following:
+class AxisPropagation:
     """What depends on a value whose second axis gets L rows more, as far as its shape goes.
 
     Attributes:
@@ -83,7 +89,7 @@ class Following:
         self._start = start
         self._readers: dict[fx.Node, set[fx.Node]] = {}
         self._joined: dict[fx.Node, Joined] = {}
-        self._places = Places(m, op, self.length, rows, self._inside)
+        self._resized_values = ResizedValues(m, op, self.length, rows, self._inside)
         for node in list(canonical_order(m.graph)):
             if node in self._inside and node.op == "call_function":
                 self._visit(node)
@@ -101,9 +107,9 @@ class Following:
     def _axes(self, node: fx.Node, before: Any, after: Any) -> Axes:
         if not isinstance(before, Tensor) or node in self._joined:
             return frozenset()
-        found = grown(before.shape, after.shape, self.rows)
+        found = enlarged_axes(before.shape, after.shape, self.rows)
         if found is None:
-            sizes, longer = (told(*one.shape) for one in (before, after))
+            sizes, longer = (format_sizes(*one.shape) for one in (before, after))
             raise refusal(self.m, node, f"would give {longer} instead of {sizes}, where the rows have no axis")
         return found
 
@@ -151,8 +157,8 @@ class Following:
                 return self._cut(node, name)
             case "cat":
                 axis = cast("int", ops.argument(node, 1, "dim") or 0) % node.meta["val"].dim()
-                grown_on = frozenset[int]().union(*map(self.axes, tensors(node))) - {axis}
-                return self._agreed(dict.fromkeys(tensors(node), grown_on))
+                resized_on = frozenset[int]().union(*map(self.axes, tensors(node))) - {axis}
+                return self._agreed(dict.fromkeys(tensors(node), resized_on))
             case _ if name in PIECEWISE:
                 return self._broadcast(node)
             case _ if name in PRODUCTS:
@@ -173,22 +179,24 @@ class Following:
         source = cast("fx.Node", node.args[0])
         before, after = (one.meta["val"].shape for one in (source, node))
         axes, joined = self.axes(source), self._joined.get(source)
-        wanted, left = set[int](), set(axes) | ({joined.axis} if joined else set())
-        for ins, outs in groups(before, after):
-            here = [axis for axis in ins if axis in left]
-            left -= set(here)
+        wanted, remaining = set[int](), set(axes) | ({joined.axis} if joined else set())
+        for ins, outs in view_groups(before, after):
+            here = [axis for axis in ins if axis in remaining]
+            remaining -= set(here)
             if len(here) == 1 and len(outs) == 1 and (len(ins) > 1 or joined):
                 parts = Joined(outs[0], tuple(before[axis] for axis in ins), ins.index(here[0]))
                 self._joined[node] = replace(joined, axis=outs[0]) if joined and len(ins) == 1 else parts
-                left |= {-1} if joined and len(ins) > 1 else set()
+                remaining |= {-1} if joined and len(ins) > 1 else set()
             elif here and joined and len(ins) == 1 and _are_same([after[axis] for axis in outs], joined.sizes):
                 wanted.add(outs[joined.place])
             elif here and len(ins) == len(outs) == 1:
                 wanted.add(outs[0])
             elif here:
-                left.add(here[0])
-        if left:
-            words = f"lays its {told(self.length)} places out as {told(*after)}, where rows have no place"
+                remaining.add(here[0])
+        if remaining:
+            words = (
+                f"lays its {format_sizes(self.length)} places out as {format_sizes(*after)}, where rows have no place"
+            )
             raise refusal(self.m, node, words)
         return self._resized(node, frozenset(wanted))
 
@@ -198,7 +206,7 @@ class Following:
         shift = node.meta["val"].dim() - source.meta["val"].dim()
         follow = frozenset(axis for axis, size in enumerate(cast("Iterable[Any]", node.args[1])) if size in self.now)
         axes = frozenset(axis + shift for axis in self.axes(source)) | follow
-        return self._resized(node, axes) | self._agreed({source: along(source, node, axes)})
+        return self._resized(node, axes) | self._agreed({source: broadcast_axes(source, node, axes)})
 
     def _resized(self, node: fx.Node, axes: Axes) -> Instead:
         """Makes the sizes on some axes larger, where they do not follow by themselves."""
@@ -210,7 +218,7 @@ class Following:
             if axis not in axes and not times:
                 kept |= {size} if isinstance(size, fx.Node) else set()
             elif isinstance(size, fx.Node) and size not in self.now:
-                instead[size] = self._joined_size(size) if times else self._places.size(size)
+                instead[size] = self._joined_size(size) if times else self._resized_values.size(size)
             elif not isinstance(size, fx.Node) and size != -1:
                 self.op.enlarge_size(node, 1, axis, self.rows * (size // length if times else 1))
         wrong = next((size for size in kept if size in instead or size in self.now), None)
@@ -272,14 +280,16 @@ class Following:
                 isinstance(bound, int) and (bound <= 1 or bound >= END or _is_less(bound + 1, size)) for bound in bounds
             )
             if not known or (name == "slice" and bounds[2] != 1):
-                raise refusal(self.m, node, f"takes places by numbers that may be counted from the end of {told(size)}")
+                raise refusal(
+                    self.m, node, f"takes places by numbers that may be counted from the end of {format_sizes(size)}"
+                )
         return {}
 
     def _parted(self, node: fx.Node, position: int) -> Instead:
         source = cast("fx.Node", node.args[0])
         axis = cast("int", ops.argument(node, position, "dim") or 0)
         if axis % source.meta["val"].dim() in self.axes(source):
-            words = f"parts the {told(self.length)} places, and it is not known which part has the rows"
+            words = f"parts the {format_sizes(self.length)} places, and it is not known which part has the rows"
             raise refusal(self.m, node, words)
         return {}
 
@@ -288,7 +298,7 @@ class Following:
         width = node.meta["val"].dim()
         shifts = {one: width - one.meta["val"].dim() for one in operands}
         axes = frozenset(axis + shifts[one] for one in operands for axis in self.axes(one))
-        return self._agreed({one: along(one, node, axes) for one in operands})
+        return self._agreed({one: broadcast_axes(one, node, axes) for one in operands})
 
     def _multiplied(self, node: fx.Node) -> Instead:
         """A product of matrices: both have the rows where they are summed over, or neither."""
@@ -318,7 +328,7 @@ class Following:
 
     def _agreed(self, wanted: Mapping[fx.Node, Axes]) -> Instead:
         """Longer forms of the operands that lack the rows on some axes."""
-        return {one: self._places.longer(one, axes) for one, axes in wanted.items() if axes - self.axes(one)}
+        return {one: self._resized_values.resized(one, axes) for one, axes in wanted.items() if axes - self.axes(one)}
 
     def _hold(self) -> None:
         """Lets all others read the masks and sizes that they read, where some read longer ones.
@@ -331,7 +341,7 @@ class Following:
             both = next((node for node in others if node in self._inside and node in self.now), None)
             if both is not None:
                 raise refusal(
-                    self.m, both, f"reads %{value.meta.get('label', value.name)} for {told(self.length)} places"
+                    self.m, both, f"reads %{value.meta.get('label', value.name)} for {format_sizes(self.length)} places"
                 )
             self.op.pinned_users |= others
 

@@ -1,16 +1,20 @@
-"""Rows in front of the tokens: the sequence grows where it is embedded, and what runs along it grows with it.
+"""Rows prepended to a sequence, as rules: among its tokens, after their embedding, or before the first block.
 
-Where nothing embeds tokens, in a model of pictures, rows go in front of what the first block reads.
+Each of the three makes the sequence longer at one point, and takes what the model gives for the rows out of its
+results, so that a call looks as it did before:
 
-In a batch that is padded on the left, the rows of each example stand right in front of its first token, behind the
-padding: distances between tokens and rows are those of the example alone. What the model gives for the rows is cut out
-of its results, so that a call looks as it did before.
+- among the tokens: every input that runs along them has entries for the rows, and these are written over what the
+  entries are embedded as. In a batch that is padded on the left, the rows of each example stand right before its first
+  token, behind the padding: distances between tokens and rows are those of the example alone;
+- after the embedding: the finished embeddings stay as they are, and what is read after them follows longer inputs;
+- before the first block, where nothing embeds tokens: the longer axis is followed through all that depends on it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,14 +23,14 @@ from torch import fx
 from peftgraph.errors import PeftGraphError
 from peftgraph.ir.builder import Builder
 from peftgraph.rewrite.joins import Replace
-from peftgraph.rewrite.match import RESULT, Match
+from peftgraph.rewrite.match import Match
 from peftgraph.rewrite.nesting import Nesting
 from peftgraph.rewrite.rule import Rule
-from peftgraph.rewrite.sequence.after_embedding import Behind
-from peftgraph.rewrite.sequence.before_first_block import InFront, is_first_block_without_embedding
-from peftgraph.rewrite.sequence.growth import Growth, checked_inputs
-from peftgraph.rewrite.sequence.token_inputs import find_token_inputs, same_size
-from peftgraph.sites.dataflow import ops
+from peftgraph.rewrite.sequence.after_embedding import cut_after_embedding, insert_after_embedding
+from peftgraph.rewrite.sequence.axes import same_size
+from peftgraph.rewrite.sequence.before_first_block import insert_before_block, is_first_block_without_embedding
+from peftgraph.rewrite.sequence.prepended_rows import PrependedRows
+from peftgraph.rewrite.sequence.token_embedding import cached_keys, embeds_input_tokens, token_inputs_of
 from peftgraph.sites.selectors.selector import Selector
 
 aten = torch.ops.aten
@@ -34,81 +38,27 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class PrependTokens:
-    """L rows in front of the tokens that a table lookup embeds.
+    """L rows before the tokens that a table lookup embeds.
 
-    A graph that continues earlier calls puts them in front of the first one, whose keys and values it passes on: of L
-    rows, those that P earlier places do not hold yet. Shapes: B batch, T tokens, L rows, D features.
+    A graph that continues earlier calls has them in the first one, whose keys and values it passes on: of L rows, a
+    call adds those that P earlier positions do not hold yet.
 
     Attributes:
         rows: L.
-        start: how many tokens stay in front of the rows: 0, or 1 for a model that reads its answer at the first one.
-        after_embedding: whether the rows stand behind the finished embeddings, without positions, types or a norm of
-            theirs; the tokens then keep their positions, and the rows are in front of padding as well.
+        start: how many tokens stay before the rows: 0, or 1 for a model that reads its answer at the first one.
+        after_embedding: whether the rows come after the finished embeddings, without positions, types or a norm of
+            theirs; the tokens then keep their positions, and the rows are before padding as well.
     """
 
     rows: int
     start: int = 0
     after_embedding: bool = False
 
-    def inputs(self, m: Match, op: Builder) -> dict[str, fx.Node]:
-        """Every input that runs along the tokens, longer by the rows, by its port.
-
-        Of the rows is said what is said of the first token: its number, its type, that it is no padding. Positions
-        count on, and labels are the value that the loss ignores.
-
-        Args:
-            m: the embedding of the tokens.
-            op: the builder of the edit.
-
-        Raises:
-            PeftGraphError: the length is fixed, or an input runs along it in a form that rows do not fit in.
-        """
-        checked_inputs(m)
-        growth = Growth(m, op, self.rows, self.start)
-        return growth.whole() | growth.along() | growth.labels()
-
-    def embedded(self, m: Match, op: Builder, rows_LD: fx.Node) -> dict[str, fx.Node]:
-        """The embedded sequence with the rows in their places, once the inputs are longer, by its port."""
-        return {"output": Growth(m, op, self.rows, self.start).embedded(rows_LD)}
-
-    def results(self, m: Match, op: Builder) -> dict[str, fx.Node]:
-        """What the model returns for each token, without what it gives for the rows, by its port.
-
-        Raises:
-            PeftGraphError: a result has the tokens on its first axis.
-        """
-        growth, length = Growth(m, op, self.rows, self.start), m.output.meta["val"].shape[1]
-        shorter: dict[str, fx.Node] = {}
-        for leaf in m.graph.output_node().all_input_nodes:
-            base = m.names[m.edits.base_value(leaf.name)]
-            sizes = base.meta["val"].shape if isinstance(base.meta["val"], torch.Tensor) else ()
-            axes = [axis for axis, size in enumerate(sizes) if same_size(size, length)]
-            value = m.value(RESULT + base.name)
-            for axis in axes:
-                value = growth.cut(value, axis)
-            if axes:
-                shorter[RESULT + base.name] = value
-        return shorter
-
-
-def embeds_tokens(m: Match) -> bool:
-    """Whether a table lookup embeds the tokens of a sequence: not their positions, nor types of which there are few."""
-    shape = m.output.meta["val"].shape
-    if m.site.role != "embedding" or len(shape) != 3 or isinstance(shape[1], int):
-        return False
-    inputs = find_token_inputs(m, shape[1])
-    source = m.value("input")
-    while source.op == "call_function" and ops.name(source) in ops.LAYOUT | ops.CAST:
-        source = source.all_input_nodes[0]
-    name = m.edits.base_value(source.name)
-    rows = {table: size for table, size in inputs.tables if table not in inputs.positions}
-    return name in rows and (rows[name] >= m.example[name].shape[1] or rows[name] == max(rows.values()))
-
 
 def prepend_token_rules(
     at: Selector, place: PrependTokens, rows: Callable[[Match, Builder], fx.Node], reason: str, *, trim_results: bool
 ) -> list[Rule]:
-    """The rules that put rows in front of the tokens that the sites at `at` embed.
+    """The rules that prepend rows to the tokens that the sites at `at` embed.
 
     Args:
         at: embeddings, or the first blocks of stacks that none feeds.
@@ -117,51 +67,68 @@ def prepend_token_rules(
         reason: why they do not fold.
         trim_results: whether the model's results are those of the tokens alone.
     """
+    build = _after_embedding_rules if place.after_embedding else _among_tokens_rules
+    return build(at, place, rows, reason, trim_results)
 
-    def inputs(m: Match, op: Builder) -> Mapping[str, fx.Node]:
-        _check_alone(m, at)
-        return place.inputs(m, op)
 
-    def behind(m: Match, op: Builder) -> Mapping[str, fx.Node]:
-        if m.site.role == "block":
-            return InFront(m, op, place.rows, place.start).inserted(rows(m, op), trim_results)
-        _check_alone(m, at)
-        return Behind(m, op, place.rows, place.start).inserted(rows(m, op))
+Rows = Callable[[Match, Builder], fx.Node]
+EMBEDS = "embeds tokens that are an input of the model"
 
-    def results_behind(m: Match, op: Builder) -> Mapping[str, fx.Node]:
-        return Behind(m, op, place.rows, place.start).results()
 
-    def embedded(m: Match, op: Builder) -> Mapping[str, fx.Node]:
-        values = place.embedded(m, op, rows(m, op))
-        return values | place.results(m, op) if trim_results else values
+def _among_tokens_rules(at: Selector, place: PrependTokens, rows: Rows, reason: str, trim_results: bool) -> list[Rule]:
+    def plan(m: Match, op: Builder) -> PrependedRows:
+        inputs, keys = token_inputs_of(m), cached_keys(m)
+        return PrependedRows(m, op, place.rows, place.start, inputs, skips_padding=True, cached_keys=keys)
 
-    message = "embeds tokens that are an input of the model"
-    nesting = Nesting.OUTERMOST if place.after_embedding else Nesting.SUBLAYER
-    more: dict[str, Any] = {
-        "at": at,
-        "fold": reason,
-        "where": embeds_tokens,
-        "where_message": message,
-        "nesting": nesting,
-    }
-    if place.after_embedding:
-        message += ", or is the first block of a stack that no embedding feeds"
-        more |= {"where": lambda m: embeds_tokens(m) or is_first_block_without_embedding(m), "where_message": message}
-        found = [Rule(delta=behind, join=Replace("input", resizes=True), **more)]
-        more |= {"where": embeds_tokens, "optional": True}
-        cutting = Rule(delta=results_behind, join=Replace(exclusive=False, resizes=True), **more)
-        return [*found, cutting] if trim_results else found
+    def lengthen_inputs(m: Match, op: Builder) -> Mapping[str, fx.Node]:
+        _check_one_embedding(m, at)
+        return plan(m, op).all_inputs()
+
+    def write_rows(m: Match, op: Builder) -> Mapping[str, fx.Node]:
+        prepended, length = plan(m, op), m.output.meta["val"].shape[1]
+        embedded = {"output": prepended.overwrite(m.output, rows(m, op))}
+        return embedded | prepended.cut_results(length) if trim_results else embedded
+
+    options: dict[str, Any] = {"at": at, "fold": reason, "nesting": Nesting.SUBLAYER}
+    options |= {"where": partial(embeds_input_tokens, at=at), "where_message": EMBEDS}
     return [
-        Rule(delta=inputs, join=Replace("input", resizes=True), **more),
-        Rule(delta=embedded, join=Replace(exclusive=False, resizes=True), **more),
+        Rule(delta=lengthen_inputs, join=Replace("input", resizes=True), **options),
+        Rule(delta=write_rows, join=Replace(exclusive=False, resizes=True), **options),
     ]
 
 
-def _check_alone(m: Match, at: Selector) -> None:
+def _after_embedding_rules(
+    at: Selector, place: PrependTokens, rows: Rows, reason: str, trim_results: bool
+) -> list[Rule]:
+    def insert_rows(m: Match, op: Builder) -> Mapping[str, fx.Node]:
+        if m.site.role == "block":
+            return insert_before_block(m, op, rows(m, op), place.start, trim_results)
+        _check_one_embedding(m, at)
+        return insert_after_embedding(m, op, rows(m, op), place.start)
+
+    def cut_results(m: Match, op: Builder) -> Mapping[str, fx.Node]:
+        return cut_after_embedding(m, op, place.rows, place.start)
+
+    embeds = partial(embeds_input_tokens, at=at)
+    options: dict[str, Any] = {"at": at, "fold": reason, "nesting": Nesting.OUTERMOST}
+    options["where_message"] = f"{EMBEDS}, or is the first block of a stack that no embedding feeds"
+    insert = Rule(
+        delta=insert_rows,
+        join=Replace("input", resizes=True),
+        where=lambda m: embeds(m) or is_first_block_without_embedding(m),
+        **options,
+    )
+    join = Replace(exclusive=False, resizes=True)
+    cut = Rule(delta=cut_results, join=join, where=embeds, optional=True, **options)
+    return [insert, cut] if trim_results else [insert]
+
+
+def _check_one_embedding(m: Match, at: Selector) -> None:
+    """Refuses one table that several inputs of one sequence look up."""
     twins = [
         one.site.id
         for one in m.related(at)
-        if embeds_tokens(one) and same_size(one.output.meta["val"].shape[1], m.output.meta["val"].shape[1])
+        if embeds_input_tokens(one, at) and same_size(one.output.meta["val"].shape[1], m.output.meta["val"].shape[1])
     ]
     if len(twins) > 1:
         raise PeftGraphError(f"{' and '.join(twins)} embed one sequence of tokens; choose one of them with at=.")
@@ -189,13 +156,12 @@ def replace_token_rule(at: Selector, token: int, rows: Callable[[Match, Builder]
         known = {"input": op.call(aten.clamp.default, tokens_BT, None, size - 1)} if token >= size else {}
         return known | {"output": embedded}
 
-    message = "embeds tokens that are an input of the model"
     return Rule(
         at=at,
         delta=placed,
         join=Replace(exclusive=False),
         fold=reason,
-        where=embeds_tokens,
-        where_message=message,
+        where=partial(embeds_input_tokens, at=at),
+        where_message=EMBEDS,
         nesting=Nesting.SUBLAYER,
     )

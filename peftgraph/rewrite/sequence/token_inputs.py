@@ -20,6 +20,7 @@ from peftgraph.ir.builder import Builder
 from peftgraph.ir.interpreter import compute_node
 from peftgraph.ir.shape_inference import example_size
 from peftgraph.rewrite.match import INPUT, Match
+from peftgraph.rewrite.sequence.axes import same_size
 from peftgraph.sites.dataflow import ops
 
 aten = torch.ops.aten
@@ -61,6 +62,9 @@ class TokenInputs:
     mask: PaddingMask | None
     tables: tuple[tuple[str, int], ...]
     whole: tuple[str, ...] = ()
+
+
+NO_INPUTS = TokenInputs((), frozenset(), (), None, ())
 
 
 def find_token_inputs(m: Match, length: Any, total: Any = None) -> TokenInputs:
@@ -117,11 +121,6 @@ def to_device_of(op: Builder, x: fx.Node, value: fx.Node) -> fx.Node:
     """x on the device of `value`; a model of meta tensors may be traced with inputs that are none."""
     device = value.meta["val"].device
     return x if x.meta["val"].device == device else op.call(aten.to.device, x, device, x.meta["val"].dtype)
-
-
-def same_size(a: Any, b: Any) -> bool:
-    """Whether two sizes are one expression."""
-    return str(a) == str(b)
 
 
 def _runs_along(value: fx.Node, length: Any) -> bool:

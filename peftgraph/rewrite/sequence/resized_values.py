@@ -15,9 +15,8 @@ from torch import Tensor, fx
 from peftgraph.errors import PeftGraphError
 from peftgraph.ir.builder import Builder
 from peftgraph.rewrite.match import Match
-from peftgraph.rewrite.sequence.longer import END
-from peftgraph.rewrite.sequence.shapes import grown, told
-from peftgraph.rewrite.sequence.token_inputs import reached, same_size
+from peftgraph.rewrite.sequence.axes import END, enlarged_axes, format_sizes, same_size
+from peftgraph.rewrite.sequence.token_inputs import reached
 from peftgraph.sites.dataflow import ops
 
 aten = torch.ops.aten
@@ -53,7 +52,7 @@ def tensors(node: fx.Node) -> list[fx.Node]:
     return [one for one in node.all_input_nodes if isinstance(one.meta["val"], Tensor)]
 
 
-class Places:
+class ResizedValues:
     """Values over T places, for L + T of them.
 
     They may follow from the sizes of inputs, and compare places with one another; then a row is a place like others.
@@ -62,9 +61,9 @@ class Places:
 
     def __init__(self, m: Match, op: Builder, length: Any, rows: int, inside: Collection[fx.Node]) -> None:
         self.m, self.op, self.length, self.rows, self.inside = m, op, length, rows, inside
-        self._given = reached(m.inputs)
+        self._from_inputs = reached(m.inputs)
 
-    def longer(self, node: fx.Node, axes: Axes, compared: bool = False) -> fx.Node:
+    def resized(self, node: fx.Node, axes: Axes, compared: bool = False) -> fx.Node:
         """The value with L more places on some axes.
 
         Args:
@@ -87,24 +86,24 @@ class Places:
 
     def _checked(self, node: fx.Node, axes: Axes, compared: bool) -> fx.Node:
         shape = node.meta["val"].shape
-        count = told(shape[min(axes)])
+        count = format_sizes(shape[min(axes)])
         if node in self.inside:
             raise refusal(self.m, node, f"stays at {count} places where it meets more of them")
         if node.op == "get_attr":
             raise PeftGraphError(
                 f"No rows can be put in front of what {self.m.site.id} reads: @{node.target}, "
-                f"{told(*shape)}, holds a value for each of {count} places, and none for rows."
+                f"{format_sizes(*shape)}, holds a value for each of {count} places, and none for rows."
             )
-        if node in self._given:
+        if node in self._from_inputs:
             raise refusal(self.m, node, "depends on what an input holds for each place")
-        new = self._longer(node, axes, compared)
-        if new is None or grown(shape, new.meta["val"].shape, self.rows) != axes:
+        new = self._resized(node, axes, compared)
+        if new is None or enlarged_axes(shape, new.meta["val"].shape, self.rows) != axes:
             table = next((one for one in _stored(node) if one.meta["val"].dim()), None)
             source = "" if table is None else f", of which @{table.target} holds values, and none for rows"
             raise refusal(self.m, node, f"is known for {count} places alone{source}")
         return new
 
-    def _longer(self, node: fx.Node, axes: Axes, compared: bool) -> fx.Node | None:
+    def _resized(self, node: fx.Node, axes: Axes, compared: bool) -> fx.Node | None:
         name = ops.name(node)
         if node.target in ENDS:
             if not compared:
@@ -127,7 +126,7 @@ class Places:
         source = node.args[0]
         if moved is None or not isinstance(source, fx.Node):
             return None
-        return self._copy(node, {source: self.longer(source, moved, compared)})
+        return self._copy(node, {source: self.resized(source, moved, compared)})
 
     def _moved(self, node: fx.Node, name: str, axes: Axes) -> Axes | None:
         """The axes in the operand of a change of layout; None where they cannot be told."""
@@ -156,10 +155,10 @@ class Places:
         """Longer ones of the operands that are as long as the result, which they are broadcast to."""
         copies: dict[fx.Node, fx.Node] = {}
         for operand in tensors(node):
-            own = along(operand, node, axes)
+            own = broadcast_axes(operand, node, axes)
             if own:
-                copies[operand] = self.longer(operand, own, compared)
-            elif operand in self._given:
+                copies[operand] = self.resized(operand, own, compared)
+            elif operand in self._from_inputs:
                 raise refusal(self.m, operand, "depends on what an input holds, and meets a value for each place")
         return copies
 
@@ -170,7 +169,7 @@ class Places:
         if axis in axes and len(have) != 1:
             return None
         wanted = {one: axes if one in have else axes - {axis} for one in parts}
-        return self._copy(node, {one: self.longer(one, own, compared) for one, own in wanted.items() if own})
+        return self._copy(node, {one: self.resized(one, own, compared) for one, own in wanted.items() if own})
 
     def _copy(
         self,
@@ -182,16 +181,16 @@ class Places:
         """The call once more, on longer operands, and with a longer size, or sizes on some axes, at a position."""
         arguments: list[Any] = list(node.args)
         if position is not None:
-            given = arguments[position]
+            sizes = arguments[position]
             arguments[position] = (
-                self.size(given) if axes is None else [self.size(n) if i in axes else n for i, n in enumerate(given)]
+                self.size(sizes) if axes is None else [self.size(n) if i in axes else n for i, n in enumerate(sizes)]
             )
         arguments, keywords = fx.map_arg((arguments, node.kwargs), lambda operand: copies.get(operand, operand))
         assert not isinstance(node.target, str)
         return self.op.call(node.target, *arguments, **keywords)
 
 
-def along(operand: fx.Node, result: fx.Node, axes: Axes) -> Axes:
+def broadcast_axes(operand: fx.Node, result: fx.Node, axes: Axes) -> Axes:
     """The axes of an operand that are broadcast to some axes of a result, without those of size 1."""
     sizes = operand.meta["val"].shape
     shift = result.meta["val"].dim() - len(sizes)

@@ -18,19 +18,19 @@ from peftgraph.ir.signature import SizeCondition
 P = TypeVar("P", bound=ProgramData)
 
 
-def adjust_size_limits(program: P) -> P:
+def update_size_constraints(program: P) -> P:
     """The program with the sizes that its inputs may have: rows that a pass puts in front of them take their room."""
-    base, grown = program.base or program, program.prepended_lengths()
-    ranges = {dim: _room(program, dim, span, grown.get(dim, 0)) for dim, span in base.signature.ranges.items()}
-    conditions = tuple(moved for one in base.signature.conditions for moved in _moved(program, one, grown))
+    base, lengths = program.base or program, program.prepended_lengths()
+    ranges = {dim: _room(program, dim, span, lengths.get(dim, 0)) for dim, span in base.signature.ranges.items()}
+    conditions = tuple(moved for one in base.signature.conditions for moved in _moved(program, one, lengths))
     if (ranges, conditions) == (program.signature.ranges, program.signature.conditions):
         return program
     return program.evolve(signature=replace(program.signature, ranges=ranges, conditions=conditions))
 
 
-def _moved(program: ProgramData, one: SizeCondition, grown: Mapping[str, int]) -> list[SizeCondition]:
+def _moved(program: ProgramData, one: SizeCondition, lengths: Mapping[str, int]) -> list[SizeCondition]:
     """A condition on sizes as they arrive at the model's line, and as they are where the model reads both."""
-    more = tuple(grown.get(dim, 0) for dim in one.sizes)
+    more = tuple(lengths.get(dim, 0) for dim in one.sizes)
     if not any(more):
         return [one]
     as_it_is = any(n > 0 and _is_read_as_it_is(program, dim) for dim, n in zip(one.sizes, more, strict=True))
