@@ -22,11 +22,12 @@ from peftgraph.interop.adapter_formats import OWN, load_adapter, save_adapter
 from peftgraph.ir.printer import assign_labels, print_diff, print_program, size_names
 from peftgraph.ir.program import ProgramData
 from peftgraph.ir.verifier import verify as check_rules
-from peftgraph.rewrite.apply import apply, remove
+from peftgraph.rewrite.apply import apply
 from peftgraph.rewrite.count import Count, count
 from peftgraph.rewrite.finalize import finalize
 from peftgraph.rewrite.method import Pass, Pipeline
 from peftgraph.rewrite.mix import mix
+from peftgraph.rewrite.remove import remove
 from peftgraph.rewrite.skipped_sites import warn_of
 from peftgraph.runtime.block_regions import find_block_regions
 from peftgraph.runtime.copying import NotPicklable

@@ -25,10 +25,10 @@ from peftgraph.ir.graphs import copy_graph
 from peftgraph.ir.ordering import in_canonical_order
 from peftgraph.ir.program import AppliedPass, ProgramData
 from peftgraph.ir.tensor_table import TensorTable
-from peftgraph.rewrite.apply import undo
 from peftgraph.rewrite.count import rule_of, short_params
 from peftgraph.rewrite.joins import Add, AddProduct
 from peftgraph.rewrite.match import Match
+from peftgraph.rewrite.remove import undo
 from peftgraph.rewrite.weight_views import View, bias_view, rows_view, scale_view, weight_view
 from peftgraph.sites import Site, Sites, Weight
 

@@ -1,4 +1,4 @@
-"""Applying and removing passes: Program in, Program out.
+"""Applying passes: Program in, Program out.
 
 All matches are collected and checked before anything is rewritten, so a pass never sees its own output.
 """
@@ -14,8 +14,7 @@ import torch
 from torch import fx, nn
 
 from peftgraph.errors import Conflict, NoMatch, PeftGraphError, RecipeError
-from peftgraph.ir.builder import ApplicationContext, Builder, enlarge_size, erase_nodes
-from peftgraph.ir.dead_code import WRITE_DISABLED
+from peftgraph.ir.builder import ApplicationContext, Builder
 from peftgraph.ir.edits import Edit, EditLog, Move
 from peftgraph.ir.graphs import copy_graph
 from peftgraph.ir.modes import written_buffers
@@ -58,66 +57,6 @@ def apply(program: P, sites: Sites, methods: tuple[Pass, ...], dtype: torch.dtyp
         for atom in method.passes():
             program = _apply_one(program, sites, atom, dtype)
     return program
-
-
-def remove(program: P, sites: Sites, which: int) -> P:
-    """Return the program without the pass at index `which` of its history; the other passes keep their parameters."""
-    graph = copy_graph(program.graph)
-    table, inference = program.table, ShapeInference(fake_mode_of(graph))
-    gone = [edit for edit in program.edits if edit.application == which]
-    edits = EditLog(program.edits)
-    names = {node.name: node for node in graph.nodes}
-    for edit in reversed(gone):
-        moved = [(names[move.after].meta["val"], edits.value_after_removal(move)) for move in edit.moves]
-        undo(graph, names, edits, edit)
-        edits.remove(edit)
-        resized = [names[below] for value, below in moved if not same_metadata(value, names[below].meta["val"])]
-        infer_changed_values(graph, resized, inference, {names[one.node] for one in edit.size_increases})
-    made = {name for edit in gone for name in edit.parameters}
-    table = table.updated({name: _before(table[name]) for name in made if not table[name].added})
-    table = table.without(name for name in made if table[name].added)
-    kept = tuple(replace(e, application=e.application - (e.application > which)).pruned(names) for e in edits)
-    history = program.history[:which] + program.history[which + 1 :]
-    used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
-    table = table.without(name for name, entry in table.items() if entry.added and name not in used)
-    if not history:
-        table = table.updated({name: _before(table[name]) for name in table.state})
-    result = update_size_constraints(
-        program.evolve(graph=in_canonical_order(graph), table=table, edits=kept, history=history)
-    )
-    verify(result, program, inference)
-    return result
-
-
-def undo(graph: fx.Graph, names: dict[str, fx.Node], edits: EditLog, edit: Edit) -> None:
-    """Remove one edit from `graph` and its `names`, in place: its users read the value below it again.
-
-    Nodes that another edit made from this edit's nodes, for their users, are removed too.
-    """
-    for move in edit.moves:
-        below = edits.value_after_removal(move)
-        users = [user for user in names[move.after].users if user.name not in edit.nodes]
-        for user in users:
-            user.replace_input_with(names[move.after], names[below])
-    for one in edit.size_increases:
-        enlarge_size(names[one.node], one, -1)
-    for name in edit.disabled_writes:
-        del names[name].meta[WRITE_DISABLED]
-    gone = dict.fromkeys(names[name] for name in edit.nodes)
-    todo = list(gone)
-    while todo:
-        fresh = [user for user in todo.pop().users if user not in gone]
-        gone |= dict.fromkeys(fresh)
-        todo += fresh
-    assert all("origin" in node.meta for node in gone), f"the edit at {edit.site} is still read by the model"
-    for node in gone:
-        del names[node.name]
-    erase_nodes(graph, gone)
-
-
-def _before(entry: TensorEntry) -> TensorEntry:
-    assert entry.base_tensor is not None
-    return replace(entry, tensor=entry.base_tensor, trainable=False, base_tensor=None)
 
 
 def _apply_one(program: P, sites: Sites, method: Pass, dtype: torch.dtype | None) -> P:

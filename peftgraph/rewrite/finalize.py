@@ -13,8 +13,9 @@ from peftgraph.ir.interpreter import compute_node
 from peftgraph.ir.modes import evaluation_graph
 from peftgraph.ir.program import ProgramData
 from peftgraph.rewrite.adapted_sites import adapted_sites
-from peftgraph.rewrite.apply import apply, remove
+from peftgraph.rewrite.apply import apply
 from peftgraph.rewrite.method import PassWithValues
+from peftgraph.rewrite.remove import remove
 from peftgraph.sites import Sites
 
 P = TypeVar("P", bound=ProgramData)
@@ -33,7 +34,7 @@ def finalize(program: P, sites: Sites) -> P:
     values |= derived_values(program)
     history = program.history
     while program.history:
-        program = remove(program, sites, 0)
+        program = remove(program, sites, len(program.history) - 1)
     result = program
     with torch.random.fork_rng(devices=[]):  # initial values are overwritten: the user's generator stays put
         for applied, forms in zip(history, final, strict=True):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TypeVar
-
-import torch
 
 from peftgraph.errors import PeftGraphError, RecipeError
 from peftgraph.ir.program import ProgramData
-from peftgraph.rewrite.apply import apply, remove
 from peftgraph.rewrite.options import plain
+from peftgraph.rewrite.remove import reapply
 from peftgraph.sites import Sites
 
 P = TypeVar("P", bound=ProgramData)
@@ -32,16 +31,8 @@ def mix(program: P, sites: Sites, weights: Mapping[str, float]) -> P:
     methods = [applied.method.weighted(numbers[applied.name]) if applied.name else applied.method for applied in kept]
     if [applied.method for applied in program.history] == methods:
         return program
-    bare = program
-    for which in reversed(range(len(program.history))):
-        bare = remove(bare, sites, which)
-    with torch.random.fork_rng(devices=[]):  # initial values are replaced: the user's generator stays put
-        mixed = bare
-        for applied, method in zip(kept, methods, strict=True):
-            mixed = apply(mixed, sites, (method,), applied.dtype)
-    kept_entries = (name for name, entry in mixed.table.items() if entry.added or entry.base_tensor is not None)
-    own = {name: program.table[name] for name in kept_entries}
-    return mixed.evolve(table=mixed.table.updated(own))
+    weighted = [replace(applied, method=method) for applied, method in zip(kept, methods, strict=True)]
+    return reapply(program, sites, 0, weighted)
 
 
 def _weight(name: str, weight: float) -> float:

@@ -1,0 +1,132 @@
+"""Removing passes: Program in, Program out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from torch import fx
+
+from peftgraph.errors import PeftGraphError
+from peftgraph.ir.builder import enlarge_size, erase_nodes
+from peftgraph.ir.dead_code import WRITE_DISABLED
+from peftgraph.ir.edits import Edit, EditLog
+from peftgraph.ir.graphs import copy_graph
+from peftgraph.ir.ordering import in_canonical_order, infer_changed_values
+from peftgraph.ir.program import AppliedPass, ProgramData
+from peftgraph.ir.shape_inference import ShapeInference, fake_mode_of, same_metadata
+from peftgraph.ir.tensor_table import TensorEntry
+from peftgraph.ir.verifier import verify
+from peftgraph.rewrite.apply import apply
+from peftgraph.rewrite.sequence.size_constraints import update_size_constraints
+from peftgraph.sites import Sites
+
+P = TypeVar("P", bound=ProgramData)
+
+
+def remove(program: P, sites: Sites, which: int) -> P:
+    """The program without the pass at index `which` of its history; the other passes keep their parameters.
+
+    Where later passes were built on what the removed one computes, they are applied again without it.
+
+    Raises:
+        PeftGraphError: a later pass cannot be applied without it.
+    """
+    if not _has_dependents(program, which):
+        return _taken_out(program, which)
+    removed, later = program.history[which].method, program.history[which + 1 :]
+    try:
+        return reapply(program, sites, which, later)
+    except PeftGraphError as error:
+        others = " and ".join(str(applied.method) for applied in later)
+        raise PeftGraphError(
+            f"{removed} cannot be removed alone, for {others} came after it, and without it: {error} Remove what came "
+            "after it first."
+        ) from error
+
+
+def reapply(program: P, sites: Sites, start: int, passes: Sequence[AppliedPass]) -> P:
+    """The program with other passes in the place of those from index `start` of its history on; parameters of the same
+    name are kept."""
+    result = program
+    for which in reversed(range(start, len(program.history))):
+        result = _taken_out(result, which)
+    with torch.random.fork_rng(devices=[]):  # initial values are replaced: the user's generator stays put
+        for applied in passes:
+            result = apply(result, sites, (applied.method,), applied.dtype)
+    kept = (name for name, entry in result.table.items() if entry.added or entry.base_tensor is not None)
+    return result.evolve(
+        table=result.table.updated({name: program.table[name] for name in kept if name in program.table})
+    )
+
+
+def _has_dependents(program: ProgramData, which: int) -> bool:
+    """Whether later passes may have built on sizes that a pass changed, or read values of its own that it did not put
+    in the place of others."""
+    if which == len(program.history) - 1:
+        return False
+    if any(rule.join.resizes for rule in program.history[which].method.rules()):
+        return True
+    own = {name for edit in program.edits if edit.application == which for name in edit.nodes}
+    inner = own - {move.after for edit in program.edits if edit.application == which for move in edit.moves}
+    later = {name for edit in program.edits if edit.application > which for name in edit.nodes}
+    return any(user.name in later for node in program.graph.nodes if node.name in inner for user in node.users)
+
+
+def _taken_out(program: P, which: int) -> P:
+    """The program without the edits of one pass that no later one was built on."""
+    graph = copy_graph(program.graph)
+    table, inference = program.table, ShapeInference(fake_mode_of(graph))
+    gone = [edit for edit in program.edits if edit.application == which]
+    edits = EditLog(program.edits)
+    names = {node.name: node for node in graph.nodes}
+    for edit in reversed(gone):
+        moved = [(names[move.after].meta["val"], edits.value_after_removal(move)) for move in edit.moves]
+        undo(graph, names, edits, edit)
+        edits.remove(edit)
+        resized = [names[below] for value, below in moved if not same_metadata(value, names[below].meta["val"])]
+        infer_changed_values(graph, resized, inference, {names[one.node] for one in edit.size_increases})
+    made = {name for edit in gone for name in edit.parameters}
+    table = table.updated({name: _before(table[name]) for name in made if not table[name].added})
+    table = table.without(name for name in made if table[name].added)
+    kept = tuple(replace(e, application=e.application - (e.application > which)).pruned(names) for e in edits)
+    history = program.history[:which] + program.history[which + 1 :]
+    used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    table = table.without(name for name, entry in table.items() if entry.added and name not in used)
+    if not history:
+        table = table.updated({name: _before(table[name]) for name in table.state})
+    result = update_size_constraints(
+        program.evolve(graph=in_canonical_order(graph), table=table, edits=kept, history=history)
+    )
+    verify(result, program, inference)
+    return result
+
+
+def undo(graph: fx.Graph, names: dict[str, fx.Node], edits: EditLog, edit: Edit) -> None:
+    """Takes one edit out of `graph` and its `names`, in place: its users get back the value that it replaced."""
+    for move in edit.moves:
+        below = edits.value_after_removal(move)
+        users = [user for user in names[move.after].users if user.name not in edit.nodes]
+        for user in users:
+            user.replace_input_with(names[move.after], names[below])
+    for one in edit.size_increases:
+        enlarge_size(names[one.node], one, -1)
+    for name in edit.disabled_writes:
+        del names[name].meta[WRITE_DISABLED]
+    gone = dict.fromkeys(names[name] for name in edit.nodes)
+    todo = list(gone)
+    while todo:
+        fresh = [user for user in todo.pop().users if user not in gone]
+        gone |= dict.fromkeys(fresh)
+        todo += fresh
+    assert all("origin" in node.meta for node in gone), f"the edit at {edit.site} is still read by the model"
+    for node in gone:
+        del names[node.name]
+    erase_nodes(graph, gone)
+
+
+def _before(entry: TensorEntry) -> TensorEntry:
+    assert entry.base_tensor is not None
+    return replace(entry, tensor=entry.base_tensor, trainable=False, base_tensor=None)
