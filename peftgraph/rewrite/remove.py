@@ -116,12 +116,8 @@ def undo(graph: fx.Graph, names: dict[str, fx.Node], edits: EditLog, edit: Edit)
     for name in edit.disabled_writes:
         del names[name].meta[WRITE_DISABLED]
     gone = dict.fromkeys(names[name] for name in edit.nodes)
-    todo = list(gone)
-    while todo:
-        fresh = [user for user in todo.pop().users if user not in gone]
-        gone |= dict.fromkeys(fresh)
-        todo += fresh
-    assert all("origin" in node.meta for node in gone), f"the edit at {edit.site} is still read by the model"
+    reader = next((user for node in gone for user in node.users if user not in gone), None)
+    assert reader is None, f"the edit at {edit.site} is still read by %{reader}"
     for node in gone:
         del names[node.name]
     erase_nodes(graph, gone)

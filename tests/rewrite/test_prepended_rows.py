@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from itertools import permutations
 from typing import Any
@@ -13,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import peftgraph as pg
-from peftgraph.authoring import Pass
+from peftgraph.authoring import Pass, Replace, Rule
+from peftgraph.authoring.modules import init
 from peftgraph.passes import Invertible, Prefix, Prompt, PTuning, SerialAdapter, TrainableTokens
 
 F64 = torch.float64
@@ -157,32 +159,74 @@ def test_rows_take_their_room_from_the_positions_of_the_model() -> None:
 
 # what is left without them
 
-RECIPE: dict[str, Pass] = {
-    "prompt": Prompt(length=3),
-    "after embedding": Prompt(length=2, onto="embeddings"),
-    "P-tuning": PTuning(length=2, token=30, encoder="none"),
-    "placed": Prefix(length=2, hidden=None, placed=True),
-    "adapter": SerialAdapter(width=3),
-}
-REFUSED = {  # one of both would undo the other, or does not see tokens of the model any more
-    frozenset({"prompt", "after embedding"}),
-    frozenset({"prompt", "P-tuning"}),
-    frozenset({"after embedding", "P-tuning"}),
-}
+
+class Pictures(nn.Module):
+    """Patches, each of which sees those before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.layer = nn.Conv2d(3, WIDTH, 4, 4), Layer()
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        x = self.patches(pictures).flatten(2).transpose(1, 2)
+        at = torch.arange(x.shape[1])
+        return self.layer(x, torch.where(at[:, None] >= at, 0.0, -1e9).to(x.dtype))
 
 
-def test_what_is_left_of_two_passes_is_the_other_one_alone() -> None:
-    base = placed()
-    alone = {name: base.apply(method) for name, method in RECIPE.items()}
-    for pair in permutations(RECIPE, 2):
-        if frozenset(pair) in REFUSED:
-            continue
-        both = base.apply(*(RECIPE[name] for name in pair))
-        for which, name in ((0, pair[1]), (1, pair[0])):
-            rest = both.remove(which)
-            assert rest.text() == alone[name].text(), (pair, which)
-            assert rest.signature == alone[name].signature, (pair, which)
+@cache
+def patched() -> pg.Program:
+    return pg.trace(built(Pictures), {"pictures": torch.randn(2, 3, 8, 12, dtype=F64)})
+
+
+PROMPT, AFTER = Prompt(length=3), Prompt(length=2, onto="embeddings")
+PSEUDO = PTuning(length=2, token=30, encoder="none")
+PLACED, ADAPTER = Prefix(length=2, hidden=None, placed=True), SerialAdapter(width=3)
+VISUAL, PREFIX = Prompt(at="block", length=2, onto="embeddings"), Prefix(length=2, hidden=None)
+# Of two prompts one would undo the other, or does not see tokens of the model any more.
+ON_WORDS = [pair for pair in permutations((PROMPT, AFTER, PSEUDO, PLACED, ADAPTER), 2) if {PLACED, ADAPTER} & set(pair)]
+ON_PATCHES = [*permutations((VISUAL, PREFIX), 2), (PLACED, VISUAL), (VISUAL, ADAPTER)]
+
+
+@pytest.mark.parametrize(("traced", "pairs"), [(placed, ON_WORDS), (patched, ON_PATCHES)])
+def test_what_is_left_of_two_passes_is_the_other_one_alone(
+    traced: Callable[[], pg.Program], pairs: list[tuple[Pass, Pass]]
+) -> None:
+    base = traced()
+    alone = {method: base.apply(method) for method in {method for pair in pairs for method in pair}}
+    for pair in pairs:
+        both = base.apply(*pair)
+        for which in (0, 1):
+            rest, wanted = both.remove(which), alone[pair[1 - which]]
+            assert rest.text() == wanted.text(), (pair, which)
+            assert rest.signature == wanted.signature, (pair, which)
             assert all(value is both.table[key].tensor for key, value in rest.table.trainable.items())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Follower(Pass):
+    """A norm's factor, where another pass came before."""
+
+    word = "follower"
+
+    def rules(self) -> list[Rule]:
+        """One rule."""
+        return [
+            Rule(
+                at=pg.norm,
+                delta=lambda m, op: op.mul(m.output, op.param("factor", (WIDTH,), init.ones)),
+                join=Replace(exclusive=False),
+                fold="a test",
+                where=lambda m: len(m.edits) > 0,
+                where_message="comes after another pass",
+            )
+        ]
+
+
+def test_what_cannot_be_applied_without_another_pass_keeps_it() -> None:
+    both = placed().apply(PROMPT, Follower())
+    with pytest.raises(pg.PeftGraphError, match=r"^prompt.* cannot be removed alone, for follower.* Remove what came"):
+        both.remove(0)
+    assert both.remove(1).text() == placed().apply(PROMPT).text()
 
 
 # which table is that of tokens
