@@ -27,7 +27,7 @@ P = TypeVar("P", bound=ProgramData)
 
 
 def remove(program: P, sites: Sites, which: int) -> P:
-    """The program without the pass at index `which` of its history; the other passes keep their parameters.
+    """Return the program without the pass at index `which` of its history; the other passes keep their parameters.
 
     Where later passes were built on what the removed one computes, they are applied again without it.
 
@@ -48,8 +48,8 @@ def remove(program: P, sites: Sites, which: int) -> P:
 
 
 def reapply(program: P, sites: Sites, start: int, passes: Sequence[AppliedPass]) -> P:
-    """The program with other passes in the place of those from index `start` of its history on; parameters of the same
-    name are kept."""
+    """Return the program with other passes in the place of those from index `start` of its history on; parameters of
+    the same name are kept."""
     result = program
     for which in reversed(range(start, len(program.history))):
         result = _taken_out(result, which)
@@ -63,8 +63,8 @@ def reapply(program: P, sites: Sites, start: int, passes: Sequence[AppliedPass])
 
 
 def _has_dependents(program: ProgramData, which: int) -> bool:
-    """Whether later passes may have built on sizes that a pass changed, or read values of its own that it did not put
-    in the place of others."""
+    """Tell whether later passes may have built on sizes that a pass changed, or read values of its own that it did not
+    put in the place of others."""
     if which == len(program.history) - 1:
         return False
     if any(rule.join.resizes for rule in program.history[which].method.rules()):
@@ -76,7 +76,7 @@ def _has_dependents(program: ProgramData, which: int) -> bool:
 
 
 def _taken_out(program: P, which: int) -> P:
-    """The program without the edits of one pass that no later one was built on."""
+    """Return the program without the edits of one pass that no later one was built on."""
     graph = copy_graph(program.graph)
     table, inference = program.table, ShapeInference(fake_mode_of(graph))
     gone = [edit for edit in program.edits if edit.application == which]
@@ -105,7 +105,7 @@ def _taken_out(program: P, which: int) -> P:
 
 
 def undo(graph: fx.Graph, names: dict[str, fx.Node], edits: EditLog, edit: Edit) -> None:
-    """Takes one edit out of `graph` and its `names`, in place: its users get back the value that it replaced."""
+    """Take one edit out of `graph` and its `names`, in place: its users get back the value that it replaced."""
     for move in edit.moves:
         below = edits.value_after_removal(move)
         users = [user for user in names[move.after].users if user.name not in edit.nodes]

@@ -297,31 +297,34 @@ class Picture(nn.Module):
         self.bias, self.places = nn.Parameter(torch.randn(4, 1)), nn.Parameter(torch.zeros(4, 12))
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        x = self.patch(pixel_values).flatten(2).transpose(1, 2) + self.places
+        x = self.patch(pixel_values).flatten(2).transpose(1, 2) + self.positions
         return self.own(self, self.layer(x))
 
 
 OWN: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
-    "laid out": (lambda m, x: x.view(x.shape[0], 2, 2, 12), r"\(view\) lays its 4 places out as \d x 2 x 2 x 12"),
-    "convolution": (lambda m, x: m.conv(x.mT), r"\(conv1d\) is a convolution over the places"),
+    "laid out": (lambda m, x: x.view(x.shape[0], 2, 2, 12), r"\(view\) lays its 4 positions out as \d x 2 x 2 x 12"),
+    "convolution": (lambda m, x: m.conv(x.mT), r"\(conv1d\) is a convolution over the positions"),
     "mixed": (
         lambda m, x: m.mix(x.mT),
-        r"\(linear\) does not take 3 places more: linear of .* features by a weight for 4",
+        r"\(linear\) does not take 3 positions more: linear of .* features by a weight for 4",
     ),
-    "stored": (lambda m, x: x + m.bias, r"@bias, 4 x 1, holds a value for each of 4 places, and none for rows"),
+    "stored": (lambda m, x: x + m.bias, r"@bias, 4 x 1, holds a value for each of 4 positions, and none for rows"),
     "numbered": (
         lambda m, x: x + torch.arange(4, dtype=x.dtype)[:, None],
-        r"\(arange\) numbers the places, and rows have no number",
+        r"\(arange\) numbers the positions, and rows have no number",
     ),
-    "mean": (lambda m, x: x.sum(1) / 4, r"\(div\) computes with the number of places"),
-    "last": (lambda m, x: x[:, 3], r"\(select\) takes places by numbers that may be counted from the end of 4"),
-    "rear": (lambda m, x: x[:, 2:4], r"\(slice\) takes places by numbers that may be counted from the end of 4"),
-    "parted": (lambda m, x: x.split([1, 3], 1)[1], r"parts the 4 places, and it is not known which part has the rows"),
+    "mean": (lambda m, x: x.sum(1) / 4, r"\(div\) computes with the number of positions"),
+    "last": (lambda m, x: x[:, 3], r"\(select\) takes positions by numbers that may be counted from the end of 4"),
+    "rear": (lambda m, x: x[:, 2:4], r"\(slice\) takes positions by numbers that may be counted from the end of 4"),
+    "parted": (
+        lambda m, x: x.split([1, 3], 1)[1],
+        r"parts the 4 positions, and it is not known which part has the rows",
+    ),
     "joined": (lambda m, x: x.flatten(1), r"would give \d x 84 instead of \d x 48, where the rows have no axis"),
-    "turned": (lambda m, x: x.roll(1, 1), r"\(roll\) is not known to go through with more places"),
+    "turned": (lambda m, x: x.roll(1, 1), r"\(roll\) is not known to go through with more positions"),
     "reversed": (
         lambda m, x: x.masked_fill(torch.arange(4).flip(0)[:, None] < 1, 0.5),
-        r"\(flip\) is known for 4 places alone",
+        r"\(flip\) is known for 4 positions alone",
     ),
 }
 
@@ -364,12 +367,12 @@ def test_what_they_can_be_followed_through(own: str) -> None:
     close([program.module().eval()(pixel_values=pixels)], [theirs])
 
 
-def test_places_that_are_returned_with_the_batch_are_not_cut() -> None:
+def test_positions_that_are_returned_with_the_batch_are_not_cut() -> None:
     torch.manual_seed(0)
     program = pg.trace(Picture(lambda m, x: x.reshape(-1, 12)).to(F64).eval(), pictures(3))
     whole, _ = tuned(program, returns="all")
     assert whole.module().eval()(**pictures()).shape == (2 * (4 + LENGTH), 12)
-    with pytest.raises(pg.PeftGraphError, match='places and other axes on one; choose returns="all"'):
+    with pytest.raises(pg.PeftGraphError, match='positions and other axes on one; choose returns="all"'):
         program.apply(visual())
 
 

@@ -17,7 +17,8 @@ from peftgraph.rewrite.sequence.token_inputs import TokenInputs, reached
 
 
 def insert_after_embedding(m: Match, op: Builder, rows_LD: fx.Node, after: int) -> dict[str, fx.Node]:
-    """The finished embeddings with the rows, and all else that follows from the inputs and is read after them, by port.
+    """Return the finished embeddings with the rows, and all else that follows from the inputs and is read after them,
+    by port.
 
     Raises:
         PeftGraphError: the model has no first block, continues earlier calls, fixes the length, has inputs that rows
@@ -36,7 +37,7 @@ def insert_after_embedding(m: Match, op: Builder, rows_LD: fx.Node, after: int) 
 
 
 def cut_after_embedding(m: Match, op: Builder, rows: int, after: int) -> dict[str, fx.Node]:
-    """What the model returns for each token, without what it gives for the rows, by port."""
+    """Return what the model returns for each token, without what it gives for the rows, by port."""
     length = m.value(_port(m, embedding_output(m))).meta["val"].shape[1]
     return PrependedRows(m, op, rows, after).cut_results(length)
 

@@ -26,12 +26,12 @@ NORMS: Final = ops.words("layer_norm rms_norm")
 
 
 def same_size(a: Size, b: Size) -> bool:
-    """Whether two sizes are one expression."""
+    """Tell whether two sizes are one expression."""
     return str(a) == str(b)
 
 
 def enlarged_axes(before: Sequence[Size], after: Sequence[Size], rows: int) -> frozenset[int] | None:
-    """The axes that are longer by `rows`; None where a size changed in another way."""
+    """Return the axes that are longer by `rows`; None where a size changed in another way."""
     if len(before) != len(after):
         return None
     differences = [_difference(a, b) for a, b in zip(before, after, strict=True)]
@@ -41,7 +41,8 @@ def enlarged_axes(before: Sequence[Size], after: Sequence[Size], rows: int) -> f
 
 
 def view_groups(before: Sequence[Size], after: Sequence[Size]) -> list[tuple[list[int], list[int]]]:
-    """The axes of a view that belong together, in the operand and in the result; those of size 1 belong to none."""
+    """Return the axes of a view that belong together, in the operand and in the result; those of size 1 belong to
+    none."""
     old, new = (
         [(axis, example_size(size) or 0) for axis, size in enumerate(sizes) if example_size(size) != 1]
         for sizes in (before, after)
@@ -61,13 +62,13 @@ def view_groups(before: Sequence[Size], after: Sequence[Size]) -> list[tuple[lis
 
 
 def format_sizes(*sizes: Size) -> str:
-    """Sizes for a message, as the traced example has them."""
+    """Format sizes for a message, as the traced example has them."""
     return " x ".join(str(example_size(size) or size) for size in sizes)
 
 
 def axis_after(node: fx.Node, source: fx.Node, axis: int) -> int | None:
-    """The axis of `node` that was `axis` of its operand `source`, from the front; GONE where it is no more, and None
-    where the operation does something else with it."""
+    """Return the axis of `node` that was `axis` of its operand `source`, from the front; GONE where it is no more, and
+    None where the operation does something else with it."""
     kind, before, after = ops.name(node), _shape(source), _shape(node)
     if kind in ("transpose", "swapaxes", "permute", "mT", "t"):
         return _order(node, len(before)).index(axis)
@@ -76,11 +77,11 @@ def axis_after(node: fx.Node, source: fx.Node, axis: int) -> int | None:
     if kind in RESHAPED:
         return _kept(before, after, axis)
     if kind in ("unsqueeze", "squeeze") and isinstance(node.args[1], int):
-        place = node.args[1] % max(len(before), len(after))
+        changed = node.args[1] % max(len(before), len(after))
         return (
             None
-            if kind == "squeeze" and place == axis
-            else axis + (place <= axis if kind == "unsqueeze" else -(place < axis))
+            if kind == "squeeze" and changed == axis
+            else axis + (changed <= axis if kind == "unsqueeze" else -(changed < axis))
         )
     if kind in ELEMENTWISE:
         return axis + len(after) - len(before)
@@ -101,7 +102,7 @@ def _shape(node: fx.Node) -> Sequence[Any]:
 
 
 def _order(node: fx.Node, rank: int) -> list[int]:
-    """The axis of the operand that each axis of a transposed value is."""
+    """Return the axis of the operand that each axis of a transposed value is."""
     if ops.name(node) == "permute":
         order: Any = node.args[1]
         return [axis % rank for axis in order]
@@ -113,10 +114,10 @@ def _order(node: fx.Node, rank: int) -> list[int]:
 
 
 def _kept(before: Sequence[Any], after: Sequence[Any], axis: int) -> int | None:
-    """The axis of a view that is whole an axis of what is viewed."""
-    for place, size in enumerate(after):
-        if same_size(size, before[axis]) and same_size(_product(after[:place]), _product(before[:axis])):
-            return place
+    """Return the axis of a view that is whole an axis of what is viewed."""
+    for index, size in enumerate(after):
+        if same_size(size, before[axis]) and same_size(_product(after[:index]), _product(before[:axis])):
+            return index
     return None
 
 
@@ -132,7 +133,7 @@ def _axes(axes: Any, rank: int) -> set[int]:
 
 
 def _pointwise(node: fx.Node, kind: str) -> bool:
-    """Whether a convolution or norm of pictures leaves every point alone."""
+    """Tell whether a convolution or norm of pictures leaves every point alone."""
     kernel = ops.operand(node, 1, "weight")
     plain = kind == "batch_norm" or (kernel is not None and all(size == 1 for size in _shape(kernel)[2:]))
     source = node.args[0]
@@ -156,7 +157,7 @@ def _in_product(node: fx.Node, source: fx.Node, axis: int) -> int | None:
 
 
 def _difference(before: Size, after: Size) -> int | None:
-    """after - before, where it is one number."""
+    """Return after - before, where it is one number."""
     if same_size(before, after):
         return 0
     if isinstance(before, int) and isinstance(after, int):
@@ -168,5 +169,5 @@ def _difference(before: Size, after: Size) -> int | None:
 
 
 def slice_of(op: Builder, x: fx.Node, axis: int, start: int | fx.Node, stop: int | fx.Node = END) -> fx.Node:
-    """x from `start` to `stop` on an axis."""
+    """Return x from `start` to `stop` on an axis."""
     return op.call(torch.ops.aten.slice.Tensor, x, axis, start, stop)

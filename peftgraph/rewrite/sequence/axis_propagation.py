@@ -1,10 +1,10 @@
-"""A sequence that grows in the middle of a graph: its axis is followed through all that depends on it.
+"""Propagation of a longer axis: a sequence gets rows in the middle of a graph, and all that depends on it follows.
 
-A model of pictures has as many places as a picture has patches. Its length is a number in the traced graph, or follows
-from the sizes of the picture, and stands so in the arguments of views. Each such argument on the axis is made larger,
-masks over places are worked out once more, and what the axis cannot be followed through is refused.
+A model of pictures has as many positions as a picture has patches. Its length is a number in the traced graph, or
+follows from the sizes of the picture, and stands so in the arguments of views. Each such argument on the axis is made
+larger, masks over positions are computed again, and operations that the axis cannot be followed through are refused.
 
-Shapes: T places, L rows.
+Shapes: T positions, L rows.
 """
 
 from __future__ import annotations
@@ -58,21 +58,21 @@ Instead = dict[fx.Node, fx.Node]
 
 @dataclass(frozen=True)
 class Joined:
-    """An axis that a view made of several, the rows' among them, as batch and places are joined for a projection.
+    """An axis that a view made of several, the rows' among them, as batch and positions are joined for a projection.
 
     Attributes:
         axis: the joined one.
         sizes: those that it was made of, in their order.
-        place: which of them has the rows.
+        index: which of them has the rows.
     """
 
     axis: int
     sizes: tuple[Size, ...]
-    place: int
+    index: int
 
 
 class AxisPropagation:
-    """What depends on a value whose second axis gets L rows more, as far as its shape goes.
+    """The values whose shapes depend on one whose second axis gets L rows more.
 
     Attributes:
         now: what is longer, with its shape.
@@ -101,7 +101,7 @@ class AxisPropagation:
                 node.meta["val"] = value
 
     def axes(self, node: fx.Node) -> Axes:
-        """The axes of a value that the rows are on."""
+        """Return the axes of a value that the rows are on."""
         return self._axes(node, node.meta["val"], self.now.get(node, node.meta["val"]))
 
     def _axes(self, node: fx.Node, before: Any, after: Any) -> Axes:
@@ -114,7 +114,7 @@ class AxisPropagation:
         return found
 
     def _visit(self, node: fx.Node) -> None:
-        """Finds what a call gives, and makes the sizes larger that it takes."""
+        """Find what a call gives, and make the sizes larger that it takes."""
         if self.now.keys().isdisjoint(node.all_input_nodes):
             return
         before = node.meta["val"]
@@ -123,7 +123,7 @@ class AxisPropagation:
         try:
             after = self.op.context.inference.value_with(node, values)
         except RuntimeError as error:  # what torch says of sizes that do not fit
-            raise refusal(self.m, node, f"does not take {self.rows} places more: {error}") from None
+            raise refusal(self.m, node, f"does not take {self.rows} positions more: {error}") from None
         if isinstance(before, Tensor):
             self._pass_on(node, before.shape, after.shape)
         pairs = zip(before, after, strict=True) if isinstance(before, list | tuple) else [(before, after)]
@@ -135,7 +135,7 @@ class AxisPropagation:
             self._readers.setdefault(old, set()).add(node)
 
     def _readied(self, node: fx.Node) -> Instead:
-        """What a call reads instead of some operands, once its own numbers are made larger.
+        """Return what a call reads instead of some operands, once its own numbers are made larger.
 
         Raises:
             PeftGraphError: it is not known what the call gives for rows.
@@ -147,7 +147,7 @@ class AxisPropagation:
             return self._expanded(node)
         self._check_sizes(node)
         if name not in WHOLE and not self._joined.keys().isdisjoint(node.all_input_nodes):
-            raise refusal(self.m, node, "takes places apart that are joined to other axes")
+            raise refusal(self.m, node, "takes positions apart that are joined to other axes")
         if name == "sum":
             self._check_sum(node)
         if name in PARTS:
@@ -168,14 +168,15 @@ class AxisPropagation:
             case _ if name in PASSED or (name == "flip" and not node.meta["val"].is_floating_point()):
                 return {}
             case _ if name in ops.CONV:
-                raise refusal(self.m, node, "is a convolution over the places of a picture, and rows have none")
+                raise refusal(self.m, node, "is a convolution over the positions of a picture, and rows have none")
             case _:
-                raise refusal(self.m, node, "is not known to go through with more places")
+                raise refusal(self.m, node, "is not known to go through with more positions")
 
     # sizes
 
     def _viewed(self, node: fx.Node) -> Instead:
-        """A view: the axis of the rows stays one of its own, is joined to others, or comes out of a joined one."""
+        """Resize a view: the axis of the rows stays one of its own, is joined to others, or comes out of a joined
+        one."""
         source = cast("fx.Node", node.args[0])
         before, after = (one.meta["val"].shape for one in (source, node))
         axes, joined = self.axes(source), self._joined.get(source)
@@ -188,20 +189,20 @@ class AxisPropagation:
                 self._joined[node] = replace(joined, axis=outs[0]) if joined and len(ins) == 1 else parts
                 remaining |= {-1} if joined and len(ins) > 1 else set()
             elif here and joined and len(ins) == 1 and _are_same([after[axis] for axis in outs], joined.sizes):
-                wanted.add(outs[joined.place])
+                wanted.add(outs[joined.index])
             elif here and len(ins) == len(outs) == 1:
                 wanted.add(outs[0])
             elif here:
                 remaining.add(here[0])
         if remaining:
-            words = (
-                f"lays its {format_sizes(self.length)} places out as {format_sizes(*after)}, where rows have no place"
-            )
+            length, sizes = format_sizes(self.length), format_sizes(*after)
+            words = f"lays its {length} positions out as {sizes}, where rows have no position"
             raise refusal(self.m, node, words)
         return self._resized(node, frozenset(wanted))
 
     def _expanded(self, node: fx.Node) -> Instead:
-        """An expansion: where a size follows the rows by itself, what is expanded has them too, or has one place."""
+        """Resize an expansion: where a size follows the rows by itself, what is expanded has them too, or has one
+        position."""
         source = cast("fx.Node", node.args[0])
         shift = node.meta["val"].dim() - source.meta["val"].dim()
         follow = frozenset(axis for axis, size in enumerate(cast("Iterable[Any]", node.args[1])) if size in self.now)
@@ -209,7 +210,7 @@ class AxisPropagation:
         return self._resized(node, axes) | self._agreed({source: broadcast_axes(source, node, axes)})
 
     def _resized(self, node: fx.Node, axes: Axes) -> Instead:
-        """Makes the sizes on some axes larger, where they do not follow by themselves."""
+        """Make the sizes on some axes larger, where they do not follow by themselves."""
         instead: Instead = {}
         kept: set[fx.Node] = set()
         joined, length = self._joined.get(node), example_size(self.length) or 1
@@ -223,11 +224,11 @@ class AxisPropagation:
                 self.op.enlarge_size(node, 1, axis, self.rows * (size // length if times else 1))
         wrong = next((size for size in kept if size in instead or size in self.now), None)
         if wrong is not None:
-            raise refusal(self.m, node, "takes the number of places for another size as well")
+            raise refusal(self.m, node, "takes the number of positions for another size as well")
         return instead
 
     def _joined_size(self, size: fx.Node) -> fx.Node:
-        """A size that is a multiple of T, as so many times L more."""
+        """Return a size that is a multiple of T, as so many times L more."""
 
         def build() -> fx.Node:
             length = self.op.call(aten.sym_size.int, self._start, 1)
@@ -237,7 +238,7 @@ class AxisPropagation:
         return self.op.shared_value(f"{size.name} and {self.rows} more in each", build)
 
     def _pass_on(self, node: fx.Node, before: Sequence[Size], after: Sequence[Size]) -> None:
-        """Finds a joined axis in what a call gives that reads one."""
+        """Find a joined axis in what a call gives that reads one."""
         if node in self._joined or len(before) != len(after):
             return
         changed = [axis for axis, pair in enumerate(zip(before, after, strict=True)) if not same_size(*pair)]
@@ -249,14 +250,14 @@ class AxisPropagation:
                     self._joined[node] = replace(joined, axis=changed[0])
 
     def _check_sizes(self, node: fx.Node) -> None:
-        """Refuses a call that computes with the number of places."""
+        """Refuse a call that computes with the number of positions."""
         for one in node.all_input_nodes:
             value = one.meta["val"]
             if not isinstance(value, Tensor | list | tuple) and one not in self.now and same_size(value, self.length):
-                raise refusal(self.m, node, "computes with the number of places")
+                raise refusal(self.m, node, "computes with the number of positions")
 
     def _check_sum(self, node: fx.Node) -> None:
-        """Refuses a mean that is written as a sum and a division: the number of places stands in it."""
+        """Refuse a mean that is written as a sum and a division: the number of positions is written in it."""
         length = example_size(self.length) or 1
         for user in node.users:
             if ops.name(user) in COPIES:
@@ -265,12 +266,12 @@ class AxisPropagation:
                 factor = user.args[1]
                 written = isinstance(factor, int | float) and any(abs(factor - n) < 1e-9 * n for n in _powers(length))
                 if written or (isinstance(factor, fx.Node) and same_size(factor.meta["val"], self.length)):
-                    raise refusal(self.m, user, "computes with the number of places")
+                    raise refusal(self.m, user, "computes with the number of positions")
 
     # axes
 
     def _cut(self, node: fx.Node, name: str) -> Instead:
-        """A part of an axis of the rows: what the code counts from an end that it does not name is not known."""
+        """Check a part of an axis of the rows: what the code counts from an end that it does not name is not known."""
         source, *rest = cast("list[Any]", list(node.args))
         defaults = (0, 0, END, 1) if name == "slice" else (0, 0)
         axis, *bounds = (*rest, *defaults[len(rest) :])
@@ -281,7 +282,7 @@ class AxisPropagation:
             )
             if not known or (name == "slice" and bounds[2] != 1):
                 raise refusal(
-                    self.m, node, f"takes places by numbers that may be counted from the end of {format_sizes(size)}"
+                    self.m, node, f"takes positions by numbers that may be counted from the end of {format_sizes(size)}"
                 )
         return {}
 
@@ -289,7 +290,7 @@ class AxisPropagation:
         source = cast("fx.Node", node.args[0])
         axis = cast("int", ops.argument(node, position, "dim") or 0)
         if axis % source.meta["val"].dim() in self.axes(source):
-            words = f"parts the {format_sizes(self.length)} places, and it is not known which part has the rows"
+            words = f"parts the {format_sizes(self.length)} positions, and it is not known which part has the rows"
             raise refusal(self.m, node, words)
         return {}
 
@@ -301,7 +302,7 @@ class AxisPropagation:
         return self._agreed({one: broadcast_axes(one, node, axes) for one in operands})
 
     def _multiplied(self, node: fx.Node) -> Instead:
-        """A product of matrices: both have the rows where they are summed over, or neither."""
+        """Extend a product of matrices: both have the rows where they are summed over, or neither."""
         a, b = cast("tuple[fx.Node, fx.Node]", node.args[:2])
         wanted = {a: self.axes(a), b: self.axes(b)}
         for one, axis, other, its in ((a, -1, b, -2), (b, -2, a, -1)):
@@ -311,11 +312,11 @@ class AxisPropagation:
         return self._agreed(wanted)
 
     def _attended(self, node: fx.Node) -> Instead:
-        """Attention: a mask has the rows of the queries and of the keys."""
+        """Extend attention: a mask has the rows of the queries and of the keys."""
         q, k, v = cast("tuple[fx.Node, fx.Node, fx.Node]", node.args[:3])
         rows = {one: one.meta["val"].dim() - 2 for one in (q, k, v)}
         if any(self.axes(one) - {rows[one]} for one in (q, k, v)):
-            raise refusal(self.m, node, "has the places on another axis than the queries, keys and values")
+            raise refusal(self.m, node, "has the positions on another axis than the queries, keys and values")
         wanted = {one: self.axes(one) for one in (q, k, v)}
         if wanted[k] or wanted[v]:
             wanted |= {k: frozenset({rows[k]}), v: frozenset({rows[v]})}
@@ -327,11 +328,11 @@ class AxisPropagation:
         return self._agreed(wanted)
 
     def _agreed(self, wanted: Mapping[fx.Node, Axes]) -> Instead:
-        """Longer forms of the operands that lack the rows on some axes."""
+        """Return longer forms of the operands that lack the rows on some axes."""
         return {one: self._resized_values.resized(one, axes) for one, axes in wanted.items() if axes - self.axes(one)}
 
     def _hold(self) -> None:
-        """Lets all others read the masks and sizes that they read, where some read longer ones.
+        """Let all others read the masks and sizes that they read, where some read longer ones.
 
         Raises:
             PeftGraphError: something with the rows reads one both ways.
@@ -341,13 +342,15 @@ class AxisPropagation:
             both = next((node for node in others if node in self._inside and node in self.now), None)
             if both is not None:
                 raise refusal(
-                    self.m, both, f"reads %{value.meta.get('label', value.name)} for {format_sizes(self.length)} places"
+                    self.m,
+                    both,
+                    f"reads %{value.meta.get('label', value.name)} for {format_sizes(self.length)} positions",
                 )
             self.op.pinned_users |= others
 
 
 def _after(start: fx.Node) -> set[fx.Node]:
-    """Everything that depends on a value, by its sizes alone too."""
+    """Return everything that depends on a value, by its sizes alone too."""
     found, todo = set[fx.Node](), [start]
     while todo:
         fresh = [user for user in todo.pop().users if user not in found]
@@ -361,7 +364,7 @@ def _are_same(sizes: Sequence[Size], others: Sequence[Size]) -> bool:
 
 
 def _is_less(number: int, size: Size) -> bool:
-    """Whether a number is less than a size, as the traced example has it; a fixed length may stand as a number."""
+    """Tell whether a number is less than a size, as the traced example has it; a fixed length may stand as a number."""
     known = example_size(size)
     return known is not None and number < known
 

@@ -18,7 +18,7 @@ from peftgraph.sites import embedding
 
 
 def is_first_block_without_embedding(m: Match) -> bool:
-    """Whether a site is the first block of a stack that no embedding feeds."""
+    """Tell whether a site is the first block of a stack that no embedding feeds."""
     if m.site.role != "block" or m.site.layer != 0:
         return False
     before = {m.input, *Builder.nodes_from_inputs(m.input)}
@@ -26,7 +26,8 @@ def is_first_block_without_embedding(m: Match) -> bool:
 
 
 def insert_before_block(m: Match, op: Builder, rows_LD: fx.Node, after: int, cut: bool) -> dict[str, fx.Node]:
-    """What a block reads with the rows, masks for it, and results without what the model gives for the rows, by port.
+    """Return what a block reads with the rows, masks for it, and results without what the model gives for the rows, by
+    port.
 
     Raises:
         PeftGraphError: the block reads no sequence, or the rows cannot be followed through the model.
@@ -35,8 +36,8 @@ def insert_before_block(m: Match, op: Builder, rows_LD: fx.Node, after: int, cut
     sizes = x_BTD.meta["val"].shape
     if len(sizes) != 3:
         raise PeftGraphError(
-            f"{m.site.id} reads {format_sizes(*sizes)}, no (batch, places, features) that rows could be put in front "
-            "of."
+            f"{m.site.id} reads {format_sizes(*sizes)}, no (batch, positions, features), so that rows cannot be "
+            "prepended to it."
         )
     plan = PrependedRows(m, op, int(rows_LD.meta["val"].shape[0]), after)
     longer = plan.insert(x_BTD, plan.for_batch(rows_LD, x_BTD))
@@ -45,7 +46,7 @@ def insert_before_block(m: Match, op: Builder, rows_LD: fx.Node, after: int, cut
     for leaf in m.graph.output_node().all_input_nodes if cut else []:  # they come before x is moved, which may be one
         axes = {1} if leaf is x_BTD else propagation.results.get(leaf, frozenset())
         if axes is None:
-            raise refusal(m, leaf, 'is a result that has its places and other axes on one; choose returns="all"')
+            raise refusal(m, leaf, 'is a result that has its positions and other axes on one; choose returns="all"')
         if axes:
             value = longer if leaf is x_BTD else leaf
             ports[RESULT + m.edits.base_value(leaf.name)] = plan.cut_axes(value, sorted(axes))

@@ -58,7 +58,7 @@ class PrependTokens:
 def prepend_token_rules(
     at: Selector, place: PrependTokens, rows: Callable[[Match, Builder], fx.Node], reason: str, *, trim_results: bool
 ) -> list[Rule]:
-    """The rules that prepend rows to the tokens that the sites at `at` embed.
+    """Return the rules that prepend rows to the tokens that the sites at `at` embed.
 
     Args:
         at: embeddings, or the first blocks of stacks that none feeds.
@@ -124,7 +124,7 @@ def _after_embedding_rules(
 
 
 def _check_one_embedding(m: Match, at: Selector) -> None:
-    """Refuses one table that several inputs of one sequence look up."""
+    """Refuse one table that several inputs of one sequence look up."""
     twins = [
         one.site.id
         for one in m.related(at)
@@ -135,7 +135,8 @@ def _check_one_embedding(m: Match, at: Selector) -> None:
 
 
 def replace_token_rule(at: Selector, token: int, rows: Callable[[Match, Builder], fx.Node], reason: str) -> Rule:
-    """The rule that embeds the k-th `token` of each example as the k-th row, and those beyond the last row as before.
+    """Return the rule that embeds the k-th `token` of each example as the k-th row, and those beyond the last row as
+    before.
 
     Args:
         at: embeddings.

@@ -66,7 +66,7 @@ class PrependedRows:
     # inputs
 
     def input(self, name: str) -> fx.Node:
-        """An input of the tokens, with entries for the rows: (B, T) -> (B, N).
+        """Return an input of the tokens, with entries for the rows: (B, T) -> (B, N).
 
         Raises:
             PeftGraphError: it has more axes.
@@ -80,17 +80,18 @@ class PrependedRows:
         return self.op.call(aten.add.Tensor, longer, self._of_call(self._position_offset()))
 
     def labels(self, name: str, ignored: int) -> fx.Node:
-        """Labels, (B, T) -> (B, N), with what the loss ignores for the rows."""
+        """Return labels, (B, T) -> (B, N), with what the loss ignores for the rows."""
         return self._with_entries(self.m.value(INPUT + name), ignored)
 
     def all_inputs(self) -> dict[str, fx.Node]:
-        """Every input that runs along the tokens, and the labels, by port."""
+        """Return every input that runs along the tokens, and the labels, by port."""
         names = (*self.inputs.whole, *self.inputs.along)
         longer = {INPUT + name: self.input(name) for name in names}
         return longer | {INPUT + name: self.labels(name, ignored) for name, ignored in self.inputs.labels}
 
     def recompute(self, node: fx.Node) -> fx.Node:
-        """The value of `node` with the inputs that hold the rows; `node` itself where it does not depend on them.
+        """Return the value of `node` with the inputs that hold the rows; `node` itself where it does not depend on
+        them.
 
         Raises:
             PeftGraphError: it depends on them by way of the model's layers.
@@ -117,13 +118,13 @@ class PrependedRows:
     # values
 
     def insert(self, x: fx.Node, rows: fx.Node) -> fx.Node:
-        """x (B, T, ...) with rows (B, L, ...) at the insertion position of every example."""
+        """Return x (B, T, ...) with rows (B, L, ...) at the insertion position of every example."""
         before = [self._slice(x, 1, 0, self.after)] if self.after else []
         behind = self._slice(x, 1, self.after) if self.after else x
         return self.op.call(aten.cat.default, [*before, rows, behind], 1)
 
     def overwrite(self, x_BND: fx.Node, rows_LD: fx.Node) -> fx.Node:
-        """x, which has entries for the rows already, with the rows there."""
+        """Return x, which has entries for the rows already, with the rows there."""
         op = self.op
         if self._start() is None:
             if self.cached_keys is not None:
@@ -135,12 +136,12 @@ class PrependedRows:
         return op.call(aten.where.self, op.call(aten.unsqueeze.default, self._is_row(number_BN), -1), row_BND, x_BND)
 
     def for_batch(self, rows_LD: fx.Node, x: fx.Node) -> fx.Node:
-        """The rows for every example of x, (B, L, D)."""
+        """Return the rows for every example of x, (B, L, D)."""
         batch = self.op.call(aten.sym_size.int, x, 0)
         return self.op.call(aten.expand.default, self.op.call(aten.unsqueeze.default, rows_LD, 0), [batch, -1, -1])
 
     def cut(self, value: fx.Node, axis: int) -> fx.Node:
-        """`value` without the rows' entries on an axis."""
+        """Return `value` without the rows' entries on an axis."""
         op, start = self.op, self._start()
         if start is None:
             around = self._around(value, axis)
@@ -162,7 +163,7 @@ class PrependedRows:
         return op.call(aten.take_along_dim.default, value, to_device_of(op, index, value), axis)
 
     def cut_results(self, length: object) -> dict[str, fx.Node]:
-        """What the model returns for each of `length` positions, without what it gives for the rows, by port.
+        """Return what the model returns for each of `length` positions, without what it gives for the rows, by port.
 
         Raises:
             PeftGraphError: a result has the tokens on its first axis.
@@ -177,7 +178,7 @@ class PrependedRows:
         return shorter
 
     def cut_axes(self, value: fx.Node, axes: list[int]) -> fx.Node:
-        """`value` without the rows' entries on several axes."""
+        """Return `value` without the rows' entries on several axes."""
         for axis in axes:
             value = self.cut(value, axis)
         return value
@@ -185,13 +186,13 @@ class PrependedRows:
     # sizes: P positions in the cache, and of the L rows those that are added in this call
 
     def _cached(self) -> fx.Node:
-        """P."""
+        """Return P."""
         assert self.cached_keys is not None
         keys = self.m.value(INPUT + self.cached_keys.name)
         return self._once("cached", lambda: self.op.call(aten.sym_size.int, keys, SEQUENCE_AXIS))
 
     def _added(self) -> fx.Node | int:
-        """L in a first call, 0 in later ones: the rows behind the first P."""
+        """Return L in a first call, 0 in later ones: the rows behind the first P."""
         if self.cached_keys is None:
             return self.rows
 
@@ -201,13 +202,13 @@ class PrependedRows:
         return self._once("added", added)
 
     def _cached_rows(self) -> fx.Node:
-        """How many of the P positions hold rows; the others hold tokens."""
+        """Return how many of the P positions hold rows; the others hold tokens."""
         return self._once("cached rows", lambda: self.op.call(operator.sub, self.rows, self._added()))
 
     # positions: j among all P + added + T of this call and earlier ones, and the number j - start of the row there
 
     def _start(self) -> fx.Node | None:
-        """The position of the first row, (B, 1); None where it is `after` in every example."""
+        """Return the position of the first row, (B, 1); None where it is `after` in every example."""
         mask = self._padding
         return None if mask is None else self._once("start", lambda: self._after_padding(mask))
 
@@ -219,7 +220,7 @@ class PrependedRows:
         return op.call(aten.add.Scalar, padding_B1, self.after) if self.after else padding_B1
 
     def _number(self) -> fx.Node:
-        """The number of the row at each position: negative before the rows, L and more behind them."""
+        """Return the number of the row at each position: negative before the rows, L and more behind them."""
         op, start = self.op, self._start()
 
         def number() -> fx.Node:
@@ -235,7 +236,7 @@ class PrependedRows:
         return self._once("number", number)
 
     def _position_offset(self) -> fx.Node:
-        """How many positions each one is behind the token that it repeats: 0 before the rows, L behind them.
+        """Return how many positions each one is behind the token that it repeats: 0 before the rows, L behind them.
 
         A row after a token is 1 behind it; the first row before all tokens is where the first token was.
         """
@@ -248,7 +249,7 @@ class PrependedRows:
         return self._once("offset", offset)
 
     def _source(self) -> fx.Node:
-        """The token that each position repeats, counted over all calls."""
+        """Return the token that each position repeats, counted over all calls."""
 
         def source() -> fx.Node:
             offset = self._position_offset()
@@ -258,7 +259,7 @@ class PrependedRows:
         return self._once("source", source)
 
     def _source_of_call(self) -> fx.Node:
-        """The token of this call that each position of it repeats."""
+        """Return the token of this call that each position of it repeats."""
 
         def source() -> fx.Node:
             tokens = self.op.call(operator.sub, self._cached(), self._cached_rows())
@@ -270,7 +271,8 @@ class PrependedRows:
         return self._source() if self.cached_keys is None else self._once("source of the call", source)
 
     def _with_entries(self, x: fx.Node, entry: int | None, whole: bool = False) -> fx.Node:
-        """x (B, T) with an entry for every row that is added: a number, or that of the token that rows repeat."""
+        """Return x (B, T) with an entry for every row that is added: a number, or that of the token that rows
+        repeat."""
         op = self.op
         if self._start() is None and self.cached_keys is None:
             token = self._slice(x, 1, max(self.after - 1, 0), max(self.after, 1))
@@ -292,7 +294,7 @@ class PrependedRows:
         return self.op.call(aten.slice.Tensor, x, axis, start, stop)
 
     def _around(self, x: fx.Node, axis: int) -> list[fx.Node]:
-        """What stands before the rows, if anything does, and behind them, where they start at `after`."""
+        """Return what stands before the rows, if anything does, and behind them, where they start at `after`."""
         stop = self._added()
         if self.after:
             stop = self.op.call(operator.add, stop, self.after) if isinstance(stop, fx.Node) else stop + self.after
@@ -300,7 +302,7 @@ class PrependedRows:
         return [self._slice(x, axis, 0, self.after), behind] if self.after else [behind]
 
     def _of_call(self, x: fx.Node) -> fx.Node:
-        """The positions of this call, of all."""
+        """Return the positions of this call, of all."""
         return x if self.cached_keys is None else self._slice(x, 1, self._cached())
 
     def _is_row(self, number: fx.Node) -> fx.Node:
@@ -308,10 +310,10 @@ class PrependedRows:
         return self.op.call(aten.logical_and.default, first, last)
 
     def _count(self, size: fx.Node, like: fx.Node) -> fx.Node:
-        """0, 1, ... size - 1, (1, size), on the device of `like`."""
+        """Return 0, 1, ... size - 1, (1, size), on the device of `like`."""
         counted = self.op.call(aten.arange.default, size, device=like.meta["val"].device)
         return self.op.call(aten.unsqueeze.default, counted, 0)
 
     def _expand(self, index: fx.Node, like: fx.Node) -> fx.Node:
-        """(1 or B, N) -> (B, N), B as `like` has it."""
+        """Expand (1 or B, N) to (B, N), B as `like` has it."""
         return self.op.call(aten.expand.default, index, [self.op.call(aten.sym_size.int, like, 0), -1])

@@ -1,6 +1,6 @@
-"""Values over the places of a sequence that follow from no input, such as a mask that hides nothing, for more places.
+"""Resized values: what has an entry for every position and follows from no input, such as a mask, for more positions.
 
-Shapes: T places, L rows.
+Shapes: T positions, L rows.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ ENDS: dict[Any, int] = {aten.arange.default: 0, aten.arange.start: 1}
 
 
 def refusal(m: Match, node: fx.Node, why: str) -> PeftGraphError:
-    """The error for a value that rows in front of a block cannot be followed through."""
+    """Return the error for a value that rows in front of a block cannot be followed through."""
     label = node.meta.get("label", node.name)
     return PeftGraphError(f"No rows can be put in front of what {m.site.id} reads: %{label} ({ops.name(node)}) {why}.")
 
 
 def _stored(node: fx.Node) -> Iterator[fx.Node]:
-    """The stored tensors that a value depends on."""
+    """Return the stored tensors that a value depends on."""
     seen, todo = {node}, [node]
     while todo:
         fresh = [one for one in todo.pop().all_input_nodes if one not in seen]
@@ -48,15 +48,15 @@ def _stored(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def tensors(node: fx.Node) -> list[fx.Node]:
-    """The operands of a call that are tensors."""
+    """Return the operands of a call that are tensors."""
     return [one for one in node.all_input_nodes if isinstance(one.meta["val"], Tensor)]
 
 
 class ResizedValues:
-    """Values over T places, for L + T of them.
+    """Values over T positions, for L + T of them.
 
-    They may follow from the sizes of inputs, and compare places with one another; then a row is a place like others.
-    What numbers places, depends on what an input holds or is stored for T of them, is not known for rows.
+    They may follow from the sizes of inputs, and compare positions with one another; then a row is a position like
+    others. What numbers positions, depends on what an input holds or is stored for T of them, is not known for rows.
     """
 
     def __init__(self, m: Match, op: Builder, length: Any, rows: int, inside: Collection[fx.Node]) -> None:
@@ -64,21 +64,21 @@ class ResizedValues:
         self._from_inputs = reached(m.inputs)
 
     def resized(self, node: fx.Node, axes: Axes, compared: bool = False) -> fx.Node:
-        """The value with L more places on some axes.
+        """Return the value with L more positions on some axes.
 
         Args:
             node: the value.
-            axes: where it has a size for every place.
+            axes: where it has a size for every position.
             compared: whether all that is made of it are comparisons.
 
         Raises:
-            PeftGraphError: it is not known for more places.
+            PeftGraphError: it is not known for more positions.
         """
-        key = f"{node.name} on {sorted(axes)} for {self.rows} more places, compared: {compared}"
+        key = f"{node.name} on {sorted(axes)} for {self.rows} more positions, compared: {compared}"
         return self.op.shared_value(key, lambda: self._checked(node, axes, compared))
 
     def size(self, size: Any) -> Any:
-        """A size with L more: a number, or a value of the graph; -1 stays what it is."""
+        """Return a size with L more: a number, or a value of the graph; -1 stays what it is."""
         if isinstance(size, fx.Node):
             key = f"{size.name} and {self.rows} more"
             return self.op.shared_value(key, lambda: self.op.call(operator.add, size, self.rows))
@@ -88,26 +88,26 @@ class ResizedValues:
         shape = node.meta["val"].shape
         count = format_sizes(shape[min(axes)])
         if node in self.inside:
-            raise refusal(self.m, node, f"stays at {count} places where it meets more of them")
+            raise refusal(self.m, node, f"stays at {count} positions where it meets more of them")
         if node.op == "get_attr":
             raise PeftGraphError(
                 f"No rows can be put in front of what {self.m.site.id} reads: @{node.target}, "
-                f"{format_sizes(*shape)}, holds a value for each of {count} places, and none for rows."
+                f"{format_sizes(*shape)}, holds a value for each of {count} positions, and none for rows."
             )
         if node in self._from_inputs:
-            raise refusal(self.m, node, "depends on what an input holds for each place")
+            raise refusal(self.m, node, "depends on what an input holds for each position")
         new = self._resized(node, axes, compared)
         if new is None or enlarged_axes(shape, new.meta["val"].shape, self.rows) != axes:
             table = next((one for one in _stored(node) if one.meta["val"].dim()), None)
             source = "" if table is None else f", of which @{table.target} holds values, and none for rows"
-            raise refusal(self.m, node, f"is known for {count} places alone{source}")
+            raise refusal(self.m, node, f"is known for {count} positions alone{source}")
         return new
 
     def _resized(self, node: fx.Node, axes: Axes, compared: bool) -> fx.Node | None:
         name = ops.name(node)
         if node.target in ENDS:
             if not compared:
-                raise refusal(self.m, node, "numbers the places, and rows have no number")
+                raise refusal(self.m, node, "numbers the positions, and rows have no number")
             return self._copy(node, {}, ENDS[node.target], None)
         if name in FULL:
             return self._copy(node, {}, int(name.startswith("new_")), axes)
@@ -118,7 +118,7 @@ class ResizedValues:
             for one in node.args:
                 value = one.meta["val"] if isinstance(one, fx.Node) else one
                 if not isinstance(value, Tensor) and any(same_size(value, size) for size in sizes):
-                    raise refusal(self.m, node, "takes the number of places for a value")
+                    raise refusal(self.m, node, "takes the number of positions for a value")
             return self._copy(node, self._operands(node, axes, compared or name in COMPARISONS))
         if name == "cat":
             return self._joined(node, axes, compared)
@@ -129,7 +129,7 @@ class ResizedValues:
         return self._copy(node, {source: self.resized(source, moved, compared)})
 
     def _moved(self, node: fx.Node, name: str, axes: Axes) -> Axes | None:
-        """The axes in the operand of a change of layout; None where they cannot be told."""
+        """Return the axes in the operand of a change of layout; None where they cannot be told."""
         first, *rest = cast("list[Any]", list(node.args))
         before, after = first.meta["val"].dim() if isinstance(first, fx.Node) else 0, node.meta["val"].dim()
         match name:
@@ -152,18 +152,18 @@ class ResizedValues:
                 return None
 
     def _operands(self, node: fx.Node, axes: Axes, compared: bool) -> dict[fx.Node, fx.Node]:
-        """Longer ones of the operands that are as long as the result, which they are broadcast to."""
+        """Return longer ones of the operands that are as long as the result, which they are broadcast to."""
         copies: dict[fx.Node, fx.Node] = {}
         for operand in tensors(node):
             own = broadcast_axes(operand, node, axes)
             if own:
                 copies[operand] = self.resized(operand, own, compared)
             elif operand in self._from_inputs:
-                raise refusal(self.m, operand, "depends on what an input holds, and meets a value for each place")
+                raise refusal(self.m, operand, "depends on what an input holds, and meets a value for each position")
         return copies
 
     def _joined(self, node: fx.Node, axes: Axes, compared: bool) -> fx.Node | None:
-        """A concatenation: along its own axis the one part that has the places grows."""
+        """Extend a concatenation: along its own axis the one part that has the positions grows."""
         parts, axis = tensors(node), cast("int", ops.argument(node, 1, "dim") or 0) % node.meta["val"].dim()
         have = [one for one in parts if same_size(one.meta["val"].shape[axis], self.length)]
         if axis in axes and len(have) != 1:
@@ -178,7 +178,8 @@ class ResizedValues:
         position: int | None = None,
         axes: Axes | None = frozenset(),
     ) -> fx.Node:
-        """The call once more, on longer operands, and with a longer size, or sizes on some axes, at a position."""
+        """Return the call once more, on longer operands, and with a longer size, or sizes on some axes, at a
+        position."""
         arguments: list[Any] = list(node.args)
         if position is not None:
             sizes = arguments[position]
@@ -191,7 +192,7 @@ class ResizedValues:
 
 
 def broadcast_axes(operand: fx.Node, result: fx.Node, axes: Axes) -> Axes:
-    """The axes of an operand that are broadcast to some axes of a result, without those of size 1."""
+    """Return the axes of an operand that are broadcast to some axes of a result, without those of size 1."""
     sizes = operand.meta["val"].shape
     shift = result.meta["val"].dim() - len(sizes)
     return frozenset(axis - shift for axis in axes if axis >= shift and not same_size(sizes[axis - shift], 1))

@@ -1,4 +1,4 @@
-"""The sizes that inputs may have once passes have put rows in front of them."""
+"""Size constraints: the sizes that inputs may have once passes have prepended rows to them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ P = TypeVar("P", bound=ProgramData)
 
 
 def update_size_constraints(program: P) -> P:
-    """The program with the sizes that its inputs may have: rows that a pass puts in front of them take their room."""
+    """Return the program with the sizes that its inputs may have: rows that a pass prepends count towards the
+    largest."""
     base, lengths = program.base or program, program.prepended_lengths()
     ranges = {dim: _room(program, dim, span, lengths.get(dim, 0)) for dim, span in base.signature.ranges.items()}
     conditions = tuple(moved for one in base.signature.conditions for moved in _moved(program, one, lengths))
@@ -29,7 +30,7 @@ def update_size_constraints(program: P) -> P:
 
 
 def _moved(program: ProgramData, one: SizeCondition, lengths: Mapping[str, int]) -> list[SizeCondition]:
-    """A condition on sizes as they arrive at the model's line, and as they are where the model reads both."""
+    """Return a condition on sizes as they arrive at the model's line, and as they are where the model reads both."""
     more = tuple(lengths.get(dim, 0) for dim in one.sizes)
     if not any(more):
         return [one]
@@ -38,7 +39,7 @@ def _moved(program: ProgramData, one: SizeCondition, lengths: Mapping[str, int])
 
 
 def _room(program: ProgramData, dim: str, span: tuple[int, int | None], more: int) -> tuple[int, int | None]:
-    """The smallest and largest size of an input that grows by `more` on its way into the model.
+    """Return the smallest and largest size of an input that grows by `more` on its way into the model.
 
     Where parts of the model go on reading it as it is, the limits may be theirs, such as a table of positions; then the
     largest size stands if the graph takes it.
@@ -57,7 +58,8 @@ def _is_read_as_it_is(program: ProgramData, dim: str) -> bool:
 
 
 def _takes(program: ProgramData, dim: str, size: int) -> bool:
-    """Whether the graph runs, on shapes alone, for inputs of that size; not known, and no, where values make sizes."""
+    """Tell whether the graph runs, on shapes alone, for inputs of that size; not known, and no, where values make
+    sizes."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     shapes = {
         spec.name: [

@@ -19,7 +19,8 @@ aten = torch.ops.aten
 
 
 def is_token_embedding(m: Match, at: Selector | None = None) -> bool:
-    """Whether an embedding looks up tokens: no positions, and no larger table is looked up along the same sequence.
+    """Tell whether an embedding looks up tokens: no positions, and no larger table is looked up along the same
+    sequence.
 
     Args:
         m: a match of an `embedding`.
@@ -53,7 +54,8 @@ def is_token_embedding(m: Match, at: Selector | None = None) -> bool:
 
 
 def embeds_input_tokens(m: Match, at: Selector | None = None) -> bool:
-    """Whether a site is the embedding of tokens (batch, tokens) that are an input of the model, and of any length."""
+    """Tell whether a site is the embedding of tokens (batch, tokens) that are an input of the model, and of any
+    length."""
     shape = m.output.meta["val"].shape if m.site.role == "embedding" and m.has("output") else ()
     if len(shape) != 3 or isinstance(shape[1], int):
         return False
@@ -65,7 +67,7 @@ def _looks_up_table(m: Match) -> bool:
 
 
 def _index_input(m: Match) -> str | None:
-    """The input whose numbers an embedding looks up, up to their layout; None where they are computed."""
+    """Return the input whose numbers an embedding looks up, up to their layout; None where they are computed."""
     names = {node.name for node in m.inputs}
     source = m.value("input")
     while m.edits.base_value(source.name) not in names:
@@ -76,7 +78,7 @@ def _index_input(m: Match) -> str | None:
 
 
 def token_inputs_of(m: Match) -> TokenInputs:
-    """The inputs that run along the tokens that a table lookup embeds.
+    """Return the inputs that run along the tokens that a table lookup embeds.
 
     Raises:
         PeftGraphError: it embeds no tokens, the length is fixed, or an input runs along it in a form that rows do not
@@ -98,7 +100,7 @@ def token_inputs_of(m: Match) -> TokenInputs:
 
 
 def cached_keys(m: Match) -> fx.Node | None:
-    """The input that holds keys of earlier calls, where the attention over the embedded tokens continues any.
+    """Return the input that holds keys of earlier calls, where the attention over the embedded tokens continues any.
 
     Raises:
         PeftGraphError: it does, and no such input does.
@@ -124,7 +126,8 @@ def cached_keys(m: Match) -> fx.Node | None:
 
 
 def embedding_output_port(m: Match) -> str:
-    """The port of the finished embeddings: of what the first block reads of the embedded tokens, in their own width.
+    """Return the port of the finished embeddings: of what the first block reads of the embedded tokens, in their own
+    width.
 
     Args:
         m: the embedding of the tokens.
@@ -136,7 +139,7 @@ def embedding_output_port(m: Match) -> str:
 
 
 def embedding_output(m: Match) -> fx.Node:
-    """What the first block reads of the embedded tokens, before it is taken to another width.
+    """Return what the first block reads of the embedded tokens, before it is taken to another width.
 
     Raises:
         PeftGraphError: no block reads them.

@@ -68,7 +68,7 @@ NO_INPUTS = TokenInputs((), frozenset(), (), None, ())
 
 
 def find_token_inputs(m: Match, length: Any, total: Any = None) -> TokenInputs:
-    """The inputs of the graph that `m` stands in whose second axis has the size `length`.
+    """Return the inputs of the graph that `m` stands in whose second axis has the size `length`.
 
     Args:
         m: any match.
@@ -97,7 +97,7 @@ def find_token_inputs(m: Match, length: Any, total: Any = None) -> TokenInputs:
 
 
 def of_tokens(m: Match, name: str) -> fx.Node:
-    """The current value of an input that runs along the tokens, (B, T).
+    """Return the current value of an input that runs along the tokens, (B, T).
 
     Raises:
         PeftGraphError: it has more axes.
@@ -113,12 +113,12 @@ def of_tokens(m: Match, name: str) -> fx.Node:
 
 
 def read_token_mask(m: Match, op: Builder, mask: PaddingMask) -> fx.Node:
-    """(B, T) booleans: which positions hold tokens, as an input says it."""
+    """Return (B, T) booleans: which positions hold tokens, as an input says it."""
     return op.call(aten.eq.Scalar if mask.hides else aten.ne.Scalar, m.value(INPUT + mask.name), 0)
 
 
 def to_device_of(op: Builder, x: fx.Node, value: fx.Node) -> fx.Node:
-    """x on the device of `value`; a model of meta tensors may be traced with inputs that are none."""
+    """Return x on the device of `value`; a model of meta tensors may be traced with inputs that are none."""
     device = value.meta["val"].device
     return x if x.meta["val"].device == device else op.call(aten.to.device, x, device, x.meta["val"].dtype)
 
@@ -129,14 +129,15 @@ def _runs_along(value: fx.Node, length: Any) -> bool:
 
 
 def _runs_along_all(value: fx.Node, total: Any) -> bool:
-    """Whether a value runs along the tokens of all calls: by the example's sizes, of which each is like no other, for
-    a mask that positions index has a length of its own."""
+    """Tell whether a value runs along the tokens of all calls: by the example's sizes, of which each is like no other,
+    for a mask that positions index has a length of its own."""
     shape = value.meta["val"].shape
     return len(shape) > 1 and any(example_size(size) == example_size(total) for size in shape[1:])
 
 
 def _ways(start: fx.Node, through: Collection[str]) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """Every (value, user) that `start` comes to through some operators; the first user of another kind is one."""
+    """Return every (value, user) that `start` comes to through some operators; the first user of another kind is
+    one."""
     seen, todo = {start}, [start]
     while todo:
         value = todo.pop()
@@ -148,7 +149,7 @@ def _ways(start: fx.Node, through: Collection[str]) -> Iterator[tuple[fx.Node, f
 
 
 def _rows_looked_up(value: fx.Node) -> int | None:
-    """The rows of the table that a value of whole numbers looks up."""
+    """Return the rows of the table that a value of whole numbers looks up."""
     if value.meta["val"].is_floating_point():
         return None
     for index, user in _ways(value, STRAIGHT):
@@ -158,12 +159,12 @@ def _rows_looked_up(value: fx.Node) -> int | None:
 
 
 def _turns(value: fx.Node) -> bool:
-    """Whether a value becomes angles."""
+    """Tell whether a value becomes angles."""
     return any(ops.name(user) in ("cos", "sin") for _, user in _ways(value, ANGLES))
 
 
 def _counts(m: Match, node: fx.Node, rows: int | None) -> bool:
-    """Whether an input looks up a table with a row for every position, and counts up in the example."""
+    """Tell whether an input looks up a table with a row for every position, and counts up in the example."""
     example = m.example.get(node.name)
     if rows is None or example is None or example.is_meta or example.dim() != 2 or rows < example.shape[1]:
         return False
@@ -172,7 +173,7 @@ def _counts(m: Match, node: fx.Node, rows: int | None) -> bool:
 
 
 def _ignored(value: fx.Node, length: Any) -> int | None:
-    """The value that a loss ignores, when `value` is what it compares scores along the length with."""
+    """Return the value that a loss ignores, when `value` is what it compares scores along the length with."""
     if value.meta["val"].dim() != 2:
         return None
     for target, user in _ways(value, STRAIGHT):
@@ -193,7 +194,7 @@ def _mentions(size: Any, length: Any) -> bool:
 
 
 def _mask(m: Match, node: fx.Node) -> PaddingMask | None:
-    """The input as a mask, when what the model's values meet differs between a mask of ones and one of zeros.
+    """Return the input as a mask, when what the model's values meet differs between a mask of ones and one of zeros.
 
     Where there are no values, on the meta device, a mask that hides with its zeros is assumed, as nearly all do.
     """
@@ -213,7 +214,8 @@ def _mask(m: Match, node: fx.Node) -> PaddingMask | None:
 
 
 def _meetings(m: Match, start: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """Where what is made of an input alone meets what is made of weights: the value, and the operation on both."""
+    """Yield where what is made of an input alone meets what is made of weights: the value, and the operation on
+    both."""
     fixed = {name for name, entry in m.table.items() if entry.kind != "parameter"}
     weighted = reached(node for node in m.graph.find_nodes(op="get_attr") if node.target not in fixed)
     for node in reached([start], avoiding=weighted):
@@ -221,7 +223,7 @@ def _meetings(m: Match, start: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
 
 
 def reached(starts: Iterable[fx.Node], avoiding: Collection[fx.Node] = ()) -> dict[fx.Node, None]:
-    """What depends on `starts` by more than their sizes, themselves included, nearest first."""
+    """Return what depends on `starts` by more than their sizes, themselves included, nearest first."""
     found = dict.fromkeys(starts)
     todo = deque(found)
     sizes = (torch.SymInt, torch.SymFloat, torch.SymBool, int)
@@ -234,6 +236,7 @@ def reached(starts: Iterable[fx.Node], avoiding: Collection[fx.Node] = ()) -> di
 
 
 def _openness(value: Tensor, user: fx.Node) -> float:
-    """How much of a mask is open: the mean of what is added, multiplied or chosen by; less where it is filled."""
+    """Return how much of a mask is open: the mean of what is added, multiplied or chosen by; less where it is
+    filled."""
     share = float(value.double().clamp(min=-1.0).mean())
     return -share if ops.name(user) == "masked_fill" else share
