@@ -128,6 +128,8 @@ def test_rows_stand_after_the_first_token_behind_padding() -> None:
 class Placed(nn.Module):
     """An encoder of at most 16 positions, with biases of the distance."""
 
+    numbers: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.words, self.places, self.distances = nn.Embedding(31, WIDTH), nn.Embedding(16, WIDTH), nn.Embedding(64, 3)
@@ -181,7 +183,7 @@ def patched() -> pg.Program:
 PROMPT, AFTER = Prompt(length=3), Prompt(length=2, onto="embeddings")
 PSEUDO = PTuning(length=2, token=30, encoder="none")
 PLACED, ADAPTER = Prefix(length=2, hidden=None, placed=True), SerialAdapter(width=3)
-VISUAL, PREFIX = Prompt(at="block", length=2, onto="embeddings"), Prefix(length=2, hidden=None)
+VISUAL, PREFIX = Prompt(at=pg.block, length=2, onto="embeddings"), Prefix(length=2, hidden=None)
 # Of two prompts one would undo the other, or does not see tokens of the model any more.
 ON_WORDS = [pair for pair in permutations((PROMPT, AFTER, PSEUDO, PLACED, ADAPTER), 2) if {PLACED, ADAPTER} & set(pair)]
 ON_PATCHES = [*permutations((VISUAL, PREFIX), 2), (PLACED, VISUAL), (VISUAL, ADAPTER)]
