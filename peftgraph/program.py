@@ -105,7 +105,7 @@ class Program(NotPicklable, ProgramData):
         parameters.
 
         Raises:
-            PeftGraphError: there is no such pass.
+            PeftGraphError: there is no such pass, or a later pass cannot be applied without it.
         """
         names = [applied.name for applied in self.history]
         if isinstance(which, str):

@@ -297,7 +297,7 @@ class Picture(nn.Module):
         self.bias, self.places = nn.Parameter(torch.randn(4, 1)), nn.Parameter(torch.zeros(4, 12))
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        x = self.patch(pixel_values).flatten(2).transpose(1, 2) + self.positions
+        x = self.patch(pixel_values).flatten(2).transpose(1, 2) + self.places
         return self.own(self, self.layer(x))
 
 
