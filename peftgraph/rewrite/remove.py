@@ -86,7 +86,9 @@ def _taken_out(program: P, which: int) -> P:
         moved = [(names[move.after].meta["val"], edits.value_after_removal(move)) for move in edit.moves]
         undo(graph, names, edits, edit)
         edits.remove(edit)
-        resized = [names[below] for value, below in moved if not same_metadata(value, names[below].meta["val"])]
+        resized = [
+            names[previous] for value, previous in moved if not same_metadata(value, names[previous].meta["val"])
+        ]
         infer_changed_values(graph, resized, inference, {names[one.node] for one in edit.size_increases})
     made = {name for edit in gone for name in edit.parameters}
     table = table.updated({name: _before(table[name]) for name in made if not table[name].added})
@@ -107,10 +109,10 @@ def _taken_out(program: P, which: int) -> P:
 def undo(graph: fx.Graph, names: dict[str, fx.Node], edits: EditLog, edit: Edit) -> None:
     """Take one edit out of `graph` and its `names`, in place: its users get back the value that it replaced."""
     for move in edit.moves:
-        below = edits.value_after_removal(move)
+        previous = edits.value_after_removal(move)
         users = [user for user in names[move.after].users if user.name not in edit.nodes]
         for user in users:
-            user.replace_input_with(names[move.after], names[below])
+            user.replace_input_with(names[move.after], names[previous])
     for one in edit.size_increases:
         enlarge_size(names[one.node], one, -1)
     for name in edit.disabled_writes:

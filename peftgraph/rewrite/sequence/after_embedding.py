@@ -46,12 +46,11 @@ def _checked_inputs(m: Match, op: Builder) -> TokenInputs:
     inputs, site, embedded = token_inputs_of(m), m.site.id, embedding_output(m)
     if cached_keys(m) is not None:
         raise PeftGraphError(
-            f"Rows behind the embeddings of {site} need a model without calls before this one. Trace it without a "
-            "cache."
+            f"Rows after the embeddings of {site} need a model without calls before this one. Trace it without a cache."
         )
-    follow = reached([m.output]).keys()
-    unfinished = op.nodes_from_inputs(embedded) & follow
-    elsewhere = follow - unfinished - {embedded}
+    dependents = reached([m.output]).keys()
+    unfinished = op.nodes_from_inputs(embedded) & dependents
+    elsewhere = dependents - unfinished - {embedded}
     read = next((node for node in unfinished if not elsewhere.isdisjoint(node.users)), None)
     if read is not None:
         raise PeftGraphError(

@@ -80,10 +80,10 @@ class AxisPropagation:
         results: what the model returns with the rows, and the axes that they are on; None where these are joined.
     """
 
-    def __init__(self, m: Match, op: Builder, start: fx.Node, longer: fx.Node, rows: int) -> None:
+    def __init__(self, m: Match, op: Builder, start: fx.Node, extended: fx.Node, rows: int) -> None:
         self.m, self.op, self.rows = m, op, rows
         self.length = start.meta["val"].shape[1]
-        self.now: dict[fx.Node, Any] = {start: longer.meta["val"]}
+        self.now: dict[fx.Node, Any] = {start: extended.meta["val"]}
         self.moves: Instead = {}
         self._inside = _after(start) - set(op.nodes)
         self._start = start
@@ -93,7 +93,7 @@ class AxisPropagation:
         for node in list(canonical_order(m.graph)):
             if node in self._inside and node.op == "call_function":
                 self._visit(node)
-        self._hold()
+        self._pin_other_readers()
         leaves = [leaf for leaf in m.graph.output_node().all_input_nodes if leaf in self.now]
         self.results = {leaf: None if leaf in self._joined else self.axes(leaf) for leaf in leaves}
         for node, value in self.now.items():
@@ -109,8 +109,8 @@ class AxisPropagation:
             return frozenset()
         found = enlarged_axes(before.shape, after.shape, self.rows)
         if found is None:
-            sizes, longer = (format_sizes(*one.shape) for one in (before, after))
-            raise refusal(self.m, node, f"would give {longer} instead of {sizes}, where the rows have no axis")
+            sizes, new_sizes = (format_sizes(*one.shape) for one in (before, after))
+            raise refusal(self.m, node, f"would give {new_sizes} instead of {sizes}, where the rows have no axis")
         return found
 
     def _visit(self, node: fx.Node) -> None:
@@ -205,8 +205,8 @@ class AxisPropagation:
         position."""
         source = cast("fx.Node", node.args[0])
         shift = node.meta["val"].dim() - source.meta["val"].dim()
-        follow = frozenset(axis for axis, size in enumerate(cast("Iterable[Any]", node.args[1])) if size in self.now)
-        axes = frozenset(axis + shift for axis in self.axes(source)) | follow
+        resized = frozenset(axis for axis, size in enumerate(cast("Iterable[Any]", node.args[1])) if size in self.now)
+        axes = frozenset(axis + shift for axis in self.axes(source)) | resized
         return self._resized(node, axes) | self._agreed({source: broadcast_axes(source, node, axes)})
 
     def _resized(self, node: fx.Node, axes: Axes) -> Instead:
@@ -331,7 +331,7 @@ class AxisPropagation:
         """Return longer forms of the operands that lack the rows on some axes."""
         return {one: self._resized_values.resized(one, axes) for one, axes in wanted.items() if axes - self.axes(one)}
 
-    def _hold(self) -> None:
+    def _pin_other_readers(self) -> None:
         """Let all others read the masks and sizes that they read, where some read longer ones.
 
         Raises:

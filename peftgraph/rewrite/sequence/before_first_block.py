@@ -40,15 +40,15 @@ def insert_before_block(m: Match, op: Builder, rows_LD: fx.Node, after: int, cut
             "prepended to it."
         )
     plan = PrependedRows(m, op, int(rows_LD.meta["val"].shape[0]), after)
-    longer = plan.insert(x_BTD, plan.for_batch(rows_LD, x_BTD))
-    propagation = AxisPropagation(m, op, x_BTD, longer, plan.rows)
+    extended = plan.insert(x_BTD, plan.for_batch(rows_LD, x_BTD))
+    propagation = AxisPropagation(m, op, x_BTD, extended, plan.rows)
     ports: dict[str, fx.Node] = {}
     for leaf in m.graph.output_node().all_input_nodes if cut else []:  # they come before x is moved, which may be one
         axes = {1} if leaf is x_BTD else propagation.results.get(leaf, frozenset())
         if axes is None:
             raise refusal(m, leaf, 'is a result that has its positions and other axes on one; choose returns="all"')
         if axes:
-            value = longer if leaf is x_BTD else leaf
+            value = extended if leaf is x_BTD else leaf
             ports[RESULT + m.edits.base_value(leaf.name)] = plan.cut_axes(value, sorted(axes))
     ports |= {INPUT + m.edits.base_value(value.name): new for value, new in propagation.moves.items()}
-    return ports | {INPUT + m.edits.base_value(x_BTD.name): longer}
+    return ports | {INPUT + m.edits.base_value(x_BTD.name): extended}

@@ -5,7 +5,7 @@ results, so that a call looks as it did before:
 
 - among the tokens: every input that runs along them has entries for the rows, and these are written over what the
   entries are embedded as. In a batch that is padded on the left, the rows of each example stand right before its first
-  token, behind the padding: distances between tokens and rows are those of the example alone;
+  token, after the padding: distances between tokens and rows are those of the example alone;
 - after the embedding: the finished embeddings stay as they are, and what is read after them follows longer inputs;
 - before the first block, where nothing embeds tokens: the longer axis is followed through all that depends on it.
 """
@@ -145,7 +145,7 @@ def replace_token_rule(at: Selector, token: int, rows: Callable[[Match, Builder]
         reason: why they do not fold.
     """
 
-    def placed(m: Match, op: Builder) -> Mapping[str, fx.Node]:
+    def replace_tokens(m: Match, op: Builder) -> Mapping[str, fx.Node]:
         rows_LD, tokens_BT = rows(m, op), m.input
         here_BT = op.call(aten.eq.Scalar, tokens_BT, token)
         number_BT = op.call(aten.sub.Scalar, op.call(aten.cumsum.default, here_BT, -1), 1)
@@ -159,7 +159,7 @@ def replace_token_rule(at: Selector, token: int, rows: Callable[[Match, Builder]
 
     return Rule(
         at=at,
-        delta=placed,
+        delta=replace_tokens,
         join=Replace(exclusive=False),
         fold=reason,
         where=partial(embeds_input_tokens, at=at),

@@ -1,10 +1,10 @@
 """Prepended rows: where they stand in a sequence of tokens, and what follows from it for inputs, values and results.
 
-Rows stand after the first `after` tokens of each example: of all its positions, or of those behind the padding on its
+Rows stand after the first `after` tokens of each example: of all its positions, or of those after the padding on its
 left. Of the rows is said what is said of the token before them, or of the first one where they stand before all: its
 number, its type, that it is no padding. Positions count on, and labels are what the loss ignores.
 A graph that continues earlier calls holds P positions of them in its cache, the rows among them; a first call has none.
-Of L rows a call adds those behind the first P: all of them, or none.
+Of L rows a call adds those after the first P: all of them, or none.
 
 Shapes: B batch, T tokens of the call, L rows, N = L + T positions, D features.
 """
@@ -74,10 +74,10 @@ class PrependedRows:
         x, mask = of_tokens(self.m, name), self.inputs.mask
         is_mask = mask is not None and mask.name == name and self._padding is None
         entry = int(not mask.hides) if mask is not None and is_mask else None
-        longer = self._with_entries(x, entry, whole=name in self.inputs.whole)
+        extended = self._with_entries(x, entry, whole=name in self.inputs.whole)
         if name not in self.inputs.positions:
-            return longer
-        return self.op.call(aten.add.Tensor, longer, self._of_call(self._position_offset()))
+            return extended
+        return self.op.call(aten.add.Tensor, extended, self._of_call(self._position_offset()))
 
     def labels(self, name: str, ignored: int) -> fx.Node:
         """Return labels, (B, T) -> (B, N), with what the loss ignores for the rows."""
@@ -86,8 +86,8 @@ class PrependedRows:
     def all_inputs(self) -> dict[str, fx.Node]:
         """Return every input that runs along the tokens, and the labels, by port."""
         names = (*self.inputs.whole, *self.inputs.along)
-        longer = {INPUT + name: self.input(name) for name in names}
-        return longer | {INPUT + name: self.labels(name, ignored) for name, ignored in self.inputs.labels}
+        extended = {INPUT + name: self.input(name) for name in names}
+        return extended | {INPUT + name: self.labels(name, ignored) for name, ignored in self.inputs.labels}
 
     def recompute(self, node: fx.Node) -> fx.Node:
         """Return the value of `node` with the inputs that hold the rows; `node` itself where it does not depend on
@@ -120,8 +120,8 @@ class PrependedRows:
     def insert(self, x: fx.Node, rows: fx.Node) -> fx.Node:
         """Return x (B, T, ...) with rows (B, L, ...) at the insertion position of every example."""
         before = [self._slice(x, 1, 0, self.after)] if self.after else []
-        behind = self._slice(x, 1, self.after) if self.after else x
-        return self.op.call(aten.cat.default, [*before, rows, behind], 1)
+        rest = self._slice(x, 1, self.after) if self.after else x
+        return self.op.call(aten.cat.default, [*before, rows, rest], 1)
 
     def overwrite(self, x_BND: fx.Node, rows_LD: fx.Node) -> fx.Node:
         """Return x, which has entries for the rows already, with the rows there."""
@@ -129,8 +129,8 @@ class PrependedRows:
         if self._start() is None:
             if self.cached_keys is not None:
                 rows_LD = self._slice(rows_LD, 0, self._cached_rows())
-            *before, behind = self._around(x_BND, 1)
-            return op.call(aten.cat.default, [*before, self.for_batch(rows_LD, x_BND), behind], 1)
+            *before, rest = self._around(x_BND, 1)
+            return op.call(aten.cat.default, [*before, self.for_batch(rows_LD, x_BND), rest], 1)
         number_BN = to_device_of(op, self._expand(self._of_call(self._number()), x_BND), x_BND)
         row_BND = op.call(aten.embedding.default, rows_LD, op.call(aten.clamp.default, number_BN, 0, self.rows - 1))
         return op.call(aten.where.self, op.call(aten.unsqueeze.default, self._is_row(number_BN), -1), row_BND, x_BND)
@@ -154,8 +154,8 @@ class PrependedRows:
             )
         kept = self._count(op.call(operator.sub, op.call(aten.sym_size.int, value, axis), self._added()), start)
         first = start if self.cached_keys is None else op.call(aten.sub.Scalar, start, self._cached())
-        behind = op.call(aten.mul.Scalar, op.call(aten.ge.Tensor, kept, first), self._added())
-        index = op.call(aten.add.Tensor, kept, behind)
+        offset = op.call(aten.mul.Scalar, op.call(aten.ge.Tensor, kept, first), self._added())
+        index = op.call(aten.add.Tensor, kept, offset)
         for _ in range(axis - 1):
             index = op.call(aten.unsqueeze.default, index, 1)
         for _ in range(value.meta["val"].dim() - axis - 1):
@@ -192,7 +192,7 @@ class PrependedRows:
         return self._once("cached", lambda: self.op.call(aten.sym_size.int, keys, SEQUENCE_AXIS))
 
     def _added(self) -> fx.Node | int:
-        """Return L in a first call, 0 in later ones: the rows behind the first P."""
+        """Return L in a first call, 0 in later ones: the rows after the first P."""
         if self.cached_keys is None:
             return self.rows
 
@@ -220,7 +220,7 @@ class PrependedRows:
         return op.call(aten.add.Scalar, padding_B1, self.after) if self.after else padding_B1
 
     def _number(self) -> fx.Node:
-        """Return the number of the row at each position: negative before the rows, L and more behind them."""
+        """Return the number of the row at each position: negative before the rows, L and more after them."""
         op, start = self.op, self._start()
 
         def number() -> fx.Node:
@@ -236,9 +236,9 @@ class PrependedRows:
         return self._once("number", number)
 
     def _position_offset(self) -> fx.Node:
-        """Return how many positions each one is behind the token that it repeats: 0 before the rows, L behind them.
+        """Return how many positions each one is after the token that it repeats: 0 before the rows, L after them.
 
-        A row after a token is 1 behind it; the first row before all tokens is where the first token was.
+        A row after a token is 1 after it; the first row before all tokens is where the first token was.
         """
 
         def offset() -> fx.Node:
@@ -279,11 +279,11 @@ class PrependedRows:
             token = token if entry is None else op.call(aten.full_like.default, token, entry)
             return self.insert(x, op.call(aten.expand.default, token, [-1, self.rows]))
         source = self._source() if whole else self._source_of_call()
-        longer = op.call(aten.gather.default, x, 1, self._expand(source, x))
+        extended = op.call(aten.gather.default, x, 1, self._expand(source, x))
         if entry is None:
-            return longer
+            return extended
         is_row = self._is_row(self._expand(self._of_call(self._number()), x))
-        return op.call(aten.masked_fill.Scalar, longer, is_row, entry)
+        return op.call(aten.masked_fill.Scalar, extended, is_row, entry)
 
     # small pieces
 
@@ -294,12 +294,12 @@ class PrependedRows:
         return self.op.call(aten.slice.Tensor, x, axis, start, stop)
 
     def _around(self, x: fx.Node, axis: int) -> list[fx.Node]:
-        """Return what stands before the rows, if anything does, and behind them, where they start at `after`."""
+        """Return what stands before the rows, if anything does, and after them, where they start at `after`."""
         stop = self._added()
         if self.after:
             stop = self.op.call(operator.add, stop, self.after) if isinstance(stop, fx.Node) else stop + self.after
-        behind = self._slice(x, axis, stop)
-        return [self._slice(x, axis, 0, self.after), behind] if self.after else [behind]
+        rest = self._slice(x, axis, stop)
+        return [self._slice(x, axis, 0, self.after), rest] if self.after else [rest]
 
     def _of_call(self, x: fx.Node) -> fx.Node:
         """Return the positions of this call, of all."""
