@@ -12,12 +12,15 @@ changing W: the term of frozen copies A0, B0 is subtracted,
     y + s (drop(x) A^T) B^T - s (x A0^T) B0^T,   fold: W <- W + s (B A - B0 A0).
 
 init="olora" does the same with the first columns of Q and rows of U of the decomposition W = Q U, Q with orthonormal
-columns and U upper triangular: B = Q_R, A = U_R, whatever s is. rank_stabilised=true: s = alpha / sqrt(rank). w is
-1; `Program.mix` weights several named LoRAs. For different ranks, use one LoRA for each rank, in a pipeline.
+columns and U upper triangular: B = Q_R, A = U_R, whatever s is. init="loftq" is for weights that quantise stores as
+codes: codes and factors are chosen together, so that D + s B A is close to W, where D is the dequantised weight. The
+codes are saved with the adapter, and removing it restores the earlier ones. rank_stabilised=true: s = alpha /
+sqrt(rank). w is 1; `Program.mix` weights several named LoRAs. For different ranks, use one LoRA for each rank, in a pipeline.
 bias="lora_only" trains the whole bias of each adapted projection, bias="all" every bias, as in the authors' code;
 both fold.
 Source: arXiv 2106.09685, section 4.1; microsoft/LoRA, loralib; arXiv 2312.03732, eq. 11 (rank-stabilised); arXiv
-2404.02948, section 3 (PiSSA); arXiv 2406.01775, algorithm 1 (OLoRA).
+2404.02948, section 3 (PiSSA); arXiv 2406.01775, algorithm 1 (OLoRA); arXiv 2310.08659,
+algorithm 1 (LoftQ).
 """
 
 from __future__ import annotations
@@ -33,12 +36,13 @@ from torch import Tensor, fx
 import peftgraph as pg
 from peftgraph.authoring import AddProduct, Builder, Match, ParameterValue, Params, Pass, Rule, Train, omit_default
 from peftgraph.authoring.modules import LowRank, init
+from peftgraph.authoring.quantised import loftq
 
 aten = torch.ops.aten
 
 Start = Callable[[Tensor], None]
 
-INITS = ("kaiming", "gaussian", "pissa", "olora")
+INITS = ("kaiming", "gaussian", "pissa", "olora", "loftq")
 BIASES = ("none", "all", "lora_only")
 
 
@@ -51,9 +55,11 @@ class LoRA(Pass):
         rank: R, at least 1 and at most the smaller side of every adapted matrix.
         alpha: the scale is alpha / rank.
         dropout: on the input of the low-rank path only, in training.
-        init: of A: "kaiming" (the authors' code) or "gaussian" (the paper); of both A and B: "pissa", "olora".
+        init: of A: "kaiming" (the authors' code) or "gaussian" (the paper); of both A and B: "pissa", "olora",
+            "loftq".
         rank_stabilised: the scale is alpha / sqrt(rank) instead.
         bias: which biases also train: "none", "all" or "lora_only".
+        iterations: of LoftQ.
         weight: w, of either sign; with -1 the learned change is subtracted.
     """
 
@@ -62,9 +68,10 @@ class LoRA(Pass):
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
-    init: Literal["kaiming", "gaussian", "pissa", "olora"] = "kaiming"
+    init: Literal["kaiming", "gaussian", "pissa", "olora", "loftq"] = "kaiming"
     rank_stabilised: bool = omit_default(False)
     bias: Literal["none", "all", "lora_only"] = omit_default("none")
+    iterations: int = omit_default(5)
     weight: float = omit_default(1.0)
 
     def check(self) -> None:
@@ -72,6 +79,7 @@ class LoRA(Pass):
         self.path.check(self)
         self.require_one_of("init", INITS)
         self.require_one_of("bias", BIASES)
+        self.require(self.iterations >= 1, f"iterations must be at least 1, got {self.iterations}.")
         self.require(math.isfinite(self.weight), f"weight must be finite, got {self.weight}.")
 
     @property
@@ -112,11 +120,14 @@ class LoRA(Pass):
     def fits(self, sites: Sequence[pg.Site]) -> None:
         """Refuse a rank that no site has, or, where A and B start from the weight's singular directions, that some site
         does not reach."""
-        self.path.fits(self, sites, everywhere=self.moved)
+        self.path.fits(self, sites, everywhere=self.moved or self.init == "loftq")
 
     def delta(self, m: Match, op: Builder) -> fx.Node:
         """Return w s (drop(x) A^T) B^T, minus its initial value where that is not zero."""
-        if not self.moved:
+        if self.init == "loftq":
+            down, up = loftq(m, op, self.rank, self.scale, self.iterations)
+            y = self.path.build(self, m, op, *self.path.factors(m, op, down=down, up=up))
+        elif not self.moved:
             start = init.kaiming if self.init == "kaiming" else init.normal(1 / self.rank)
             y = self.path.build(self, m, op, *self.path.factors(m, op, down=start))
         else:

@@ -66,6 +66,30 @@ class NoFold(PeftGraphError):
         )
 
 
+class QuantisedWeights(NoFold):
+    """Weights are stored as codes, and no change folds into codes exactly.
+
+    Attributes:
+        reasons: one line for each edit, `site: reason`.
+    """
+
+    def __init__(self, reasons: list[str], weights: int) -> None:
+        super().__init__(reasons)
+        self.args = (
+            f"{weights} weight(s) are stored as codes (quantised), and a change does not fold into codes "
+            f"exactly:\n  {_first(reasons)}\nNothing was changed. The exact ways out:\n"
+            '  pg.fold(program, quantised="dequantise") folds into the dequantised weights, without codes\n'
+            "  program.module(), save_adapter() and export() keep the adapters beside the codes\n"
+            "  pg.fold(program, partial=True) folds what does not touch codes\n"
+            'Not exact: quantised="requantise" quantises the folded weights anew and reports the error of each site.',
+        )
+
+
+def _first(reasons: list[str]) -> str:
+    more = f"\n  ... and {len(reasons) - 4} more" if len(reasons) > 4 else ""
+    return "\n  ".join(reasons[:4]) + more
+
+
 class PeftGraphWarning(UserWarning):
     """A request was carried out only in part; the message says what was left out."""
 

@@ -17,6 +17,7 @@ from peftgraph.errors import NoMatch as NoMatch
 from peftgraph.errors import NoPickle as NoPickle
 from peftgraph.errors import PeftGraphError as PeftGraphError
 from peftgraph.errors import PeftGraphWarning as PeftGraphWarning
+from peftgraph.errors import QuantisedWeights as QuantisedWeights
 from peftgraph.errors import RecipeError as RecipeError
 from peftgraph.errors import TraceError as TraceError
 from peftgraph.program import Program as Program

@@ -21,12 +21,14 @@ from peftgraph.interop import native, write_back
 from peftgraph.interop.adapter_formats import OWN, load_adapter, save_adapter
 from peftgraph.ir.printer import assign_labels, print_diff, print_program, size_names
 from peftgraph.ir.program import ProgramData
+from peftgraph.ir.quantised_base import DEQUANTISES, without_codes
 from peftgraph.ir.verifier import verify as check_rules
 from peftgraph.rewrite.apply import apply
 from peftgraph.rewrite.count import Count, count
 from peftgraph.rewrite.finalize import finalize
 from peftgraph.rewrite.method import Pass, Pipeline
 from peftgraph.rewrite.mix import mix
+from peftgraph.rewrite.release import release_quantised
 from peftgraph.rewrite.remove import remove
 from peftgraph.rewrite.skipped_sites import warn_of
 from peftgraph.runtime.block_regions import find_block_regions
@@ -115,6 +117,17 @@ class Program(NotPicklable, ProgramData):
         if not -len(names) <= which < len(names):
             raise PeftGraphError(f"There is no pass number {which}; {len(names)} were applied.")
         return remove(self, self.sites, which % len(names))
+
+    def release_quantised(self) -> Program:
+        """The program without the weights that `quantise` put codes in the place of.
+
+        Their memory is free once the model and the programs that this one came from are deleted too. What needs these
+        weights, such as `remove`, refuses from then on.
+
+        Raises:
+            PeftGraphError: no weight is quantised.
+        """
+        return release_quantised(self)
 
     def without(self, *names: str) -> Program:
         """Return the program without the passes of the given names: `program.without("dog")`. The others keep their
@@ -363,7 +376,7 @@ def trace(
     progress("finding sites", 0, 0)
     sites = _sites_of(data)
     progress("verifying", 0, 0)
-    assign_labels(data.graph, titles(sites), sections(sites))
+    assign_labels(data.graph, titles(sites) | _titles_of_codes(data, sites), sections(sites))
     fields = {name: getattr(data, name) for name in data.__dataclass_fields__}
     program = Program(**fields, sites=sites)
     object.__setattr__(program, "base", program)
@@ -371,25 +384,49 @@ def trace(
     return program
 
 
+def _titles_of_codes(data: ProgramData, sites: Sites) -> dict[str, str]:
+    """The printed names of the base's own dequantised weights: those of the sites that read them."""
+    if not data.table.quantised:
+        return {}
+    readers = {
+        site.weight.parameter: site.id
+        for site in reversed(tuple(sites))
+        if site.weight is not None and site.role != "ffn.hidden"
+    }
+    found = ((node.name, readers.get(node.meta.get(DEQUANTISES, ""))) for node in data.graph.nodes)
+    return {name: f"{site}.dequantise" for name, site in found if site is not None}
+
+
 def _sites_of(base: ProgramData, patterns: Sequence[Pattern] = ()) -> Sites:
     parameters = {name for name, entry in base.table.items() if entry.kind == "parameter"}
-    return find_sites(base.graph, base.table.tensors(), size_names(base), patterns=patterns, parameters=parameters)
+    graph = without_codes(base.graph) if base.table.quantised else base.graph
+    return find_sites(graph, base.table.tensors(), size_names(base), patterns=patterns, parameters=parameters)
 
 
-def fold(program: Program, *, partial: bool = False, untie: bool = False) -> Program:
+def fold(
+    program: Program,
+    *,
+    partial: bool = False,
+    untie: bool = False,
+    quantised: Literal["refuse", "dequantise", "requantise"] = "refuse",
+) -> Program:
     """Fold every pass back into the weights and prove that the result computes the same.
 
     Args:
         program: what to fold; it is not modified, nor is its base.
         partial: fold what can be folded and keep the rest, instead of refusing.
         untie: give a tied weight that must change a tensor of its own, instead of refusing.
+        quantised: what becomes of weights that are stored as codes. "dequantise" folds into the dequantised weights,
+            as exactly as into any others, and gives a program that is not quantised. "requantise" quantises these
+            anew, which is not exact: `proof.requantised` has the error of each site.
 
     Returns:
         A program with the base's graph and new weights; `proof` records the evidence.
 
     Raises:
         NoFold: something cannot be folded exactly; every site is named with its reason.
+        QuantisedWeights: a NoFold, because weights are stored as codes.
         Conflict: several named adapters train copies of one tensor; `only` chooses one.
     """
     program.require_one_adapter()
-    return _fold(program, program.sites, partial=partial, untie=untie)
+    return _fold(program, program.sites, partial=partial, untie=untie, quantised=quantised)

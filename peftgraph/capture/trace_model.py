@@ -29,6 +29,7 @@ from peftgraph.capture.merge_modes import merge_mode_graphs
 from peftgraph.capture.mode_check import agrees_under_dtype, compare_modes
 from peftgraph.capture.normalise import normalise_graph
 from peftgraph.capture.progress import Progress, no_progress
+from peftgraph.capture.quantised_modules import codes_of_model, with_dequantised_projections, with_plain_projections
 from peftgraph.capture.submodule import observe_calls, require_served
 from peftgraph.capture.transformers_patches import patch_difference
 from peftgraph.errors import TraceError
@@ -37,6 +38,7 @@ from peftgraph.ir.graphs import call_nodes, stored_tensor_nodes
 from peftgraph.ir.interpreter import run_in_evaluation
 from peftgraph.ir.ordering import record_order
 from peftgraph.ir.program import ProgramData
+from peftgraph.ir.quantised_base import StoredCodes, read_codes
 from peftgraph.ir.shape_inference import (
     can_replace_dtype,
     fake_like,
@@ -83,12 +85,31 @@ def capture(
         TraceError: the model cannot be traced; the message names the line of its code and what to change.
     """
     with isolated_trace(model):
-        table = _table_of(model)
-        given = _with_options(bind_example(model, example), options)
-        _, program = _with_best_batch(
-            model, given, table, options, lambda one: with_cached_tokens(model, one, table.dtype)
-        )
-        return replace(program, model_class=model_class_of(model), submodules=submodule_states(model))
+        coded = codes_of_model(model)
+        return _capture_quantised(model, example, options, coded) if coded else _captured(model, example, options)[1]
+
+
+def _captured(
+    model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] | Tensor, options: Options
+) -> tuple[Example, ProgramData]:
+    table = _table_of(model)
+    given = _with_options(bind_example(model, example), options)
+    bound, program = _with_best_batch(
+        model, given, table, options, lambda one: with_cached_tokens(model, one, table.dtype)
+    )
+    return bound, replace(program, model_class=model_class_of(model), submodules=submodule_states(model))
+
+
+def _capture_quantised(
+    model: nn.Module,
+    example: Mapping[str, Any] | tuple[Any, ...] | Tensor,
+    options: Options,
+    coded: Mapping[str, StoredCodes],
+) -> ProgramData:
+    """Traces a model that holds quantised projections: one with plain ones, whose weights are codes."""
+    bound, program = _captured(with_plain_projections(model, coded), example, replace(options, verify="off"))
+    program = program.evolve(table=read_codes(program.graph, program.table, coded))
+    return compare_with_model(with_dequantised_projections(model, coded), program, bound, options.verify)
 
 
 def capture_part(
@@ -108,6 +129,8 @@ def capture_part(
     Raises:
         TraceError: there is no such submodule, it is not called or in several ways, or it cannot be traced.
     """
+    if codes_of_model(model):
+        raise TraceError(f"{type(model).__name__} holds quantised projections; trace it as a whole, without root.")
     with isolated_trace(model):
         options.progress(f"running the model, to see how {root} is called", 0, 0)
         around, outer, seen = observe_calls(model, root, example)

@@ -129,6 +129,8 @@ class Folding:
             return rule.fold
         if not edit.moves:
             return None
+        if self._is_coded(edit):
+            return "its weight is stored as codes, which hold no change exactly"
         group = self._group(edit)
         for one in group:
             blocked = self._blocked(one)
@@ -145,6 +147,12 @@ class Folding:
             )
         makers = ChainMap[str, View | None](dict.fromkeys(name for one in group for name in one.nodes), self._makers)
         return self._form_reason(group, makers) or self._sharing_reason(group, makers)
+
+    def _is_coded(self, edit: Edit) -> bool:
+        """Check whether an edit would change a weight that is stored as codes."""
+        weight = self._by_id[edit.site].weight
+        writes = not edit.installed and not rule_of(self.program, edit).training_only
+        return writes and weight is not None and self.program.table[weight.parameter].quantised is not None
 
     def _form_reason(self, group: Sequence[Edit], makers: Mapping[str, View | None]) -> str | None:
         """Return why a change of a weight, or of a bias, is no change of its site's output alone; None when it is.
@@ -309,7 +317,7 @@ class Folding:
             table = table.with_tensor(name, rounded.setdefault(id(tensor), tensor.to(dtype)))
         if not len(self.edits):
             table = table.updated({name: replace(table[name], base_tensor=None) for name in table.state})
-        erase_nodes(self.graph, _unread(self.graph))
+        erase_nodes(self.graph, _unread(self.graph, table.quantised))
         used = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
         table = table.without(name for name, entry in table.items() if entry.added and name not in used)
         history, edits = _without_folded(program, self.edits)
@@ -349,9 +357,10 @@ def _share_columns(a: Site, b: Site) -> bool:
     return not set(a.columns).isdisjoint(b.columns)
 
 
-def _unread(graph: fx.Graph) -> list[fx.Node]:
-    """Return the nodes of stored tensors that only an edit read."""
-    return [node for node in graph.nodes if node.op == "get_attr" and not node.users]
+def _unread(graph: fx.Graph, coded: Collection[str]) -> list[fx.Node]:
+    """Return the nodes of stored tensors that only an edit read; not of those in whose place codes are read."""
+    unread = [node for node in graph.nodes if node.op == "get_attr" and not node.users]
+    return [node for node in unread if "origin" in node.meta or str(node.target) not in coded]
 
 
 def _without_folded(program: ProgramData, edits: EditLog) -> tuple[tuple[AppliedPass, ...], tuple[Edit, ...]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -66,6 +66,9 @@ class Proof:
         rounding: the largest distance of a stored value from the float64 algebra, in units of the dtype's epsilon.
         probes: the comparisons of outputs; empty on the meta device.
         left: the reasons for the edits that a partial fold did not fold.
+        dequantised: the weights that were stored as codes, and into whose dequantised values was folded.
+        requantised: after folding, weights were stored as codes again, which is not exact: the norm of the difference
+            over the norm of the weight, by site.
     """
 
     text_equal: bool | None
@@ -75,6 +78,8 @@ class Proof:
     probes: tuple[Probe, ...]
     left: tuple[str, ...] = ()
     state: tuple[str, ...] = ()
+    dequantised: tuple[str, ...] = ()
+    requantised: Mapping[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         text = {True: "equal to the base's text", False: "DIFFERS", None: "not compared (partial fold)"}[
@@ -86,6 +91,10 @@ class Proof:
         ]
         if self.state:
             lines.append(f"state     {len(self.state)} buffers that training writes have the adapted program's values")
+        if self.dequantised:
+            lines.append(
+                f"codes     {len(self.dequantised)} weights were dequantised, and their values are the base here"
+            )
         if self.split:
             lines.append(f"untied    {', '.join(self.split)}")
         if self.rounding is not None:
@@ -94,6 +103,12 @@ class Proof:
             )
         lines += [f"outputs   {probe}" for probe in self.probes]
         lines += [f"left      {reason}" for reason in self.left]
+        if self.requantised:
+            worst = max(self.requantised, key=lambda site: self.requantised[site])
+            lines.append(
+                f"NOT EXACT stored as codes again at {len(self.requantised)} sites; the largest relative error is "
+                f"{self.requantised[worst]:.1e}, at {worst}"
+            )
         return "\n".join(lines)
 
 

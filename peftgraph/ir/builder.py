@@ -6,7 +6,7 @@ The builder sets the value metadata and the origin of every node that it makes, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from peftgraph.ir.dead_code import WRITE_DISABLED
 from peftgraph.ir.dtype_literals import LITERAL_FORMS
 from peftgraph.ir.edits import SizeIncrease
 from peftgraph.ir.modes import by_mode
+from peftgraph.ir.quantised import COMPUTES_IN, ROUNDS, QuantisedWeight
 from peftgraph.ir.shape_inference import ShapeInference, fake_like
 from peftgraph.ir.tensor_names import TensorNames
 from peftgraph.ir.tensor_table import TensorEntry
@@ -80,6 +81,9 @@ class Builder:
         pinned_users: nodes that keep reading their old operands, whatever the edit replaces.
         size_increases: literal sizes in existing calls that the edit increased.
         disabled_writes: existing in-place writes that the edit disabled.
+        quantised: the stored tensors that the edit put codes in the place of.
+        narrowed: the calls of others that the edit lets compute in another dtype.
+        rewritten: the codes of an earlier edit that it gave other values.
         shared_parameters: those of another use of the same weight, by full name, which this use shares.
     """
 
@@ -100,11 +104,14 @@ class Builder:
     pinned_users: set[fx.Node] = field(default_factory=set)
     size_increases: list[SizeIncrease] = field(default_factory=list)
     disabled_writes: list[str] = field(default_factory=list)
+    quantised: list[str] = field(default_factory=list)
+    narrowed: list[str] = field(default_factory=list)
+    rewritten: list[str] = field(default_factory=list)
     shared_parameters: Mapping[str, TensorEntry] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
-        """Returns the prefix of the printed names of new nodes."""
+        """Return the prefix of the printed names of new nodes."""
         return f"{self.site}.{self.word}"
 
     # parameters
@@ -185,6 +192,71 @@ class Builder:
         return self._insert(
             "get_attr", full, (), {}, name, fake_like(self.context.inference.mode, value.to(self.device))
         )
+
+    # quantised weights
+
+    def stored_codes(self, full: str, value: Tensor, shared: bool = False) -> fx.Node:
+        """Read a new persistent buffer that is never cast, such as the codes of a weight.
+
+        Args:
+            full: its name.
+            value: what it holds.
+            shared: whether all edits of the pass read the same one.
+
+        Raises:
+            Conflict: the name is taken.
+        """
+        if full in self.context.entries:
+            self.entries[full] = self.context.entries[full]
+            return self._read(full, full.rpartition(".")[2])
+        if full in self.tensor_names:
+            raise Conflict(
+                f"{self.pass_spec} would store {full} at {self.site}, which exists already (made by "
+                f"{self.tensor_names.made_by(full)})."
+            )
+        self.tensor_names.add(full, self.pass_spec)
+        self.entries[full] = TensorEntry(value.to(self.device), "buffer", added=True, keeps_dtype=True)
+        if shared:
+            self.context.entries[full] = self.entries[full]
+        return self._read(full, full.rpartition(".")[2])
+
+    def dequantise(
+        self, entries: Mapping[str, TensorEntry], how: QuantisedWeight, tensors: Mapping[str, fx.Node]
+    ) -> fx.Node:
+        """Compute a weight from its codes, which from now on are what is stored in its place.
+
+        Args:
+            entries: of the weight, by each of its names.
+            how: it is computed.
+            tensors: the nodes that read what it is computed from, by name.
+        """
+        arguments = [tensors[one] if isinstance(one, str) else one for one in how.arguments]
+        value = self._insert("call_function", how.dequantise, tuple(arguments), {}, "dequantise", None)
+        place = next(i for i, one in enumerate(arguments) if isinstance(one, torch.dtype))
+        value.meta |= {"follows": ((("args", place), "dtype"),), ROUNDS: True}
+        first = next(iter(entries.values())).tensor
+        stand_in = nn.Parameter(torch.empty(first.shape, dtype=first.dtype, device="meta"), requires_grad=False)
+        for name, entry in entries.items():
+            self.entries[name] = replace(entry, tensor=stand_in, base_tensor=entry.tensor, quantised=how)
+            self.quantised.append(name)
+        return self.call(aten.transpose.int, value, -2, -1) if how.transposed else value
+
+    def rewrite_codes(self, entries: Mapping[str, TensorEntry], known: Mapping[str, TensorEntry]) -> None:
+        """Give codes that an earlier edit stored other values.
+
+        Args:
+            entries: with the new values, by name.
+            known: what is stored now.
+        """
+        for name, entry in entries.items():
+            self.entries[name] = replace(entry, base_tensor=known[name].tensor)
+            self.rewritten.append(name)
+
+    def compute_in(self, node: fx.Node, dtype: torch.dtype) -> None:
+        """Let a call of the model that reads a dequantised weight multiply in `dtype`."""
+        if node.meta.get(COMPUTES_IN) is None:
+            node.meta[COMPUTES_IN] = dtype
+            self.narrowed.append(node.name)
 
     # computation
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from peftgraph.ir.quantised import ROUNDS
+
 # How a literal is computed from the model's dtype, by the name that is recorded. "wide" is never read off a trace:
 # passes ask for it where an operation has no half precision.
 LITERAL_FORMS: dict[str, Callable[[torch.dtype], Any]] = {
@@ -48,7 +50,7 @@ def record_literals(graph: fx.Graph, marker: torch.dtype) -> None:
 def convert_literals(graph: fx.Graph, dtype: torch.dtype | None, device: torch.device | None) -> None:
     """Set, in place, recorded literals to those of `dtype`, and every device literal to `device`."""
     for node in graph.nodes:
-        if dtype is not None:
+        if dtype is not None and not (node.meta.get(ROUNDS) and dtype == torch.float64):
             for path, form in node.meta.get("follows", ()):
                 _set(node, path, LITERAL_FORMS[form](dtype))
         if device is not None:
@@ -60,6 +62,8 @@ def convert_literals(graph: fx.Graph, dtype: torch.dtype | None, device: torch.d
 def widen_literals(graph: fx.Graph) -> None:
     """Set, in place, every floating dtype literal to float64, so that upcasts in the model do not round a proof."""
     for node in graph.nodes:
+        if node.meta.get(ROUNDS):
+            continue
         for path, value in _literals(node):
             if isinstance(value, torch.dtype) and value.is_floating_point:
                 _set(node, path, torch.float64)

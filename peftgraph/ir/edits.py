@@ -73,6 +73,9 @@ class Edit:
         join_nodes: which of the nodes put the delta in its place.
         disabled_writes: the model's in-place writes that it disabled.
         installed: the parameters of the edit that replace stored tensors, by the name of the tensor.
+        quantised: the stored tensors that codes took the place of, by name.
+        narrowed: the calls of the model that the edit lets compute in another dtype.
+        rewritten: the stored codes of an earlier edit that it gave other values, by name.
     """
 
     application: int
@@ -85,6 +88,9 @@ class Edit:
     join_nodes: frozenset[str] = frozenset()
     disabled_writes: tuple[str, ...] = ()
     installed: tuple[tuple[str, str], ...] = ()
+    quantised: tuple[str, ...] = ()
+    narrowed: tuple[str, ...] = ()
+    rewritten: tuple[str, ...] = ()
 
     def pruned(self, names: Container[str]) -> Edit:
         """Return the edit restricted to nodes that still exist, after another edit was removed."""

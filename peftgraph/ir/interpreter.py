@@ -60,9 +60,9 @@ def run_in_mode(
     recorded = {str(node.target): node.meta["val"].dtype for node in stored_tensor_nodes(graph)}
     moved: dict[int, Tensor] = {}
     for name, entry in program.table.items():
-        if id(entry.tensor) not in moved or name in recorded:
+        if entry.quantised is None and (id(entry.tensor) not in moved or name in recorded):
             moved[id(entry.tensor)] = _beside(entry, recorded.get(name, dtype)).to(device)
-    tensors = {name: moved[id(entry.tensor)] for name, entry in program.table.items()}
+    tensors = {name: moved[id(entry.tensor)] for name, entry in program.table.items() if entry.quantised is None}
     return _interpret(graph, tensors, [value.to(device) for value in inputs], watcher)
 
 
@@ -72,8 +72,9 @@ def run_in_float64(program: ProgramData, inputs: Sequence[Tensor]) -> list[Tenso
     graph = evaluation_graph(program.graph)
     widen_literals(graph)
     device = program.table.device
-    doubled = {id(entry.tensor): _double(entry.tensor).to(device) for entry in program.table.values()}
-    tensors = {name: doubled[id(entry.tensor)] for name, entry in program.table.items()}
+    stored = {name: entry.tensor for name, entry in program.table.items() if entry.quantised is None}
+    doubled = {id(tensor): _double(tensor).to(device) for tensor in stored.values()}
+    tensors = {name: doubled[id(tensor)] for name, tensor in stored.items()}
     given = [_double(value).to(device) for value in inputs]
     leaves = _interpret(graph, tensors, given, wide=True)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]

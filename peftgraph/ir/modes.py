@@ -17,6 +17,7 @@ from torch.fx.node import map_arg
 from peftgraph.errors import CallError
 from peftgraph.ir.dead_code import remove_dead_nodes, writes_in_place
 from peftgraph.ir.graphs import copy_graph
+from peftgraph.ir.quantised import fuse_dequantised_products
 
 T = TypeVar("T")
 aten = torch.ops.aten
@@ -80,6 +81,7 @@ def _one_side(graph: fx.Graph, side: int, other: str) -> fx.Graph:
             assert isinstance(value, fx.Node)
             node.replace_all_uses_with(value)
             new.erase_node(node)
+    fuse_dequantised_products(new)
     remove_dead_nodes(new, other)
     return new
 

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from peftgraph.ir.dead_code import live_nodes
 from peftgraph.ir.dtypes import short_dtype
 from peftgraph.ir.program import ProgramData
+from peftgraph.ir.quantised import COMPUTES_IN
 
 LAST = sys.maxsize
 
@@ -147,7 +148,9 @@ class Printer:
             return f"return {self.operand(node.args[0])}"
         arguments = [self.operand(value) for value in node.args]
         arguments += [f"{name}={self.operand(value)}" for name, value in node.kwargs.items() if name != "pin_memory"]
-        return f"%{node.meta['label']}: {self.type_of(node)} = {_operator(node)}({', '.join(arguments)})"
+        narrowed = node.meta.get(COMPUTES_IN)
+        inside = "" if narrowed is None else f" in {short_dtype(narrowed)}"
+        return f"%{node.meta['label']}: {self.type_of(node)} = {_operator(node)}({', '.join(arguments)}){inside}"
 
     def operand(self, value: Any) -> str:
         if isinstance(value, fx.Node):

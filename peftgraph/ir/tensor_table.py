@@ -16,6 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from peftgraph.ir.quantised import QuantisedWeight
+
 Kind = Literal["parameter", "buffer", "constant"]
 
 
@@ -30,6 +32,9 @@ class TensorEntry:
         trainable: whether training moves it.
         added: whether a pass made it; the base has no such name.
         base_tensor: the base's tensor, where a program has a copy of its own: a trainable one, or state.
+        quantised: how the values are computed from codes, where these are stored in its place; `tensor` then has the
+            shape and the dtype alone.
+        keeps_dtype: whether it is never cast, as constants of codes.
     """
 
     tensor: Tensor
@@ -38,10 +43,12 @@ class TensorEntry:
     trainable: bool = False
     added: bool = False
     base_tensor: Tensor | None = None
+    quantised: QuantisedWeight | None = None
+    keeps_dtype: bool = False
 
     @property
     def is_state(self) -> bool:
-        """Returns True for an adapted program's own copy of a buffer that training writes, such as running
+        """Return True for an adapted program's own copy of a buffer that training writes, such as running
         statistics."""
         return self.kind == "buffer" and self.base_tensor is not None
 
@@ -78,6 +85,18 @@ class TensorTable(Mapping[str, TensorEntry]):
         """Return the plain tensors by name."""
         return {name: entry.tensor for name, entry in self._entries.items()}
 
+    def value(self, name: str) -> Tensor:
+        """Return the values under a name: those that codes stand for, where the tensor is quantised."""
+        entry = self[name]
+        if entry.quantised is None:
+            return entry.tensor
+        return entry.quantised.value({one: self[one].tensor for one in entry.quantised.tensors})
+
+    @property
+    def quantised(self) -> dict[str, QuantisedWeight]:
+        """Return how quantised tensors are computed, by name."""
+        return {name: entry.quantised for name, entry in self._entries.items() if entry.quantised is not None}
+
     def tied(self, name: str) -> tuple[str, ...]:
         """Return the names that share one tensor with `name`, itself included, in table order."""
         return tuple(self._names[id(self._entries[name].tensor)])
@@ -96,7 +115,7 @@ class TensorTable(Mapping[str, TensorEntry]):
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Returns the trainable parameters, by name."""
+        """Return the trainable parameters, by name."""
         return {
             name: entry.tensor
             for name, entry in self._entries.items()
@@ -105,12 +124,12 @@ class TensorTable(Mapping[str, TensorEntry]):
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """Returns the program's own copies of buffers that training writes, by name."""
+        """Return the program's own copies of buffers that training writes, by name."""
         return {name: entry.tensor for name, entry in self._entries.items() if entry.is_state}
 
     @property
     def dtype(self) -> torch.dtype:
-        """Returns the floating dtype of the base's parameters (the most frequent one, by number of values)."""
+        """Return the floating dtype of the base's parameters (the most frequent one, by number of values)."""
         sizes: dict[torch.dtype, int] = {}
         for entry in self._entries.values():
             if entry.tensor.is_floating_point() and entry.kind == "parameter" and not entry.added:
@@ -119,10 +138,13 @@ class TensorTable(Mapping[str, TensorEntry]):
 
     @property
     def device(self) -> torch.device:
-        """Returns the device of the first base parameter (the default device when there is none)."""
+        """Return the device of the first base parameter (the default device when there is none)."""
         for entry in self._entries.values():
-            if entry.kind == "parameter" and not entry.added:
+            if entry.kind == "parameter" and not entry.added and entry.quantised is None:
                 return entry.tensor.device
+        for entry in self._entries.values():
+            if entry.quantised is not None:
+                return self[entry.quantised.tensors[0]].tensor.device
         return torch.get_default_device()
 
     def hashes(self) -> dict[str, str]:

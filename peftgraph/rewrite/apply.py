@@ -121,6 +121,7 @@ def _check_conflicts(program: ProgramData, method: Pass, chosen: list[tuple[int,
 def _check_trained(program: ProgramData, method: Pass, rule: Rule, site: Site) -> None:
     """Refuse to train a tensor that trains already, unless both do so for adapters of different names."""
     for name in _own_names(site, rule):
+        _check_stored(program, method, name, site)
         for edit in program.edits:
             other = program.history[edit.application]
             apart = method.name and other.name and method.name != other.name
@@ -128,6 +129,16 @@ def _check_trained(program: ProgramData, method: Pass, rule: Rule, site: Site) -
             claimed = {*edit.parameters, *(stored for stored, _ in edit.installed)}
             if not apart and not claimed.isdisjoint(tied):
                 raise Conflict(f"{method} and {other.method} both train {name} (at {site.id}). Apply one of them.")
+
+
+def _check_stored(program: ProgramData, method: Pass, name: str, site: Site) -> None:
+    """Refuse to train a tensor that is stored as codes."""
+    how = program.table[name].quantised
+    if how is not None:
+        raise Conflict(
+            f"{method} would train {name} (at {site.id}), which {how.made_by} stores as codes. Leave that site out, or "
+            "train an adapter there, such as lora."
+        )
 
 
 def _replaced(program: ProgramData) -> dict[tuple[str, str], Pass]:
@@ -265,7 +276,8 @@ class _Work:
         self._refresh(match, resized, {self.names[one.node] for one in stretched})
         self._keep(builder)
         nodes = tuple(node.name for node in builder.nodes)
-        parameters = tuple(name for name, entry in builder.entries.items() if entry.kind == "parameter")
+        made = {name: entry for name, entry in builder.entries.items() if entry.quantised is None}
+        parameters = tuple(name for name, entry in made.items() if entry.kind == "parameter")
         return Edit(
             self.application,
             use.number,
@@ -276,6 +288,9 @@ class _Work:
             stretched,
             join_nodes=frozenset(nodes[count:]),
             disabled_writes=tuple(builder.disabled_writes),
+            quantised=tuple(builder.quantised),
+            narrowed=tuple(builder.narrowed),
+            rewritten=tuple(builder.rewritten),
         )
 
     def _keep(self, builder: Builder) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,40 @@ class Change:
 
 
 @dataclass(frozen=True)
+class Bytes:
+    """The bytes of a program's tensors; of tied ones once.
+
+    Attributes:
+        base: of the base, as the model stores it.
+        weights: of what is stored of it as it was; what trains and copies of state are among `adapters`.
+        codes: of quantised weights.
+        constants: of their blocks or rows, with the tables of codes.
+        adapters: of what passes added, and of the program's own copies of tensors of the base.
+        optimiser: of the two moments that Adam keeps of what trains.
+        full_optimiser: of those that it would keep if all parameters of the base trained.
+    """
+
+    base: int
+    weights: int
+    codes: int
+    constants: int
+    adapters: int
+    optimiser: int
+    full_optimiser: int
+
+    @property
+    def stored(self) -> int:
+        """What the program stores in place of the base."""
+        return self.weights + self.codes + self.constants + self.adapters
+
+    def __str__(self) -> str:
+        return (
+            f"stored {self.stored:,} bytes of {self.base:,} (weights {self.weights:,}, codes {self.codes:,}, constants "
+            f"{self.constants:,}, adapters {self.adapters:,}); Adam {self.optimiser:,} of {self.full_optimiser:,}"
+        )
+
+
+@dataclass(frozen=True)
 class Count:
     """The sizes of a program.
 
@@ -43,6 +77,8 @@ class Count:
         total: values of the base's own parameters; tied ones once.
         changes: one entry for each changed window.
         state: values of buffers that training writes and that belong to the adapted program.
+        bytes: of what is stored; counting needs no weights.
+        quantised: how many weights are stored as codes.
     """
 
     trainable: int
@@ -50,7 +86,9 @@ class Count:
     changed: int
     total: int
     changes: tuple[Change, ...]
+    bytes: Bytes
     state: int = 0
+    quantised: int = 0
 
     @property
     def percent(self) -> float:
@@ -70,6 +108,7 @@ class Count:
             f"trainable {self.trainable:,} ({self.percent:.4f} %), added {self.added:,}, changed {self.changed:,}, "
             f"total {self.total:,}; changes: {', '.join(parts) or 'none'}"
             + (f"; state {self.state:,}" if self.state else "")
+            + (f"; {self.quantised} weights as codes: {self.bytes}" if self.quantised else "")
         )
 
 
@@ -83,8 +122,35 @@ def count(program: ProgramData, sites: Sites) -> Count:
         changed=sum(changed.values()),
         total=sum(p.numel() for p in _unique(program.table, lambda e: not e.added and e.kind == "parameter")),
         changes=changes,
-        state=sum(buffer.numel() for buffer in _unique(program.table, lambda e: e.is_state)),
+        bytes=count_bytes(program.table),
+        state=sum(buffer.numel() for buffer in _unique(program.table, lambda e: e.is_state and not e.keeps_dtype)),
+        quantised=len(_unique(program.table, lambda e: e.quantised is not None)),
     )
+
+
+def count_bytes(table: TensorTable) -> Bytes:
+    """Count the bytes of a table's tensors; also on the meta device."""
+    of_codes = {how.tensors[0] for how in table.quantised.values()}
+    beside = {name for how in table.quantised.values() for name in how.tensors[1:]}
+    parts: dict[str, dict[int, torch.Tensor]] = {
+        one: {} for one in ("base", "weights", "codes", "constants", "adapters")
+    }
+    for name, entry in table.items():
+        if not entry.added:
+            before = entry.tensor if entry.base_tensor is None else entry.base_tensor
+            parts["base"][id(before)] = before
+        if entry.quantised is None:
+            own = entry.added or entry.base_tensor is not None
+            part = "codes" if name in of_codes else "constants" if name in beside else "adapters" if own else "weights"
+            parts[part][id(entry.tensor)] = entry.tensor
+    trained = _unique(table, lambda entry: entry.trainable)
+    parameters = _unique(table, lambda entry: entry.kind == "parameter" and not entry.added)
+    sizes = {part: _bytes(tensors.values()) for part, tensors in parts.items()}
+    return Bytes(**sizes, optimiser=2 * _bytes(trained), full_optimiser=2 * _bytes(parameters))
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def rule_of(program: ProgramData, edit: Edit) -> Rule:

@@ -13,6 +13,7 @@ from peftgraph.ir.builder import Builder
 from peftgraph.ir.edits import Anchor, EditLog
 from peftgraph.ir.modes import DROPOUTS
 from peftgraph.ir.program import AppliedPass, ProgramData
+from peftgraph.ir.quantised_base import DEQUANTISES
 from peftgraph.ir.tensor_table import TensorTable
 from peftgraph.rewrite.nesting import Nesting, nesting_of
 from peftgraph.rewrite.weight_views import ParameterValue, View, bias_view, bind, rows_view, scale_view, weight_view
@@ -84,7 +85,11 @@ class Match:
         return next(node for name in names for node in self._readers_of(name))
 
     def _readers_of(self, parameter: str) -> list[str]:
-        """Return the base's nodes that read a stored tensor under one of its names."""
+        """Return the base's nodes that read a stored tensor under one of its names, or compute it from codes of the base."""
+        if self.table[parameter].quantised is not None:
+            found = [node.name for node in self.graph.nodes if node.meta.get(DEQUANTISES) == parameter]
+            if found:
+                return found
         return [
             node.name for node in self.graph.find_nodes(op="get_attr", target=parameter) if "origin" not in node.meta
         ]
@@ -235,6 +240,10 @@ class Match:
         if same_layer:
             found = tuple(s for s in found if (s.stack, s.layer) == (self.site.stack, self.site.layer))
         return tuple(replace(self, site=site) for site in found)
+
+    def at_site(self, site: Site) -> Match:
+        """The match of another site in the same graph."""
+        return replace(self, site=site)
 
     # weights
 
@@ -465,7 +474,8 @@ class Match:
         weight = self.site.weight
         if weight is None or weight.parameter != view.parameter:
             return op.stored_tensor(view.parameter, self.table[view.parameter].tensor)
-        if weight.computed is None and not self.edits.moves_at(self.port("weight")):
+        plain = self.names[self.port("weight")].op == "get_attr"
+        if weight.computed is None and plain and not self.edits.moves_at(self.port("weight")):
             return op.stored_tensor(view.parameter, self.table[view.parameter].tensor)
         return self.value("weight")
 

@@ -16,6 +16,7 @@ from peftgraph.ir.edits import Edit, EditLog
 from peftgraph.ir.graphs import copy_graph
 from peftgraph.ir.ordering import in_canonical_order, infer_changed_values
 from peftgraph.ir.program import AppliedPass, ProgramData
+from peftgraph.ir.quantised import COMPUTES_IN
 from peftgraph.ir.shape_inference import ShapeInference, fake_mode_of, same_metadata
 from peftgraph.ir.tensor_table import TensorEntry
 from peftgraph.ir.verifier import verify
@@ -92,6 +93,8 @@ def _taken_out(program: P, which: int) -> P:
         infer_changed_values(graph, resized, inference, {names[one.node] for one in edit.size_increases})
     made = {name for edit in gone for name in edit.parameters}
     table = table.updated({name: _before(table[name]) for name in made if not table[name].added})
+    table = table.updated({name: _before(table[name]) for edit in gone for name in edit.rewritten if name in table})
+    table = table.updated({name: _unquantised(name, table[name]) for edit in gone for name in edit.quantised})
     table = table.without(name for name in made if table[name].added)
     kept = tuple(replace(e, application=e.application - (e.application > which)).pruned(names) for e in edits)
     history = program.history[:which] + program.history[which + 1 :]
@@ -117,6 +120,8 @@ def undo(graph: fx.Graph, names: dict[str, fx.Node], edits: EditLog, edit: Edit)
         enlarge_size(names[one.node], one, -1)
     for name in edit.disabled_writes:
         del names[name].meta[WRITE_DISABLED]
+    for name in edit.narrowed:
+        del names[name].meta[COMPUTES_IN]
     gone = dict.fromkeys(names[name] for name in edit.nodes)
     reader = next((user for node in gone for user in node.users if user not in gone), None)
     assert reader is None, f"the edit at {edit.site} is still read by %{reader}"
@@ -128,3 +133,17 @@ def undo(graph: fx.Graph, names: dict[str, fx.Node], edits: EditLog, edit: Edit)
 def _before(entry: TensorEntry) -> TensorEntry:
     assert entry.base_tensor is not None
     return replace(entry, tensor=entry.base_tensor, trainable=False, base_tensor=None)
+
+
+def _unquantised(name: str, entry: TensorEntry) -> TensorEntry:
+    """Return the entry of a quantised weight as it was before.
+
+    Raises:
+        PeftGraphError: only its codes are known.
+    """
+    if entry.base_tensor is None:
+        raise PeftGraphError(
+            f"The weight {name} is known by its codes alone, so that what it was before quantisation cannot be given "
+            'back. Trace the model anew, or take the dequantised weights: pg.fold(program, quantised="dequantise").'
+        )
+    return replace(entry, tensor=entry.base_tensor, base_tensor=None, quantised=None)

@@ -164,5 +164,5 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def bind(view: View, table: TensorTable, precision: torch.dtype | None = None) -> ParameterValue:
     """Return `view` with its current values in `table`, in `precision`, by default the dtype in which folding
     accumulates."""
-    full = table[view.parameter].tensor.detach()
+    full = table.value(view.parameter).detach()
     return ParameterValue(view, view.get(full).to(precision or accumulation_dtype(full.dtype)))

@@ -105,6 +105,8 @@ class GraphModule(NotPicklable, nn.Module):
         children = SubmoduleFactory(self, known, {block.path for block in run.blocks})
         children.make_all()
         for name, entry in table.items():
+            if entry.quantised is not None:
+                continue  # its codes are stored in its place
             path, _, leaf = name.rpartition(".")
             owner = children.at(path)
             if entry.kind == "parameter":
@@ -118,7 +120,7 @@ class GraphModule(NotPicklable, nn.Module):
                 elif id(tensor) in written:
                     tensor = copies.setdefault(id(tensor), tensor.clone())
                 owner.register_buffer(leaf, tensor, persistent=entry.persistent)
-            if entry.kind == "constant":
+            if entry.kind == "constant" or entry.keeps_dtype:
                 run.constants.append(name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GraphModule:

@@ -8,18 +8,28 @@ import torch
 from torch import fx
 
 from peftgraph.ir.graphs import copy_graph
+from peftgraph.ir.quantised import DEQUANTISERS, DequantisedProduct
+from peftgraph.runtime.plain_codes import spell_dequantiser, spell_product
 
 aten = torch.ops.aten
 
 
 def in_plain_aten(graph: fx.Graph) -> fx.Graph:
-    """Return a copy of `graph` with experts' grouped products decomposed into one product for each expert, selected by
-    row."""
+    """Return a copy of `graph` with what other software does not know decomposed: weights that are computed from codes,
+    and experts' grouped products, which become one product for each expert, selected by row."""
     new = copy_graph(graph)
+    for node in list(new.nodes):
+        if isinstance(node.target, DequantisedProduct):
+            spell_product(new, node)
+    for node in list(new.nodes):
+        if node.target in DEQUANTISERS:
+            spell_dequantiser(new, node)
     for node in list(new.nodes):
         if str(node.target).startswith(("transformers.grouped_mm_fallback", "aten._grouped_mm")):
             with new.inserting_before(node):
-                node.replace_all_uses_with(_spelled_out(new, *node.args[:3]))
+                total = _spelled_out(new, *node.args[:3])
+            total.meta = dict(node.meta)
+            node.replace_all_uses_with(total)
             new.erase_node(node)
     return new
 

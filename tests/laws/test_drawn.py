@@ -37,7 +37,7 @@ RANKS = {"at": selectors(), "rank": st.integers(1, 2), "alpha": st.floats(0.1, 3
 WIDE = {"at": SUBLAYERS, "width": SMALL, "name": NAMES}
 BIASES = st.sampled_from([pg.bias, pg.bias & pg.layers(0)])
 GATED = (passes.LoRA(rank=1, alpha=1.0), passes.Prefix(length=2, hidden=3), passes.SerialAdapter(width=2))
-AWAY = passes.Prefix | passes.Prompt | passes.PTuning | passes.UniPELT
+AWAY = passes.Prefix | passes.Prompt | passes.PTuning | passes.UniPELT | passes.Quantise
 DRAWN: dict[type[Pass], st.SearchStrategy[Pass]] = {
     passes.LoRA: st.builds(passes.LoRA, **RANKS, init=st.sampled_from(["kaiming", "pissa", "olora"])),
     passes.AdaLoRA: st.builds(
@@ -51,6 +51,13 @@ DRAWN: dict[type[Pass], st.SearchStrategy[Pass]] = {
     passes.IA3: st.builds(passes.IA3, at=selectors().map(lambda at: at | pg.ffn.hidden), name=NAMES),
     passes.BitFit: st.builds(passes.BitFit, at=BIASES),
     passes.Freeze: st.builds(passes.Freeze, at=selectors()),
+    passes.Quantise: st.builds(
+        passes.Quantise,
+        at=st.sampled_from([pg.ffn.up, pg.ffn.down, pg.parse_selector("attention.*")]),
+        format=st.sampled_from(["nf4", "int8"]),
+        compute=st.just("stored"),
+        name=NAMES,
+    ),
     passes.TrainableTokens: st.builds(
         passes.TrainableTokens, tokens=st.lists(st.integers(0, 60), min_size=40, unique=True).map(tuple), name=NAMES
     ),

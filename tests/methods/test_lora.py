@@ -168,7 +168,10 @@ def test_the_three_counts_of_bert_base(real: Any) -> None:
         ({"rank": -3}, "lora: rank must be at least 1, got -3."),
         ({"dropout": 1.0}, "lora: dropout must lie in [0, 1), got 1.0."),
         ({"dropout": -0.1}, "lora: dropout must lie in [0, 1), got -0.1."),
-        ({"init": "xavier"}, 'lora: init must be "kaiming" or "gaussian" or "pissa" or "olora", got \'xavier\'.'),
+        (
+            {"init": "xavier"},
+            'lora: init must be "kaiming" or "gaussian" or "pissa" or "olora" or "loftq", got \'xavier\'.',
+        ),
     ],
 )
 def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:

@@ -45,6 +45,7 @@ from peftgraph.passes import (
     Prefix,
     Prompt,
     PTuning,
+    Quantise,
     SerialAdapter,
     TrainableTokens,
     UniPELT,
@@ -140,6 +141,13 @@ LINES: dict[str, Line] = {
     "tokens": Line((TrainableTokens(tokens=truth.TOKENS),), meaningless=no_table),
     "lora+tokens": Line(
         (LoRA(at=EVERYWHERE, rank=2), TrainableTokens(tokens=truth.TOKENS)), variant=True, meaningless=no_table
+    ),
+    "quantise+lora": Line(
+        (Quantise(at=EVERYWHERE, compute="stored"), LoRA(at=EVERYWHERE, rank=2)),
+        folds=False,
+        away=True,
+        reference=False,
+        variant=True,
     ),
     "serial": Line((SerialAdapter(width=3),), folds=False, variant=True),
     "lora+ia3": Line((LoRA(at=EVERYWHERE, rank=2), IA3()), variant=True),

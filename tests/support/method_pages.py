@@ -58,6 +58,7 @@ PAGES = (
     Page("Freeze", (passes.Freeze(top=2), passes.Freeze(at=pg.norm))),
     Page("FreezeStatistics", (passes.FreezeStatistics(),), RESNET),
     Page("TrainableTokens", (passes.TrainableTokens(tokens=(1, 2, 3, 4)),)),
+    Page("Quantise", (passes.Quantise(), passes.Quantise(format="int8"))),
     Page("SerialAdapter", (passes.SerialAdapter(),)),
     Page("Houlsby", (passes.Houlsby(),)),
     Page("Pfeiffer", (passes.Pfeiffer(),)),

@@ -179,7 +179,7 @@ def _changes_rows(program: ProgramData, site: Site, one: Adapted) -> bool:
     assert view is not None
     still = not bool(one.b_OR[..., rows, :].any())
     if still and one.magnitude_O is not None:
-        norm_O = torch.linalg.vector_norm(view.get(program.table[view.parameter].tensor.detach()), 2, -1)
+        norm_O = torch.linalg.vector_norm(view.get(program.table.value(view.parameter).detach()), 2, -1)
         return not torch.allclose(one.magnitude_O[rows].to(norm_O), norm_O, rtol=1e-6, atol=0)
     return not still
 

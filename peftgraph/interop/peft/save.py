@@ -111,8 +111,13 @@ def _adapted_sites(program: ProgramData, sites: Sites) -> dict[type[Pass], Adapt
     found: dict[type[Pass], list[AdaptedSite[Any]]] = {}
     for edit in program.edits:
         method, site = program.history[edit.application].method, by_id[edit.site]
-        if not edit.moves:
+        if not edit.moves or edit.quantised:  # how the base is stored is no part of peft's directory
             continue
+        if edit.rewritten:
+            raise AdapterError(
+                f"{method} at {site} cannot be written for peft: it goes with codes of its own, which peft's directory "
+                "does not hold."
+            )
         if type(method) not in {*WRITERS, BitFit}:
             raise AdapterError(f"{method} at {site} cannot be written for peft, which has no {method.word}.")
         own = {name.rpartition(".")[2]: program.table[name].tensor.detach() for name in edit.parameters}

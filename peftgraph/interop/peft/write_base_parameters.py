@@ -29,7 +29,8 @@ def trained_values(program: ProgramData, shifted: Sequence[AdaptedSite[BitFit]])
     Raises:
         AdapterError: there is no bias to add to.
     """
-    values = {name: entry.tensor.detach() for name, entry in program.table.items() if entry.base_tensor is not None}
+    own = {name: entry for name, entry in program.table.items() if entry.base_tensor is not None}
+    values = {name: entry.tensor.detach() for name, entry in own.items() if entry.quantised is None}
     for one in shifted:
         view = bias_view(one.site)
         if view is None:

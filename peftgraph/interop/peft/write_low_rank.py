@@ -131,7 +131,7 @@ def _weight_adapter(program: ProgramData, sites: Sites, parameter: str, paths: S
 
 def _add_up(program: ProgramData, parameter: str, paths: Sequence[LowRankPath]) -> WeightAdapter:
     """Return one path on all rows of a weight."""
-    stored, site = program.table[parameter].tensor, paths[0].site
+    stored, site = program.table.value(parameter), paths[0].site
     view = weight_view(site)
     assert view is not None
     matrix_OI = replace(view, window=None).get(stored.detach())
