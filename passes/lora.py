@@ -15,9 +15,9 @@ init="olora" does the same with the first columns of Q and rows of U of the deco
 columns and U upper triangular: B = Q_R, A = U_R, whatever s is. init="loftq" is for weights that quantise stores as
 codes: codes and factors are chosen together, so that D + s B A is close to W, where D is the dequantised weight. The
 codes are saved with the adapter, and removing it restores the earlier ones. rank_stabilised=true: s = alpha /
-sqrt(rank). w is 1; `Program.mix` weights several named LoRAs. For different ranks, use one LoRA for each rank, in a pipeline.
-bias="lora_only" trains the whole bias of each adapted projection, bias="all" every bias, as in the authors' code;
-both fold.
+sqrt(rank). w is 1; `Program.mix` weights several named LoRAs. For different ranks, use one LoRA for each rank, in a
+pipeline. bias="lora_only" trains the whole bias of each adapted projection, bias="all" every bias, as in the authors'
+code; both fold.
 Source: arXiv 2106.09685, section 4.1; microsoft/LoRA, loralib; arXiv 2312.03732, eq. 11 (rank-stabilised); arXiv
 2404.02948, section 3 (PiSSA); arXiv 2406.01775, algorithm 1 (OLoRA); arXiv 2310.08659,
 algorithm 1 (LoftQ).

@@ -84,7 +84,7 @@ class Quantise(Pass):
         return m.site.weight is not None and next(one for one in self.sharing(m)).site == m.site
 
     def sharing(self, m: Match) -> list[Match]:
-        """The chosen sites that read the same stored tensor; those that do not look it up first."""
+        """Return the chosen sites that read the same stored tensor; those that do not look it up first."""
         found = [one for one in m.related(self.at) if m.shares_weight(one)]
         return sorted(found, key=lambda one: one.site.role == "embedding")
 
@@ -99,14 +99,14 @@ class Quantise(Pass):
         return {first: value, **{port: op.call(aten.alias.default, value) for port in others}}
 
     def stored(self, m: Match) -> str:
-        """The name of the tensor; refuses what cannot be stored as codes."""
+        """Return the name of the tensor; what cannot be stored as codes is refused."""
         self.fits(m)
         weight = m.site.weight
         assert weight is not None
         return weight.parameter
 
     def codes(self, m: Match, op: Builder) -> tuple[QuantisedWeight, dict[str, fx.Node]]:
-        """The codes and constants of the whole stored tensor, and how it is computed from them."""
+        """Return the codes and constants of the whole stored tensor, and how it is computed from them."""
         parameter, weight = self.stored(m), m.site.weight
         assert weight is not None
         transposed = weight.transposed and m.site.role != "embedding"

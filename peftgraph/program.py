@@ -119,7 +119,7 @@ class Program(NotPicklable, ProgramData):
         return remove(self, self.sites, which % len(names))
 
     def release_quantised(self) -> Program:
-        """The program without the weights that `quantise` put codes in the place of.
+        """Return the program without the weights that `quantise` put codes in the place of.
 
         Their memory is free once the model and the programs that this one came from are deleted too. What needs these
         weights, such as `remove`, refuses from then on.
@@ -385,7 +385,7 @@ def trace(
 
 
 def _titles_of_codes(data: ProgramData, sites: Sites) -> dict[str, str]:
-    """The printed names of the base's own dequantised weights: those of the sites that read them."""
+    """Return the printed names of the base's own dequantised weights: those of the sites that read them."""
     if not data.table.quantised:
         return {}
     readers = {

@@ -80,7 +80,7 @@ def _four_bits(name: str, module: Any, dtype: torch.dtype | None, tables: dict[s
 
 
 def _shared(name: str, own: str, table: Tensor, known: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A table of codes under the name that all weights share, or under its own where it is another one."""
+    """Return a table of codes under the name that all weights share, or under its own where it is another one."""
     first = known.setdefault(name, table.detach())
     return {name: first} if torch.equal(first, table) else {own: table.detach()}
 
@@ -140,7 +140,7 @@ def _plain(module: Any, one: StoredCodes) -> nn.Module:
 
 
 def _bias(bias: nn.Parameter | None, one: StoredCodes) -> nn.Parameter | None:
-    """The bias in the dtype of the model: a run of the model may have cast it to that of its products."""
+    """Return the bias in the dtype of the model: a run of the model may have cast it to that of its products."""
     if bias is None or bias.dtype == one.dtype:
         return bias
     return nn.Parameter(bias.detach().to(one.dtype), requires_grad=bias.requires_grad)

@@ -83,7 +83,7 @@ DEQUANTISERS = (DEQUANTISE_4BIT, DEQUANTISE_INT8)
 
 
 def _pairs(table: Tensor) -> Tensor:
-    """The two values that each byte stands for, (256, 2)."""
+    """Return the two values that each byte stands for, (256, 2)."""
     return torch.stack([table.repeat_interleave(16), table.repeat(16)], 1)
 
 
@@ -186,7 +186,7 @@ class DequantisedProduct:
         return self.product(*given, **dict(self.keywords)).to(x.dtype)
 
     def multiplied(self, operands: Sequence[Any]) -> Tensor:
-        """The operand that the weight multiplies: behind the bias of `addmm` and `baddbmm`, else the first."""
+        """Return the operand that the weight multiplies: behind the bias of `addmm` and `baddbmm`, else the first."""
         return operands[1 if _word(self.product) in ("addmm", "baddbmm") else 0]
 
     @property
@@ -196,7 +196,7 @@ class DequantisedProduct:
         return self.position == place and not self.keywords
 
     def plain_gradients(self, weight: Tensor, operands: Sequence[Any], grad: Tensor) -> list[Tensor | None]:
-        """The gradients by the operands of x M + b.
+        """Return the gradients by the operands of x M + b.
 
         Args:
             weight: (O, I) of a linear, else (I, O).
@@ -270,13 +270,13 @@ class _Product(torch.autograd.Function):
 
 
 def _shape_of(codes: Sequence[Any]) -> Sequence[int]:
-    """The shape of the matrix that codes stand for."""
+    """Return the shape of the matrix that codes stand for."""
     shape = next((one for one in codes if isinstance(one, list | tuple)), None)
     return codes[0].shape if shape is None else shape
 
 
 def _replayed(ctx: Any, codes: Sequence[Any], operands: Sequence[Any], grad: Tensor) -> list[Tensor | None]:
-    """The gradients of any product, which runs once more."""
+    """Return the gradients of any product, which runs once more."""
     needed = ctx.needs_input_grad[3 + ctx.split :]
     leaves = [
         one.detach().requires_grad_(need) if isinstance(one, Tensor) else one

@@ -70,7 +70,7 @@ def _read_codes(graph: fx.Graph, node: fx.Node, one: StoredCodes, inference: Sha
 
 
 def _dequantiser(graph: fx.Graph, node: fx.Node, one: StoredCodes, inference: ShapeInference) -> fx.Node:
-    """The nodes that compute a weight, behind `node`, in the dtype of the model."""
+    """Return the nodes that compute a weight, behind `node`, in the dtype of the model."""
     arguments: list[Any] = []
     cursor = node
     for given in one.how.arguments:

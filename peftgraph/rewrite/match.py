@@ -85,7 +85,7 @@ class Match:
         return next(node for name in names for node in self._readers_of(name))
 
     def _readers_of(self, parameter: str) -> list[str]:
-        """Return the base's nodes that read a stored tensor under one of its names, or compute it from codes of the base."""
+        """Return the base's nodes that read a stored tensor under one of its names, or compute it from codes."""
         if self.table[parameter].quantised is not None:
             found = [node.name for node in self.graph.nodes if node.meta.get(DEQUANTISES) == parameter]
             if found:
@@ -242,7 +242,7 @@ class Match:
         return tuple(replace(self, site=site) for site in found)
 
     def at_site(self, site: Site) -> Match:
-        """The match of another site in the same graph."""
+        """Return the match of another site in the same graph."""
         return replace(self, site=site)
 
     # weights

@@ -38,7 +38,7 @@ def spell_product(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _cast(graph: fx.Graph, operand: Any, dtype: torch.dtype) -> Any:
-    """A floating operand in some dtype; any other as it is."""
+    """Return a floating operand in some dtype; any other as it is."""
     value = operand.meta["val"] if isinstance(operand, fx.Node) else None
     if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dtype == dtype:
         return operand
@@ -46,7 +46,7 @@ def _cast(graph: fx.Graph, operand: Any, dtype: torch.dtype) -> Any:
 
 
 def _known(node: fx.Node) -> fx.Node:
-    """A call with its value under fake tensors."""
+    """Return a call with its value under fake tensors."""
     assert not isinstance(node.target, str)
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda operand: operand.meta["val"])
     node.meta["val"] = node.target(*args, **kwargs)
