@@ -182,7 +182,7 @@ class RankAllocator(TrainingHooks):
         if not self.method.orthogonality:
             return None
         terms: list[Tensor] = []
-        for q_RI, _, p_OR in self.sites.values():
+        for q_RI, _, p_OR in (map(full, parts) for parts in self.sites.values()):
             for gram_RR in (q_RI @ q_RI.mT, p_OR.mT @ p_OR):
                 eye = torch.eye(gram_RR.shape[-1], dtype=gram_RR.dtype, device=gram_RR.device)
                 terms += list(torch.linalg.matrix_norm(gram_RR - eye).reshape(-1))
@@ -243,6 +243,7 @@ class RankAllocator(TrainingHooks):
             return torch.ones_like(scores, dtype=torch.bool)
         return scores > torch.kthvalue(scores, len(scores) - budget).values
 
+    @torch.no_grad()
     def keep(self, kept: Tensor) -> None:
         """Set e to zero where a triplet is not kept."""
         sizes = [e.numel() for _, e, _ in self.sites.values()]

@@ -14,7 +14,7 @@ Source: arXiv 2010.11918, section 3.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -23,6 +23,7 @@ from torch import fx
 
 import peftgraph as pg
 from peftgraph.authoring import Add, AddProduct, Builder, Match, Pass, Rule
+from peftgraph.authoring.training import AdaptedSite, TrainingHooks
 
 aten = torch.ops.aten
 
@@ -54,6 +55,10 @@ class AdapterDrop(Pass):
     def rules(self) -> list[Rule]:
         """Return the adapter's own rules, narrowed to the upper blocks and gated."""
         return [rule if rule.delta is None else self.dropped(rule) for rule in self.adapter.rules()]
+
+    def training_hooks(self, sites: Sequence[AdaptedSite], steps: int) -> TrainingHooks | None:
+        """Make the hooks of the adapter's own method."""
+        return self.adapter.training_hooks(sites, steps)
 
     def dropped(self, rule: Rule) -> Rule:
         """Return a rule without its lowest blocks."""

@@ -67,7 +67,7 @@ class DiffPruning(Pass):
 
     def rules(self) -> list[Rule]:
         """Add the difference to weights, to scales of norms, and to biases."""
-        return difference_rules(self.at, self.difference, self.added, count_changed)
+        return difference_rules(self.at, self.difference, self.added, self.count_changed)
 
     def difference(self, m: Match, op: Builder, stored: ParameterValue) -> fx.Node:
         """Compute z z' w."""
@@ -92,6 +92,19 @@ class DiffPruning(Pass):
         """Compute W + g, where g is not zero."""
         g = difference(p)
         return torch.where(g == 0, stored.value, stored.value + g)
+
+    def count_changed(self, p: Params) -> int:
+        """Return how many entries differ; before the choice, how many may in the end."""
+        if p[W].device.type == "meta" or not is_fixed(p):
+            return max(1, int(self.target * p[W].numel()))
+        return int((difference(p) != 0).sum())
+
+    def file_bytes(self, parameters: Mapping[str, Tensor]) -> int:
+        """Return the bytes of the values and places of the entries that may differ."""
+        if W not in parameters:
+            return 0
+        w = parameters[W]
+        return max(1, int(self.target * w.numel())) * (w.element_size() + place_dtype(w.numel()).itemsize)
 
     def training_hooks(self, sites: Sequence[AdaptedSite], steps: int) -> TrainingHooks:
         """Make the hooks that add the term of the loss and choose the entries."""
@@ -134,14 +147,6 @@ def difference(p: Mapping[str, Tensor]) -> Tensor:
     return g * expected_gate(p[GROUP]) if GROUP in p else g
 
 
-def count_changed(p: Params) -> int:
-    """Return how many entries differ; all of them where nothing was learned yet."""
-    if p[W].device.type == "meta":
-        return p[W].numel()
-    found = int((difference(p) != 0).sum())
-    return found if found or is_fixed(p) else p[W].numel()
-
-
 def is_fixed(p: Mapping[str, Tensor]) -> bool:
     """Tell whether the entries that differ are chosen."""
     return bool((p[A].abs() == SURE).all())
@@ -160,7 +165,8 @@ class MagnitudePruning(TrainingHooks):
         if self.chosen or not self.method.penalty:
             return None
         terms: list[Tensor] = []
-        for part in self.parts:
+        for sharded in self.parts:
+            part = {name: full(value) for name, value in sharded.items()}
             entries = torch.sigmoid(part[A] - math.log(-LOW / HIGH)).sum()
             if GROUP in part:
                 group = torch.sigmoid(part[GROUP] - math.log(-LOW / HIGH)).sum()
@@ -176,6 +182,7 @@ class MagnitudePruning(TrainingHooks):
             for part in self.parts:
                 self.fix(part, full(part[A]) > 0)
 
+    @torch.no_grad()
     def choose(self) -> None:
         """Keep the entries with the largest |g| of all sites together, and fix all gates."""
         found = [difference({name: full(value) for name, value in part.items()}) for part in self.parts]
@@ -191,6 +198,7 @@ class MagnitudePruning(TrainingHooks):
         self.chosen = True
 
     @staticmethod
+    @torch.no_grad()
     def fix(part: Mapping[str, Tensor], kept: Tensor) -> None:
         """Fix the gates at 0 and 1."""
         assign(part[A], torch.where(kept, SURE, -SURE).to(part[A].dtype))

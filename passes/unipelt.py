@@ -25,6 +25,7 @@ from torch import Tensor, fx
 from peftgraph.authoring import Builder, Match, Pass, Rule
 from peftgraph.authoring.gates import Gate, gated, masked_mean
 from peftgraph.authoring.modules import init
+from peftgraph.authoring.training import AdaptedSite, SeveralHooks, TrainingHooks
 
 from .lora import LoRA
 from .pfeiffer import Pfeiffer
@@ -63,6 +64,18 @@ class UniPELT(Pass):
         return [
             rule if rule.delta is None else gated(rule, self.gate(one)) for one in self.methods for rule in one.rules()
         ]
+
+    def training_hooks(self, sites: Sequence[AdaptedSite], steps: int) -> TrainingHooks | None:
+        """Make the hooks of all methods."""
+        found: list[TrainingHooks] = []
+        first = 0
+        for one in self.methods:
+            count = len(one.rules())
+            own = [replace(site, rule=site.rule - first) for site in sites if first <= site.rule < first + count]
+            made = one.training_hooks(own, steps)
+            found += [] if made is None else [made]
+            first += count
+        return SeveralHooks(found) if found else None
 
     def finalized(self) -> Self:
         """Return the same gates over the finalized methods."""

@@ -21,6 +21,7 @@ from peftgraph.errors import QuantisedWeights as QuantisedWeights
 from peftgraph.errors import RecipeError as RecipeError
 from peftgraph.errors import TraceError as TraceError
 from peftgraph.program import Program as Program
+from peftgraph.program import compare as compare
 from peftgraph.program import fold as fold
 from peftgraph.program import trace as trace
 from peftgraph.rewrite.method import Pipeline as Pipeline

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from peftgraph.capture import Options, capture, capture_part
 from peftgraph.capture.progress import Progress, no_progress
+from peftgraph.costs.comparison import Comparison, named
+from peftgraph.costs.comparison import compare as _compare
 from peftgraph.draw import Diff, Picture, fragment, outline, page, picture
 from peftgraph.errors import AdapterError, Conflict, PeftGraphError, TraceError
 from peftgraph.folding import fold as _fold
@@ -28,6 +30,7 @@ from peftgraph.rewrite.count import Count, count
 from peftgraph.rewrite.finalize import finalize
 from peftgraph.rewrite.method import Pass, Pipeline
 from peftgraph.rewrite.mix import mix
+from peftgraph.rewrite.recipe import parse_recipe
 from peftgraph.rewrite.release import release_quantised
 from peftgraph.rewrite.remove import remove
 from peftgraph.rewrite.skipped_sites import warn_of
@@ -401,6 +404,24 @@ def _sites_of(base: ProgramData, patterns: Sequence[Pattern] = ()) -> Sites:
     parameters = {name for name, entry in base.table.items() if entry.kind == "parameter"}
     graph = without_codes(base.graph) if base.table.quantised else base.graph
     return find_sites(graph, base.table.tensors(), size_names(base), patterns=patterns, parameters=parameters)
+
+
+def compare(program: Program, recipes: Sequence[Pass | str], *, batch: int = 8, length: int = 128) -> Comparison:
+    """Compute what recipes cost on a model, without its weights: the columns of the survey's table as numbers.
+
+    Args:
+        program: without passes; may be on the meta device.
+        recipes: passes, or their text: `[LoRA(rank=8), "ia3{}", "prefix{length=10}"]`; a word alone has its defaults.
+        batch: rows of every input.
+        length: tokens of every sequence.
+
+    Returns:
+        A table: prints, shows in a notebook, and gives `json()` and `html()`.
+
+    Raises:
+        PeftGraphError: a recipe does not fit the model, or the model takes no such sizes.
+    """
+    return _compare(program, program.sites, program.apply, named(recipes, parse_recipe), batch, length)
 
 
 def fold(

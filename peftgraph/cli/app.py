@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from peftgraph.cli import cmd_apply, cmd_export, cmd_inspect, cmd_merge, cmd_quickstart
+from peftgraph.cli import cmd_apply, cmd_compare, cmd_export, cmd_inspect, cmd_merge, cmd_quickstart
 from peftgraph.errors import PeftGraphError
 from peftgraph.terminal.console import ERR
 
@@ -76,6 +76,7 @@ def options(
 
 app.command("inspect")(cmd_inspect.inspect)
 app.command("apply")(cmd_apply.apply)
+app.command("compare")(cmd_compare.compare)
 app.command("merge")(cmd_merge.merge)
 app.command("export")(cmd_export.export)
 app.command("quickstart")(cmd_quickstart.quickstart)

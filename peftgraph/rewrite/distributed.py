@@ -13,8 +13,7 @@ except ImportError:  # a build of torch without distributed
 
 
 def full(tensor: Tensor) -> Tensor:
-    """Return all values of a tensor, gathered from every process where it is sharded. Gradients do not flow."""
-    tensor = tensor.detach()
+    """Return all values of a tensor, gathered from every process where it is sharded; gradients flow to the shards."""
     return tensor.full_tensor() if DTensor is not None and isinstance(tensor, DTensor) else tensor
 
 

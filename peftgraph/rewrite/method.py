@@ -94,6 +94,10 @@ class Pass:
         """Return the parameters of one site, by short name, in the form that an adapter's file stores."""
         return parameters
 
+    def file_bytes(self, parameters: Mapping[str, Tensor]) -> int:
+        """Return how many bytes the parameters of one site take in an adapter's file once training is over."""
+        return sum(value.numel() * value.element_size() for value in parameters.values())
+
     def unpack(self, packed: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return what `pack` was given; `like` are fresh parameters of the site."""
         return packed

@@ -51,6 +51,16 @@ def load_recipe(source: str | Path) -> Pass:
     return _from_document(document, str(path))
 
 
+def parse_recipe(text: str) -> Pass:
+    """Read a recipe that is a word alone, a spec, or the path of a file.
+
+    Raises:
+        RecipeError: it is none of them.
+    """
+    word = text.strip()
+    return parse_pass(f"{word}{{}}") if word.isidentifier() else load_recipe(text)
+
+
 def _from_document(document: dict[str, Any], where: str) -> Pass:
     tables = document.pop("pass", None)
     patterns = _patterns(document.pop("patterns", {}), where)

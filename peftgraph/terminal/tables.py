@@ -15,6 +15,7 @@ from peftgraph.sites.roles import role_of
 
 if TYPE_CHECKING:
     import peftgraph as pg
+    from peftgraph.costs.comparison import Comparison
     from peftgraph.draw import Outline
     from peftgraph.draw.layer_table import Section
     from peftgraph.draw.model_outline import Component
@@ -180,3 +181,15 @@ def layout(sites: Iterable[pg.Site]) -> str:
     """Return the positions of the norms over all blocks: "pre-norm", "post-norm"."""
     found = sorted({site.layout for site in sites if site.layout is not None})
     return ", ".join(f"{name}-norm" for name in found) or "unknown"
+
+
+def comparison_table(found: Comparison) -> Table:
+    """Return a comparison of recipes as a table: a row for each quantity, a column for each recipe."""
+    head, *rows = found.cells()
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    for row in rows:
+        table.add_column(row[0], justify="right", overflow="fold")
+    for i, name in enumerate(head[1:], start=1):
+        table.add_row(Text(name, style="dim"), *(row[i] for row in rows))
+    return table

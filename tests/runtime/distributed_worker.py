@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import zoo
 from torch import distributed as dist
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import peftgraph as pg
-from peftgraph.passes import LoRA
+from peftgraph.authoring.training import full
+from peftgraph.passes import AdaLoRA, LoRA
+
+STEPS = 6
 
 
 def gradients(net: torch.nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -31,6 +36,29 @@ def program() -> pg.Program:
     return zoo.randomise(traced.apply(LoRA(rank=2)))
 
 
+def learned(wrap: Callable[[Any], Any], ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The parameters that AdaLoRA ends at, each of them whole."""
+    torch.manual_seed(1)
+    tuned = program().remove().apply(AdaLoRA(at="attention.*", rank=4, target_rank=2, warmup=1, orthogonality=0.3))
+    net = wrap(tuned.module())
+    run = tuned.training(net, steps=STEPS)
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(STEPS):
+        output: Any = net(idx=ids)
+        (output["logits"].square().mean() + run.penalty()).backward()
+        optimizer.step()
+        run.step()
+        optimizer.zero_grad()
+    trained = ((name.removeprefix("module."), p) for name, p in net.named_parameters() if p.requires_grad)
+    return {name: full(p).detach() for name, p in trained}
+
+
+def sharded(net: Any) -> Any:
+    for block in net.stack:
+        fully_shard(block)
+    return fully_shard(net)
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -44,6 +72,11 @@ def main(folder: Path) -> None:
     assert found
     for name, grad in found.items():
         torch.testing.assert_close(grad, wanted[name], rtol=1e-12, atol=1e-14)
+    alone = learned(lambda net: net, ids)
+    assert sum(int((value == 0).sum()) for name, value in alone.items() if name.endswith("_e")) == 2 * 4 * 2
+    for wrap in (DistributedDataParallel, sharded):
+        for name, value in learned(wrap, ids.chunk(count)[rank]).items():
+            torch.testing.assert_close(value, alone[name], rtol=1e-9, atol=1e-12)
     dist.barrier()
     if rank == 0:
         (folder / "agreed").touch()

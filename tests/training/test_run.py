@@ -20,7 +20,7 @@ import peftgraph as pg
 from peftgraph.authoring import Pass, Rule
 from peftgraph.authoring.modules import init
 from peftgraph.authoring.training import AdaptedSite, SeveralHooks, TrainingHooks
-from peftgraph.passes import AdaLoRA, LoRA
+from peftgraph.passes import AdaLoRA, AdapterDrop, LoRA, UniPELT
 from peftgraph.training.lightning_callback import lightning_callback
 from peftgraph.training.transformers_callback import STATE, PassesCallback
 
@@ -132,6 +132,23 @@ def test_a_run_continues_from_its_state_and_refuses_another() -> None:
         other.training(other.module(), steps=1).load_state_dict(state)
     with pytest.raises(pg.PeftGraphError, match="lacks 'seen' of 0.shift"):
         again.load_state_dict({"step": torch.tensor(1)})
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        UniPELT(methods=(LoRA(rank=2, alpha=2.0), AdaLoRA(at="ffn.*", rank=2, target_rank=1, name="a"))),
+        AdapterDrop(adapter=AdaLoRA(at="ffn.*", rank=2, target_rank=1), layers=1),
+    ],
+    ids=lambda method: method.word,
+)
+def test_methods_inside_methods_take_part(method: Pass) -> None:
+    tuned = zoo.randomise(zoo.traced("nano").apply(method))
+    net = tuned.module()
+    run = tuned.training(net, steps=1)
+    assert run.penalty().requires_grad
+    looped(net, run, range(1))
+    assert any(int((value == 0).sum()) for name, value in tuned.table.trainable.items() if name.endswith("adalora_e"))
 
 
 def test_hooks_of_several_passes_are_one() -> None:

@@ -1,0 +1,67 @@
+"""`peftgraph compare`: shows what recipes cost on a model, from its configuration alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peftgraph.cli.cmd_inspect import Source
+from peftgraph.terminal.console import OUT, working
+
+
+def compare(
+    source: Source,
+    recipes: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RECIPE]...", help="More recipes, after the first one of --recipes.", show_default=False
+        ),
+    ] = None,
+    first: Annotated[
+        list[str],
+        typer.Option(
+            "--recipes",
+            "-r",
+            metavar="RECIPE",
+            help="TOML files, specs such as 'lora{rank=8}', or words alone such as ia3; several after one --recipes.",
+        ),
+    ] = [],  # noqa: B006
+    batch: Annotated[int, typer.Option(help="Rows of every input.", min=1)] = 8,
+    length: Annotated[int, typer.Option(help="Tokens of every sequence.", min=1)] = 128,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout and nothing else.")] = False,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page with the picture.")] = None,
+) -> None:
+    """Show what each recipe costs: parameters, files, memory of training, operations. No weights are loaded."""
+    from peftgraph.rewrite.recipe import parse_recipe
+
+    chosen = [*first, *(recipes or [])]
+    if not chosen:
+        raise typer.BadParameter("name at least one recipe, such as --recipes lora ia3")
+    for one in chosen:  # mistakes are told before the model is traced
+        parse_recipe(one)
+
+    import peftgraph as pg
+    from peftgraph.model_folders.loading import skeleton, trace
+    from peftgraph.terminal.tables import comparison_table
+    from peftgraph.utils.atomic_files import atomic_file
+
+    program = trace(skeleton(source))
+    with working("comparing"):
+        found = pg.compare(program, chosen, batch=batch, length=length)
+    if html is not None:
+        with atomic_file(html) as temporary:
+            temporary.write_text(found.html(), encoding="utf-8")
+    if as_json:
+        typer.echo(found.json())
+        return
+    OUT.print(found.title, style="bold", highlight=False)
+    OUT.print(found.facts, style="dim", highlight=False)
+    OUT.print()
+    if OUT.is_terminal:
+        OUT.print(comparison_table(found))
+    else:
+        typer.echo("\n".join(str(found).splitlines()[3:]))
+    if html is not None:
+        OUT.print(f"page written to {html}", style="bold", highlight=False, markup=False)

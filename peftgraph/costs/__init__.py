@@ -1,0 +1,1 @@
+"""What methods cost on a model: parameters, files, memory, operations, computed from the graph without weights."""
