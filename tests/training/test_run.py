@@ -145,9 +145,9 @@ def test_a_run_continues_from_its_state_and_refuses_another() -> None:
 def test_methods_inside_methods_take_part(method: Pass) -> None:
     tuned = zoo.randomise(zoo.traced("nano").apply(method))
     net = tuned.module()
-    run = tuned.training(net, steps=1)
+    run = tuned.training(net, steps=2)
     assert run.penalty().requires_grad
-    looped(net, run, range(1))
+    looped(net, run, range(2))
     assert any(int((value == 0).sum()) for name, value in tuned.table.trainable.items() if name.endswith("adalora_e"))
 
 
