@@ -36,7 +36,7 @@ KNOWN: dict[str, tuple[str, ...]] = {
     "ADALORA": (
         *TARGETS, "init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
         "rank_pattern", "r", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "init_lora_weights",
-        "alpha_pattern", "megatron_core", "loftq_config", "runtime_config",
+        "alpha_pattern", "megatron_core", "loftq_config", "runtime_config", "qalora_group_size", "eva_config",
     ),
     "TRAINABLE_TOKENS": ("target_modules", "exclude_modules", "token_indices", "init_weights"),
     "IA3": (*TARGETS, "feedforward_modules", "fan_in_fan_out", "init_ia3_weights"),
