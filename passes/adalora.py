@@ -128,12 +128,11 @@ class AdaLoRA(Pass):
         """Compute W + s P diag(e) Q."""
         return {m.weight: m.weight.value + self.scale * (p.adalora_P @ (p.adalora_e * p.adalora_Q))}
 
-    def learned_rank(self, p: Params) -> int:
+    def learned_rank(self, p: Params, every: Sequence[Params]) -> int:
         """Return the number of triplets in use, the largest of a stack's experts; R before training."""
-        if p.adalora_e.device.type == "meta":
+        if p.adalora_e.device.type == "meta" or not any(bool(one.adalora_e.any()) for one in every):
             return self.rank
-        used = (p.adalora_e.detach() != 0).sum((-2, -1)).max()
-        return int(used) or self.rank
+        return int((p.adalora_e.detach() != 0).sum((-2, -1)).max())
 
     def finalized_from(self, sites: pg.Sites, adapted: Sequence[AdaptedSite]) -> list[PassWithValues]:
         """Return one LoRA for each learned rank, with the triplets in use: A = diag(e) Q and B = P."""

@@ -75,12 +75,13 @@ class DiffPruning(Pass):
         found = op.mul(self.gate(op, a), w)
         if not self.structured:
             return found
-        return op.mul(found, self.gate(op, op.param(GROUP, (1,), init.constant(5.0))))
+        return op.mul(found, self.gate(op, op.param(GROUP, (1,), init.constant(5.0)), "z'"))
 
-    def gate(self, op: Builder, a: fx.Node) -> fx.Node:
+    def gate(self, op: Builder, a: fx.Node, symbol: str = "z") -> fx.Node:
         """Compute z, with noise in training alone."""
         u = op.call(aten.clamp.default, op.uniform_noise(a), SMALLEST_DRAW, 1 - SMALLEST_DRAW)
-        return op.by_mode(self.stretched(op, a), self.stretched(op, op.add(a, op.call(aten.logit.default, u))))
+        noisy = self.stretched(op, op.add(a, op.call(aten.logit.default, u)))
+        return op.symbol(op.by_mode(self.stretched(op, a), noisy), symbol)
 
     @staticmethod
     def stretched(op: Builder, logit: fx.Node) -> fx.Node:

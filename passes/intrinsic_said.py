@@ -73,7 +73,7 @@ class IntrinsicSAID(Pass):
         nodes = {name: part if name == "order" else op.in_dtype_of(part, v) for name, part in parts.items()}
         size = math.prod(stored.shape)
         g = fastfood(op.call, v, self.length(m), size, replace(drawn, **nodes))
-        g = op.call(torch.ops.aten.view.default, g, list(stored.shape))
+        g = op.symbol(op.call(torch.ops.aten.view.default, g, list(stored.shape)), "P(v)")
         return op.mul(g, op.param("said_l", (1,), init.ones)) if self.layer_scales else g
 
     def draw(self, stored: ParameterValue, length: int, device: torch.device) -> FastfoodDraw:

@@ -16,6 +16,7 @@ from peftgraph.capture.progress import Progress, no_progress
 from peftgraph.costs.comparison import Comparison, named
 from peftgraph.costs.comparison import compare as _compare
 from peftgraph.draw import Diff, Picture, fragment, outline, page, picture
+from peftgraph.draw.rank_map import RankMap
 from peftgraph.errors import AdapterError, Conflict, PeftGraphError, TraceError
 from peftgraph.folding import fold as _fold
 from peftgraph.folding.proof import Proof
@@ -230,6 +231,17 @@ class Program(NotPicklable, ProgramData):
     def count(self) -> Count:
         """Trainable, added, changed and total parameters, and the rank of each change."""
         return count(self, self.sites)
+
+    def ranks(self) -> RankMap:
+        """Map the rank of each change of a matrix, by layer and role: what AdaLoRA learned; prints and draws."""
+        by_id = {site.id: site for site in self.sites}
+        found: list[tuple[str, str, int]] = []
+        for change in self.count().changes:
+            site = by_id[change.site]
+            if change.rank is not None:
+                layer = "other" if site.layer is None else str(site.layer)
+                found.append((f"{site.stack} {layer}".strip() if site.stack else layer, site.role, change.rank))
+        return RankMap.of(found)
 
     def module(self) -> nn.Module:
         """Return an ordinary module with the model's own call signature, output type and parameter names.

@@ -44,7 +44,7 @@ def page(title: str, facts: str, cells: Sequence[Sequence[str]], bars: Sequence[
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta name="color-scheme" content="light dark"><title>{escape(title)}</title>'
-        "<style>body { margin: 2rem auto; max-width: 1100px; padding: 0 1rem; }</style></head>"
+        "<style>body { margin: 2rem auto; max-width: 1500px; padding: 0 1rem; }</style></head>"
         f"<body>{fragment(title, facts, cells, bars)}</body></html>\n"
     )
 

@@ -235,6 +235,8 @@ class _Analysis:
         """Return a value that depends on parameters alone, under its pass's name for it, with its formula."""
         if isinstance(ref, ParameterFormula) and "derived" in node.meta:
             return replace(ref, text=node.meta["derived"].rpartition(".")[2], formula=ref.text, level=ATOM)
+        if isinstance(ref, ParameterFormula) and "symbol" in node.meta:
+            return replace(ref, text=node.meta["symbol"], level=ATOM)
         return ref
 
     def _again(self, node: fx.Node) -> Operand | None:

@@ -153,6 +153,12 @@ class Builder:
         value.meta["derived"] = f"{self.owner}.{name}"
         return value
 
+    @staticmethod
+    def symbol(value: fx.Node, name: str) -> fx.Node:
+        """Name a value that depends on parameters alone, for drawings: "z" instead of its whole formula."""
+        value.meta["symbol"] = name
+        return value
+
     def _new(self, full: str, shape: Sequence[int], init: Initializer, trainable: bool = True) -> TensorEntry:
         if full in self.tensor_names:
             raise Conflict(

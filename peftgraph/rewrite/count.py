@@ -212,7 +212,8 @@ def _rank_bound(program: ProgramData, edit: Edit, rule: Rule) -> int | None:
     """Return the largest rank of what an edit adds to a weight; None where nothing bounds it."""
     if not callable(rule.max_rank):
         return rule.max_rank
-    return rule.max_rank(_params(program, edit))
+    every = [one for one in program.edits if (one.application, one.rule) == (edit.application, edit.rule)]
+    return rule.max_rank(_params(program, edit), [_params(program, one) for one in every])
 
 
 def _params(program: ProgramData, edit: Edit) -> Params:

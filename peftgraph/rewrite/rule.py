@@ -59,8 +59,8 @@ class Rule:
         fold: returns the new values, keyed by the parameter values that they replace, from the current ones and the
             trained parameters; or a text, the reason why no weight can express the change.
         join: how the delta is combined with the existing values.
-        max_rank: the largest rank of the change of a weight, if the method bounds it; a function of the parameters if
-            training decides it.
+        max_rank: the largest rank of the change of a weight, if the method bounds it; where training decides it, a
+            function of the parameters at the site and of those at all sites of the rule.
         changed_values: counts the values of the weight that differ, for a change that keeps most of them.
         bias_only: without a delta, whether only the bias of a site's own parameters trains.
         check: raises an error if the rule cannot be applied to these sites together.
@@ -81,7 +81,7 @@ class Rule:
     delta: BuildDelta | None
     fold: Fold | str
     join: Join = field(default_factory=Add)
-    max_rank: int | Callable[[Params], int] | None = None
+    max_rank: int | Callable[[Params, Sequence[Params]], int] | None = None
     changed_values: Callable[[Params], int] | None = None
     bias_only: bool = False
     check: Callable[[Sequence[Site]], None] | None = None

@@ -125,6 +125,10 @@ def test_it_becomes_loras_of_the_learned_ranks_and_folds(base: tuple[nn.Module, 
     trained(tuned)
     ranks = {change.site: change.rank for change in tuned.count().changes}
     assert sum(rank or 0 for rank in ranks.values()) == 6
+    table = str(tuned.ranks()).split()
+    assert sorted(table[4:]) == sorted(str(rank) for rank in ranks.values())
+    assert table[:4] == ["layer", "ffn.up", "ffn.down", "0"]
+    assert tuned.ranks().svg.count("<rect") == 2
     final = tuned.finalize()
     methods = [applied.method for applied in final.history]
     assert all(isinstance(one, LoRA) for one in methods)
