@@ -40,7 +40,7 @@ from peftgraph.authoring.quantised import loftq
 
 aten = torch.ops.aten
 
-Start = Callable[[Tensor], None]
+Start = Callable[[Tensor], object]
 
 INITS = ("kaiming", "gaussian", "pissa", "olora", "loftq")
 BIASES = ("none", "all", "lora_only")

@@ -11,7 +11,15 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from peftgraph.cli import cmd_apply, cmd_compare, cmd_export, cmd_inspect, cmd_merge, cmd_quickstart
+from peftgraph.cli import (
+    cmd_apply,
+    cmd_compare,
+    cmd_export,
+    cmd_inspect,
+    cmd_merge,
+    cmd_quantise,
+    cmd_quickstart,
+)
 from peftgraph.errors import PeftGraphError
 from peftgraph.terminal.console import ERR
 
@@ -78,5 +86,6 @@ app.command("inspect")(cmd_inspect.inspect)
 app.command("apply")(cmd_apply.apply)
 app.command("compare")(cmd_compare.compare)
 app.command("merge")(cmd_merge.merge)
+app.command("quantise")(cmd_quantise.quantise)
 app.command("export")(cmd_export.export)
 app.command("quickstart")(cmd_quickstart.quickstart)

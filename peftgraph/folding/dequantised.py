@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from peftgraph.ir.edits import Move
 from peftgraph.ir.program import AppliedPass, ProgramData
 from peftgraph.ir.quantised_base import dequantiser_names, without_codes
 from peftgraph.ir.tensor_table import TensorTable
@@ -46,12 +47,14 @@ def _with_plain_base(program: P) -> P:
     names = dequantiser_names(program.graph)
     bare = base.evolve(graph=without_codes(base.graph), table=_plain(base.table, program.table))
     object.__setattr__(bare, "base", bare)
-    edits = tuple(
-        replace(edit, moves=tuple(replace(move, anchor=names.get(move.anchor, move.anchor)) for move in edit.moves))
-        for edit in program.edits
-    )
+    edits = tuple(replace(edit, moves=tuple(_renamed(move, names) for move in edit.moves)) for edit in program.edits)
     table = _plain(program.table, program.table)
     return program.evolve(graph=without_codes(program.graph), table=table, base=bare, edits=edits)
+
+
+def _renamed(move: Move, names: Mapping[str, str]) -> Move:
+    """Return a move with its anchor at another node."""
+    return replace(move, anchor=replace(move.anchor, value=names.get(move.anchor.value, move.anchor.value)))
 
 
 def _plain(table: TensorTable, known: TensorTable) -> TensorTable:

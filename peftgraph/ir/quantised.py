@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, cast
 
@@ -144,6 +144,9 @@ class DequantisedProduct:
         product: the operator.
         position: of the weight among its arguments.
         keywords: of the product.
+        word: the name of the product.
+        factor: the place, among the operands without the weight, of what the weight multiplies.
+        is_plain: whether it is x M + b for a matrix M, whose gradients need no x.
     """
 
     dequantise: Callable[..., Tensor]
@@ -151,10 +154,21 @@ class DequantisedProduct:
     product: Callable[..., Tensor]
     position: int
     keywords: tuple[tuple[str, Any], ...]
+    word: str = field(init=False)
+    factor: int = field(init=False)
+    is_plain: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        word = _word(self.product)
+        turned = all(_word(step) in ("t", "transpose") for step, _ in self.route)
+        place = {"linear": 1, "mm": 1, "matmul": 1, "addmm": 2}.get(word)
+        object.__setattr__(self, "word", word)
+        object.__setattr__(self, "factor", 1 if word in ("addmm", "baddbmm") else 0)
+        object.__setattr__(self, "is_plain", turned and self.position == place and not self.keywords)
 
     @property
     def __name__(self) -> str:
-        return f"dequantised_{_word(self.product).strip('_')}"
+        return f"dequantised_{self.word.strip('_')}"
 
     def __call__(self, codes: tuple[Any, ...], operands: tuple[Any, ...], compute: torch.dtype | None = None) -> Tensor:
         """Compute the product.
@@ -179,21 +193,11 @@ class DequantisedProduct:
 
     def compute(self, codes: Sequence[Any], operands: Sequence[Any], compute: torch.dtype | None) -> Tensor:
         """Compute the product by torch's own operator."""
-        x = self.multiplied(operands)
+        x = operands[self.factor]
         dtype = compute or x.dtype
         given = [_cast(one, dtype) for one in operands]
         given.insert(self.position, self.weight(codes, dtype))
         return self.product(*given, **dict(self.keywords)).to(x.dtype)
-
-    def multiplied(self, operands: Sequence[Any]) -> Tensor:
-        """Return the operand that the weight multiplies: behind the bias of `addmm` and `baddbmm`, else the first."""
-        return operands[1 if _word(self.product) in ("addmm", "baddbmm") else 0]
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether it is x M + b for a matrix M, whose gradients need no x."""
-        place = {"linear": 1, "mm": 1, "matmul": 1, "addmm": 2}.get(_word(self.product))
-        return self.position == place and not self.keywords
 
     def plain_gradients(self, weight: Tensor, operands: Sequence[Any], grad: Tensor) -> list[Tensor | None]:
         """Return the gradients by the operands of x M + b.
@@ -203,13 +207,12 @@ class DequantisedProduct:
             operands: in their order, with no more than their shape, dtype and `requires_grad`.
             grad: by the result.
         """
-        word, found = _word(self.product), list[Tensor | None]()
-        behind = 1 if word == "addmm" else 0
+        found: list[Tensor | None] = []
         for i, one in enumerate(operands):
             if one is None or not one.requires_grad:
                 found.append(None)
-            elif i == behind:
-                found.append(grad.matmul(weight if word == "linear" else weight.t()))
+            elif i == self.factor:
+                found.append(grad.matmul(weight if self.word == "linear" else weight.t()))
             else:
                 found.append(grad.sum_to_size(one.shape))
         return found
@@ -239,9 +242,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, target: DequantisedProduct, compute: torch.dtype | None, split: int, *given: Any) -> Tensor:
         codes, operands = given[:split], given[split:]
-        weight_is_matrix = not target.route or all(_word(step) in ("t", "transpose") for step, _ in target.route)
         ctx.target, ctx.compute, ctx.split = target, compute, split
-        ctx.plain = target.is_plain and weight_is_matrix and len(_shape_of(codes)) == 2
+        ctx.plain = target.is_plain and len(_shape_of(codes)) == 2
         shapes = [
             _Shape(one.shape, one.dtype, needed) if isinstance(one, Tensor) else one
             for one, needed in zip(operands, ctx.needs_input_grad[3 + split :], strict=True)
@@ -249,7 +251,7 @@ class _Product(torch.autograd.Function):
         kept = [*codes, *(shapes if ctx.plain else operands)]
         ctx.places = [i for i, one in enumerate(kept) if isinstance(one, Tensor)]
         ctx.rest = [None if isinstance(one, Tensor) else one for one in kept]
-        ctx.dtype = compute or target.multiplied(operands).dtype
+        ctx.dtype = compute or operands[target.factor].dtype
         ctx.save_for_backward(*(kept[i] for i in ctx.places))
         return target.compute(codes, operands, compute)
 

@@ -22,7 +22,7 @@ def spell_product(graph: fx.Graph, node: fx.Node) -> None:
     call = graph.call_function
     with graph.inserting_before(node):
         assert isinstance(operands, tuple | list)
-        x: Any = target.multiplied(operands)
+        x: Any = operands[target.factor]
         dtype: Any = node.kwargs.get("compute") or x.meta["val"].dtype
         weight = _known(call(target.dequantise, in_dtype(codes, dtype)))
         for step, arguments in target.route:

@@ -390,3 +390,35 @@ def test_a_directory_of_peft_says_nothing_of_codes(nano: pg.Program, tmp_path: P
     inputs = zoo.example("nano")
     outputs = [one.module().eval()(**inputs)["logits"] for one in (loaded, tuned)]
     torch.testing.assert_close(*outputs, rtol=0, atol=1e-5)
+
+
+def test_bytes_follow_from_shapes(real: Any) -> None:
+    """One layer of a Llama of 7 billion parameters, without weights: 4 bits a value, a byte for 64, 4 for 16384."""
+    program = real("llama-7b")
+    projections = 4 * 4096 * 4096 + 3 * 4096 * 11008
+    tuned = program.apply(Quantise(), LoRA(at=EVERY, rank=64))
+    counted, base = tuned.count().bytes, program.count().bytes
+    assert counted.codes == projections // 2
+    assert counted.constants == projections // 64 + 4 * projections // (64 * 256) + 7 * 4 + 4 * (16 + 256)
+    assert counted.weights == base.base - 4 * projections
+    assert counted.adapters == 4 * 64 * (8 * 4096 + 3 * (4096 + 11008))
+    assert counted.optimiser == 2 * counted.adapters
+    assert counted.full_optimiser == 2 * 4 * program.count().total
+    assert base.base == counted.base
+    assert counted.stored == counted.weights + counted.codes + counted.constants + counted.adapters
+    assert base.stored == base.base
+    assert "7 weights as codes: stored" in str(tuned.count())
+    assert "codes" not in str(program.count())
+    plain = program.apply(Quantise(double=False, block=128)).count().bytes
+    assert plain.constants == 4 * projections // 128 + 4 * 16
+
+
+def test_it_compiles_as_one_graph() -> None:
+    tuned = zoo.randomise(pair().apply(Quantise(at="linear|head"), LoRA(at="linear", rank=2)))
+    net = tuned.module()
+    x = torch.linspace(-1, 1, 5 * 48).reshape(5, 48)
+    grads: list[list[Tensor]] = []
+    for run in (net, torch.compile(net, backend="aot_eager", fullgraph=True)):
+        grads.append(list(torch.autograd.grad(run(x).square().sum(), list(tuned.table.trainable.values()))))
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -19,7 +19,7 @@ from peftgraph.ir.builder import Builder
 from peftgraph.ir.quantised import QuantisedWeight
 from peftgraph.rewrite.match import Match
 
-Start = Callable[[Tensor], None]
+Start = Callable[[Tensor], object]
 
 
 def loftq(m: Match, op: Builder, rank: int, scale: float, iterations: int) -> tuple[Start, Start]:
