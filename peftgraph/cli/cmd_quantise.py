@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -37,10 +37,10 @@ def quantise(
         quantise_shards,
     )
     from peftgraph.model_folders.loading import skeleton, trace
-    from peftgraph.passes import Quantise
+    from peftgraph.rewrite.registry import find_pass
 
     options = {"format": format, "block": block, "double": double, "compute": compute}
-    method = Quantise(at=pg.parse_selector(at), **options)
+    method: Any = find_pass("quantise")(at=pg.parse_selector(at), **options)
     check_target(out, force, (source,))
     before = stamps((source,))
     checkpoint = Checkpoint.open(source)

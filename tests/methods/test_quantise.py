@@ -413,6 +413,7 @@ def test_bytes_follow_from_shapes(real: Any) -> None:
     assert plain.constants == 4 * projections // 128 + 4 * 16
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo does so itself
 def test_it_compiles_as_one_graph() -> None:
     tuned = zoo.randomise(pair().apply(Quantise(at="linear|head"), LoRA(at="linear", rank=2)))
     net = tuned.module()
