@@ -26,6 +26,12 @@ def write_back(program: ProgramData, model: M) -> M:
     if program.history:
         names = "; ".join(str(applied.method) for applied in program.history)
         raise PeftGraphError(f"Fold the program first: {names} would be lost in a plain model.")
+    coded = next(iter(program.table.quantised), None)
+    if coded is not None:
+        raise PeftGraphError(
+            f"{coded} is stored as codes, which a plain model does not hold. Dequantise the program first: "
+            'pg.fold(program, quantised="dequantise").'
+        )
     base = (program.base or program).table
     stored = {
         name: entry.tensor

@@ -132,5 +132,7 @@ def test_what_cannot_be_traced() -> None:
     fresh = nn.Sequential(bnb.nn.Linear4bit(8, 8), nn.Tanh())
     with pytest.raises(pg.TraceError, match="is not quantised yet"):
         pg.trace(fresh, (torch.randn(2, 8),))
+    with pytest.raises(pg.PeftGraphError, match="is stored as codes, which a plain model does not hold"):
+        program(4).write_back(llama())
     with pytest.raises(pg.TraceError, match="trace it as a whole"):
         pg.trace(llama(4), {"input_ids": IDS}, root="model")
