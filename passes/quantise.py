@@ -30,6 +30,7 @@ from peftgraph.authoring.quantised import BLOCKS, FORMATS, QuantisedWeight, Quan
 aten = torch.ops.aten
 
 PROJECTIONS = pg.parse_selector("attention.*|ffn.*")
+STORED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 NO_FOLD = "the codes stand for its weight rounded, and are no weight of the base"
 
@@ -147,6 +148,7 @@ class Quantise(Pass):
         plain = (
             weight.computed is None
             and weight.axes is None
+            and entry.tensor.dtype in STORED
             and entry.tensor.dim() == (2 if weight.experts is None else 3)
         )
         self.require(plain, f"the weight of {m.site.id} is no matrix that is stored as such. Leave that site out.")

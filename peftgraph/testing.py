@@ -160,6 +160,8 @@ class _Check:
         net = tuned.module().eval()
         parameters = {name: value for name, value in net.named_parameters() if value.requires_grad}
         self.require("gradients", parameters.keys() == tuned.table.trainable.keys(), "other parameters require grad.")
+        if not parameters:
+            return  # a pass that changes how the base is stored, or what it computes, and trains nothing
         loss = torch.stack([out.square().sum() for out in _tensors(net(**self.inputs))]).sum()
         found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         for name, gradient in zip(parameters, found, strict=True):

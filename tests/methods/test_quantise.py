@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import peftgraph as pg
 from peftgraph.authoring.quantised import Quantiser
 from peftgraph.passes import DoRA, Freeze, LoRA, Quantise
+from peftgraph.testing import check_pass
 
 EVERY = "attention.*|ffn.*"
 D, F = zoo.WIDTH, zoo.FFN
@@ -423,3 +424,8 @@ def test_it_compiles_as_one_graph() -> None:
         grads.append(list(torch.autograd.grad(run(x).square().sum(), list(tuned.table.trainable.values()))))
     for ours, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_the_laws_of_anybody_s_pass() -> None:
+    """It trains nothing by itself, and is not the identity."""
+    assert "removal" in check_pass(Quantise(), identity=False)
