@@ -14,13 +14,14 @@ changing W: the term of frozen copies A0, B0 is subtracted,
 init="olora" does the same with the first columns of Q and rows of U of the decomposition W = Q U, Q with orthonormal
 columns and U upper triangular: B = Q_R, A = U_R, whatever s is. init="loftq" is for weights that quantise stores as
 codes: codes and factors are chosen together, so that D + s B A is close to W, where D is the dequantised weight. The
-codes are saved with the adapter, and removing it restores the earlier ones. rank_stabilised=true: s = alpha /
-sqrt(rank). w is 1; `Program.mix` weights several named LoRAs. For different ranks, use one LoRA for each rank, in a
-pipeline. bias="lora_only" trains the whole bias of each adapted projection, bias="all" every bias, as in the authors'
-code; both fold.
+codes are saved with the adapter, and removing it restores the earlier ones. init="eva": the rows of A are the R
+orthonormal directions in which the inputs of the site are largest, from data: program.calibrate(batches, lora), then
+.apply(lora); B is zero. rank_stabilised=true: s = alpha / sqrt(rank). w is 1; `Program.mix` weights several named
+LoRAs. For different ranks, use one LoRA for each rank, in a pipeline. bias="lora_only" trains the whole bias of each
+adapted projection, bias="all" every bias, as in the authors' code; both fold.
 Source: arXiv 2106.09685, section 4.1; microsoft/LoRA, loralib; arXiv 2312.03732, eq. 11 (rank-stabilised); arXiv
 2404.02948, section 3 (PiSSA); arXiv 2406.01775, algorithm 1 (OLoRA); arXiv 2310.08659,
-algorithm 1 (LoftQ).
+algorithm 1 (LoftQ); arXiv 2410.07170, section 3 (EVA).
 """
 
 from __future__ import annotations
@@ -37,12 +38,13 @@ import peftgraph as pg
 from peftgraph.authoring import AddProduct, Builder, Match, ParameterValue, Params, Pass, Rule, Train, omit_default
 from peftgraph.authoring.modules import LowRank, init
 from peftgraph.authoring.quantised import loftq
+from peftgraph.authoring.training import Statistic
 
 aten = torch.ops.aten
 
 Start = Callable[[Tensor], object]
 
-INITS = ("kaiming", "gaussian", "pissa", "olora", "loftq")
+INITS = ("kaiming", "gaussian", "eva", "pissa", "olora", "loftq")
 BIASES = ("none", "all", "lora_only")
 
 
@@ -55,8 +57,8 @@ class LoRA(Pass):
         rank: R, at least 1 and at most the smaller side of every adapted matrix.
         alpha: the scale is alpha / rank.
         dropout: on the input of the low-rank path only, in training.
-        init: of A: "kaiming" (the authors' code) or "gaussian" (the paper); of both A and B: "pissa", "olora",
-            "loftq".
+        init: of A: "kaiming" (the authors' code), "gaussian" (the paper) or "eva" (from data); of both A and B:
+            "pissa", "olora", "loftq".
         rank_stabilised: the scale is alpha / sqrt(rank) instead.
         bias: which biases also train: "none", "all" or "lora_only".
         iterations: of LoftQ.
@@ -68,7 +70,7 @@ class LoRA(Pass):
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
-    init: Literal["kaiming", "gaussian", "pissa", "olora", "loftq"] = "kaiming"
+    init: Literal["kaiming", "gaussian", "eva", "pissa", "olora", "loftq"] = "kaiming"
     rank_stabilised: bool = omit_default(False)
     bias: Literal["none", "all", "lora_only"] = omit_default("none")
     iterations: int = omit_default(5)
@@ -128,7 +130,8 @@ class LoRA(Pass):
             down, up = loftq(m, op, self.rank, self.scale, self.iterations)
             y = self.path.build(self, m, op, *self.path.factors(m, op, down=down, up=up))
         elif not self.moved:
-            start = init.kaiming if self.init == "kaiming" else init.normal(1 / self.rank)
+            starts = {"kaiming": init.kaiming, "eva": init.principal_inputs(m, self.rank)}
+            start = starts.get(self.init, init.normal(1 / self.rank))
             y = self.path.build(self, m, op, *self.path.factors(m, op, down=start))
         else:
             down, up = self.start(m)
@@ -136,6 +139,10 @@ class LoRA(Pass):
             frozen = self.path.factors(m, op, "0", down=down, up=up, trainable=False)
             y = op.call(aten.sub.Tensor, y, replace(self.path, dropout=0.0).build(self, m, op, *frozen))
         return op.mul(y, self.weight * self.scale)
+
+    def statistics(self) -> frozenset[Statistic]:
+        """Return what the start asks of data."""
+        return frozenset({"covariance"} if self.init == "eva" else ())
 
     def start(self, m: Match) -> tuple[Start, Start]:
         """Return how A and B start from the weight."""

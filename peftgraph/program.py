@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -25,6 +25,7 @@ from peftgraph.interop.adapter_formats import OWN, load_adapter, save_adapter
 from peftgraph.ir.printer import assign_labels, print_diff, print_program, size_names
 from peftgraph.ir.program import ProgramData
 from peftgraph.ir.quantised_base import DEQUANTISES, without_codes
+from peftgraph.ir.site_statistics import Statistic
 from peftgraph.ir.verifier import verify as check_rules
 from peftgraph.rewrite.apply import apply
 from peftgraph.rewrite.count import Count, count
@@ -41,9 +42,10 @@ from peftgraph.runtime.export.exported_program import export_program
 from peftgraph.runtime.module import GraphModule
 from peftgraph.runtime.submodule_module import embed_in_model
 from peftgraph.runtime.transformers_module import make_transformers_module
-from peftgraph.sites import Absent, Pattern, Selector, Sites, as_selector, find_sites
+from peftgraph.sites import Absent, Pattern, Selector, Site, Sites, as_selector, find_sites
 from peftgraph.sites.assign.naming import sections, titles
 from peftgraph.sites.patterns.pattern import patterns_of
+from peftgraph.training.calibrate import collect_statistics
 from peftgraph.training.run import TrainingRun, start_training
 
 
@@ -263,6 +265,36 @@ class Program(NotPicklable, ProgramData):
             native.save_trained(self, trained, directory)
 
         return make_transformers_module(self, blocks, self.model_class, save)
+
+    def calibrate(
+        self,
+        batches: Iterable[Mapping[str, Any]],
+        *methods: Pass,
+        loss: Callable[[Any], Tensor] | None = None,
+        samples: int = 256,
+    ) -> Program:
+        """Return the program with statistics of data at the sites of some passes, for starts that need data.
+
+        Memory is bounded: of each site a matrix of its inputs' size (covariance), `samples` inputs (activations), and
+        two matrices of its weight's size (gradient, fisher), of these what the passes ask for.
+
+        Args:
+            batches: keyword arguments of the module, each a mapping.
+            methods: the passes that will be applied: `program.calibrate(batches, method).apply(method)`.
+            loss: of the module's output, for gradients; by default the output's own.
+            samples: how many inputs of a site are kept as activations.
+
+        Raises:
+            PeftGraphError: no pass asks for statistics, or there are no batches or no loss.
+        """
+        wanted: dict[Site, set[Statistic]] = {}
+        for atom in (atom for method in methods for atom in method.passes()):
+            for site in (site for rule in atom.rules() for site in self.sites.select(rule.at) if atom.statistics()):
+                wanted.setdefault(site, set()).update(atom.statistics())
+        if not wanted:
+            raise PeftGraphError("None of these passes computes anything from data, so there is nothing to calibrate.")
+        found = collect_statistics(self, self.sites, wanted, batches, self.module(), loss, samples)
+        return self.evolve(statistics={**self.statistics, **found})
 
     def training(self, net: nn.Module, steps: int) -> TrainingRun:
         """Start a training that the passes take part in, with terms of the loss, masks and schedules.

@@ -1,6 +1,8 @@
 """What a pass is written with that takes part in training: terms of the loss, masks, schedules."""
 
 from peftgraph.interop.site_selection import selector_for as selector_for
+from peftgraph.ir.site_statistics import SiteStatistics as SiteStatistics
+from peftgraph.ir.site_statistics import Statistic as Statistic
 from peftgraph.rewrite.adapted_sites import AdaptedSite as AdaptedSite
 from peftgraph.rewrite.distributed import agreed as agreed
 from peftgraph.rewrite.distributed import assign as assign

@@ -27,6 +27,7 @@ from peftgraph.interop.checked_files import read_json, read_tensors
 from peftgraph.interop.fingerprint import fingerprint, first_difference
 from peftgraph.interop.packing import packed, unpacked
 from peftgraph.interop.pass_values import apply_passes, check_fit, rename_passes
+from peftgraph.ir.builder import starts_computed
 from peftgraph.ir.program import ProgramData
 from peftgraph.rewrite.method import Pass
 from peftgraph.rewrite.spec import parse_pass
@@ -134,7 +135,11 @@ def read(program: P, apply: Callable[..., P], directory: Path, name: str | None)
     if difference is not None:
         raise AdapterError(f"{directory} fits another base: {difference}.")
     methods = _methods(document, directory, name)
-    tuned = apply_passes(apply, methods, directory)
+    token = starts_computed.set(False)  # the file has all values
+    try:
+        tuned = apply_passes(apply, methods, directory)
+    finally:
+        starts_computed.reset(token)
     wanted = _own_tensors(tuned, since=len(program.history))
     saved = wanted if name is None else document["tensors"]["names"]  # a new name changes the parameters' names
     if len(saved) != len(wanted):

@@ -6,6 +6,7 @@ The builder sets the value metadata and the origin of every node that it makes, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -37,6 +38,10 @@ ACTIVATIONS: dict[str, Callable[..., Any]] = {
 
 # What takes the dtype, device or shape of an operand, and nothing else of it.
 BORROWING_OPERATORS = {aten.to.other, aten.type_as.default, aten.view_as.default, aten.expand_as.default}
+
+
+# Whether new parameters get their initial values; not where all of them are overwritten at once, as in loading.
+starts_computed: ContextVar[bool] = ContextVar("starts_computed", default=True)
 
 
 @dataclass
@@ -172,7 +177,7 @@ class Builder:
                 'one name would be that of a module and of a tensor. Give the pass another name: name="...".'
             )
         value = torch.empty(tuple(shape), dtype=self.adapter_dtype, device=self.device)
-        if self.device.type != "meta":
+        if self.device.type != "meta" and starts_computed.get():
             with torch.no_grad():
                 init(value)
         self.tensor_names.add(full, self.pass_spec)

@@ -19,6 +19,7 @@ from peftgraph.ir.edits import Edit, EditLog, competing_copies
 from peftgraph.ir.graphs import find_node
 from peftgraph.ir.shape_inference import constant_term
 from peftgraph.ir.signature import Signature
+from peftgraph.ir.site_statistics import SiteStatistics
 from peftgraph.ir.source_model import EnclosingModel, ModelClass, SubmoduleState
 from peftgraph.ir.tensor_table import TensorTable
 
@@ -57,6 +58,7 @@ class ProgramData:
         submodules: the submodules' state other than tensors, by path, in the model's order.
         enclosing_model: the whole model, if a submodule was traced; the table contains the tensors of the whole model.
         model_class: the library's class that the model is an instance of.
+        statistics: what data says about sites, by their ids, if the program was calibrated.
         comparison: what was compared with the model; None if nothing was.
     """
 
@@ -74,6 +76,7 @@ class ProgramData:
     model_class: ModelClass | None = None
     submodules: Mapping[str, SubmoduleState] = field(default_factory=dict)
     comparison: ComparisonReport | None = None
+    statistics: Mapping[str, SiteStatistics] = field(default_factory=dict, repr=False)
 
     def evolve(self, **changes: Any) -> Self:
         """Return a program with some fields replaced."""

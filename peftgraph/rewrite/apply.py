@@ -192,6 +192,7 @@ class _Work:
         history = (*self.program.history, AppliedPass(self.method, dtype=self.dtype))
         match = Match(site, self.sites, self.graph, self.program.table, self.edits, self.names, history=history)
         match = replace(match, example=self.program.examples, nesting_of_rule=rule.nesting)
+        match = replace(match, calibration=self.program.statistics)
         at_weight = isinstance(rule.join, AddProduct) and (use.at_weight or enters_weight(rule, site))
         match = replace(match, at_weight=at_weight, transposed=use.transposed)
         if rule.delta is not None:

@@ -14,6 +14,7 @@ from peftgraph.ir.edits import Anchor, EditLog
 from peftgraph.ir.modes import DROPOUTS
 from peftgraph.ir.program import AppliedPass, ProgramData
 from peftgraph.ir.quantised_base import DEQUANTISES
+from peftgraph.ir.site_statistics import SiteStatistics
 from peftgraph.ir.tensor_table import TensorTable
 from peftgraph.rewrite.nesting import Nesting, nesting_of
 from peftgraph.rewrite.weight_views import ParameterValue, View, bias_view, bind, rows_view, scale_view, weight_view
@@ -71,6 +72,7 @@ class Match:
     example: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
     nesting_of_rule: Nesting | None = None
     history: Sequence[AppliedPass] = field(default=(), repr=False)
+    calibration: Mapping[str, SiteStatistics] = field(default_factory=dict, repr=False)
     at_weight: bool = False
     transposed: bool = False
     builder: Builder | None = None
@@ -233,6 +235,20 @@ class Match:
         current = self.raw_value(port).name
         edit = next((one for one in self.edits if any(move.after == current for move in one.moves)), None)
         return None if edit is None else self.history[edit.application].method
+
+    @property
+    def statistics(self) -> SiteStatistics:
+        """Return what data says about the site.
+
+        Raises:
+            PeftGraphError: the program was not calibrated here.
+        """
+        if self.site.id not in self.calibration:
+            raise PeftGraphError(
+                f"{self.site.id}: this start is computed from data. Calibrate the program first: "
+                "program.calibrate(batches, method).apply(method)."
+            )
+        return self.calibration[self.site.id]
 
     def related(self, selector: object, same_layer: bool = False) -> tuple[Match, ...]:
         """Return the matches of other sites in the same graph, for methods that read more than one site."""

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self, TypeVar
 from torch import Tensor
 
 from peftgraph.errors import PeftGraphError, RecipeError
+from peftgraph.ir.site_statistics import Statistic
 from peftgraph.rewrite.adapted_sites import AdaptedSite
 from peftgraph.rewrite.match import Match
 from peftgraph.rewrite.options import check_name, hints, plain
@@ -101,6 +102,10 @@ class Pass:
     def unpack(self, packed: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return what `pack` was given; `like` are fresh parameters of the site."""
         return packed
+
+    def statistics(self) -> frozenset[Statistic]:
+        """Return what the pass must know about its sites from data before it starts; nothing by default."""
+        return frozenset()
 
     def training_hooks(self, sites: Sequence[AdaptedSite], steps: int) -> TrainingHooks | None:
         """Return what the pass does while it trains, besides its graph; None for nothing.

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch import nn as _nn
 
+from peftgraph.rewrite.match import Match
+
 
 def zeros(tensor: Tensor) -> None:
     """Fill with zeros."""
@@ -104,6 +106,22 @@ def principal(
         return root_R.unsqueeze(-1) * v_KI[..., :rank, :], u_OK[..., :rank] * root_R.unsqueeze(-2)
 
     return _pair(factors)
+
+
+def principal_inputs(m: Match, rank: int) -> Callable[[Tensor], None]:
+    """Return an initialiser of A (R, I): the R directions in which the inputs of a site are largest, each of length 1.
+
+    They are the eigenvectors of the mean of x x^T with the largest eigenvalues, which `Program.calibrate` collects.
+    Source: arXiv 2410.07170, section 3 (EVA), without its redistribution of ranks.
+    """
+
+    def fill(tensor: Tensor) -> None:
+        covariance_II = m.statistics.covariance
+        assert covariance_II is not None
+        _, vectors_II = torch.linalg.eigh(covariance_II.double())
+        tensor.copy_(vectors_II.mT.flip(0)[:rank])
+
+    return fill
 
 
 def orthonormal_columns(weight: Tensor, rank: int) -> tuple[Callable[[Tensor], None], Callable[[Tensor], None]]:
