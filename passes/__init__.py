@@ -24,6 +24,7 @@ from .pfeiffer import Pfeiffer as Pfeiffer
 from .prefix import Prefix as Prefix
 from .prompt import Prompt as Prompt
 from .ptuning import PTuning as PTuning
+from .qlora import QLoRA as QLoRA
 from .quantise import Quantise as Quantise
 from .serial_adapter import SerialAdapter as SerialAdapter
 from .trainable_tokens import TrainableTokens as TrainableTokens

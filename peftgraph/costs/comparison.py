@@ -37,7 +37,7 @@ class Cost:
         changed: values of the base that differ once all that folds is folded.
         rank: the largest rank of the change of a matrix; None where none changes or no bound is known.
         adapter_file: the size of the tensors in the adapter's file.
-        weights: of the base and what was added to it.
+        weights: of the base, as codes where they are quantised, and what was added to it.
         gradients: of what trains.
         optimiser: the two states that Adam keeps for each trainable value, in its dtype.
         activations: what the forward pass saves for the backward pass.
@@ -185,7 +185,7 @@ def _cost(name: str, tuned: ProgramData, sites: Sites, base: StepCost, batch: in
         changed=counted.changed,
         rank=max(ranks, default=None),
         adapter_file=_file_bytes(tuned, sites),
-        weights=sum(map(_bytes, _unique(tuned, lambda entry: True))),
+        weights=counted.bytes.weights + counted.bytes.codes + counted.bytes.constants + counted.bytes.adapters,
         gradients=sum(map(_bytes, trainable)),
         optimiser=ADAM_STATES * sum(map(_bytes, trainable)),
         activations=step.saved,
@@ -268,6 +268,8 @@ def _backward_blocks(program: ProgramData, sites: Sites) -> int:
 
 def _serves_rows(program: ProgramData, sites: Sites, edit: Edit) -> bool:
     """Tell whether what an edit does to a row depends on that row and the edit's own parameters alone."""
+    if not any(name in program.table.trainable for name in edit.parameters):
+        return True
     if not edit.moves:
         return False
     site = next(one for one in sites if one.id == edit.site)

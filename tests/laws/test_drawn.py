@@ -37,11 +37,18 @@ RANKS = {"at": selectors(), "rank": st.integers(1, 2), "alpha": st.floats(0.1, 3
 WIDE = {"at": SUBLAYERS, "width": SMALL, "name": NAMES}
 BIASES = st.sampled_from([pg.bias, pg.bias & pg.layers(0)])
 GATED = (passes.LoRA(rank=1, alpha=1.0), passes.Prefix(length=2, hidden=3), passes.SerialAdapter(width=2))
-AWAY = passes.Prefix | passes.Prompt | passes.PTuning | passes.UniPELT | passes.Quantise
+AWAY = passes.Prefix | passes.Prompt | passes.PTuning | passes.UniPELT | passes.Quantise | passes.QLoRA
 DRAWN: dict[type[Pass], st.SearchStrategy[Pass]] = {
     passes.LoRA: st.builds(passes.LoRA, **RANKS, init=st.sampled_from(["kaiming", "pissa", "olora"])),
     passes.AdaLoRA: st.builds(
         passes.AdaLoRA, at=selectors(), rank=st.just(2), target_rank=st.integers(1, 2), name=NAMES
+    ),
+    passes.QLoRA: st.builds(
+        passes.QLoRA,
+        at=st.sampled_from([pg.ffn.up, pg.ffn.down]),
+        rank=st.just(1),
+        compute=st.just("stored"),
+        name=NAMES,
     ),
     passes.DiffPruning: st.builds(passes.DiffPruning, at=selectors(), structured=st.booleans(), name=NAMES),
     passes.IntrinsicSAID: st.builds(

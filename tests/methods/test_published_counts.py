@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import method_pages
 import pytest
+import survey_costs
 from published import MODELS, ROWS, SHALLOW, Row, rounds_to, traced, trainable
 
 from peftgraph import passes
@@ -53,3 +54,8 @@ def test_every_page_says_where_other_libraries_differ() -> None:
     for page in method_pages.PAGES:
         text = (method_pages.DOCS / "methods" / f"{page.name}.md").read_text(encoding="utf-8")
         assert len(text.partition(method_pages.HAND)[2].split()) > 8, page.name
+
+
+def test_the_survey_s_table_is_what_is_computed() -> None:
+    text = (method_pages.DOCS / "methods.md").read_text(encoding="utf-8")
+    assert survey_costs.section() in text, "run tests/support/method_pages.py --survey"
