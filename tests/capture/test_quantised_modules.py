@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
+import peft
 import pytest
 import torch
 import transformers
@@ -136,3 +138,15 @@ def test_what_cannot_be_traced() -> None:
         program(4).write_back(llama())
     with pytest.raises(pg.TraceError, match="trace it as a whole"):
         pg.trace(llama(4), {"input_ids": IDS}, root="model")
+
+
+def test_outputs_are_those_of_peft_on_bitsandbytes(tmp_path: Path) -> None:
+    """QLoRA as it is done elsewhere: peft's adapter on the quantised model, from files that are written here."""
+    tuned = pg.trace(llama(), {"input_ids": IDS}, verify="off").apply(Quantise(), LoRA(rank=4, alpha=8.0))
+    with torch.no_grad():
+        for value in tuned.table.trainable.values():
+            value.add_(0.1 * torch.randn_like(value))
+    folder = tuned.save_adapter(tmp_path / "adapter", format="peft")
+    theirs = peft.PeftModel.from_pretrained(quantised(copy.deepcopy(llama()), 4), str(folder)).eval()
+    ours = tuned.module().eval()(input_ids=IDS).logits
+    torch.testing.assert_close(ours, theirs(input_ids=IDS).logits, rtol=0, atol=1e-6)
