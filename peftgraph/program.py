@@ -450,7 +450,9 @@ def _sites_of(base: ProgramData, patterns: Sequence[Pattern] = ()) -> Sites:
     return find_sites(graph, base.table.tensors(), size_names(base), patterns=patterns, parameters=parameters)
 
 
-def compare(program: Program, recipes: Sequence[Pass | str], *, batch: int = 8, length: int = 128) -> Comparison:
+def compare(
+    program: Program, recipes: Sequence[Pass | str], *, batch: int = 8, length: int = 128, examples: int = 0
+) -> Comparison:
     """Compute what recipes cost on a model, without its weights: the columns of the survey's table as numbers.
 
     Args:
@@ -458,6 +460,7 @@ def compare(program: Program, recipes: Sequence[Pass | str], *, batch: int = 8, 
         recipes: passes, or their text: `[LoRA(rank=8), "ia3{}", "prefix{length=10}"]`; a word alone has its defaults.
         batch: rows of every input.
         length: tokens of every sequence.
+        examples: in a prompt, whose cost is told beside that of training; 0 for none.
 
     Returns:
         A table: prints, shows in a notebook, and gives `json()` and `html()`.
@@ -465,7 +468,7 @@ def compare(program: Program, recipes: Sequence[Pass | str], *, batch: int = 8, 
     Raises:
         PeftGraphError: a recipe does not fit the model, or the model takes no such sizes.
     """
-    return _compare(program, program.sites, program.apply, named(recipes, parse_recipe), batch, length)
+    return _compare(program, program.sites, program.apply, named(recipes, parse_recipe), batch, length, examples)
 
 
 def fold(

@@ -30,6 +30,7 @@ def compare(
     ] = [],  # noqa: B006
     batch: Annotated[int, typer.Option(help="Rows of every input.", min=1)] = 8,
     length: Annotated[int, typer.Option(help="Tokens of every sequence.", min=1)] = 128,
+    examples: Annotated[int, typer.Option(help="Also: the cost of so many examples in a prompt.", min=0)] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout and nothing else.")] = False,
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page with the picture.")] = None,
 ) -> None:
@@ -49,7 +50,7 @@ def compare(
 
     program = trace(skeleton(source))
     with working("comparing"):
-        found = pg.compare(program, chosen, batch=batch, length=length)
+        found = pg.compare(program, chosen, batch=batch, length=length, examples=examples)
     if html is not None:
         with atomic_file(html) as temporary:
             temporary.write_text(found.html(), encoding="utf-8")
@@ -61,6 +62,7 @@ def compare(
     OUT.print()
     if OUT.is_terminal:
         OUT.print(comparison_table(found))
+        OUT.print("\n".join(found.notes()), highlight=False, markup=False)
     else:
         typer.echo("\n".join(str(found).splitlines()[3:]))
     if html is not None:

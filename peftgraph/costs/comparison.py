@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from peftgraph.costs.format import format_bytes, format_operations
+from peftgraph.costs.in_context import InContext
 from peftgraph.costs.measure import StepCost, inference, training_step
 from peftgraph.costs.page import Bar, fragment, page
 from peftgraph.errors import NoFold, PeftGraphError
@@ -85,6 +86,7 @@ class Comparison:
         length: tokens of every sequence.
         base: operations of a call of the model without any pass.
         costs: one for each recipe, in order.
+        in_context: learning from examples in the prompt, beside training; None where no examples were asked for.
     """
 
     model: str
@@ -92,6 +94,7 @@ class Comparison:
     length: int
     base: StepCost
     costs: tuple[Cost, ...]
+    in_context: InContext | None = None
 
     def __iter__(self) -> Iterator[Cost]:
         return iter(self.costs)
@@ -102,7 +105,9 @@ class Comparison:
     def json(self) -> str:
         """Return everything as JSON."""
         rows = [asdict(one) | {"training_memory": one.training_memory} for one in self.costs]
-        document = {"model": self.model, "batch": self.batch, "length": self.length}
+        document: dict[str, object] = {"model": self.model, "batch": self.batch, "length": self.length}
+        if self.in_context is not None:
+            document["in_context"] = asdict(self.in_context)
         return json.dumps(document | {"inference_operations": self.base.forward, "recipes": rows}, indent=1)
 
     def cells(self) -> list[list[str]]:
@@ -133,7 +138,17 @@ class Comparison:
             )
             for row in rows
         ]
-        return "\n".join([self.title, self.facts, "", *lines])
+        return "\n".join([self.title, self.facts, "", *lines, *self.notes()])
+
+    def notes(self) -> list[str]:
+        """Return what learning in context costs beside each recipe, a line each."""
+        if self.in_context is None:
+            return []
+        one = self.in_context.operations
+        lines = ["", f"{self.in_context}: {format_operations(int(one))} operations a prediction"]
+        return lines + [
+            f"  {cost.recipe}: a step of training is {cost.step_operations / one:.2f} of them" for cost in self
+        ]
 
     def html(self) -> str:
         """Return a page with the table and the picture of the memory."""
@@ -150,6 +165,7 @@ def compare(
     recipes: Iterable[tuple[str, Pass]],
     batch: int,
     length: int,
+    examples: int = 0,
 ) -> Comparison:
     """Compute what recipes cost on a program; see `peftgraph.compare`.
 
@@ -160,6 +176,7 @@ def compare(
         recipes: by name.
         batch: rows of every input.
         length: tokens of every sequence.
+        examples: in a prompt, of that length each, whose cost is told beside; 0 for none.
 
     Raises:
         PeftGraphError: a recipe does not fit the model, or the model takes no such sizes.
@@ -168,7 +185,10 @@ def compare(
         raise PeftGraphError("A comparison starts from a program without passes; give the recipes beside it.")
     base = inference(program, batch, length)
     costs = tuple(_cost(name, apply(method), sites, base, batch, length) for name, method in recipes)
-    return Comparison(program.model, batch, length, base, costs)
+    parameters = sum(p.numel() for p in _unique(program, lambda entry: entry.kind == "parameter"))
+    both = {"encoder", "decoder"} <= {site.stack for site in sites}
+    prompt = InContext.of(parameters, examples, length, encoder_decoder=both) if examples else None
+    return Comparison(program.model, batch, length, base, costs, prompt)
 
 
 def _cost(name: str, tuned: ProgramData, sites: Sites, base: StepCost, batch: int, length: int) -> Cost:

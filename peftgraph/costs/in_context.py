@@ -7,7 +7,33 @@ Source: Kaplan et al., arXiv 2001.08361, section 2.1; T-Few, arXiv 2205.05638, s
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from peftgraph.errors import PeftGraphError
+
+
+@dataclass(frozen=True)
+class InContext:
+    """Learning from examples in the prompt.
+
+    Attributes:
+        examples: k.
+        tokens: of each example, and of what is asked.
+        operations: of one prediction.
+    """
+
+    examples: int
+    tokens: int
+    operations: float
+
+    @classmethod
+    def of(cls, parameters: int, examples: int, tokens: int, *, encoder_decoder: bool) -> InContext:
+        """Count a prediction. Arguments and errors as for `in_context_operations`."""
+        operations = in_context_operations(parameters, examples, tokens, tokens, encoder_decoder=encoder_decoder)
+        return cls(examples, tokens, operations)
+
+    def __str__(self) -> str:
+        return f"in context, {self.examples} examples of {self.tokens} tokens"
 
 
 def in_context_operations(

@@ -129,6 +129,18 @@ def test_what_a_comparison_refuses() -> None:
         pg.compare(zoo.traced("nano"), ["lorra"])
 
 
+def test_examples_in_a_prompt_are_told_beside() -> None:
+    found = pg.compare(zoo.traced("nano"), ["lora"], batch=2, length=9, examples=4)
+    parameters = zoo.traced("nano").count().total
+    assert found.in_context is not None
+    assert found.in_context.operations == 2 * parameters * (4 * 9 + 9)
+    assert "in context, 4 examples of 9 tokens: " in str(found)
+    assert json.loads(found.json())["in_context"]["examples"] == 4
+    seq2seq = pg.compare(zoo.traced("t5"), ["ia3"], batch=2, length=9, examples=1).in_context
+    assert seq2seq is not None
+    assert seq2seq.operations == zoo.traced("t5").count().total * 18
+
+
 def test_t_fews_comparison_with_learning_in_context() -> None:
     """Training T0-11B costs about as much as 20 predictions of GPT-3 with examples (T-Few, section 4.2)."""
     trained = training_operations(11_000_000_000, 1000, 8, 103, encoder_decoder=True)
