@@ -18,7 +18,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ +(.*)$", flags=re.MULTILINE)
 # A public name that is a module's too, and where the reference finds what is meant.
 ELSEWHERE = {"peftgraph.facade.attention": "peftgraph.sites.selectors.selector.attention"}
-TOPICS = ("attention", "gates", "modules", "quantised", "sequence")
+TOPICS = ("attention", "gates", "modules", "quantised", "training", "sequence")
 PUBLIC = re.compile(r"^from \S+ import \w+ as (\w+)$", flags=re.MULTILINE)
 
 

@@ -40,7 +40,8 @@ def quantise(
     from peftgraph.rewrite.registry import find_pass
 
     options = {"format": format, "block": block, "double": double, "compute": compute}
-    method: Any = find_pass("quantise")(at=pg.parse_selector(at), **options)
+    quantise_pass: Any = find_pass("quantise")
+    method = quantise_pass(at=pg.parse_selector(at), **options)
     check_target(out, force, (source,))
     before = stamps((source,))
     checkpoint = Checkpoint.open(source)

@@ -21,6 +21,7 @@ def full(tensor: Tensor) -> Tensor:
 def assign(target: Tensor, values: Tensor) -> None:
     """Write all values of a tensor, in place; each process keeps its own shard."""
     if DTensor is not None and isinstance(target, DTensor):
+        assert distribute_tensor is not None
         values = distribute_tensor(values.contiguous(), target.device_mesh, target.placements)
     target.copy_(values)
 

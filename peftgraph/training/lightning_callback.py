@@ -28,7 +28,7 @@ def lightning_callback(program: Trains, net: nn.Module) -> Any:
     if library is None:
         raise PeftGraphError("Import lightning.pytorch or pytorch_lightning first: the callback is of its class.")
 
-    class PassesCallback(library.Callback):  # type: ignore[name-defined]
+    class PassesCallback(library.Callback):
         """Calls a `TrainingRun`."""
 
         run: TrainingRun

@@ -45,6 +45,7 @@ from peftgraph.passes import (
     Prefix,
     Prompt,
     PTuning,
+    QLoRA,
     Quantise,
     SerialAdapter,
     TrainableTokens,
@@ -150,6 +151,9 @@ LINES: dict[str, Line] = {
         away=True,
         reference=False,
         only=("gpt2", "mixtral", "nano"),  # a weight each way: transposed, in a stack, in a fused one
+    ),
+    "qlora": Line(
+        (QLoRA(at=EVERYWHERE, rank=2, compute="stored"),), folds=False, away=True, reference=False, only=("llama",)
     ),
     "serial": Line((SerialAdapter(width=3),), folds=False, variant=True),
     "lora+ia3": Line((LoRA(at=EVERYWHERE, rank=2), IA3()), variant=True),
