@@ -26,12 +26,13 @@ from peftgraph.ir.tensor_table import TensorEntry, TensorTable
 from peftgraph.ir.verifier import verify
 from peftgraph.rewrite.checks import check_delta, check_join, check_values
 from peftgraph.rewrite.joins import AddProduct
-from peftgraph.rewrite.match import Match, is_given, match_all
+from peftgraph.rewrite.match import Match, match_all
 from peftgraph.rewrite.method import Pass
 from peftgraph.rewrite.rule import Rule
 from peftgraph.rewrite.sequence.size_constraints import update_size_constraints
 from peftgraph.rewrite.shared_weights import Use, enters_weight, uses
 from peftgraph.sites import Columns, Site, Sites
+from peftgraph.sites.ports import is_read_by_all
 
 P = TypeVar("P", bound=ProgramData)
 Windows = Mapping[tuple[str, str], Sequence[Columns]]
@@ -311,7 +312,7 @@ class _Work:
 
     def _redirect(self, match: Match, port: str, old: fx.Node, new: fx.Node, builder: Builder) -> Move:
         anchor = match.anchor(port)
-        if not is_given(port):
+        if not is_read_by_all(port):
             self.names[match.reader(port)].replace_input_with(old, new)
             return Move(anchor, match.nesting, new.name, 1)
         uses = builder.redirect(old, new, keep=builder.pinned_users.union(builder.nodes))

@@ -12,7 +12,7 @@ from peftgraph.errors import PeftGraphError
 from peftgraph.rewrite.joins import Delta, Join
 from peftgraph.rewrite.match import Match
 from peftgraph.sites.dataflow.flow import hint
-from peftgraph.sites.roles import PORTS
+from peftgraph.sites.ports import PORTS
 
 
 def check_join(maker: str, join: object) -> None:

@@ -19,6 +19,7 @@ from peftgraph.ir.tensor_table import TensorTable
 from peftgraph.rewrite.nesting import Nesting, nesting_of
 from peftgraph.rewrite.weight_views import ParameterValue, View, bias_view, bind, rows_view, scale_view, weight_view
 from peftgraph.sites import Columns, Equation, Lettered, Site, Sites
+from peftgraph.sites.ports import PORTS, PortKind, is_read_by_all, kind_of, named_part, stored_port
 from peftgraph.sites.roles import level_of
 from peftgraph.sites.site import Form
 
@@ -34,24 +35,6 @@ CONVOLUTIONS = TRANSPOSED | {
     aten.conv3d.padding,
 }
 POINTWISE = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}  # by the axes they run along
-
-# Ports whose value the site gives to all its users; at every other port the site reads a value that others may read
-# too.
-GIVEN = {"output", "undropped", "embedded", "join", "normed", "weight"}
-
-# Ports of the model around the site: what it is called with, and what it returns.
-INPUT, RESULT = "input:", "result:"
-
-# The port of a stored tensor, by one of the names that it is read under.
-STORED = "stored:"
-
-# Ports that lie before the dropout on the value of another one: a sublayer's output, and what enters a block.
-BEFORE_DROPOUT = {"undropped": "output", "embedded": "input"}
-
-
-def is_given(port: str) -> bool:
-    """Tell whether an edit at a port applies to all users of the value there."""
-    return port in GIVEN or port.startswith((INPUT, STORED))
 
 
 @dataclass
@@ -105,7 +88,7 @@ class Match:
 
     def ports_of_stored(self, parameter: str) -> list[str]:
         """Return the ports of a stored tensor: one for each name that the base reads it under."""
-        return [f"{STORED}{name}" for name in self.table.tied(parameter) if self._readers_of(name)]
+        return [stored_port(name) for name in self.table.tied(parameter) if self._readers_of(name)]
 
     @property
     def nesting(self) -> Nesting:
@@ -117,13 +100,13 @@ class Match:
     def anchor(self, port: str) -> Anchor:
         """Return where edits at a port enter: at the value for all its readers, or at the one operand that the site
         reads."""
-        return Anchor(self.port(port), None if is_given(port) else self.reader(port))
+        return Anchor(self.port(port), None if is_read_by_all(port) else self.reader(port))
 
     def has(self, port: str) -> bool:
         """Tell whether the site, or the model around it, has a port."""
         if port == "weight":
             return self.site.weight is not None
-        return port.startswith((INPUT, RESULT, STORED)) or BEFORE_DROPOUT.get(port, port) in self.site.ports
+        return named_part(port) is not None or (_valued_at(port) or port) in self.site.ports
 
     def port(self, name: str) -> str:
         """Return the base graph's node at a port; `undropped` is the output, and `embedded` the input, before its
@@ -133,27 +116,27 @@ class Match:
         weight of the site's operator, in its stored layout, and `stored:NAME` a stored tensor that the graph reads
         under that name.
         """
-        if name.startswith((INPUT, RESULT)):
-            return name.partition(":")[2]
+        named = named_part(name)
+        if named is not None:
+            return self._readers_of(named)[0] if kind_of(name) is PortKind.WEIGHT else named
         if name == "weight":
             return self._weight_node()
-        if name.startswith(STORED):
-            return self._readers_of(name.partition(":")[2])[0]
         if not self.has(name):
             raise PeftGraphError(
                 f"{self.site} has no {name}; it has {', '.join(self.site.ports) or 'a weight alone'}. Choose other "
                 "sites, or a pass that changes weights, such as lora."
             )
-        if name not in BEFORE_DROPOUT:
+        valued_at = _valued_at(name)
+        if not valued_at:
             return self.site.ports[name]
-        node = self.names[self.site.ports[BEFORE_DROPOUT[name]]]
+        node = self.names[self.site.ports[valued_at]]
         while node.target in DROPOUTS:
             node = self.names[self.edits.base_value(node.all_input_nodes[0].name)]
         return node.name
 
     def reader(self, port: str) -> str:
         """Return the node that reads a port's value."""
-        if port.startswith(RESULT):
+        if kind_of(port) is PortKind.MODEL_OUTPUT:
             return self.graph.output_node().name
         return self.site.readers.get(port, self.site.op)
 
@@ -165,7 +148,7 @@ class Match:
     def raw_value(self, port: str) -> fx.Node:
         """Return the current value at a port, in the model's own layout."""
         node = self.port(port)
-        if is_given(port):
+        if is_read_by_all(port):
             return self._latest(node, self.nesting)
         inside = self.edits.chain(self.anchor(port))
         return self.names[inside[-1].after] if inside else self._read(node, self.names[self.reader(port)])
@@ -529,6 +512,11 @@ class Match:
         return op.call(
             aten.reshape.default, op.call(aten.permute.default, split, back), [int(n) for n in full.meta["val"].shape]
         )
+
+
+def _valued_at(port: str) -> str:
+    """Return the port whose value a port has before its dropout; "" for a value of its own."""
+    return PORTS[port].before_dropout_of if port in PORTS else ""
 
 
 def _window(op: Builder, value: fx.Node, columns: Columns | None, axis: int, name: str) -> fx.Node:

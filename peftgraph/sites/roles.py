@@ -9,41 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from types import MappingProxyType
 from typing import Final
-
-
-class PortKind(StrEnum):
-    """Who reads another value once an edit enters at a port."""
-
-    OUTPUT = "output"
-    """A value that the site gives: all who read it read the new one."""
-    EDGE = "edge"
-    """A value that the site reads: the site alone reads the new one."""
-    WEIGHT = "weight"
-    """The stored tensor that the site's operator multiplies by: all who read it read the new one."""
-    MODEL_INPUT = "model input"
-    """An input of the model, whatever the site: all who read it read the new one."""
-    MODEL_OUTPUT = "model output"
-    """A value that the model returns, whatever the site: the caller alone gets the new one."""
-
-
-@dataclass(frozen=True)
-class Port:
-    """A place at which an edit can read a value or put another one.
-
-    Attributes:
-        name: the word for it, as in `Add(port="output")`.
-        kind: who is affected by an edit there.
-        meaning: what stands there, with its shape.
-        broadcasts: whether a value of more axes, or of larger ones where the old value has 1, fits there too.
-    """
-
-    name: str
-    kind: PortKind
-    meaning: str
-    broadcasts: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,40 +74,6 @@ class Group:
     meaning: str
     absent: str = ""
 
-
-PORTS: Final[Mapping[str, Port]] = MappingProxyType(
-    {
-        one.name: one
-        for one in (
-            Port("input", PortKind.EDGE, "the site's input, (..., I)"),
-            Port("output", PortKind.OUTPUT, "the site's output, (..., O)"),
-            Port("weight", PortKind.WEIGHT, "the weight of the site's operator, in its stored layout"),
-            Port("undropped", PortKind.OUTPUT, "the output before its dropout"),
-            Port("embedded", PortKind.OUTPUT, "the input before its dropout: of a first block, the embedded tokens"),
-            Port("residual", PortKind.EDGE, "the residual stream that the sublayer's result is added to, (B, T, D)"),
-            Port("join", PortKind.OUTPUT, "the residual sum, (B, T, D)"),
-            Port("normed", PortKind.OUTPUT, "the residual sum after the norm that follows it (post-norm), (B, T, D)"),
-            Port(
-                "memory",
-                PortKind.EDGE,
-                "the value that keys and values of a cross attention are projected from, (B, S, D)",
-            ),
-            Port("q", PortKind.EDGE, "queries, (B, H, T, d) or in the model's own layout"),
-            Port("k", PortKind.EDGE, "keys, (B, H, S, d), not transposed"),
-            Port("v", PortKind.EDGE, "values, (B, H, S, d)"),
-            Port("mask", PortKind.EDGE, "the mask or bias that is added to the scores, (B, H, T, S)", broadcasts=True),
-            Port("keys", PortKind.EDGE, "keys before they are repeated for the queries that share them"),
-            Port("values", PortKind.EDGE, "values before they are repeated for the queries that share them"),
-            Port("scored", PortKind.EDGE, "the factor of q in a product that is written out: keys, transposed"),
-            Port("scores", PortKind.EDGE, "the argument of a softmax that is written out, (B, H, T, S)"),
-            Port("product", PortKind.EDGE, "the product q k^T that is written out"),
-            Port("product1", PortKind.EDGE, "the second product of scores that are a sum of several"),
-            Port("product2", PortKind.EDGE, "the third product of scores that are a sum of several"),
-            Port("offsets", PortKind.EDGE, "where the rows of each expert end, of a grouped product"),
-            Port("chosen", PortKind.EDGE, "the expert of each row, of a stack whose matrices are gathered"),
-        )
-    }
-)
 
 _SUBLAYER: Final = ("input", "output", "undropped", "memory", "residual", "join", "normed")
 _PROJECTION: Final = ("input", "output", "weight", "offsets", "chosen")

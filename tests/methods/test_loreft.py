@@ -263,7 +263,7 @@ def test_it_works_after_sublayers_and_beside_other_methods() -> None:
     method = LoReFT(at="attention|ffn", rank=2, prefix=2, suffix=2)
     program = zoo.randomise(base.apply(method, IA3(), LoReFT(name="block", rank=2)), 0.1)
     assert torch.isfinite(answer(program.module().eval(), inputs)).all()
-    with pytest.raises(pg.NoFold, match="no one weight gives the hidden state"):
+    with pytest.raises(pg.NoFold, match="no single weight computes the hidden state"):
         pg.fold(program)
     assert len(pg.fold(program, partial=True).history) == 2
 

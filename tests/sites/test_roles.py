@@ -12,7 +12,17 @@ from torch import nn
 import peftgraph as pg
 from peftgraph.draw.html_page import KEY
 from peftgraph.draw.svg import css_class, style
-from peftgraph.sites.roles import BY_NAME, GROUPS, PORTS, ROLES, WORDS, PortKind, Role, absent, selected_by
+from peftgraph.sites.ports import (
+    PORTS,
+    PortKind,
+    input_port,
+    is_read_by_all,
+    kind_of,
+    named_part,
+    result_port,
+    stored_port,
+)
+from peftgraph.sites.roles import BY_NAME, GROUPS, ROLES, WORDS, Role, absent, selected_by
 from peftgraph.sites.search import finder_of, finders
 from tests.support.role_table import PAGE, rewritten
 
@@ -86,6 +96,30 @@ def test_ports_are_a_closed_set() -> None:
     assert {one.kind for one in PORTS.values()} <= set(PortKind)
     assert {name for role in ROLES for name in role.ports} <= PORTS.keys()
     assert all(one.meaning for one in PORTS.values())
+
+
+def test_ports_of_the_model_have_kinds_and_names() -> None:
+    made = {
+        input_port("ids"): PortKind.MODEL_INPUT,
+        result_port("y"): PortKind.MODEL_OUTPUT,
+        stored_port("w"): PortKind.WEIGHT,
+    }
+    assert {port: kind_of(port) for port in made} == made
+    assert [named_part(port) for port in made] == ["ids", "y", "w"]
+    assert [is_read_by_all(port) for port in (*made, "output", "input", "weight")] == [
+        True,
+        False,
+        True,
+        True,
+        False,
+        True,
+    ]
+    assert kind_of("nowhere") is None
+    assert named_part("output") is None
+    assert {name: one.before_dropout_of for name, one in PORTS.items() if one.before_dropout_of} == {
+        "undropped": "output",
+        "embedded": "input",
+    }
 
 
 def test_words_are_roles_and_groups() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from peftgraph.sites.roles import GROUPS, PORTS, ROLES
+from peftgraph.sites.ports import PORTS
+from peftgraph.sites.roles import GROUPS, ROLES
 
 PAGE = Path(__file__).parents[2] / "docs" / "sites.md"
 BEGIN, END = "<!-- roles: written by tests/support/role_table.py -->\n", "<!-- end of roles -->\n"

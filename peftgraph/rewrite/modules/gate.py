@@ -12,9 +12,10 @@ from torch import fx
 from peftgraph.errors import PeftGraphError
 from peftgraph.ir.builder import Builder
 from peftgraph.rewrite.checks import check_gated
-from peftgraph.rewrite.match import INPUT, Match
+from peftgraph.rewrite.match import Match
 from peftgraph.rewrite.rule import Rule
 from peftgraph.rewrite.sequence.token_inputs import find_token_inputs, read_token_mask, to_device_of
+from peftgraph.sites.ports import input_port
 
 aten = torch.ops.aten
 
@@ -89,7 +90,7 @@ def masked_mean(m: Match, op: Builder, x_BT1: fx.Node, tokens_only: bool) -> fx.
     inputs = find_token_inputs(m, length) if tokens_only and not isinstance(length, int) else None
     if inputs is not None:
         for name in inputs.along:
-            if len(m.value(INPUT + name).meta["val"].shape) != 2:
+            if len(m.value(input_port(name)).meta["val"].shape) != 2:
                 raise PeftGraphError(f"The input {name} is no (batch, positions): it is not known what hides padding.")
     if inputs is None or inputs.mask is None:
         return op.call(aten.mean.dim, x_BT, [1])

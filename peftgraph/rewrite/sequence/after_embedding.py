@@ -10,10 +10,11 @@ from torch import fx
 
 from peftgraph.errors import PeftGraphError
 from peftgraph.ir.builder import Builder
-from peftgraph.rewrite.match import INPUT, Match
+from peftgraph.rewrite.match import Match
 from peftgraph.rewrite.sequence.prepended_rows import PrependedRows
 from peftgraph.rewrite.sequence.token_embedding import cached_keys, embedding_output, token_inputs_of
 from peftgraph.rewrite.sequence.token_inputs import TokenInputs, reached
+from peftgraph.sites.ports import input_port
 
 
 def insert_after_embedding(m: Match, op: Builder, rows_LD: fx.Node, after: int) -> dict[str, fx.Node]:
@@ -29,8 +30,8 @@ def insert_after_embedding(m: Match, op: Builder, rows_LD: fx.Node, after: int) 
     inner = before | {embedded}
     op.pinned_users |= inner
     plan = PrependedRows(m, op, int(rows_LD.meta["val"].shape[0]), after, inputs, length=length)
-    ports = {INPUT + name: plan.recompute(m.value(INPUT + name)) for name in inputs.along}
-    ports |= {INPUT + name: plan.labels(name, ignored) for name, ignored in inputs.labels}
+    ports = {input_port(name): plan.recompute(m.value(input_port(name))) for name in inputs.along}
+    ports |= {input_port(name): plan.labels(name, ignored) for name, ignored in inputs.labels}
     outside = [node for node in before if node.op != "placeholder" and not inner.issuperset(node.users)]
     again = {_port(m, node): plan.recompute(node) for node in outside if plan.recompute(node) is not node}
     return ports | again | {_port(m, embedded): plan.insert(embedded, plan.for_batch(rows_LD, embedded))}
@@ -61,4 +62,4 @@ def _checked_inputs(m: Match, op: Builder) -> TokenInputs:
 
 
 def _port(m: Match, node: fx.Node) -> str:
-    return INPUT + m.edits.base_value(node.name)
+    return input_port(m.edits.base_value(node.name))

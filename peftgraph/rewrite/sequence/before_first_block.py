@@ -9,12 +9,13 @@ from torch import fx
 
 from peftgraph.errors import PeftGraphError
 from peftgraph.ir.builder import Builder
-from peftgraph.rewrite.match import INPUT, RESULT, Match
+from peftgraph.rewrite.match import Match
 from peftgraph.rewrite.sequence.axes import format_sizes
 from peftgraph.rewrite.sequence.axis_propagation import AxisPropagation
 from peftgraph.rewrite.sequence.prepended_rows import PrependedRows
 from peftgraph.rewrite.sequence.resized_values import refusal
 from peftgraph.sites import embedding
+from peftgraph.sites.ports import input_port, result_port
 
 
 def is_first_block_without_embedding(m: Match) -> bool:
@@ -32,7 +33,7 @@ def insert_before_block(m: Match, op: Builder, rows_LD: fx.Node, after: int, cut
     Raises:
         PeftGraphError: the block reads no sequence, or the rows cannot be followed through the model.
     """
-    x_BTD = m.value(INPUT + m.port("input"))
+    x_BTD = m.value(input_port(m.port("input")))
     sizes = x_BTD.meta["val"].shape
     if len(sizes) != 3:
         raise PeftGraphError(
@@ -49,6 +50,6 @@ def insert_before_block(m: Match, op: Builder, rows_LD: fx.Node, after: int, cut
             raise refusal(m, leaf, 'is a result that has its positions and other axes on one; choose returns="all"')
         if axes:
             value = extended if leaf is x_BTD else leaf
-            ports[RESULT + m.edits.base_value(leaf.name)] = plan.cut_axes(value, sorted(axes))
-    ports |= {INPUT + m.edits.base_value(value.name): new for value, new in propagation.moves.items()}
-    return ports | {INPUT + m.edits.base_value(x_BTD.name): extended}
+            ports[result_port(m.edits.base_value(leaf.name))] = plan.cut_axes(value, sorted(axes))
+    ports |= {input_port(m.edits.base_value(value.name)): new for value, new in propagation.moves.items()}
+    return ports | {input_port(m.edits.base_value(x_BTD.name)): extended}

@@ -20,7 +20,7 @@ from torch import fx
 from peftgraph.errors import PeftGraphError
 from peftgraph.ir.builder import Builder
 from peftgraph.ir.modes import SEQUENCE_AXIS
-from peftgraph.rewrite.match import INPUT, RESULT, Match
+from peftgraph.rewrite.match import Match
 from peftgraph.rewrite.sequence.axes import END, same_size
 from peftgraph.rewrite.sequence.token_inputs import (
     NO_INPUTS,
@@ -31,6 +31,7 @@ from peftgraph.rewrite.sequence.token_inputs import (
     to_device_of,
 )
 from peftgraph.sites.dataflow import ops
+from peftgraph.sites.ports import input_port, result_port
 
 aten = torch.ops.aten
 
@@ -61,7 +62,7 @@ class PrependedRows:
         self.m, self.op, self.rows, self.after, self.inputs, self.length = m, op, rows, after, inputs, length
         self.cached_keys = cached_keys
         self._padding = inputs.mask if skips_padding else None
-        self._names = {m.value(INPUT + name): name for name in (*inputs.along, *inputs.whole)}
+        self._names = {m.value(input_port(name)): name for name in (*inputs.along, *inputs.whole)}
 
     # inputs
 
@@ -81,13 +82,13 @@ class PrependedRows:
 
     def labels(self, name: str, ignored: int) -> fx.Node:
         """Return labels, (B, T) -> (B, N), with what the loss ignores for the rows."""
-        return self._with_entries(self.m.value(INPUT + name), ignored)
+        return self._with_entries(self.m.value(input_port(name)), ignored)
 
     def all_inputs(self) -> dict[str, fx.Node]:
         """Return every input that runs along the tokens, and the labels, by port."""
         names = (*self.inputs.whole, *self.inputs.along)
-        extended = {INPUT + name: self.input(name) for name in names}
-        return extended | {INPUT + name: self.labels(name, ignored) for name, ignored in self.inputs.labels}
+        extended = {input_port(name): self.input(name) for name in names}
+        return extended | {input_port(name): self.labels(name, ignored) for name, ignored in self.inputs.labels}
 
     def recompute(self, node: fx.Node) -> fx.Node:
         """Return the value of `node` with the inputs that hold the rows; `node` itself where it does not depend on
@@ -174,7 +175,7 @@ class PrependedRows:
             sizes = base.meta["val"].shape if isinstance(base.meta["val"], torch.Tensor) else ()
             axes = [axis for axis, size in enumerate(sizes) if same_size(size, length)]
             if axes:
-                shorter[RESULT + base.name] = self.cut_axes(self.m.value(RESULT + base.name), axes)
+                shorter[result_port(base.name)] = self.cut_axes(self.m.value(result_port(base.name)), axes)
         return shorter
 
     def cut_axes(self, value: fx.Node, axes: list[int]) -> fx.Node:
@@ -188,7 +189,7 @@ class PrependedRows:
     def _cached(self) -> fx.Node:
         """Return P."""
         assert self.cached_keys is not None
-        keys = self.m.value(INPUT + self.cached_keys.name)
+        keys = self.m.value(input_port(self.cached_keys.name))
         return self._once("cached", lambda: self.op.call(aten.sym_size.int, keys, SEQUENCE_AXIS))
 
     def _added(self) -> fx.Node | int:
@@ -224,7 +225,7 @@ class PrependedRows:
         op, start = self.op, self._start()
 
         def number() -> fx.Node:
-            like = self.m.value(INPUT + self.inputs.along[0])
+            like = self.m.value(input_port(self.inputs.along[0]))
             count = op.call(operator.add, op.call(aten.sym_size.int, like, 1), self._added())
             if self.cached_keys is not None:
                 count = op.call(operator.add, count, self._cached())
@@ -264,7 +265,7 @@ class PrependedRows:
         def source() -> fx.Node:
             tokens = self.op.call(operator.sub, self._cached(), self._cached_rows())
             source = self.op.call(aten.sub.Scalar, self._of_call(self._source()), tokens)
-            like = self.m.value(INPUT + self.inputs.along[0])
+            like = self.m.value(input_port(self.inputs.along[0]))
             last = self.op.call(operator.sub, self.op.call(aten.sym_size.int, like, 1), 1)
             return self.op.call(aten.clamp.default, source, 0, last)  # an example may be padding up to this call
 

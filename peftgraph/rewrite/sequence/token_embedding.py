@@ -8,11 +8,12 @@ from torch import fx
 from peftgraph.errors import PeftGraphError, RecipeError
 from peftgraph.ir.builder import Builder
 from peftgraph.ir.modes import SEQUENCE_AXIS
-from peftgraph.rewrite.match import INPUT, Match
+from peftgraph.rewrite.match import Match
 from peftgraph.rewrite.sequence.axes import same_size
 from peftgraph.rewrite.sequence.token_inputs import TokenInputs, find_token_inputs, of_tokens
 from peftgraph.sites import attention, block, embedding, kind
 from peftgraph.sites.dataflow import ops
+from peftgraph.sites.ports import input_port
 from peftgraph.sites.selectors.selector import Selector
 
 aten = torch.ops.aten
@@ -135,7 +136,7 @@ def embedding_output_port(m: Match) -> str:
     Raises:
         PeftGraphError: no block reads them.
     """
-    return INPUT + m.edits.base_value(embedding_output(m).name)
+    return input_port(m.edits.base_value(embedding_output(m).name))
 
 
 def embedding_output(m: Match) -> fx.Node:

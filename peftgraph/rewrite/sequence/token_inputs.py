@@ -19,9 +19,10 @@ from peftgraph.errors import PeftGraphError
 from peftgraph.ir.builder import Builder
 from peftgraph.ir.interpreter import compute_node
 from peftgraph.ir.shape_inference import example_size
-from peftgraph.rewrite.match import INPUT, Match
+from peftgraph.rewrite.match import Match
 from peftgraph.rewrite.sequence.axes import same_size
 from peftgraph.sites.dataflow import ops
+from peftgraph.sites.ports import input_port
 
 aten = torch.ops.aten
 
@@ -102,7 +103,7 @@ def of_tokens(m: Match, name: str) -> fx.Node:
     Raises:
         PeftGraphError: it has more axes.
     """
-    value = m.value(INPUT + name)
+    value = m.value(input_port(name))
     shape = value.meta["val"].shape
     if len(shape) != 2:
         raise PeftGraphError(
@@ -114,7 +115,7 @@ def of_tokens(m: Match, name: str) -> fx.Node:
 
 def read_token_mask(m: Match, op: Builder, mask: PaddingMask) -> fx.Node:
     """Return (B, T) booleans: which positions hold tokens, as an input says it."""
-    return op.call(aten.eq.Scalar if mask.hides else aten.ne.Scalar, m.value(INPUT + mask.name), 0)
+    return op.call(aten.eq.Scalar if mask.hides else aten.ne.Scalar, m.value(input_port(mask.name)), 0)
 
 
 def to_device_of(op: Builder, x: fx.Node, value: fx.Node) -> fx.Node:
