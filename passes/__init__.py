@@ -16,6 +16,7 @@ from .houlsby import Houlsby as Houlsby
 from .ia3 import IA3 as IA3
 from .intrinsic_said import IntrinsicSAID as IntrinsicSAID
 from .invertible import Invertible as Invertible
+from .ladder_side import LadderSide as LadderSide
 from .lora import LoRA as LoRA
 from .loreft import LoReFT as LoReFT
 from .mam import MAM as MAM

@@ -117,6 +117,13 @@ class ShapeInference:
             self._known[key] = self._call(node.target, args, kwargs)
         return self._known[key]
 
+    def value_of_call(self, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Infer the result of a call on values, where no node makes it."""
+        key = (target, self.describe(args), self.describe(kwargs))
+        if key not in self._known:
+            self._known[key] = self._call(target, args, kwargs)
+        return self._known[key]
+
     def _run(self, node: fx.Node) -> Any:
         args, kwargs = map_arg((node.args, node.kwargs), lambda operand: operand.meta["val"])
         return self._call(node.target, args, kwargs)

@@ -1,0 +1,1 @@
+"""Copies of a stretch of a graph at a smaller width, with parameters of their own."""

@@ -1,0 +1,60 @@
+"""What lies between the projections of an attention and its softmax: where factors may depend on the size of a head."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+from torch import Tensor, fx
+
+from peftgraph.rewrite.match import Match
+from peftgraph.rewrite.narrow.pruning import attention_key
+from peftgraph.sites import Site
+from peftgraph.sites.dataflow import ops
+
+
+class Scores:
+    """The calls between queries or keys and the softmax of every attention.
+
+    Attributes:
+        calls: these calls, by graph name.
+        rotated: the attentions in which a table multiplies queries or keys, as `attention_key` gives them.
+    """
+
+    def __init__(self, m: Match) -> None:
+        self.calls = set[str]()
+        self.rotated = set[Hashable]()
+        self._m = m
+        for core in (site for site in m.sites if site.role == "attention.core"):
+            inside = self._inside(core)
+            self.calls |= {node.name for node in inside}
+            if any(self._is_rotation(node, inside) for node in inside):
+                self.rotated.add(attention_key(core))
+
+    def has(self, node: fx.Node) -> bool:
+        """Tell whether a call lies there."""
+        return node.name in self.calls
+
+    def _inside(self, core: Site) -> set[fx.Node]:
+        names, stop = self._m.names, self._m.names[core.op]
+        mine = [site for site in self._m.sites if site.role in ("attention.q", "attention.k")]
+        todo = [names[site.op] for site in mine if attention_key(site) == attention_key(core)]
+        below = set(todo)
+        while todo:
+            node = todo.pop()
+            users = [] if node is stop or ops.is_softmax(node) else [one for one in node.users if one not in below]
+            below.update(users)
+            todo += users
+        above, todo = {stop}, [stop]
+        while todo:
+            operands = [one for one in todo.pop().all_input_nodes if one in below and one not in above]
+            above.update(operands)
+            todo += operands
+        return above
+
+    def _is_rotation(self, node: fx.Node, inside: set[fx.Node]) -> bool:
+        """Tell whether a call multiplies features by a table that is not stored."""
+        if ops.name(node) != "mul":
+            return False
+        others = [one for one in node.all_input_nodes if one not in inside and one.op == "call_function"]
+        values = [one.meta["val"] for one in others]
+        return any(isinstance(one, Tensor) and one.dim() > 1 and one.shape[-1] != 1 for one in values)
