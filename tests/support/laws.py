@@ -38,6 +38,7 @@ from peftgraph.passes import (
     Houlsby,
     IntrinsicSAID,
     Invertible,
+    LadderSide,
     LoRA,
     LoReFT,
     ParallelAdapter,
@@ -122,6 +123,15 @@ def no_statistics(name: str) -> Refusal | None:
     return pg.NoMatch, r"none of the \d+ sites at norm keeps running statistics"
 
 
+def no_ladder(name: str) -> Refusal | None:
+    """Blocks of which there is no copy with half of all features."""
+    words = {
+        "mixtral": r"0\.router belongs to experts, which have no narrow copy",
+        "gpt_neox": "takes features up to 1, which 2 does not divide",  # one pair of features is rotated
+    }
+    return (pg.PeftGraphError, words[name]) if name in words else None
+
+
 EVERYWHERE = "attention.*|ffn.*"
 GATED = (LoRA(rank=2, alpha=2.0), Prefix(length=2, hidden=5), Pfeiffer(width=3))
 LINES: dict[str, Line] = {
@@ -179,6 +189,9 @@ LINES: dict[str, Line] = {
     ),
     "invertible": Line((Invertible(init="identity"),), folds=False, reference=False, meaningless=no_tokens),
     "loreft": Line((LoReFT(rank=2, prefix=2, suffix=1, start="identity"),), folds=False, reference=False),
+    "ladder_side": Line(
+        (LadderSide(reduction=2),), folds=False, away=True, reference=False, variant=True, meaningless=no_ladder
+    ),
     "prompt": Line((Prompt(length=2),), folds=False, away=True, reference=False, meaningless=no_tokens),
     "prompt_behind": Line(
         (Prompt(length=2, onto="embeddings"),),

@@ -90,8 +90,9 @@ class NarrowCopy:
         todo = [node]
         while todo:
             last = todo[-1]
-            waiting = [one for one in self._operands(last).values() if one in self._stream and one not in known]
-            if last in known or not waiting:
+            operands = [] if last in known else self._operands(last).values()
+            waiting = [one for one in operands if one in self._stream and one not in known]
+            if not waiting:
                 todo.pop()
                 if last not in known:
                     known[last] = self._copied(last, known)
