@@ -105,7 +105,7 @@ class TransformersModule(GraphModule):
         arguments, signature = self._arguments(args, kwargs), self._peftgraph.signature
         as_tuple = _take(arguments, "return_dict", signature.constants) is False
         kept = _take(arguments, "logits_to_keep", signature.constants)
-        output = self._cached(arguments) if signature.kv_cache else self._peftgraph_run(signature.tensors_of(arguments))
+        output = self._cached(arguments) if signature.kv_cache else self._uncached(arguments)
         if kept is not None and not (isinstance(kept, int) and kept == 0):
             output["logits"] = output["logits"][:, slice(-kept, None) if isinstance(kept, int) else kept]
         return output.to_tuple() if as_tuple else output
@@ -121,6 +121,14 @@ class TransformersModule(GraphModule):
             arguments[COUNT] = _as(count.dtype, arguments[COUNT], self._peftgraph.target[1])
         return {name: value for name, value in arguments.items() if value is not None and not _is_off(name, value)}
 
+    def _uncached(self, arguments: dict[str, Any]) -> Any:
+        encoded = arguments.pop("encoder_outputs", None)
+        return self._run_tensors(self._peftgraph.signature.tensors_of(arguments), encoded)
+
+    def _run_tensors(self, tensors: list[Tensor | None], encoded: Any) -> Any:
+        """Run the graph, or the part of it behind the encoder, if its outputs are given."""
+        return self._peftgraph_run(tensors) if encoded is None else self._two_steps().decode(self, encoded, tensors)
+
     def _cached(self, arguments: dict[str, Any]) -> Any:
         signature = self._peftgraph.signature
         past = signature.kv_cache
@@ -135,7 +143,7 @@ class TransformersModule(GraphModule):
         specs = signature.inputs
         tensors = [next(rows, None) if s.name in names else t for s, t in zip(specs, tensors, strict=True)]
         self._fill(tensors, int(earlier[0].shape[-2]) - ahead if earlier else 0)
-        output = self._peftgraph_run(tensors) if encoded is None else self._two_steps().decode(self, encoded, tensors)
+        output = self._run_tensors(tensors, encoded)
         present = output[past.argument]
         if not earlier:
             ahead = int(present[0].shape[-2]) - arguments[past.tokens].shape[1]
@@ -152,9 +160,9 @@ class TransformersModule(GraphModule):
         `encoder_outputs`.
 
         Raises:
-            CallError: the program was traced without a cache, or of another kind of model.
+            CallError: the program is of another kind of model.
         """
-        if self._peftgraph.signature.kv_cache is None or HIDDEN not in self._peftgraph.signature.output_keys:
+        if HIDDEN not in self._peftgraph.signature.output_keys:
             raise CallError(f"This program of {self._peftgraph.title} has no encoder apart from the rest.")
         return EncoderModule(self._encoded, self._peftgraph.signature, self._two_steps().halves.inputs)
 
