@@ -99,9 +99,10 @@ class LadderSide(Pass):
         if self.keep is not None and block.site.layer not in self.keep:
             same = start.meta["val"].shape[block.site.feature_axis] == end.meta["val"].shape[block.site.feature_axis]
             self.require(same, f"{block.site.id} changes the width, so keep must name it.")
-            copy.known[end] = h
+            copy.known[end] = _laid_out(op, h, end)
             return
         gate, b = self.gate(block, op), self.down(block, op, end, str(block.site.layer))
+        b = b if b.meta["val"].dim() == h.meta["val"].dim() else op.call(aten.view_as.default, b, h)
         mixed = op.add(op.mul(h, gate), op.mul(b, op.call(aten.rsub.Scalar, gate, 1.0)))
         copy.known[end] = copy.value(end, {start: mixed})
 
@@ -141,13 +142,13 @@ class LadderSide(Pass):
         unknown = sorted(set(self.keep or ()) - layers)
         self.require(not unknown, f"keep names layers {unknown}, and the model has {len(layers)}.")
         kept = {(one.site.stack, one.site.layer) for one in blocks if self.keep is None or one.site.layer in self.keep}
-        for one in m.related(pg.block | pg.attention.core | pg.ffn.hidden | pg.parse_selector("router")):
+        for one in m.related(pg.parse_selector("block|attention.*|ffn.*|ffn.hidden|router")):
             site = one.site
             if (site.stack, site.layer) not in kept:
                 continue
             experts = site.role == "router" or site.expert is not None or (site.weight and site.weight.experts)
             self.require(not experts, f"{site.id} belongs to experts, which have no narrow copy.")
-            size = site.head_dim if site.role == "attention.core" else one.features
+            size = site.head_dim or one.features
             divides = size is None or size % self.reduction == 0
             self.require(divides, f"reduction={self.reduction} does not divide the {size} features of {site.id}.")
 
@@ -155,3 +156,10 @@ class LadderSide(Pass):
 def stack_name(m: Match) -> str:
     """Return what a block's stack is called in the names of parameters."""
     return m.site.stack or "blocks"
+
+
+def _laid_out(op: Builder, h: fx.Node, like: fx.Node) -> fx.Node:
+    """Return h with its places on one axis, where a value of the model has them so."""
+    if h.meta["val"].dim() == like.meta["val"].dim():
+        return h
+    return op.call(aten.reshape.default, h, [-1, int(h.meta["val"].shape[-1])])

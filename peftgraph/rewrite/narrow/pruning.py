@@ -2,15 +2,16 @@
 
 Features that meet are kept together: of the residual stream for all weights that read or write it, of a head for
 queries and keys and for values and what reads them, of a feed-forward for what writes and reads its hidden value. Each
-head keeps as many features as any other. Of heads whose queries are rotated, every R-th feature is kept, which leaves
-the pairs of a rotation together.
+head keeps as many features as any other. Of heads whose queries are rotated, every R-th feature is kept, or pair of
+neighbours where these are rotated, so that the pairs of a rotation stay together.
 Shapes: R the reduction, H heads, G heads of keys and values, F features of one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -40,13 +41,14 @@ class Pruning:
         table: the base's tensors.
         sites: of the base.
         reduction: R.
-        rotated: the attentions whose queries and keys are rotated, as `attention_key` gives them.
+        rotated: the attentions whose queries and keys are rotated, as `attention_key` gives them, each with how many
+            features in a row are kept.
     """
 
     table: TensorTable
     sites: Sites
     reduction: int
-    rotated: Collection[Hashable]
+    rotated: Mapping[Hashable, int]
     _heads: dict[Hashable, int] = field(default_factory=dict)
     _places: dict[Place, list[tuple[Hashable, Tensor]]] = field(default_factory=dict)
     _norms: dict[Hashable, list[Tensor]] = field(default_factory=dict)
@@ -54,8 +56,8 @@ class Pruning:
 
     def __post_init__(self) -> None:
         for site in self.sites:
-            if site.role == "attention.core" and site.head_dim:
-                self._heads["keys", attention_key(site)] = self._heads["values", attention_key(site)] = site.head_dim
+            if site.role in ("attention.k", "attention.v") and site.head_dim:
+                self._heads[SIDES[site.role][0], attention_key(site)] = site.head_dim
         for site in self.sites:
             if site.role in SIDES:
                 self._record(site, *SIDES[site.role])
@@ -133,12 +135,17 @@ class Pruning:
             whole = torch.stack([one for one in norms if len(one) == len(norms[0])]).sum(0)
             return whole.topk(len(whole) // self.reduction).indices.sort().values
         heads = max(min(len(one) for one in norms) // size, 1)
-        if isinstance(group, tuple) and group[0] == "keys" and group[1] in self.rotated:
-            return torch.arange(0, size, self.reduction).expand(heads, -1)
+        row = self._rotated_row(group)
         by_head = [one.view(heads, -1, size).sum(1) for one in norms if len(one) % (heads * size) == 0]
-        if not by_head:
-            return torch.arange(0, size, self.reduction).expand(heads, -1)
+        if row or not by_head:
+            numbers = torch.arange(size).view(-1, row or 1)
+            return numbers[:: self.reduction].flatten()[: size // self.reduction].expand(heads, -1)
         return torch.stack(by_head).sum(0).topk(size // self.reduction, dim=1).indices.sort(1).values
+
+    def _rotated_row(self, group: Hashable) -> int:
+        """Return how many features in a row of a head are kept together by its rotation; 0 where there is none."""
+        side, key = cast("tuple[str, Hashable]", group)
+        return self.rotated.get(key, 0) if side == "keys" else 0
 
 
 def attention_key(site: Site) -> Hashable:

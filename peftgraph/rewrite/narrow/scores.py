@@ -1,4 +1,4 @@
-"""What lies between the projections of an attention and its softmax: where factors may depend on the size of a head."""
+"""What lies between the queries and keys of an attention and its result: where factors may depend on the size of a head."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from peftgraph.sites.dataflow import ops
 
 
 class Scores:
-    """The calls between queries or keys and the softmax of every attention.
+    """The calls between queries or keys and the result of every attention.
 
     Attributes:
         calls: these calls, by graph name.
-        rotated: the attentions in which a table multiplies queries or keys, as `attention_key` gives them.
+        rotated: the attentions in which a table multiplies queries or keys, as `attention_key` gives them, each with
+            how many features in a row are kept together: 2 where neighbours are a pair, else 1.
     """
 
     def __init__(self, m: Match) -> None:
         self.calls = set[str]()
-        self.rotated = set[Hashable]()
+        self.rotated = dict[Hashable, int]()
         self._m = m
         for core in (site for site in m.sites if site.role == "attention.core"):
             inside = self._inside(core)
             self.calls |= {node.name for node in inside}
             if any(self._is_rotation(node, inside) for node in inside):
-                self.rotated.add(attention_key(core))
+                self.rotated[attention_key(core)] = 2 if any(map(_takes_pairs, inside)) else 1
 
     def has(self, node: fx.Node) -> bool:
         """Tell whether a call lies there."""
@@ -41,7 +42,7 @@ class Scores:
         below = set(todo)
         while todo:
             node = todo.pop()
-            users = [] if node is stop or ops.is_softmax(node) else [one for one in node.users if one not in below]
+            users = [] if node is stop else [one for one in node.users if one not in below]
             below.update(users)
             todo += users
         above, todo = {stop}, [stop]
@@ -58,3 +59,12 @@ class Scores:
         others = [one for one in node.all_input_nodes if one not in inside and one.op == "call_function"]
         values = [one.meta["val"] for one in others]
         return any(isinstance(one, Tensor) and one.dim() > 1 and one.shape[-1] != 1 for one in values)
+
+
+def _takes_pairs(node: fx.Node) -> bool:
+    """Tell whether a call takes every other feature, or views features as pairs."""
+    value = node.meta["val"]
+    if ops.name(node) == "slice":
+        return len(node.args) > 4 and node.args[4] == 2
+    views = ops.name(node) in ("view", "reshape", "unflatten") and isinstance(value, Tensor)
+    return views and value.dim() > 4 and value.shape[-1] == 2

@@ -83,7 +83,7 @@ def narrow_copy(m: Match, op: Builder, reduction: int, start: Start) -> NarrowCo
         start: what its parameters start as.
     """
     scores = Scores(m)
-    heads = {site.head_dim for site in m.sites if site.role == "attention.core" and site.head_dim}
+    heads = {site.head_dim for site in m.sites if site.head_dim}
     pruning = Pruning(m.table, m.sites, reduction, scores.rotated)
     starts = Stacks(m).inputs()
     return NarrowCopy(m, op, Scaling(reduction, heads, scores.has), SideParameters(m, op, pruning, start), starts)

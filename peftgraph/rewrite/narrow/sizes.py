@@ -23,7 +23,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 VIEWS = ops.words("view reshape _unsafe_view")
 PICKING = ops.words("select unbind index index_select gather take_along_dim roll flip cumsum diagonal topk sort")
 PIECEWISE = ops.SCALE | ops.MASKING | ops.words("pow maximum minimum addcmul addcdiv lerp __and__ __or__ eq ne lt le")
-EXPONENTS = (-0.5, 0.5, -0.25, 0.25, -1.0, 1.0)
+EXPONENTS = (-0.5, 0.5, -0.25, 0.25)
 
 
 class Misfit(Exception):
@@ -37,7 +37,7 @@ class Scaling:
     Attributes:
         reduction: R.
         heads: the sizes of the model's heads: of the axes that a view makes, that of a head's features is narrow.
-        in_scores: whether a call lies between the projections of an attention and its softmax, so that its literal
+        in_scores: whether a call lies between the queries or keys of an attention and its result, so that its literal
             factor may be a power of the head's size.
     """
 
@@ -103,7 +103,9 @@ class Scaling:
         axes = self.narrow_axes(old, new) if isinstance(old, Tensor) else frozenset[int]()
         if name in ops.SDPA:
             return self._attended(args, kwargs, old)
-        if name in ops.SCALE and self.in_scores(node):
+        if name == "baddbmm" and "alpha" in kwargs and self.in_scores(node):
+            kwargs["alpha"] = self._factor(kwargs["alpha"])
+        elif name in ops.SCALE and self.in_scores(node):
             args = [self._factor(one) if isinstance(one, float | int) else one for one in args]
         elif axes and name in RULES:
             RULES[name](self, node, args, kwargs, axes)
@@ -197,11 +199,13 @@ class Scaling:
 
     def _sliced(self, node: fx.Node, args: list[Any], _: dict[str, Any], axes: frozenset[int]) -> None:
         x = args[0].meta["val"]
-        axis, start, end = (*args[1:4], *(0, 0, None)[len(args[1:4]) :])
+        axis, start, end, step = (*args[1:5], *(0, 0, None, 1)[len(args[1:5]) :])
         if axis % x.dim() not in axes:
             return
         size = int(x.shape[axis])
         bounds = [0 if start is None else start, size if end is None else end]
+        if 0 <= bounds[0] < step and bounds[1] >= size and size % (step * self.reduction) == 0:
+            return  # one of each pair
         numbers = [min(bound + size if bound < 0 else bound, size) for bound in bounds]
         args[1:4] = [axis, *(self._part(n, "takes features up to") for n in numbers)]
 

@@ -10,9 +10,12 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from peftgraph.ir.modes import DROPOUTS
 from peftgraph.rewrite.match import Match
 from peftgraph.sites import parse_selector
+from peftgraph.sites.dataflow import ops
+
+# What may lie between the last block and the norm that follows it.
+PASSED = ops.DROPOUT | ops.CAST | ops.words("view reshape _unsafe_view contiguous clone alias")
 
 
 def operands_of(m: Match, node: fx.Node) -> dict[fx.Node, fx.Node]:
@@ -77,7 +80,7 @@ class Stacks:
     def _norm_after(self, end: fx.Node) -> str | None:
         for one in self.m.related(parse_selector("norm")):
             source = self.m.names[one.site.ports["input"]]
-            while source is not end and source.target in DROPOUTS:
+            while source is not end and ops.name(source) in PASSED:
                 source = next(iter(operands_of(self.m, source).values()))
             if source is end and self.m.names[one.site.ports["output"]] is not end:
                 return one.site.id
