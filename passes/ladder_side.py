@@ -129,7 +129,9 @@ class LadderSide(Pass):
         x = x if axis == -1 else op.call(aten.movedim.int, x, axis, -1)
         width = int(x.meta["val"].shape[-1])
         weight = op.shared_param(f"{name}.weight", (out, width), init.kaiming)
-        y = op.linear(op.in_dtype_of(x, weight), weight, op.shared_param(f"{name}.bias", (out,), init.uniform(width**-0.5)))
+        y = op.linear(
+            op.in_dtype_of(x, weight), weight, op.shared_param(f"{name}.bias", (out,), init.uniform(width**-0.5))
+        )
         return y if axis == -1 or m.site.role == "block" else op.call(aten.movedim.int, y, -1, axis)
 
     def check_blocks(self, m: Match, blocks: list[Match]) -> None:

@@ -37,7 +37,9 @@ RANKS = {"at": selectors(), "rank": st.integers(1, 2), "alpha": st.floats(0.1, 3
 WIDE = {"at": SUBLAYERS, "width": SMALL, "name": NAMES}
 BIASES = st.sampled_from([pg.bias, pg.bias & pg.layers(0)])
 GATED = (passes.LoRA(rank=1, alpha=1.0), passes.Prefix(length=2, hidden=3), passes.SerialAdapter(width=2))
-AWAY = passes.Prefix | passes.Prompt | passes.PTuning | passes.UniPELT | passes.Quantise | passes.QLoRA
+AWAY = (
+    passes.LadderSide | passes.Prefix | passes.Prompt | passes.PTuning | passes.UniPELT | passes.Quantise | passes.QLoRA
+)
 DRAWN: dict[type[Pass], st.SearchStrategy[Pass]] = {
     passes.LoRA: st.builds(passes.LoRA, **RANKS, init=st.sampled_from(["kaiming", "pissa", "olora"])),
     passes.AdaLoRA: st.builds(
@@ -82,6 +84,9 @@ DRAWN: dict[type[Pass], st.SearchStrategy[Pass]] = {
     passes.CIAT: st.builds(passes.CIAT, width=SMALL, embedding_width=SMALL, init=st.just("identity"), name=NAMES),
     passes.Invertible: st.builds(
         passes.Invertible, reduction=st.floats(0.4, 1.0), init=st.just("identity"), name=NAMES
+    ),
+    passes.LadderSide: st.builds(
+        passes.LadderSide, reduction=st.just(2), init=st.sampled_from(["prune", "random"]), name=NAMES
     ),
     passes.LoReFT: st.builds(
         passes.LoReFT, rank=st.just(1), prefix=st.integers(0, 3), suffix=SMALL, start=st.just("identity"), name=NAMES

@@ -26,7 +26,11 @@ STACKS = {
 }
 SIDES = {
     "bert": {"hidden_size": zoo.WIDTH // R, "intermediate_size": zoo.FFN // R},
-    "llama": {"hidden_size": zoo.WIDTH // R, "intermediate_size": zoo.FFN // R, "head_dim": zoo.WIDTH // zoo.HEADS // R},
+    "llama": {
+        "hidden_size": zoo.WIDTH // R,
+        "intermediate_size": zoo.FFN // R,
+        "head_dim": zoo.WIDTH // zoo.HEADS // R,
+    },
     "t5": {"d_model": zoo.WIDTH // R, "d_ff": zoo.FFN // R, "d_kv": zoo.WIDTH // zoo.HEADS // R},
 }
 
@@ -78,10 +82,7 @@ class Ladder(nn.Module):
     def run(self, **inputs: Any) -> Tensor:
         """The outputs by the equation: h_i = B'_i(m_i h_(i-1) + (1 - m_i) Down_i b_i)."""
         taps: dict[str, Tensor] = {}
-        handles = [
-            *self.tap(taps),
-            *self.mix(taps),
-        ]
+        handles = [*self.tap(taps), *self.mix(taps)]
         try:
             with torch.no_grad():
                 self.base(**inputs)
@@ -134,9 +135,11 @@ def climb_bert(ladder: Ladder, start: dict[str, Tensor], inputs: dict[str, Any])
 
 
 def climb_llama(ladder: Ladder, start: dict[str, Tensor], inputs: dict[str, Any]) -> Tensor:
-    side, base = ladder.side, ladder.base
-    h = side.model(inputs_embeds=start["blocks"], attention_mask=inputs["attention_mask"]).last_hidden_state  # type: ignore[operator]
-    return base.lm_head(ladder.up(h))  # type: ignore[operator]
+    side: Any = ladder.side
+    base: Any = ladder.base
+    rest = {key: value for key, value in inputs.items() if key != "input_ids"}
+    h = side.model(inputs_embeds=start["blocks"], **rest).last_hidden_state
+    return base.lm_head(ladder.up(h))
 
 
 def climb_t5(ladder: Ladder, start: dict[str, Tensor], inputs: dict[str, Any]) -> Tensor:
@@ -157,18 +160,29 @@ CLIMBS: dict[str, Callable[[Ladder, dict[str, Tensor], dict[str, Any]], Tensor]]
 }
 
 
+def base(name: str) -> pg.Program:
+    """The program; of a decoder with positions among its inputs, as generation gives them."""
+    return zoo.positioned(name) if name == "llama" else zoo.traced(name, dtype=F64)
+
+
+def example(name: str) -> dict[str, Any]:
+    """Inputs of that program, padded on the right."""
+    inputs = zoo.example(name, 2, 9, F64)
+    return inputs | ({"position_ids": torch.arange(9).repeat(2, 1)} if name == "llama" else {})
+
+
 @cache
 def tuned(name: str) -> pg.Program:
     """The program with a ladder whose gates are not all one half."""
     torch.manual_seed(0)
-    return zoo.randomise(zoo.traced(name, dtype=F64).apply(LadderSide(reduction=R)))
+    return zoo.randomise(base(name).apply(LadderSide(reduction=R)))
 
 
 @pytest.mark.parametrize("name", STACKS)
 def test_outputs_and_gradients_are_those_of_the_equation(name: str) -> None:
     program, ladder = tuned(name), Ladder(name, (0, 1))
     same = ladder.load(program)
-    inputs = zoo.example(name, 2, 9, F64)
+    inputs = example(name)
     ours = zoo.leaves(program.module().eval()(**inputs))[0]
     theirs = ladder.run(**inputs)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11 * float(theirs.detach().abs().max()))
@@ -179,3 +193,130 @@ def test_outputs_and_gradients_are_those_of_the_equation(name: str) -> None:
     largest = max(float(grad.abs().max()) for grad in other)
     for key, a, b in zip(parameters, mine, other, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11 * largest, msg=key)
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_of_the_model_the_taps_alone_are_kept_for_the_gradients(name: str) -> None:
+    net = tuned(name).module().train()
+    stored = {tensor.untyped_storage().data_ptr() for tensor in (*net.parameters(), *net.buffers())}
+    kept: dict[int, Tensor] = {}
+
+    def pack(value: Tensor) -> Tensor:
+        if value.untyped_storage().data_ptr() not in stored and zoo.WIDTH in value.shape:
+            kept[value.untyped_storage().data_ptr()] = value
+        return value
+
+    outputs: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        outputs = zoo.leaves(net(**example(name)))
+    taps = [one for one in kept.values() if one.dtype == F64]
+    behind = {"bert": 1, "llama": 0, "t5": 1}[name]  # what the head keeps of Up's result: a pooler, a dropout
+    assert len(taps) == 3 * len(STACKS[name]) + behind
+    assert all(one.requires_grad for one in outputs[:1])
+
+
+def test_nothing_reaches_the_model_even_where_it_trains() -> None:
+    program = zoo.traced("bert", dtype=F64).apply(LoRA(rank=2), LadderSide(reduction=R))
+    zoo.leaves(program.module()(**zoo.example("bert", 2, 9, F64)))[0].square().sum().backward()
+    reached = {key for key, value in program.table.trainable.items() if value.grad is not None}
+    assert reached == {key for key in program.table.trainable if key.startswith("ladder_side.")}
+
+
+@pytest.mark.parametrize("init", ["prune", "random"])
+def test_weights_start_from_the_models_own(init: str) -> None:
+    program = zoo.traced("bert", dtype=F64).apply(LadderSide(reduction=R, init=init))
+    path = "encoder.layer.0.intermediate.dense"
+    base, mine = (program.table[f"{prefix}{path}.weight"].tensor for prefix in ("", "ladder_side.copy."))
+    bias, my_bias = (program.table[f"{prefix}{path}.bias"].tensor for prefix in ("", "ladder_side.copy."))
+    found = (base.flatten() == mine.reshape(-1, 1)).any()
+    assert bool(found) == (init == "prune")
+    if init == "random":
+        assert not my_bias.any()
+        return
+    norms = base.abs().sum(1) + program.table["encoder.layer.0.output.dense.weight"].tensor.abs().sum(0)
+    rows = norms.topk(zoo.FFN // R).indices.sort().values
+    assert torch.equal(my_bias, bias[rows])
+    columns = [int((base[rows] == column[:, None]).all(0).nonzero()) for column in mine.T]
+    assert columns == sorted(set(columns))
+    norm = program.table["ladder_side.copy.encoder.layer.1.output.LayerNorm.weight"].tensor
+    assert torch.equal(norm, program.table["encoder.layer.1.output.LayerNorm.weight"].tensor[columns])
+
+
+def test_heads_keep_as_many_features_each_and_rotated_ones_their_pairs() -> None:
+    program = base("llama").apply(LadderSide(reduction=R))
+
+    def rows(part: str) -> list[int]:
+        base, mine = (
+            program.table[f"{prefix}model.layers.0.self_attn.{part}.weight"].tensor
+            for prefix in ("", "ladder_side.copy.")
+        )
+        return [int(torch.isin(base, row).sum(1).argmax()) for row in mine]
+
+    size = zoo.WIDTH // zoo.HEADS
+    assert rows("q_proj") == list(range(0, zoo.WIDTH, R))
+    assert [row // size for row in rows("v_proj")] == [0] * 4 + [1] * 4
+    assert [row % size for row in rows("o_proj")] != []
+
+
+def test_blocks_without_a_rung_are_passed_by() -> None:
+    base = zoo.traced("t5", dtype=F64)
+    program = base.apply(LadderSide(reduction=R, keep=(1,)))
+    names = program.table.trainable
+    assert not any(".block.0." in name and "relative_attention_bias" not in name for name in names)
+    assert sum("relative_attention_bias" in name for name in names) == 2  # tables of the layers that are kept
+    assert [names[f"ladder_side.gates.{stack}"].shape for stack in STACKS["t5"]] == [(2,), (2,)]
+    with pytest.raises(pg.RecipeError, match=r"keep names layers \[2\], and the model has 2"):
+        base.apply(LadderSide(reduction=R, keep=(0, 2)))
+
+
+@pytest.mark.parametrize("name", ["t5", "llama"])
+def test_generation_computes_every_step_anew(name: str) -> None:
+    net = tuned(name).module().eval()
+    inputs = zoo.example(name, 2, 6, masked=False)
+    given = {key: value for key, value in inputs.items() if key != "decoder_input_ids"}
+    found = net.generate(**given, max_new_tokens=5, do_sample=False, eos_token_id=None)
+    tokens = inputs["input_ids"] if name == "llama" else torch.zeros(2, 1, dtype=torch.long)
+    for _ in range(5):
+        ones = torch.ones_like(tokens)
+        step = {"input_ids": tokens, "attention_mask": ones, "position_ids": ones.cumsum(1) - 1}
+        call = step if name == "llama" else {**given, "decoder_input_ids": tokens}
+        tokens = torch.cat([tokens, net(**call).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(found, tokens)
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        (LadderSide(reduction=5), r"reduction=5 does not divide the 8 features of 0\.attention\.q"),
+        (LadderSide(reduction=7), r"reduction=7 does not divide the \d+ features of 0"),
+    ],
+)
+def test_sizes_that_do_not_divide_are_refused(method: LadderSide, words: str) -> None:
+    with pytest.raises(pg.RecipeError, match=words):
+        zoo.traced("bert", dtype=F64).apply(method)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"reduction": 1}, "reduction must be at least 2"),
+        ({"keep": ()}, "keep must name layers"),
+        ({"keep": (1, 1)}, "keep names a layer twice"),
+        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"init": "zeros"}, "init"),
+    ],
+)
+def test_options_are_checked(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(pg.RecipeError, match=words):
+        LadderSide(**options)
+
+
+def test_a_picture_is_drawn() -> None:
+    assert "<svg" in tuned("llama").picture().svg
+
+
+def test_a_ladder_beside_half_precision_is_single() -> None:
+    program = pg.trace(zoo.Nano().bfloat16(), zoo.example("nano")).apply(LadderSide(reduction=R))
+    assert {value.dtype for value in program.table.trainable.values()} == {torch.float32}
+    zoo.leaves(program.module()(**zoo.example("nano", 2, 9)))[0].float().square().sum().backward()
+    assert all(value.grad is not None and value.grad.abs().max() > 0 for value in program.table.trainable.values())

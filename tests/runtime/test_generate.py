@@ -13,7 +13,7 @@ from transformers import DynamicCache, StaticCache
 
 import peftgraph as pg
 from peftgraph.authoring import Pass
-from peftgraph.passes import IA3, LoRA, ParallelAdapter, Prefix, Prompt, PTuning
+from peftgraph.passes import IA3, LadderSide, LoRA, ParallelAdapter, Prefix, Prompt, PTuning
 
 F64 = torch.float64
 MODES: dict[str, dict[str, Any]] = {
@@ -168,6 +168,11 @@ def greedy(net: nn.Module, inputs: dict[str, Tensor], count: int) -> Tensor:
         ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
     return ids[:, -count:]
+
+
+def test_a_ladder_has_no_keys_and_values_in_a_cache() -> None:
+    with pytest.raises(pg.PeftGraphError, match="was traced with a cache .* and none of its narrow copy"):
+        zoo.cached("llama").apply(LadderSide(reduction=2))
 
 
 def test_folded_programs_generate() -> None:

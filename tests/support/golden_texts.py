@@ -36,6 +36,7 @@ METHODS: tuple[Pass, ...] = (
     passes.IA3(),
     passes.IntrinsicSAID(at="ffn.down", dimension=5),
     passes.Invertible(),
+    passes.LadderSide(reduction=2),
     passes.LoRA(rank=2),
     passes.LoReFT(rank=2),
     passes.MAM(length=2, hidden=3, width=2),

@@ -80,6 +80,7 @@ PAGES = (
     Page("MAM", (passes.MAM(),)),
     Page("UniPELT", (passes.UniPELT(),)),
     Page("ZeroInitPrefix", (passes.ZeroInitPrefix(),)),
+    Page("Ladder side-tuning", (passes.LadderSide(), passes.LadderSide(keep=(1, 2, 3, 5, 6, 7, 9, 10, 11)))),
     Page("LoReFT", (passes.LoReFT(),)),
 )
 

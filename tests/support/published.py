@@ -28,6 +28,7 @@ from peftgraph.passes import (
     Freeze,
     Houlsby,
     Invertible,
+    LadderSide,
     LoRA,
     ParallelAdapter,
     Pfeiffer,
@@ -38,6 +39,7 @@ from peftgraph.passes import (
 )
 
 BERT_BASE, BART_LARGE, T5_BASE, BERT_LARGE = 110_000_000, 410_000_000, 222_903_552, 335_141_888  # as percents use them
+LADDER = (1, 2, 3, 5, 6, 7, 9, 10, 11)  # the layers that the authors' scripts keep, of either stack
 T0_11B, ROBERTA_BASE = 11_135_332_352, 125_000_000
 
 # name -> class, configuration, is there a decoder beside the encoder, what differs from the configuration's defaults
@@ -150,6 +152,7 @@ ROWS = [
     Row("t5-base", Compacter(n=12, rank=None, shared=False), 398_976, "0.179%", f"{MAHABADI}: PHM", of=T5_BASE),
     Row("t5-base", Compacter(), 161_728, "0.073%", MAHABADI, of=T5_BASE),
     Row("t5-base", CompacterPP(), 104_704, "0.047%", MAHABADI, of=T5_BASE),
+    Row("t5-base", LadderSide(keep=LADDER), 3_878_712, "1.74%", "ladder side-tuning, table 1", of=T5_BASE),
     Row("bert-base", LoRA(rank=8), 294_912, "295K", UNIPELT),
     Row("bert-base", BitFit(), 102_912, "103K", "BitFit, all biases and the pooler's"),
     Row("bert-base", Freeze(at=pg.norm), 38_400, "40K", "Houlsby, section 3.4, rounded", agrees=False),

@@ -28,6 +28,7 @@ class Tick:
 
 TICKS = (
     Tick("Adapters", "houlsby", True, True, False, "an extra network"),
+    Tick("Ladder side-tuning", "ladder_side", True, True, True, "an extra network"),
     Tick("Compacter", "compacter", True, True, False, "an extra network"),
     Tick("LoRA", "lora", True, True, False, "none"),
     Tick("(IA)³", "ia3", True, True, False, "an extra gate"),

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections import ChainMap
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import product
@@ -27,6 +27,7 @@ from peftgraph.ir.dead_code import writes_in_place
 from peftgraph.rewrite.match import Match
 from peftgraph.rewrite.narrow.sizes import Misfit, Scaling
 from peftgraph.rewrite.narrow.stacks import base_nodes, operands_of
+from peftgraph.rewrite.sequence.axes import END
 from peftgraph.sites.dataflow import ops
 
 aten = torch.ops.aten
@@ -35,7 +36,6 @@ CREATED = ops.words("arange linspace zeros ones full empty eye")
 MEANING = ("follows", "evaluates_to_first_operand", "operators")  # of a call, besides its arguments
 PROJECTED = frozenset({"attention.q", "attention.k", "attention.v", "attention.o", "ffn.up", "ffn.gate", "ffn.down"})
 MOST_CHOICES = 64
-END = 2**63 - 1
 
 Axes = tuple[int, ...]
 Choice = dict[fx.Node, Axes]
@@ -143,7 +143,9 @@ class NarrowCopy:
         """Tell whether a value is an input of numbers, laid out at most, as the keys of earlier calls are."""
         while ops.name(node) in ops.LAYOUT | ops.CAST and node.all_input_nodes:
             node = node.all_input_nodes[0]
-        return node.op == "placeholder" and isinstance(node.meta["val"], Tensor) and node.meta["val"].is_floating_point()
+        return (
+            node.op == "placeholder" and isinstance(node.meta["val"], Tensor) and node.meta["val"].is_floating_point()
+        )
 
     def _chosen(
         self, node: fx.Node, values: Mapping[fx.Node, Any], beside: Mapping[fx.Node, fx.Node]
@@ -250,8 +252,7 @@ class NarrowCopy:
         for chosen in ({*free[:1], *free[-1:]}, set(free), set(free[-1:]), set(free[:1])):
             found.append(tuple(sorted(chosen)))
         required = self._required.get(name) if self._is_parameter(table) else None
-        kept = [one for one in dict.fromkeys(found) if required is None or not one or required in one]
-        return kept
+        return [one for one in dict.fromkeys(found) if required is None or not one or required in one]
 
     @property
     def _required(self) -> Mapping[str, int]:
@@ -345,8 +346,8 @@ class NarrowCopy:
     def _refusal(self, node: fx.Node, reason: str) -> PeftGraphError:
         label = node.meta.get("label", node.name)
         return PeftGraphError(
-            f"{self.op.pass_spec}: %{label} {reason}. A copy of this model with features {self.scaling.reduction} times "
-            "fewer cannot be built; choose another reduction, or another method."
+            f"{self.op.pass_spec}: %{label} {reason}. A copy of this model with {self.scaling.reduction} times fewer "
+            "features cannot be built; choose another reduction, or another method."
         )
 
 

@@ -1,4 +1,4 @@
-"""What lies between the queries and keys of an attention and its result: where factors may depend on the size of a head."""
+"""What lies between the queries and keys of an attention and its result, where factors may depend on a head's size."""
 
 from __future__ import annotations
 

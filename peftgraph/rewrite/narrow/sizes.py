@@ -14,8 +14,7 @@ from typing import Any, cast
 from torch import Tensor, fx
 
 from peftgraph.ir.shape_inference import concrete_size
-from peftgraph.rewrite.sequence.shapes import groups, told
-from peftgraph.rewrite.sequence.token_inputs import same_size
+from peftgraph.rewrite.sequence.axes import format_sizes, same_size, view_groups
 from peftgraph.sites.dataflow import ops
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -62,7 +61,7 @@ class Scaling:
         narrow = frozenset(i for i, (old, new) in enumerate(pairs) if not same_size(old, new))
         wrong = [i for i in narrow if not self.shrinks(pairs[i][0]) or pairs[i][0] != pairs[i][1] * self.reduction]
         if before.dim() != after.dim() or wrong:
-            raise Misfit(f"would give {told(*after.shape)} in place of {told(*before.shape)}")
+            raise Misfit(f"would give {format_sizes(*after.shape)} in place of {format_sizes(*before.shape)}")
         return narrow
 
     def check(self, node: fx.Node, operands: Mapping[fx.Node, Any], after: Any) -> None:
@@ -114,7 +113,7 @@ class Scaling:
         return tuple(args), kwargs
 
     def _attended(self, args: list[Any], kwargs: dict[str, Any], q: Tensor) -> Arguments:
-        """The factor of the scores follows the size of a head, if it is a power of it."""
+        """Return the arguments of an attention, whose factor follows the size of a head if it is a power of it."""
         if kwargs.get("scale") is not None:
             kwargs["scale"] = self._factor(kwargs["scale"], int(q.shape[-1]))
         return tuple(args), kwargs
@@ -138,7 +137,7 @@ class Scaling:
     def _places(self, before: Sequence[Any], after: Sequence[Any], axes: frozenset[int]) -> set[int]:
         """Return which axes that a view makes are narrow."""
         places, left = set[int](), set(axes)
-        for ins, outs in groups(before, after):
+        for ins, outs in view_groups(before, after):
             here = left.intersection(ins)
             left -= here
             if len(here) > 1:
@@ -146,7 +145,7 @@ class Scaling:
             if here:
                 places.add(self._place(outs, after))
         if left:
-            raise Misfit(f"lays {told(*before)} out as {told(*after)}")
+            raise Misfit(f"lays {format_sizes(*before)} out as {format_sizes(*after)}")
         return places
 
     def _place(self, outs: list[int], after: Sequence[Any]) -> int:
@@ -155,7 +154,7 @@ class Scaling:
             return outs[0]
         sizes = {axis: concrete_size(after[axis]) or 0 for axis in outs if self.shrinks(after[axis])}
         if not sizes:
-            raise Misfit(f"splits features into {told(*(after[axis] for axis in outs))}")
+            raise Misfit(f"splits features into {format_sizes(*(after[axis] for axis in outs))}")
         heads = [axis for axis in sizes if sizes[axis] in self.heads]
         several = [axis for axis in sizes if any(sizes[axis] % head == 0 for head in self.heads)]
         return max(heads or several or [axis for axis in sizes if sizes[axis] == max(sizes.values())])
@@ -189,7 +188,9 @@ class Scaling:
         if axis in axes:
             sizes = args[1]
             words = "splits off"
-            args[1] = [self._part(n, words) for n in sizes] if isinstance(sizes, list | tuple) else self._part(sizes, words)
+            args[1] = (
+                [self._part(n, words) for n in sizes] if isinstance(sizes, list | tuple) else self._part(sizes, words)
+            )
 
     def _chunked(self, node: fx.Node, args: list[Any], kwargs: dict[str, Any], axes: frozenset[int]) -> None:
         x = args[0].meta["val"]
