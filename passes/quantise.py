@@ -158,8 +158,11 @@ class Quantise(Pass):
                 "Apply one of them."
             )
         if entry.trainable:
+            tied = m.table.tied(weight.parameter)
+            trainer = next(m.history[edit.application].method for edit in m.edits if {*tied} & {*edit.parameters})
             raise pg.Conflict(
-                f"{self} would store {weight.parameter} as codes, which trains (at {m.site.id}). Leave one of both out."
+                f"{self} would store {weight.parameter} as codes, which trains (at {m.site.id}) by {trainer}. "
+                "Leave one of both out."
             )
         self.is_whole(m)
         self.comes_first(m)
