@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from peftgraph.draw.formulas import ParameterFormula, SizeSymbols
-from peftgraph.draw.insertions import Insertion, Look, Operand, OuterValue
+from peftgraph.draw.insertions import Insertion, Look, Operand, Operation, OuterValue
 from peftgraph.draw.shapes import Box, Circle, Point, Shape, wire
 
 GAP, BESIDE = 15.0, 16.0  # between layers, between columns
 TALL, PILL, ROUND = 38.0, 22.0, 16.0
+LARGEST = 60  # operations of an insertion that are drawn one by one
 TAPER = 9.0
 LETTER = re.compile(r"[A-Za-z]\d?")
 
@@ -102,6 +103,7 @@ class Diagram:
         self, insertion: Insertion, symbols: SizeSymbols, css: str, elsewhere: Mapping[OuterValue, str]
     ) -> None:
         self.symbols, self.css, self.elsewhere = symbols, css, elsewhere
+        insertion = _summarised(insertion)
         self.application = insertion.application
         self.cells: list[Cell] = []
         for one in insertion.operations:
@@ -157,6 +159,17 @@ class Diagram:
             cell.layer = layer
         for one in cell.operands:
             self._set_layers(one, cell.layer + 1)
+
+
+def _summarised(insertion: Insertion) -> Insertion:
+    """Return an insertion of so many operations that no diagram shows them, such as a whole network, as one box."""
+    count = len(insertion.operations)
+    if count <= LARGEST:
+        return insertion
+    inputs = (one for operation in insertion.operations for one in operation.inputs)
+    read = tuple(dict.fromkeys(one for one in inputs if isinstance(one, OuterValue)))
+    box = Operation("box", f"{count} operations", read, tip="program.text() lists them")
+    return replace(insertion, operations=(box,), out=0)
 
 
 class _Arrangement:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -19,7 +20,8 @@ class AdaptedSite:
     Attributes:
         site: where the pass was applied.
         rule: the index of the rule that was applied, in `Pass.rules()`.
-        parameters: by the short names that the rule's `delta` gave them; by full name where the base's own train.
+        parameters: by the short names that the rule's `delta` gave them; by full name where the base's own train, or
+            where several have one short name.
     """
 
     site: Site
@@ -49,6 +51,14 @@ def adapted_sites(
         for name in edit.parameters:
             if name not in parameters:
                 raise PeftGraphError(f"The module has no parameter {name}; pass the module that this program made.")
-        own = {name.rpartition(".")[2] if edit.moves else name: parameters[name] for name in edit.parameters}
+        short = Counter(_last(name) for name in edit.parameters)
+        keys = (
+            name if not edit.moves or short[last] > 1 else last for name in edit.parameters for last in [_last(name)]
+        )
+        own = {key: parameters[name] for key, name in zip(keys, edit.parameters, strict=True)}
         found.append(AdaptedSite(by_id[edit.site], edit.rule, own))
     return found
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
