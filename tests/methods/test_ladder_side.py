@@ -223,7 +223,7 @@ def test_nothing_reaches_the_model_even_where_it_trains() -> None:
 
 
 @pytest.mark.parametrize("init", ["prune", "random"])
-def test_weights_start_from_the_models_own(init: str) -> None:
+def test_weights_start_from_the_models_own(init: Any) -> None:
     program = zoo.traced("bert", dtype=F64).apply(LadderSide(reduction=R, init=init))
     path = "encoder.layer.0.intermediate.dense"
     base, mine = (program.table[f"{prefix}{path}.weight"].tensor for prefix in ("", "ladder_side.copy."))
@@ -271,7 +271,7 @@ def test_blocks_without_a_rung_are_passed_by() -> None:
 
 @pytest.mark.parametrize("name", ["t5", "llama"])
 def test_generation_computes_every_step_anew(name: str) -> None:
-    net = tuned(name).module().eval()
+    net: Any = tuned(name).module().eval()
     inputs = zoo.example(name, 2, 6, masked=False)
     given = {key: value for key, value in inputs.items() if key != "decoder_input_ids"}
     found = net.generate(**given, max_new_tokens=5, do_sample=False, eos_token_id=None)

@@ -215,10 +215,12 @@ class NarrowCopy:
     def _is_table(self, node: fx.Node) -> bool:
         value = node.meta.get("val")
         if node.op == "get_attr":
-            numbers = isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
-            return self._is_parameter(node) or (numbers and value.dim() > 0)
-        created = ops.name(node) in CREATED and isinstance(value, Tensor)
-        return created and any(isinstance(size, int) and size > 1 for size in value.shape)
+            if not isinstance(value, Tensor) or self._is_parameter(node):
+                return self._is_parameter(node)
+            return (value.is_floating_point() or value.is_complex()) and value.dim() > 0
+        if ops.name(node) not in CREATED or not isinstance(value, Tensor):
+            return False
+        return any(isinstance(size, int) and size > 1 for size in value.shape)
 
     def _is_parameter(self, node: fx.Node) -> bool:
         return node.op == "get_attr" and self.m.table[str(node.target)].kind == "parameter"

@@ -65,6 +65,7 @@ def _takes_pairs(node: fx.Node) -> bool:
     """Tell whether a call takes every other feature, or views features as pairs."""
     value = node.meta["val"]
     if ops.name(node) == "slice":
-        return len(node.args) > 4 and node.args[4] == 2
-    views = ops.name(node) in ("view", "reshape", "unflatten") and isinstance(value, Tensor)
-    return views and value.dim() > 4 and value.shape[-1] == 2
+        return node.args[4:5] == (2,)
+    if ops.name(node) not in ("view", "reshape", "unflatten") or not isinstance(value, Tensor):
+        return False
+    return value.dim() > 4 and str(value.shape[-1]) == "2"

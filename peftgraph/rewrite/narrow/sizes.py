@@ -103,7 +103,7 @@ class Scaling:
         if name in ops.SDPA:
             return self._attended(args, kwargs, old)
         if name == "baddbmm" and "alpha" in kwargs and self.in_scores(node):
-            kwargs["alpha"] = self._factor(kwargs["alpha"])
+            kwargs["alpha"] = self._factor(cast("float", kwargs["alpha"]))
         elif name in ops.SCALE and self.in_scores(node):
             args = [self._factor(one) if isinstance(one, float | int) else one for one in args]
         elif axes and name in RULES:
@@ -200,7 +200,8 @@ class Scaling:
 
     def _sliced(self, node: fx.Node, args: list[Any], _: dict[str, Any], axes: frozenset[int]) -> None:
         x = args[0].meta["val"]
-        axis, start, end, step = (*args[1:5], *(0, 0, None, 1)[len(args[1:5]) :])
+        defaults: tuple[Any, ...] = (0, 0, None, 1)
+        axis, start, end, step = (*args[1:5], *defaults[len(args[1:5]) :])
         if axis % x.dim() not in axes:
             return
         size = int(x.shape[axis])
