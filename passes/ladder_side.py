@@ -18,7 +18,7 @@ A cache of keys and values has none of the ladder's: a program that was traced w
 without one computes every step anew.
 Shapes: D width, R reduction; Down_i (D / R, D) and Up (D, D / R), with biases, as torch.nn.Linear; a (blocks,) zero,
 T = 0.1. Side weights start with the rows and columns of the model's own that have the largest L1 norms, the same for
-all that read or write one value; the paper's Fisher scores need data, which passes do not see.
+all that read or write one value; the paper's Fisher scores are not offered.
 Source: arXiv 2206.06522, section 3; ylsung/Ladder-Side-Tuning, seq2seq/third_party/models/side_t5.
 """
 

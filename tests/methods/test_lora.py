@@ -170,7 +170,7 @@ def test_the_three_counts_of_bert_base(real: Any) -> None:
         ({"dropout": -0.1}, "lora: dropout must lie in [0, 1), got -0.1."),
         (
             {"init": "xavier"},
-            'lora: init must be "kaiming" or "gaussian" or "pissa" or "olora" or "loftq", got \'xavier\'.',
+            'lora: init must be "kaiming" or "gaussian" or "eva" or "pissa" or "olora" or "loftq", got \'xavier\'.',
         ),
     ],
 )

@@ -35,6 +35,7 @@ TICKS = (
     Tick("BitFit", "bitfit", True, True, False, "none"),
     Tick("DiffPruning", "diff_pruning", True, False, False, "none"),
     Tick("Intrinsic SAID", "intrinsic_said", False, False, False, "none"),
+    Tick("Ladder side-tuning", "ladder_side", True, True, True, "a side network"),
     Tick("Prompt tuning", "prompt", True, True, False, "extra input"),
     Tick("Prefix tuning", "prefix", True, True, False, "extra input"),
     Tick("MAM adapter", "mam", True, True, False, "an extra network and input"),
