@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from peftgraph.cli.cmd_inspect import Source
 from peftgraph.terminal.console import OUT, working
+
+if TYPE_CHECKING:
+    from peftgraph.costs.comparison import Comparison
 
 
 def compare(
@@ -45,7 +48,6 @@ def compare(
 
     import peftgraph as pg
     from peftgraph.model_folders.loading import skeleton, trace
-    from peftgraph.terminal.tables import comparison_table
     from peftgraph.utils.atomic_files import atomic_file
 
     program = trace(skeleton(source))
@@ -57,6 +59,15 @@ def compare(
     if as_json:
         typer.echo(found.json())
         return
+    _show(found)
+    if html is not None:
+        OUT.print(f"page written to {html}", style="bold", highlight=False, markup=False)
+
+
+def _show(found: Comparison) -> None:
+    """Print a comparison: turned for a terminal's width, one row a recipe in a pipe."""
+    from peftgraph.terminal.tables import comparison_table
+
     OUT.print(found.title, style="bold", highlight=False)
     OUT.print(found.facts, style="dim", highlight=False)
     OUT.print()
@@ -65,5 +76,3 @@ def compare(
         OUT.print("\n".join(found.notes()), highlight=False, markup=False)
     else:
         typer.echo("\n".join(str(found).splitlines()[3:]))
-    if html is not None:
-        OUT.print(f"page written to {html}", style="bold", highlight=False, markup=False)
