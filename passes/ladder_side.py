@@ -1,5 +1,4 @@
-"""Ladder side-tuning (Sung, Cho and Bansal, 2022): a narrow copy of the model that reads every block, and is trained
-alone.
+"""Ladder side-tuning (Sung, Cho and Bansal, 2022): a narrow copy of the model that reads its blocks and alone trains.
 
     y = head(B_L(...B_1(x)))   ->   y = head(Up norm'(h_L))
     h_0 = Down_0 x,   h_i = B'_i(m_i h_(i-1) + (1 - m_i) Down_i b_i),   b_i = B_i(...B_1(x)),  m_i = sigmoid(a_i / T)
@@ -14,11 +13,11 @@ activations a backward pass keeps x and the b_i of the kept blocks alone, which 
 encoder-decoder either stack has a ladder, and blocks of the decoder's attend to the encoder's ladder. The model's own
 norm after the last block is not used; its dropout, where it has one there, falls on Up's result. Other results of the
 model (an encoder's states) stay its own. Blocks without a rung (keep) have no part in the ladder, but a_i.
-A cache of keys and values has none of the ladder's: a program that was traced with one is refused, and generation
-without one computes every step anew.
+A program that was traced with a cache keeps the ladder's keys and values in it too, in layers behind the model's.
 Shapes: D width, R reduction; Down_i (D / R, D) and Up (D, D / R), with biases, as torch.nn.Linear; a (blocks,) zero,
-T = 0.1. Side weights start with the rows and columns of the model's own that have the largest L1 norms, the same for
-all that read or write one value; the paper's Fisher scores are not offered.
+T = 0.1. Side weights start with rows and columns of the model's own, the same for all that read or write one value:
+those with the largest L1 norms (init="prune"), or with the largest sums of Fisher information, the mean over batches of
+the squared gradient (init="fisher", the paper's): program.calibrate(batches, method).apply(method).
 Source: arXiv 2206.06522, section 3; ylsung/Ladder-Side-Tuning, seq2seq/third_party/models/side_t5.
 """
 
@@ -34,6 +33,7 @@ import peftgraph as pg
 from peftgraph.authoring import Builder, Match, Pass, Replace, Rule, omit_default
 from peftgraph.authoring.modules import init
 from peftgraph.authoring.narrow import NarrowCopy, Stacks, narrow_copy
+from peftgraph.authoring.training import Statistic
 
 aten = torch.ops.aten
 
@@ -45,24 +45,33 @@ class LadderSide(Pass):
     Attributes:
         reduction: R, by which every width is divided.
         keep: the layer numbers of the blocks with a rung, in every stack; none for all.
-        init: "prune" (rows and columns of the model's own weights), or "random".
+        init: "prune" (rows and columns of the model's own weights, by magnitude), "fisher" (by Fisher information,
+            from data), or "random".
         temperature: T of the gates.
     """
 
     word = "ladder_side"
     reduction: int = 8
     keep: tuple[int, ...] | None = None
-    init: Literal["prune", "random"] = "prune"
+    init: Literal["prune", "fisher", "random"] = "prune"
     temperature: float = omit_default(0.1)
 
     def check(self) -> None:
         """Refuse a reduction below 2, a temperature of 0 or below, and layers that are none or twice."""
         self.require(self.reduction >= 2, f"reduction must be at least 2, got {self.reduction}.")
         self.require(self.temperature > 0, f"temperature must be above 0, got {self.temperature}.")
-        self.require_one_of("init", ("prune", "random"))
+        self.require_one_of("init", ("prune", "fisher", "random"))
         numbers = self.keep if self.keep is not None else (0,)
         self.require(bool(numbers) and min(numbers) >= 0, "keep must name layers, such as (1, 3), or be none.")
         self.require(len(set(numbers)) == len(numbers), f"keep names a layer twice: {numbers}.")
+
+    def statistics(self) -> frozenset[Statistic]:
+        """Return what the start asks of data."""
+        return frozenset({"fisher"} if self.init == "fisher" else ())
+
+    def statistics_at(self) -> list[pg.Selector]:
+        """Return the projections whose rows and columns are compared."""
+        return [pg.parse_selector("attention.q|attention.k|attention.v|attention.o|ffn.up|ffn.gate|ffn.down")]
 
     def rules(self) -> list[Rule]:
         """Return two rules: replace what the norm after the last block gives, or the block where no norm follows."""

@@ -288,13 +288,15 @@ class Program(NotPicklable, ProgramData):
             PeftGraphError: no pass asks for statistics, or there are no batches or no loss.
         """
         wanted: dict[Site, set[Statistic]] = {}
-        for atom in (atom for method in methods for atom in method.passes()):
-            for site in (site for rule in atom.rules() for site in self.sites.select(rule.at) if atom.statistics()):
+        for atom in (atom for method in methods for atom in method.passes() if atom.statistics()):
+            for site in (site for at in atom.statistics_at() for site in self.sites.select(at)):
                 wanted.setdefault(site, set()).update(atom.statistics())
         if not wanted:
             raise PeftGraphError("None of these passes computes anything from data, so there is nothing to calibrate.")
         found = collect_statistics(self, self.sites, wanted, batches, self.module(), loss, samples)
-        return self.evolve(statistics={**self.statistics, **found})
+        known = self.statistics
+        both = {key: known[key].updated(one) if key in known else one for key, one in found.items()}
+        return self.evolve(statistics={**known, **both})
 
     def training(self, net: nn.Module, steps: int) -> TrainingRun:
         """Start a training that the passes take part in, with terms of the loss, masks and schedules.

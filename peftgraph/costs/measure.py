@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from peftgraph.errors import PeftGraphError
 from peftgraph.ir.dtype_literals import convert_literals
-from peftgraph.ir.modes import evaluation_graph, training_graph, without_inputs
+from peftgraph.ir.modes import evaluation_graph, training_graph, without_cached_inputs
 from peftgraph.ir.program import ProgramData
 
 aten = torch.ops.aten
@@ -81,7 +81,7 @@ def _run(program: ProgramData, graph: fx.Graph, batch: int, length: int, *, trai
     shapes = _input_shapes(program, batch, length)
     cached = program.signature.cache_inputs
     if cached:
-        graph, _ = without_inputs(graph, set(cached))
+        graph = without_cached_inputs(graph, cached)
     if program.can_change_dtype:
         convert_literals(graph, program.table.dtype, CPU)
     with FakeTensorMode() as mode:

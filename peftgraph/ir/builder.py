@@ -17,8 +17,8 @@ from torch import Tensor, fx, nn
 from peftgraph.errors import Conflict, PeftGraphError
 from peftgraph.ir.dead_code import WRITE_DISABLED
 from peftgraph.ir.dtype_literals import LITERAL_FORMS
-from peftgraph.ir.edits import SizeIncrease
-from peftgraph.ir.modes import by_mode
+from peftgraph.ir.edits import CachedRows, SizeIncrease
+from peftgraph.ir.modes import SEQUENCE_AXIS, by_mode
 from peftgraph.ir.quantised import COMPUTES_IN, ROUNDS, QuantisedWeight
 from peftgraph.ir.shape_inference import ShapeInference, fake_like
 from peftgraph.ir.tensor_names import TensorNames
@@ -54,6 +54,7 @@ class ApplicationContext:
         entries: the shared parameters.
         nodes: the shared values, by the key they were built under.
         labels: how many values have been printed under each name so far.
+        cache_inputs: the names of the model's inputs that hold keys and values of earlier calls.
     """
 
     owner: str
@@ -61,6 +62,7 @@ class ApplicationContext:
     entries: dict[str, TensorEntry] = field(default_factory=dict)
     nodes: dict[str, fx.Node] = field(default_factory=dict)
     labels: dict[str, int] = field(default_factory=dict)
+    cache_inputs: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -89,6 +91,7 @@ class Builder:
         quantised: the stored tensors that the edit put codes in the place of.
         narrowed: the calls of others that the edit lets compute in another dtype.
         rewritten: the codes of an earlier edit that it gave other values.
+        cached: what the edit keeps in the cache.
         shared_parameters: those of another use of the same weight, by full name, which this use shares.
     """
 
@@ -112,6 +115,7 @@ class Builder:
     quantised: list[str] = field(default_factory=list)
     narrowed: list[str] = field(default_factory=list)
     rewritten: list[str] = field(default_factory=list)
+    cached: list[CachedRows] = field(default_factory=list)
     shared_parameters: Mapping[str, TensorEntry] = field(default_factory=dict)
 
     @property
@@ -393,6 +397,37 @@ class Builder:
     def add(self, x: fx.Node, y: fx.Node) -> fx.Node:
         """Compute x + y."""
         return self.call(aten.add.Tensor, x, y)
+
+    # the cache of keys and values
+
+    def is_cached(self, node: fx.Node) -> bool:
+        """Tell whether a value is an input of the model that holds keys or values of earlier calls."""
+        return node.name in self.context.cache_inputs
+
+    def with_earlier_rows(self, value: fx.Node, like: fx.Node) -> fx.Node:
+        """Put the rows of earlier calls before a value's own, and keep all of them in the cache for later calls.
+
+        Two such values, keys and values, are a layer of the cache; a pass makes an even number of them.
+
+        Args:
+            value: (B, heads, S, features).
+            like: the model's input of earlier rows (see `is_cached`) that there are as many of: (B, ..., P, ...).
+
+        Returns:
+            (B, heads, P + S, features); in a first call the value itself.
+        """
+        (batch, _, rows, _), (_, heads, _, features) = like.meta["val"].shape, value.meta["val"].shape
+        recorded = self.context.inference.value_of_call(
+            aten.new_empty.default, (value.meta["val"], [batch, heads, rows, features]), {}
+        )
+        cursor = self.cursor
+        earlier = self._insert("placeholder", "cache", (), {}, "cache", recorded)
+        earlier.target = earlier.name
+        earlier.meta["order"] = (0, len(self.nodes))
+        self.cursor = cursor
+        whole = self.call(aten.cat.default, [earlier, value], SEQUENCE_AXIS)
+        self.cached.append(CachedRows(like.name, earlier.name, whole.name))
+        return whole
 
     # structure
 

@@ -59,6 +59,22 @@ class SizeIncrease:
 
 
 @dataclass(frozen=True)
+class CachedRows:
+    """Records that an edit keeps a value of its own in the cache: keys or values, of which earlier calls' rows are an
+    input.
+
+    Attributes:
+        like: the model's own input whose rows of earlier calls it runs beside.
+        input: the input that holds the earlier rows.
+        output: the value with all rows, which is an output.
+    """
+
+    like: str
+    input: str
+    output: str
+
+
+@dataclass(frozen=True)
 class Edit:
     """Records one rewrite at one site.
 
@@ -76,6 +92,7 @@ class Edit:
         quantised: the stored tensors that codes took the place of, by name.
         narrowed: the calls of the model that the edit lets compute in another dtype.
         rewritten: the stored codes of an earlier edit that it gave other values, by name.
+        cached: what it keeps in the cache, keys and values in turn.
     """
 
     application: int
@@ -91,6 +108,7 @@ class Edit:
     quantised: tuple[str, ...] = ()
     narrowed: tuple[str, ...] = ()
     rewritten: tuple[str, ...] = ()
+    cached: tuple[CachedRows, ...] = ()
 
     def pruned(self, names: Container[str]) -> Edit:
         """Return the edit restricted to nodes that still exist, after another edit was removed."""

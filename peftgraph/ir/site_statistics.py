@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from torch import Tensor
@@ -27,3 +27,12 @@ class SiteStatistics:
     activations: Tensor | None = None
     gradient: Tensor | None = None
     fisher: Tensor | None = None
+
+    def updated(self, other: SiteStatistics) -> SiteStatistics:
+        """Return the statistics of both; those of `other` where both have one."""
+        own = {item.name: getattr(other, item.name) for item in fields(self)}
+        return replace(
+            self,
+            **{name: value for name, value in own.items() if value is not None and name != "rows"},
+            rows=other.rows or self.rows,
+        )

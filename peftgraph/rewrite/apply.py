@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from peftgraph.errors import Conflict, NoMatch, PeftGraphError, RecipeError
 from peftgraph.ir.builder import ApplicationContext, Builder
+from peftgraph.ir.cache_layers import with_cache_layers
 from peftgraph.ir.edits import Edit, EditLog, Move
 from peftgraph.ir.graphs import copy_graph
 from peftgraph.ir.modes import written_buffers
@@ -183,7 +184,9 @@ class _Work:
         taken = TensorNames({name: makers.get(name, "the model itself") for name in program.table})
         names = {node.name: node for node in graph.nodes}
         common = ApplicationContext(
-            f"{method.word}.{method.name}" if method.name else method.word, ShapeInference(fake_mode_of(graph))
+            f"{method.word}.{method.name}" if method.name else method.word,
+            ShapeInference(fake_mode_of(graph)),
+            cache_inputs=(program.base or program).signature.cache_inputs,
         )
         edits = EditLog(program.edits)
         return cls(method, sites, len(program.history), graph, names, edits, {}, taken, program, common, dtype)
@@ -293,6 +296,7 @@ class _Work:
             quantised=tuple(builder.quantised),
             narrowed=tuple(builder.narrowed),
             rewritten=tuple(builder.rewritten),
+            cached=tuple(builder.cached),
         )
 
     def _keep(self, builder: Builder) -> None:
@@ -363,7 +367,7 @@ class _Work:
             edits=tuple(self.edits),
             history=(*program.history, AppliedPass(self.method, self.method.name, self.dtype)),
         )
-        return update_size_constraints(changed)
+        return update_size_constraints(with_cache_layers(changed))
 
 
 def _with_state(table: TensorTable, graph: fx.Graph) -> TensorTable:

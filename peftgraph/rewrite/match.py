@@ -14,7 +14,7 @@ from peftgraph.ir.edits import Anchor, EditLog
 from peftgraph.ir.modes import DROPOUTS
 from peftgraph.ir.program import AppliedPass, ProgramData
 from peftgraph.ir.quantised_base import DEQUANTISES
-from peftgraph.ir.site_statistics import SiteStatistics
+from peftgraph.ir.site_statistics import SiteStatistics, Statistic
 from peftgraph.ir.tensor_table import TensorTable
 from peftgraph.rewrite.nesting import Nesting, nesting_of
 from peftgraph.rewrite.weight_views import ParameterValue, View, bias_view, bind, rows_view, scale_view, weight_view
@@ -219,19 +219,20 @@ class Match:
         edit = next((one for one in self.edits if any(move.after == current for move in one.moves)), None)
         return None if edit is None else self.history[edit.application].method
 
-    @property
-    def statistics(self) -> SiteStatistics:
-        """Return what data says about the site.
+    def statistic(self, which: Statistic) -> torch.Tensor:
+        """Return a statistic of data at the site, which the pass asks for (`Pass.statistics`).
 
         Raises:
-            PeftGraphError: the program was not calibrated here.
+            PeftGraphError: the program was not calibrated for it here.
         """
-        if self.site.id not in self.calibration:
+        known = self.calibration.get(self.site.id)
+        value = None if known is None else getattr(known, which)
+        if value is None:
             raise PeftGraphError(
-                f"{self.site.id}: this start is computed from data. Calibrate the program first: "
+                f"{self.site.id}: this start is computed from data ({which}). Calibrate the program first: "
                 "program.calibrate(batches, method).apply(method)."
             )
-        return self.calibration[self.site.id]
+        return value
 
     def related(self, selector: object, same_layer: bool = False) -> tuple[Match, ...]:
         """Return the matches of other sites in the same graph, for methods that read more than one site."""

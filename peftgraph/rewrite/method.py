@@ -107,6 +107,10 @@ class Pass:
         """Return what the pass must know about its sites from data before it starts; nothing by default."""
         return frozenset()
 
+    def statistics_at(self) -> Sequence[Selector]:
+        """Return where it must know it; where its rules apply, by default."""
+        return [rule.at for rule in self.rules()]
+
     def training_hooks(self, sites: Sequence[AdaptedSite], steps: int) -> TrainingHooks | None:
         """Return what the pass does while it trains, besides its graph; None for nothing.
 

@@ -11,6 +11,7 @@ from torch import fx
 
 from peftgraph.errors import PeftGraphError
 from peftgraph.ir.builder import enlarge_size, erase_nodes
+from peftgraph.ir.cache_layers import drop_outputs, with_cache_layers
 from peftgraph.ir.dead_code import WRITE_DISABLED
 from peftgraph.ir.edits import Edit, EditLog
 from peftgraph.ir.graphs import copy_graph
@@ -102,9 +103,8 @@ def _taken_out(program: P, which: int) -> P:
     table = table.without(name for name, entry in table.items() if entry.added and name not in used)
     if not history:
         table = table.updated({name: _before(table[name]) for name in table.state})
-    result = update_size_constraints(
-        program.evolve(graph=in_canonical_order(graph), table=table, edits=kept, history=history)
-    )
+    changed = program.evolve(graph=in_canonical_order(graph), table=table, edits=kept, history=history)
+    result = update_size_constraints(with_cache_layers(changed))
     verify(result, program, inference)
     return result
 
@@ -122,6 +122,8 @@ def undo(graph: fx.Graph, names: dict[str, fx.Node], edits: EditLog, edit: Edit)
         del names[name].meta[WRITE_DISABLED]
     for name in edit.narrowed:
         del names[name].meta[COMPUTES_IN]
+    if edit.cached:
+        drop_outputs(graph, {one.output for one in edit.cached})
     gone = dict.fromkeys(names[name] for name in edit.nodes)
     reader = next((user for node in gone for user in node.users if user not in gone), None)
     assert reader is None, f"the edit at {edit.site} is still read by %{reader}"

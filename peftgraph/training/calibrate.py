@@ -145,7 +145,7 @@ def _observe_gradients(
     weights = {name: known[name].detach().requires_grad_() for name in sorted(names)}
     output = torch.func.functional_call(net.eval(), weights, (), dict(batch))
     value = _loss_of(output) if loss is None else loss(output)
-    found = dict(zip(weights, torch.autograd.grad(value, list(weights.values())), strict=True))
+    found = dict(zip(weights, torch.autograd.grad(value, list(weights.values()), materialize_grads=True), strict=True))
     for one in sites.values():
         one.add(found[one.view.parameter])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -242,6 +243,38 @@ def test_weights_start_from_the_models_own(init: Any) -> None:
     assert torch.equal(norm, program.table["encoder.layer.1.output.LayerNorm.weight"].tensor[columns])
 
 
+def squared_gradients(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean over batches of the squared gradient of every parameter of the model."""
+    model = zoo.build("bert", dtype=F64)
+    found: dict[str, Tensor] = {}
+    for batch in batches:
+        loss = model(**batch).last_hidden_state.square().mean()
+        grads = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
+        for (name, _), grad in zip(model.named_parameters(), grads, strict=True):
+            found[name] = found.get(name, torch.zeros_like(grad)) + grad.square() / len(batches)
+    return found
+
+
+def test_weights_start_by_fisher_information(tmp_path: Path) -> None:
+    base, method = zoo.traced("bert", dtype=F64), LadderSide(reduction=R, init="fisher")
+    batches = [zoo.example("bert", 1, 6, F64) for _ in range(3)]
+    ready = base.calibrate(batches, method, loss=lambda output: output[0].square().mean())
+    program, fisher, path = ready.apply(method), squared_gradients(batches), "encoder.layer.1"
+    up, down = (f"{path}.{part}.dense.weight" for part in ("intermediate", "output"))
+    rows = (fisher[up].sum(1) + fisher[down].sum(0)).topk(zoo.FFN // R).indices.sort().values
+    by_size = (base.table[up].tensor.abs().sum(1) + base.table[down].tensor.abs().sum(0)).topk(zoo.FFN // R).indices
+    assert not torch.equal(rows, by_size.sort().values)
+    bias = up.replace("weight", "bias")
+    assert torch.equal(program.table[f"ladder_side.copy.{bias}"].tensor, base.table[bias].tensor[rows])
+    loaded = base.load_adapter(program.save_adapter(tmp_path / "side"))  # without the data
+    assert torch.equal(loaded.table[f"ladder_side.copy.{up}"].tensor, program.table[f"ladder_side.copy.{up}"].tensor)
+    with pytest.raises(pg.PeftGraphError, match=r"attention.* computed from data \(fisher\)\. Calibrate the program"):
+        base.apply(method)
+    other = base.calibrate(batches, LoRA(at="attention.*", init="eva"))  # knows something else of these sites
+    with pytest.raises(pg.PeftGraphError, match=r"computed from data \(fisher\)"):
+        other.apply(method)
+
+
 def test_heads_keep_as_many_features_each_and_rotated_ones_their_pairs() -> None:
     program = base("llama").apply(LadderSide(reduction=R))
 
@@ -269,9 +302,15 @@ def test_blocks_without_a_rung_are_passed_by() -> None:
         base.apply(LadderSide(reduction=R, keep=(0, 2)))
 
 
+@pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("name", ["t5", "llama"])
-def test_generation_computes_every_step_anew(name: str) -> None:
-    net: Any = tuned(name).module().eval()
+def test_generation_is_that_of_the_equation(name: str, cached: bool) -> None:
+    program = tuned(name)
+    if cached:
+        program = same_values(program, zoo.cached(name).apply(LadderSide(reduction=R)))
+    net: Any = program.module().eval()
+    ladder = Ladder(name, (0, 1))
+    ladder.load(program)
     inputs = zoo.example(name, 2, 6, masked=False)
     given = {key: value for key, value in inputs.items() if key != "decoder_input_ids"}
     found = net.generate(**given, max_new_tokens=5, do_sample=False, eos_token_id=None)
@@ -280,8 +319,15 @@ def test_generation_computes_every_step_anew(name: str) -> None:
         ones = torch.ones_like(tokens)
         step = {"input_ids": tokens, "attention_mask": ones, "position_ids": ones.cumsum(1) - 1}
         call = step if name == "llama" else {**given, "decoder_input_ids": tokens}
-        tokens = torch.cat([tokens, net(**call).logits[:, -1:].argmax(-1)], 1)
+        tokens = torch.cat([tokens, ladder.run(**call)[:, -1:].argmax(-1)], 1)
     assert torch.equal(found, tokens)
+
+
+def same_values(program: pg.Program, other: pg.Program) -> pg.Program:
+    """The other program with the values of the parameters that train in this one."""
+    for key, value in program.table.trainable.items():
+        other.table.trainable[key].data.copy_(value)
+    return other
 
 
 @pytest.mark.parametrize(

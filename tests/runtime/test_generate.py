@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 import transformers
 import zoo
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from transformers import DynamicCache, StaticCache
 
 import peftgraph as pg
-from peftgraph.authoring import Pass
+from peftgraph.authoring import Builder, Match, Pass, Rule
+from peftgraph.authoring.modules import init
 from peftgraph.passes import IA3, LadderSide, LoRA, ParallelAdapter, Prefix, Prompt, PTuning
 
+aten = torch.ops.aten
 F64 = torch.float64
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -170,9 +173,87 @@ def greedy(net: nn.Module, inputs: dict[str, Tensor], count: int) -> Tensor:
     return ids[:, -count:]
 
 
-def test_a_ladder_has_no_keys_and_values_in_a_cache() -> None:
-    with pytest.raises(pg.PeftGraphError, match="was traced with a cache .* and none of its narrow copy"):
-        zoo.cached("llama").apply(LadderSide(reduction=2))
+LADDERS: dict[str, tuple[Pass, ...]] = {
+    "llama": (Prompt(length=4, init="normal"), LoRA(rank=2), LadderSide(reduction=2)),
+    "gpt2": (LadderSide(reduction=4, keep=(1,)),),
+    "t5": (LadderSide(reduction=2),),
+}
+
+
+@pytest.mark.parametrize("name", LADDERS)
+def test_a_ladder_keeps_its_own_keys_and_values(name: str) -> None:
+    whole, cached = (program.apply(*LADDERS[name]) for program in (zoo.positioned(name), zoo.cached(name)))
+    copy_values(zoo.randomise(whole, 0.5), cached)
+    for mode in ("greedy", "beams"):
+        options = {"output_logits": True, "return_dict_in_generate": True, **MODES[mode]}
+        found, steps = (tokens(one.module(), prompt(), **options) for one in (cached, whole))
+        assert torch.equal(found.sequences, steps.sequences)
+        scores, expected = (torch.stack(one.logits, 1) for one in (found, steps))
+        torch.testing.assert_close(scores, expected, rtol=0, atol=1e-10 * float(expected.abs().max()))
+        assert float((scores[:, 0] - scores[:, 1:].mean(1)).abs().max()) > 1e-3 * float(scores.abs().max())
+
+
+def copy_values(program: pg.Program, other: pg.Program) -> None:
+    for key, parameter in program.table.trainable.items():
+        other.table.trainable[key].data.copy_(parameter)
+
+
+def test_layers_of_a_cache_go_with_the_ladder() -> None:
+    base = zoo.cached("llama")
+    both = zoo.randomise(base.apply(LoRA(rank=2), LadderSide(reduction=2), IA3()), 0.5)
+    cache = both.module().eval()(**prompt()).get(CACHE)
+    assert [layer.keys.shape[-1] for layer in cache.layers] == [8, 8, 4, 4]
+    assert [spec.key for spec in both.signature.inputs][-4:] == [f"{CACHE}[{i}]" for i in range(4, 8)]
+    assert both.signature.kv_cache is not None
+    assert both.signature.kv_cache.layers == (0, 1, 2, 3)
+    without = both.remove(1)
+    assert without.signature == base.signature
+    assert without.text() == base.apply(LoRA(rank=2), IA3()).text()
+    assert torch.equal(tokens(without.module(), prompt()), tokens(both.remove(1).module(), prompt(), use_cache=False))
+    folded = pg.fold(both, partial=True)
+    assert torch.equal(tokens(folded.module(), prompt()), tokens(both.module(), prompt()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recall(Pass):
+    """Adds a learned part of the mean of a block's inputs over all tokens so far; W_V x is what a cache keeps."""
+
+    word = "recall"
+    at: pg.Selector = pg.block
+    values: int = 2
+
+    def rules(self) -> list[Rule]:
+        return [Rule(self.at, self.delta, "it reads other tokens")]
+
+    def delta(self, m: Match, op: Builder) -> fx.Node:
+        x = m.input
+        width = int(x.meta["val"].shape[-1])
+        cached = [one for one in m.inputs if op.is_cached(one)]
+        rows: list[fx.Node] = []
+        for i in range(self.values):
+            w = op.param(f"w{i}", (3, width), init.kaiming)
+            value = op.call(aten.unsqueeze.default, op.linear(x, w), 1)
+            rows.append(op.with_earlier_rows(value, cached[0]) if cached else value)
+        total = rows[0] if len(rows) == 1 else op.add(*rows)
+        summed = op.call(aten.cumsum.default, total, 2)
+        length = op.call(aten.sym_size.int, x, 1)
+        own = op.call(aten.slice.Tensor, op.call(aten.flip.default, summed, [2]), 2, 0, length)
+        own = op.call(aten.squeeze.dim, op.call(aten.flip.default, own, [2]), 1)
+        return op.linear(own, op.param("out", (width, 3), init.kaiming))
+
+
+def test_a_pass_of_ones_own_adds_layers_to_a_cache() -> None:
+    given = {"input_ids": prompt()["input_ids"]}
+    plain, cached = (program.apply(Recall()) for program in (zoo.positioned("llama"), zoo.cached("llama")))
+    copy_values(zoo.randomise(plain, 0.5), cached)
+    assert not torch.equal(tokens(plain.module(), given), tokens(zoo.cached("llama").module(), given))
+    assert torch.equal(tokens(cached.module(), given), tokens(plain.module(), given))
+    two = cached.apply(LadderSide(reduction=2))
+    assert two.signature.kv_cache is not None
+    assert two.signature.kv_cache.layers == tuple(range(6))
+    assert two.remove(0).signature == zoo.cached("llama").apply(LadderSide(reduction=2)).signature
+    with pytest.raises(pg.PeftGraphError, match="recall.* keeps 1 values in the cache, which holds pairs"):
+        zoo.cached("llama").apply(Recall(at="block & layers(0)", values=1))
 
 
 def test_folded_programs_generate() -> None:

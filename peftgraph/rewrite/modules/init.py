@@ -116,9 +116,7 @@ def principal_inputs(m: Match, rank: int) -> Callable[[Tensor], None]:
     """
 
     def fill(tensor: Tensor) -> None:
-        covariance_II = m.statistics.covariance
-        assert covariance_II is not None
-        _, vectors_II = torch.linalg.eigh(covariance_II.double())
+        _, vectors_II = torch.linalg.eigh(m.statistic("covariance").double())
         tensor.copy_(vectors_II.mT.flip(0)[:rank])
 
     return fill

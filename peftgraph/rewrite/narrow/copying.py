@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import logging
 from collections import ChainMap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, fx
@@ -109,6 +109,9 @@ class NarrowCopy:
 
     def _copied(self, node: fx.Node, known: Known) -> fx.Node:
         """Copy one call of the stream."""
+        rows = self._with_earlier_rows(node, known)
+        if rows is not None:
+            return rows
         operands = self._operands(node)
         narrow = {one: known[base] for one, base in operands.items() if base in self._stream}
         beside = {one: base for one, base in operands.items() if base not in self._stream and self._sources_of(base)}
@@ -121,7 +124,7 @@ class NarrowCopy:
         return self._emit(node, *arguments, made)
 
     def _check_call(self, node: fx.Node, operands: Mapping[fx.Node, fx.Node]) -> None:
-        """Refuse what has an effect, and rows of earlier calls.
+        """Refuse what has an effect, and what reads values of other passes.
 
         Raises:
             PeftGraphError: it is one of these.
@@ -131,21 +134,19 @@ class NarrowCopy:
         wrong = next((one for one, base in operands.items() if "origin" in base.meta), None)
         if wrong is not None:
             raise self._refusal(node, f"reads %{wrong.meta.get('label', wrong.name)}, which another pass made")
-        if ops.name(node) == "cat" and any(self._is_cached(one) for one in operands.values()):
-            raise PeftGraphError(
-                f"{self.op.pass_spec}: this program was traced with a cache (use_cache=True), which holds the model's "
-                f"own keys and values (read by %{node.meta.get('label', node.name)}) and none of its narrow copy. "
-                "Trace the model without use_cache; generate then computes every step anew, with the same result."
-            )
 
-    @staticmethod
-    def _is_cached(node: fx.Node) -> bool:
-        """Tell whether a value is an input of numbers, laid out at most, as the keys of earlier calls are."""
-        while ops.name(node) in ops.LAYOUT | ops.CAST and node.all_input_nodes:
-            node = node.all_input_nodes[0]
-        return (
-            node.op == "placeholder" and isinstance(node.meta["val"], Tensor) and node.meta["val"].is_floating_point()
-        )
+    def _with_earlier_rows(self, node: fx.Node, known: Known) -> fx.Node | None:
+        """Copy a call that puts the rows of earlier calls before those of this one, which have a cache of their own;
+        None for any other call."""
+        if ops.name(node) != "cat":
+            return None
+        pieces = cast("Sequence[fx.Node]", node.args[0])
+        if not any(self.op.is_cached(one) for one in pieces):
+            return None
+        if len(pieces) != 2 or not self.op.is_cached(pieces[0]):
+            raise self._refusal(node, "is no concatenation of earlier rows and new ones")
+        self._check_call(node, self._operands(node))
+        return self.op.with_earlier_rows(known[self._operands(node)[pieces[1]]], pieces[0])
 
     def _chosen(
         self, node: fx.Node, values: Mapping[fx.Node, Any], beside: Mapping[fx.Node, fx.Node]

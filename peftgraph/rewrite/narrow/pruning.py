@@ -1,4 +1,5 @@
-"""Which features of a model the narrow copy of its parameters keeps: those whose weights have the largest L1 norm.
+"""Which features of a model the narrow copy of its parameters keeps: those whose weights have the largest L1 norm, or
+the largest sum of Fisher information.
 
 Features that meet are kept together: of the residual stream for all weights that read or write it, of a head for
 queries and keys and for values and what reads them, of a feed-forward for what writes and reads its hidden value. Each
@@ -9,7 +10,7 @@ Shapes: R the reduction, H heads, G heads of keys and values, F features of one.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -43,15 +44,17 @@ class Pruning:
         reduction: R.
         rotated: the attentions whose queries and keys are rotated, as `attention_key` gives them, each with how many
             features in a row are kept.
+        fisher: gives the Fisher information of a site's weight, (O, I); None for the weights' own magnitudes.
     """
 
     table: TensorTable
     sites: Sites
     reduction: int
     rotated: Mapping[Hashable, int]
+    fisher: Callable[[Site], Tensor] | None = None
     _heads: dict[Hashable, int] = field(default_factory=dict)
     _places: dict[Place, list[tuple[Hashable, Tensor]]] = field(default_factory=dict)
-    _norms: dict[Hashable, list[Tensor]] = field(default_factory=dict)
+    _sides: dict[Hashable, list[tuple[Site, int]]] = field(default_factory=dict)
     _kept: dict[Hashable, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -79,7 +82,7 @@ class Pruning:
         return (entry.tensor if entry.base_tensor is None else entry.base_tensor).detach()
 
     def _record(self, site: Site, out: str, inner: str) -> None:
-        """Record what the axes of a site's tensors are, and the norms of their entries."""
+        """Record what the axes of a site's tensors are."""
         if site.bias is not None:
             name = self.table.tied(site.bias.parameter)[0]
             self._add(name, 0, self._group(out, site, len(self._tensor(name))), _rows(site.bias.window))
@@ -92,12 +95,24 @@ class Pruning:
         name = self.table.tied(weight.parameter)[0]
         value = self._tensor(name)
         if value.dim() == 2:
-            axis, rows = int(weight.transposed), _rows(weight.window)
-            part = value if rows is None else value.index_select(axis, rows.to(value.device))
-            for side, along, chosen in ((out, axis, rows), (inner, 1 - axis, None)):
+            axis = int(weight.transposed)
+            for side, along, rows in ((out, axis, _rows(weight.window)), (inner, 1 - axis, None)):
                 group = self._group(side, site, value.shape[along])
-                self._add(name, along, group, chosen)
-                self._norms.setdefault(group, []).append(part.abs().sum(1 - along, dtype=torch.float32))
+                self._add(name, along, group, rows)
+                self._sides.setdefault(group, []).append((site, along))
+
+    def _importance(self, site: Site, along: int) -> Tensor:
+        """Return the sums over one axis of a site's stored weight, of magnitudes or of Fisher information."""
+        weight = site.weight
+        assert weight is not None
+        if self.fisher is not None:
+            entries = self.fisher(site)
+            entries = entries.mT if weight.transposed else entries
+        else:
+            entries, rows = self._tensor(weight.parameter).abs(), _rows(weight.window)
+            if rows is not None:
+                entries = entries.index_select(int(weight.transposed), rows.to(entries.device))
+        return entries.sum(1 - along, dtype=torch.float32).cpu()
 
     def _group(self, side: str, site: Site, size: int) -> Hashable:
         return (side, size) if side == "stream" else (side, attention_key(site))
@@ -127,16 +142,16 @@ class Pruning:
         return self._kept[group]
 
     def _ranked(self, group: Hashable) -> Tensor:
-        norms = [one.cpu() for one in self._norms.get(group, [])]
+        sums = [self._importance(*side) for side in self._sides.get(group, [])]
         size = self._heads.get(group)
-        if not norms:
+        if not sums:
             return torch.tensor([], dtype=torch.long)
         if size is None:
-            whole = torch.stack([one for one in norms if len(one) == len(norms[0])]).sum(0)
+            whole = torch.stack([one for one in sums if len(one) == len(sums[0])]).sum(0)
             return whole.topk(len(whole) // self.reduction).indices.sort().values
-        heads = max(min(len(one) for one in norms) // size, 1)
+        heads = max(min(len(one) for one in sums) // size, 1)
         row = self._rotated_row(group)
-        by_head = [one.view(heads, -1, size).sum(1) for one in norms if len(one) % (heads * size) == 0]
+        by_head = [one.view(heads, -1, size).sum(1) for one in sums if len(one) % (heads * size) == 0]
         if row or not by_head:
             numbers = torch.arange(size).view(-1, row or 1)
             return numbers[:: self.reduction].flatten()[: size // self.reduction].expand(heads, -1)

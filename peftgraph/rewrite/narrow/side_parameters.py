@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor, fx
@@ -15,8 +15,9 @@ from peftgraph.rewrite.narrow.pruning import Pruning
 from peftgraph.rewrite.narrow.scores import Scores
 from peftgraph.rewrite.narrow.sizes import Scaling
 from peftgraph.rewrite.narrow.stacks import Stacks
+from peftgraph.sites import Site
 
-Start = Literal["prune", "random"]
+Start = Literal["prune", "fisher", "random"]
 
 
 @dataclass
@@ -26,8 +27,8 @@ class SideParameters:
     Attributes:
         m, op: of the edit.
         pruning: which entries of the base's tensors are kept.
-        start: "prune" for these entries; "random" for matrices as in torch.nn.Linear and zero biases, in which other
-            vectors, such as scales of norms, start as with "prune".
+        start: "prune" or "fisher" for these entries; "random" for matrices as in torch.nn.Linear and zero biases, in
+            which other vectors, such as scales of norms, start as with "prune".
         prefix: of the names.
     """
 
@@ -84,6 +85,10 @@ def narrow_copy(m: Match, op: Builder, reduction: int, start: Start) -> NarrowCo
     """
     scores = Scores(m)
     heads = {site.head_dim for site in m.sites if site.head_dim}
-    pruning = Pruning(m.table, m.sites, reduction, scores.rotated)
+
+    def fisher(site: Site) -> Tensor:
+        return replace(m, site=site).statistic("fisher")
+
+    pruning = Pruning(m.table, m.sites, reduction, scores.rotated, fisher if start == "fisher" else None)
     starts = Stacks(m).inputs()
     return NarrowCopy(m, op, Scaling(reduction, heads, scores.has), SideParameters(m, op, pruning, start), starts)

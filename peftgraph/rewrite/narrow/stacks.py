@@ -24,8 +24,8 @@ def operands_of(m: Match, node: fx.Node) -> dict[fx.Node, fx.Node]:
 
 
 def base_nodes(m: Match) -> Iterator[fx.Node]:
-    """Yield the nodes of the base, in order."""
-    return (node for node in m.graph.nodes if "origin" not in node.meta)
+    """Yield the nodes of the base but its output, in order."""
+    return (node for node in m.graph.nodes if "origin" not in node.meta and node.op != "output")
 
 
 @dataclass
