@@ -20,8 +20,9 @@ from peftgraph.draw.rank_map import RankMap
 from peftgraph.errors import AdapterError, Conflict, PeftGraphError, TraceError
 from peftgraph.folding import fold as _fold
 from peftgraph.folding.proof import Proof
-from peftgraph.interop import native, write_back
+from peftgraph.interop import native
 from peftgraph.interop.adapter_formats import OWN, load_adapter, save_adapter
+from peftgraph.interop.write_back import write_back
 from peftgraph.ir.printer import assign_labels, print_diff, print_program, size_names
 from peftgraph.ir.program import ProgramData
 from peftgraph.ir.quantised_base import DEQUANTISES, without_codes

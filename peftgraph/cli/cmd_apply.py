@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from peftgraph.cli.cmd_inspect import Source
+from peftgraph.model_folders.loading import check_source, load, skeleton, trace
 from peftgraph.terminal.console import OUT, working
 from peftgraph.terminal.diffs import coloured, first_layer_diff
 
@@ -27,10 +28,13 @@ def apply(
     seed: Annotated[int, typer.Option(help="Of the adapter's initial values.")] = 0,
 ) -> None:
     """Show what a recipe does: the diff of the first layer it touches, the counts, and whether it folds."""
+    from peftgraph.rewrite.recipe_check import check_recipe
+
+    check_source(source, weights=out is not None)
+    check_recipe(recipe)
     import torch
 
     import peftgraph as pg
-    from peftgraph.model_folders.loading import load, skeleton, trace
     from peftgraph.terminal.tables import count_table
 
     method = pg.load_recipe(recipe)

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from peftgraph.cli.cmd_inspect import Source
+from peftgraph.model_folders.loading import check_source, skeleton, trace
 from peftgraph.terminal.console import OUT, working
+from peftgraph.utils.atomic_files import atomic_file
 
 if TYPE_CHECKING:
     from peftgraph.costs.comparison import Comparison
@@ -38,18 +40,19 @@ def compare(
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page with the picture.")] = None,
 ) -> None:
     """Show what each recipe costs: parameters, files, memory of training, operations. No weights are loaded."""
-    from peftgraph.rewrite.recipe import parse_recipe
-
     chosen = [*first, *(recipes or [])]
     if not chosen:
         raise typer.BadParameter("name at least one recipe, such as --recipes lora ia3")
+    from peftgraph.rewrite.recipe_check import check_recipe
+
+    check_source(source)
+    for one in chosen:
+        check_recipe(one, word_alone=True)
+    import peftgraph as pg
+    from peftgraph.rewrite.recipe import parse_recipe
+
     for one in chosen:  # mistakes are told before the model is traced
         parse_recipe(one)
-
-    import peftgraph as pg
-    from peftgraph.model_folders.loading import skeleton, trace
-    from peftgraph.utils.atomic_files import atomic_file
-
     program = trace(skeleton(source))
     with working("comparing"):
         found = pg.compare(program, chosen, batch=batch, length=length, examples=examples)

@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 from peftgraph.cli.cmd_inspect import Source
-from peftgraph.runtime.export.registry import find_exporter, suffixes
+from peftgraph.interop.adapter_folder import check_exists
+from peftgraph.model_folders.loading import check_source, load, trace
+from peftgraph.runtime.export.registry import check_suffix, find_exporter, suffixes
 from peftgraph.terminal.console import OUT, working
 
 
@@ -20,8 +22,11 @@ def export(
     ] = None,
 ) -> None:
     """Write the graph as a file. Edits of an adapter that cannot be folded stay in the graph."""
+    check_suffix(out)
+    check_source(source, weights=True)
+    if adapter is not None:
+        check_exists(adapter)
     import peftgraph as pg
-    from peftgraph.model_folders.loading import load, trace
 
     find_exporter(out)  # before the model is traced
     program = trace(load(source))

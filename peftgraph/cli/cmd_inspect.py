@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from peftgraph.model_folders.loading import check_source, skeleton, trace
 from peftgraph.terminal.console import OUT
 
 if TYPE_CHECKING:
@@ -35,10 +36,13 @@ def inspect(
     ] = None,
 ) -> None:
     """Show what a model is made of, and so what a recipe can be put on. No weights are loaded."""
-    from peftgraph.model_folders.loading import skeleton, trace
-
     if layer is not None and not explain:
         raise typer.BadParameter("--layer narrows --explain; with --at write 'SELECTOR & layers(N)'")
+    from peftgraph.sites.selector_parser import parse_selector
+
+    check_source(source)
+    for selector in filter(None, (explain, at)):
+        parse_selector(selector)
     start = time.perf_counter()
     program = trace(skeleton(source))
     if explain:

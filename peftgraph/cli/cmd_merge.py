@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from peftgraph.cli.cmd_inspect import Source
+from peftgraph.interop.adapter_folder import check_exists
+from peftgraph.model_folders.loading import check_source, load, trace
 from peftgraph.model_folders.output_folder import atomic_folder, check_target, check_unchanged, copy_companions, stamps
 from peftgraph.terminal.console import OUT, report, working
 
@@ -37,6 +39,8 @@ def merge(
     ] = None,
 ) -> None:
     """Fold an adapter into a model and write a plain transformers model, with the proof of what changed."""
+    check_source(source, weights=True)
+    check_exists(adapter)
     from peftgraph.cli import merge_by_shard
 
     if by_shard is None:
@@ -51,7 +55,6 @@ def merge(
 
 def _merge_whole(source: Path, adapter: Path, out: Path, force: bool, untie: bool) -> None:
     import peftgraph as pg
-    from peftgraph.model_folders.loading import load, trace
 
     reads = (source, adapter)
     check_target(out, force, reads)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from peftgraph.cli.cmd_inspect import Source
+from peftgraph.model_folders.loading import check_source, skeleton, trace
 from peftgraph.model_folders.output_folder import atomic_folder, check_target, check_unchanged, copy_companions, stamps
 from peftgraph.terminal.console import OUT, working
 
@@ -29,20 +30,24 @@ def quantise(
     ] = False,
 ) -> None:
     """Quantise a model in the memory of one tensor; transformers loads the result with bitsandbytes."""
-    import peftgraph as pg
+    options = {"format": format, "block": block, "double": double, "compute": compute}
+    from peftgraph.rewrite.recipe_check import check_options
+    from peftgraph.sites.selector_parser import parse_selector
+
+    check_source(source, weights=True)
+    selector = parse_selector(at)
+    check_options("quantise", options)
+    check_target(out, force, (source,))
     from peftgraph.interop.checkpoints.checkpoint import Checkpoint
     from peftgraph.interop.checkpoints.quantised_shards import (
         copy_configuration,
         quantisation_config,
         quantise_shards,
     )
-    from peftgraph.model_folders.loading import skeleton, trace
     from peftgraph.rewrite.registry import find_pass
 
-    options = {"format": format, "block": block, "double": double, "compute": compute}
     quantise_pass: Any = find_pass("quantise")
-    method = quantise_pass(at=pg.parse_selector(at), **options)
-    check_target(out, force, (source,))
+    method = quantise_pass(at=selector, **options)
     before = stamps((source,))
     checkpoint = Checkpoint.open(source)
     model = skeleton(source, checkpoint.dtype)

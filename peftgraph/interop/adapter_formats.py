@@ -15,6 +15,7 @@ from torch import nn
 
 from peftgraph.errors import AdapterError
 from peftgraph.interop import native
+from peftgraph.interop.adapter_folder import FORMATS, INDEX, no_adapter
 from peftgraph.interop.checkpoints.checkpoint import Checkpoint
 from peftgraph.interop.checkpoints.updates import Updates
 from peftgraph.interop.pass_values import load_passes
@@ -59,7 +60,7 @@ class AdapterFormat:
 
 
 ADAPTER_FORMATS: Registry[AdapterFormat] = Registry(
-    "peftgraph.adapter_formats",
+    FORMATS,
     "adapter format",
     AdapterError,
     kind="AdapterFormat",
@@ -74,7 +75,7 @@ def find_format(directory: Path) -> AdapterFormat | None:
     Raises:
         AdapterError: several formats recognise it, or its files are damaged.
     """
-    if (directory / native.INDEX).exists() or not directory.is_dir():
+    if (directory / INDEX).exists() or not directory.is_dir():
         return None
     found = [one for one in ADAPTER_FORMATS if one.detect(directory)]
     if len(found) > 1:
@@ -134,11 +135,8 @@ def _check_own(directory: Path) -> None:
     Raises:
         AdapterError: it has no `adapter.json`.
     """
-    if not (directory / native.INDEX).exists():
-        raise AdapterError(
-            f"{directory} holds no {native.INDEX}, so it is no adapter directory of peftgraph, nor is it of another "
-            f"format that is known: {', '.join(ADAPTER_FORMATS.names())}."
-        )
+    if not (directory / INDEX).exists():
+        raise no_adapter(directory, ADAPTER_FORMATS.names())
 
 
 def _named(format: object) -> AdapterFormat | None:

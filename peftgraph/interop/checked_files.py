@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,8 @@ from torch import Tensor
 
 from peftgraph.errors import AdapterError, PeftGraphError
 from peftgraph.utils.atomic_files import read_regular_file
+from peftgraph.utils.strict_json import parse_json
 
-DIGITS = 20  # of a whole number; sizes and tokens have fewer
 NAME = 1024  # characters of a tensor's name
 
 
@@ -36,18 +34,6 @@ def read_json(path: Path, missing: str, raises: type[PeftGraphError] = AdapterEr
         raise raises(missing) from None
     except (OSError, ValueError, RecursionError) as error:
         raise raises(f"{path} is damaged: {error}") from None
-
-
-def parse_json(text: str) -> Any:
-    """Parse a JSON text strictly.
-
-    Raises:
-        ValueError: it is not JSON, or ambiguous.
-        RecursionError: it is nested too deeply.
-    """
-    return json.loads(
-        text, parse_constant=_refused, parse_int=_whole, parse_float=_fraction, object_pairs_hook=_distinct
-    )
 
 
 def read_object(path: Path, missing: str, raises: type[PeftGraphError] = AdapterError) -> dict[str, Any]:
@@ -94,29 +80,3 @@ def check_names(names: Iterable[str], path: Path) -> None:
     long = next((name for name in names if len(name) > NAME), None)
     if long is not None:
         raise AdapterError(f"{path} is damaged: the name of a tensor has {len(long)} characters.")
-
-
-def _refused(word: str) -> None:
-    raise ValueError(f"{word} is no JSON number")
-
-
-def _whole(digits: str) -> int:
-    if len(digits) > DIGITS:
-        raise ValueError(f"a number has {len(digits)} digits")
-    return int(digits)
-
-
-def _fraction(digits: str) -> float:
-    value = float(digits)
-    if not math.isfinite(value):
-        raise ValueError(f"{digits[:DIGITS]} is larger than any number here")
-    return value
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next((key for key in found if keys.count(key) > 1), None)
-        raise ValueError(f"the key {twice!r} occurs twice")
-    return found

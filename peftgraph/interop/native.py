@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from peftgraph.errors import AdapterError, PeftGraphError
+from peftgraph.interop.adapter_folder import INDEX
 from peftgraph.interop.checked_files import read_json, read_tensors
 from peftgraph.interop.fingerprint import fingerprint, first_difference
 from peftgraph.interop.packing import packed, unpacked
@@ -34,7 +35,6 @@ from peftgraph.rewrite.spec import parse_pass
 from peftgraph.utils.atomic_files import atomic_file, folder_lock
 
 FORMAT = 2
-INDEX = "adapter.json"
 P = TypeVar("P", bound=ProgramData)
 
 

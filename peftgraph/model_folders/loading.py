@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from peftgraph.errors import PeftGraphError
 from peftgraph.terminal.console import hush, working
+from peftgraph.utils.atomic_files import read_regular_file
+from peftgraph.utils.strict_json import parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -19,21 +21,33 @@ if TYPE_CHECKING:
     import peftgraph as pg
 
 
+def check_source(source: Path, *, weights: bool = False) -> None:
+    """Refuse a folder that holds no model, before torch is imported.
+
+    Args:
+        source: the folder, or a configuration alone.
+        weights: whether the weights are needed too.
+
+    Raises:
+        PeftGraphError: there is no configuration, it cannot be read, or there are no weights.
+    """
+    _model_type(_config_path(source))
+    if weights:
+        _check_weights(source)
+
+
 def read_config(source: Path) -> PretrainedConfig:
     """Read the configuration in a folder, or in a file of its own.
 
     Raises:
         PeftGraphError: it is missing, damaged, or of an architecture that transformers does not have.
     """
-    hush()
     path = _config_path(source)
-    document = _document(path)
+    kind = _model_type(path)
+    hush()
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    kind = document.get("model_type")
-    if not isinstance(kind, str):
-        raise PeftGraphError(f"{path} does not say its model_type, so it is no transformers configuration.")
     if kind not in CONFIG_MAPPING:
         close = difflib.get_close_matches(kind, list(CONFIG_MAPPING.keys()), n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -74,10 +88,7 @@ def load(source: Path) -> PreTrainedModel:
     """
     config = read_config(source)
     cls = model_class(config, source)
-    if source.is_file() or not any(source.glob("*.safetensors")):
-        raise PeftGraphError(
-            f"{source} holds no weights (model.safetensors); this command needs them. Pickled weights are not read."
-        )
+    _check_weights(source)
     try:
         with working(f"loading {cls.__name__}"):
             model, notes = cls.from_pretrained(
@@ -137,10 +148,21 @@ def _config_path(source: Path) -> Path:
     return path
 
 
-def _document(path: Path) -> dict[str, Any]:
-    from peftgraph.interop.checked_files import parse_json
-    from peftgraph.utils.atomic_files import read_regular_file
+def _check_weights(source: Path) -> None:
+    if source.is_file() or not any(source.glob("*.safetensors")):
+        raise PeftGraphError(
+            f"{source} holds no weights (model.safetensors); this command needs them. Pickled weights are not read."
+        )
 
+
+def _model_type(path: Path) -> str:
+    kind = _document(path).get("model_type")
+    if not isinstance(kind, str):
+        raise PeftGraphError(f"{path} does not say its model_type, so it is no transformers configuration.")
+    return kind
+
+
+def _document(path: Path) -> dict[str, Any]:
     try:
         document = parse_json(read_regular_file(path).decode())
     except (OSError, ValueError, RecursionError) as error:

@@ -13,9 +13,9 @@ from peftgraph.errors import PeftGraphError, RecipeError
 from peftgraph.ir.site_statistics import Statistic
 from peftgraph.rewrite.adapted_sites import AdaptedSite
 from peftgraph.rewrite.match import Match
-from peftgraph.rewrite.options import check_name, hints, plain
+from peftgraph.rewrite.options import check_name, hints, one_of, plain, word_problem
 from peftgraph.rewrite.rule import Rule
-from peftgraph.rewrite.spec_text import print_value
+from peftgraph.rewrite.spec_text import PIPELINE, print_value
 from peftgraph.rewrite.training_hooks import TrainingHooks
 from peftgraph.sites import Sites
 from peftgraph.sites.selectors.selector import Selector
@@ -59,6 +59,8 @@ class Pass:
                 raise
             except ValueError as error:
                 raise RecipeError(f"{self.word}: option {item.name!r} cannot be {value!r}: {error}.") from None
+            problem = word_problem(item.name, getattr(self, item.name), known[item.name])
+            self.require(problem is None, str(problem))
         if self.name:
             try:
                 check_name(self.name)
@@ -143,8 +145,8 @@ class Pass:
 
     def require_one_of(self, option: str, words: Iterable[str]) -> None:
         """Raise RecipeError unless the value of `option` is one of `words`."""
-        value, known = getattr(self, option), " or ".join(f'"{word}"' for word in words)
-        self.require(value in words, f"{option} must be {known}, got {value!r}.")
+        value, known = getattr(self, option), tuple(words)
+        self.require(value in known, one_of(option, value, known))
 
     def require_sublayer(self, m: Match) -> None:
         """Raise RecipeError unless `m` is an attention or a feed-forward with its residual add."""
@@ -191,7 +193,7 @@ def _ordered_fields(method: Pass) -> list[dataclasses.Field[Any]]:
 class Pipeline(Pass):
     """Several passes, applied in order; itself a pass."""
 
-    word = "pipeline"
+    word = PIPELINE
     parts: tuple[Pass, ...]
 
     def __init__(self, passes: Iterable[Pass]) -> None:

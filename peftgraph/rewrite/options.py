@@ -17,12 +17,15 @@ import operator
 import sys
 import types
 import typing
+from collections.abc import Iterable
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from peftgraph.sites.selector_parser import as_selector
+from peftgraph.sites.selectors.selector import Selector
 
-from peftgraph.sites.selectors.selector import Selector, as_selector
+if TYPE_CHECKING:
+    from torch import nn
 
 LARGEST = 2**63  # of a whole number
 
@@ -57,6 +60,19 @@ def plain(value: Any, hint: Any) -> Any:
     if origin is float:
         return _number(value)
     return _text(value) if origin in (str, typing.Literal) else value
+
+
+def word_problem(option: str, value: object, hint: Any) -> str | None:
+    """Return what is wrong with the value of an option that takes one of some words; None where nothing is, or the
+    option is of another type."""
+    words = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+    return None if not words or value in words else one_of(option, value, words)
+
+
+def one_of(option: str, value: object, words: Iterable[object]) -> str:
+    """Return the message that an option's value is none of its words."""
+    known = " or ".join(f'"{word}"' for word in words)
+    return f"{option} must be {known}, got {value!r}."
 
 
 @cache
@@ -97,6 +113,8 @@ def check_name(name: str) -> None:
 
 @cache
 def _module() -> nn.Module:
+    from torch import nn
+
     return nn.Module()
 
 

@@ -8,19 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tomllib
-from os import PathLike
 from pathlib import Path
-from typing import Any
 
-from peftgraph.errors import PeftGraphError, RecipeError, shortened
+from peftgraph.errors import RecipeError
 from peftgraph.rewrite.method import Pass, Pipeline
+from peftgraph.rewrite.recipe_text import RecipeText, read_recipe, spelt_out
 from peftgraph.rewrite.registry import find_pass
-from peftgraph.rewrite.spec import build, parse_pass
+from peftgraph.rewrite.spec import build
 from peftgraph.rewrite.spec_text import print_value
-from peftgraph.sites import Pattern
-from peftgraph.sites.patterns.pattern import patterns_of
-from peftgraph.utils.atomic_files import read_regular_file
+from peftgraph.sites.patterns.pattern import Pattern, patterns_of
 
 
 def load_recipe(source: str | Path) -> Pass:
@@ -33,22 +29,7 @@ def load_recipe(source: str | Path) -> Pass:
     Raises:
         RecipeError: the file is missing or cannot be read; the message names the table and the option.
     """
-    if isinstance(source, str) and "{" in source:
-        return parse_pass(source)
-    if not isinstance(source, str | PathLike):
-        raise RecipeError(f"A recipe is the path of a file, or a spec such as lora{{rank=8}}, got {source!r}.")
-    try:
-        path = Path(source)
-        text = read_regular_file(path).decode()
-    except (OSError, ValueError, TypeError) as error:
-        raise RecipeError(f"The recipe {shortened(str(source))} cannot be read: {shortened(str(error))}") from None
-    if path.suffix != ".toml":
-        return parse_pass(text)
-    try:
-        document = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RecipeError(f"{path} is no TOML: {error}") from None
-    return _from_document(document, str(path))
+    return _built(read_recipe(source))
 
 
 def parse_recipe(text: str) -> Pass:
@@ -57,47 +38,19 @@ def parse_recipe(text: str) -> Pass:
     Raises:
         RecipeError: it is none of them.
     """
-    word = text.strip()
-    return parse_pass(f"{word}{{}}") if word.isidentifier() else load_recipe(text)
+    return _built(read_recipe(spelt_out(text)))
 
 
-def _from_document(document: dict[str, Any], where: str) -> Pass:
-    tables = document.pop("pass", None)
-    patterns = _patterns(document.pop("patterns", {}), where)
-    if document:
-        raise RecipeError(
-            f"{where}: unknown table {next(iter(document))!r}; a recipe holds [[pass]] tables and [patterns]."
-        )
-    if not isinstance(tables, list) or not tables:
-        raise RecipeError(f'{where}: a recipe needs at least one [[pass]] table with use = "lora" or another pass.')
-    found = []
-    for number, table in enumerate(tables, start=1):
-        if not isinstance(table, dict):
-            raise RecipeError(f"{where}: [[pass]] number {number} is no table, but {table!r}.")
-        word = table.pop("use", None)
-        if not isinstance(word, str):
-            raise RecipeError(f'{where}: [[pass]] number {number} needs use = "...", the name of a pass.')
-        try:
-            found.append(build(find_pass(word), table, patterns))
-        except RecipeError as error:
-            raise RecipeError(f"{where}: [[pass]] number {number}: {error}") from None
+def _built(recipe: RecipeText) -> Pass:
+    found: list[Pass] = []
+    for one in recipe.passes:
+        with one.located():
+            found.append(build(find_pass(one.word), dict(one.options), recipe.patterns))
     used = {pattern.name for part in found for pattern in patterns_of_pass(part)}
-    idle = next((name for name in patterns if name not in used), None)
+    idle = next((name for name in recipe.patterns if name not in used), None)
     if idle is not None:
-        raise RecipeError(f"{where}: the pattern {idle!r} is used by no pass.")
+        raise RecipeError(f"{recipe.place}: the pattern {idle!r} is used by no pass.")
     return found[0] if len(found) == 1 else Pipeline(found)
-
-
-def _patterns(table: Any, where: str) -> dict[str, Pattern]:
-    if not isinstance(table, dict) or not all(isinstance(text, str) for text in table.values()):
-        raise RecipeError(f'{where}: [patterns] holds lines such as swiglu = "down = linear(...); gate = ...".')
-    found: dict[str, Pattern] = {}
-    for name, text in table.items():
-        try:
-            found[name] = Pattern(name, text)
-        except PeftGraphError as error:
-            raise RecipeError(f"{where}: [patterns] {name}: {error}") from None
-    return found
 
 
 def patterns_of_pass(method: Pass) -> tuple[Pattern, ...]:

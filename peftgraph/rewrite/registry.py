@@ -4,20 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from peftgraph.errors import RecipeError
-from peftgraph.rewrite.method import Pass, Pipeline
+from peftgraph.rewrite.spec_text import PIPELINE
 from peftgraph.utils.registry import Registry
 
-C = TypeVar("C", bound=type[Pass])
+if TYPE_CHECKING:
+    from peftgraph.rewrite.method import Pass
+
+C = TypeVar("C", bound="type[Pass]")
+
+
+def _is_pass(one: object) -> bool:
+    from peftgraph.rewrite.method import Pass
+
+    return isinstance(one, type) and issubclass(one, Pass)
+
 
 PASSES: Registry[type[Pass]] = Registry(
     "peftgraph.passes",
     "pass",
     RecipeError,
     kind="class of passes",
-    accepts=lambda one: isinstance(one, type) and issubclass(one, Pass),
+    accepts=_is_pass,
     name_of=lambda one: one.word,
     how_to_add="pg.register(MyPass)",
 )
@@ -46,12 +56,12 @@ def register(cls: C) -> C:
             word = "vera"
         ```
     """
-    if not (isinstance(cls, type) and issubclass(cls, Pass)):
+    if not _is_pass(cls):
         raise RecipeError(f"register() takes a class of passes, a subclass of peftgraph.authoring.Pass, got {cls!r}.")
     word = cls.word
     if not (isinstance(word, str) and word.isascii() and word.isidentifier()):
         raise RecipeError(f'{_path(cls)} needs a word that specs can spell, such as word = "lora", got {word!r}.')
-    taken = _path(Pipeline) if word == Pipeline.word else PASSES.where(word, _path)
+    taken = "peftgraph.rewrite.method:Pipeline" if word == PIPELINE else PASSES.where(word, _path)
     if taken is not None and taken != _path(cls):
         raise RecipeError(f"{_path(cls)} cannot have the word {word!r}, which is that of {taken}. Choose another word.")
     PASSES.replace(cls)

@@ -8,6 +8,8 @@ from typing import Any
 
 from peftgraph.errors import RecipeError, pointed, shortened
 
+PIPELINE = "pipeline"  # the word of several passes, which no other may have
+
 
 def print_value(value: Any) -> str:
     """Return one value of a spec."""

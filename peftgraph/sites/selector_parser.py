@@ -21,6 +21,7 @@ from peftgraph.sites.patterns.pattern import Pattern
 from peftgraph.sites.roles import WORDS
 from peftgraph.sites.selectors.filters import Expert, Kind, Layers, Stack, layers
 from peftgraph.sites.selectors.selector import FILTERS, Both, Either, Not, Selector, read_texts_with, role, suggestion
+from peftgraph.sites.selectors.selector import as_selector as as_selector  # with this parser behind it
 
 DEPTH: Final = 64  # brackets and ~ within one another
 TERMS: Final = 200  # of a selector, which are matched one within the other

@@ -7,10 +7,11 @@ import string
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import fx
+if TYPE_CHECKING:
+    import torch
+    from torch import fx
 
 Layout = Literal["pre", "post", "sandwich"]
 
@@ -27,6 +28,8 @@ class Columns:
     @classmethod
     def from_indices(cls, indices: torch.Tensor | Sequence[int]) -> Columns:
         """Return the ranges of feature numbers, (F,) integers."""
+        import torch
+
         index = torch.as_tensor(indices, dtype=torch.long)
         if len(index) == 0:
             return cls(())
@@ -55,6 +58,8 @@ class Columns:
 
     def index(self) -> torch.Tensor:
         """Return the feature numbers as a LongTensor."""
+        import torch
+
         return torch.tensor(list(self), dtype=torch.long)
 
     @property

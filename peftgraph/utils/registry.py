@@ -107,6 +107,20 @@ class Registry(Generic[T]):
             raise self._error(f"{point.value} is no {self._kind} called {name!r}.")
         return cast(T, plugin)
 
+    def entry_point(self, name: str) -> tuple[str, str] | None:
+        """Return the module and the name in it of a plug-in that a distribution brings, without loading it; None for
+        one that was registered in this process.
+
+        Raises:
+            PeftGraphError: there is none of that name.
+        """
+        if name in self._registered:
+            return None
+        point = self._entry_point(name)
+        if point is None:
+            raise self._error(self._unknown(name))
+        return point.module, point.attr
+
     def where(self, name: str, path: Callable[[T], str]) -> str | None:
         """Return the `module:name` of the plug-in of a name, without loading it; None where there is none."""
         if name in self._registered:

@@ -65,12 +65,12 @@ def test_wrong_usage_is_exit_code_2(cli, arguments: list[str]) -> None:
 
 
 def test_a_bug_is_exit_code_3(cli, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import peftgraph.model_folders.loading
+    from peftgraph.cli import cmd_inspect
 
     def fail(source: Path) -> None:
         raise KeyError("surprise")
 
-    monkeypatch.setattr(peftgraph.model_folders.loading, "skeleton", fail)
+    monkeypatch.setattr(cmd_inspect, "skeleton", fail)
     result = cli("inspect", folder)
     assert result.exit_code == 3
     assert "this is a bug in peftgraph: KeyError" in result.stderr

@@ -23,8 +23,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from peftgraph.errors import PeftGraphError
-from peftgraph.interop.checked_files import check_names, parse_json
+from peftgraph.interop.checked_files import check_names
 from peftgraph.interop.checkpoints.async_writer import AsyncWriter
+from peftgraph.utils.strict_json import parse_json
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CHUNK = 8 << 20  # bytes copied at once

@@ -69,17 +69,26 @@ def suffixes() -> str:
     return ", ".join(f".{name}" for name in EXPORTERS.names())
 
 
-def find_exporter(path: Path) -> Exporter:
-    """Return the exporter for a file, by its suffix.
+def check_suffix(path: Path) -> None:
+    """Refuse a file that no exporter writes, by its suffix; imports no exporter.
 
     Raises:
-        ExportError: there is none, or what it requires is not installed.
+        ExportError: there is none for its suffix.
     """
     if path.suffix[1:] not in EXPORTERS.names():
         raise ExportError(
             f"{path}: the suffix says the format; known are {suffixes()}. Another is registered as an entry point of "
             f"the group {EXPORTERS.group!r}, or at run time (peftgraph.plugins)."
         )
+
+
+def find_exporter(path: Path) -> Exporter:
+    """Return the exporter for a file, by its suffix.
+
+    Raises:
+        ExportError: there is none, or what it requires is not installed.
+    """
+    check_suffix(path)
     exporter = EXPORTERS.get(path.suffix[1:])
     exporter.check_installed()
     return exporter

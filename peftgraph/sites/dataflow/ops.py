@@ -6,9 +6,10 @@ Operators are named by their schema without namespace and in-place underscore, s
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from torch import fx
+if TYPE_CHECKING:
+    from torch import fx
 
 
 def words(*lines: str) -> frozenset[str]:
@@ -101,5 +102,7 @@ def argument(node: fx.Node, position: int, keyword: str) -> object:
 
 
 def operand(node: fx.Node, position: int, keyword: str) -> fx.Node | None:
+    from torch import fx  # here, so that the words above are read without torch
+
     value = argument(node, position, keyword)
     return value if isinstance(value, fx.Node) else None

@@ -5,11 +5,3 @@
 A pattern is named equations over the values of a graph. `docs/patterns.md` is its manual. The language knows the flow
 of a graph and nothing above it, so that the search for built-in roles may use it; `search.py` makes sites of matches.
 """
-
-from peftgraph.sites.patterns.match import Matcher as Matcher
-from peftgraph.sites.patterns.outcome import Miss as Miss
-from peftgraph.sites.patterns.pattern import Pattern as Pattern
-from peftgraph.sites.patterns.pattern import PatternRole as PatternRole
-from peftgraph.sites.patterns.terms import Term as Term
-from peftgraph.sites.patterns.terms import op as op
-from peftgraph.sites.patterns.terms import var as var

@@ -7,8 +7,6 @@ import re
 from functools import cache
 from typing import Final
 
-import torch
-
 from peftgraph.errors import PeftGraphError
 from peftgraph.sites.dataflow import ops
 
@@ -41,6 +39,8 @@ def is_operator(word: str) -> bool:
     """Tell whether a word names an operator, a class of operators or a whole."""
     if word in CLASSES or word in WHOLES or word == "getitem":
         return True
+    import torch
+
     return not word.startswith("__") and (hasattr(torch.ops.aten, word) or word in _registered())
 
 
@@ -68,5 +68,7 @@ def operators(word: str) -> frozenset[str] | None:
 @cache
 def _registered() -> frozenset[str]:
     """Return the bare names of all operators that are registered now, of other libraries too."""
+    import torch
+
     names = torch._C._dispatch_get_all_op_names()
     return frozenset(name.partition("::")[2].partition(".")[0].rstrip("_") for name in names)
