@@ -42,6 +42,7 @@ from peftgraph.runtime.copying import NotPicklable
 from peftgraph.runtime.export.exported_program import export_program
 from peftgraph.runtime.module import GraphModule
 from peftgraph.runtime.submodule_module import embed_in_model
+from peftgraph.runtime.training_region import Optimise, training_options
 from peftgraph.runtime.transformers_module import make_transformers_module
 from peftgraph.sites import Absent, Pattern, Selector, Site, Sites, as_selector, find_sites
 from peftgraph.sites.assign.naming import sections, titles
@@ -246,26 +247,36 @@ class Program(NotPicklable, ProgramData):
                 found.append((f"{site.stack} {layer}".strip() if site.stack else layer, site.role, change.rank))
         return RankMap.of(found)
 
-    def module(self) -> nn.Module:
+    def module(self, optimise: Optimise = "auto", activation_budget: float = 1.0) -> nn.Module:
         """Return an ordinary module with the model's own call signature, output type and parameter names.
 
         Only new parameters require grad. They are shared with this program, so `pg.fold` sees what training did to
         them.
 
+        Args:
+            optimise: "train" gives every block a forward and a backward pass of its own for training, which keep
+                fewer bytes and join products; outputs and gradients are those of the plain graph up to rounding, and
+                are compared with them at the first call. "auto" does so for blocks of some size, where it pays;
+                "off" never.
+            activation_budget: of the bytes that optimised blocks keep between the passes without repeating any
+                product, the fraction to keep; 0 keeps what enters a block, and computes everything else again.
+
         Raises:
             Conflict: several named adapters train copies of one tensor; `only` chooses one.
+            PeftGraphError: an argument has no meaning.
         """
         self.require_one_adapter()
+        options = training_options(optimise, activation_budget)
         blocks = find_block_regions(self, self.sites)
         if self.enclosing_model is not None:
-            return embed_in_model(self, blocks, self.enclosing_model)
+            return embed_in_model(self, blocks, self.enclosing_model, options)
         if self.model_class is None:
-            return GraphModule(self, blocks)
+            return GraphModule(self, blocks, options)
 
         def save(trained: Mapping[str, Tensor], directory: Path) -> None:
             native.save_trained(self, trained, directory)
 
-        return make_transformers_module(self, blocks, self.model_class, save)
+        return make_transformers_module(self, blocks, self.model_class, save, options)
 
     def calibrate(
         self,

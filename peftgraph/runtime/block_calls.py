@@ -17,6 +17,7 @@ from torch.fx.node import map_arg
 from peftgraph.runtime.block_module import BlockModule
 from peftgraph.runtime.block_regions import BLOCK_KEY, BlockRegion
 from peftgraph.runtime.codegen import Code
+from peftgraph.runtime.training_region import TrainingRegion
 
 Unit = list[fx.Node]
 
@@ -32,7 +33,12 @@ class BlockGraph:
 
 
 def outline_blocks(
-    graph: fx.Graph, blocks: Sequence[BlockRegion], name: str, compiled: Callable[[fx.Graph], Code], root: nn.Module
+    graph: fx.Graph,
+    blocks: Sequence[BlockRegion],
+    name: str,
+    compiled: Callable[[fx.Graph], Code],
+    root: nn.Module,
+    region: Callable[[fx.Graph, Code], TrainingRegion | None],
 ) -> fx.Graph:
     """Return `graph` with each marked block replaced by a call of a module; the modules get the code of their blocks.
 
@@ -43,6 +49,7 @@ def outline_blocks(
         name: of the graph; the modules store their code under it.
         compiled: compiles a graph.
         root: the module that has a `Block` at each path.
+        region: makes what trains a block with code of its own; None where the plain code does.
     """
     new, made = fx.Graph(), dict[fx.Node, fx.Node]()
     times: dict[str, int] = {}
@@ -55,9 +62,12 @@ def outline_blocks(
         count = times[piece.path] = times.get(piece.path, -1) + 1  # a block that several layers share runs often
         block = root.get_submodule(piece.path)
         assert isinstance(block, BlockModule)
-        block._peftgraph_codes[f"{name}{count or ''}"] = compiled(piece.graph)
+        key = f"{name}{count or ''}"
+        code = block._peftgraph_codes[key] = compiled(piece.graph)
+        if (trained := region(piece.graph, code)) is not None:
+            block._peftgraph_regions[key] = trained
         inputs = [made[node] for node in piece.inputs]
-        call = new.call_module(piece.path, (f"{name}{count or ''}", *inputs))
+        call = new.call_module(piece.path, (key, *inputs))
         for i, node in enumerate(piece.outputs):
             made[node] = new.call_function(operator.getitem, (call, i))
     return new
@@ -120,6 +130,8 @@ def _piece(unit: Unit, path: str) -> BlockGraph:
     piece = BlockGraph(path, fx.Graph())
     piece.inputs = list(dict.fromkeys(o for node in unit for o in node.all_input_nodes if o not in inside))
     made = {node: piece.graph.placeholder(f"x{i}") for i, node in enumerate(piece.inputs)}
+    for node, placeholder in made.items():
+        placeholder.meta = dict(node.meta)
     for i, node in enumerate(unit):
         args, kwargs = map_arg((node.args, node.kwargs), lambda operand: made[operand])
         target = str(node.target).removeprefix(f"{path}.") if node.op == "get_attr" else node.target

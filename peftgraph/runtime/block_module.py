@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from peftgraph.errors import PeftGraphError
 from peftgraph.runtime.codegen import Code
 from peftgraph.runtime.copying import NotPicklable
+from peftgraph.runtime.training_region import TrainingRegion
 
 
 class BlockModule(NotPicklable, nn.Module):
@@ -24,13 +25,21 @@ class BlockModule(NotPicklable, nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._peftgraph_codes: dict[str, Code] = {}
+        self._peftgraph_regions: dict[str, TrainingRegion] = {}
         self.gradient_checkpointing = False
         self._peftgraph_options: dict[str, Any] = {}
 
     def forward(self, graph: str, *values: Any) -> Any:
         """Run the code of a graph on the values that the block reads from outside."""
         code = self._peftgraph_codes[graph]
-        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+        if not (self.training and torch.is_grad_enabled()):
+            return code(self, *values)
+        region = self._peftgraph_regions.get(graph)
+        if region is not None and not self._peftgraph_options and not torch.compiler.is_compiling():
+            outputs = region(self, *values, recompute=self.gradient_checkpointing)
+            if outputs is not None:
+                return outputs
+        if self.gradient_checkpointing:
             return checkpoint(code, self, *values, use_reentrant=False, **self._peftgraph_options)
         return code(self, *values)
 

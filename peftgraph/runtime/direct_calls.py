@@ -43,6 +43,10 @@ FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     aten.relu.default: torch.relu,
     aten.silu.default: F.silu,
     aten.gelu.default: F.gelu,
+    aten.mm.default: torch.mm,
+    aten.bmm.default: torch.bmm,
+    aten.t.default: torch.t,
+    aten.exp.default: torch.exp,
 }
 METHODS: dict[Callable[..., Any], str] = {
     aten.view.default: "view",
@@ -50,6 +54,9 @@ METHODS: dict[Callable[..., Any], str] = {
     aten.to.dtype: "to",
     aten.contiguous.default: "contiguous",
     aten.sym_size.int: "size",
+    aten.add_.Tensor: "add_",
+    aten.mul_.Tensor: "mul_",
+    aten.addmm_.default: "addmm_",
 }
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from peftgraph.ir.dead_code import bypass_full_slices, remove_dead_nodes
+from peftgraph.ir.dead_code import bypass_full_slices, remove_dead_nodes, writes_in_place
 from peftgraph.ir.dtype_literals import convert_literals
 from peftgraph.ir.graphs import copy_graph
 from peftgraph.ir.modes import evaluation_graph, training_graph, without_cached_inputs, without_inputs
@@ -18,6 +18,7 @@ from peftgraph.ir.signature import Signature
 from peftgraph.runtime.block_calls import outline_blocks
 from peftgraph.runtime.block_regions import BlockRegion, mark_block_regions
 from peftgraph.runtime.codegen import Code, compile_graph
+from peftgraph.runtime.training_region import TrainingOptions, TrainingRegion
 
 
 class Execution:
@@ -31,9 +32,12 @@ class Execution:
         target: the dtype and device of the weights.
         constants: the names of tensor literals.
         state: the buffers that training writes and the program shares, by name.
+        regions: the parts that have run in training with code of their own.
     """
 
-    def __init__(self, program: ProgramData, blocks: Sequence[BlockRegion]) -> None:
+    def __init__(
+        self, program: ProgramData, blocks: Sequence[BlockRegion], options: TrainingOptions | None = None
+    ) -> None:
         self.signature: Signature = program.signature
         self.graph = copy_graph(program.graph)
         self.title = program.model
@@ -44,6 +48,8 @@ class Execution:
         self.state: dict[str, Tensor] = {}
         self._codes: dict[tuple[bool, frozenset[str]], tuple[Code, tuple[bool, ...]]] = {}
         self._sources: dict[str, Code] = {}
+        self._options = options
+        self.regions: dict[Any, TrainingRegion] = {}
         mark_block_regions(self.graph, self.blocks)
 
     def missing(self, tensors: Sequence[Tensor | None]) -> frozenset[str]:
@@ -62,7 +68,8 @@ class Execution:
         if key not in self._codes:
             graph, kept = self.graph_for(*key)
             name = "-".join(["training" if net.training else "evaluation", *sorted(missing)])
-            graph = outline_blocks(graph, self.blocks, name, self._compiled, net)
+            region = self._region if net.training else lambda graph, code: None
+            graph = outline_blocks(graph, self.blocks, name, self._compiled, net, region)
             self._codes[key] = (self._compiled(graph), kept)
 
     def graph_for(self, training: bool, missing: frozenset[str] = frozenset()) -> tuple[fx.Graph, tuple[bool, ...]]:
@@ -83,6 +90,17 @@ class Execution:
             convert_literals(self.graph, dtype, device)
             self._codes.clear()
             self._sources.clear()
+            self.regions.clear()
+
+    def _region(self, graph: fx.Graph, code: Code) -> TrainingRegion | None:
+        """Return what trains a part of the graph; parts with equal code and inputs of equal sizes share one."""
+        if self._options is None or any(writes_in_place(node) for node in graph.nodes):
+            return None
+        inputs = [node for node in graph.nodes if node.op in ("get_attr", "placeholder")]
+        key = (code, *(str(getattr(node.meta["val"], "shape", node.meta["val"])) for node in inputs))
+        if key not in self.regions:
+            self.regions[key] = TrainingRegion(graph, code, self.title, self._options)
+        return self.regions[key]
 
     def _compiled(self, graph: fx.Graph) -> Code:
         return compile_graph(graph, self.title, self._sources)

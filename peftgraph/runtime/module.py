@@ -18,6 +18,7 @@ from peftgraph.runtime.block_regions import BlockRegion
 from peftgraph.runtime.copying import NotPicklable
 from peftgraph.runtime.execution import Execution
 from peftgraph.runtime.submodules import SubmoduleFactory
+from peftgraph.runtime.training_region import TrainingOptions
 
 
 class GraphModule(NotPicklable, nn.Module):
@@ -31,9 +32,11 @@ class GraphModule(NotPicklable, nn.Module):
     name.
     """
 
-    def __init__(self, program: ProgramData, blocks: Sequence[BlockRegion] = ()) -> None:
+    def __init__(
+        self, program: ProgramData, blocks: Sequence[BlockRegion] = (), options: TrainingOptions | None = None
+    ) -> None:
         nn.Module.__init__(self)  # beside another class of modules, none of that one's own set-up
-        self._peftgraph = Execution(program, blocks)
+        self._peftgraph = Execution(program, blocks, options)
         self._peftgraph_register(program.table, program.submodules)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

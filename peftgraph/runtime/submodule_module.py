@@ -17,11 +17,14 @@ from peftgraph.ir.source_model import EnclosingModel
 from peftgraph.runtime.block_regions import BlockRegion
 from peftgraph.runtime.copying import NotPicklable
 from peftgraph.runtime.module import GraphModule
+from peftgraph.runtime.training_region import TrainingOptions
 
 
-def embed_in_model(program: ProgramData, blocks: Sequence[BlockRegion], around: EnclosingModel) -> nn.Module:
+def embed_in_model(
+    program: ProgramData, blocks: Sequence[BlockRegion], around: EnclosingModel, options: TrainingOptions | None = None
+) -> nn.Module:
     """Return the traced model with its submodule replaced by the program; only new parameters require grad."""
-    graph = GraphModule(program, blocks)
+    graph = GraphModule(program, blocks, options)
     memo: dict[int, Any] = {}
     parameters = list(around.model.named_parameters(remove_duplicate=False))
     # The part looks its own tensors up by name; where folding has cut a tie, the rest keeps the other one.

@@ -24,6 +24,7 @@ from peftgraph.ir.source_model import ModelClass
 from peftgraph.runtime.block_regions import BlockRegion
 from peftgraph.runtime.encoder_decoder import HIDDEN, EncoderDecoderRunner, EncoderModule
 from peftgraph.runtime.module import GraphModule
+from peftgraph.runtime.training_region import TrainingOptions
 
 Save = Callable[[Mapping[str, Tensor], Path], None]
 COUNT = "num_items_in_batch"
@@ -37,9 +38,14 @@ class TransformersModule(GraphModule):
     main_input_name: Any
 
     def __init__(
-        self, program: ProgramData, blocks: Sequence[BlockRegion], state: Mapping[str, Any], save: Save
+        self,
+        program: ProgramData,
+        blocks: Sequence[BlockRegion],
+        state: Mapping[str, Any],
+        save: Save,
+        options: TrainingOptions | None = None,
     ) -> None:
-        super().__init__(program, blocks)
+        super().__init__(program, blocks, options)
         self.__dict__.update(state)
         self._save = save
         self._steps: dict[bool, EncoderDecoderRunner] = {}
@@ -212,7 +218,11 @@ def _take(arguments: dict[str, Any], name: str, traced: Any) -> Any:
 
 
 def make_transformers_module(
-    program: ProgramData, blocks: Sequence[BlockRegion], host: ModelClass, save: Save
+    program: ProgramData,
+    blocks: Sequence[BlockRegion],
+    host: ModelClass,
+    save: Save,
+    options: TrainingOptions | None = None,
 ) -> TransformersModule:
     """Return the program as an instance of the class of the traced model.
 
@@ -221,6 +231,7 @@ def make_transformers_module(
         blocks: its blocks.
         host: the class, and the state of an instance.
         save: writes parameters, by name, as an adapter into a directory.
+        options: how blocks train; None for the plain code.
     """
 
     def forward(self: TransformersModule, *args: Any, **kwargs: Any) -> Any:
@@ -232,5 +243,5 @@ def make_transformers_module(
     )
     names = {"__module__": host.cls.__module__, "__qualname__": host.cls.__qualname__, "__doc__": host.cls.__doc__}
     return type(host.cls.__name__, (TransformersModule, host.cls), {**names, "forward": forward})(
-        program, blocks, copy.deepcopy(host.state), save
+        program, blocks, copy.deepcopy(host.state), save, options
     )
