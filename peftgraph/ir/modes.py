@@ -169,8 +169,13 @@ def _replace(node: fx.Node, value: int) -> None:
 
 def written_buffers(graph: fx.Graph) -> set[str]:
     """Return the names of stored tensors that the graph writes into, such as running statistics, also through views."""
+    return {str(root.target) for root in written_inputs(graph) if root.op == "get_attr"}
+
+
+def written_inputs(graph: fx.Graph) -> set[fx.Node]:
+    """Return the inputs and stored tensors that the graph writes into, also through views."""
     roots = (_root(value) for node in graph.nodes if writes_in_place(node) for value in _written(node))
-    return {str(root.target) for root in roots if root.op == "get_attr"}
+    return {root for root in roots if root.op in ("get_attr", "placeholder")}
 
 
 def _written(node: fx.Node) -> list[fx.Node]:

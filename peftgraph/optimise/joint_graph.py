@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.node import map_arg
 
+from peftgraph.ir.dead_code import writes_in_place
 from peftgraph.optimise.seeded_dropout import DROPOUT, traced_attention, traced_dropout
 
 aten = torch.ops.aten
@@ -120,14 +121,43 @@ def _tangents_as_inputs(graph: fx.Graph) -> None:
 def run_graph(graph: fx.Graph, inputs: Sequence[fx.Node], values: Sequence[Any]) -> list[Any]:
     """Run a graph on values of its inputs, with stand-ins for what draws random numbers; return its outputs."""
     known: dict[fx.Node, Any] = dict(zip(inputs, values, strict=True))
+    place = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         if node in known:
             continue
         if node.op == "output":
             return list(map_arg(node.args[0], known.__getitem__))
         args, kwargs = map_arg((node.args, node.kwargs), known.__getitem__)
-        known[node] = STAND_INS.get(node.target, node.target)(*args, **kwargs)
+        target = _functional(node, place) if writes_in_place(node) else node.target
+        known[node] = STAND_INS.get(target, target)(*args, **kwargs)
     raise AssertionError("a graph without outputs")
+
+
+def _functional(node: fx.Node, place: Mapping[fx.Node, int]) -> Any:
+    """Return the operator that computes what one that writes into its first operand computes.
+
+    Raises:
+        NotImplementedError: the overwritten value is read later by other nodes.
+    """
+    assert isinstance(node.target, torch._ops.OpOverload)
+    written = node.args[0]
+    assert isinstance(written, fx.Node)
+    chain = [written]
+    while chain[-1].op == "call_function" and chain[-1].args and isinstance(chain[-1].args[0], fx.Node):
+        if not _is_view(chain[-1]):
+            break
+        chain.append(chain[-1].args[0])
+    name = node.target._schema.name.removeprefix("aten::")
+    later = [user for one in chain for user in one.users if place[user] > place[node]]
+    if later or not name.endswith("_") or not hasattr(aten, name[:-1]):
+        raise NotImplementedError(f"{node.name} writes into {written.name}, which is read again")
+    return getattr(getattr(aten, name[:-1]), node.target._overloadname)
+
+
+def _is_view(node: fx.Node) -> bool:
+    if isinstance(node.target, torch._ops.OpOverload):
+        return any(one.alias_info is not None for one in node.target._schema.returns)
+    return False
 
 
 class _SymbolicValues:

@@ -13,7 +13,6 @@ import math
 from collections.abc import Set
 from dataclasses import dataclass
 
-import networkx as nx
 import torch
 from torch import Tensor, fx
 
@@ -71,6 +70,8 @@ def plan_memory(parts: Parts, budget: float = 1.0) -> MemoryPlan:
 
 def _cut(parts: Parts, repeatable: Set[fx.Node]) -> MemoryPlan:
     """Return the plan of fewest bytes that computes no other product again."""
+    import networkx as nx  # on first use: it takes a while to import
+
     cut = nx.DiGraph()
     cut.add_nodes_from(("forward", "backward"))
     for node in parts.forward:

@@ -9,10 +9,16 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from peftgraph.ir.dead_code import bypass_full_slices, remove_dead_nodes, writes_in_place
+from peftgraph.ir.dead_code import bypass_full_slices, remove_dead_nodes
 from peftgraph.ir.dtype_literals import convert_literals
 from peftgraph.ir.graphs import copy_graph
-from peftgraph.ir.modes import evaluation_graph, training_graph, without_cached_inputs, without_inputs
+from peftgraph.ir.modes import (
+    evaluation_graph,
+    training_graph,
+    without_cached_inputs,
+    without_inputs,
+    written_inputs,
+)
 from peftgraph.ir.program import ProgramData
 from peftgraph.ir.signature import Signature
 from peftgraph.runtime.block_calls import outline_blocks
@@ -94,7 +100,7 @@ class Execution:
 
     def _region(self, graph: fx.Graph, code: Code) -> TrainingRegion | None:
         """Return what trains a part of the graph; parts with equal code and inputs of equal sizes share one."""
-        if self._options is None or any(writes_in_place(node) for node in graph.nodes):
+        if self._options is None or written_inputs(graph):
             return None
         inputs = [node for node in graph.nodes if node.op in ("get_attr", "placeholder")]
         key = (code, *(str(getattr(node.meta["val"], "shape", node.meta["val"])) for node in inputs))
