@@ -260,7 +260,7 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 def _file_bytes(program: ProgramData, sites: Sites) -> int:
     """Return the bytes of the tensors in the file of an adapter, each once."""
-    seen: set[int] = set()
+    seen = {id(entry.tensor) for entry in program.table.values() if entry.draw is not None}  # a seed is stored
     total = 0
     for i, applied in enumerate(program.history):
         for one in adapted_sites(program, sites, i, program.table.tensors()):

@@ -147,7 +147,10 @@ def read(program: P, apply: Callable[..., P], directory: Path, name: str | None)
     targets = dict(zip(saved, wanted, strict=True))
     tensors = unpacked(tuned, len(program.history), tensors, targets, directory)
     check_fit(tensors, {old: tuned.table[new].tensor for old, new in targets.items()}, directory)
-    return tuned, {new: tensors[old] for old, new in targets.items()}
+    drawn = {name: entry.draw().to(entry.tensor.dtype) for name, entry in tuned.table.items() if entry.draw is not None}
+    own = {name for edit in tuned.edits[len(program.edits) :] for name in edit.parameters}
+    values = {new: tensors[old] for old, new in targets.items()}
+    return tuned, values | {name: value for name, value in drawn.items() if name in own}
 
 
 def read_document(directory: Path) -> dict[str, Any]:
@@ -225,10 +228,10 @@ def check_can_save(program: ProgramData) -> None:
 
 
 def _own_tensors(program: ProgramData, since: int = 0) -> list[str]:
-    """Return the parameters of the passes from number `since` on, in the order of the edits, and the program's state,
-    with one name for each tensor."""
+    """Return what a file stores: the parameters of the passes from number `since` on, but those that are drawn from a
+    seed, in the order of the edits, and the program's state, with one name for each tensor."""
     claimed = [name for edit in program.edits if edit.application >= since for name in edit.parameters]
-    found = dict.fromkeys([*claimed, *program.table.state])
+    found = dict.fromkeys([*(name for name in claimed if program.table[name].draw is None), *program.table.state])
     return [name for name in found if program.table.tied(name)[0] == name]
 
 

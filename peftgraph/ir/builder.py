@@ -5,6 +5,7 @@ The builder sets the value metadata and the origin of every node that it makes, 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from peftgraph.errors import Conflict, PeftGraphError
+from peftgraph.errors import Conflict, PeftGraphError, RecipeError
 from peftgraph.ir.dead_code import WRITE_DISABLED
 from peftgraph.ir.dtype_literals import LITERAL_FORMS
 from peftgraph.ir.edits import CachedRows, SizeIncrease
@@ -137,17 +138,50 @@ class Builder:
         self.entries[full] = self._new(full, shape, init, trainable) if known is None else known
         return self._read(full, name)
 
-    def shared_param(self, name: str, shape: Sequence[int], init: Initializer) -> fx.Node:
-        """Make a trainable parameter at the first site of the pass, and read the same one at every further site.
+    def shared_param(
+        self, name: str, shape: Sequence[int], init: Initializer, trainable: bool = True, seed: int | None = None
+    ) -> fx.Node:
+        """Make a parameter at the first site of the pass, and read the same one at every further site.
+
+        Args:
+            name: of the parameter, after the word of the pass.
+            shape: the same at every site.
+            init: fills it in place.
+            trainable: False for a frozen one, which is saved with the adapter too.
+            seed: of a frozen one that is not saved: `init` draws it, on the CPU and in float32, from a generator of
+                its own with this seed and the name, wherever it is made again, as when the adapter is loaded.
 
         Raises:
             Conflict: the name is taken by another pass or by the model.
+            RecipeError: one that trains has a seed, or sites ask for different shapes.
         """
         full = f"{self.context.owner}.{name}"
         if full not in self.context.entries:
-            self.context.entries[full] = self._new(full, shape, init)
-        self.entries[full] = self.context.entries[full]
+            if seed is not None and trainable:
+                raise RecipeError(f"{self.pass_spec}: {name} trains, so it cannot be drawn again from a seed.")
+            entry = self._new(full, shape, init, trainable) if seed is None else self._drawn(full, shape, init, seed)
+            self.context.entries[full] = entry
+        entry = self.entries[full] = self.context.entries[full]
+        if tuple(entry.tensor.shape) != tuple(shape):
+            sizes = f"{tuple(entry.tensor.shape)} and, at {self.site}, {tuple(shape)}"
+            raise RecipeError(f"{self.pass_spec}: its sites share {name}, and it would be {sizes}.")
         return self._read(full, name)
+
+    def _drawn(self, full: str, shape: Sequence[int], init: Initializer, seed: int) -> TensorEntry:
+        """Make a frozen parameter whose values follow from a seed and its name alone."""
+        own = int.from_bytes(hashlib.sha256(f"{seed} {full.rpartition('.')[2]}".encode()).digest()[:7], "big")
+
+        def draw() -> Tensor:
+            value = torch.empty(tuple(shape), dtype=torch.float32)
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                torch.manual_seed(own)
+                init(value)
+            return value
+
+        entry = self._new(full, shape, lambda _: None, False)
+        if self.device.type != "meta":
+            entry.tensor.data.copy_(draw())
+        return replace(entry, draw=draw)
 
     def shared_value(self, key: str, build: Callable[[], fx.Node]) -> fx.Node:
         """Build a value at the first site of the pass, and return the same node at every further site. A pass that uses
@@ -168,7 +202,12 @@ class Builder:
         value.meta["symbol"] = name
         return value
 
-    def _new(self, full: str, shape: Sequence[int], init: Initializer, trainable: bool = True) -> TensorEntry:
+    def _check_name(self, full: str) -> None:
+        """Refuse the name of a new parameter that is in use.
+
+        Raises:
+            Conflict: it is.
+        """
         if full in self.tensor_names:
             raise Conflict(
                 f"{self.pass_spec} would make the parameter {full} at {self.site}, which exists already (made by "
@@ -180,6 +219,9 @@ class Builder:
                 f"{self.pass_spec} would make the parameter {full} at {self.site}, and {inner} is a parameter already: "
                 'one name would be that of a module and of a tensor. Give the pass another name: name="...".'
             )
+
+    def _new(self, full: str, shape: Sequence[int], init: Initializer, trainable: bool = True) -> TensorEntry:
+        self._check_name(full)
         value = torch.empty(tuple(shape), dtype=self.adapter_dtype, device=self.device)
         if self.device.type != "meta" and starts_computed.get():
             with torch.no_grad():

@@ -8,7 +8,7 @@ it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -35,6 +35,7 @@ class TensorEntry:
         quantised: how the values are computed from codes, where these are stored in its place; `tensor` then has the
             shape and the dtype alone.
         keeps_dtype: whether it is never cast, as constants of codes.
+        draw: draws the values again from a seed, where they are not saved.
     """
 
     tensor: Tensor
@@ -45,6 +46,7 @@ class TensorEntry:
     base_tensor: Tensor | None = None
     quantised: QuantisedWeight | None = None
     keeps_dtype: bool = False
+    draw: Callable[[], Tensor] | None = None
 
     @property
     def is_state(self) -> bool:

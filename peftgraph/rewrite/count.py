@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -115,17 +116,31 @@ class Count:
 def count(program: ProgramData, sites: Sites) -> Count:
     """Count a program's parameters."""
     changes = changes_of(program, sites)
-    changed = {(change.view.parameter, str(change.view.window)): change.values for change in changes}
     return Count(
         trainable=sum(p.numel() for p in _unique(program.table, lambda e: e.trainable)),
         added=sum(p.numel() for p in _unique(program.table, lambda e: e.added and e.kind == "parameter")),
-        changed=sum(changed.values()),
+        changed=_changed(program.table, changes),
         total=sum(p.numel() for p in _unique(program.table, lambda e: not e.added and e.kind == "parameter")),
         changes=changes,
         bytes=count_bytes(program.table),
         state=sum(buffer.numel() for buffer in _unique(program.table, lambda e: e.is_state and not e.keeps_dtype)),
         quantised=len(_unique(program.table, lambda e: e.quantised is not None)),
     )
+
+
+def _changed(table: TensorTable, changes: Iterable[Change]) -> int:
+    """Return how many values some changes concern; several in one window, or one of all, concern no more than there
+    are."""
+    windows: dict[tuple[str, str], int] = {}
+    for one in changes:
+        name = table.tied(one.view.parameter)[0]
+        key = (name, str(one.view.window))
+        size = math.prod(one.view.shape(table[name].tensor))
+        windows[key] = min(windows.get(key, 0) + one.values, size)
+    stored: dict[str, int] = {}
+    for (name, _), values in windows.items():
+        stored[name] = min(stored.get(name, 0) + values, table[name].tensor.numel())
+    return sum(stored.values())
 
 
 def count_bytes(table: TensorTable) -> Bytes:

@@ -31,11 +31,13 @@ class Join(ABC):
             undo the first; applying both is a `Conflict`.
         resizes: whether a new value may have other sizes than the old one, as a sequence with prepended rows has. The
             sizes of all values that depend on it are then inferred again.
+        shuts: whether a gate of 0 leaves the values as they are. Rows of zeros still take part in an attention.
     """
 
     port: str = "output"
     exclusive: bool = False
     resizes: bool = False
+    shuts: bool = True
 
     @abstractmethod
     def combine(self, m: Match, op: Builder, delta: Delta) -> Mapping[str, fx.Node]:
@@ -43,7 +45,7 @@ class Join(ABC):
 
     @abstractmethod
     def gate(self, m: Match, op: Builder, delta: Delta, gate: fx.Node) -> Delta:
-        """Return the delta scaled by a gate: with 0 nothing changes, with 1 `delta` enters as it is.
+        """Return the delta scaled by a gate: with 0 nothing changes (if it `shuts`), with 1 `delta` enters as it is.
 
         Args:
             m: the match.

@@ -3,9 +3,6 @@ models of the library and on hand-written ones of drawn widths, heads and depths
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 import laws
 import torch
 import zoo
@@ -15,6 +12,8 @@ from hypothesis import strategies as st
 import peftgraph as pg
 from peftgraph import passes
 from peftgraph.authoring import Pass
+from peftgraph.testing.laws import LAWS
+from peftgraph.testing.subject import Base, Subject
 
 F64 = torch.float64
 SLOW = settings(  # an example takes seconds: a failing one is shown as it was drawn
@@ -109,7 +108,7 @@ NEAR = ("up_weight", "up_right")
 
 
 @st.composite
-def bases(draw: st.DrawFn) -> laws.Base:
+def bases(draw: st.DrawFn) -> Base:
     known = draw(st.sampled_from(["", "", "clip_text", "falcon", "gpt2"]))
     if known:
         return laws.base_of(known)
@@ -118,10 +117,10 @@ def bases(draw: st.DrawFn) -> laws.Base:
     sizes = (heads * 2 * draw(st.integers(1, 3)), heads, draw(st.integers(5, 30)), draw(st.integers(1, 3)))
     program = pg.trace(zoo.Nano(*sizes, attn).to(F64), zoo.example("nano"))
     length = draw(st.integers(2, 9))  # over a single token, queries and keys decide nothing and do not train
-    return laws.Base.of("nano", attn, program, zoo.example("nano", draw(SMALL), length))
+    return Base.of("nano", program, zoo.example("nano", draw(SMALL), length))
 
 
-def composed(base: laws.Base, recipe: tuple[Pass, ...]) -> pg.Program:
+def composed(base: Base, recipe: tuple[Pass, ...]) -> pg.Program:
     """The recipe without those of its passes that conflict with earlier ones, or with themselves, which they must say
     clearly."""
     program = base.program
@@ -139,17 +138,13 @@ def composed(base: laws.Base, recipe: tuple[Pass, ...]) -> pg.Program:
 
 @SLOW
 @given(bases(), RECIPES, st.lists(st.integers(0, 3), min_size=4, max_size=4))
-def test_every_law_on_a_drawn_composition(base: laws.Base, recipe: tuple[Pass, ...], order: list[int]) -> None:
+def test_every_law_on_a_drawn_composition(base: Base, recipe: tuple[Pass, ...], order: list[int]) -> None:
     torch.manual_seed(0)
     program = composed(base, recipe)
     methods = tuple(applied.method for applied in program.history)
-    laws.starts(base, laws.Line(methods, near=NEAR, away=any(isinstance(one, AWAY) for one in methods)), program)
-    zoo.randomise(program)
-    want = laws.outputs(program, base.inputs)
-    laws.folds(base, program, want)
-    with tempfile.TemporaryDirectory() as folder:
-        laws.is_saved(base, program, Path(folder))
-    laws.trains_alone(base, program)
+    subject = Subject(base, methods, NEAR, any(isinstance(one, AWAY) for one in methods), None, 1e-12, program)
+    for law in ("identity", "fold", "counts", "files", "training"):
+        LAWS[law](subject)
     for which in order:
         if program.history:
             program = program.remove(which % len(program.history))

@@ -13,6 +13,8 @@ import peftgraph as pg
 from peftgraph import passes
 from peftgraph.authoring import Pass
 from peftgraph.passes import IA3, LoRA, SerialAdapter
+from peftgraph.testing.laws import LAWS
+from peftgraph.testing.subject import outputs
 
 F64 = torch.float64
 
@@ -29,7 +31,20 @@ def test_every_architecture_and_every_pass_has_its_laws() -> None:
 def test_identity_where_attention_is_written_out(name: str, key: str) -> None:
     base, line = laws.base_of(name, "eager"), laws.LINES[key]
     if laws.holds_on(line, name) and line.refusal(name) is None:
-        laws.starts(base, line, base.program.apply(*line.passes))
+        LAWS["identity"](laws.subject_of(base, line))
+
+
+NANO = [key for name, key in laws.cases("nano") if laws.LINES[key].refusal(name) is None]
+# no number for each example weighs a change of the weight itself, or of what is no sequence of features
+UNGATED = ("diff_pruning", "said", "tokens", "lora+tokens", "quantise+lora", "invertible", "prompt", "prompt_behind",
+           "ptuning", "zero_init_prefix")  # fmt: skip
+
+
+@pytest.mark.parametrize("key", NANO)
+def test_determinism_and_gates(key: str) -> None:
+    subject = laws.subject_of(laws.base_of("nano"), laws.LINES[key])
+    assert LAWS["determinism"](subject)
+    assert LAWS["gates"](subject) == (key not in UNGATED)
 
 
 @pytest.mark.parametrize("name", zoo.ALL)
@@ -42,7 +57,7 @@ def test_passes_on_disjoint_sites_commute(name: str) -> None:
         with torch.no_grad():
             for key, value in sorted(program.table.trainable.items()):
                 value.copy_(torch.linspace(-0.3, 0.4, value.numel(), dtype=F64).view_as(value) + len(key) / 100)
-        results.append(laws.outputs(program, base.inputs))
+        results.append(outputs(program, base.inputs))
         lines.append(sorted(program.text().splitlines()))
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
     assert lines[0] == lines[1] == lines[2]

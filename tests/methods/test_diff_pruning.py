@@ -12,7 +12,7 @@ import zoo
 from torch import Tensor, nn
 
 import peftgraph as pg
-from peftgraph.passes import DiffPruning
+from peftgraph.passes import DiffPruning, LoRA
 
 F64 = torch.float64
 
@@ -135,3 +135,11 @@ def test_words() -> None:
     program = zoo.traced("nano").apply(DiffPruning(at="ffn.up", final=4))
     with pytest.raises(pg.RecipeError, match="final=4 leaves none of 4 steps"):
         program.training(program.module(), steps=4)
+
+
+def test_a_weight_that_another_pass_changes_too_is_counted_once(base: tuple[Block, pg.Program, Tensor]) -> None:
+    _, program, _ = base
+    alone, low = DiffPruning(at="ffn.up", target=0.1), LoRA(at="ffn.up", rank=1)
+    counts = [program.apply(*methods).count().changed for methods in ((alone,), (low,), (alone, low), (low, alone))]
+    assert counts[0] < counts[1] == 60
+    assert counts[2] == counts[3] == 60

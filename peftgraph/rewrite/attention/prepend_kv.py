@@ -53,12 +53,14 @@ class PrependKV(Join):
     Attributes:
         port: the attention's output.
         exclusive: of two on one attention one would undo the other.
+        shuts: rows of zeros still take part in the attention.
         placed: whether the rows have places, in front of all tokens; see `attend_with_rows`.
         biases: what becomes of the model's biases of the distance; see `attend_with_rows`.
     """
 
     port: str = "output"
     exclusive: bool = True
+    shuts: bool = False
     placed: bool = False
     biases: Biases = "kept"
 
