@@ -4,7 +4,8 @@
     no fold: the codes stand for D, and not for W
 
 D is computed anew wherever it is multiplied by, forward and backward, and is not kept between. The product is computed
-in `compute`, to which D is rounded there; whoever else reads D has it in the dtype that W was stored in. With
+in `compute`, to which D is rounded there; whoever else reads D has it in the dtype that W was stored in. A
+model that comes with these codes keeps them, and its own dtype of products; other codes are refused. With
 double=true the constants are stored as 8-bit codes with a constant of their own for every 256, and their mean. int8 has
 one constant for each row: the largest magnitude, over 127; inputs are not quantised. Adapters that are put on
 afterwards see D where they read the weight. Norms, biases and other weights stay as they are, and nothing here trains.
@@ -25,7 +26,7 @@ from torch import Tensor, fx
 
 import peftgraph as pg
 from peftgraph.authoring import Builder, Match, Nesting, Pass, Replace, Rule
-from peftgraph.authoring.quantised import BLOCKS, FORMATS, QuantisedWeight, Quantiser
+from peftgraph.authoring.quantised import BLOCKS, FORMATS, QuantisedWeight, Quantiser, describe_codes
 
 aten = torch.ops.aten
 
@@ -76,6 +77,7 @@ class Quantise(Pass):
                 fold=NO_FOLD,
                 where=self.leads,
                 where_message="has a weight",
+                satisfied=self.is_stored,
                 nesting=Nesting.INNERMOST,
             )
         ]
@@ -83,6 +85,24 @@ class Quantise(Pass):
     def leads(self, m: Match) -> bool:
         """Whether a site is the first one that reads its stored tensor, which is quantised once."""
         return m.site.weight is not None and next(one for one in self.sharing(m)).site == m.site
+
+    def is_stored(self, m: Match) -> bool:
+        """Whether the model came with these codes in the place of the weight; other codes are refused.
+
+        Raises:
+            Conflict: they are of another format.
+        """
+        weight = m.site.weight
+        how = None if weight is None else m.table[weight.parameter].quantised
+        if weight is None or how is None or any(weight.parameter in edit.quantised for edit in m.edits):
+            return False
+        ours, theirs = describe_codes(self.quantiser), describe_codes(how)
+        if ours != theirs:
+            raise pg.Conflict(
+                f"{self} stores weights as {ours}, and in the model {weight.parameter} (at {m.site.id}) is stored as "
+                f"{theirs} already. Load the model in that format, or without codes."
+            )
+        return True
 
     def sharing(self, m: Match) -> list[Match]:
         """Return the chosen sites that read the same stored tensor; those that do not look it up first."""

@@ -6,3 +6,4 @@ from peftgraph.rewrite.quantiser import BLOCKS as BLOCKS
 from peftgraph.rewrite.quantiser import FORMATS as FORMATS
 from peftgraph.rewrite.quantiser import Codes as Codes
 from peftgraph.rewrite.quantiser import Quantiser as Quantiser
+from peftgraph.rewrite.quantiser import describe_codes as describe_codes

@@ -74,23 +74,26 @@ def _apply_one(program: P, sites: Sites, method: Pass, dtype: torch.dtype | None
 
 
 def _chosen(program: ProgramData, sites: Sites, method: Pass) -> list[tuple[int, Rule, Site]]:
-    """Return every rule of a pass with its sites.
+    """Return every rule of a pass with its sites, but those where the base already is what the rule would make of it.
 
     Raises:
         NoMatch: a rule that is not optional has none, or no rule has any.
     """
     chosen: list[tuple[int, Rule, Site]] = []
+    satisfied = False
     rules = method.rules()
     for number, rule in enumerate(rules):
         check_join(str(method), rule.join)
         found = sites.select(rule.at) if rule.optional else sites.require(rule.at)
-        kept = [m.site for m in match_all(program, sites, found) if rule.where is None or rule.where(m)]
-        if not kept and not rule.optional:
+        matches = [m for m in match_all(program, sites, found) if rule.where is None or rule.where(m)]
+        if not matches and not rule.optional:
             raise _none_left(method, rule, len(found))
+        kept = [m.site for m in matches if rule.satisfied is None or not rule.satisfied(m)]
+        satisfied |= len(kept) < len(matches)
         if rule.check is not None and kept:
             rule.check(kept)
         chosen += [(number, rule, site) for site in kept]
-    if not chosen:
+    if not chosen and not satisfied:
         raise _none_left(method, rules[0], len(sites.require(rules[0].at)))
     return chosen
 
@@ -103,8 +106,9 @@ def _check_conflicts(program: ProgramData, method: Pass, chosen: list[tuple[int,
     """Refuse contradictions: one name for two adapters, one tensor trained or one value replaced twice."""
     for applied in program.history:
         if method.name and applied.name == method.name and applied.method.word == method.word:
+            where = f" (at {chosen[0][2].id})" if chosen else ""
             raise Conflict(
-                f"{method} (at {chosen[0][2].id}) and {applied.method} are both a {method.word} called "
+                f"{method}{where} and {applied.method} are both a {method.word} called "
                 f"{method.name!r}. Choose another name."
             )
     replaced = _replaced(program)

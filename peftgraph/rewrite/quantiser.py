@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from peftgraph.errors import PeftGraphError
-from peftgraph.ir.quantised import DEQUANTISE_4BIT, DEQUANTISE_INT8, NESTED_BLOCK
+from peftgraph.ir.quantised import DEQUANTISE_4BIT, DEQUANTISE_INT8, NESTED_BLOCK, QuantisedWeight
 
 FORMATS = ("nf4", "fp4", "int8")
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # those of bitsandbytes
 CODES = "codes"
+PLAIN_ARGUMENTS = 6  # of the dequantiser of 4-bit codes, where constants are not quantised
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,23 @@ class Quantiser:
             codes, absmax, _ = bitsandbytes().int8_vectorwise_quant(half.contiguous())
             own = {CODES: codes.reshape(matrix.shape), "absmax": absmax.reshape(matrix.shape[:-1])}
         return Codes(DEQUANTISE_INT8, (CODES, "absmax", dtype), own, {})
+
+
+def describe_codes(how: Quantiser | QuantisedWeight) -> str:
+    """Return in words how codes stand for values: equal words for codes of one format."""
+    if isinstance(how, Quantiser):
+        if how.format == "int8":
+            return "int8 codes by row"
+        return _four_bits_in_words(how.format, how.block, how.double)
+    if how.dequantise is DEQUANTISE_INT8:
+        return "int8 codes by row"
+    table, block = str(how.arguments[1]), how.arguments[3]
+    known = (one for one in FORMATS if table == f"quantise.{one}_table")
+    return _four_bits_in_words(next(known, f"a table of its own, {table}"), block, len(how.arguments) > PLAIN_ARGUMENTS)
+
+
+def _four_bits_in_words(format: str, block: int, double: bool) -> str:
+    return f"4-bit codes ({format}) in blocks of {block}, with constants of {'8 bits' if double else 'float32'}"
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:

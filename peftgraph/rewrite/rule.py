@@ -67,6 +67,7 @@ class Rule:
         where: keeps the matches for which it returns true.
         where_message: follows "none of the N sites at ..." in the error if `where` keeps no site.
         optional: whether the rule may have no site, as long as another rule of the pass has one.
+        satisfied: whether the base already is, at a match, what the rule would make of it: nothing is done there.
         gate_input: builds the input of a gate on this rule; by default that is the site's input.
         row_axes: for a fold that computes each row of the new weight, and each entry of the new bias, from the old one
             and the same row of some parameters: returns these parameters by short name, each with its axis of output
@@ -88,6 +89,7 @@ class Rule:
     where: Callable[[Match], bool] | None = None
     where_message: str = "meets the condition of the rule"
     optional: bool = False
+    satisfied: Callable[[Match], bool] | None = None
     gate_input: Callable[[Match, Builder], fx.Node] | None = None
     row_axes: Callable[[Match], Mapping[str, int]] | None = None
     table_rows: Sequence[int] | None = None

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from peftgraph.errors import NoFold, PeftGraphError, RecipeError
 from peftgraph.ir.builder import Builder
+from peftgraph.ir.tensor_table import TensorTable
 from peftgraph.program import Program, fold
 from peftgraph.rewrite.count import Change
 from peftgraph.rewrite.match import Match
@@ -187,7 +188,7 @@ def counts(subject: Subject) -> bool:
     return True
 
 
-def _stored(table: Mapping[str, object]) -> Iterator[str]:
+def _stored(table: TensorTable) -> Iterator[str]:
     """Yield the name of every stored parameter of a base, once for all that are tied."""
     seen: set[int] = set()
     for name, entry in table.items():

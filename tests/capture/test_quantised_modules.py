@@ -16,7 +16,7 @@ import transformers
 from torch import nn
 
 import peftgraph as pg
-from peftgraph.passes import DoRA, LoRA, Quantise
+from peftgraph.passes import DoRA, LoRA, QLoRA, Quantise
 
 EVERY = "attention.*|ffn.*"
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2], [6, 5, 3, 5, 8, 9, 7]])
@@ -105,9 +105,65 @@ def test_it_trains_starts_and_folds(bits: int) -> None:
     assert torch.equal(folded.table[name].tensor, traced.table.value(name))
     with pytest.raises(pg.PeftGraphError, match="No pass of this program made its codes"):
         pg.fold(tuned, quantised="requantise")
-    with pytest.raises(pg.Conflict, match="the model's own Linear.* both store"):
-        traced.apply(Quantise())
     assert tuned.remove().remove().text() == traced.text()
+
+
+def plain_tuned(quantise: Quantise) -> pg.Program:
+    """A recipe that quantises, on the model without codes, with trained values."""
+    tuned = pg.trace(llama(), {"input_ids": IDS}, verify="off").apply(quantise, LoRA(at=EVERY, rank=2))
+    with torch.no_grad():
+        for value in tuned.table.trainable.values():
+            value.add_(0.1 * torch.randn_like(value))
+    return tuned
+
+
+def test_an_adapter_that_quantises_is_loaded_onto_a_model_with_the_codes(tmp_path: Path) -> None:
+    tuned = plain_tuned(Quantise())
+    loaded = program(4).load_adapter(tuned.save_adapter(tmp_path / "adapter"))
+    outputs = [one.module().eval()(input_ids=IDS).logits for one in (loaded, tuned)]
+    assert torch.equal(*outputs)
+    assert loaded.recipe == tuned.recipe
+    assert len(loaded.table.quantised) == 7
+    assert loaded.remove(0).text() == loaded.text()
+    again = program(4).load_adapter(loaded.save_adapter(tmp_path / "again"))
+    assert torch.equal(again.module().eval()(input_ids=IDS).logits, outputs[0])
+    folded = pg.fold(loaded, quantised="dequantise")
+    assert not folded.table.quantised
+    both = program(4).apply(QLoRA(rank=2))
+    assert both.count().trainable > 0
+    with pytest.raises(pg.NoMatch):
+        program(4).apply(Quantise(at="conv"))
+
+
+def test_a_model_with_codes_of_a_part_gets_the_others(tmp_path: Path) -> None:
+    tuned = plain_tuned(Quantise(at=f"{EVERY}|head"))
+    loaded = program(4).load_adapter(tuned.save_adapter(tmp_path / "adapter"))
+    assert len(loaded.table.quantised) == 8
+    assert torch.equal(*(one.module().eval()(input_ids=IDS).logits for one in (loaded, tuned)))
+    assert loaded.remove(0).text() == program(4).apply(LoRA(at=EVERY, rank=2)).text()
+
+
+@pytest.mark.parametrize(
+    ("bits", "method", "words"),
+    [
+        (
+            4,
+            Quantise(format="fp4"),
+            r"4-bit codes \(fp4\) in blocks of 64.*is stored as 4-bit codes \(nf4\) in blocks of 64",
+        ),
+        (4, Quantise(block=128), "in blocks of 128, .*in blocks of 64"),
+        (4, Quantise(double=False), "with constants of float32.*with constants of 8 bits"),
+        (4, Quantise(format="int8"), r"int8 codes by row.*4-bit codes \(nf4\)"),
+        (8, Quantise(), r"4-bit codes \(nf4\).*int8 codes by row"),
+    ],
+)
+def test_other_codes_are_refused(bits: int, method: Quantise, words: str) -> None:
+    with pytest.raises(pg.Conflict, match=f"{words}.* Load the model in that format, or without codes"):
+        program(bits).apply(method)
+
+
+def test_eight_bits_are_satisfied_by_eight_bits() -> None:
+    assert program(8).apply(Quantise(format="int8")).text() == program(8).text()
 
 
 def test_eight_bits_quantise_the_weight_alone() -> None:
