@@ -109,6 +109,64 @@ def test_the_same_lora_gives_the_same_bits_in_both_formats(tmp_path: Path) -> No
         assert torch.equal(theirs.value(key, checkpoint.read), ours.value(key, own.read))
 
 
+ADALORA = peft.AdaLoraConfig(
+    target_modules=["query", "output.dense"], init_r=4, target_r=2, lora_alpha=5, total_step=10, bias="all"
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adalora_is_merged_as_a_whole_fold_merges_it(dtype: torch.dtype, tmp_path: Path) -> None:
+    """To the bit; and as peft merges it, but for rounding: it multiplies by alpha before it divides by the rank."""
+    saved("bert", ADALORA, tmp_path, dtype)
+    cut_triplets(tmp_path / "adapter")
+    checkpoint, found = updates(tmp_path)
+    write_shards(checkpoint, found, tmp_path / "out", silent)
+    base = zoo.traced("bert", dtype=dtype)
+    merged = pg.fold(base.load_adapter(tmp_path / "adapter")).table
+    ours = contents(tmp_path / "out")
+    changed = {name: value for name, value in ours.items() if name in found.changed}
+    assert len(changed) > 4
+    for name, value in changed.items():
+        assert torch.equal(value, merged[name].tensor), name
+    if dtype == torch.float32:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            whole = peft.PeftModel.from_pretrained(zoo.build("bert"), str(tmp_path / "adapter"))
+            theirs = dict(whole.merge_and_unload().named_parameters())  # pyright: ignore
+        for name, value in changed.items():
+            torch.testing.assert_close(value, theirs[name], rtol=1e-5, atol=1e-6)
+
+
+def cut_triplets(folder: Path) -> None:
+    """Keep the first and the last triplet of every query, and all of the others, as a finished training does."""
+    path = folder / TENSORS
+    whole = safetensors.torch.load_file(path)
+    pattern: dict[str, list[bool]] = {}
+    for name in [name for name in whole if name.endswith("lora_E")]:
+        module = name.removesuffix(".lora_E")
+        kept = [True, False, False, True] if "query" in name else [True] * 4
+        pattern[f"{module.removeprefix('base_model.model.')}.lora_E"] = kept
+        rows = torch.tensor(kept)
+        for part in ("A", "E"):
+            whole[f"{module}.lora_{part}"] = whole[f"{module}.lora_{part}"][rows].contiguous()
+        whole[f"{module}.lora_B"] = whole[f"{module}.lora_B"][:, rows].contiguous()
+    safetensors.torch.save_file(whole, path)
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | {"rank_pattern": pattern}))
+
+
+def test_triplets_that_do_not_fit_the_pattern_are_refused(tmp_path: Path) -> None:
+    saved("bert", ADALORA, tmp_path)
+    cut_triplets(tmp_path / "adapter")
+    path = tmp_path / "adapter" / CONFIG
+    config = json.loads(path.read_text())
+    name = next(name for name in config["rank_pattern"] if "query" in name)
+    for kept, reason in (([True] * 4, "have shapes"), ([True] * 3, "is no list of 4 booleans")):
+        path.write_text(json.dumps(config | {"rank_pattern": config["rank_pattern"] | {name: kept}}))
+        with pytest.raises(pg.AdapterError, match=reason):
+            updates(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "config", "reason"),
     [

@@ -122,9 +122,24 @@ class PeftConfig:
         return PeftConfig(self.directory, entries).number(found, default)
 
     def scale(self, key: str) -> float:
-        """Return alpha / rank, or alpha / sqrt(rank), of a module or of a parameter that is a target by itself."""
+        """Return alpha / rank, or alpha / sqrt(rank), of a module or of a parameter that is a target by itself; of
+        AdaLoRA alpha / (rank + 1e-5), for the rank of its start."""
+        if self.method == "ADALORA":
+            return float(self.number("lora_alpha", 8)) / (int(self.number("init_r", 12)) + 1e-5)
         rank = self.rank(key)
         return self.alpha(key) / (math.sqrt(rank) if self.option("use_rslora", bool, False) else rank)
+
+    def triplets(self, path: str) -> list[bool]:
+        """Return which of the triplets of AdaLoRA's start the file has of a module.
+
+        Raises:
+            AdapterError: the rank pattern is damaged.
+        """
+        rank = int(self.number("init_r", 12))
+        pattern: Any = self.option("rank_pattern", dict, {}).get(f"{path}.lora_E", [True] * rank)
+        if not (isinstance(pattern, list) and len(pattern) == rank and all(isinstance(one, bool) for one in pattern)):
+            raise AdapterError(f"{self.directory}: the rank pattern of {path} is no list of {rank} booleans.")
+        return pattern
 
     @property
     def token_options(self) -> Any:

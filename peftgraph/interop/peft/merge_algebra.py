@@ -1,6 +1,7 @@
 """Computes what peft's adapters do to one stored tensor.
 
     LoRA    W <- W + s B A              b <- b + s d        d the bias of B, with lora_bias
+    AdaLoRA W <- W + s B diag(E) A      with all triplets of the start; those that the file lacks are zero
     DoRA    W <- g V                    V = W + s B A, g = m / ||V|| over the inputs of each output feature
             A and B of a stack of E experts are (E R, I) and (O, R E), and each expert's W has its own of them
     (IA)3   W <- diag(l) W, b <- l b    for an output;  W <- W diag(l) for an input
@@ -34,9 +35,10 @@ class TensorChange:
     Attributes:
         view: the tensor as a matrix (O, I), or a bias (O,).
         replaced: the adapter's tensor that replaces it first; None where the stored one is used.
-        parts: the adapter's tensors of the change, by role: "A" and "B", "m", "d", "l", "rows".
+        parts: the adapter's tensors of the change, by role: "A" and "B", "E", "m", "d", "l", "rows".
         scale: s.
         tokens: whose rows are replaced.
+        kept: which triplets of AdaLoRA's start the adapter has.
     """
 
     view: View
@@ -44,6 +46,7 @@ class TensorChange:
     parts: Mapping[str, str]
     scale: float = 1.0
     tokens: tuple[int, ...] = ()
+    kept: tuple[bool, ...] = ()
 
     def apply(self, stored: Tensor, load: Load, expert: int | None = None) -> Tensor:
         """Compute the new value of the tensor, in its dtype and memory; one chunk at a time is in the wide dtype.
@@ -58,7 +61,7 @@ class TensorChange:
         if self.tokens:
             return stored.index_copy_(0, torch.tensor(self.tokens), load(self.parts["rows"]).to(stored.dtype))
         dtype = accumulation_dtype(stored.dtype)
-        own = {role: load(key).to(dtype) for role, key in self.parts.items()}
+        own = self._low_rank({role: load(key).to(dtype) for role, key in self.parts.items()})
         if self.view.vector:
             return self._changed(stored.to(dtype), own).to(stored.dtype)
         if self.view.experts is not None:
@@ -70,6 +73,17 @@ class TensorChange:
             rows = {role: chunk.slice_parameter(value, self._axis(role, value), None) for role, value in own.items()}
             window.copy_(self.view.put(window, self._changed(self.view.get(window).to(dtype), rows), dtype))
         return stored
+
+    def _low_rank(self, own: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the parts with the triplets of AdaLoRA as A and B, at their places among those of the start."""
+        if "E" not in own:
+            return own
+        kept = torch.tensor(self.kept)
+        a_RI, e_R1, b_OR = (own[role] for role in ("A", "E", "B"))
+        all_a, all_e = a_RI.new_zeros(len(kept), a_RI.shape[1]), e_R1.new_zeros(len(kept), 1)
+        all_b = b_OR.new_zeros(b_OR.shape[0], len(kept))
+        all_a[kept], all_e[kept], all_b[:, kept] = a_RI, e_R1, b_OR
+        return {"A": all_e * all_a, "B": all_b}
 
     def _axis(self, role: str, value: Tensor) -> int | None:
         """Return the axis of output features of a role's tensor; None where it has none."""

@@ -16,6 +16,23 @@ READ = ("init_lora_weights", "alpha_pattern", "lora_alpha", "lora_bias", "r", "r
         "trainable_token_indices", "use_dora", "use_rslora")  # fmt: skip
 MERGED = {
     "LORA": (*SELECTION, *STARTS, *READ),
+    "ADALORA": (
+        *SELECTION,
+        *STARTS,
+        "init_lora_weights",
+        "lora_alpha",
+        "r",
+        "init_r",
+        "rank_pattern",
+        "target_r",
+        "tinit",
+        "tfinal",
+        "deltaT",
+        "beta1",
+        "beta2",
+        "orth_reg_weight",
+        "total_step",
+    ),
     "IA3": (*SELECTION, *STARTS),
     "TRAINABLE_TOKENS": (*SELECTION, "init_weights", "token_indices"),
 }
@@ -26,8 +43,8 @@ def read_merge(directory: Path) -> PeftConfig:
     """Read and check the options of an adapter that is to be merged weight by weight.
 
     Raises:
-        AdapterError: it is no LoRA, (IA)3 or rows of tokens, or has an option that no change of the base's weights
-            expresses.
+        AdapterError: it is no LoRA, AdaLoRA, (IA)3 or rows of tokens, or has an option that no change of the base's
+            weights expresses.
     """
     refused = "and no merge by weights that is known to be exact. Merge it with peft's own merge_and_unload."
     config = PeftConfig.read(directory, MERGED, refused)

@@ -1,4 +1,5 @@
-"""Computes what merging a peft adapter (LoRA, DoRA, (IA)3, rows of tokens) changes in a checkpoint, without tracing.
+"""Computes what merging a peft adapter (LoRA, AdaLoRA, DoRA, (IA)3, rows of tokens) changes in a checkpoint, without a
+trace.
 
 The model on the meta device tells the class of every module, so that a transposed weight is known by its class and not
 by its shape, and which weights are tied.
@@ -19,7 +20,16 @@ from peftgraph.interop.checkpoints.checkpoint import Checkpoint
 from peftgraph.interop.checkpoints.storage_layout import Piece, StorageLayout, StoredParameter
 from peftgraph.interop.checkpoints.tensor_file import FLOATS, TensorFile
 from peftgraph.interop.checkpoints.updates import Read, stored_as
-from peftgraph.interop.parameter_names import DORA_MAGNITUDE, IA3_SCALE, LORA_A, LORA_B, TOKEN_ROWS
+from peftgraph.interop.parameter_names import (
+    ADALORA_E,
+    ADALORA_P,
+    ADALORA_Q,
+    DORA_MAGNITUDE,
+    IA3_SCALE,
+    LORA_A,
+    LORA_B,
+    TOKEN_ROWS,
+)
 from peftgraph.interop.peft.config import TENSORS, PeftConfig
 from peftgraph.interop.peft.merge_algebra import TensorChange
 from peftgraph.interop.peft.merge_config import read_merge
@@ -27,7 +37,8 @@ from peftgraph.interop.peft.tensors import LORA_BIAS, PREFIX, parse_tensor_name
 from peftgraph.rewrite.weight_views import View
 
 # Our names of an adapter's tensors -> the role of each in the change.
-ROLES = {LORA_A: "A", LORA_B: "B", DORA_MAGNITUDE: "m", IA3_SCALE: "l", TOKEN_ROWS: "rows"}
+ROLES = {LORA_A: "A", LORA_B: "B", DORA_MAGNITUDE: "m", IA3_SCALE: "l", TOKEN_ROWS: "rows",
+         ADALORA_Q: "A", ADALORA_E: "E", ADALORA_P: "B"}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,7 +233,9 @@ def _change(
         raise AdapterError(f"{where}: the tensors of {parameter} have shapes {shapes}; {wanted} would fit the base.")
     if tokens and not 0 <= min(tokens) <= max(tokens) < len(full):
         raise AdapterError(f"{where}: a token of {module} is not in 0 to {len(full) - 1}.")
-    return TensorChange(view, replaced, parts, config.scale(at) if parts.keys() & {"A", "d"} else 1.0, tokens)
+    scale = config.scale(at) if parts.keys() & {"A", "d"} else 1.0
+    kept = tuple(config.triplets(module)) if "E" in parts else ()
+    return TensorChange(view, replaced, parts, scale, tokens, kept)
 
 
 def _shapes(
@@ -233,6 +246,9 @@ def _shapes(
         return {"l": (1, sizes[1]) if len(sizes) == 2 and have["l"][0] == 1 != sizes[0] else (sizes[0], 1)}
     if len(sizes) == 1:
         return {"d": sizes}
+    if config.method == "ADALORA":
+        count = sum(config.triplets(at))
+        return {"A": (count, sizes[1]), "E": (count, 1), "B": (sizes[0], count)}
     experts, features, inner = (1, *sizes)[-3:]
     rank = experts * config.rank(at)
     low: dict[str, tuple[int, ...]] = {"A": (rank, inner), "B": (features, rank)}

@@ -72,10 +72,7 @@ def _at_their_places(path: str, rank: int, found: list[Tensor], config: PeftConf
         AdapterError: the tensors do not fit the pattern.
     """
     a_RI, e_R1, b_OR = found[0].flatten(1), found[1], found[2]
-    pattern: Any = config.option("rank_pattern", dict, {}).get(f"{path}.lora_E", [True] * rank)
-    if not (isinstance(pattern, list) and len(pattern) == rank and all(isinstance(one, bool) for one in pattern)):
-        raise AdapterError(f"{config.directory}: the rank pattern of {path} is no list of {rank} booleans.")
-    kept = torch.tensor(pattern)
+    kept = torch.tensor(config.triplets(path))
     count = int(kept.sum())
     if (a_RI.shape[0], tuple(e_R1.shape), b_OR.shape[-1]) != (count, (count, 1), count):
         raise AdapterError(f"{config.directory}: the tensors of {path} have not the {count} triplets of its pattern.")
