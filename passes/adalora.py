@@ -4,7 +4,7 @@
     fold: W <- W + s P diag(e) Q
     loss  +=  orthogonality * mean over all P and Q of ||P^T P - 1||_F, ||Q Q^T - 1||_F
 
-Shapes: I in, O out, R the rank at the start; Q (R, I), e (R, 1), P (O, R); E experts in front of stacked weights.
+Shapes: I in, O out, R the rank at the start; Q (R, I), e (R, 1), P (O, R); E experts as axis 0 of stacked weights.
 P and Q are normal with standard deviation 0.02 and e is zero, so a fresh pass is the identity.
 A triplet is one column of P, entry of e and row of Q. After every step of the optimiser, with w the new values and g
 the gradients of that step,

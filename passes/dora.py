@@ -9,7 +9,7 @@ norm_gradient=true differentiates it. M starts at ||W||, A uniform in +-1/sqrt(I
 the identity. Dropout applies to the low-rank path alone; the authors' code applies it to the input of (g - 1) x W^T
 as well. form="adapters" is what that library computes: g = M / ||W + B A||, without s, and g multiplies the bias as
 well, so that b <- g b. (Its merged weights include neither s nor the bias, so outputs differ from the trained ones.)
-Shapes: I in, O out, R rank; E experts in front. A (R, I), B (O, R), M and g (O,). Each slice of a fused projection
+Shapes: I in, O out, R rank; E experts as axis 0. A (R, I), B (O, R), M and g (O,). Each slice of a fused projection
 has its own. Deltas of other passes at the site are added separately: g scales only the base's computation.
 Source: arXiv 2402.09353, equations 5 and 11; NVlabs/DoRA, commonsense_reasoning/peft/tuners/dora.py;
 adapter-hub/adapters 1.3, methods/lora.py (LoRALinear.forward, dora_merge).

@@ -3,7 +3,7 @@
     k = x W_k^T + b_k      ->   l_k * k              fold: W_k <- diag(l_k) W_k,  b_k <- l_k * b_k       (v alike)
     h = act(...)           ->   l_ff * h             fold: W_down <- W_down diag(l_ff)                   (b_down stays)
 
-Shapes: O features of the key or value the site owns, F features of the hidden value; E experts in front of either.
+Shapes: O features of the key or value the site owns, F features of the hidden value; E experts as axis 0 of either.
 All vectors start at one, so a fresh pass is the identity. The hidden value is the one that enters the down projection:
 after the nonlinearity, and after the product of a gated unit. side="input" scales what a projection reads, as peft
 does where its feedforward_modules name one: x W^T -> (l * x) W^T, fold: W <- W diag(l).

@@ -1,7 +1,7 @@
 """Invertible adapters (MAD-X, Pfeiffer et al., 2020): transformed token embeddings, inverted before the head.
 
-    e = [e1; e2]   ->   o = [e1 + F(e2); e2 + G(o1)]               in front of the blocks
-    o = [o1; o2]   ->   e = [o1 - F(e2); e2],  e2 = o2 - G(o1)     in front of the head
+    e = [e1; e2]   ->   o = [e1 + F(e2); e2 + G(o1)]               before the blocks
+    o = [o1; o2]   ->   e = [o1 - F(e2); e2],  e2 = o2 - G(o1)     before the head
     no fold: F and G are nonlinear, so no weight can express it
 
 e is the embedded tokens as the first block reads them, and o in the second line the input of the output embedding.

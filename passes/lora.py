@@ -3,7 +3,7 @@
     y = x W^T + b   ->   y = x W^T + b + w s (drop(x) A^T) B^T          s = alpha / rank
     fold: W <- W + w s B A                                  (the bias and every other column stay as they are)
 
-Shapes: I in, O out, R rank; E experts in front where the weight is a stack of experts. A_RI is uniform in +-1/sqrt(I)
+Shapes: I in, O out, R rank; E experts as axis 0 where the weight is a stack of them. A_RI is uniform in +-1/sqrt(I)
 as in the authors' code (the paper says Gaussian: init="gaussian", standard deviation 1/R) and B_OR is zero, so a fresh
 pass is the identity. Each slice of a fused projection has an A and a B of its own. init="pissa": A and B start as the R
 largest singular values and vectors of W, s B A = W_R, and the paper's frozen residual W - W_R is obtained without

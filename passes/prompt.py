@@ -93,7 +93,7 @@ class Prompt(Pass):
         return PrependTokens(rows=self.length, start=START_INDEX[self.place], after_embedding=self.onto == "embeddings")
 
     def rules(self) -> list[Rule]:
-        """Make the inputs longer; put the rows in front of the embedded tokens, and cut them out of the results."""
+        """Make the inputs longer; prepend the rows to the embedded tokens, and cut them out of the results."""
         reason = "the rows are attended to, and no weight stores rows of a sequence"
         return prepend_token_rules(self.at, self.plan, self.prompt, reason, trim_results=self.returns == "tokens")
 

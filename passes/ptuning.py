@@ -59,7 +59,7 @@ class PTuning(Pass):
         self.require(self.hidden is None or self.hidden >= 1, f"hidden must be at least 1 or none, got {self.hidden}.")
 
     def rules(self) -> list[Rule]:
-        """Embed the pseudo tokens as rows of h; or put these in front of the tokens."""
+        """Embed the pseudo tokens as rows of h; or prepend these to the tokens."""
         reason = "the rows are attended to, and no weight stores rows of a sequence"
         if self.token is None:
             return prepend_token_rules(self.at, PrependTokens(rows=self.length), self.rows, reason, trim_results=True)

@@ -11,7 +11,7 @@ one constant for each row: the largest magnitude, over 127; inputs are not quant
 afterwards see D where they read the weight. Norms, biases and other weights stay as they are, and nothing here trains.
 Codes and constants are bitsandbytes', and so are the values, to the bit. A Conv1D is quantised in the orientation of a
 Linear. pg.fold refuses; quantised="dequantise" folds adapters into D, and quantised="requantise" quantises the result.
-Shapes: O out, I in; E experts in front. codes (O I / 2, 1) of bytes, absmax (O I / block,); int8: (O, I) and (O,).
+Shapes: O out, I in; E experts as axis 0. codes (O I / 2, 1) of bytes, absmax (O I / block,); int8: (O, I) and (O,).
 Source: arXiv 2305.14314, sections 3.1 and 3.2; bitsandbytes 0.50, functional.quantize_4bit, int8_vectorwise_quant.
 """
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FunctionType
 
 import pytest
+import rooms_picture
 from importlinter.cli import lint_imports
 
 import peftgraph
@@ -147,3 +148,14 @@ def test_every_package_is_installed() -> None:
     listed = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     found = {".".join(one.parent.relative_to(root).parts) for one in (root / "peftgraph").rglob("__init__.py")}
     assert found | {"peftgraph.passes"} == set(listed)
+
+
+def test_the_picture_of_the_rooms_is_drawn_from_the_imports() -> None:
+    drawn = rooms_picture.imports()
+    order = {room: i for i, room in enumerate(rooms_picture.rooms())}
+    assert all(order[start] < order[end] for start, end in drawn.edges)
+    assert ("program", "costs") in drawn.edges
+    assert ("program", "ir") not in drawn.edges  # costs knows it
+    file = rooms_picture.FILE.read_text(encoding="utf-8")
+    assert re.findall(">(\\w+)</text>", file) == list(order), "run tests/support/rooms_picture.py"
+    assert rooms_picture.picture().count("<path") == 2 * len(drawn.edges)

@@ -26,4 +26,4 @@ def encoder_folder() -> Path:
         path = Path(str(file.locate()))
         if file.name == "config.json" and (path.parent / "model.safetensors").is_file():
             return path.parent
-    raise PeftGraphError(f"The package {PACKAGE} holds no model here; install it again: {install}")
+    raise PeftGraphError(f"The package {PACKAGE} contains no model here; install it again: {install}")

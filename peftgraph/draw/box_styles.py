@@ -63,7 +63,7 @@ class BaseStyle:
 
     Attributes:
         symbols: the letters of sizes.
-        layer: the number that stands in paths.
+        layer: the number in paths.
     """
 
     symbols: SizeSymbols

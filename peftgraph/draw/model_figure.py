@@ -1,4 +1,4 @@
-"""The drawing of a whole model: stacks side by side, each distinct block once, between what stands before and after."""
+"""The drawing of a whole model: stacks side by side, each distinct block once, between what comes before and after."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from peftgraph.sites.explanations.listing import ranges
 LEFT, RIGHT = 44.0, 26.0  # in a card: what is left of the stream, and right of the columns
 GAP, BETWEEN, STACKS, MARGIN = 15.0, 26.0, 76.0, 2.0  # between boxes, blocks, stacks, and around everything
 HEADER, FOOTER = 26.0, 15.0
-ENDS, NORM = 32.0, 22.0  # heights of what stands before and after the blocks
+ENDS, NORM = 32.0, 22.0  # heights of what comes before and after the blocks
 MOST_UNKNOWN = 5
 
 

@@ -106,7 +106,7 @@ class LayerGroup:
 
 @dataclass(frozen=True)
 class StackOutline:
-    """A stack of layers, with what stands before and after it on its stream."""
+    """A stack of layers, with what comes before and after it on its stream."""
 
     name: str
     stem: tuple[Component, ...]

@@ -1,4 +1,4 @@
-"""Finds the sites that a value is made of in the dataflow, and by that what stands before and after each stack."""
+"""Finds the sites that a value is made of in the dataflow, and by that what comes before and after each stack."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ Station = tuple[Line, int]
 
 
 class BlockSites:
-    """The sites of one block, and of what stands before and after the blocks.
+    """The sites of one block, and of what comes before and after the blocks.
 
     Args:
         sites: of the base.

@@ -25,8 +25,8 @@ def check_exists(directory: Path) -> None:
 
 
 def no_adapter(directory: Path, formats: list[str]) -> AdapterError:
-    """Return the error for a directory that holds no adapter."""
+    """Return the error for a directory that contains no adapter."""
     return AdapterError(
-        f"{directory} holds no {INDEX}, so it is no adapter directory of peftgraph, nor is it of another "
+        f"{directory} contains no {INDEX}, so it is no adapter directory of peftgraph, nor is it of another "
         f"format that is known: {', '.join(sorted(set(formats)))}."
     )

@@ -39,11 +39,11 @@ def read_json(path: Path, missing: str, raises: type[PeftGraphError] = AdapterEr
 def read_object(path: Path, missing: str, raises: type[PeftGraphError] = AdapterError) -> dict[str, Any]:
     """Read a JSON file that holds an object.
 
-    Arguments and errors as for `read_json`; an error also where the file holds no object.
+    Arguments and errors as for `read_json`; an error also where the file contains no object.
     """
     document = read_json(path, missing, raises)
     if not isinstance(document, dict):
-        raise raises(f"{path} is damaged: it holds no JSON object.")
+        raise raises(f"{path} is damaged: it contains no JSON object.")
     return document
 
 

@@ -160,7 +160,7 @@ def read_document(directory: Path) -> dict[str, Any]:
         AdapterError: it is missing, unreadable or incomplete.
     """
     path = directory / INDEX
-    document = read_json(path, missing=f"{directory} holds no {INDEX}, so it is no adapter directory.")
+    document = read_json(path, missing=f"{directory} contains no {INDEX}, so it is no adapter directory.")
     if not isinstance(document, dict) or type(document.get("format")) is not int:
         raise AdapterError(f"{path} is no adapter: it names no format.")
     if document["format"] != FORMAT:

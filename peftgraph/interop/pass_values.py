@@ -80,7 +80,7 @@ def load_passes(
         AdapterError: there is no pass, a value fits no parameter, or a parameter has no value.
     """
     if not parts:
-        raise AdapterError(f"{directory} holds no tensors.")
+        raise AdapterError(f"{directory} contains no tensors.")
     for part in parts:
         if part.remark:
             warn(part.remark)

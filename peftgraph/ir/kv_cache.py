@@ -45,7 +45,7 @@ class KVCacheSpec:
     Attributes:
         argument: the parameter of `forward`, and the field of its output, that holds the cache.
         layers: the layers of the cache that hold keys and values; layers that share another's hold none.
-        paired: whether an encoder-decoder's cache of two stands there.
+        paired: whether an encoder-decoder's cache of two is there.
     """
 
     argument: str

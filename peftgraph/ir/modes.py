@@ -1,6 +1,6 @@
 """Derives the graphs that run in training and in evaluation mode from the one that is stored.
 
-A program is traced in training mode, with dropout. Evaluation removes dropout, so its graph holds no node that does
+A program is traced in training mode, with dropout. Evaluation removes dropout, so its graph contains no node that does
 nothing. Where a model computes different values in the two modes, a `by_mode` node selects between them. Leaving out
 an optional input (labels) removes the nodes that depend on it.
 """

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def check_source(source: Path, *, weights: bool = False) -> None:
-    """Refuse a folder that holds no model, before torch is imported.
+    """Refuse a folder that contains no model, before torch is imported.
 
     Args:
         source: the folder, or a configuration alone.
@@ -84,7 +84,7 @@ def load(source: Path) -> PreTrainedModel:
     """Load the model of a folder with its weights.
 
     Raises:
-        PeftGraphError: the folder holds no usable configuration, no safetensors, or not all of the model's weights.
+        PeftGraphError: the folder contains no usable configuration, no safetensors, or not all of the model's weights.
     """
     config = read_config(source)
     cls = model_class(config, source)
@@ -144,14 +144,14 @@ def _config_path(source: Path) -> Path:
         raise PeftGraphError(f"{source} does not exist. Give a local folder or a config.json; nothing is downloaded.")
     path = source / "config.json" if source.is_dir() else source
     if not path.is_file():
-        raise PeftGraphError(f"{source} holds no config.json, so it is no transformers model.")
+        raise PeftGraphError(f"{source} contains no config.json, so it is no transformers model.")
     return path
 
 
 def _check_weights(source: Path) -> None:
     if source.is_file() or not any(source.glob("*.safetensors")):
         raise PeftGraphError(
-            f"{source} holds no weights (model.safetensors); this command needs them. Pickled weights are not read."
+            f"{source} contains no weights (model.safetensors); this command needs them. Pickled weights are not read."
         )
 
 
@@ -168,5 +168,5 @@ def _document(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise PeftGraphError(f"{path} cannot be read as JSON: {first_line(error)}") from None
     if not isinstance(document, dict):
-        raise PeftGraphError(f"{path} holds no JSON object, so it is no transformers configuration.")
+        raise PeftGraphError(f"{path} contains no JSON object, so it is no transformers configuration.")
     return document

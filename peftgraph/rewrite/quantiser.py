@@ -1,6 +1,6 @@
 """Codes of weights, made by bitsandbytes: NF4 and FP4 in blocks, int8 in rows.
 
-Shapes: O out, I in, N = O I values, B = N / block blocks; E experts in front of O where a weight is a stack.
+Shapes: O out, I in, N = O I values, B = N / block blocks; E experts, an axis before O where a weight is a stack.
 """
 
 from __future__ import annotations

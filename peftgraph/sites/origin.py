@@ -19,7 +19,7 @@ from peftgraph.sites.search import Search
 
 @dataclass(frozen=True, eq=False)
 class Origin:
-    """The graph of some sites. It holds no weights, and nothing of it points back to the sites.
+    """The graph of some sites. It contains no weights, and nothing of it points back to the sites.
 
     Attributes:
         graph: the canonical graph that was searched.

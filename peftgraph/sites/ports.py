@@ -35,7 +35,7 @@ class Port:
     Attributes:
         name: the word for it, as in `Add(port="output")`.
         kind: who is affected by an edit there.
-        meaning: what stands there, with its shape.
+        meaning: what is there, with its shape.
         broadcasts: whether a value of more axes, or of larger ones where the old value has 1, fits there too.
         before_dropout_of: the port whose value this one is before its dropout; "" for a value of its own.
     """

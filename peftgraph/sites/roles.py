@@ -32,7 +32,7 @@ class Role:
         colour: its colour in terminals, a style of `rich`.
         fill: the colour variable of its boxes in drawings, without its dashes; "" for what has no box of its own.
         slot: where drawings of a sublayer put it: "latent", "input", "core", "result gate", "router", "gate", "wide",
-            "inside", "output" or "norm"; "" where it stands in no sublayer.
+            "inside", "output" or "norm"; "" where it is in no sublayer.
     """
 
     name: str

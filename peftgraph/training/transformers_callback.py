@@ -111,7 +111,7 @@ def _read(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
     folder = Path(given) if isinstance(given, str) and Path(given).is_dir() else _checkpoint(args, state)
     if not (folder / STATE).exists():
         raise PeftGraphError(
-            f"The Trainer resumes at step {state.global_step}, and {folder} holds no {STATE}: it was not written with "
-            "this callback, or is elsewhere (set resume_from_checkpoint in the TrainingArguments)."
+            f"The Trainer resumes at step {state.global_step}, and {folder} contains no {STATE}: it was not written "
+            "with this callback, or is elsewhere (set resume_from_checkpoint in the TrainingArguments)."
         )
     return safetensors.torch.load_file(str(folder / STATE))

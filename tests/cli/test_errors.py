@@ -23,7 +23,7 @@ def broken(path: Path) -> dict[str, tuple[Path, str]]:
         folder.mkdir()
     return {
         "missing": (path / "nowhere", "does not exist"),
-        "empty": (folders["empty"], "holds no config.json"),
+        "empty": (folders["empty"], "contains no config.json"),
         "text": (config(folders["text"], '{"model_type": "bert",'), "cannot be read as JSON"),
         "list": (config(folders["list"], "[1, 2]"), "no JSON object"),
         "unknown": (config(folders["unknown"], '{"model_type": "zzzz"}'), "no architecture 'zzzz'"),
@@ -92,7 +92,7 @@ def test_commands_that_need_weights_say_so(cli, folder: Path, tmp_path: Path, co
     extra = {"merge": ["adapter", "--out", tmp_path / "m"], "export": ["--out", tmp_path / "m.pt2"]}
     result = cli(command, source, *extra.get(command, ["--recipe", "lora{}", "--out", tmp_path / "a"]))
     assert result.exit_code == 1
-    assert "holds no weights (model.safetensors)" in result.stderr
+    assert "contains no weights (model.safetensors)" in result.stderr
 
 
 def test_damaged_and_incomplete_weights_are_refused(cli, folder: Path, tmp_path: Path) -> None:

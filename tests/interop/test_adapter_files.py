@@ -190,7 +190,7 @@ def test_another_class_of_the_same_parameters(saved: Path) -> None:
 
 
 def test_missing_and_truncated_files(saved: Path) -> None:
-    refused(saved / "nowhere", "holds no adapter.json, so it is no adapter directory")
+    refused(saved / "nowhere", "contains no adapter.json, so it is no adapter directory")
     (tensors,) = saved.glob("*.safetensors")
     content = tensors.read_bytes()
     tensors.write_bytes(content[: len(content) // 2])

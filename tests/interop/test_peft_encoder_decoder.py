@@ -117,5 +117,5 @@ def test_a_prefix_without_them_is_not_pefts(tmp_path: Path) -> None:
 
 def test_a_prefix_in_all_attentions_is_not_pefts(tmp_path: Path) -> None:
     tuned = traced(1).apply(Prefix(length=LENGTH, hidden=None))
-    with pytest.raises(pg.AdapterError, match="its prefix stands once in every self-attention of the decoder"):
+    with pytest.raises(pg.AdapterError, match="its prefix occurs once in every self-attention of the decoder"):
         tuned.save_adapter(tmp_path / "adapter", format="peft")

@@ -197,9 +197,9 @@ def test_files_that_are_missing_or_no_safetensors(directory: Path) -> None:
     path.with_suffix(".bin").touch()
     refused(directory, "is a pickle, which is not read. Load it with peft and save_pretrained it again")
     (directory / "adapter_config.json").write_text("[1]")
-    refused(directory, "is damaged: it holds no JSON object")
+    refused(directory, "is damaged: it contains no JSON object")
     (directory / "adapter_config.json").unlink()
-    refused(directory, "holds no adapter.json, so it is no adapter directory")
+    refused(directory, "contains no adapter.json, so it is no adapter directory")
 
 
 @pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])

@@ -334,7 +334,7 @@ def test_what_rows_cannot_be_followed_through(own: str) -> None:
     function, words = OWN[own]
     torch.manual_seed(0)
     program = pg.trace(Picture(function).to(F64), pictures(), fixed=SIDES)
-    with pytest.raises(pg.PeftGraphError, match=rf"No rows can be put in front of what 0\.block reads: .*{words}"):
+    with pytest.raises(pg.PeftGraphError, match=rf"No rows can be prepended to what 0\.block reads: .*{words}"):
         program.apply(visual())
 
 

@@ -299,7 +299,7 @@ def test_released_weights_do_not_come_back(nano: pg.Program) -> None:
 
 
 def test_adapters_and_files(nano: pg.Program, tmp_path: Path) -> None:
-    """An adapter says how its base was quantised and holds no codes; a file of the program holds them alone."""
+    """An adapter says how its base was quantised and contains no codes; a file of the program holds them alone."""
     inputs = zoo.example("nano")
     tuned = zoo.randomise(nano.apply(Quantise(), LoRA(at="ffn.up", rank=2)))
     loaded = nano.load_adapter(tuned.save_adapter(tmp_path / "adapter"))

@@ -358,7 +358,7 @@ OPTIONS: dict[str, tuple[str, dict[str, object], str]] = {
     "glow": ("bert.pfeiffer_inv", {"inv_adapter": "glow"}, "which adapters itself cannot run: .* cuts the sequence"),
     "coupling": ("bert.pfeiffer_inv", {"inv_adapter": "real"}, "has inv_adapter='real', which is not read"),
     "unspoken": ("bert.pfeiffer_inv", {"inv_adapter": None}, "of which its configuration does not speak"),
-    "missing": ("bert.pfeiffer", {"inv_adapter": "nice"}, "holds no invertible_adapters, which adapter_config.json"),
+    "missing": ("bert.pfeiffer", {"inv_adapter": "nice"}, "contains no invertible_adapters, which adapter_config.json"),
     "narrower": (
         "bert.pfeiffer_inv",
         {"inv_adapter_reduction_factor": 4},
@@ -379,7 +379,7 @@ def test_options_that_make_another_method(option: str, tmp_path: Path) -> None:
 def test_pickles_and_empty_files(tmp_path: Path) -> None:
     directory = Path(shutil.copytree(DIRECTORIES / "bert.lora", tmp_path / "adapter"))
     save_file({}, directory / "adapter.safetensors")
-    with pytest.raises(pg.AdapterError, match="holds no tensors"):
+    with pytest.raises(pg.AdapterError, match="contains no tensors"):
         load("bert.lora", directory)
     (directory / "adapter.safetensors").rename(directory / "pytorch_adapter.bin")
     with pytest.raises(pg.AdapterError, match="is a pickle, which is not read. .* with use_safetensors=True; or"):

@@ -226,7 +226,7 @@ def test_strings_combine_with_objects() -> None:
         ("norm.where(shapes=(3))", "expected one of path, shape, out_features, in_features, each once; found", 11),
         ('norm.where(path="a",path="b")', "expected one of path, shape, out_features, in_features, each once", 20),
         ('norm.where(in_features="about 3")', "'about 3' compares with nothing: write a number", 10),
-        ("layers(4,2)", "layers(4,2) holds no layer", 7),
+        ("layers(4,2)", "layers(4,2) contains no layer", 7),
         ("(norm", "expected ')', found 'the end'", 5),
         ("norm $", "cannot read '$'", 5),
         ("layers(x)", "expected a number, found 'x'", 7),

@@ -198,7 +198,7 @@ ROWS = [
     Row("t0-3b", Prompt(at=pg.embedding, length=100), 409_600, "409K", f"{TFEW}, cut short", agrees=False),
     # T5-XXL has the shapes of T0-11B
     Row("t0-11b", Prompt(length=5), 20_480, "20480", "prompt tuning, table 4: T5-XXL"),
-    Row("gpt-3", Prompt(length=264), 3_244_032, "3.2M", f"{GPT3}: PreEmbed, 256 rows in front and 8 behind"),
+    Row("gpt-3", Prompt(length=264), 3_244_032, "3.2M", f"{GPT3}: PreEmbed, 256 rows before the text and 8 after it"),
     Row(
         "bert-base",
         pg.Pipeline([Prefix(hidden=None), Pfeiffer(width=48)]),

@@ -241,7 +241,7 @@ def test_the_trainer_resumes_to_the_bit(llama: pg.Program, tmp_path: Path) -> No
     trainer(resumed, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     assert distance(values(resumed), values(whole)) == 0
     (tmp_path / "checkpoint-5" / STATE).unlink()
-    with pytest.raises(pg.PeftGraphError, match=f"holds no {STATE}"):
+    with pytest.raises(pg.PeftGraphError, match=f"contains no {STATE}"):
         trainer(fresh(llama), tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
 
 

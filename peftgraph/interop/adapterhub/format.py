@@ -18,7 +18,7 @@ def is_adapterhub(directory: Path) -> bool:
     """
     if not (directory / CONFIG).exists():
         return False
-    found = read_json(directory / CONFIG, missing=f"{directory} holds no {CONFIG}.")
+    found = read_json(directory / CONFIG, missing=f"{directory} contains no {CONFIG}.")
     return isinstance(found, dict) and "model_class" in found and isinstance(found.get("config"), dict)
 
 

@@ -57,7 +57,7 @@ class SavedAdapter:
         Raises:
             AdapterError: a file is missing, damaged or a pickle, or a tensor belongs to no method of the library.
         """
-        document = read_json(directory / CONFIG, missing=f"{directory} holds no {CONFIG}.")
+        document = read_json(directory / CONFIG, missing=f"{directory} contains no {CONFIG}.")
         if not (directory / TENSORS).exists() and (directory / PICKLE).exists():
             raise AdapterError(
                 f"{directory / PICKLE} is a pickle, which is not read. Load it with the library and save it with "
@@ -74,7 +74,7 @@ class SavedAdapter:
                 kind = tensors.setdefault(found["kind"], {})
                 kind.setdefault(found["path"] or "", {})[found["leaf"]] = value
         if not tensors:
-            raise AdapterError(f"{directory / TENSORS} holds no tensors.")
+            raise AdapterError(f"{directory / TENSORS} contains no tensors.")
         options = _as_the_library_reads(document)
         return cls(directory, options, str(document.get("model_type")), str(document.get("model_class")), tensors)
 
@@ -101,7 +101,7 @@ class SavedAdapter:
             AdapterError: there are none.
         """
         if kind not in self.tensors:
-            raise AdapterError(f"{self.directory / TENSORS} holds no {kind}, which {CONFIG} speaks of.")
+            raise AdapterError(f"{self.directory / TENSORS} contains no {kind}, which {CONFIG} speaks of.")
         return self.tensors[kind]
 
     def refuse(self, what: str) -> AdapterError:

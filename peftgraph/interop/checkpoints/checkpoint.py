@@ -99,7 +99,9 @@ def _weight_map(folder: Path) -> dict[str, str]:
     """
     path = folder / INDEX
     if not path.is_file():
-        raise PeftGraphError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX}. Pickled weights are not read.")
+        raise PeftGraphError(
+            f"{folder} contains no weights: neither {SINGLE} nor {INDEX}. Pickled weights are not read."
+        )
     weight_map = read_object(path, f"{path} is missing.", PeftGraphError).get("weight_map")
     if (
         not isinstance(weight_map, dict)

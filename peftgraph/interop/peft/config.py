@@ -81,7 +81,7 @@ class PeftConfig:
             AdapterError: the file is damaged, or has a method or an option that is not known.
         """
         path = directory / CONFIG
-        options = read_object(path, missing=f"{directory} holds no {CONFIG}.")
+        options = read_object(path, missing=f"{directory} contains no {CONFIG}.")
         config = cls(directory, options)
         method = config.method
         if method not in known:

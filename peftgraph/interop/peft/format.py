@@ -20,7 +20,7 @@ def is_peft(directory: Path) -> bool:
     """
     if not (directory / CONFIG).exists():
         return False
-    found = read_json(directory / CONFIG, missing=f"{directory} holds no {CONFIG}.")
+    found = read_json(directory / CONFIG, missing=f"{directory} contains no {CONFIG}.")
     return not isinstance(found, dict) or "peft_type" in found
 
 

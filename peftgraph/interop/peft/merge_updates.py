@@ -177,7 +177,7 @@ class _Base:
 def _tensors(directory: Path) -> TensorFile:
     path = directory / TENSORS
     if not path.exists():
-        raise AdapterError(f"{directory} holds no {TENSORS}. Pickled adapters are not read.")
+        raise AdapterError(f"{directory} contains no {TENSORS}. Pickled adapters are not read.")
     return TensorFile.open(path)
 
 

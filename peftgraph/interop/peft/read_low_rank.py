@@ -42,7 +42,7 @@ Group = tuple[int, float, bool]
 
 @dataclass(frozen=True)
 class Adapted:
-    """One adapted weight: its name, and peft's tensors in the shapes of a plain projection, with experts in front."""
+    """One adapted weight: its name, and peft's tensors in the shapes of a plain projection, with experts as axis 0."""
 
     parameter: str
     rank: int

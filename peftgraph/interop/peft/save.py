@@ -131,7 +131,7 @@ def _task(program: ProgramData, rows: bool) -> dict[str, Any]:
     task = next((word for end, word in TASKS.items() if program.model.endswith(end)), None)
     if rows and task is None:
         raise AdapterError(
-            f"peft puts rows in front of a model whose task it knows; {program.model} is none of {', '.join(TASKS)}."
+            f"peft prepends rows only for tasks that it knows; {program.model} is none of {', '.join(TASKS)}."
         )
     return {"task_type": task}
 

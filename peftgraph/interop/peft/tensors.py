@@ -1,6 +1,6 @@
 """Reads peft's adapter_model.safetensors: tensors by the module that they belong to.
 
-A key is `base_model.model.` (`base_model.` for rows in front of a model) and the path of a module, then the name of
+A key is `base_model.model.` (`base_model.` for rows before a model) and the path of a module, then the name of
 the parameter. Where peft adapts several parameters of one module, each wraps the module once more: the path ends with
 one `.base_layer` for every further wrap.
 Source: huggingface/peft 0.21, utils/save_and_load.py, tuners/lora/layer.py (ParamWrapper).

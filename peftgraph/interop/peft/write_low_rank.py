@@ -4,7 +4,7 @@
 
 peft adapts a stored weight as a whole. Rows that no pass adapts get rows of zeros in B, and DoRA's magnitudes there are
 the norms of the stored rows. Low-rank paths with equal A are one path. PiSSA's frozen start is one more path, with -s.
-Shapes: I in, O out, R rank, E experts in front.
+Shapes: I in, O out, R rank, E experts as axis 0.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def _check_every_layer(adapted: Sequence[AdaptedSite[Prefix]], cores: list[Site]
     one_stack = [site.layer for site in cores] == list(range(len(cores)))
     if sorted(one.site.id for one in adapted) != sorted(site.id for site in cores) or not one_stack:
         where = "self-attention of the decoder" if with_encoder else "attention of one stack of layers"
-        raise _refused(adapted[0].method, adapted[0].site, f"its prefix stands once in every {where}")
+        raise _refused(adapted[0].method, adapted[0].site, f"its prefix occurs once in every {where}")
 
 
 def _arrange_for_decoder(method: Prefix, cores: list[Site], by_layer: list[list[Tensor]]) -> list[list[Tensor]]:
@@ -96,10 +96,10 @@ def write_prompt(program: ProgramData, sites: Sites, adapted: Sequence[AdaptedSi
     """
     method, site = adapted[0].method, adapted[0].site
     if len(adapted) > 1 or (site.stack == "decoder" and len(sites.select("embedding")) > 1):
-        raise _refused(method, adapted[-1].site, "its prompt stands at one embedding, an encoder's where there is one")
+        raise _refused(method, adapted[-1].site, "its prompt is at one embedding, an encoder's where there is one")
     elsewhere = method.place != "front" if isinstance(method, Prompt) else method.token is not None
     if elsewhere:
-        raise _refused(method, site, "its rows stand in front of all tokens")
+        raise _refused(method, site, "its rows precede all tokens")
     rows = adapted[0].parameters[PROMPT_ROWS]
     options = {
         "peft_type": "PROMPT_TUNING",
@@ -123,9 +123,9 @@ def write_adaption(program: ProgramData, sites: Sites, adapted: Sequence[Adapted
     if role is None or method.gate != "layer":
         raise _refused(method, first, f"it has one gate a layer, in {', '.join(ADAPTED)} models")
     if any(one.site.role != role for one in adapted):
-        raise _refused(method, first, f"in {program.model} peft's stands at {role}")
+        raise _refused(method, first, f"in {program.model} peft's is at {role}")
     if {site.id for site in list(sites.select(role))[-len(adapted) :]} != {one.site.id for one in adapted}:
-        raise _refused(method, first, "it stands once in each of the uppermost layers")
+        raise _refused(method, first, "it occurs once in each of the uppermost layers")
     tensors: dict[str, Tensor] = {}
     for one in adapted:
         path, gate = f"{PREFIX}{one.site.path}", one.parameters[ADAPTION_GATE]

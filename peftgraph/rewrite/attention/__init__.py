@@ -1,1 +1,1 @@
-"""Rows of keys and values in front of an attention's own."""
+"""Rows of keys and values prepended to an attention's own."""

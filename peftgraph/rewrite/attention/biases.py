@@ -1,4 +1,4 @@
-"""What falls of an attention's masks and biases on rows in front of its keys, and what on the tokens' keys beside them.
+"""What falls of an attention's masks and biases on rows before its keys, and what on the tokens' keys beside them.
 
 A mask says what a query may see, by whatever the inputs are; a bias of the distance is looked up in parameters of the
 model, b(j - i) for key j and query i. The two meet where one is added to the other, or fills what the other leaves.
@@ -80,7 +80,7 @@ def _prepended_rows(m: Match, op: Builder, rows: int) -> PrependedRows:
 
 
 class _Placed(Shares):
-    """The rows are so many tokens in front of all others: theirs are the first columns of longer masks and biases."""
+    """The rows are so many tokens before all others: theirs are the first columns of longer masks and biases."""
 
     def __init__(self, plan: PrependedRows) -> None:
         self.plan = plan

@@ -1,4 +1,4 @@
-"""Attention over more rows: keys and values of a pass's own in front of the model's, in the attention itself."""
+"""Attention over more rows: keys and values of a pass, prepended to the model's, in the attention itself."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _heads_of(m: Match, port: str) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class PrependKV(Join):
-    """Keys and values in front of an attention's own: the delta gives both, `{"keys": ..., "values": ...}`.
+    """Keys and values prepended to an attention's own: the delta gives both, `{"keys": ..., "values": ...}`.
 
     Both are (1, G, L, D), or (B, G, L, D) for rows that differ by example; `key_head_shape` and `value_head_shape` give
     G and D.
@@ -54,7 +54,7 @@ class PrependKV(Join):
         port: the attention's output.
         exclusive: of two on one attention one would undo the other.
         shuts: rows of zeros still take part in the attention.
-        placed: whether the rows have places, in front of all tokens; see `attend_with_rows`.
+        placed: whether the rows have places, before all tokens; see `attend_with_rows`.
         biases: what becomes of the model's biases of the distance; see `attend_with_rows`.
     """
 
@@ -78,7 +78,7 @@ class PrependKV(Join):
 def attend_with_rows(
     m: Match, op: Builder, keys_1GLD: fx.Node, values_1GLD: fx.Node, placed: bool = False, biases: Biases = "kept"
 ) -> fx.Node:
-    """The attention's output when every query also attends to L rows in front of the model's own keys and values.
+    """The attention's output when every query also attends to L rows before the model's own keys and values.
 
         softmax(q [P_K; K]^T + [0, mask]) [P_V; V]
 
@@ -89,7 +89,7 @@ def attend_with_rows(
         op: the builder of the edit.
         keys_1GLD: (1, G, L, D), G and D as `key_head_shape` gives them.
         values_1GLD: (1, G, L, D), as `value_head_shape` gives them.
-        placed: whether the rows have places all the same, in front of all tokens: then the model's masks and biases
+        placed: whether the rows have places all the same, before all tokens: then the model's masks and biases
             fall on them as on so many tokens more. Cross-attention knows no places.
         biases: of the distance, where the model looks them up in parameters and the rows have no places: "kept" leaves
             the tokens theirs, b(j - i) for key j and query i; "shifted" counts the keys from the first row on, and
@@ -198,7 +198,7 @@ def _fused_alone(m: Match, op: Builder, core: fx.Node, keys: fx.Node, values: fx
 
 
 def _mask_with_rows(op: Builder, mask: fx.Node, k: fx.Node, length: int, shares: Shares) -> fx.Node:
-    """A mask with columns for the rows in front, of any number of leading axes."""
+    """A mask with columns for the prepended rows, of any number of leading axes."""
     value = mask.meta["val"]
     queries = value.dim() - 2  # as many as the mask has then, should the sequence become longer
     sizes = [

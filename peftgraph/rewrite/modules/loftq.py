@@ -2,7 +2,7 @@
 
     repeat:  codes <- quantise(W - s B A);   s B A <- the best approximation of rank R of W - D,   D what the codes say
 
-Shapes: I in, O out, R rank; E experts in front where the weight is a stack.
+Shapes: I in, O out, R rank; E experts as axis 0 where the weight is a stack.
 Source: arXiv 2310.08659, algorithm 1.
 """
 

@@ -1,1 +1,1 @@
-"""Rows in front of a sequence of tokens."""
+"""Rows prepended to a sequence of tokens."""

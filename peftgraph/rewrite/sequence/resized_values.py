@@ -32,9 +32,9 @@ ENDS: dict[Any, int] = {aten.arange.default: 0, aten.arange.start: 1}
 
 
 def refusal(m: Match, node: fx.Node, why: str) -> PeftGraphError:
-    """Return the error for a value that rows in front of a block cannot be followed through."""
+    """Return the error for a value that rows before a block cannot be followed through."""
     label = node.meta.get("label", node.name)
-    return PeftGraphError(f"No rows can be put in front of what {m.site.id} reads: %{label} ({ops.name(node)}) {why}.")
+    return PeftGraphError(f"No rows can be prepended to what {m.site.id} reads: %{label} ({ops.name(node)}) {why}.")
 
 
 def _stored(node: fx.Node) -> Iterator[fx.Node]:
@@ -91,7 +91,7 @@ class ResizedValues:
             raise refusal(self.m, node, f"stays at {count} positions where it meets more of them")
         if node.op == "get_attr":
             raise PeftGraphError(
-                f"No rows can be put in front of what {self.m.site.id} reads: @{node.target}, "
+                f"No rows can be prepended to what {self.m.site.id} reads: @{node.target}, "
                 f"{format_sizes(*shape)}, holds a value for each of {count} positions, and none for rows."
             )
         if node in self._from_inputs:

@@ -121,7 +121,7 @@ def cached_keys(m: Match) -> fx.Node | None:
                 return node
         raise PeftGraphError(
             f"{core.site.id} reads {keys} keys for {queries} queries, and no input holds the others, so it is not "
-            "known whether rows stand in front of them already. Trace the model without a cache."
+            "known whether rows precede them already. Trace the model without a cache."
         )
     return None
 

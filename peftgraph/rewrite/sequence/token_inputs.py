@@ -69,7 +69,7 @@ NO_INPUTS = TokenInputs((), frozenset(), (), None, ())
 
 
 def find_token_inputs(m: Match, length: Any, total: Any = None) -> TokenInputs:
-    """Return the inputs of the graph that `m` stands in whose second axis has the size `length`.
+    """Return the inputs of the graph of `m` whose second axis has the size `length`.
 
     Args:
         m: any match.

@@ -48,6 +48,6 @@ def _readers(flow: Flow, core: Core) -> Ports:
 
 
 def _between(flow: Flow, node: fx.Node, core: Core) -> bool:
-    """Tell whether a node stands between the scores and the softmax's argument."""
+    """Tell whether a node is between the scores and the softmax's argument."""
     assert core.scores is not None, core.node
     return flow.descends(core.scores, node) and any(flow.descends(node, one) for one in core.products)

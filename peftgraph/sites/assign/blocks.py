@@ -117,7 +117,7 @@ def _normed(anatomy: Anatomy, node: fx.Node) -> bool:
 
 
 def _norm_between(anatomy: Anatomy, node: fx.Node, source: fx.Node) -> bool:
-    """Tell whether a norm stands between a sublayer's input and the stream, modulated by a condition or not."""
+    """Tell whether a norm is between a sublayer's input and the stream, modulated by a condition or not."""
     flow = anatomy.flow
     while node is not source:
         if node in anatomy.norm_at:

@@ -31,7 +31,7 @@ def titles(sites: Iterable[Site]) -> dict[str, str]:
 
 
 def sections(sites: Iterable[Site]) -> dict[str, str]:
-    """Node name -> prefix of the values from there on: the block it stands in, or the part around the blocks."""
+    """Node name -> prefix of the values from there on: the block it is in, or the part around the blocks."""
     found: dict[str, str] = {}
     for site in sites:
         if site.layer is not None:

@@ -118,7 +118,7 @@ class Anatomy:
         )
 
     def _projected(self, node: fx.Node) -> bool:
-        """Tell whether a projection stands before a constant, as learned latents are projected to queries."""
+        """Tell whether a projection comes before a constant, as learned latents are projected to queries."""
         return bool(self.flow.before(node) & self._projection_mask)
 
     def frontier(self, node: fx.Node) -> Frontier:

@@ -26,7 +26,7 @@ class Layers(Selector):
         require(whole, f"layers(...) takes whole numbers, got {self.start!r} and {self.stop!r}.")
         if self.stop is not None and (self.start < 0) == (self.stop < 0) and self.start >= self.stop:
             raise PeftGraphError(
-                f"layers({self.start},{self.stop}) holds no layer: the second number is the first layer left out."
+                f"layers({self.start},{self.stop}) contains no layer: the second number is the first layer left out."
             )
 
     def matches(self, site: Site) -> bool:
