@@ -491,6 +491,7 @@ def fold(
     partial: bool = False,
     untie: bool = False,
     quantised: Literal["refuse", "dequantise", "requantise"] = "refuse",
+    prove: Literal["auto", "regions", "outputs", "both"] = "auto",
 ) -> Program:
     """Fold every pass back into the weights and prove that the result computes the same.
 
@@ -501,6 +502,10 @@ def fold(
         quantised: what becomes of weights that are stored as codes. "dequantise" folds into the dequantised weights,
             as exactly as into any others, and gives a program that is not quantised. "requantise" quantises these
             anew, which is not exact: `proof.requantised` has the error of each site.
+        prove: what is proved beside the text and the values of the weights. "regions": what each changed weight
+            computes with the passes around it, in float64 on random inputs, which needs one weight at a time.
+            "outputs": the whole model's outputs on its example, which needs a copy of it in float64. "both"; and
+            "auto", the regions, and for small models both.
 
     Returns:
         A program with the base's graph and new weights; `proof` records the evidence.
@@ -509,6 +514,7 @@ def fold(
         NoFold: something cannot be folded exactly; every site is named with its reason.
         QuantisedWeights: a NoFold, because weights are stored as codes.
         Conflict: several named adapters train copies of one tensor; `only` chooses one.
+        ProofError: the result would compute something else.
     """
     program.require_one_adapter()
-    return _fold(program, program.sites, partial=partial, untie=untie, quantised=quantised)
+    return _fold(program, program.sites, partial=partial, untie=untie, quantised=quantised, facts=prove)

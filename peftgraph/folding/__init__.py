@@ -8,7 +8,7 @@ from typing import Literal, TypeVar, get_args
 from peftgraph.errors import NoFold, PeftGraphError, QuantisedWeights
 from peftgraph.folding.dequantised import dequantised, quantisation_errors, requantised
 from peftgraph.folding.engine import Folding
-from peftgraph.folding.proof import prove
+from peftgraph.folding.proof import Facts, check_facts, prove
 from peftgraph.ir.program import ProgramData
 from peftgraph.ir.verifier import verify
 from peftgraph.sites import Sites
@@ -17,7 +17,9 @@ P = TypeVar("P", bound=ProgramData)
 OfCodes = Literal["refuse", "dequantise", "requantise"]
 
 
-def fold(program: P, sites: Sites, *, partial: bool, untie: bool, quantised: OfCodes = "refuse") -> P:
+def fold(
+    program: P, sites: Sites, *, partial: bool, untie: bool, quantised: OfCodes = "refuse", facts: Facts = "auto"
+) -> P:
     """Return the folded program, with its proof.
 
     Args:
@@ -27,6 +29,7 @@ def fold(program: P, sites: Sites, *, partial: bool, untie: bool, quantised: OfC
         untie: whether a tied weight that must change gets a tensor of its own.
         quantised: what becomes of weights that are stored as codes: they are refused, or dequantised, or dequantised
             and stored as codes again.
+        facts: what is proved beside the text and the values.
 
     Raises:
         NoFold: an edit cannot be folded and `partial` is off.
@@ -36,11 +39,12 @@ def fold(program: P, sites: Sites, *, partial: bool, untie: bool, quantised: OfC
     if quantised not in get_args(OfCodes):
         known = ", ".join(map(repr, get_args(OfCodes)))
         raise PeftGraphError(f"quantised must be one of {known}, got {quantised!r}.")
+    check_facts(facts)
     if quantised == "refuse" or not program.table.quantised:
-        return _fold(program, sites, partial, untie)
+        return _fold(program, sites, partial, untie, facts)
     names = tuple(program.table.quantised)
     plain, passes = dequantised(program, sites)
-    folded = _fold(plain, sites, partial, untie)
+    folded = _fold(plain, sites, partial, untie, facts)
     proof = replace(folded.proof, dequantised=names)
     if quantised == "dequantise":
         return folded.evolve(proof=proof)
@@ -53,7 +57,7 @@ def fold(program: P, sites: Sites, *, partial: bool, untie: bool, quantised: OfC
     return coded.evolve(proof=replace(proof, requantised=quantisation_errors(coded, sites)))
 
 
-def _fold(program: P, sites: Sites, partial: bool, untie: bool) -> P:
+def _fold(program: P, sites: Sites, partial: bool, untie: bool, facts: Facts) -> P:
     folding = Folding(program, sites, untie=untie).run()
     if folding.reasons and not partial:
         if program.table.quantised:
@@ -61,4 +65,4 @@ def _fold(program: P, sites: Sites, partial: bool, untie: bool) -> P:
         raise NoFold(folding.reasons)
     folded = folding.result(program)
     verify(folded, program)
-    return folded.evolve(proof=prove(program, folding, folded))
+    return folded.evolve(proof=prove(program, folding, folded, facts))

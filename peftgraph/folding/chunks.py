@@ -42,10 +42,7 @@ class Chunk:
         """
         if self.expert is not None:
             full = full.narrow(0, self.expert, 1)
-        axis = (
-            0 if view.experts is None and full.dim() > 2 else full.dim() - (1 if view.vector or view.transposed else 2)
-        )
-        return full.narrow(axis, self.first, self.last - self.first)
+        return full.narrow(feature_axis(full, view), self.first, self.last - self.first)
 
     def narrow_site(self, site: Site) -> Site | None:
         """Return the site restricted to the chunk; None where it owns nothing of the chunk."""
@@ -93,6 +90,13 @@ class Chunk:
             if low < high:
                 yield low, high, position + low - start
             position += stop - start
+
+
+def feature_axis(full: Tensor, view: View) -> int:
+    """Return the axis of output features of a stored tensor."""
+    if view.experts is None and full.dim() > 2:
+        return 0
+    return full.dim() - (1 if view.vector or view.transposed else 2)
 
 
 def chunks_of(full: Tensor, view: View) -> list[Chunk]:

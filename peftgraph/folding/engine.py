@@ -14,9 +14,10 @@ from functools import cached_property
 from typing import TypeVar
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from peftgraph.folding.aliasing import AliasCheck
+from peftgraph.folding.components import Component, components, stored_tensor
 from peftgraph.folding.linear_form import LinearForm
 from peftgraph.folding.steps import AcceptTrained, InstallTrained, Step, WriteWindows
 from peftgraph.ir.builder import erase_nodes
@@ -53,17 +54,14 @@ class Folding:
     Attributes:
         program: what is folded.
         sites: of its base.
-        precision: the dtype to accumulate in, and of the changed weights; None for float32 (float64 where the weight is
-            float64) and one rounding to the stored dtype at the end.
         untie: a tied weight that must change gets a tensor of its own.
-        changed: the changed windows, by parameter.
+        changed: the changed windows, by parameter; known once `result` has computed the new values.
         reasons: for each edit that is left, `site: pass: reason`.
         steps: of the fold, in order.
     """
 
     program: ProgramData
     sites: Sites
-    precision: torch.dtype | None = None
     untie: bool = False
     changed: dict[str, list[View]] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
@@ -71,7 +69,6 @@ class Folding:
 
     def __post_init__(self) -> None:
         self.graph: fx.Graph = copy_graph(self.program.graph)
-        self.table: TensorTable = self.program.table
         self.edits: EditLog = EditLog(self.program.edits)
         self._names: dict[str, fx.Node] = {node.name: node for node in self.graph.nodes}
         self._by_id: dict[str, Site] = {site.id: site for site in self.sites}
@@ -276,13 +273,15 @@ class Folding:
     def _fold(self, edit: Edit) -> None:
         """Fold an edit, with those of its group, and remove them from the graph."""
         group = self._group(edit) if edit.moves else [edit]
-        self._run(self._step(group[0]))
+        self.steps.append(self._step(group[0]))
         for one in reversed(group):
             if one.moves:
                 undo(self.graph, self._names, self.edits, one)
             self.edits.remove(one)
             self._uses.subtract(one.parameters)
-        gone = [name for name in group[0].parameters if self.table[name].added and not self._uses[name]]  # not shared
+        gone = [
+            name for name in group[0].parameters if self.program.table[name].added and not self._uses[name]
+        ]  # not shared
         self._gone.update(gone)
 
     def _step(self, edit: Edit) -> Step:
@@ -297,24 +296,21 @@ class Folding:
         joint = at_weight or rule.table_rows is not None or len(self._group(edit)) > 1
         return WriteWindows(match, rule, short_params(edit), joint)
 
-    def _run(self, step: Step) -> None:
-        """Run a step, and record it and the windows that it wrote."""
-        self.table, written = step.run(self.table, self.precision)
-        self.steps.append(step)
-        for view in written:
-            self.changed.setdefault(view.parameter, []).append(view)
-
     # The result.
 
+    @cached_property
+    def components(self) -> list[Component]:
+        """The groups of steps that share tensors; the engine must have run."""
+        return components(self.program, self.steps, lambda step: step.touched_tensors(self._shapes))
+
     def result(self, program: P) -> P:
-        """Return the folded program; changed weights are rounded once to the stored dtype, or converted to
-        `precision`."""
-        table = self.table.without(self._gone)
-        rounded: dict[int, Tensor] = {}
-        for name in self.changed:
-            tensor = self.table[name].tensor
-            dtype = self.precision or stored_tensor(program, name).dtype
-            table = table.with_tensor(name, rounded.setdefault(id(tensor), tensor.to(dtype)))
+        """Return the folded program; changed weights are rounded once, to the stored dtype."""
+        table = self.program.table.without(self._gone)
+        self.changed = {}
+        for component in self.components:
+            entries, written = component.new_entries(lambda name: stored_tensor(program, name).dtype)
+            table = table.updated(entries)
+            self.changed |= written
         if not len(self.edits):
             table = table.updated({name: replace(table[name], base_tensor=None) for name in table.state})
         erase_nodes(self.graph, _unread(self.graph, table.quantised))
@@ -323,14 +319,43 @@ class Folding:
         history, edits = _without_folded(program, self.edits)
         return program.evolve(graph=in_canonical_order(self.graph), table=table, edits=edits, history=history)
 
+    # For the proof.
+
+    def exact(self, folded: P) -> P:
+        """Return the result with the new values in float64, not rounded."""
+        table = folded.table
+        for component in self.components:
+            values, written = component.whole(torch.float64)
+            table = table.updated({n: replace(table[n], tensor=values[n].tensor) for n in written if n in table})
+        return folded.evolve(table=table)
+
+    @property
+    def trained_rows(self) -> tuple[int, ...]:
+        """The numbers of the rows of tables that the fold changes alone."""
+        rules = [step.rule for step in self.steps if isinstance(step, WriteWindows)]
+        return tuple(dict.fromkeys(row for rule in rules for row in rule.table_rows or ()))
+
+    def reads(self, edit: Edit) -> bool:
+        """Check whether an edit changes the input of its site's weight."""
+        return self._reads(edit, self._by_id[edit.site])
+
+    def readers(self, edit: Edit, anchor: Anchor) -> tuple[str, ...]:
+        """Return the operators that multiply an input which an edit changes by a weight.
+
+        Args:
+            edit: changes the input of its site's weight.
+            anchor: where it does.
+        """
+        if anchor.reader is not None:
+            return (anchor.reader,)
+        return tuple(sorted(self._multiplied[self._by_id[edit.site].weight]))
+
+    def outputs(self, operator: str) -> set[str]:
+        """Return the values that an operator gives the sites that are computed by it, with and without a bias."""
+        return {operator, *(site.ports.get("output", operator) for site in self.sites if site.op == operator)}
+
     def _pass_word(self, edit: Edit) -> str:
         return self.program.history[edit.application].method.word
-
-
-def stored_tensor(program: ProgramData, name: str) -> Tensor:
-    """Return the tensor of the base under `name`."""
-    entry = program.table[name]
-    return entry.tensor if entry.base_tensor is None else entry.base_tensor
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:

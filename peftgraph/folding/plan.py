@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from peftgraph.errors import NoFold
-from peftgraph.folding.engine import Folding, stored_tensor
+from peftgraph.folding.components import stored_tensor
+from peftgraph.folding.engine import Folding
 from peftgraph.folding.proof import Proof, check_finite, prove
 from peftgraph.folding.steps import AcceptTrained, RecordingTable, Step, WriteWindows, slice_table
 from peftgraph.ir.program import ProgramData

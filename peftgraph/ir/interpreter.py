@@ -33,12 +33,19 @@ MATRIX_PRODUCTS = {
 }
 
 
+Run = Callable[[Sequence[Tensor]], list[Tensor]]  # of a program, for inputs in placeholder order
 ValueObserver = Callable[[fx.Node, Any], None]  # told of every value as it is computed
 
 
 def run_in_evaluation(program: ProgramData, inputs: Sequence[Tensor]) -> list[Tensor]:
     """Return the tensor outputs of a program in evaluation mode, for inputs in placeholder order."""
-    return [leaf for leaf in run_in_mode(program, inputs, training=False) if isinstance(leaf, Tensor)]
+    return evaluation_run(program)(inputs)
+
+
+def evaluation_run(program: ProgramData) -> Run:
+    """Return what runs a program in evaluation mode, with its graph prepared once."""
+    run = _prepared(program, training=False)
+    return lambda inputs: [leaf for leaf in run(inputs, None) if isinstance(leaf, Tensor)]
 
 
 def run_in_mode(
@@ -53,6 +60,11 @@ def run_in_mode(
         watcher: called with every value, also of stored tensors (for one that the graph writes: the copy that is
             written).
     """
+    return _prepared(program, training)(inputs, watcher)
+
+
+def _prepared(program: ProgramData, training: bool) -> Callable[[Sequence[Tensor], ValueObserver | None], list[Any]]:
+    """Return what runs a program in one mode."""
     graph = training_graph(program.graph) if training else evaluation_graph(program.graph)
     dtype, device = program.table.dtype, program.table.device
     if program.can_change_dtype:
@@ -63,21 +75,29 @@ def run_in_mode(
         if entry.quantised is None and (id(entry.tensor) not in moved or name in recorded):
             moved[id(entry.tensor)] = _beside(entry, recorded.get(name, dtype)).to(device)
     tensors = {name: moved[id(entry.tensor)] for name, entry in program.table.items() if entry.quantised is None}
-    return _interpret(graph, tensors, [value.to(device) for value in inputs], watcher)
+    return lambda inputs, watcher: _interpret(graph, tensors, [value.to(device) for value in inputs], watcher)
 
 
 def run_in_float64(program: ProgramData, inputs: Sequence[Tensor]) -> list[Tensor]:
     """Return the outputs computed in float64 throughout: weights, inputs, upcasts of the model's own code, and float32
     tensors that torch makes from integers."""
+    return float64_run(program)(inputs)
+
+
+def float64_run(program: ProgramData) -> Run:
+    """Return what runs a program in float64, with its graph and weights prepared once."""
     graph = evaluation_graph(program.graph)
     widen_literals(graph)
     device = program.table.device
     stored = {name: entry.tensor for name, entry in program.table.items() if entry.quantised is None}
     doubled = {id(tensor): _double(tensor).to(device) for tensor in stored.values()}
     tensors = {name: doubled[id(tensor)] for name, tensor in stored.items()}
-    given = [_double(value).to(device) for value in inputs]
-    leaves = _interpret(graph, tensors, given, wide=True)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    def run(inputs: Sequence[Tensor]) -> list[Tensor]:
+        leaves = _interpret(graph, tensors, [_double(value).to(device) for value in inputs], wide=True)
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    return run
 
 
 def compute_node(wanted: fx.Node, known: Mapping[fx.Node, Any], table: Mapping[str, TensorEntry]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Container, Iterable, Iterator
 
 from torch import Tensor, fx
@@ -21,12 +22,17 @@ def in_canonical_order(graph: fx.Graph) -> fx.Graph:
 
 def canonical_order(graph: fx.Graph) -> Iterator[fx.Node]:
     """Yield the nodes of a graph in canonical order."""
-    import networkx as nx  # here and not above: importing peftgraph stays light
-
-    uses = nx.DiGraph()
-    uses.add_nodes_from(graph.nodes)
-    uses.add_edges_from((operand, node) for node in graph.nodes for operand in node.all_input_nodes)
-    return nx.lexicographical_topological_sort(uses, key=lambda node: node.meta["order"])
+    position = {node: i for i, node in enumerate(graph.nodes)}  # among nodes of equal order, the first comes first
+    waiting = {node: len(node.all_input_nodes) for node in position}
+    ready = [(node.meta["order"], i, node) for node, i in position.items() if not waiting[node]]
+    heapq.heapify(ready)
+    while ready:
+        *_, node = heapq.heappop(ready)
+        yield node
+        for user in node.users:
+            waiting[user] -= 1
+            if not waiting[user]:
+                heapq.heappush(ready, (user.meta["order"], position[user], user))
 
 
 def infer_changed_values(
