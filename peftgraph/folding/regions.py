@@ -28,7 +28,7 @@ from peftgraph.folding.wide_products import Exact, Stored, compute, whole
 from peftgraph.ir.dead_code import writes_in_place
 from peftgraph.ir.dtype_literals import widen_literals
 from peftgraph.ir.interpreter import MATRIX_PRODUCTS
-from peftgraph.ir.modes import evaluation_graph
+from peftgraph.ir.modes import BATCH_STATISTICS, evaluation_graph
 from peftgraph.ir.program import ProgramData
 from peftgraph.sites.dataflow import ops
 
@@ -176,7 +176,7 @@ class _Walk:
 
     def _is_same_call(self, node: fx.Node, other: fx.Node) -> bool:
         """Check whether a node of the folded graph is the same call, of equal values, as one of the adapted graph."""
-        if node.target != other.target or writes_in_place(node) != writes_in_place(other):
+        if node.target != other.target or _writes(node) != _writes(other):
             return False
         if any(operand not in self._same for operand in node.all_input_nodes):
             return False
@@ -232,7 +232,7 @@ class _Walk:
     def _compare(self, node: fx.Node, twin: fx.Node) -> tuple[float | None, float, float]:
         """Return how much the fold changes a value, the relative difference between both graphs, and its bound."""
         cone = self._cone(node) | self._cone(twin)
-        writer = next((one for one in cone if writes_in_place(one)), None)
+        writer = next((one for one in cone if _writes(one)), None)
         if writer is not None:
             raise Unusable(f"%{writer.name} writes in place")
         before, after = whole(self._value(twin)), whole(self._value(node))
@@ -305,6 +305,11 @@ class _Walk:
             return Exact(self._exact[name], name)
         table = self._folded.table if node.graph is self._graph else self._program.table
         return Stored(table[name].tensor.detach().to(self._program.table.device))
+
+
+def _writes(node: fx.Node) -> bool:
+    """Check whether a node of a graph of evaluation writes into an operand; there, norms only read their statistics."""
+    return writes_in_place(node) and node.target not in BATCH_STATISTICS
 
 
 def _lookups(graph: fx.Graph) -> dict[fx.Node, int]:

@@ -26,7 +26,14 @@ class Unread(Protocol):
     """A tensor whose float64 values are read when they are needed."""
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """The shape."""
+        ...
+
+    @property
+    def is_floating(self) -> bool:
+        """Whether it holds real numbers."""
+        ...
 
     def pieces(self) -> Pieces:
         """Yield parts of a matrix: the axis that is cut, where the part starts on it, and the part."""
@@ -46,6 +53,10 @@ class Stored:
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.tensor.shape)
+
+    @property
+    def is_floating(self) -> bool:
+        return self.tensor.is_floating_point()
 
     def pieces(self) -> Pieces:
         rows, width = self.tensor.shape
@@ -68,6 +79,10 @@ class Exact:
     def shape(self) -> tuple[int, ...]:
         return tuple(self.values.program.table[self.name].tensor.shape)
 
+    @property
+    def is_floating(self) -> bool:
+        return True
+
     def pieces(self) -> Pieces:
         return self.values.pieces(self.name)
 
@@ -84,6 +99,10 @@ class Turned:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.matrix.shape[::-1]
+
+    @property
+    def is_floating(self) -> bool:
+        return self.matrix.is_floating
 
     def pieces(self) -> Pieces:
         return ((1 - axis, first, piece.t()) for axis, first, piece in self.matrix.pieces())
@@ -128,7 +147,7 @@ def whole(value: Any) -> Any:
 
 
 def _is_matrix(value: Any) -> bool:
-    return isinstance(value, Stored | Exact | Turned) and len(value.shape) == 2
+    return isinstance(value, Stored | Exact | Turned) and value.is_floating and len(value.shape) == 2
 
 
 def _product(x: Any, matrix: Unread) -> Tensor | None:

@@ -84,7 +84,7 @@ def test_the_evidence_can_be_read() -> None:
 @pytest.mark.parametrize("method", [WrongScale(rank=2), Leaky(rank=2)], ids=str)
 def test_a_wrong_fold_does_not_pass_the_proof(method: LoRA) -> None:
     program = zoo.randomise(zoo.traced("bert").apply(method))
-    with pytest.raises(ProofError, match=r"Outputs on 3x7, 3x7 in float64 differ by"):
+    with pytest.raises(ProofError, match="the folded weights and the passes differ by"):
         pg.fold(program)
 
 
