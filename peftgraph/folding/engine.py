@@ -23,13 +23,14 @@ from peftgraph.folding.steps import AcceptTrained, InstallTrained, Step, WriteWi
 from peftgraph.ir.builder import erase_nodes
 from peftgraph.ir.edits import Anchor, Edit, EditLog
 from peftgraph.ir.graphs import copy_graph
-from peftgraph.ir.ordering import in_canonical_order
+from peftgraph.ir.ordering import canonically_ordered
 from peftgraph.ir.program import AppliedPass, ProgramData
 from peftgraph.ir.tensor_table import TensorTable
-from peftgraph.rewrite.count import rule_of, short_params
+from peftgraph.rewrite.count import short_params
 from peftgraph.rewrite.joins import Add, AddProduct
 from peftgraph.rewrite.match import Match
 from peftgraph.rewrite.remove import undo
+from peftgraph.rewrite.rule import Rule
 from peftgraph.rewrite.weight_views import View, bias_view, rows_view, scale_view, weight_view
 from peftgraph.sites import Site, Sites, Weight
 
@@ -70,6 +71,7 @@ class Folding:
     def __post_init__(self) -> None:
         self.graph: fx.Graph = copy_graph(self.program.graph)
         self.edits: EditLog = EditLog(self.program.edits)
+        self._rules: list[list[Rule]] = [applied.method.rules() for applied in self.program.history]
         self._names: dict[str, fx.Node] = {node.name: node for node in self.graph.nodes}
         self._by_id: dict[str, Site] = {site.id: site for site in self.sites}
         self._sharing = AliasCheck(self.program, self.graph, self.sites, self.untie)
@@ -103,10 +105,14 @@ class Folding:
                     self.reasons.append(f"{edit.site}: {self._pass_word(edit)}: {reason}")
         return self
 
+    def _rule(self, edit: Edit) -> Rule:
+        """Return the rule that made an edit."""
+        return self._rules[edit.application][edit.rule]
+
     def _key(self, edit: Edit) -> tuple[object, ...]:
         """Return a key shared by edits that fold together: edits of one rule at the uses of one weight, which share
         their parameters, and edits of a pass that trains the rows of a table."""
-        rule = rule_of(self.program, edit)
+        rule = self._rule(edit)
         if rule.table_rows is not None:
             return (edit.application,)
         site = self._by_id[edit.site]
@@ -121,7 +127,7 @@ class Folding:
 
     def _reason(self, edit: Edit) -> str | None:
         """Return why an edit does not fold now; None when it does."""
-        rule = rule_of(self.program, edit)
+        rule = self._rule(edit)
         if isinstance(rule.fold, str):
             return rule.fold
         if not edit.moves:
@@ -148,7 +154,7 @@ class Folding:
     def _is_coded(self, edit: Edit) -> bool:
         """Check whether an edit would change a weight that is stored as codes."""
         weight = self._by_id[edit.site].weight
-        writes = not edit.installed and not rule_of(self.program, edit).training_only
+        writes = not edit.installed and not self._rule(edit).training_only
         return writes and weight is not None and self.program.table[weight.parameter].quantised is not None
 
     def _form_reason(self, group: Sequence[Edit], makers: Mapping[str, View | None]) -> str | None:
@@ -158,7 +164,7 @@ class Folding:
         """
         adders = {name for one in group for name in self._form.adders(self._by_id[one.site])}
         for one in group:
-            site, rule = self._by_id[one.site], rule_of(self.program, one)
+            site, rule = self._by_id[one.site], self._rule(one)
             if self._at_weight(one):
                 continue
             reason = self._form.weight_reason(site)
@@ -172,7 +178,7 @@ class Folding:
         """Return what else reads a tensor that would change; None where nothing does."""
         edit = group[0]
         view, site = self._window(edit), self._by_id[edit.site]
-        if len(group) == 1 and rule_of(self.program, edit).table_rows is None:
+        if len(group) == 1 and self._rule(edit).table_rows is None:
             readers = self._multiplied[site.weight] if self._reads(edit, site) else {site.op}
             return self._sharing.reason(view, makers, readers)
         assert view is not None
@@ -195,7 +201,7 @@ class Folding:
         """Check whether an edit adds to a site's output a value that does not depend on that output."""
         output = site.ports.get("output", site.op)
         values = {output, *(move.after for move in self.edits.moves_at(output))}
-        return isinstance(rule_of(self.program, edit).join, Add | AddProduct) and self._read_by(edit).isdisjoint(values)
+        return isinstance(self._rule(edit).join, Add | AddProduct) and self._read_by(edit).isdisjoint(values)
 
     def _touched(self, edit: Edit) -> set[str]:
         """Return the stored tensors that an edit's fold reads or writes."""
@@ -217,7 +223,7 @@ class Folding:
         """Check whether an edit changes the weight itself, for all its readers."""
         site = self._by_id[edit.site]
         stored = all(self._names[move.anchor.value].op == "get_attr" for move in edit.moves)
-        return stored or (isinstance(rule_of(self.program, edit).join, AddProduct) and not _at_output(edit, site))
+        return stored or (isinstance(self._rule(edit).join, AddProduct) and not _at_output(edit, site))
 
     def _blocked(self, edit: Edit) -> str | None:
         """Return what is between an edit and its weight; None if nothing."""
@@ -226,7 +232,7 @@ class Folding:
 
     def _window(self, edit: Edit) -> View | None:
         """Return the window of its site's weight that an edit's fold may change."""
-        site, rows = self._by_id[edit.site], rule_of(self.program, edit).table_rows
+        site, rows = self._by_id[edit.site], self._rule(edit).table_rows
         own = weight_view(site) or scale_view(site) or bias_view(site)
         return own if rows is None else rows_view(site, rows)
 
@@ -246,7 +252,7 @@ class Folding:
     def _commutes(self, edit: Edit, earlier: Edit, anchor: Anchor) -> bool:
         """Check whether an edit may fold before an earlier one at the same value: both only add to that value, and
         neither depends on it or on the result of the other."""
-        joins = [rule_of(self.program, one).join for one in (edit, earlier)]
+        joins = [self._rule(one).join for one in (edit, earlier)]
         if not all(isinstance(join, Add | AddProduct) for join in joins):
             return False
         results = {move.after for move in self.edits.chain(anchor)}
@@ -286,11 +292,11 @@ class Folding:
 
     def _step(self, edit: Edit) -> Step:
         """Return the step that folds an edit."""
-        if not edit.moves or rule_of(self.program, edit).training_only:
+        if not edit.moves or self._rule(edit).training_only:
             return AcceptTrained(edit.parameters)
         if edit.installed:
             return InstallTrained(dict(edit.installed))
-        site, rule = self._by_id[edit.site], rule_of(self.program, edit)
+        site, rule = self._by_id[edit.site], self._rule(edit)
         at_weight = self._at_weight(edit)
         match = Match(site, self.sites, self.graph, self.program.table, self.edits, self._names, at_weight=at_weight)
         joint = at_weight or rule.table_rows is not None or len(self._group(edit)) > 1
@@ -317,7 +323,7 @@ class Folding:
         used = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
         table = table.without(name for name, entry in table.items() if entry.added and name not in used)
         history, edits = _without_folded(program, self.edits)
-        return program.evolve(graph=in_canonical_order(self.graph), table=table, edits=edits, history=history)
+        return program.evolve(graph=canonically_ordered(self.graph), table=table, edits=edits, history=history)
 
     # For the proof.
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from peftgraph.ir.program import ProgramData
 
-ROWS = 32  # of an input over all its free sizes, beyond which they are made smaller
+ROWS = 8  # of an input over all its free sizes, beyond which they are made smaller
 FEW = 4  # what a free size is then
 
 

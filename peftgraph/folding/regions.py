@@ -238,8 +238,8 @@ class _Walk:
         before, after = whole(self._value(twin)), whole(self._value(node))
         own = self._values.get(self._adapted.get(node.name, node))
         self._values.clear()
-        for values in {id(one): one for one in self._exact.values()}.values():
-            values.release()
+        for name in {str(one.target) for one in cone if one.op == "get_attr"} & self._exact.keys():
+            self._exact[name].release()
         if not isinstance(before, Tensor) or not isinstance(after, Tensor) or before.shape != after.shape:
             return None, math.inf, 0.0
         products = sum(ops.name(one) in MATRIX_PRODUCTS for one in cone)

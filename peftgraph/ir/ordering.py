@@ -20,6 +20,12 @@ def in_canonical_order(graph: fx.Graph) -> fx.Graph:
     return copy_graph(graph, canonical_order(graph))
 
 
+def canonically_ordered(graph: fx.Graph) -> fx.Graph:
+    """Return the graph itself if its nodes are in canonical order; otherwise, a copy in which they are."""
+    order = list(canonical_order(graph))
+    return graph if order == list(graph.nodes) else copy_graph(graph, order)
+
+
 def canonical_order(graph: fx.Graph) -> Iterator[fx.Node]:
     """Yield the nodes of a graph in canonical order."""
     position = {node: i for i, node in enumerate(graph.nodes)}  # among nodes of equal order, the first comes first
