@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,15 @@ from peftgraph.interop.adapter_folder import check_exists
 from peftgraph.model_folders.loading import check_source, load, trace
 from peftgraph.model_folders.output_folder import atomic_folder, check_target, check_unchanged, copy_companions, stamps
 from peftgraph.terminal.console import OUT, report, working
+
+
+class Prove(StrEnum):
+    """What a merge in memory proves beside the text and the values of the weights."""
+
+    AUTO = "auto"
+    REGIONS = "regions"
+    OUTPUTS = "outputs"
+    BOTH = "both"
 
 
 def merge(
@@ -37,6 +47,14 @@ def merge(
             "Default: by shard where the weights are in several files, or the adapter's format needs no trace (peft).",
         ),
     ] = None,
+    prove: Annotated[
+        Prove,
+        typer.Option(
+            "--prove",
+            help="Compare what every changed weight computes (regions), the model's outputs, or both; auto: the "
+            "regions, and both for a small model. Needs --whole.",
+        ),
+    ] = Prove.AUTO,
 ) -> None:
     """Fold an adapter into a model and write a plain transformers model, with the proof of what changed."""
     check_source(source, weights=True)
@@ -44,16 +62,18 @@ def merge(
     from peftgraph.cli import merge_by_shard
 
     if by_shard is None:
-        by_shard = not untie and merge_by_shard.is_default(source, adapter)
+        by_shard = not untie and prove is Prove.AUTO and merge_by_shard.is_default(source, adapter)
     if by_shard:
         if untie:
             raise typer.BadParameter("--untie changes how many tensors there are and needs --whole")
+        if prove is not Prove.AUTO:
+            raise typer.BadParameter("--prove computes with whole weights and needs --whole")
         merge_by_shard.merge(source, adapter, out, force)
     else:
-        _merge_whole(source, adapter, out, force, untie)
+        _merge_whole(source, adapter, out, force, untie, prove)
 
 
-def _merge_whole(source: Path, adapter: Path, out: Path, force: bool, untie: bool) -> None:
+def _merge_whole(source: Path, adapter: Path, out: Path, force: bool, untie: bool, prove: Prove) -> None:
     import peftgraph as pg
 
     reads = (source, adapter)
@@ -65,7 +85,7 @@ def _merge_whole(source: Path, adapter: Path, out: Path, force: bool, untie: boo
         tuned = program.load_adapter(adapter)
     with atomic_folder(out, force, reads) as fresh:
         with working("folding, with proof"):
-            merged = pg.fold(tuned, untie=untie)
+            merged = pg.fold(tuned, untie=untie, prove=prove.value)
         with working("writing"):
             merged.write_back(model)
             model.save_pretrained(str(fresh))

@@ -47,6 +47,8 @@ class Chunk:
     def narrow_site(self, site: Site) -> Site | None:
         """Return the site restricted to the chunk; None where it owns nothing of the chunk."""
         assert site.weight is not None
+        if site.weight.window is None and site.weight.experts is None:
+            return site  # all output features are its own, those of the chunk too
         window = self._window(site.weight.window)
         if window is not None and not window.runs:
             return None

@@ -170,7 +170,8 @@ class _Walk:
         """Return the node that reads the same stored values; a tensor that no fold changes is read anywhere alike."""
         name = str(node.target)
         if name not in self._exact:
-            return own or node
+            stored = self._program.table[name].tensor is self._folded.table[name].tensor
+            return (own or node) if stored else None
         accepted = all(isinstance(step, AcceptTrained) for step in self._exact[name].component.steps)
         return own if accepted else None
 

@@ -81,6 +81,8 @@ class View:
     def _oriented(self, full: Tensor) -> Tensor:
         if self.vector:
             return full
+        if self._is_plain(full):
+            return full.t() if self.transposed else full
         axes = self._axes(full)
         stack = [axes.sizes[axis] for axis in axes.stacked]
         return full.reshape(axes.sizes).permute(axes.order).reshape(*stack, *axes.shape)
@@ -89,9 +91,15 @@ class View:
         """Return the inverse of `_oriented`."""
         if self.vector:
             return matrix
+        if self._is_plain(full):
+            return matrix.t() if self.transposed else matrix
         axes = self._axes(full)
         back = [axes.order.index(axis) for axis in range(len(axes.sizes))]
         return matrix.reshape([axes.sizes[axis] for axis in axes.order]).permute(back).reshape(full.shape)
+
+    def _is_plain(self, full: Tensor) -> bool:
+        """Check whether a tensor is stored as a matrix."""
+        return self.axes is None and self.experts is None and full.dim() == 2
 
     def _axes(self, full: Tensor) -> MatrixAxes:
         return self.axes or MatrixAxes.plain([int(size) for size in full.shape], self.transposed, self.experts)

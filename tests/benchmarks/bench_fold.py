@@ -4,7 +4,8 @@
 
 Each size has a process of its own. The two take turns, and the merged weights are compared first: what both compute is
 rounded once or twice to the stored dtype. Memory is what a call adds to the process beside the new weights, which both
-allocate (peft writes them in place of the old ones), by the kernel's own peak of the resident pages.
+allocate (peft writes them in place of the old ones), by the kernel's own peak of the resident pages. Seconds are the
+process's own, since machines are shared.
 """
 
 from __future__ import annotations
@@ -70,11 +71,11 @@ def with_peft(model: nn.Module, tuned: pg.Program) -> Any:
 
 
 def measured(run: Callable[[], Any]) -> tuple[Any, float, float]:
-    """The result of a call, its seconds, and by how many MiB the process grew on the way."""
+    """The result of a call, its seconds of processor time, and by how many MiB the process grew on the way."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before, start = resident("VmRSS"), time.perf_counter()
+    before, start = resident("VmRSS"), time.process_time()
     result = run()
-    return result, time.perf_counter() - start, resident("VmHWM") - before
+    return result, time.process_time() - start, resident("VmHWM") - before
 
 
 def resident(field: str) -> float:
@@ -117,8 +118,8 @@ def measure(size: str, rounds: int) -> dict[str, Any]:
     other, grown = (statistics.median(column) for column in zip(*theirs, strict=True))
     return {
         "values, millions": sum(parameter.numel() for parameter in model.parameters()) / 1e6,
-        "fold with its proof, seconds": seconds,
-        "peft's merge_and_unload, seconds": other,
+        "fold with its proof, CPU seconds": seconds,
+        "peft's merge_and_unload, CPU seconds": other,
         "ratio": seconds / other,
         "new weights, MiB": new / MIB,
         "fold beside them, MiB": beside,

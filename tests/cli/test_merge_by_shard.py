@@ -115,6 +115,8 @@ def test_everything_is_refused_before_anything_is_written(cli, base: Path, their
     assert "VERA" in result.stderr
     assert cli("merge", base, tmp_path, "--out", tmp_path / "merged").exit_code == 1
     assert "needs --whole" in cli("merge", base, theirs, "--out", tmp_path / "merged", "--untie", "--by-shard").stderr
+    more = ("--prove", "outputs", "--by-shard")
+    assert "needs --whole" in cli("merge", base, theirs, "--out", tmp_path / "merged", *more).stderr
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious.txt").write_text("mine")
     result = cli("merge", base, theirs, "--out", tmp_path / "full")
