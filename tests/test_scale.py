@@ -78,13 +78,14 @@ WORK: dict[str, Callable[[pg.Program], object]] = {
     "count": lambda program: program.count(),
     "remove": lambda program: program.remove(),
     "fold": lambda program: Folding(program, program.sites).run().result(program),
+    "proof": lambda program: pg.fold(program, prove="regions"),
 }
 
 
 @pytest.mark.parametrize("work", WORK)
 def test_six_times_the_depth_is_at_most_six_times_the_work(work: str) -> None:
     shallow, deep = tower(SHALLOW), tower(DEEP)
-    if work in ("count", "remove", "fold"):
+    if work in ("count", "remove", "fold", "proof"):
         shallow, deep = everywhere(shallow), everywhere(deep)
     few, many = (lines_of(lambda program=program: WORK[work](program)) for program in (shallow, deep))
     assert many <= RATIO * few

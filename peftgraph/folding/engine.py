@@ -358,7 +358,14 @@ class Folding:
 
     def outputs(self, operator: str) -> set[str]:
         """Return the values that an operator gives the sites that are computed by it, with and without a bias."""
-        return {operator, *(site.ports.get("output", operator) for site in self.sites if site.op == operator)}
+        return {operator, *self._outputs.get(operator, ())}
+
+    @cached_property
+    def _outputs(self) -> dict[str, set[str]]:
+        found: dict[str, set[str]] = {}
+        for site in self.sites:
+            found.setdefault(site.op, set()).add(site.ports.get("output", site.op))
+        return found
 
     def _pass_word(self, edit: Edit) -> str:
         return self.program.history[edit.application].method.word

@@ -314,15 +314,22 @@ def _writes(node: fx.Node) -> bool:
 
 
 def _lookups(graph: fx.Graph) -> dict[fx.Node, int]:
-    """Return the values by which rows are looked up in tables, with the fewest rows of these tables."""
+    """Return the inputs by which rows are looked up in tables, with the fewest rows of these tables."""
     found: dict[fx.Node, int] = {}
     for node in graph.nodes:
         if node.target in LOOKUPS:
             table, numbers = (node.args[position] for position in LOOKUPS[node.target])
             size = table.meta["val"].shape[0]
-            if isinstance(size, int):
+            if isinstance(size, int) and _is_given(numbers):
                 found[numbers] = min(size, found.get(numbers, size))
     return found
+
+
+def _is_given(value: fx.Node) -> bool:
+    """Check whether a value is an input of the graph, whatever moved it."""
+    while ops.name(value) in MOVING and len(value.all_input_nodes) == 1:
+        (value,) = value.all_input_nodes
+    return value.op == "placeholder"
 
 
 def _constants(graph: fx.Graph) -> set[fx.Node]:
