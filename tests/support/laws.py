@@ -284,6 +284,10 @@ def hold(name: str, key: str) -> None:
         "identity": not line.away,
         "fold": line.folds and not adds_biases(base, line),
     }
+    if held["fold"]:
+        assert subject.folded is not None
+        assert subject.folded.proof is not None
+        assert subject.folded.proof.regions is not None, subject.folded.proof.no_regions
 
 
 def reference_of(base: Base, line: Line, values: Mapping[str, Tensor]) -> list[Tensor]:
