@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,8 +18,10 @@ from peftgraph.capture.assumptions import AssumptionRecorder
 from peftgraph.capture.autograd_functions import RecordedCall, record_autograd_calls
 from peftgraph.capture.diagnosis import explain, exporter_silenced
 from peftgraph.capture.example_inputs import Example
+from peftgraph.capture.export_shortcuts import cheap_records
 from peftgraph.capture.fake_model import fake_arguments, fake_copy_of
 from peftgraph.capture.progress import Progress, report_layers
+from peftgraph.capture.repeated_rules import rules_run_once
 from peftgraph.capture.size_decisions import SizeDecisions, record_size_decisions
 from peftgraph.capture.slow_warning import warn_when_slow
 from peftgraph.capture.transformers_patches import broadcast_masks, library_patches
@@ -143,7 +145,10 @@ def _export(
     # torch's memory of calls under fake tensors is off: on symbolic sizes a hit costs more than the rule
     forgetful = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
     told = warn_when_slow(bound, progress)
-    with told, forgetful, exporter_silenced(), record_autograd_calls() as recording, broadcast_masks() as broadcast:
+    quick = ExitStack()
+    for shortcut in (forgetful, rules_run_once(), cheap_records()):
+        quick.enter_context(shortcut)
+    with quick, told, exporter_silenced(), record_autograd_calls() as recording, broadcast_masks() as broadcast:
         with report_layers(fake_model, "exporting", progress), record_size_decisions() as decisions, assuming:
             program = torch.export.export(fake_model, (), arguments, dynamic_shapes=shapes, strict=False)
         return ExportResult(program, recording.calls, marker, decisions, assuming.asked, broadcast())

@@ -10,7 +10,7 @@ import itertools
 import random
 import sys
 import traceback
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,7 @@ from peftgraph.capture.assumptions import AssumptionRecorder
 from peftgraph.capture.diagnosis import CodeLine, describe_line, exporter_silenced, is_model_code, random_rates
 from peftgraph.capture.example_inputs import Example
 from peftgraph.capture.fake_model import compiling_flag_set, fake_arguments, fake_copy_of
+from peftgraph.capture.repeated_rules import CallMemory
 from peftgraph.errors import TraceError
 from peftgraph.ir.dtype_literals import LITERAL_FORMS
 
@@ -73,12 +74,12 @@ def compare_modes(model: nn.Module, example: Example) -> ModeCheck:
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     fake_model = fake_copy_of(model, mode, torch.float32, torch.float32)
     found: list[_Recorder] = []
-    whole = True
+    whole, memory = True, CallMemory(mode)
     for training in (True, False):
-        recorder = _Recorder()
+        recorder = _Recorder(memory)
         complete = _runs(fake_model.train(training), example, mode, recorder)
         if recorder.drew:
-            extremes = _at_extremes(fake_model, example, mode)
+            extremes = _at_extremes(fake_model, example, mode, memory)
             if extremes is None:
                 raise _frozen(model, recorder.drawn)
             recorder, complete = extremes, True
@@ -103,9 +104,9 @@ def agrees_under_dtype(
     """
     alike = _literals_of(own, marker)
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
-    fake_model = fake_copy_of(model, mode, own, marker)
+    fake_model, memory = fake_copy_of(model, mode, own, marker), CallMemory(mode)
     for ours, training in zip(look.steps, (True, False), strict=False):
-        recorder = _Recorder()
+        recorder = _Recorder(memory)
         _runs(fake_model.train(training), example, mode, recorder, (own, marker))
         # Where a run stops, on values that fake tensors do not have, both are compared that far.
         if not all(_same_step(a, b, alike) for a, b in zip(ours, recorder.uncast.steps, strict=False)):
@@ -126,12 +127,12 @@ def _literals_of(own: torch.dtype, marker: torch.dtype) -> set[tuple[str, str]]:
     return {(repr(form(own)), repr(form(marker))) for form in forms.values()}
 
 
-def _at_extremes(fake_model: nn.Module, example: Example, mode: FakeTensorMode) -> _Recorder | None:
+def _at_extremes(fake_model: nn.Module, example: Example, mode: FakeTensorMode, memory: CallMemory) -> _Recorder | None:
     """Return the record of a call if its operations are the same whether Python and NumPy draw the smallest or the
     largest number everywhere (as with a rate of 0); None if they differ."""
     recorders: list[_Recorder] = []
     for largest in (False, True):
-        recorder = _Recorder(largest=largest)
+        recorder = _Recorder(memory, largest)
         with _bounded(largest):
             complete = _runs(fake_model, example, mode, recorder)
         if not complete:
@@ -237,8 +238,9 @@ class _Trail:
 class _Recorder(TorchFunctionMode):
     """Records the operations of a call, and the first place at which numbers were drawn outside of torch."""
 
-    def __init__(self, largest: bool | None = None) -> None:
+    def __init__(self, memory: CallMemory, largest: bool | None = None) -> None:
         super().__init__()
+        self.memory = memory
         self.largest = largest  # which extreme is drawn; None: what the generators give
         self.every, self.uncast = _Trail(FOLLOWED), _Trail(FOLLOWED | CASTS)
         self.rates: list[float] = []  # literals of operations that follow the mode
@@ -260,9 +262,9 @@ class _Recorder(TorchFunctionMode):
         """Record the result of the call."""
         for trail in (self.every, self.uncast):
             trail.record("return", result)
-        self.look([])
+        self.look(())
 
-    def look(self, places: list[CodeLine]) -> None:
+    def look(self, places: Iterable[CodeLine]) -> None:
         """Record `places`, innermost first, if random numbers were drawn since the last look."""
         if self.largest is not None:
             _draw_extremes(self.largest)
@@ -275,12 +277,12 @@ class _Recorder(TorchFunctionMode):
     ) -> Any:
         name = getattr(func, "__name__", str(func))
         frame = sys._getframe(1)
-        self.look([(frame.f_code, line) for frame, line in traceback.walk_stack(frame)])
+        self.look((one.f_code, line) for one, line in traceback.walk_stack(frame))
         counted = name != "__get__" and not frame.f_code.co_filename.endswith("batchnorm.py")
         trails = (self.every, self.uncast)
         for trail in trails:
             trail.begin(name, (args, kwargs or {}), counted=counted)
-        result = func(*args, **(kwargs or {}))
+        result = self.memory.call(func, args, kwargs or {})
         if name in FOLLOWED | SWITCHED:
             self.rates += [one for one in pytree.tree_leaves((args, kwargs)) if isinstance(one, float)]
         for trail in trails:
