@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peftgraph.capture import Options, capture, capture_part
-from peftgraph.capture.progress import Progress, no_progress
+from peftgraph.capture.progress import Progress, line_on_terminal
 from peftgraph.costs.comparison import Comparison, named
 from peftgraph.costs.comparison import compare as _compare
 from peftgraph.draw import Diff, Picture, fragment, outline, page, picture
@@ -49,6 +50,7 @@ from peftgraph.sites.assign.naming import sections, titles
 from peftgraph.sites.patterns.pattern import patterns_of
 from peftgraph.training.calibrate import collect_statistics
 from peftgraph.training.run import TrainingRun, start_training
+from peftgraph.utils.cache_folder import cache_folder
 
 
 @dataclass(frozen=True, eq=False)
@@ -403,7 +405,8 @@ def trace(
     fixed: Mapping[str, Sequence[int]] | None = None,
     assume: Mapping[str, bool] | None = None,
     verify: Literal["off", "example", "sizes"] = "sizes",
-    progress: Progress = no_progress,
+    progress: Progress | None = None,
+    cache: bool | str | PathLike[str] = False,
 ) -> Program:
     """Trace a model into a Program.
 
@@ -425,14 +428,25 @@ def trace(
             Without weights, on the meta device, only the sizes of outputs are compared. `checked` says what was
             compared.
         progress: called with a phase, how many of its steps (layers) have begun, and how many there are, 0 where
-            that is unknown: `progress("exporting", 3, 96)`.
+            that is unknown: `progress("exporting", 3, 96)`. By default a line on a terminal, after a second.
+        cache: True keeps the program in the cache folder ($PEFTGRAPH_CACHE, or that of this system), a path in another
+            one, and takes it from there the next time: if the code, the configuration, all shapes, the example, the
+            options and the versions are the same. Weights are not kept, and may differ.
 
     Raises:
         TraceError: the model cannot be traced; the message names the line of its code and what to change.
     """
     if verify not in ("off", "example", "sizes"):
         raise TraceError(f'verify must be "off", "example" or "sizes", got {verify!r}.')
-    options = Options(fixed or {}, assume or {}, verify, progress)
+    folder = (cache_folder() if cache is True else Path(cache)) if cache else None
+    with line_on_terminal() if progress is None else nullcontext(progress) as told:
+        return _traced(model, example, root, Options(fixed or {}, assume or {}, verify, told, folder))
+
+
+def _traced(
+    model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] | Tensor, root: str, options: Options
+) -> Program:
+    progress = options.progress
     data = capture_part(model, example, root, options) if root else capture(model, example, options)
     progress("finding sites", 0, 0)
     sites = _sites_of(data)

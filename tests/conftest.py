@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from tests.zoo.summary import pytest_terminal_summary as pytest_terminal_summary
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+FOLDER = tempfile.TemporaryDirectory(prefix="peftgraph-cache-")  # of this run: what it keeps is not the user's
+os.environ["PEFTGRAPH_CACHE"] = FOLDER.name
 sys.path.insert(0, str(Path(__file__).parent / "support"))  # makes `import zoo` work in every test folder
 
 

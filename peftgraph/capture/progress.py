@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -9,12 +12,41 @@ from typing import Any
 
 from torch import nn
 
+PATIENCE = 1.0  # seconds before a trace says how far it is
+CLEAR_REST = "\x1b[K"  # a terminal removes the rest of its line
 # Called with the phase, how many of its steps have begun, and how many there are (0 where that is unknown).
 Progress = Callable[[str, int, int], None]
 
 
 def no_progress(phase: str, begun: int, total: int) -> None:
     """Report nothing."""
+
+
+@contextmanager
+def line_on_terminal() -> Iterator[Progress]:
+    """Yield what shows the progress in one line on standard error, once it has taken PATIENCE seconds, and removes the
+    line at the end; nothing is shown where standard error is no terminal."""
+    stream, start, shown = sys.stderr, time.monotonic(), False
+    if not stream.isatty():
+        yield no_progress
+        return
+
+    def show(phase: str, begun: int, total: int) -> None:
+        nonlocal shown
+        if time.monotonic() - start > PATIENCE:
+            steps = f", layer {begun} of {total}" if begun else ""
+            text = f"tracing: {phase}{steps} ..."
+            end = "\n" if len(text) >= shutil.get_terminal_size().columns else ""  # a remark, which stays
+            stream.write(f"\r{text}{CLEAR_REST}{end}")
+            stream.flush()
+            shown = True
+
+    try:
+        yield show
+    finally:
+        if shown:
+            stream.write(f"\r{CLEAR_REST}")
+            stream.flush()
 
 
 @contextmanager

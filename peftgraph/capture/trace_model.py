@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,10 +28,12 @@ from peftgraph.capture.host_classes import model_class_of, submodule_states
 from peftgraph.capture.isolation import isolated_trace
 from peftgraph.capture.merge_modes import merge_mode_graphs
 from peftgraph.capture.mode_check import agrees_under_dtype, compare_modes
+from peftgraph.capture.model_identity import NotIdentifiable, identity
 from peftgraph.capture.normalise import normalise_graph
 from peftgraph.capture.progress import Progress, no_progress
 from peftgraph.capture.quantised_modules import codes_of_model, with_dequantised_projections, with_plain_projections
 from peftgraph.capture.submodule import observe_calls, require_served
+from peftgraph.capture.trace_cache import find_trace, store_trace
 from peftgraph.capture.transformers_patches import patch_difference
 from peftgraph.errors import TraceError
 from peftgraph.ir.dtype_literals import convert_literals, record_literals
@@ -61,12 +64,14 @@ class Options:
         assume: the truth that tensors have at lines of the model's code that branch by it.
         verify: how far the program is compared with the model: "off", "example" or "sizes".
         progress: told how far the trace is.
+        cache: a folder with the programs of earlier traces; None to trace anew.
     """
 
     fixed: Mapping[str, Sequence[int]] = field(default_factory=dict)
     assume: Mapping[str, bool] = field(default_factory=dict)
     verify: Level = "sizes"
     progress: Progress = no_progress
+    cache: Path | None = None
 
 
 def capture(
@@ -94,10 +99,51 @@ def _captured(
 ) -> tuple[Example, ProgramData]:
     table = _table_of(model)
     given = _with_options(bind_example(model, example), options)
+    key = _key_in_cache(model, given, options)
+    bound, program = _from_cache(model, given, table, options, key) or _traced_for_cache(
+        model, given, table, options, key
+    )
+    return bound, replace(program, model_class=model_class_of(model), submodules=submodule_states(model))
+
+
+def _key_in_cache(model: nn.Module, given: Example, options: Options) -> str:
+    """Return the key of a trace; "" where it cannot be kept."""
+    if options.cache is None or options.assume:
+        return ""
+    options.progress("looking for an earlier trace", 0, 0)
+    try:
+        return identity(model, given, {"verify": options.verify})
+    except NotIdentifiable as reason:
+        options.progress(f"not kept for later, since it depends on {reason}", 0, 0)
+        return ""
+
+
+def _from_cache(
+    model: nn.Module, given: Example, table: TensorTable, options: Options, key: str
+) -> tuple[Example, ProgramData] | None:
+    found = find_trace(options.cache, key) if options.cache is not None and key else None
+    if found is None:
+        return None
+    bound = with_distinct_batch(given) if found.distinct else given
+    try:
+        with exporter_silenced():
+            return bound, found.program(model, bound, table)
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError):  # what reading a damaged file ends in
+        return None
+
+
+def _traced_for_cache(
+    model: nn.Module, given: Example, table: TensorTable, options: Options, key: str
+) -> tuple[Example, ProgramData]:
     bound, program = _with_best_batch(
         model, given, table, options, lambda one: with_cached_tokens(model, one, table.dtype)
     )
-    return bound, replace(program, model_class=model_class_of(model), submodules=submodule_states(model))
+    if options.cache is not None and key:
+        distinct = [one.shape for one in bound.tensors] != [one.shape for one in given.tensors]
+        reason = store_trace(options.cache, key, program, distinct)
+        if reason:
+            options.progress(f"not kept for later: {reason}", 0, 0)
+    return bound, program
 
 
 def _capture_quantised(

@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from peftgraph.cli import (
     cmd_apply,
+    cmd_cache,
     cmd_compare,
     cmd_export,
     cmd_inspect,
@@ -72,13 +73,18 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def options(
+    ctx: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Trace anew, and keep nothing (see: peftgraph cache).")
+    ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Set the options that all commands share."""
     os.environ["HF_HUB_OFFLINE"] = "1"
+    ctx.obj = no_cache
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
@@ -88,4 +94,5 @@ app.command("compare")(cmd_compare.compare)
 app.command("merge")(cmd_merge.merge)
 app.command("quantise")(cmd_quantise.quantise)
 app.command("export")(cmd_export.export)
+app.command("cache")(cmd_cache.cache)
 app.command("quickstart")(cmd_quickstart.quickstart)

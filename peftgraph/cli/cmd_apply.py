@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from peftgraph.cli.caching import caching
 from peftgraph.cli.cmd_inspect import Source
 from peftgraph.model_folders.loading import check_source, load, skeleton, trace
 from peftgraph.terminal.console import OUT, working
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 
 def apply(
+    ctx: typer.Context,
     source: Source,
     recipe: Annotated[
         str, typer.Option("--recipe", "-r", help="A TOML file, or the text of a spec such as 'lora{rank=8}'.")
@@ -38,7 +40,7 @@ def apply(
     from peftgraph.terminal.tables import count_table
 
     method = pg.load_recipe(recipe)
-    program = trace(skeleton(source) if out is None else load(source))
+    program = trace(skeleton(source) if out is None else load(source), cache=caching(ctx))
     torch.manual_seed(seed)
     with working("applying"):
         tuned = program.apply(method)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from peftgraph.cli.caching import caching
 from peftgraph.cli.cmd_inspect import Source
 from peftgraph.model_folders.loading import check_source, skeleton, trace
 from peftgraph.terminal.console import OUT, working
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 
 def compare(
+    ctx: typer.Context,
     source: Source,
     recipes: Annotated[
         list[str] | None,
@@ -53,7 +55,7 @@ def compare(
 
     for one in chosen:  # mistakes are told before the model is traced
         parse_recipe(one)
-    program = trace(skeleton(source))
+    program = trace(skeleton(source), cache=caching(ctx))
     with working("comparing"):
         found = pg.compare(program, chosen, batch=batch, length=length, examples=examples)
     if html is not None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from peftgraph.cli.caching import caching
 from peftgraph.cli.cmd_inspect import Source
 from peftgraph.interop.adapter_folder import check_exists
 from peftgraph.model_folders.loading import check_source, load, trace
@@ -15,6 +16,7 @@ from peftgraph.terminal.console import OUT, working
 
 
 def export(
+    ctx: typer.Context,
     source: Source,
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help=f"The suffix says the format: {suffixes()}.")],
     adapter: Annotated[
@@ -29,7 +31,7 @@ def export(
     import peftgraph as pg
 
     find_exporter(out)  # before the model is traced
-    program = trace(load(source))
+    program = trace(load(source), cache=caching(ctx))
     if adapter is not None:
         with working("folding, with proof"):
             program = pg.fold(program.load_adapter(adapter), partial=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from peftgraph.cli.caching import caching
 from peftgraph.model_folders.loading import check_source, skeleton, trace
 from peftgraph.terminal.console import OUT
 
@@ -20,6 +21,7 @@ Source = Annotated[Path, typer.Argument(metavar="DIR", help="A local transformer
 
 
 def inspect(
+    ctx: typer.Context,
     source: Source,
     explain: Annotated[
         str, typer.Option("--explain", metavar="SELECTOR", help="Why these are sites; or what comes closest to one.")
@@ -44,7 +46,7 @@ def inspect(
     for selector in filter(None, (explain, at)):
         parse_selector(selector)
     start = time.perf_counter()
-    program = trace(skeleton(source))
+    program = trace(skeleton(source), cache=caching(ctx))
     if explain:
         typer.echo(str(program.with_patterns(explain).sites.explain(explain, layer=layer)))
         return

@@ -107,13 +107,18 @@ def load(source: Path) -> PreTrainedModel:
     return model.eval()
 
 
-def trace(model: PreTrainedModel) -> pg.Program:
-    """Trace a transformers model on inputs made from its configuration."""
+def trace(model: PreTrainedModel, *, cache: bool = False) -> pg.Program:
+    """Trace a transformers model on inputs made from its configuration.
+
+    Args:
+        model: the model.
+        cache: whether the program of an earlier trace may be taken, and this one is kept.
+    """
     import peftgraph as pg
     from peftgraph.model_folders.example_inputs import example_inputs
 
     with working("tracing") as progress:
-        return pg.trace(model, example_inputs(model), progress=progress)
+        return pg.trace(model, example_inputs(model), progress=progress, cache=cache)
 
 
 def model_class(config: PretrainedConfig, source: Path) -> Any:

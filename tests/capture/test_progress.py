@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import peftgraph as pg
+from peftgraph.capture import progress
 from peftgraph.terminal.console import working
 
 
@@ -103,3 +104,28 @@ def test_what_is_no_terminal_is_told_nothing(monkeypatch: pytest.MonkeyPatch) ->
     with working("tracing") as progress:
         progress("exporting", 3, 96)
     assert stream.getvalue() == ""
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("stream", "patience"), [(Terminal, 0.0), (Terminal, 1e6), (io.StringIO, 0.0)])
+def test_a_terminal_shows_a_line_after_a_while_and_loses_it_at_the_end(
+    stream: type[io.StringIO], patience: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = stream()
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setattr(progress, "PATIENCE", patience)
+    with progress.line_on_terminal() as told:
+        told("exporting", 1, 3)
+        told("a remark of many words " * 20, 0, 0)
+        told("normalising", 0, 0)
+    if stream is Terminal and patience == 0:
+        lines = shown.getvalue().split("\r")
+        assert lines[1] == "tracing: exporting, layer 1 of 3 ...\x1b[K"
+        assert lines[2].endswith("...\x1b[K\n")
+        assert lines[3:] == ["tracing: normalising ...\x1b[K", "\x1b[K"]
+    else:
+        assert shown.getvalue() == ""
