@@ -256,7 +256,7 @@ class _Digest:
         names."""
         if isinstance(function, MethodType):
             self._value(function.__self__, depth + 1)
-            function = function.__func__  # pyright: ignore[reportAssignmentType]
+            function = function.__func__
             assert isinstance(function, FunctionType)
         self._write("function", function.__module__ or "", function.__qualname__)
         if self._is_known(function) or (function.__module__ or "").partition(".")[0] in sys.stdlib_module_names:

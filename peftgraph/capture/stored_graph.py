@@ -67,8 +67,8 @@ def load_graph(
 
 
 def _dump_node(node: fx.Node) -> dict[str, Any]:
-    values = node.meta.get("val")
-    if node.op != "placeholder" and free_unbacked_symbols(values):
+    value: Any = node.meta.get("val")
+    if node.op == "call_function" and free_unbacked_symbols(value):
         raise NotStorable(f"the size that {node.name} counts")
     return {
         "op": node.op,
@@ -229,6 +229,7 @@ def _symbol(
     if name not in sizes:
         source = ConstantSource(name)
         symbol = env.create_symbol(example, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
+        assert isinstance(symbol, sympy.Symbol)
         low, high = ranges[name]
         old = env.var_to_range[symbol]
         env.var_to_range[symbol] = old & ValueRanges(

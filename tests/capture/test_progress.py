@@ -106,11 +106,6 @@ def test_what_is_no_terminal_is_told_nothing(monkeypatch: pytest.MonkeyPatch) ->
     assert stream.getvalue() == ""
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
 @pytest.mark.parametrize(("stream", "patience"), [(Terminal, 0.0), (Terminal, 1e6), (io.StringIO, 0.0)])
 def test_a_terminal_shows_a_line_after_a_while_and_loses_it_at_the_end(
     stream: type[io.StringIO], patience: float, monkeypatch: pytest.MonkeyPatch
