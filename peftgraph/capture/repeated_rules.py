@@ -8,7 +8,7 @@ of the new result: code that reads one reads it there, as if the rule had run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -85,7 +85,11 @@ class RuleMemory:
                 operands.check(tensor)
         except Unlike:
             return
-        made = tuple(frozenset(node for node in _nodes(tensor) if node not in operands.nodes) for tensor in tensors)
+        if any(tensor.requires_grad or id(tensor) in operands.tensors for tensor in tensors):
+            return
+        made = tuple(frozenset(_nodes(tensor) - operands.nodes) for tensor in tensors)
+        if not _symbols(set().union(*made)) <= _symbols(operands.nodes):
+            return  # a size that counts values is new each time
         self._found[key] = _Results(tree, tuple(fast_detach(operands.mode, one) for one in tensors), made)
 
 
@@ -206,6 +210,10 @@ def _facts(env: ShapeEnv) -> tuple[int, ...]:
 def _nodes(tensor: torch.Tensor) -> set[SymNode]:
     sizes = (*tensor.shape, *tensor.stride(), tensor.storage_offset(), tensor.numel())
     return {size.node for size in sizes if isinstance(size, torch.SymInt)}
+
+
+def _symbols(nodes: Iterable[SymNode]) -> set[Any]:
+    return {symbol for node in nodes for symbol in node.expr.free_symbols}
 
 
 @contextmanager
