@@ -106,8 +106,8 @@ def prepare(settings: Settings) -> Setup:
 
 def adapt(setup: Setup) -> tuple[pg.Program, pg.Program]:
     """Trace the encoder and apply the recipe; return both programs."""
-    with working("tracing"):
-        base = pg.trace(setup.model, setup.parts["train"].batch([0, 1, 2]))
+    with working("tracing") as progress:
+        base = pg.trace(setup.model, setup.parts["train"].batch([0, 1, 2]), progress=progress)
     tuned = base.apply(pg.load_recipe(setup.settings.recipe))
     terminal.program(base, tuned)
     count = tuned.count()
