@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy
 import pytest
 import zoo
 
 import peftgraph as pg
 from peftgraph.authoring import Pass
-from peftgraph.passes import IA3, BitFit, LoRA, SerialAdapter
+from peftgraph.passes import IA3, BitFit, LoRA, Prefix, SerialAdapter
 from peftgraph.rewrite.recipe import to_toml
 
 RECIPE = """
@@ -131,3 +132,12 @@ def test_a_pipeline_is_a_pass() -> None:
     assert base.apply(pipeline).recipe == pg.Pipeline([LoRA(rank=2), IA3()])
     with pytest.raises(pg.RecipeError, match="A pipeline holds passes, got str"):
         pg.Pipeline(["lora"])  # pyright: ignore[reportArgumentType]
+
+
+def test_options_that_may_be_none_and_truth_values_of_other_kinds() -> None:
+    assert [Prefix(hidden=value).hidden for value in (None, 4)] == [None, 4]
+    with pytest.raises(pg.RecipeError, match="hidden"):
+        Prefix(hidden="four")  # type: ignore[arg-type]
+    assert LoRA(rank_stabilised=numpy.bool_(True)).rank_stabilised is True  # type: ignore[arg-type]
+    with pytest.raises(pg.RecipeError, match="rank_stabilised"):
+        LoRA(rank_stabilised=1)  # type: ignore[arg-type]
