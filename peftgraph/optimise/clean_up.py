@@ -57,17 +57,17 @@ def share_equal_nodes(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.op != "call_function" or is_random(node):
             continue
-        key = (node.target, _key(node.args), _key(tuple(sorted(node.kwargs.items()))))
+        key = (node.target, argument_key(node.args), argument_key(tuple(sorted(node.kwargs.items()))))
         first = known.setdefault(key, node)
         if first is not node:
             node.replace_all_uses_with(first)
             graph.erase_node(node)
 
 
-def _key(value: Any) -> Any:
+def argument_key(value: Any) -> Any:
     """Return a hashable form of arguments, in which 1, 1.0 and True differ."""
     if isinstance(value, list | tuple):
-        return tuple(_key(one) for one in value)
+        return tuple(argument_key(one) for one in value)
     return value if isinstance(value, fx.Node) else (type(value), repr(value))
 
 

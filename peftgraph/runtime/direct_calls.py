@@ -47,6 +47,9 @@ FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     aten.bmm.default: torch.bmm,
     aten.t.default: torch.t,
     aten.exp.default: torch.exp,
+    aten.split_with_sizes.default: torch.split_with_sizes,
+    aten.roll.default: torch.roll,
+    aten.addcmul.default: torch.addcmul,
 }
 METHODS: dict[Callable[..., Any], str] = {
     aten.view.default: "view",
@@ -60,7 +63,7 @@ METHODS: dict[Callable[..., Any], str] = {
 }
 
 
-KEYWORDS = {"alpha", "scale", "approximate"}  # which those functions take too
+KEYWORDS = {"alpha", "scale", "approximate", "enable_gqa"}  # which those functions take too
 END = 2**62  # from here on, an end of a slice is that of the tensor
 
 

@@ -24,6 +24,7 @@ from peftgraph.ir.signature import Signature
 from peftgraph.runtime.block_calls import outline_blocks
 from peftgraph.runtime.block_regions import BlockRegion, mark_block_regions
 from peftgraph.runtime.codegen import Code, compile_graph
+from peftgraph.runtime.inference import InferenceCode
 from peftgraph.runtime.training_region import TrainingOptions, TrainingRegion
 
 
@@ -39,6 +40,7 @@ class Execution:
         constants: the names of tensor literals.
         state: the buffers that training writes and the program shares, by name.
         regions: the parts that have run in training with code of their own.
+        inference: the code for latency in evaluation, by the inputs that calls omit.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Execution:
         self._sources: dict[str, Code] = {}
         self._options = options
         self.regions: dict[Any, TrainingRegion] = {}
+        self.inference: dict[frozenset[str], InferenceCode] = {}
         mark_block_regions(self.graph, self.blocks)
 
     def missing(self, tensors: Sequence[Tensor | None]) -> frozenset[str]:
@@ -65,7 +68,11 @@ class Execution:
     def run(self, net: nn.Module, tensors: Sequence[Tensor | None], missing: frozenset[str]) -> Any:
         """Run code that `prepare` made, and return its outputs."""
         code, kept = self._codes[net.training, missing]
-        leaves = code(net, *(value for value in tensors if value is not None))
+        given = [value for value in tensors if value is not None]
+        fast = None if net.training else self.inference.get(missing)
+        leaves = None if fast is None else fast.run(net, given)
+        if leaves is None:
+            leaves = code(net, *given)
         return build_outputs(self.signature.outputs, leaves, kept)
 
     def prepare(self, net: nn.Module, missing: frozenset[str]) -> None:
@@ -75,8 +82,10 @@ class Execution:
             graph, kept = self.graph_for(*key)
             name = "-".join(["training" if net.training else "evaluation", *sorted(missing)])
             region = self._region if net.training else lambda graph, code: None
-            graph = outline_blocks(graph, self.blocks, name, self._compiled, net, region)
-            self._codes[key] = (self._compiled(graph), kept)
+            outlined = self._compiled(outline_blocks(graph, self.blocks, name, self._compiled, net, region))
+            self._codes[key] = (outlined, kept)
+            if self._options is not None and self._options.inference and not net.training:
+                self.inference[missing] = InferenceCode(graph, outlined, self.title)
 
     def graph_for(self, training: bool, missing: frozenset[str] = frozenset()) -> tuple[fx.Graph, tuple[bool, ...]]:
         """Return the graph that runs in a mode without the inputs in `missing`, and which output leaves remain.
@@ -97,6 +106,7 @@ class Execution:
             self._codes.clear()
             self._sources.clear()
             self.regions.clear()
+            self.inference.clear()
 
     def _region(self, graph: fx.Graph, code: Code) -> TrainingRegion | None:
         """Return what trains a part of the graph; parts with equal code and inputs of equal sizes share one."""

@@ -21,7 +21,7 @@ from peftgraph.optimise.seeded_dropout import from_state, generator_state
 from peftgraph.optimise.training_graphs import TrainingGraphs, make_training_graphs
 from peftgraph.runtime.codegen import Code, compile_graph
 
-Optimise = Literal["auto", "train", "off"]
+Optimise = Literal["auto", "train", "infer", "off"]
 WORTHWHILE = 2**27  # multiplications of a call by stored matrices, from which on code of its own pays
 MARGIN = 64  # epsilons times the square root of the number of operations, as between a fold's outputs
 
@@ -34,10 +34,12 @@ class TrainingOptions:
         always: whether also small parts get code of their own.
         budget: the fraction of the bytes kept for the backward pass without any repeated product; 0 keeps only what
             enters a block.
+        inference: whether the module has code for latency in evaluation.
     """
 
     always: bool = False
     budget: float = 1.0
+    inference: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def training_options(optimise: Optimise, budget: float) -> TrainingOptions | Non
         raise PeftGraphError(f"optimise is one of {', '.join(get_args(Optimise))}, not {optimise!r}.")
     if not 0.0 <= budget <= 1.0:
         raise PeftGraphError(f"activation_budget is a fraction between 0 and 1, not {budget}.")
-    return None if optimise == "off" else TrainingOptions(optimise == "train", budget)
+    return None if optimise == "off" else TrainingOptions(optimise == "train", budget, optimise == "infer")
 
 
 class TrainingRegion:
@@ -145,7 +147,7 @@ class TrainingRegion:
                 found.append([*outputs, *torch.autograd.grad(chosen, wanted, seeds, allow_unused=True)])
         count = len(list(code.graphs.backward.nodes))
         for number, (plain, ours) in enumerate(zip(*found, strict=True)):
-            if not _agree(plain, ours, count):
+            if not agree(plain, ours, count):
                 kind = "output" if number < code.graphs.outputs else "gradient"
                 return f"{kind} {number % max(1, code.graphs.outputs)} is not that of the plain code"
         return None
@@ -165,7 +167,7 @@ class TrainingRegion:
         return self.plain(holder, *known)
 
 
-def _agree(plain: Any, ours: Any, operations: int) -> bool:
+def agree(plain: Any, ours: Any, operations: int) -> bool:
     """Return True if two values are equal up to rounding."""
     if not isinstance(plain, Tensor) or not isinstance(ours, Tensor):
         return (plain is None and ours is None) or (plain is not None and ours is not None and plain == ours)
