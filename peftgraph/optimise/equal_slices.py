@@ -1,6 +1,6 @@
 """Computes once, on a whole value, what is computed alike on slices of it: the rotary embedding of q and of k.
 
-    f(y[:a], z), f(y[a:b], z)   ->   split(f(y[:b], z))      where f treats each place along that axis alike
+f(y[:a], z), f(y[a:b], z)   ->   split(f(y[:b], z))      where f treats each place along that axis alike
 """
 
 from __future__ import annotations
@@ -19,7 +19,14 @@ from peftgraph.optimise.clean_up import argument_key, remove_unused, same_sizes,
 from peftgraph.optimise.insertion import Inserter
 
 aten = torch.ops.aten
-UNARY = {aten.neg.default, aten.silu.default, aten.gelu.default, aten.relu.default, aten.tanh.default, aten.sigmoid.default}
+UNARY = {
+    aten.neg.default,
+    aten.silu.default,
+    aten.gelu.default,
+    aten.relu.default,
+    aten.tanh.default,
+    aten.sigmoid.default,
+}
 BINARY = {aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor}
 
 

@@ -16,7 +16,7 @@ COPIES = {"copy", "memory_format"}  # arguments of a cast that make it more than
 
 
 def remove_identities(graph: fx.Graph) -> None:
-    """Let every reader of an operation that changes nothing read its operand, in place, and compute equal calls once."""
+    """Let every reader of an operation that changes nothing read its operand, in place; compute equal calls once."""
     for node in list(graph.nodes):
         if node.op == "call_function" and _is_identity(node):
             node.replace_all_uses_with(node.args[0])  # pyright: ignore[reportArgumentType]
@@ -38,6 +38,8 @@ def _is_identity(node: fx.Node) -> bool:
         return same_sizes(before.shape, after.shape)
     if node.target in (aten.detach.default, aten.alias.default):
         return True
+    if source.op == "placeholder" or any(user.op == "output" for user in node.users):
+        return False  # the caller may write into the result, which is no input's memory
     if node.target in (aten.mul.Tensor, aten.div.Tensor):
         return _is(node, 1) and same_sizes(before.shape, after.shape)
     if node.target in (aten.add.Tensor, aten.sub.Tensor):  # -0.0 + 0 is 0.0

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import fx
 
-from peftgraph.ir.dead_code import bypass_full_slices, writes_in_place
+from peftgraph.ir.dead_code import bypass_full_slices
 from peftgraph.ir.graphs import copy_graph
 from peftgraph.optimise.affine_values import join_affine_values
 from peftgraph.optimise.attention_heads import group_queries, rotate_halves
 from peftgraph.optimise.equal_slices import join_equal_slices
+from peftgraph.optimise.functional import make_functional
 from peftgraph.optimise.identities import remove_identities
 from peftgraph.optimise.sibling_products import join_siblings, scale_weights
 from peftgraph.optimise.stages import StagedGraph, cut_into_stages, read_input_sizes, stored_first
@@ -31,17 +31,15 @@ REWRITES: tuple[Callable[[fx.Graph], None], ...] = (
 )
 
 
-def make_inference_graph(graph: fx.Graph, rewrites: tuple[Callable[[fx.Graph], None], ...] = REWRITES) -> StagedGraph:
+def make_inference_graph(graph: fx.Graph) -> StagedGraph:
     """Return a graph in evaluation mode as its parts; `graph` is unchanged.
 
     Raises:
-        NotImplementedError: the graph writes into a value.
+        NotImplementedError: the graph writes into a value in a way that has no other form.
     """
     new = copy_graph(graph)
-    writer = next((node for node in new.nodes if writes_in_place(node)), None)
-    if writer is not None:
-        raise NotImplementedError(f"{writer.name} writes into a value")
-    for rewrite in rewrites:
+    make_functional(new)
+    for rewrite in REWRITES:
         rewrite(new)
     new.lint()
     return cut_into_stages(new)

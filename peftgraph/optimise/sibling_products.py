@@ -75,16 +75,23 @@ def _joined_bias(make: Inserter, products: list[fx.Node]) -> fx.Node:
 
 
 def scale_weights(graph: fx.Graph) -> None:
-    """Multiply the columns of a stored matrix, in place of the value that it multiplies, by a stored vector."""
+    """Multiply the columns of a matrix that is computed anyway, in place of the value that it multiplies, by a stored
+    vector."""
     stages, make = stages_of(graph), Inserter(graph)
     for node in list(graph.nodes):
         if not _is_stored_product(node, stages) or value_of(node).dtype not in DTYPES:
+            continue
+        if node.args[1].op == "get_attr":  # a copy for one call less
             continue
         scaled: Any = node.args[0]
         if scaled.target is not aten.mul.Tensor or len(scaled.users) > 1:
             continue
         for vector, x in (scaled.args, scaled.args[::-1]):
-            if _is_vector(vector, scaled, stages) and isinstance(x, fx.Node) and value_of(x).shape == value_of(scaled).shape:
+            if (
+                _is_vector(vector, scaled, stages)
+                and isinstance(x, fx.Node)
+                and value_of(x).shape == value_of(scaled).shape
+            ):
                 with graph.inserting_before(node):
                     weight = make.call(aten.mul.Tensor, node.args[1], vector)
                 node.args = (x, weight, *node.args[2:])

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.node import map_arg
 
 from peftgraph.optimise.clean_up import is_random, value_of
 
@@ -174,13 +173,10 @@ def _leaves(output: fx.Node) -> list[Any]:
     return list(leaves)
 
 
-def _copied(
-    graph: fx.Graph, leaf: Any, made: Mapping[fx.Node, fx.Node], stages: Mapping[fx.Node, Stage]
-) -> Any:
+def _copied(graph: fx.Graph, leaf: Any, made: Mapping[fx.Node, fx.Node], stages: Mapping[fx.Node, Stage]) -> Any:
     """Return an output: of what is kept for later calls a copy, since the caller may write into it."""
     if not isinstance(leaf, fx.Node):
         return leaf
     if stages[leaf] is Stage.VALUES or leaf.op == "get_attr" or not isinstance(leaf.meta["val"], Tensor):
         return made[leaf]
     return graph.call_function(aten.clone.default, (made[leaf],))
-

@@ -69,11 +69,18 @@ class Execution:
         """Run code that `prepare` made, and return its outputs."""
         code, kept = self._codes[net.training, missing]
         given = [value for value in tensors if value is not None]
-        fast = None if net.training else self.inference.get(missing)
-        leaves = None if fast is None else fast.run(net, given)
+        leaves = self._run_inference(net, given, missing)
         if leaves is None:
             leaves = code(net, *given)
         return build_outputs(self.signature.outputs, leaves, kept)
+
+    def _run_inference(self, net: nn.Module, given: list[Tensor], missing: frozenset[str]) -> list[Any] | None:
+        """Run code for latency; None if the plain code must run."""
+        if net.training:
+            for one in self.inference.values():
+                one.forget()
+            return None
+        return self.inference[missing].run(net, given) if missing in self.inference else None
 
     def prepare(self, net: nn.Module, missing: frozenset[str]) -> None:
         """Compile, once, the code that runs in the module's mode without the inputs in `missing`."""

@@ -20,11 +20,12 @@ from peftgraph.ir.graphs import copy_graph
 from peftgraph.ir.shape_inference import fake_mode_of, infer_values
 from peftgraph.optimise.inference_graphs import make_inference_graph
 from peftgraph.optimise.stages import StagedGraph
-from peftgraph.runtime.training_region import agree
 from peftgraph.runtime.block_module import BlockModule
 from peftgraph.runtime.codegen import Code, compile_graph
+from peftgraph.runtime.training_region import agree
 
 SIZES_KEPT = 4  # combinations of sizes whose masks and tables are kept
+ROUNDING = 0.1  # of the largest output: no rounding differs by more, in half precision either
 _version = operator.attrgetter("_version")
 
 
@@ -183,7 +184,7 @@ class InferenceCode:
         found, wanted = code.rest(None, *read, *inputs), self.plain(net, *inputs)
         count = len(self.graph.nodes)
         for number, (ours, plain) in enumerate(zip(found, wanted, strict=True)):
-            if not agree(plain, ours, count):
+            if not agree(plain, ours, count, ROUNDING):
                 self.refusals.append(f"output {number} is not that of the plain code")
                 return None
         self._checked.add(kind)

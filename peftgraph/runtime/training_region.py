@@ -167,8 +167,8 @@ class TrainingRegion:
         return self.plain(holder, *known)
 
 
-def agree(plain: Any, ours: Any, operations: int) -> bool:
-    """Return True if two values are equal up to rounding."""
+def agree(plain: Any, ours: Any, operations: int, most: float = math.inf) -> bool:
+    """Return True if two values are equal up to rounding, which differs by `most` of the largest value at most."""
     if not isinstance(plain, Tensor) or not isinstance(ours, Tensor):
         return (plain is None and ours is None) or (plain is not None and ours is not None and plain == ours)
     if plain.shape != ours.shape or plain.dtype != ours.dtype:
@@ -180,7 +180,7 @@ def agree(plain: Any, ours: Any, operations: int) -> bool:
     if not torch.equal(finite, torch.isfinite(b)):
         return False
     a, b = (torch.where(finite, one, 0).double() for one in (a, b))
-    bound = MARGIN * torch.finfo(plain.dtype).eps * math.sqrt(operations)
+    bound = min(most, MARGIN * torch.finfo(plain.dtype).eps * math.sqrt(operations))
     return not a.numel() or float((a - b).abs().max()) <= bound * max(float(a.abs().max()), 1e-300)
 
 
