@@ -93,10 +93,9 @@ class AffineValues:
         return Affine(inner.x, joined, shift, inner.nodes | {node}, inner.cost + cost)
 
     def _sum(self, node: fx.Node) -> Affine | None:
-        forms = [self._operand(one, node) for one in node.args]
-        if len(forms) != 2 or forms[0] is None or forms[1] is None:
+        a, b = (self._operand(one, node) for one in node.args)
+        if a is None or b is None:
             return None
-        a, b = forms
         if a.x is not None and b.x is not None and a.x is not b.x:
             return None
         weight = self._combined(node.target, a.weight, b.weight)

@@ -133,7 +133,7 @@ def _result_axis(node: fx.Node, part: Slice, slices: Mapping[fx.Node, Slice]) ->
         others = [one for one in args if one not in slices]
         return part.axis if all(_is_alike_along(one, part.axis, rank) for one in others) else None
     if target is aten.transpose.int:
-        i, j = (axis % rank for axis in args[1:3])  # pyright: ignore
+        i, j = (axis % rank for axis in args[1:3])
         return {i: j, j: i}.get(part.axis, part.axis)
     if target in (aten.slice.Tensor, aten.roll.default, aten.cat.default):
         return part.axis if _keeps_axis(node, part, rank, slices) else None

@@ -19,7 +19,7 @@ def remove_identities(graph: fx.Graph) -> None:
     """Let every reader of an operation that changes nothing read its operand, in place; compute equal calls once."""
     for node in list(graph.nodes):
         if node.op == "call_function" and _is_identity(node):
-            node.replace_all_uses_with(node.args[0])  # pyright: ignore[reportArgumentType]
+            node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     share_equal_nodes(graph)
     remove_unused(graph)

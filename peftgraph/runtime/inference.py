@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._C._functorch import peek_interpreter_stack
 from torch.nn.modules import module as modules
 
 from peftgraph.ir.graphs import copy_graph
@@ -97,7 +98,7 @@ class PreparedCode:
     def for_sizes(self, sizes: tuple[int, ...]) -> tuple[Any, ...]:
         """Return what the code reads beside its inputs in a call with these sizes."""
         part = self.staged.sized
-        values = self.values | dict(zip(self.staged.sizes, sizes, strict=True))
+        values: dict[str, Any] = self.values | dict(zip(self.staged.sizes, sizes, strict=True))
         values |= dict(zip(part.makes, self.sized(None, *(values[name] for name in part.reads)), strict=True))
         for name in self.staged.masks & values.keys():
             if values[name].dtype == torch.bool and bool(values[name].all()):
@@ -164,15 +165,15 @@ class InferenceCode:
             except NotImplementedError as error:
                 self.refusals.append(f"{error}")
                 return None
-            parts = [
+            stored, sized, rest = (
                 compile_graph(part.graph, f"{self.title} {name}")
                 for name, part in (("stored", staged.stored), ("sizes", staged.sized), ("latency", staged.rest))
-            ]
+            )
             tensors = StoredTensors(net, list(staged.sources.values()))
             if not tensors.usable:
                 self.refusals.append("a stored tensor has no count of writes: it is an inference tensor or a subclass")
                 return None
-            code = self.prepared = PreparedCode(staged, *parts, tuple(staged.sizes.values()), tensors)
+            code = self.prepared = PreparedCode(staged, stored, sized, rest, tuple(staged.sizes.values()), tensors)
             self._blocks = [one for one in net.modules() if isinstance(one, BlockModule)]
         code.compute_stored(net)
         return code
@@ -224,16 +225,16 @@ def _is_observed() -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or peek_interpreter_stack() is not None
         or torch._C._is_any_autocast_enabled()
-        or torch.jit.is_tracing()
+        or torch._C._get_tracing_state() is not None
     )
 
 
 def _is_hooked(blocks: Sequence[nn.Module]) -> bool:
     """Return True if someone looks at what enters or leaves a block: the code for latency calls none."""
     return bool(
-        modules._global_forward_hooks  # pyright: ignore[reportPrivateUsage]
+        modules._global_forward_hooks
         or modules._global_forward_pre_hooks
         or any(one._forward_hooks or one._forward_pre_hooks for one in blocks)
     )
