@@ -51,6 +51,7 @@ HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
+OF_THIS_PROCESS = ("_original_object_hash",)  # of transformers: what hash() gave, which every process salts
 TENSORS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib")).resolve()
 
@@ -123,6 +124,7 @@ class _Digest:
         self._seen: dict[int, int] = {}  # objects by identity: cycles, and which of them are one
         self._alive: list[object] = []
         self._modules: dict[int, str] = {}
+        self._followed: set[str] = set()  # the modules of Python whose functions' global names are added
 
     def hexdigest(self) -> str:
         return self._sum.hexdigest()
@@ -134,6 +136,7 @@ class _Digest:
     def model(self, model: nn.Module) -> None:
         """Add the modules of a model: classes with their code, attributes, tensors and which of these are tied."""
         self._modules = {id(module): path for path, module in model.named_modules()}
+        self._followed = {type(module).__module__ for module in model.modules()}
         for path, module in model.named_modules(remove_duplicate=False):
             self._write("module", path, self._modules[id(module)])
             if self._modules[id(module)] == path:
@@ -229,8 +232,9 @@ class _Digest:
         if hasattr(value, "__dict__"):
             self._class(kind)
             for name, one in vars(value).items():
-                self._write("attribute", name)
-                self._value(one, depth + 1)
+                if name not in OF_THIS_PROCESS:
+                    self._write("attribute", name)
+                    self._value(one, depth + 1)
 
     def _class(self, cls: type) -> None:
         """Add a class: its name, the version of its distribution, and its own functions, which may have been
@@ -252,8 +256,8 @@ class _Digest:
             self._class(base)
 
     def _function(self, function: FunctionType | MethodType, depth: int) -> None:
-        """Add the code of a function, what it closes over, and the functions and constants of its module that it
-        names."""
+        """Add the code of a function and what it closes over; also the functions and constants that it names, if it is
+        of a file that defines modules of the model, or of one that no distribution installed."""
         if isinstance(function, MethodType):
             self._value(function.__self__, depth + 1)
             function = function.__func__
@@ -266,7 +270,7 @@ class _Digest:
             self._lenient(value, depth)
         for cell in function.__closure__ or ():
             self._lenient(_content(cell), depth)
-        if (function.__module__ or "").partition(".")[0] != "torch":
+        if function.__module__ in self._followed or not _is_installed(function.__code__.co_filename):
             for name in _names(function.__code__):
                 self._write("name", name)
                 self._lenient(function.__globals__.get(name), depth)

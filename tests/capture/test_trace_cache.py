@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -293,3 +295,25 @@ def test_a_folder_that_cannot_be_written_costs_nothing_but_time(tmp_path: Path) 
     program = traced(Net(), tmp_path / "file", progress=lambda phase, *_: told.append(phase))
     assert len(program.sites) > 0
     assert any(one.startswith("not kept for later: ") for one in told)
+
+
+OF_A_PROCESS = """
+from transformers import LlamaConfig, LlamaForCausalLM
+from peftgraph.capture.example_inputs import bind_example
+from peftgraph.capture.model_identity import identity
+import torch
+sizes = dict(vocab_size=8, hidden_size=8, intermediate_size=8, num_attention_heads=2)
+model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))
+print(identity(model, bind_example(model, {"input_ids": torch.ones(3, 5, dtype=torch.long)}), {}))
+"""
+
+
+def test_a_library_model_has_one_key_in_every_process() -> None:
+    keys: set[str] = set()
+    for seed in ("1", "2"):
+        done = subprocess.run(
+            [sys.executable, "-c", OF_A_PROCESS],
+            env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        keys.add(done.stdout.strip())
+    assert len(keys) == 1
