@@ -196,6 +196,30 @@ def test_where_gradients_are_wanted_the_plain_code_runs(llama: tuple[Any, Any]) 
     assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[1])
 
 
+def test_calls_under_the_modes_of_torch(llama: tuple[Any, Any]) -> None:
+    fast, plain = llama
+    inputs = zoo.example("llama")
+    with torch.inference_mode():
+        assert_equal(fast, plain, inputs)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(fast(**inputs).logits, plain(**inputs).logits)
+    other = {name: value.detach() * 1.1 for name, value in fast.named_parameters()}
+    with torch.no_grad():
+        called = [torch.func.functional_call(net, other, (), inputs).logits for net in llama]
+    torch.testing.assert_close(called[0], called[1], rtol=0, atol=1e-4)
+    assert_equal(fast, plain, inputs)
+    assert code_of(fast).refusals == []
+
+
+def test_who_writes_into_an_output_changes_no_later_call(llama: tuple[Any, Any]) -> None:
+    fast, plain = llama
+    inputs = zoo.example("llama")
+    with torch.no_grad():
+        for value in leaves(fast(**inputs)):
+            value.zero_()
+    assert_equal(fast, plain, inputs)
+
+
 def test_hooks_of_blocks_are_called(llama: tuple[Any, Any]) -> None:
     fast, plain = llama
     assert_equal(fast, plain, zoo.example("llama"))
