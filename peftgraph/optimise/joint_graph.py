@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.node import map_arg
 
 from peftgraph.ir.dead_code import writes_in_place
+from peftgraph.optimise.clean_up import remove_unused
 from peftgraph.optimise.seeded_dropout import DROPOUT, traced_attention, traced_dropout
 
 aten = torch.ops.aten
@@ -101,6 +102,23 @@ def trace_joint_graph(graph: fx.Graph, values: Sequence[Any]) -> JointGraph:
     _tangents_as_inputs(traced)
     stored = sum(node.op == "get_attr" for node in inputs)
     return JointGraph(traced, len(inputs), count, tuple(differentiable), wanted, stored)
+
+
+def with_gradients_of(joint: JointGraph, wanted: Set[int]) -> JointGraph:
+    """Return a copy of a joint graph with the gradients by the inputs at positions `wanted` only."""
+    graph = fx.Graph()
+    made: dict[fx.Node, fx.Node] = {}
+    leaves: Any = graph.graph_copy(joint.graph, made)
+    kept = [one for i, one in zip(joint.wanted, leaves[joint.outputs :], strict=True) if i in wanted]
+    graph.output([*leaves[: joint.outputs], *kept])
+    remove_unused(graph)
+    tangents = graph.find_nodes(op="placeholder")[joint.inputs :]
+    differentiable = tuple(i for i, one in zip(joint.differentiable, tangents, strict=True) if one.users)
+    for one in tangents:
+        if not one.users:
+            graph.erase_node(one)
+    chosen = tuple(i for i in joint.wanted if i in wanted)
+    return JointGraph(graph, joint.inputs, joint.outputs, differentiable, chosen, joint.stored)
 
 
 def _device(values: Sequence[Any]) -> torch.device:

@@ -25,6 +25,7 @@ def join_products(graph: fx.Graph) -> None:
     accumulate_products(graph)
     stack_small_products(graph)
     stack_small_gradients(graph)
+    transpose_narrow_gradients(graph)
     stack_accumulated_products(graph)
     share_equal_nodes(graph)
     remove_unused(graph)
@@ -197,6 +198,22 @@ def _stack_gradients(graph: fx.Graph, value: fx.Node, products: list[fx.Node]) -
             one.replace_all_uses_with(call(graph, aten.slice.Tensor, total, 0, *rows))
     for one in products:
         graph.erase_node(one)
+
+
+def transpose_narrow_gradients(graph: fx.Graph) -> None:
+    """Compute, in place, each narrow product of a transposed value by rows: m^T n as (n^T m)^T."""
+    for node in list(graph.nodes):
+        if node.target is not aten.mm.default or _transposed(node.args[0]) is None:
+            continue
+        height, width = value_of(node).shape
+        if _is_fraction(width, height):
+            with graph.inserting_before(node):
+                rows = call(
+                    graph, aten.mm.default, call(graph, aten.t.default, node.args[1]), _transposed(node.args[0])
+                )
+                result = call(graph, aten.t.default, rows)
+            node.replace_all_uses_with(result)
+            graph.erase_node(node)
 
 
 def stack_accumulated_products(graph: fx.Graph) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import fx
 
 from peftgraph.optimise.clean_up import clean_up
 from peftgraph.optimise.in_place import write_in_place
-from peftgraph.optimise.joint_graph import trace_joint_graph
+from peftgraph.optimise.joint_graph import JointGraph, trace_joint_graph, with_gradients_of
 from peftgraph.optimise.memory_plan import MemoryPlan, plan_memory
 from peftgraph.optimise.partition import Parts, backward_graph, forward_graph
 from peftgraph.optimise.products import join_products
@@ -40,20 +40,31 @@ class TrainingGraphs:
     plan: MemoryPlan
 
 
-def make_training_graphs(graph: fx.Graph, values: Sequence[Any], budget: float = 1.0) -> TrainingGraphs:
-    """Trace and optimise both passes of a graph.
+def optimised_joint_graph(graph: fx.Graph, values: Sequence[Any]) -> JointGraph:
+    """Trace both passes of a graph as one, and simplify it.
 
     Args:
         graph: as for `trace_joint_graph`.
         values: of its inputs in a call, real or fake.
-        budget: the fraction of the bytes that are kept when no product is computed again; 0 computes everything again
-            from the inputs.
 
     Raises:
         Exception: torch cannot trace or differentiate an operation of the graph.
     """
     joint = trace_joint_graph(graph, values)
     clean_up(joint.graph)
+    return joint
+
+
+def make_training_graphs(joint: JointGraph, wanted: Set[int], budget: float = 1.0) -> TrainingGraphs:
+    """Make the graphs of both passes.
+
+    Args:
+        joint: both passes; unchanged.
+        wanted: the positions of the inputs by which gradients are needed.
+        budget: the fraction of the bytes that are kept when no product is computed again; 0 computes everything again
+            from the inputs.
+    """
+    joint = with_gradients_of(joint, wanted)
     join_products(joint.graph)
     parts = Parts(joint)
     plan = plan_memory(parts, budget)

@@ -17,7 +17,7 @@ from torch.fx.node import map_arg
 from peftgraph.runtime.block_module import BlockModule
 from peftgraph.runtime.block_regions import BLOCK_KEY, BlockRegion
 from peftgraph.runtime.codegen import Code
-from peftgraph.runtime.training_region import TrainingRegion
+from peftgraph.runtime.training_region import STREAM_KEY, TrainingRegion
 
 Unit = list[fx.Node]
 
@@ -58,7 +58,7 @@ def outline_blocks(
         if number is None:
             made[unit[0]] = new.node_copy(unit[0], lambda operand: made[operand])
             continue
-        piece = _piece(unit, blocks[number].path)
+        piece = _piece(unit, blocks[number])
         count = times[piece.path] = times.get(piece.path, -1) + 1  # a block that several layers share runs often
         block = root.get_submodule(piece.path)
         assert isinstance(block, BlockModule)
@@ -124,14 +124,14 @@ def _sorted(units: list[Unit]) -> tuple[list[Unit], list[Unit]]:
     return [units[i] for i in done], [units[i] for i in sorted(rest)]
 
 
-def _piece(unit: Unit, path: str) -> BlockGraph:
+def _piece(unit: Unit, block: BlockRegion) -> BlockGraph:
     """Return the nodes of a block under names that do not depend on which block it is."""
-    inside = set(unit)
+    inside, path = set(unit), block.path
     piece = BlockGraph(path, fx.Graph())
     piece.inputs = list(dict.fromkeys(o for node in unit for o in node.all_input_nodes if o not in inside))
     made = {node: piece.graph.placeholder(f"x{i}") for i, node in enumerate(piece.inputs)}
     for node, placeholder in made.items():
-        placeholder.meta = dict(node.meta)
+        placeholder.meta = {**node.meta, STREAM_KEY: node.name == block.input}
     for i, node in enumerate(unit):
         args, kwargs = map_arg((node.args, node.kwargs), lambda operand: made[operand])
         target = str(node.target).removeprefix(f"{path}.") if node.op == "get_attr" else node.target

@@ -6,7 +6,6 @@ to rounding. Where torch cannot trace the part, or the check fails, the plain co
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -16,14 +15,14 @@ from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
 
 from peftgraph.errors import PeftGraphError
-from peftgraph.optimise.joint_graph import is_dense, stride_order
-from peftgraph.optimise.seeded_dropout import from_state, generator_state
-from peftgraph.optimise.training_graphs import TrainingGraphs, make_training_graphs
+from peftgraph.optimise.joint_graph import JointGraph, is_dense, stride_order
+from peftgraph.optimise.training_graphs import TrainingGraphs, make_training_graphs, optimised_joint_graph
 from peftgraph.runtime.codegen import Code, compile_graph
+from peftgraph.runtime.region_check import RegionCheck, compare_with_plain, leaf
 
-Optimise = Literal["auto", "train", "infer", "off"]
+Optimise = Literal["auto", "train", "off"]
+STREAM_KEY = "stream"  # in a placeholder's metadata: whether it is the stream that enters a block
 WORTHWHILE = 2**27  # multiplications of a call by stored matrices, from which on code of its own pays
-MARGIN = 64  # epsilons times the square root of the number of operations, as between a fold's outputs
 
 
 @dataclass(frozen=True)
@@ -70,14 +69,19 @@ class TrainingRegion:
     Attributes:
         graph: the graph; its stored tensors are those of a module.
         codes: the code by kind of call; None where the plain code runs.
-        refusals: the reasons for that.
+        checks: the comparisons with the plain code.
+        refusals: the reasons why plain code runs.
     """
 
     def __init__(self, graph: fx.Graph, plain: Code, title: str, options: TrainingOptions) -> None:
         self.graph, self.plain, self.title, self.options = graph, plain, title, options
         self.stored = tuple(str(node.target) for node in graph.nodes if node.op == "get_attr")
-        self.free = tuple(_free_axes(node) for op in ("get_attr", "placeholder") for node in graph.find_nodes(op=op))
+        inputs = [node for op in ("get_attr", "placeholder") for node in graph.find_nodes(op=op)]
+        self.stream = tuple(bool(node.meta.get(STREAM_KEY)) for node in inputs)
+        self.free = tuple(map(_free_axes, inputs))
         self.codes: dict[Any, TrainingCode | None] = {}
+        self._joints: dict[Any, JointGraph] = {}
+        self.checks: list[RegionCheck] = []
         self.refusals: list[str] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TrainingRegion:
@@ -115,73 +119,37 @@ class TrainingRegion:
     def _checked_code(self, operands: Sequence[Any], budget: float, device: torch.device) -> TrainingCode | None:
         """Make the code for a call and compare it with the plain code on that call; None where it cannot serve."""
         try:
-            graphs = make_training_graphs(self.graph, operands, budget)
-        except Exception as error:  # whatever torch's tracer or a derivative raises: the plain code serves
+            joint = self._joint(operands, device)
+        except Exception as error:  # whatever torch's tracer or a derivative raises
             self.refusals.append(f"not traced: {type(error).__name__}: {error}".splitlines()[0])
             return None
-        code = TrainingCode(
-            self._compiled(graphs.forward, "forward"), self._compiled(graphs.backward, "backward"), graphs
+        wanted = {i for i, one in enumerate(operands) if isinstance(one, Tensor) and one.requires_grad}
+        graphs = make_training_graphs(joint, wanted, budget)
+        forward, backward = (
+            compile_graph(graph, f"{self.title} {name}")
+            for graph, name in ((graphs.forward, "forward"), (graphs.backward, "backward"))
         )
-        difference = self._difference(code, operands, device)
-        if difference is not None:
-            self.refusals.append(difference)
+        code = TrainingCode(forward, backward, graphs)
+        check = compare_with_plain(
+            self.plain, self.stored, lambda *leaves: _Region.apply(code, device.type, *leaves), operands, graphs
+        )
+        self.checks.append(check)
+        if check.difference is not None:
+            self.refusals.append(check.difference)
             return None
         return code
 
-    def _compiled(self, graph: fx.Graph, name: str) -> Code:
-        return compile_graph(graph, f"{self.title} {name}")
-
-    def _difference(self, code: TrainingCode, operands: Sequence[Any], device: torch.device) -> str | None:
-        """Say where outputs or gradients are not those of the plain code; None if they are."""
-        state = generator_state(device)
-        found: list[list[Any]] = []
-        for run in (self._run_plain, lambda *leaves: _Region.apply(code, device.type, *leaves)):
-            leaves = [
-                one.detach().requires_grad_(one.requires_grad) if isinstance(one, Tensor) else one for one in operands
-            ]
-            with torch.enable_grad(), from_state(device, state):
-                outputs = list(run(*leaves))
-                chosen = [outputs[i] for i in code.graphs.differentiable]
-                seeds = [one.detach().to(torch.float32).sin().to(one.dtype) for one in chosen]
-                wanted = [leaves[i] for i in code.graphs.wanted]
-                found.append([*outputs, *torch.autograd.grad(chosen, wanted, seeds, allow_unused=True)])
-        count = len(list(code.graphs.backward.nodes))
-        for number, (plain, ours) in enumerate(zip(*found, strict=True)):
-            if not agree(plain, ours, count):
-                kind = "output" if number < code.graphs.outputs else "gradient"
-                return f"{kind} {number % max(1, code.graphs.outputs)} is not that of the plain code"
-        return None
-
-    def _run_plain(self, *leaves: Any) -> list[Any]:
-        """Run the graph, whose stored tensors are the first operands."""
-        known = iter(leaves)
-        holder = nn.Module()
-        for path in self.stored:
-            *parents, leaf = path.split(".")
-            place: Any = holder
-            for name in parents:
-                if name not in place.__dict__:
-                    place.__dict__[name] = nn.Module()
-                place = place.__dict__[name]
-            place.__dict__[leaf] = next(known)
-        return self.plain(holder, *known)
-
-
-def agree(plain: Any, ours: Any, operations: int, most: float = math.inf) -> bool:
-    """Return True if two values are equal up to rounding, which differs by `most` of the largest value at most."""
-    if not isinstance(plain, Tensor) or not isinstance(ours, Tensor):
-        return (plain is None and ours is None) or (plain is not None and ours is not None and plain == ours)
-    if plain.shape != ours.shape or plain.dtype != ours.dtype:
-        return False
-    if not plain.is_floating_point():
-        return torch.equal(plain, ours)
-    a, b = plain.detach(), ours.detach()
-    finite = torch.isfinite(a)
-    if not torch.equal(finite, torch.isfinite(b)):
-        return False
-    a, b = (torch.where(finite, one, 0).double() for one in (a, b))
-    bound = min(most, MARGIN * torch.finfo(plain.dtype).eps * math.sqrt(operations))
-    return not a.numel() or float((a - b).abs().max()) <= bound * max(float(a.abs().max()), 1e-300)
+    def _joint(self, operands: Sequence[Any], device: torch.device) -> JointGraph:
+        """Return both passes for a kind of call; the first block, whose input needs no gradient, shares that of the
+        others."""
+        leaves = [
+            leaf(one).requires_grad_() if stream and one.is_floating_point() else one
+            for one, stream in zip(operands, self.stream, strict=True)
+        ]
+        key = (_autocast(device), *map(_kind, leaves, self.free))
+        if key not in self._joints:
+            self._joints[key] = optimised_joint_graph(self.graph, leaves)
+        return self._joints[key]
 
 
 def _read(module: nn.Module, path: str) -> Any:
