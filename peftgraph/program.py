@@ -44,6 +44,7 @@ from peftgraph.runtime.export.exported_program import export_program
 from peftgraph.runtime.module import GraphModule
 from peftgraph.runtime.submodule_module import embed_in_model
 from peftgraph.runtime.training_region import Optimise, training_options
+from peftgraph.runtime.training_report import TrainingReport, report_training
 from peftgraph.runtime.transformers_module import make_transformers_module
 from peftgraph.sites import Absent, Pattern, Selector, Site, Sites, as_selector, find_sites
 from peftgraph.sites.assign.naming import sections, titles
@@ -282,6 +283,14 @@ class Program(NotPicklable, ProgramData):
             native.save_trained(self, trained, directory)
 
         return make_transformers_module(self, blocks, self.model_class, save, options)
+
+    def explain_cost(self, net: nn.Module) -> TrainingReport:
+        """Return what the optimised blocks of a module keep between the passes, and what they compute again.
+
+        Args:
+            net: what `module()` returned, after a step of training, whose sizes the report tells.
+        """
+        return report_training(net)
 
     def calibrate(
         self,

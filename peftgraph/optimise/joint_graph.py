@@ -99,6 +99,8 @@ def trace_joint_graph(graph: fx.Graph, values: Sequence[Any]) -> JointGraph:
     detached = [one.detach() if isinstance(one, Tensor) else one for one in fakes]
     with mode, enable_python_dispatcher():
         traced = make_fx(joint)(*detached).graph
+    if mode.shape_env is not None and mode.shape_env.guards:
+        raise NotImplementedError(f"the derivative holds for some sizes only: {mode.shape_env.guards[0].expr}")
     _tangents_as_inputs(traced)
     stored = sum(node.op == "get_attr" for node in inputs)
     return JointGraph(traced, len(inputs), count, tuple(differentiable), wanted, stored)

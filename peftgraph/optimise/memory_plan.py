@@ -42,6 +42,13 @@ class MemoryPlan:
     bytes: int
     repeated: int
 
+    def largest_values(self, count: int = 8) -> tuple[tuple[str, str, int], ...]:
+        """Return the largest kept values that are not inputs, as operator, sizes and bytes."""
+        own = [node for node in self.kept if node.op != "placeholder" and bytes_of(node)]
+        own.sort(key=bytes_of, reverse=True)
+        shape = [" x ".join(str(hint(size)) for size in node.meta["val"].shape) for node in own]
+        return tuple((_word(node), sizes, bytes_of(node)) for node, sizes in zip(own, shape, strict=True))[:count]
+
 
 def plan_memory(parts: Parts, budget: float = 1.0) -> MemoryPlan:
     """Find the fewest bytes that a forward pass must keep.

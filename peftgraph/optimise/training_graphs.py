@@ -11,7 +11,7 @@ from torch import fx
 from peftgraph.optimise.clean_up import clean_up
 from peftgraph.optimise.in_place import write_in_place
 from peftgraph.optimise.joint_graph import JointGraph, trace_joint_graph, with_gradients_of
-from peftgraph.optimise.memory_plan import MemoryPlan, plan_memory
+from peftgraph.optimise.memory_plan import MemoryPlan, is_product, plan_memory
 from peftgraph.optimise.partition import Parts, backward_graph, forward_graph
 from peftgraph.optimise.products import join_products
 
@@ -29,6 +29,7 @@ class TrainingGraphs:
         differentiable: the positions of the outputs that have gradients.
         wanted: the positions of the inputs that get gradients.
         plan: what is kept.
+        products: the number of matrix products of both passes, before and after they were joined.
     """
 
     forward: fx.Graph
@@ -38,6 +39,7 @@ class TrainingGraphs:
     differentiable: tuple[int, ...]
     wanted: tuple[int, ...]
     plan: MemoryPlan
+    products: tuple[int, int]
 
 
 def optimised_joint_graph(graph: fx.Graph, values: Sequence[Any]) -> JointGraph:
@@ -65,11 +67,13 @@ def make_training_graphs(joint: JointGraph, wanted: Set[int], budget: float = 1.
             from the inputs.
     """
     joint = with_gradients_of(joint, wanted)
+    before = sum(map(is_product, joint.graph.nodes))
     join_products(joint.graph)
+    products = before, sum(map(is_product, joint.graph.nodes))
     parts = Parts(joint)
     plan = plan_memory(parts, budget)
     passes = forward_graph(parts, plan.kept), backward_graph(parts, plan.kept)
     for one in passes:
         write_in_place(one)
     kept = tuple(i for i, node in enumerate(parts.inputs) if node in plan.kept)
-    return TrainingGraphs(*passes, joint.outputs, kept, joint.differentiable, joint.wanted, plan)
+    return TrainingGraphs(*passes, joint.outputs, kept, joint.differentiable, joint.wanted, plan, products)

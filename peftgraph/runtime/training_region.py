@@ -7,7 +7,7 @@ to rounding. Where torch cannot trace the part, or the check fails, the plain co
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -48,6 +48,7 @@ class TrainingCode:
     forward: Code
     backward: Code
     graphs: TrainingGraphs
+    check: RegionCheck | None = None
 
 
 def training_options(optimise: Optimise, budget: float) -> TrainingOptions | None:
@@ -69,7 +70,6 @@ class TrainingRegion:
     Attributes:
         graph: the graph; its stored tensors are those of a module.
         codes: the code by kind of call; None where the plain code runs.
-        checks: the comparisons with the plain code.
         refusals: the reasons why plain code runs.
     """
 
@@ -81,7 +81,6 @@ class TrainingRegion:
         self.free = tuple(map(_free_axes, inputs))
         self.codes: dict[Any, TrainingCode | None] = {}
         self._joints: dict[Any, JointGraph] = {}
-        self.checks: list[RegionCheck] = []
         self.refusals: list[str] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TrainingRegion:
@@ -133,11 +132,10 @@ class TrainingRegion:
         check = compare_with_plain(
             self.plain, self.stored, lambda *leaves: _Region.apply(code, device.type, *leaves), operands, graphs
         )
-        self.checks.append(check)
         if check.difference is not None:
             self.refusals.append(check.difference)
             return None
-        return code
+        return replace(code, check=check)
 
     def _joint(self, operands: Sequence[Any], device: torch.device) -> JointGraph:
         """Return both passes for a kind of call; the first block, whose input needs no gradient, shares that of the
