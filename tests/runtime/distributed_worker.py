@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import peftgraph as pg
 from peftgraph.authoring.training import full
 from peftgraph.passes import AdaLoRA, LoRA
+from peftgraph.runtime.training_region import Optimise
 
 STEPS = 6
 
@@ -36,11 +37,12 @@ def program() -> pg.Program:
     return zoo.randomise(traced.apply(LoRA(rank=2)))
 
 
-def learned(wrap: Callable[[Any], Any], ids: torch.Tensor) -> dict[str, torch.Tensor]:
+def learned(wrap: Callable[[Any], Any], ids: torch.Tensor, optimise: Optimise) -> dict[str, torch.Tensor]:
     """The parameters that AdaLoRA ends at, each of them whole."""
     torch.manual_seed(1)
     tuned = program().remove().apply(AdaLoRA(at="attention.*", rank=4, target_rank=2, warmup=1, orthogonality=0.3))
-    net = wrap(tuned.module())
+    module = tuned.module(optimise)
+    net = wrap(module)
     run = tuned.training(net, steps=STEPS)
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.5)
     for _ in range(STEPS):
@@ -49,6 +51,9 @@ def learned(wrap: Callable[[Any], Any], ids: torch.Tensor) -> dict[str, torch.Te
         optimizer.step()
         run.step()
         optimizer.zero_grad()
+    report = tuned.explain_cost(module)
+    assert bool(report.costs) == (optimise == "train"), report
+    assert not report.refusals, report
     trained = ((name.removeprefix("module."), p) for name, p in net.named_parameters() if p.requires_grad)
     return {name: full(p).detach() for name, p in trained}
 
@@ -72,10 +77,10 @@ def main(folder: Path) -> None:
     assert found
     for name, grad in found.items():
         torch.testing.assert_close(grad, wanted[name], rtol=1e-12, atol=1e-14)
-    alone = learned(lambda net: net, ids)
+    alone = learned(lambda net: net, ids, "off")
     assert sum(int((value == 0).sum()) for name, value in alone.items() if name.endswith("_e")) == 2 * 4 * 2
     for wrap in (DistributedDataParallel, sharded):
-        for name, value in learned(wrap, ids.chunk(count)[rank]).items():
+        for name, value in learned(wrap, ids.chunk(count)[rank], "train").items():
             torch.testing.assert_close(value, alone[name], rtol=1e-9, atol=1e-12)
     dist.barrier()
     if rank == 0:
