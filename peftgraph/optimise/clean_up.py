@@ -163,7 +163,7 @@ def _joined_slices(node: fx.Node) -> Any:
     parts = [one for one in node.args[:2] if isinstance(one, fx.Node) and one.target is aten.slice_backward.default]
     if len(parts) != 2 or node.kwargs:
         return None
-    ranges = sorted((tuple(one.args[2:]), i) for i, one in enumerate(parts) if _is_static(one.args[2:]))
+    ranges: list[Any] = sorted((tuple(one.args[2:]), i) for i, one in enumerate(parts) if _is_static(one.args[2:]))
     if len(ranges) != 2:
         return None
     ((axis, start, middle, step), low), ((other, again, end, stride), high) = ranges

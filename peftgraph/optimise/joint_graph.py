@@ -148,8 +148,9 @@ def run_graph(graph: fx.Graph, inputs: Sequence[fx.Node], values: Sequence[Any])
         if node.op == "output":
             return list(map_arg(node.args[0], known.__getitem__))
         args, kwargs = map_arg((node.args, node.kwargs), known.__getitem__)
-        target = _functional(node, place) if writes_in_place(node) else node.target
-        known[node] = STAND_INS.get(target, target)(*args, **kwargs)
+        target: Any = _functional(node, place) if writes_in_place(node) else node.target
+        function: Any = STAND_INS.get(target, target)
+        known[node] = function(*args, **kwargs)
     raise AssertionError("a graph without outputs")
 
 
@@ -214,10 +215,11 @@ class _SymbolicValues:
 
     def _derived(self, expression: sympy.Expr, value: int) -> int | SymInt | None:
         """Return an expression of symbols that are known already; None if it has others."""
-        if expression.is_Symbol or not all(symbol in self.symbols for symbol in expression.free_symbols):
+        symbols: Any = expression.free_symbols
+        if expression.is_Symbol or not all(symbol in self.symbols for symbol in symbols):
             return None
-        parts = {one: _expression(self.symbols[one]) for one in expression.free_symbols}
-        derived = expression.xreplace(parts)
+        parts: dict[Any, Any] = {one: _expression(self.symbols[one]) for one in symbols}
+        derived: Any = expression.xreplace(parts)
         assert self.mode.shape_env is not None
         if not derived.free_symbols:
             return value
@@ -227,9 +229,11 @@ class _SymbolicValues:
         if value in (0, 1):
             return value
         self._count += 1
+        from torch._dynamo.source import ConstantSource  # on first use: importing dynamo takes a while
+
         environment = self.mode.shape_env
         assert environment is not None
-        source = torch._dynamo.source.ConstantSource(f"size{self._count}")
+        source = ConstantSource(f"size{self._count}")
         symbol = environment.create_symbol(value, source, DimDynamic.DYNAMIC)
         return environment.create_symintnode(symbol, hint=value)
 

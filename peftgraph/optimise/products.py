@@ -107,14 +107,15 @@ def _accumulate(graph: fx.Graph, node: fx.Node, rest: fx.Node, term: _Term) -> N
 
 def _term(node: fx.Node) -> _Term | None:
     """Return the product that a value is, perhaps times a number, if nothing else reads it."""
-    factor, sizes = 1.0, None
+    factor: Any = 1.0
+    sizes: Any = None
     while len(node.users) == 1:
         if node.target is aten.mm.default:
             return _Term(node.args[0], node.args[1], factor, sizes)
         if node.target in VIEWS:
             sizes = sizes if sizes is not None else node.args[1]
         elif node.target is aten.mul.Tensor and _is_number(node.args[1]):
-            factor *= node.args[1]  # pyright: ignore[reportOperatorIssue]
+            factor *= node.args[1]
         else:
             return None
         node = node.args[0]  # pyright: ignore[reportAssignmentType]

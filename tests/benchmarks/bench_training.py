@@ -154,7 +154,7 @@ def _compare(nets: dict[str, nn.Module]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--models", nargs="+", default=["llama"], choices=list(MODELS))
     parser.add_argument("--out", type=Path)

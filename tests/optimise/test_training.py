@@ -23,7 +23,9 @@ METHODS: dict[str, list[Any]] = {
     "parallel": [ParallelAdapter()],
     "unipelt": [UniPELT()],
 }
-CASES = [(name, "lora") for name in zoo.NAMES] + [("nano", method) for method in METHODS if method not in ("lora", "exact")]
+CASES = [(name, "lora") for name in zoo.NAMES] + [
+    ("nano", method) for method in METHODS if method not in ("lora", "exact")
+]
 
 
 def loss(net: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
