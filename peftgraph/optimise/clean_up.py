@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import SymInt, Tensor, fx
+from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
 VIEWS = {aten.view.default, aten._unsafe_view.default}
@@ -94,7 +95,7 @@ def call(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     """Insert a call whose value is inferred from those of its operands."""
     node = graph.call_function(target, args, kwargs)
     known, named = fx.map_arg((args, kwargs), lambda one: one.meta["val"])
-    tensors = [one for one in fx.node.map_aggregate(known, lambda one: one) if isinstance(one, Tensor)]
+    tensors = [one for one in pytree.tree_leaves((known, named)) if isinstance(one, Tensor)]
     mode = tensors[0].fake_mode if tensors else None  # pyright: ignore[reportAttributeAccessIssue]
     if mode is None:
         node.meta["val"] = target(*known, **named)

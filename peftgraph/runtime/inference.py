@@ -23,7 +23,7 @@ from peftgraph.optimise.inference_graphs import make_inference_graph
 from peftgraph.optimise.stages import StagedGraph
 from peftgraph.runtime.block_module import BlockModule
 from peftgraph.runtime.codegen import Code, compile_graph
-from peftgraph.runtime.training_region import agree
+from peftgraph.runtime.region_check import agree
 
 SIZES_KEPT = 4  # combinations of sizes whose masks and tables are kept
 ROUNDING = 0.1  # of the largest output: no rounding differs by more, in half precision either

@@ -20,7 +20,7 @@ from peftgraph.optimise.training_graphs import TrainingGraphs, make_training_gra
 from peftgraph.runtime.codegen import Code, compile_graph
 from peftgraph.runtime.region_check import RegionCheck, compare_with_plain, leaf
 
-Optimise = Literal["auto", "train", "off"]
+Optimise = Literal["auto", "train", "infer", "off"]
 STREAM_KEY = "stream"  # in a placeholder's metadata: whether it is the stream that enters a block
 WORTHWHILE = 2**27  # multiplications of a call by stored matrices, from which on code of its own pays
 
