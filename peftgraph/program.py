@@ -250,7 +250,9 @@ class Program(NotPicklable, ProgramData):
                 found.append((f"{site.stack} {layer}".strip() if site.stack else layer, site.role, change.rank))
         return RankMap.of(found)
 
-    def module(self, optimise: Optimise = "auto", activation_budget: float = 1.0) -> nn.Module:
+    def module(
+        self, optimise: Optimise = "auto", activation_budget: float = 1.0, keep_logits: bool = True
+    ) -> nn.Module:
         """Return an ordinary module with the model's own call signature, output type and parameter names.
 
         Only new parameters require grad. They are shared with this program, so `pg.fold` sees what training did to
@@ -266,13 +268,15 @@ class Program(NotPicklable, ProgramData):
                 mode). Where gradients are wanted in evaluation, the plain code runs.
             activation_budget: of the bytes that optimised blocks keep between the passes without repeating any
                 product, the fraction to keep; 0 keeps what enters a block, and computes everything else again.
+            keep_logits: False computes a cross-entropy in training in chunks of rows, with the head's product inside,
+                so that logits are never in memory together; the output has None in their place. Evaluation has them.
 
         Raises:
             Conflict: several named adapters train copies of one tensor; `only` chooses one.
             PeftGraphError: an argument has no meaning.
         """
         self.require_one_adapter()
-        options = training_options(optimise, activation_budget)
+        options = training_options(optimise, activation_budget, keep_logits)
         blocks = find_block_regions(self, self.sites)
         if self.enclosing_model is not None:
             return embed_in_model(self, blocks, self.enclosing_model, options)

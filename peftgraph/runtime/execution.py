@@ -21,6 +21,7 @@ from peftgraph.ir.modes import (
 )
 from peftgraph.ir.program import ProgramData
 from peftgraph.ir.signature import Signature
+from peftgraph.optimise.chunked_loss import chunk_losses
 from peftgraph.runtime.block_calls import outline_blocks
 from peftgraph.runtime.block_regions import BlockRegion, mark_block_regions
 from peftgraph.runtime.codegen import Code, compile_graph
@@ -87,6 +88,10 @@ class Execution:
         key = (net.training, missing)
         if key not in self._codes:
             graph, kept = self.graph_for(*key)
+            if net.training and self._options is not None and not self._options.keep_logits:
+                dropped = chunk_losses(graph)
+                remove_dead_nodes(graph)
+                kept = tuple(flag and i not in dropped for i, flag in enumerate(kept))
             name = "-".join(["training" if net.training else "evaluation", *sorted(missing)])
             region = self._region if net.training else lambda graph, code: None
             outlined = self._compiled(outline_blocks(graph, self.blocks, name, self._compiled, net, region))

@@ -34,11 +34,13 @@ class TrainingOptions:
         budget: the fraction of the bytes kept for the backward pass without any repeated product; 0 keeps only what
             enters a block.
         inference: whether the module has code for latency in evaluation.
+        keep_logits: whether training returns logits of which it computes a loss.
     """
 
     always: bool = False
     budget: float = 1.0
     inference: bool = False
+    keep_logits: bool = True
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class TrainingCode:
     check: RegionCheck | None = None
 
 
-def training_options(optimise: Optimise, budget: float) -> TrainingOptions | None:
+def training_options(optimise: Optimise, budget: float, keep_logits: bool = True) -> TrainingOptions | None:
     """Return the options for a module; None for the plain code.
 
     Raises:
@@ -61,7 +63,11 @@ def training_options(optimise: Optimise, budget: float) -> TrainingOptions | Non
         raise PeftGraphError(f"optimise is one of {', '.join(get_args(Optimise))}, not {optimise!r}.")
     if not 0.0 <= budget <= 1.0:
         raise PeftGraphError(f"activation_budget is a fraction between 0 and 1, not {budget}.")
-    return None if optimise == "off" else TrainingOptions(optimise == "train", budget, optimise == "infer")
+    if optimise == "off" and not keep_logits:
+        raise PeftGraphError('keep_logits=False is an optimisation: it does not go with optimise="off".')
+    if optimise == "off":
+        return None
+    return TrainingOptions(optimise == "train", budget, optimise == "infer", keep_logits)
 
 
 class TrainingRegion:

@@ -275,8 +275,9 @@ def gates(subject: Subject) -> bool:
         ]
     except PeftGraphError:
         return False  # a change of the weight itself, or of sizes, which no gate can weigh by row
+    learned = _own_parameters(subject.tuned)
     for program in programs:
-        for value, own in zip(_own_parameters(program), _own_parameters(subject.tuned), strict=True):
+        for value, own in zip(_own_parameters(program), learned, strict=True):
             value.data.copy_(own)
     shut, opened = (outputs(program, subject.base.inputs) for program in programs)
     rules = [rule for one in atoms for rule in one.rules()]
@@ -291,8 +292,16 @@ def gates(subject: Subject) -> bool:
 
 
 def _own_parameters(program: Program) -> list[Tensor]:
-    entries = program.table.values()
-    return [one.tensor for one in entries if one.kind == "parameter" and (one.added or one.trainable)]
+    """Return the parameters that passes added, in order, and those of the base that train, or their copies, by name."""
+    copies = {copy: name for edit in program.edits for name, copy in edit.installed}
+    added: list[Tensor] = []
+    trained: dict[str, Tensor] = {}
+    for name, entry in program.table.items():
+        if name in copies or (entry.trainable and not entry.added):
+            trained[copies.get(name, name)] = entry.tensor
+        elif entry.kind == "parameter" and entry.added:
+            added.append(entry.tensor)
+    return added + [trained[name] for name in sorted(trained)]
 
 
 def removal(subject: Subject) -> bool:

@@ -149,14 +149,14 @@ REFUSED: dict[str, tuple[str, tuple[Pass, ...], str]] = {
     "scaled-twice": ("bert", (IA3(at="attention.o"), IA3(at="attention.o", side="input", name="x")), "not both"),
     "scaled-experts": ("mixtral", (IA3(),), r"ia3{.* at 0.ffn.hidden at .*experts.down_proj: peft's \(IA\)3 scales"),
     "new-biases": ("llama", (LoRA(), BitFit(at="attention.q", zero=True)), "it adds a bias where there is none"),
-    "unknown-task": ("nano", (Prompt(length=2),), "puts rows in front of a model whose task it knows; Nano"),
+    "unknown-task": ("nano", (Prompt(length=2),), "peft prepends rows only for tasks that it knows; Nano"),
     "decoder-prompt": ("t5", (Prompt(at="embedding", length=2),), "its prompt is at one embedding"),
     "prompt-inside": ("bert", (Prompt(length=2, place="after_first"),), "its rows precede all tokens"),
     "some-layers": ("llama", (Prefix(at="attention.core&layers(1)", hidden=None),), "once in every attention of one"),
     "two-stacks": ("t5", (Prefix(hidden=None),), "once in every self-attention of the decoder"),
     "gate-a-head": ("llama", (ZeroInitPrefix(length=2),), "it has one gate a layer, in Llama, Mistral, GPT2"),
     "gate-elsewhere": ("mixtral", (ZeroInitPrefix(length=2, gate="layer"),), "in Llama, Mistral, GPT2 models"),
-    "gate-under-the-output": ("gpt2", (ZeroInitPrefix(length=2, gate="layer"),), "peft's stands at attention"),
+    "gate-under-the-output": ("gpt2", (ZeroInitPrefix(length=2, gate="layer"),), "peft's is at attention"),
     "lower-layers": ("llama", (ZeroInitPrefix(at="attention.core&layers(0)", length=2, gate="layer"),), "uppermost"),
 }  # fmt: skip
 
