@@ -31,22 +31,19 @@ def chunk_losses(graph: fx.Graph) -> tuple[int, ...]:
         The positions of the outputs that were those logits; they are None now.
     """
     output = graph.output_node()
-    leaves: Any = output.args[0]
     dropped: list[int] = []
     for loss in [node for node in graph.nodes if node.target is aten.cross_entropy_loss.default]:
         chain = _chain(loss)
         if chain is None:
             continue
-        head, rows = chain[0], _hidden_rows(graph, chain, loss)
+        rows = _hidden_rows(graph, chain, loss)
+        leaves: Any = output.args[0]
         positions = [i for i, leaf in enumerate(leaves) if leaf in chain]
-        leaves = [None if i in positions else leaf for i, leaf in enumerate(leaves)]
-        output.args = (leaves,)
-        reduction, ignored = _options(loss)
-        bias = head.args[2] if len(head.args) > 2 else None
+        output.args = ([None if i in positions else leaf for i, leaf in enumerate(leaves)],)
+        _, weight, bias = (*chain[0].args, None)[:3]
+        dtype = chain[-1].meta["val"].dtype
         with graph.inserting_before(loss):
-            new = graph.call_function(
-                chunked_cross_entropy, (rows, head.args[1], bias, loss.args[1], _dtype(chain), reduction, ignored)
-            )
+            new = graph.call_function(chunked_cross_entropy, (rows, weight, bias, loss.args[1], dtype, *_options(loss)))
         new.meta = dict(loss.meta)
         loss.replace_all_uses_with(new)
         for node in (loss, *reversed(chain)):
@@ -57,20 +54,22 @@ def chunk_losses(graph: fx.Graph) -> tuple[int, ...]:
 
 def _chain(loss: fx.Node) -> list[fx.Node] | None:
     """Return the nodes from the head's product to the logits that a loss reads, if nothing but outputs reads them."""
-    weighted = len(loss.args) > 2 and loss.args[2] is not None
-    smoothed = len(loss.args) > 5 and loss.args[5] != 0.0
-    if loss.kwargs or weighted or smoothed or _options(loss)[0] not in (MEAN, SUM):
+    given: dict[int, Any] = dict(enumerate(loss.args))
+    plain = given.get(2) is None and given.get(5, 0.0) == 0.0 and not loss.kwargs
+    if not plain or _options(loss)[0] not in (MEAN, SUM):
         return None
+    if given[0].meta["val"].dim() != 2 or given[1].meta["val"].is_floating_point():
+        return None  # classes on another axis, or probabilities of classes
     chain: list[fx.Node] = []
-    node = loss.args[0]
+    node: Any = given[0]
     while isinstance(node, fx.Node):
         reader = chain[0] if chain else loss
         if any(user is not reader and user.op != "output" for user in node.users):
             return None
         chain.insert(0, node)
         if node.target is aten.linear.default:
-            weight = node.args[1]
-            return chain if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
+            weight: Any = node.args[1]
+            return chain if weight.op == "get_attr" else None
         if node.target not in ROWWISE or not _keeps_rows(node):
             return None
         node = node.args[0]
@@ -88,7 +87,7 @@ def _keeps_rows(node: fx.Node) -> bool:
 
 def _options(loss: fx.Node) -> tuple[Any, Any]:
     """Return the reduction and the ignored class of a loss."""
-    given = dict(enumerate(loss.args))
+    given: dict[int, Any] = dict(enumerate(loss.args))
     return given.get(3, MEAN), given.get(4, -100)
 
 
@@ -105,11 +104,6 @@ def _hidden_rows(graph: fx.Graph, chain: list[fx.Node], loss: fx.Node) -> Any:
             elif node.target is aten.slice.Tensor:
                 rows = graph.call_function(aten.slice.Tensor, (rows, *node.args[1:]))
     return rows
-
-
-def _dtype(chain: list[fx.Node]) -> torch.dtype:
-    """Return the dtype in which the loss is computed."""
-    return chain[-1].meta["val"].dtype
 
 
 def chunked_cross_entropy(

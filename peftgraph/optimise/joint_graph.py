@@ -163,20 +163,27 @@ def _functional(node: fx.Node, place: Mapping[fx.Node, int]) -> Any:
     assert isinstance(node.target, torch._ops.OpOverload)
     written = node.args[0]
     assert isinstance(written, fx.Node)
-    chain = [written]
-    while chain[-1].op == "call_function" and chain[-1].args and isinstance(chain[-1].args[0], fx.Node):
-        if not _is_view(chain[-1]):
-            break
-        chain.append(chain[-1].args[0])
     name = node.target._schema.name.removeprefix("aten::")
-    later = [user for one in chain for user in one.users if place[user] > place[node]]
+    later = [user for one in _same_memory(written) for user in one.users if place[user] > place[node]]
     if later or not name.endswith("_") or not hasattr(aten, name[:-1]):
         raise NotImplementedError(f"{node.name} writes into {written.name}, which is read again")
     return getattr(getattr(aten, name[:-1]), node.target._overloadname)
 
 
+def _same_memory(value: fx.Node) -> set[fx.Node]:
+    """Return a value, what it is a view of, and all other views of that, but for what is written in place."""
+    while _is_view(value) and isinstance(value.args[0], fx.Node):
+        value = value.args[0]
+    found, left = set[fx.Node](), [value]
+    while left:
+        one = left.pop()
+        found.add(one)
+        left += [user for user in one.users if _is_view(user) and not writes_in_place(user)]
+    return found
+
+
 def _is_view(node: fx.Node) -> bool:
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, torch._ops.OpOverload) and not writes_in_place(node):
         return any(one.alias_info is not None for one in node.target._schema.returns)
     return False
 

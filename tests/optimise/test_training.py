@@ -11,6 +11,7 @@ from alive import kept_bytes
 from torch import Tensor, nn
 
 import peftgraph as pg
+from peftgraph.optimise.joint_graph import run_graph
 from peftgraph.passes import IA3, DoRA, LoRA, ParallelAdapter, Prefix, UniPELT
 from peftgraph.runtime.training_report import RegionCost
 
@@ -163,3 +164,36 @@ def test_arguments_are_checked() -> None:
         zoo.traced("llama").module("fast")  # pyright: ignore[reportArgumentType]
     with pytest.raises(pg.PeftGraphError, match="between 0 and 1"):
         zoo.traced("llama").module("train", activation_budget=2.0)
+
+
+def test_a_view_that_is_read_after_a_write_is_not_traced() -> None:
+    """What a view shows after its memory was overwritten, no functional operation computes."""
+
+    class Overwrites(nn.Module):
+        def __init__(self, late: bool) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Linear(6, 6) for _ in range(2)])
+            self.late = late
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                y = block(x) * 2
+                part = y[:, :3]
+                early = part.sum()
+                y = y.mul_(0.5)
+                x = x + y + (part.sum() if self.late else early)
+            return x
+
+    torch.manual_seed(0)
+    x = torch.randn(4, 6)
+    for late in (False, True):
+        graph = torch.export.export(Overwrites(late), (x,)).graph
+        inputs = [node for node in graph.nodes if node.op == "placeholder"]
+        values = [torch.randn(*node.meta["val"].shape) for node in inputs]
+        refused = late and any("mul_" in str(node.target) for node in graph.nodes)
+        if refused:
+            with pytest.raises(NotImplementedError, match="read again"):
+                run_graph(graph, inputs, values)
+        else:
+            run_graph(graph, inputs, values)
+    assert refused
