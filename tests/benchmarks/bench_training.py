@@ -1,9 +1,9 @@
 """Training steps and bytes kept between the passes, beside huggingface/peft: the plain graph, optimised, with budgets.
 
-    python tests/benchmarks/bench_training.py [--rounds 6] [--models llama bert ...] [--out training.json]
+    python tests/benchmarks/bench_training.py [--rounds 6] [--models llama bert ...] [--device cuda] [--out out.json]
 
 Variants take turns in one process, and ratios to peft of the smallest processor time are printed, since other work on
-a machine only adds time. Gradients are compared first. The floor is the base model's own forward pass and the gradient
+a machine only adds time (on other devices than the CPU, of the time until the device is done). Gradients are compared first. The floor is the base model's own forward pass and the gradient
 by its embeddings: no adapter, no gradient of a weight.
 """
 
@@ -95,20 +95,23 @@ def step(net: nn.Module, call: dict[str, Any]) -> Callable[[], None]:
     return run
 
 
-def interleaved(variants: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+def interleaved(variants: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in variants}
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
     for turn in range(rounds + 1):
         for name, run in variants.items():
-            start = time.process_time()
+            start = clock()
             run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
             if turn:
-                times[name].append(time.process_time() - start)
+                times[name].append(clock() - start)
     return {name: min(values) for name, values in times.items()}
 
 
-def measure(name: str, dropout: float, rounds: int) -> dict[str, Any]:
+def measure(name: str, dropout: float, rounds: int, device: torch.device) -> dict[str, Any]:
     make, targets = MODELS[name]
-    ids = torch.randint(5, VOCABULARY, (BATCH, LENGTH))
+    ids = torch.randint(5, VOCABULARY, (BATCH, LENGTH), device=device)
     example = {"input_ids": torch.randint(5, VOCABULARY, (2, 9))}
     tuned = pg.trace(build(make), example).apply(LoRA(at="attention.*|ffn.*", rank=RANK, alpha=RANK, dropout=dropout))
     nets = {"plain": tuned.module("off").train()}
@@ -116,11 +119,12 @@ def measure(name: str, dropout: float, rounds: int) -> dict[str, Any]:
     config = LoraConfig(
         r=RANK, lora_alpha=RANK, target_modules=targets, lora_dropout=dropout, fan_in_fan_out=name == "gpt2"
     )
-    peft: Any = get_peft_model(build(make), config).train()
-    base: Any = build(make).train().requires_grad_(False)
+    peft: Any = get_peft_model(build(make), config).train().to(device)
+    base: Any = build(make).train().requires_grad_(False).to(device)
+    nets = {key: net.to(device) for key, net in nets.items()}
     call = {"input_ids": ids}
     slow = call if name == "bert" else {**call, "use_cache": False}
-    _compare(nets)
+    _compare(nets, ids)
 
     def floor() -> None:
         embedded = base.get_input_embeddings()(ids).detach().requires_grad_()
@@ -128,7 +132,7 @@ def measure(name: str, dropout: float, rounds: int) -> dict[str, Any]:
         base(inputs_embeds=embedded, **rest).logits.square().mean().backward()
 
     runs = {"peft": step(peft, slow), **{key: step(net, call) for key, net in nets.items()}, "floor": floor}
-    times = interleaved(runs, rounds)
+    times = interleaved(runs, rounds, device)
     kept = {"peft": kept_mib(peft, slow), **{key: kept_mib(net, call) for key, net in nets.items()}}
     return {
         "seconds": times["peft"],
@@ -139,9 +143,8 @@ def measure(name: str, dropout: float, rounds: int) -> dict[str, Any]:
     }
 
 
-def _compare(nets: dict[str, nn.Module]) -> None:
+def _compare(nets: dict[str, nn.Module], ids: Tensor) -> None:
     """Check that all variants have the plain graph's gradients."""
-    ids = torch.randint(5, VOCABULARY, (BATCH, LENGTH))
     found: list[dict[str, Tensor]] = []
     for net in nets.values():
         torch.manual_seed(0)
@@ -157,6 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--models", nargs="+", default=["llama"], choices=list(MODELS))
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -164,7 +168,7 @@ def main() -> None:
     results: dict[str, Any] = {}
     for name in options.models:
         for dropout in (0.0, 0.05):
-            result = results[f"{name}, dropout {dropout}"] = measure(name, dropout, options.rounds)
+            result = results[f"{name}, dropout {dropout}"] = measure(name, dropout, options.rounds, options.device)
             print(f"\n{name}, dropout {dropout}: peft {result['seconds']:.2f} s, keeps {result['kept MiB']:.0f} MiB")
             for key, value in result["time"].items():
                 kept = f"{result['kept'][key]:8.2f}" if key in result["kept"] else ""
