@@ -3,8 +3,9 @@
     python tests/benchmarks/bench_training.py [--rounds 6] [--models llama bert ...] [--device cuda] [--out out.json]
 
 Variants take turns in one process, and ratios to peft of the smallest processor time are printed, since other work on
-a machine only adds time (on other devices than the CPU, of the time until the device is done). Gradients are compared first. The floor is the base model's own forward pass and the gradient
-by its embeddings: no adapter, no gradient of a weight.
+a machine only adds time; on other devices than the CPU, of the time until the device is done. Gradients are compared
+first. The floor is the base model's own forward pass and the gradient by its embeddings: no adapter, no gradient of a
+weight.
 """
 
 from __future__ import annotations
