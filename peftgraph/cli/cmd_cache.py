@@ -17,7 +17,9 @@ def cache(
     folder = cache_folder()
     if empty:
         count, size = clear(folder)
-        OUT.print(f"{folder}: {count} traces removed, {size / 1e6:.1f} MB", highlight=False, markup=False)
+        OUT.print(
+            f"{folder}: {count} traces removed, {size / 1e6:.1f} MB", highlight=False, markup=False, soft_wrap=True
+        )
         return
     files = cached_files(folder)
     size = sum(state.st_size for _, state in files)
@@ -25,4 +27,5 @@ def cache(
         f"{folder}: {len(files)} traces, {size / 1e6:.1f} MB of at most {LARGEST / 1e6:.0f} MB; --clear removes them",
         highlight=False,
         markup=False,
+        soft_wrap=True,
     )
