@@ -9,7 +9,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from peftgraph.optimise.joint_graph import JointGraph
-from peftgraph.optimise.seeded_dropout import SEEDED_DROPOUT, first_dropout, repeated_dropout
+from peftgraph.optimise.seeded_dropout import SEEDED_NOISE, first_noise, repeated_noise
 
 
 class Parts:
@@ -65,7 +65,7 @@ def forward_graph(parts: Parts, kept: Iterable[fx.Node]) -> fx.Graph:
     copy.placeholders(parts.inputs)
     for node in parts.forward:
         if node in needed and node.op != "placeholder":
-            copy.node(node, first_dropout)
+            copy.node(node, first_noise)
     copy.graph.output([copy.of(one) for one in (*parts.outputs, *made)])
     return copy.graph
 
@@ -104,10 +104,10 @@ class _Copy:
             self.made[node] = self.graph.placeholder(node.name)
             self.made[node].meta = dict(node.meta)
 
-    def node(self, node: fx.Node, dropout: Any) -> None:
+    def node(self, node: fx.Node, noise: Any) -> None:
         new = self.graph.create_node(
             node.op,
-            dropout if node.target is SEEDED_DROPOUT else node.target,
+            noise if node.target is SEEDED_NOISE else node.target,
             map_arg(node.args, self.made.__getitem__),
             map_arg(node.kwargs, self.made.__getitem__),
             name=node.name,
@@ -123,7 +123,7 @@ class _Copy:
             if missing:
                 left += missing
             elif (done := left.pop()) not in self.made:
-                self.node(done, repeated_dropout)
+                self.node(done, repeated_noise)
 
     def of(self, value: Any) -> Any:
         return self.made[value] if isinstance(value, fx.Node) else value

@@ -1,8 +1,7 @@
 """Dropout that keeps the state of the random generator instead of its mask.
 
-The state is a few kilobytes on a CPU and some bytes on other devices, whatever the size of the values. A backward pass
-runs the same dropout on the gradient from the same state: a dropout multiplies each value by its own factor, so its
-derivative is itself.
+The state is a few kilobytes on a CPU and some bytes on other devices, whatever the size of the values. A dropout is a
+product with random factors, 0 or 1 / (1 - p); the backward pass draws the factors again from the state, once.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,15 +47,15 @@ def draw_state(x: Tensor) -> Tensor:
     return generator_state(x.device)
 
 
-def first_dropout(x: Tensor, state: Tensor, p: float) -> Tensor:
-    """Drop values of `x` with probability `p`; the generator is in `state`, and moves on."""
-    return aten.dropout.default(x, p, True)
+def first_noise(x: Tensor, state: Tensor, p: float) -> Tensor:
+    """Return the factors of a dropout of `x` with probability `p`; the generator is in `state`, and moves on."""
+    return aten.dropout.default(torch.ones_like(x), p, True)
 
 
-def repeated_dropout(x: Tensor, state: Tensor, p: float) -> Tensor:
-    """Drop the values that `first_dropout` dropped from this state; the generator does not move."""
+def repeated_noise(x: Tensor, state: Tensor, p: float) -> Tensor:
+    """Return the factors that `first_noise` returned from this state; the generator does not move."""
     with from_state(x.device, state):
-        return aten.dropout.default(x, p, True)
+        return aten.dropout.default(torch.ones_like(x), p, True)
 
 
 @torch.library.custom_op("peftgraph::draw_state", mutates_args=())
@@ -70,36 +68,26 @@ def _(x: Tensor) -> Tensor:
     return torch.empty(STATE_BYTES.get(x.device.type, 16), dtype=torch.uint8)
 
 
-@torch.library.custom_op("peftgraph::dropout", mutates_args=())
-def _dropout(x: Tensor, state: Tensor, p: float) -> Tensor:
-    return repeated_dropout(x, state, p)
+@torch.library.custom_op("peftgraph::dropout_noise", mutates_args=())
+def _noise(x: Tensor, state: Tensor, p: float) -> Tensor:
+    return repeated_noise(x, state, p)
 
 
-@_dropout.register_fake
+@_noise.register_fake
 def _(x: Tensor, state: Tensor, p: float) -> Tensor:
     return torch.empty_like(x)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(inputs[1])
-    ctx.p = inputs[2]
-
-
-def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    return torch.ops.peftgraph.dropout(grad, ctx.saved_tensors[0], ctx.p), None, None
-
-
-_dropout.register_autograd(_gradient, setup_context=_keep)
-
 DRAW_STATE = torch.ops.peftgraph.draw_state.default
-SEEDED_DROPOUT = torch.ops.peftgraph.dropout.default
+SEEDED_NOISE = torch.ops.peftgraph.dropout_noise.default
 
 
 def traced_dropout(x: Tensor, p: float, train: bool = True) -> Tensor:
     """Drop values of `x`, by operations that a joint graph records; stands for `aten.dropout` while it is traced."""
     if not train or p == 0.0:
         return x
-    return SEEDED_DROPOUT(x, DRAW_STATE(x), p)
+    fixed = x.detach()
+    return x * SEEDED_NOISE(fixed, DRAW_STATE(fixed), p)
 
 
 def traced_attention(
