@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from peftgraph.errors import PeftGraphError
 from peftgraph.optimise.joint_graph import JointGraph, is_dense, stride_order
+from peftgraph.optimise.seeded_dropout import DROPOUT
 from peftgraph.optimise.training_graphs import TrainingGraphs, make_training_graphs, optimised_joint_graph
 from peftgraph.runtime.codegen import Code, compile_graph
 from peftgraph.runtime.region_check import RegionCheck, compare_with_plain, leaf
@@ -85,6 +86,7 @@ class TrainingRegion:
         inputs = [node for op in ("get_attr", "placeholder") for node in graph.find_nodes(op=op)]
         self.stream = tuple(bool(node.meta.get(STREAM_KEY)) for node in inputs)
         self.free = tuple(map(_free_axes, inputs))
+        self.draws = any(node.target is DROPOUT and node.args[1] != 0.0 for node in graph.nodes)
         self.codes: dict[Any, TrainingCode | None] = {}
         self._joints: dict[Any, JointGraph] = {}
         self.refusals: list[str] = []
@@ -117,6 +119,8 @@ class TrainingRegion:
             return False
         if self.options.always:
             return True
+        if self.draws and tensors[0].device.type == "cpu":
+            return False  # drawing a dropout's factors once more costs more time there than is gained
         stored, values = tensors[: len(self.stored)], tensors[len(self.stored) :]
         rows = max((one.numel() // max(1, one.shape[-1]) for one in values if one.dim() > 1), default=0)
         return rows * sum(one.numel() for one in stored if one.dim() > 1) >= WORTHWHILE
