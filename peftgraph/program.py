@@ -261,11 +261,12 @@ class Program(NotPicklable, ProgramData):
         Args:
             optimise: "train" gives every block a forward and a backward pass of its own for training, which keep
                 fewer bytes and join products; outputs and gradients are those of the plain graph up to rounding, and
-                are compared with them at the first call. "auto" does so for blocks of some size, where it takes
-                less time (on a CPU not for blocks with dropout); "off" never. "infer" is "auto" with code for latency in evaluation: products of one value, an adapter's
-                among them, are one product with a matrix that is computed once and kept beside the weights, and again
-                after a change of one of them (a write through `.data` is not seen before the next call in training
-                mode). Where gradients are wanted in evaluation, the plain code runs.
+                are compared with them at the first call. "auto" does so for blocks of some size, where it takes less
+                time (on a CPU not for blocks with dropout); "off" never. "infer" is "auto" with code for latency in
+                evaluation: products of one value, an adapter's among them, are one product with a matrix that is
+                computed once and kept beside the weights, and again after a change of one of them (a write through
+                `.data` is not seen before the next call in training mode). Where gradients are wanted in evaluation,
+                the plain code runs.
             activation_budget: of the bytes that optimised blocks keep between the passes without repeating any
                 product, the fraction to keep; 0 keeps what enters a block, and computes everything else again.
             keep_logits: False computes a cross-entropy in training in chunks of rows, with the head's product inside,
