@@ -43,6 +43,14 @@ def remove_unused(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
+def is_view(node: fx.Node) -> bool:
+    """Return True if a node's value is memory of its operand."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    aliased = any(one.alias_info is not None for one in node.target._schema.returns)
+    return aliased or node.target is aten._unsafe_view.default
+
+
 def is_random(node: fx.Node) -> bool:
     """Return True if a node draws random numbers, so that it runs once and in order."""
     if not isinstance(node.target, torch._ops.OpOverload):

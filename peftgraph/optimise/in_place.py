@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from peftgraph.optimise.clean_up import same_sizes
+from peftgraph.optimise.clean_up import is_view, same_sizes
 
 aten = torch.ops.aten
 WRITERS: dict[Any, Any] = {
@@ -105,11 +105,7 @@ def _viewed(node: fx.Node) -> fx.Node | None:
     source = node.args[0] if node.args else None
     if node.target is operator.getitem:
         return source if isinstance(source, fx.Node) and isinstance(source.meta.get("val"), list) else None
-    if isinstance(node.target, torch._ops.OpOverload):
-        returns = node.target._schema.returns
-        if any(one.alias_info is not None for one in returns) or node.target is aten._unsafe_view.default:
-            return source if isinstance(source, fx.Node) else None
-    return None
+    return source if is_view(node) and isinstance(source, fx.Node) else None
 
 
 def _is_fresh(node: fx.Node) -> bool:

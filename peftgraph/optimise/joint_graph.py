@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.node import map_arg
 
 from peftgraph.ir.dead_code import writes_in_place
-from peftgraph.optimise.clean_up import remove_unused
+from peftgraph.optimise.clean_up import is_view, remove_unused
 from peftgraph.optimise.seeded_dropout import DROPOUT, traced_attention, traced_dropout
 
 aten = torch.ops.aten
@@ -172,20 +172,18 @@ def _functional(node: fx.Node, place: Mapping[fx.Node, int]) -> Any:
 
 def _same_memory(value: fx.Node) -> set[fx.Node]:
     """Return a value, what it is a view of, and all other views of that, but for what is written in place."""
-    while _is_view(value) and isinstance(value.args[0], fx.Node):
+    while _is_only_view(value) and isinstance(value.args[0], fx.Node):
         value = value.args[0]
     found, left = set[fx.Node](), [value]
     while left:
         one = left.pop()
         found.add(one)
-        left += [user for user in one.users if _is_view(user) and not writes_in_place(user)]
+        left += [user for user in one.users if _is_only_view(user)]
     return found
 
 
-def _is_view(node: fx.Node) -> bool:
-    if isinstance(node.target, torch._ops.OpOverload) and not writes_in_place(node):
-        return any(one.alias_info is not None for one in node.target._schema.returns)
-    return False
+def _is_only_view(node: fx.Node) -> bool:
+    return is_view(node) and not writes_in_place(node)
 
 
 class _SymbolicValues:

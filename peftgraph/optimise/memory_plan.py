@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from peftgraph.optimise.clean_up import hint, is_random
+from peftgraph.optimise.clean_up import hint, is_random, is_view
 from peftgraph.optimise.partition import Parts
 
 aten = torch.ops.aten
@@ -109,14 +109,6 @@ def _cost(node: fx.Node, parts: Parts) -> float:
     if node.op == "placeholder":
         return 1.0 if node in parts.stored else bytes_of(node)
     return math.inf if is_view(node) else bytes_of(node)
-
-
-def is_view(node: fx.Node) -> bool:
-    """Return True if a node's value is memory of its operand."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    aliased = any(one.alias_info is not None for one in node.target._schema.returns)
-    return aliased or node.target is aten._unsafe_view.default
 
 
 def is_product(node: fx.Node) -> bool:
