@@ -10,7 +10,6 @@ from .compacter import Compacter as Compacter
 from .compacter import CompacterPP as CompacterPP
 from .diff_pruning import DiffPruning as DiffPruning
 from .dora import DoRA as DoRA
-from .freeze import Freeze as Freeze
 from .freeze_statistics import FreezeStatistics as FreezeStatistics
 from .houlsby import Houlsby as Houlsby
 from .ia3 import IA3 as IA3
@@ -28,6 +27,7 @@ from .ptuning import PTuning as PTuning
 from .qlora import QLoRA as QLoRA
 from .quantise import Quantise as Quantise
 from .serial_adapter import SerialAdapter as SerialAdapter
+from .train import Train as Train
 from .trainable_tokens import TrainableTokens as TrainableTokens
 from .unipelt import UniPELT as UniPELT
 from .zero_init_prefix import ZeroInitPrefix as ZeroInitPrefix

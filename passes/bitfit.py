@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from torch import Tensor, fx
 
 import peftgraph as pg
-from peftgraph.authoring import Builder, Match, ParameterValue, Params, Pass, Rule, Train, omit_default
+from peftgraph.authoring import Builder, Match, ParameterValue, Params, Pass, Rule, omit_default, train_parameters
 from peftgraph.authoring.modules import init
 
 
@@ -61,11 +61,11 @@ class BitFit(Pass):
         """Train the biases in place, or beside a slice; add those that are missing."""
         no_bias = "there is no bias to fold it into"
         biases = [
-            Train(self.at, bias_only=True, where=whole, optional=True),
+            train_parameters(self.at, bias_only=True, where=whole, optional=True),
             Rule(at=self.at, delta=self.delta, fold=self.fold, where=in_a_slice, optional=True),
         ]
         added = Rule(at=self.at, delta=self.delta, fold=no_bias, where=missing, optional=True)
-        also = [Train(at) for at, wanted in ((pg.norm, self.norms), (pg.head, self.head)) if wanted]
+        also = [train_parameters(at) for at, wanted in ((pg.norm, self.norms), (pg.head, self.head)) if wanted]
         return [*biases, *([added] if self.zero else []), *also]
 
     def delta(self, m: Match, op: Builder) -> fx.Node:

@@ -24,7 +24,7 @@ import torch
 from torch import fx
 
 import peftgraph as pg
-from peftgraph.authoring import Add, Builder, Match, Pass, Rule, Train
+from peftgraph.authoring import Add, Builder, Match, Pass, Rule, train_parameters
 from peftgraph.authoring.modules import Bottleneck, init
 
 aten = torch.ops.aten
@@ -76,7 +76,7 @@ class Compacter(Pass):
         """Add the bottleneck of the sublayer's output to it; train the norms."""
         reason = "it is nonlinear, so no weight can express it"
         adapter = Rule(at=self.at, delta=self.delta, join=Add(PORTS[self.place]), fold=reason)
-        return [adapter, Train(pg.norm)] if self.norms else [adapter]
+        return [adapter, train_parameters(pg.norm)] if self.norms else [adapter]
 
     def delta(self, m: Match, op: Builder) -> fx.Node:
         """U act(D h + b_down) + b_up."""

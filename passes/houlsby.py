@@ -20,7 +20,7 @@ from typing import Literal
 from torch import fx
 
 import peftgraph as pg
-from peftgraph.authoring import Add, Builder, Match, Pass, Rule, Train
+from peftgraph.authoring import Add, Builder, Match, Pass, Rule, train_parameters
 from peftgraph.authoring.modules import Bottleneck, init
 
 STD = {"paper": 1e-2, "code": 1e-3}
@@ -66,7 +66,7 @@ class Houlsby(Pass):
         """Add the bottleneck of the sublayer's output to it; train the norms."""
         reason = "it is nonlinear, so no weight can express it"
         adapter = Rule(at=self.at, delta=self.delta, join=Add(PORTS[self.place]), fold=reason, gate_input=self.read)
-        return [adapter, Train(pg.norm)] if self.norms else [adapter]
+        return [adapter, train_parameters(pg.norm)] if self.norms else [adapter]
 
     def read(self, m: Match, op: Builder) -> fx.Node:
         """Return h."""

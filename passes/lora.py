@@ -35,7 +35,17 @@ import torch
 from torch import Tensor, fx
 
 import peftgraph as pg
-from peftgraph.authoring import AddProduct, Builder, Match, ParameterValue, Params, Pass, Rule, Train, omit_default
+from peftgraph.authoring import (
+    AddProduct,
+    Builder,
+    Match,
+    ParameterValue,
+    Params,
+    Pass,
+    Rule,
+    omit_default,
+    train_parameters,
+)
 from peftgraph.authoring.modules import LowRank, init
 from peftgraph.authoring.quantised import loftq
 from peftgraph.authoring.training import Statistic
@@ -116,7 +126,11 @@ class LoRA(Pass):
             row_axes=self.row_axes,
             check=self.fits,
         )
-        biases = {"none": [], "all": [Train(pg.bias)], "lora_only": [Train(self.at, bias_only=True)]}
+        biases = {
+            "none": [],
+            "all": [train_parameters(pg.bias)],
+            "lora_only": [train_parameters(self.at, bias_only=True)],
+        }
         return [path, *biases[self.bias]]
 
     def fits(self, sites: Sequence[pg.Site]) -> None:

@@ -23,5 +23,5 @@ from peftgraph.rewrite.method import omit_default as omit_default
 from peftgraph.rewrite.nesting import Nesting as Nesting
 from peftgraph.rewrite.rule import Params as Params
 from peftgraph.rewrite.rule import Rule as Rule
-from peftgraph.rewrite.rule import Train as Train
+from peftgraph.rewrite.rule import train_parameters as train_parameters
 from peftgraph.rewrite.weight_views import ParameterValue as ParameterValue

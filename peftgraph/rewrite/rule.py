@@ -55,7 +55,7 @@ class Rule:
     Attributes:
         at: the sites.
         delta: builds the new computation: a node, or a mapping from ports to nodes for several ports of one site. None
-            if the site's own parameters train and nothing new is computed; see `Train`.
+            if the site's own parameters train and nothing new is computed; see `train_parameters`.
         fold: returns the new values, keyed by the parameter values that they replace, from the current ones and the
             trained parameters; or a text, the reason why no weight can express the change.
         join: how the delta is combined with the existing values.
@@ -102,7 +102,7 @@ def trained(m: Match, p: Params) -> Mapping[ParameterValue, Tensor]:
     return {}
 
 
-def Train(
+def train_parameters(
     at: Selector, bias_only: bool = False, where: Callable[[Match], bool] | None = None, optional: bool = False
 ) -> Rule:
     """Make a rule that trains the sites' own parameters, or only their biases, and computes nothing new.

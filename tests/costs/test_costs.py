@@ -15,7 +15,7 @@ import peftgraph as pg
 from peftgraph.authoring import Pass
 from peftgraph.costs.in_context import in_context_operations, training_operations
 from peftgraph.costs.measure import FORMULAS, inference, training_step
-from peftgraph.passes import IA3, BitFit, DiffPruning, DoRA, Freeze, LoRA, Pfeiffer, Prefix
+from peftgraph.passes import IA3, BitFit, DiffPruning, DoRA, LoRA, Pfeiffer, Prefix, Train
 
 BATCH, LENGTH = 3, 7
 METHODS: list[Pass] = [LoRA(rank=2, dropout=0.1), IA3(), Prefix(length=3, hidden=None), DiffPruning()]
@@ -78,7 +78,7 @@ def test_sizes_that_the_model_does_not_take() -> None:
 def compared() -> Any:
     return pg.compare(
         zoo.traced("bert"),
-        ["ia3", "lora{rank=2}", DoRA(rank=2), BitFit(), Freeze(top=1), Pfeiffer(width=2), DiffPruning(target=0.01)],
+        ["ia3", "lora{rank=2}", DoRA(rank=2), BitFit(), Train(top=1), Pfeiffer(width=2), DiffPruning(target=0.01)],
         batch=2,
         length=9,
     )
@@ -86,7 +86,7 @@ def compared() -> Any:
 
 def test_the_table_has_the_columns_of_the_survey(compared: Any) -> None:
     lora, dora, adapter, top = (
-        compared[name] for name in ("lora{rank=2}", str(DoRA(rank=2)), str(Pfeiffer(width=2)), str(Freeze(top=1)))
+        compared[name] for name in ("lora{rank=2}", str(DoRA(rank=2)), str(Pfeiffer(width=2)), str(Train(top=1)))
     )
     count = zoo.traced("bert").apply(LoRA(rank=2)).count()
     assert (lora.trainable, lora.changed, lora.rank) == (count.trainable, count.changed, 2)

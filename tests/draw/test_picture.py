@@ -30,7 +30,6 @@ from peftgraph.passes import (
     BitFit,
     Compacter,
     DoRA,
-    Freeze,
     Houlsby,
     Invertible,
     LoRA,
@@ -39,6 +38,7 @@ from peftgraph.passes import (
     Pfeiffer,
     Prefix,
     Prompt,
+    Train,
     TrainableTokens,
     UniPELT,
     ZeroInitPrefix,
@@ -54,7 +54,7 @@ METHODS: dict[str, pga.Pass] = {
     "dora": DoRA(at="attention.k|ffn.down", rank=4),
     "ia3": IA3(),
     "bitfit": BitFit(zero=True),
-    "freeze": Freeze(top=1),
+    "train": Train(top=1),
     "tokens": TrainableTokens(tokens=(3, 5)),
     "houlsby": Houlsby(width=16),
     "pfeiffer": Pfeiffer(width=16),
@@ -248,7 +248,7 @@ def test_frozen_adapters_are_dashed_and_the_norm_that_is_used_twice_is_the_base_
 def test_what_trains_of_the_base_is_marked() -> None:
     drawing = Drawing.of(zoo.traced("bert").apply(BitFit()), layer=1)
     assert drawing.labels("mark-of") == {"b": 10}  # q, k, v, o, up, down, two norms; the embedding's norm, the head
-    top = Drawing.of(zoo.traced("bert").apply(Freeze(top=1)))
+    top = Drawing.of(zoo.traced("bert").apply(Train(top=1)))
     assert top.labels("mark-of") == {"b": 8, "W": 6, "g": 2}
     assert "layer 1 of 0–1" in ["".join(text.itertext()) for text in top.root.iter(f"{SVG}text")]
 
@@ -313,7 +313,7 @@ def test_a_notebook_shows_diffs_sites_and_rewritten_programs() -> None:
 
 def test_a_model_without_blocks_has_no_picture_and_its_diff_is_text() -> None:
     base = convolutions()
-    rewritten = base.apply(Freeze(at="head"))
+    rewritten = base.apply(Train(at="head"))
     with pytest.raises(pg.PeftGraphError, match="no blocks that were found"):
         rewritten.picture()
     assert "<svg" not in rewritten.diff(base)._repr_html_()

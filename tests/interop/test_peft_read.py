@@ -49,21 +49,21 @@ CASES = {
     "experts": lora("mixtral", [], "ffn.up|ffn.gate|ffn.down", target_parameters=EXPERTS),
     "experts-and-more": lora("mixtral", ["v_proj"], "", target_parameters=EXPERTS, rank_pattern={"down_proj": 2}),
     "parameter": lora("llama", [], "lora{at=attention.o", target_parameters=["self_attn.o_proj.weight"]),
-    "bias-all": lora("bert", ["query"], "freeze{at=bias", bias="all"),
-    "bias-its-own": lora("gpt2", ["c_attn"], "freeze{at=bias.where(path=", bias="lora_only"),
-    "bias-of-b": lora("bert", ["query", "output.dense"], "freeze{at=", lora_bias=True, alpha_pattern={"query": 7}),
-    "bias-of-b-fused": lora("gpt2", ["c_attn"], "freeze{at=bias.where(path=", lora_bias=True, bias="lora_only"),
+    "bias-all": lora("bert", ["query"], "train{at=bias", bias="all"),
+    "bias-its-own": lora("gpt2", ["c_attn"], "train{at=bias.where(path=", bias="lora_only"),
+    "bias-of-b": lora("bert", ["query", "output.dense"], "train{at=", lora_bias=True, alpha_pattern={"query": 7}),
+    "bias-of-b-fused": lora("gpt2", ["c_attn"], "train{at=bias.where(path=", lora_bias=True, bias="lora_only"),
     "bias-of-b-alone": lora(
         "llama", ["q_proj", "v_proj"], "bitfit{at=attention.q|attention.v zero=true", lora_bias=True
     ),
-    "bias-of-b-stabilised": lora("gpt_neox", ["query_key_value"], "freeze{", lora_bias=True, use_rslora=True),
+    "bias-of-b-stabilised": lora("gpt_neox", ["query_key_value"], "train{", lora_bias=True, use_rslora=True),
     "dora": lora("bert", BERT, "dora{at=", use_dora=True),
     "dora-embedding": lora("llama", ["embed_tokens", "v_proj"], "dora{at=attention.v|embedding", use_dora=True),
     "dora-fused": lora("gpt2", ["c_attn", "c_fc"], "dora{at=", use_dora=True),
-    "dora-bias": lora("gpt_neox", ["query_key_value"], "freeze{", use_dora=True, bias="all"),
-    "head": lora("vit", ["q_proj"], "freeze{at=head", modules_to_save=["classifier"]),
+    "dora-bias": lora("gpt_neox", ["query_key_value"], "train{", use_dora=True, bias="all"),
+    "head": lora("vit", ["q_proj"], "train{at=head", modules_to_save=["classifier"]),
     "norm-and-head": lora(
-        "vit", ["q_proj"], "freeze{at=(head|norm).where(path=", modules_to_save=["classifier", "layernorm"]
+        "vit", ["q_proj"], "train{at=(head|norm).where(path=", modules_to_save=["classifier", "layernorm"]
     ),
     "pissa": lora("llama", ["q_proj"], 'init="pissa"', init_lora_weights="pissa"),
     "olora": lora("llama", ["q_proj"], 'init="olora"', init_lora_weights="olora"),

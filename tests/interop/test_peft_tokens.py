@@ -16,7 +16,7 @@ from torch import nn
 
 import peftgraph as pg
 from peftgraph.authoring import Pass
-from peftgraph.passes import IA3, DoRA, Freeze, LoRA, TrainableTokens
+from peftgraph.passes import IA3, DoRA, LoRA, Train, TrainableTokens
 
 TOKENS = [60, 3, *range(20, 50, 2)]
 HEAD = [5, 7, 9]
@@ -101,8 +101,8 @@ WRITE: dict[str, tuple[str, tuple[Pass, ...]]] = {
     "both": ("untied", (ROWS, TrainableTokens(tokens=tuple(TOKENS), at="head", name="h"))),
     "lora-both": ("untied", (LoRA(rank=3), ROWS, TrainableTokens(tokens=tuple(HEAD), at="head", name="h"))),
     "dora-two": ("llama", (DoRA(rank=3), ROWS, TrainableTokens(tokens=(5, 9), name="more"))),
-    "lora-and-head": ("untied", (LoRA(rank=3), ROWS, Freeze(at="head"))),
-    "lora-and-all-tokens": ("llama", (LoRA(rank=3), Freeze(at="embedding"))),
+    "lora-and-head": ("untied", (LoRA(rank=3), ROWS, Train(at="head"))),
+    "lora-and-all-tokens": ("llama", (LoRA(rank=3), Train(at="embedding"))),
 }
 
 
@@ -142,7 +142,7 @@ NOT_WRITTEN: dict[str, tuple[str, tuple[Pass, ...], str]] = {
     "scales": ("llama", (ROWS, IA3()), "one method in a directory, and these are trainable_tokens and ia3"),
     "head": (
         "untied",
-        (ROWS, Freeze(at="head")),
+        (ROWS, Train(at="head")),
         "peft saves no other parameters beside it, and lm_head.weight trains",
     ),
     "tables": (
@@ -150,7 +150,7 @@ NOT_WRITTEN: dict[str, tuple[str, tuple[Pass, ...], str]] = {
         (ROWS, TrainableTokens(tokens=(5,), at="head", name="h")),
         "at head at lm_head: peft trains the same tokens of all tables where there is no LoRA beside",
     ),
-    "whole": ("llama", (LoRA(), Freeze(at="embedding"), ROWS), "model.embed_tokens trains and is adapted"),
+    "whole": ("llama", (LoRA(), Train(at="embedding"), ROWS), "model.embed_tokens trains and is adapted"),
 }
 
 
@@ -263,13 +263,13 @@ def test_a_resized_vocabulary(case: str, tied: bool, tmp_path: Path) -> None:
     directory = pd.saved(theirs, tmp_path / "adapter")
     ids = torch.tensor([[3, zoo.VOCAB, 9, zoo.VOCAB + 2], [zoo.VOCAB + 1, 5, 6, 7]])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    for seed, extra in ((7, []), (8, ["freeze"])):  # the same new rows in the base, and others
+    for seed, extra in ((7, []), (8, ["train"])):  # the same new rows in the base, and others
         base = pg.trace(resized(tied, tmp_path / "base", seed), inputs)
         loaded = base.load_adapter(directory)
         wanted = pd.asked(pd.read_by_peft("llama", directory, resized(tied, tmp_path / "base", seed)), inputs)
         assert pd.difference(pd.asked(loaded.module(), inputs), wanted) < 1e-6
         words = [applied.method.word for applied in loaded.history]
-        assert [word for word in words if word == "freeze"] == extra
+        assert [word for word in words if word == "train"] == extra
         again = base.apply(*loaded.recipe.passes())
         assert again.count().trainable == loaded.count().trainable
     small = zoo.traced("llama") if tied else base_of("untied")

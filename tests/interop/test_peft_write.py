@@ -17,12 +17,12 @@ from peftgraph.passes import (
     IA3,
     BitFit,
     DoRA,
-    Freeze,
     LoRA,
     ParallelAdapter,
     Prefix,
     Prompt,
     PTuning,
+    Train,
     UniPELT,
     ZeroInitPrefix,
 )
@@ -52,11 +52,11 @@ CASES: dict[str, tuple[str, tuple[Pass, ...]]] = {
     "dora-of-an-embedding": ("bert", (DoRA(at="embedding|attention.q", rank=3),)),
     "dora-of-a-slice": ("gpt2", (DoRA(at="attention.v|ffn.up", rank=3),)),
     "dora-and-biases": ("bert", (DoRA(at="attention.v", rank=3), BitFit())),
-    "head": ("vit", (LoRA(rank=3), Freeze(at="head"))),
-    "norm-and-head": ("vit", (LoRA(rank=3), Freeze(at="norm"), Freeze(at="head"))),
+    "head": ("vit", (LoRA(rank=3), Train(at="head"))),
+    "norm-and-head": ("vit", (LoRA(rank=3), Train(at="norm"), Train(at="head"))),
     "ia3": ("llama", (IA3(),)),
     "ia3-of-a-slice": ("gpt2", (IA3(),)),
-    "ia3-and-head": ("vit", (IA3(), Freeze(at="head"))),
+    "ia3-and-head": ("vit", (IA3(), Train(at="head"))),
     "ia3-inputs": ("bert", (IA3(at="attention.o|ffn.up", side="input"),)),
     "llama-adapter-in-gpt2": ("gpt2", (ZeroInitPrefix(at="attention&layers(1)", length=4, gate="layer"),)),
     "llama-adapter": ("llama", (ZeroInitPrefix(at="attention.core&layers(1)", length=4, gate="layer", tanh=True),)),
@@ -111,7 +111,7 @@ def test_prompts(case: str, tmp_path: Path) -> None:
 
 
 def test_a_prompt_and_a_head(tmp_path: Path) -> None:
-    tuned = zoo.randomise(zoo.traced("gpt_neox").apply(Prompt(length=4), Freeze(at="head")), 0.2)
+    tuned = zoo.randomise(zoo.traced("gpt_neox").apply(Prompt(length=4), Train(at="head")), 0.2)
     directory = tuned.save_adapter(tmp_path / "adapter", format="peft")
     inputs = zoo.example("gpt_neox")
     ours, theirs = pd.asked(tuned.module(), inputs), pd.asked(pd.read_by_peft("gpt_neox", directory), inputs)
@@ -139,13 +139,13 @@ REFUSED: dict[str, tuple[str, tuple[Pass, ...], str]] = {
     "gated": ("llama", (UniPELT(),), "cannot be written for peft, which has no unipelt"),
     "two-methods": ("llama", (LoRA(), IA3()), "one method in a directory, and these are lora and ia3"),
     "dora-beside-lora": ("llama", (LoRA(), DoRA(at="ffn.up")), "these are lora and dora"),
-    "base-alone": ("vit", (Freeze(at="head"),), "freeze{.* trains the base alone"),
+    "base-alone": ("vit", (Train(at="head"),), "train{.* trains the base alone"),
     "dropouts": ("llama", (LoRA(at="attention.q", dropout=0.1), LoRA(at="attention.v")), r"one dropout for all.*0.1"),
     "dropout-of-experts": ("mixtral", (LoRA(at="ffn.up", dropout=0.1),), "one dropout at 0.ffn.up at model.layers.0"),
     "dora-of-experts": ("mixtral", (DoRA(at="ffn.up", rank=2),), "peft has no DoRA of experts"),
     "other-dora": ("llama", (DoRA(form="adapters"),), "peft's DoRA is the paper's, which answers otherwise"),
     "two-doras": ("llama", (DoRA(name="a", at="attention.q"), DoRA(name="b", at="attention.q")), "two DoRAs are on"),
-    "adapted-and-trained": ("vit", (LoRA(at="head", rank=2), Freeze(at="head")), "classifier trains and is adapted"),
+    "adapted-and-trained": ("vit", (LoRA(at="head", rank=2), Train(at="head")), "classifier trains and is adapted"),
     "scaled-twice": ("bert", (IA3(at="attention.o"), IA3(at="attention.o", side="input", name="x")), "not both"),
     "scaled-experts": ("mixtral", (IA3(),), r"ia3{.* at 0.ffn.hidden at .*experts.down_proj: peft's \(IA\)3 scales"),
     "new-biases": ("llama", (LoRA(), BitFit(at="attention.q", zero=True)), "it adds a bias where there is none"),

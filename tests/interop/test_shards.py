@@ -29,7 +29,7 @@ CASES = {
     # Its head is tied and stored once.
     "llama": ("lora{rank=2 at=attention.*|ffn.*}; ia3{}; trainable_tokens{tokens=[5, 7]}", BF16),
     "gpt2": ("dora{rank=2 at=attention.*|ffn.*}; bitfit{at=attention.q}", BF16),  # fused and transposed
-    "roberta": ('freeze{at=embedding|layers(1)}; lora{rank=2 init="pissa"}', F16),
+    "roberta": ('train{at=embedding|layers(1)}; lora{rank=2 init="pissa"}', F16),
 }
 
 

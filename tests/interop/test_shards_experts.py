@@ -85,7 +85,7 @@ def test_experts_hold_the_bits_of_write_back(name: str, dtype: torch.dtype, tmp_
 def test_what_trains_as_a_stack_goes_back_in_pieces(tmp_path: Path) -> None:
     model = built("mixtral", torch.float32)
     folder = saved(model, tmp_path / "model")
-    tuned = tuned_of(model, "freeze{at=ffn.*}; ia3{at=ffn.hidden}")
+    tuned = tuned_of(model, "train{at=ffn.*}; ia3{at=ffn.hidden}")
     checkpoint, updates = own_updates(folder, tuned.save_adapter(tmp_path / "adapter"))
     write_shards(checkpoint, updates, tmp_path / "out", silent)
     saved(pg.fold(tuned).write_back(model), tmp_path / "whole")

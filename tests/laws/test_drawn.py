@@ -58,7 +58,7 @@ DRAWN: dict[type[Pass], st.SearchStrategy[Pass]] = {
     passes.DoRA: st.builds(passes.DoRA, **RANKS),
     passes.IA3: st.builds(passes.IA3, at=selectors().map(lambda at: at | pg.ffn.hidden), name=NAMES),
     passes.BitFit: st.builds(passes.BitFit, at=BIASES),
-    passes.Freeze: st.builds(passes.Freeze, at=selectors()),
+    passes.Train: st.builds(passes.Train, at=selectors()),
     passes.Quantise: st.builds(
         passes.Quantise,
         at=st.sampled_from([pg.ffn.up, pg.ffn.down, pg.parse_selector("attention.*")]),

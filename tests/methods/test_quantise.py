@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import peftgraph as pg
 from peftgraph.authoring.quantised import Quantiser
-from peftgraph.passes import DoRA, Freeze, LoRA, Quantise
+from peftgraph.passes import DoRA, LoRA, Quantise, Train
 from peftgraph.testing import check_pass
 
 EVERY = "attention.*|ffn.*"
@@ -242,11 +242,11 @@ def test_what_touches_no_codes_folds_in_part(nano: pg.Program) -> None:
         ((), Quantise(at="attention.q"), "stores all of stack.0.mix.weight as codes, which 0.attention.k reads too"),
         ((Quantise(at="ffn.up"),), Quantise(at="ffn.*", format="int8"), "both store stack.0.fc.weight .* as codes"),
         ((DoRA(at="ffn.up", rank=2),), Quantise(), "reads stack.0.fc.weight .* Apply that first"),
-        ((Freeze(at="ffn.up"),), Quantise(), "would store stack.0.fc.weight as codes, which trains"),
-        ((Quantise(),), Freeze(at="ffn.up"), "would train stack.0.fc.weight .* stores as codes"),
-        ((Quantise(),), Freeze(at="ffn.up", name="one"), "would train stack.0.fc.weight .* stores as codes"),
+        ((Train(at="ffn.up"),), Quantise(), "would store stack.0.fc.weight as codes, which trains"),
+        ((Quantise(),), Train(at="ffn.up"), "would train stack.0.fc.weight .* stores as codes"),
+        ((Quantise(),), Train(at="ffn.up", name="one"), "would train stack.0.fc.weight .* stores as codes"),
     ],
-    ids=["part", "twice", "behind-dora", "trains", "freeze", "installed"],
+    ids=["part", "twice", "behind-dora", "trains", "train", "installed"],
 )
 def test_what_cannot_stand_together(nano: pg.Program, before: Any, spec: pg.Selector, words: str) -> None:
     program = nano.apply(*before)

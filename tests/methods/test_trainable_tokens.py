@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
 import peftgraph as pg
-from peftgraph.passes import DoRA, Freeze, LoRA, Prompt, TrainableTokens
+from peftgraph.passes import DoRA, LoRA, Prompt, Train, TrainableTokens
 
 F64 = torch.float64
 TOKENS = (60, *range(3, 40, 2))
@@ -162,7 +162,7 @@ def test_two_passes_with_tokens_of_their_own() -> None:
 
 def test_with_the_whole_embedding_and_with_a_prompt() -> None:
     base = zoo.traced("llama", "sdpa", F64)
-    for others in ((Freeze(at="embedding"),), (Freeze(at="embedding"), LoRA(rank=2))):
+    for others in ((Train(at="embedding"),), (Train(at="embedding"), LoRA(rank=2))):
         tuned = zoo.randomise(base.apply(TrainableTokens(tokens=TOKENS), *others), 0.3)
         rows = tuned.table.trainable["trainable_tokens.tokens"]
         assert torch.equal(pg.fold(tuned).table["model.embed_tokens.weight"].tensor[list(TOKENS)], rows)

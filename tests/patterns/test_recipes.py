@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import peftgraph as pg
-from peftgraph.authoring import Pass, Rule, Train
+from peftgraph.authoring import Pass, Rule, train_parameters
 from peftgraph.passes import IA3, LoRA, SerialAdapter
 from peftgraph.rewrite.recipe import to_toml
 
@@ -90,7 +90,7 @@ def test_a_hand_written_norm_trains_in_place(gated_norm: pg.Program) -> None:
 
     class TrainGain(Pass):
         def rules(self) -> list[Rule]:
-            return [Train(pattern["n"])]
+            return [train_parameters(pattern["n"])]
 
     tuned = gated_norm.apply(TrainGain())
     assert set(tuned.table.trainable) == {"gain"}

@@ -270,7 +270,7 @@ def test_a_head_of_transformers_own_is_read(tmp_path: Path) -> None:
     """It trains on; where the model has another one, or none, a word says that it is not read."""
     case = "bert.lora_classes"
     loaded = headed().load_adapter(DIRECTORIES / case)
-    assert [applied.method.word for applied in loaded.history] == ["lora", "freeze"]
+    assert [applied.method.word for applied in loaded.history] == ["lora", "train"]
     assert {name for name in loaded.table.trainable if "lora" not in name} == {"classifier.weight", "classifier.bias"}
     theirs = load_file(DIRECTORIES / case / "expected.safetensors")["output"]
     assert distance(loaded.module().eval()(**part("bert", "input/"))["logits"], theirs) < TOLERANCE["bert"]

@@ -12,7 +12,7 @@ import zoo
 from torch import Tensor, nn
 
 import peftgraph as pg
-from peftgraph.authoring import Pass, Rule, Train
+from peftgraph.authoring import Pass, Rule, train_parameters
 from peftgraph.passes import IA3, LoRA
 
 
@@ -98,7 +98,7 @@ class Norms(Pass):
     word = "norms"
 
     def rules(self) -> list[Rule]:
-        return [Train(pg.norm)]
+        return [train_parameters(pg.norm)]
 
 
 @pytest.mark.parametrize(("name", "vectors"), [("bert", 2 * 5), ("llama", 5)])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import peftgraph as pg
 from peftgraph.authoring import Pass
-from peftgraph.passes import IA3, DoRA, Freeze, LoRA, Prefix, SerialAdapter
+from peftgraph.passes import IA3, DoRA, LoRA, Prefix, SerialAdapter, Train
 
 F64 = torch.float64
 
@@ -189,7 +189,7 @@ def test_named_adapters_have_heads_of_their_own(tmp_path) -> None:
     )
     program = pg.trace(model, (x,))
     both = program.apply(
-        *(one for name in "ab" for one in (LoRA(at="projection", rank=2, name=name), Freeze(at="head|norm", name=name)))
+        *(one for name in "ab" for one in (LoRA(at="projection", rank=2, name=name), Train(at="head|norm", name=name)))
     )
     randomise(both)
     answers = {name: both.only(name).module()(x).detach() for name in "ab"}

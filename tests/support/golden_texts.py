@@ -30,7 +30,7 @@ METHODS: tuple[Pass, ...] = (
     passes.CompacterPP(width=4, n=2),
     passes.DiffPruning(at="ffn.down"),
     passes.DoRA(at="attention.q", rank=2),
-    passes.Freeze(top=1),
+    passes.Train(top=1),
     passes.FreezeStatistics(),
     passes.Houlsby(width=2),
     passes.IA3(),

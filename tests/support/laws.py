@@ -31,7 +31,6 @@ from peftgraph.passes import (
     CompacterPP,
     DiffPruning,
     DoRA,
-    Freeze,
     FreezeStatistics,
     Houlsby,
     IntrinsicSAID,
@@ -47,6 +46,7 @@ from peftgraph.passes import (
     QLoRA,
     Quantise,
     SerialAdapter,
+    Train,
     TrainableTokens,
     UniPELT,
     ZeroInitPrefix,
@@ -150,7 +150,7 @@ LINES: dict[str, Line] = {
     "bitfit": Line((BitFit(),), meaningless=no_biases),
     "bitfit_zero": Line((BitFit(at="attention.*|ffn.*|norm", zero=True, norms=True),)),
     "freeze_statistics": Line((FreezeStatistics(),), variant=True, meaningless=no_statistics),
-    "freeze": Line((Freeze(at="attention.*|ffn.*|norm"),)),
+    "train": Line((Train(at="attention.*|ffn.*|norm"),)),
     "tokens": Line((TrainableTokens(tokens=truth.TOKENS),), meaningless=no_table),
     "lora+tokens": Line(
         (LoRA(at=EVERYWHERE, rank=2), TrainableTokens(tokens=truth.TOKENS)), variant=True, meaningless=no_table

@@ -58,7 +58,7 @@ PAGES = (
     Page("AdaLoRA", (passes.AdaLoRA(),)),
     Page("(IA)³", (passes.IA3(),)),
     Page("BitFit", (passes.BitFit(),)),
-    Page("Freeze", (passes.Freeze(top=2), passes.Freeze(at=pg.norm))),
+    Page("Train", (passes.Train(top=2), passes.Train(at=pg.norm))),
     Page("FreezeStatistics", (passes.FreezeStatistics(),), RESNET),
     Page("TrainableTokens", (passes.TrainableTokens(tokens=(1, 2, 3, 4)),)),
     Page("DiffPruning", (passes.DiffPruning(),)),

@@ -25,7 +25,6 @@ from peftgraph.passes import (
     BitFit,
     Compacter,
     CompacterPP,
-    Freeze,
     Houlsby,
     Invertible,
     LadderSide,
@@ -35,6 +34,7 @@ from peftgraph.passes import (
     Prefix,
     Prompt,
     SerialAdapter,
+    Train,
     UniPELT,
 )
 
@@ -155,17 +155,17 @@ ROWS = [
     Row("t5-base", LadderSide(keep=LADDER), 3_878_712, "1.74%", "ladder side-tuning, table 1", of=T5_BASE),
     Row("bert-base", LoRA(rank=8), 294_912, "295K", UNIPELT),
     Row("bert-base", BitFit(), 102_912, "103K", "BitFit, all biases and the pooler's"),
-    Row("bert-base", Freeze(at=pg.norm), 38_400, "40K", "Houlsby, section 3.4, rounded", agrees=False),
+    Row("bert-base", Train(at=pg.norm), 38_400, "40K", "Houlsby, section 3.4, rounded", agrees=False),
     Row("roberta-large", LoRA(rank=8), 786_432, "0.8M", LORA),
     Row("roberta-large", BitFit(), 272_384, "0.08%", BITFIT, of=BERT_LARGE),
     Row("roberta-large", BitFit(at=pg.attention.q | pg.ffn.up), 122_880, "0.04%", BITFIT, of=BERT_LARGE),
     Row("deberta-v3-base", LoRA(at=LINEARS, rank=8), 1_327_104, "1.33M", ADALORA),
     Row("deberta-v3-base", LoRA(at=LINEARS, rank=2), 331_776, "0.33M", ADALORA),
-    Row("gpt2-medium", Freeze(top=2), 25_192_448, "25.19M", LORA_NLG),
+    Row("gpt2-medium", Train(top=2), 25_192_448, "25.19M", LORA_NLG),
     Row("gpt2-medium", LoRA(rank=4), 393_216, "0.35M", LORA_NLG, agrees=False),  # no derivation is known
     Row("t0-3b", IA3(), 540_672, "0.019%", TFEW, of=T0_3B),
-    Row("t0-3b", pg.Pipeline([LoRA(at=LINEARS, rank=4), Freeze(at=pg.norm)]), 9_097_216, "9.1M", TFEW),
-    Row("t0-3b", Freeze(at=pg.norm), 249_856, "250K", TFEW),
+    Row("t0-3b", pg.Pipeline([LoRA(at=LINEARS, rank=4), Train(at=pg.norm)]), 9_097_216, "9.1M", TFEW),
+    Row("t0-3b", Train(at=pg.norm), 249_856, "250K", TFEW),
     # the pattern in the authors' configuration misses wo; with it the count is not the published one
     Row("t0-3b", BitFit(at=pg.attention.all | pg.ffn.up | pg.ffn.gate, zero=True, norms=True), 1_331_200, "1.3M", TFEW),
     Row("t0-3b", BitFit(at=LINEARS, zero=True, norms=True), 1_429_504, "1.3M", TFEW, agrees=False),

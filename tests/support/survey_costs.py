@@ -11,7 +11,7 @@ from peftgraph.costs.comparison import Comparison
 from peftgraph.costs.format import format_bytes
 
 BATCH, LENGTH = 8, 128
-EVERYTHING = "freeze{at=embedding|attention.*|ffn.*|norm|bias}"  # trains what it names: full fine-tuning
+EVERYTHING = "train{at=embedding|attention.*|ffn.*|norm|bias}"  # trains what it names: full fine-tuning
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ TICKS = (
     Tick("MAM adapter", "mam", True, True, False, "an extra network and input"),
     Tick("UniPELT", "unipelt", True, True, False, "an extra network and input"),
 )
-OTHERS = (("AdaLoRA", "adalora"), ("QLoRA", "qlora"), ("the top two layers", "freeze{top=2}"))
+OTHERS = (("AdaLoRA", "adalora"), ("QLoRA", "qlora"), ("the top two layers", "train{top=2}"))
 WHY = {
     "Intrinsic SAID": "its random directions follow from a seed, so the file holds the short vector alone",
     "(IA)³": "it folds, so nothing is left of its gates",

@@ -16,7 +16,7 @@ from peftgraph.interop.base_parameters import equals_or_unknown, parameters_of, 
 from peftgraph.interop.checked_files import read_object, read_tensors
 from peftgraph.interop.site_selection import selector_for
 from peftgraph.ir.program import ProgramData
-from peftgraph.passes import Freeze
+from peftgraph.passes import Train
 from peftgraph.rewrite.method import ParameterKey, PassWithValues
 from peftgraph.sites import Sites
 
@@ -61,7 +61,7 @@ def _trained(
     if not chosen:
         return [], ""
     values: dict[ParameterKey, Tensor] = {**wanted}
-    return [PassWithValues(Freeze(at=selector_for(sites, chosen)), values)], ""
+    return [PassWithValues(Train(at=selector_for(sites, chosen)), values)], ""
 
 
 def _unread(saved: SavedAdapter, why: str) -> str:

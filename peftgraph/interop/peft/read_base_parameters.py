@@ -17,7 +17,7 @@ from peftgraph.interop.peft.tensors import LORA_BIAS, PeftTensors
 from peftgraph.interop.site_selection import selector_for
 from peftgraph.ir.modes import written_buffers
 from peftgraph.ir.program import ProgramData
-from peftgraph.passes import Freeze
+from peftgraph.passes import Train
 from peftgraph.rewrite.method import ParameterKey, PassWithValues
 from peftgraph.sites import Site, Sites
 
@@ -59,7 +59,7 @@ def base_parameter_passes(
     owned = {name for site in chosen for name in parameters_of(site)}
     values: dict[ParameterKey, torch.Tensor] = {name: value for name, value in wanted.items() if name in owned}
     values.update(buffers)
-    return [PassWithValues(Freeze(at=selector_for(sites, chosen)), values)]
+    return [PassWithValues(Train(at=selector_for(sites, chosen)), values)]
 
 
 def biases_of_b(config: PeftConfig, tensors: PeftTensors) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Partial fine-tuning: some layers train, all below stay frozen (variable-depth and layer-norm tuning).
+"""Partial fine-tuning: chosen parts train, all others stay frozen (variable-depth and layer-norm tuning).
 
     y = f(x; W)   ->   the same, the W of the chosen sites train          fold: none needed, the trained W is the new W
 
@@ -14,11 +14,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import peftgraph as pg
-from peftgraph.authoring import Pass, Rule, Train
+from peftgraph.authoring import Pass, Rule, train_parameters
 
 
 @dataclass(frozen=True, kw_only=True)
-class Freeze(Pass):
+class Train(Pass):
     """Training of some of the model's own parameters.
 
     Attributes:
@@ -28,7 +28,7 @@ class Freeze(Pass):
         head: whether the output projection trains; if it is tied to the embedding, that trains too.
     """
 
-    word = "freeze"
+    word = "train"
     at: pg.Selector = ~pg.block  # every part: a block's own parameters are its parts'
     top: int | None = None
     head: bool = False
@@ -40,4 +40,4 @@ class Freeze(Pass):
     def rules(self) -> list[Rule]:
         """Train the chosen parameters."""
         at = self.at if self.top is None else self.at & pg.layers(-self.top, None)
-        return [Train(at), Train(pg.head)] if self.head else [Train(at)]
+        return [train_parameters(at), train_parameters(pg.head)] if self.head else [train_parameters(at)]
