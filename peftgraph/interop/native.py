@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +34,7 @@ from peftgraph.rewrite.spec import parse_pass
 from peftgraph.utils.atomic_files import atomic_file, folder_lock
 
 FORMAT = 2
+TRAINER_INDEX, TRAINER_FILE = "model.safetensors.index.json", "model.safetensors"  # what the Trainer looks for
 P = TypeVar("P", bound=ProgramData)
 
 
@@ -92,16 +92,40 @@ def checksum(document: Mapping[str, Any], content: bytes) -> str:
 
 
 def save_trained(program: ProgramData, trained: Mapping[str, Tensor], directory: Path) -> None:
-    """Write the adapter of `program` with other values, and `model.safetensors` with them, which the Trainer loads.
+    """Write the adapter of `program` with other values, so that the Trainer finds them when it resumes.
+
+    The Trainer reads a checkpoint of one shard: an index that names the adapter's own file. Where a pass stores its
+    parameters in another form (`Pass.pack`), the file holds other tensors than the module, and the Trainer gets a file
+    of the module's.
 
     Raises:
         AdapterError: as `save`.
         PeftGraphError: as `save`.
     """
     changes = {name: replace(program.table[name], tensor=tensor) for name, tensor in trained.items()}
-    save(program.evolve(table=program.table.updated(changes)), directory)
-    with atomic_file(directory / "model.safetensors") as temporary:
-        shutil.copyfile(directory / read_document(directory)["tensors"]["file"], temporary)
+    changed = program.evolve(table=program.table.updated(changes))
+    save(changed, directory)
+    names, file = _own_tensors(changed), read_document(directory)["tensors"]["file"]
+    dense = {name: changed.table[name].tensor.detach().cpu().contiguous() for name in names}
+    if packed(changed, dense).keys() == dense.keys():
+        index = {"metadata": {}, "weight_map": dict.fromkeys(names, file)}
+        with atomic_file(directory / TRAINER_INDEX) as temporary:
+            temporary.write_text(json.dumps(index, indent=1), encoding="utf-8")
+        if _is_copy(directory / TRAINER_FILE):  # of an earlier save of another adapter
+            _discard(directory / TRAINER_FILE)
+    else:
+        if (directory / TRAINER_FILE).exists() and not _is_copy(directory / TRAINER_FILE):
+            raise PeftGraphError(f"{directory / TRAINER_FILE} holds other weights; save the adapter in another folder.")
+        with atomic_file(directory / TRAINER_FILE) as temporary:
+            safetensors.torch.save_file(dense, temporary, {"format": "pt", "made by": "peftgraph"})
+
+
+def _is_copy(file: Path) -> bool:
+    """Tell whether a file holds the parameters of an adapter, written for the Trainer."""
+    if not file.is_file():
+        return False
+    with safetensors.safe_open(file, "pt") as opened:
+        return (opened.metadata() or {}).get("made by") == "peftgraph"
 
 
 def load(program: P, apply: Callable[..., P], directory: Path, name: str | None) -> P:

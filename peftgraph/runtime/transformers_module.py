@@ -88,7 +88,7 @@ class TransformersModule(GraphModule):
     def save_pretrained(
         self, save_directory: str | PathLike[str], is_main_process: bool = True, **options: Any
     ) -> None:
-        """Write the adapter, and a second copy of its tensors where the Trainer looks for them when it resumes.
+        """Write the adapter, with an index by which the Trainer finds its tensors when it resumes.
 
         Args:
             save_directory: where to; `program.load_adapter` reads it.

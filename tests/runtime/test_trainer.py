@@ -147,6 +147,7 @@ def test_a_resumed_run_ends_at_the_same_bits_and_writes_the_adapter(tmp_path: Pa
     one = trainer(whole.module(), tmp_path / "whole")
     one.train()
     trainer(half.module(), tmp_path / "half", **options).train()
+    assert len(list((tmp_path / "half" / "checkpoint-2").glob("*.safetensors"))) == 1, "the adapter, once"
     again = tuned(seed=1)
     one = trainer(again.module(), tmp_path / "half")
     one.train(resume_from_checkpoint=str(tmp_path / "half" / "checkpoint-2"))

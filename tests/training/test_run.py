@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 import zoo
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
@@ -20,7 +21,7 @@ import peftgraph as pg
 from peftgraph.authoring import Pass, Rule
 from peftgraph.authoring.modules import init
 from peftgraph.authoring.training import AdaptedSite, SeveralHooks, TrainingHooks
-from peftgraph.passes import AdaLoRA, AdapterDrop, LoRA, UniPELT
+from peftgraph.passes import AdaLoRA, AdapterDrop, DiffPruning, LoRA, UniPELT
 from peftgraph.training.lightning_callback import lightning_callback
 from peftgraph.training.transformers_callback import STATE, PassesCallback
 
@@ -273,3 +274,20 @@ def test_lightning_ends_where_a_plain_loop_does(
         ).fit(Task(), loader)  # fmt: skip
     assert distance(values(tuned), looped_llama) < 1e-9
     assert int(callback.state_dict()["step"]) == STEPS
+
+
+def test_a_checkpoint_of_a_pass_with_a_stored_form_has_the_module_s_tensors(llama: pg.Program, tmp_path: Path) -> None:
+    """Once the entries are chosen, the adapter's file has these alone, which the Trainer could not load."""
+    torch.manual_seed(0)
+    whole = llama.apply(DiffPruning(target=0.1, final=4))
+    trainer(whole, tmp_path, save_strategy="steps", save_steps=8).train()
+    torch.manual_seed(1)
+    resumed = llama.apply(DiffPruning(target=0.1, final=4))
+    trainer(resumed, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert distance(values(resumed), values(whole)) == 0
+    # Weights of others are never replaced, whichever form the adapter has.
+    save_file({"w": torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(pg.PeftGraphError, match="holds other weights"):
+        whole.module().save_pretrained(tmp_path)  # pyright: ignore[reportCallIssue]
+    fresh(llama).module().save_pretrained(tmp_path)  # pyright: ignore[reportCallIssue]
+    assert load_file(tmp_path / "model.safetensors").keys() == {"w"}
