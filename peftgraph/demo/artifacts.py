@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 import peftgraph as pg
 from peftgraph.demo import terminal
-from peftgraph.demo.classifier import Classifier, accuracy, map_sentences
 from peftgraph.demo.encoder import encoder_folder
+from peftgraph.demo.proofreader import Proofreader, accuracy, map_sentences
 from peftgraph.demo.rerun_exports import RUNNERS
 from peftgraph.demo.settings import Setup
 from peftgraph.model_folders.output_folder import atomic_folder, copy_companions
@@ -19,7 +19,7 @@ from peftgraph.terminal.console import working
 from peftgraph.utils.atomic_files import atomic_file
 
 
-def write_artifacts(setup: Setup, tuned: pg.Program, merged: pg.Program, head: nn.Linear, scores_NC: Tensor) -> None:
+def write_artifacts(setup: Setup, tuned: pg.Program, merged: pg.Program, head: nn.Linear, scores_NW: Tensor) -> None:
     """Write the recipe, the adapter, the merged model, the head and the exported files, and check them.
 
     Args:
@@ -27,7 +27,7 @@ def write_artifacts(setup: Setup, tuned: pg.Program, merged: pg.Program, head: n
         tuned: the program with the trained adapter.
         merged: the same, folded.
         head: the trained head.
-        scores_NC: what the tuned classifier gives on the test part, to compare with.
+        scores_NW: the tuned proof-reader's on the test part, to compare with.
     """
     from safetensors.torch import save_file
     from transformers import AutoModel
@@ -42,14 +42,14 @@ def write_artifacts(setup: Setup, tuned: pg.Program, merged: pg.Program, head: n
         setup.model.save_pretrained(str(folder))
         copy_companions(encoder_folder(), folder)
     with atomic_file(out / "head.safetensors") as path:
-        save_file({"weight": head.weight.detach().contiguous(), "bias": head.bias.detach().contiguous()}, path)
-    reloaded = Classifier(AutoModel.from_pretrained(str(out / "merged"), local_files_only=True).eval(), head)
+        save_file({"weight": head.weight.detach().contiguous()}, path)
+    reloaded = Proofreader(AutoModel.from_pretrained(str(out / "merged"), local_files_only=True).eval(), head)
     with terminal.progress("testing the merged model, read back from disk", len(setup.parts["test"].ids)) as tick:
-        again_NC = map_sentences(setup.parts["test"], lambda batch: reloaded(**batch), tick)
+        again_NW = map_sentences(setup.parts["test"], lambda batch: reloaded(**batch), tick)
     exports: dict[str, Any] = {
         "merged model": {
-            "same_predictions": float((again_NC.argmax(-1) == scores_NC.argmax(-1)).float().mean()),
-            "accuracy": accuracy(again_NC, setup.parts["test"].labels_N),
+            "same_predictions": float((again_NW.argmax(-1) == scores_NW.argmax(-1)).float().mean()),
+            "accuracy": accuracy(again_NW, setup.parts["test"].places_N),
         }
     }
     setup.metrics["exports"] = exports | _export(setup, tuned, merged)
@@ -76,7 +76,7 @@ def _cases(setup: Setup, tuned: pg.Program) -> dict[str, dict[str, Tensor]]:
     test = setup.parts["test"]
     cases: dict[str, dict[str, Tensor]] = {}
     for name, rows in (("alone", [0]), ("batch", list(range(1, min(17, len(test.ids)))))):
-        batch = test.batch(rows)
+        batch = test.inputs(rows)
         with torch.no_grad():
             cases[name] = {**batch, "expected": net(**batch).last_hidden_state}
     return cases

@@ -16,7 +16,6 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 Point = tuple[float, float]
@@ -30,8 +29,6 @@ COLOURS = {
     "b": "#0f8a5f",
     "c": "#b4570a",
     "pale": "#b9c4d6",
-    "bad": "#c23b3b",
-    "onfill": "#fefefe",
 }
 SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -77,8 +74,8 @@ def accuracy_chart(checks: Sequence[Point], baseline: float) -> str:
     return _render(draw, 480, 240, "validation accuracy over steps")
 
 
-def family_chart(rows: Sequence[tuple[str, float, float]]) -> str:
-    """Draw two horizontal bars for each family, shares from 0 to 1: the frozen head's pale, the tuned one's full."""
+def share_chart(rows: Sequence[tuple[str, float, float]], title: str) -> str:
+    """Draw two horizontal bars for each row, shares from 0 to 1: the frozen head's pale, the tuned one's full."""
 
     def draw(axes: Axes) -> None:
         for number, (_, frozen, tuned) in enumerate(rows):
@@ -87,29 +84,7 @@ def family_chart(rows: Sequence[tuple[str, float, float]]) -> str:
                 axes.text(value + 0.015, number + offset, f"{value:.0%}", va="center", color=COLOURS["soft"])
         _label_rows(axes, [name for name, _, _ in rows], 1.12)
 
-    return _render(draw, 480, 40 * len(rows) + 8, "test accuracy by family")
-
-
-def confusion_chart(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> str:
-    """Draw counts of true families (rows) by predicted ones (columns); opacity is the share of the row."""
-
-    def draw(axes: Axes) -> None:
-        for i, row in enumerate(matrix):
-            for j, count in enumerate(row):
-                share, colour = count / max(1, sum(row)), COLOURS["b" if i == j else "bad"]
-                cell = Rectangle((j - 0.46, i - 0.46), 0.92, 0.92, color=colour, alpha=0.06 + 0.94 * share, linewidth=0)
-                axes.add_patch(cell)
-                ink, weight = ("onfill", "bold") if share > 0.7 else ("ink", "normal")
-                text = str(count or "")
-                axes.text(j, i, text, ha="center", va="center_baseline", color=COLOURS[ink], weight=weight)
-        size = range(len(names))
-        axes.set_xticks(size, [str(i + 1) for i in size])
-        axes.xaxis.tick_top()
-        axes.set_yticks(size, [f"{i + 1}  {name}" for i, name in enumerate(names)], color=COLOURS["ink"])
-        axes.set(xlim=(-0.5, len(names) - 0.5), ylim=(len(names) - 0.5, -0.5), aspect="equal")
-        axes.grid(False)
-
-    return _render(draw, 480, 36 * len(names) + 34, "confusion matrix on the test part")
+    return _render(draw, 480, 48 * len(rows) + 8, title)
 
 
 def latency_chart(rows: Sequence[tuple[str, float, str]], title: str) -> str:

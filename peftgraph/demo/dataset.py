@@ -1,4 +1,4 @@
-"""Builds the quickstart's data set: clean sentences of documentation, labelled by family and split without leaks."""
+"""Builds the quickstart's data set: clean sentences of documentation, split without leaks, with one slip in each."""
 
 from __future__ import annotations
 
@@ -7,60 +7,62 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from peftgraph.demo.docstrings import docstrings, modules_of, rejection, sentences_in
-from peftgraph.demo.families import FAMILIES
-from peftgraph.demo.splits import Sentence, sample_groups, split, without_copies
+from peftgraph.demo.docstrings import docstrings, library_modules, rejection, sentences_in
+from peftgraph.demo.slips import Slip, make_slip
+from peftgraph.demo.splits import Sentence, sample_modules, split, without_copies
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """A sentence, and the same with a slip."""
+
+    sentence: Sentence
+    slip: Slip
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Sentences in three parts, and what was left out.
+    """Exercises in three parts, and what was left out.
 
     Attributes:
-        families: the classes, in order; a label is an index into them.
-        parts: part -> its sentences.
+        parts: part -> its exercises.
         dropped: reason -> number of sentences left out for it.
     """
 
-    families: tuple[str, ...]
-    parts: Mapping[str, tuple[Sentence, ...]]
+    parts: Mapping[str, tuple[Exercise, ...]]
     dropped: Mapping[str, int]
 
-    def texts(self, part: str) -> list[str]:
-        """Return the sentences of a part."""
-        return [sentence.text for sentence in self.parts[part]]
 
-    def labels(self, part: str) -> list[int]:
-        """Return the family of each sentence of a part, as an index into `families`."""
-        return [self.families.index(sentence.family) for sentence in self.parts[part]]
-
-
-def build_dataset(seed: int, per_module: int = 40, per_family: int = 500) -> Dataset:
+def build_dataset(seed: int, limits: Mapping[str, int], per_module: int = 250) -> Dataset:
     """Build the data set from the running Python's standard library.
 
     Args:
-        seed: decides which sentences are kept where there are too many, and the split.
-        per_module: the most sentences of one module, so that no module makes up a family.
-        per_family: the most sentences of one family, so that no family dominates.
+        seed: decides which sentences are kept where there are too many, the split, and the slips.
+        limits: the most sentences of each part.
+        per_module: the most sentences of one module, so that none dominates.
     """
     dropped: Counter[str] = Counter()
-    sentences = [sentence for family in FAMILIES for sentence in family_sentences(family, dropped)]
-    sentences = without_copies(sentences, dropped)
+    sentences = without_copies(library_sentences(dropped), dropped)
     rng = random.Random(seed)
-    sentences = sample_groups(sentences, lambda s: s.module, per_module, rng, dropped, "beyond the limit of a module")
-    sentences = sample_groups(sentences, lambda s: s.family, per_family, rng, dropped, "beyond the limit of a family")
-    return Dataset(tuple(FAMILIES), split(sentences, rng), dict(dropped))
+    parts: dict[str, tuple[Exercise, ...]] = {}
+    for part, chosen in split(sample_modules(sentences, per_module, rng, dropped), rng).items():
+        drawn = [(sentence, make_slip(sentence.text, rng)) for sentence in chosen]
+        exercises = [Exercise(sentence, slip) for sentence, slip in drawn if slip is not None]
+        dropped["no slip is possible"] += len(chosen) - len(exercises)
+        dropped["beyond the limit of a part"] += max(0, len(exercises) - limits[part])
+        parts[part] = tuple(exercises[: limits[part]])
+    return Dataset(parts, {reason: count for reason, count in dropped.items() if count})
 
 
-def family_sentences(family: str, dropped: Counter[str]) -> list[Sentence]:
-    """Return the clean sentences of one family, and count the others in `dropped` by reason."""
+def library_sentences(dropped: Counter[str]) -> list[Sentence]:
+    """Return the clean sentences of the standard library, and count the others in `dropped` by reason."""
     found: list[Sentence] = []
-    for module in modules_of(family):
+    for module in library_modules():
         for docstring in docstrings(module):
             for text in sentences_in(docstring):
-                reason = rejection(text, module)
+                reason = rejection(text)
                 if reason is None:
-                    found.append(Sentence(text, module, family))
+                    found.append(Sentence(text, module))
                 else:
                     dropped[reason] += 1
     return found

@@ -10,41 +10,35 @@ import ast
 import importlib
 import inspect
 import re
+import sys
 import sysconfig
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-from peftgraph.demo.families import FAMILIES
+WORDS = range(9, 23)  # a shorter sentence is rarely whole; a longer one is usually a list or a table
+# Tests, programs, tables, and what is no prose.
+SKIPPED = {"test", "idlelib", "turtledemo", "lib2to3", "pydoc_data", "this", "antigravity", "ensurepip", "venv"}
 
-WORDS = range(9, 31)  # a shorter sentence tells too little; a longer one is usually a list or a table
 
+def library_modules() -> list[str]:
+    """Return the sorted names of the top-level modules of the standard library that have documentation of their own.
 
-def modules_of(family: str) -> list[str]:
-    """Return the sorted names of a family's modules; `package.*` is expanded from the standard library's folders."""
-    root = Path(sysconfig.get_path("stdlib"))
-    names: set[str] = set()
-    for pattern in FAMILIES[family]:
-        if not pattern.endswith(".*"):
-            names.add(pattern)
-            continue
-        package = pattern.removesuffix(".*")
-        folder = root.joinpath(*package.split("."))
-        names |= {package} | {
-            f"{package}.{file.stem}" for file in folder.glob("*.py") if not file.stem.startswith("__")
-        }
-    return sorted(names)
+    An extension module whose name begins with an underscore belongs to the module without it.
+    """
+    return sorted(name for name in sys.stdlib_module_names if not name.startswith("_") and name not in SKIPPED)
 
 
 def docstrings(module: str) -> Iterator[str]:
-    """Yield every docstring of a module, from its source or from the objects of an extension module."""
-    path = Path(sysconfig.get_path("stdlib")).joinpath(*module.split("."))
-    for source in (path.with_suffix(".py"), path / "__init__.py"):
-        if source.is_file():
+    """Yield every docstring of a top-level module, of all files of a package, and of its extension module."""
+    root = Path(sysconfig.get_path("stdlib"))
+    sources = [root / f"{module}.py", *sorted(root.joinpath(module).rglob("*.py"))]
+    for source in filter(Path.is_file, sources):
+        if not {"test", "tests"} & set(source.relative_to(root).parts):
             yield from _from_source(source)
-            break
     for name in (module, f"_{module}"):
-        if "." not in module and not _has_source(name):
+        if not _has_source(name):
             yield from _from_extension(name)
 
 
@@ -63,7 +57,9 @@ def _from_source(source: Path) -> Iterator[str]:
 
 def _from_extension(name: str) -> Iterator[str]:
     try:
-        module = importlib.import_module(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # a module that goes is documented as well
+            module = importlib.import_module(name)
     except ImportError:
         return
     seen: set[str] = set()
@@ -91,23 +87,15 @@ def sentences_in(docstring: str) -> Iterator[str]:
         yield from re.split(r"(?<=[.!?])\s+(?=[A-Z(\"'`])", text)
 
 
-def rejection(text: str, module: str) -> str | None:
-    """Return the reason why a sentence of a module is not used; None when it is used."""
-    words = re.findall(r"[A-Za-z]+", text)
-    if len(words) < WORDS.start:
+def rejection(text: str) -> str | None:
+    """Return the reason why a sentence is not used; None when it is used."""
+    count = len(text.split())
+    if count < WORDS.start:
         return f"shorter than {WORDS.start} words"
-    if len(words) >= WORDS.stop:
+    if count >= WORDS.stop:
         return f"longer than {WORDS.stop - 1} words"
     if not text[0].isupper() or text[-1] not in ".!?":
         return "no whole sentence"
     if re.search(r"->|=|\w\(|\{|\[\[|<\w+>|\\", text) or sum(map(str.isalpha, text)) < 0.72 * len(text):
         return "a signature, code or a table"
-    if re.search(rf"\b({'|'.join(map(re.escape, module_words(module)))})s?\b", text, re.IGNORECASE):
-        return "names its own module"
     return None
-
-
-def module_words(module: str) -> list[str]:
-    """Return the words that would give a module away: the parts of its dotted name, without underscores."""
-    parts = {part.strip("_") for part in module.split(".")}
-    return sorted(part for part in parts if part)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import peftgraph as pg
-from peftgraph.demo.classifier import TokenisedPart
+from peftgraph.demo.proofreader import TokenisedPart
 from peftgraph.terminal.console import working
 
 BATCHES = (1, 32)
@@ -37,7 +37,7 @@ def measure_latency(
     by_length = sorted(range(len(part.ids)), key=lambda row: len(part.ids[row]))
     found: list[dict[str, Any]] = []
     for size, count in zip(BATCHES, rounds, strict=True):
-        batch = part.batch(by_length[len(by_length) // 2 :][:size] or by_length)
+        batch = part.inputs(by_length[len(by_length) // 2 :][:size] or by_length)
         with working(f"timing at batch {size}"):
             seconds = run_interleaved({name: _call(net, batch) for name, net in nets.items()}, count)
         found.append(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import time
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -15,14 +14,15 @@ from torch import nn
 import peftgraph as pg
 from peftgraph.demo import terminal
 from peftgraph.demo.artifacts import write_artifacts
-from peftgraph.demo.baseline import fit_baseline
-from peftgraph.demo.classifier import Classifier, TokenisedPart, map_sentences
+from peftgraph.demo.baseline import fit_baseline, word_mask
 from peftgraph.demo.dataset import build_dataset
 from peftgraph.demo.encoder import NAME, encoder_folder
 from peftgraph.demo.evaluation import evaluate_on_test
 from peftgraph.demo.latency import measure_latency
+from peftgraph.demo.proofreader import WIDEST, Proofreader, TokenisedPart, map_sentences
 from peftgraph.demo.report import write_report
-from peftgraph.demo.settings import LONGEST, Settings, Setup
+from peftgraph.demo.settings import Settings, Setup
+from peftgraph.demo.slips import KINDS, Slip
 from peftgraph.demo.splits import PARTS
 from peftgraph.demo.training import train
 from peftgraph.model_folders.loading import load
@@ -41,22 +41,22 @@ def run(settings: Settings) -> dict[str, Any]:
     torch.manual_seed(settings.seed)
     setup = prepare(settings)
     base, tuned = adapt(setup)
-    # The baseline: a linear head on embeddings of the frozen encoder.
-    labels = {part: setup.parts[part].labels_N for part in PARTS}
-    with terminal.progress("frozen embeddings", sum(len(part.ids) for part in setup.parts.values())) as tick:
-        frozen = Classifier(base.module().eval(), nn.Linear(1, 1))
-        embeddings = {
-            name: map_sentences(part, lambda batch: frozen.embed(**batch), tick) for name, part in setup.parts.items()
+    # The baseline: a linear head on the states of the frozen encoder.
+    with terminal.progress("frozen states", sum(len(part.ids) for part in setup.parts.values())) as tick:
+        frozen = Proofreader(base.module().eval(), nn.Linear(1, 1))
+        states = {
+            name: map_sentences(part, lambda batch: frozen.states(**batch), tick) for name, part in setup.parts.items()
         }
     with working("fitting the frozen baseline to convergence"):
-        baseline = fit_baseline(embeddings, labels, len(setup.dataset.families))
-    frozen_scores = baseline.head(embeddings["test"]).detach()
-    # The tuned classifier starts from the baseline's head.
-    net = Classifier(tuned.module(), copy.deepcopy(baseline.head), settings.schedule.dropout)
+        baseline = fit_baseline(states, setup.parts)
+    test = setup.parts["test"]
+    frozen_scores = baseline.head(states["test"]).detach().squeeze(-1).masked_fill(~word_mask(test, WIDEST), -torch.inf)
+    # The tuned proof-reader, with a new head.
+    net = Proofreader(tuned.module(), nn.Linear(setup.model.config.hidden_size, 1, bias=False))
     with terminal.training(settings.schedule.steps, baseline.validation) as live:
         curve = train(net, setup.parts, settings.schedule, settings.seed, live)
-    with terminal.progress("testing the tuned classifier", len(setup.parts["test"].ids)) as tick:
-        scores = map_sentences(setup.parts["test"], lambda batch: net(**batch), tick)
+    with terminal.progress("testing the tuned proof-reader", len(test.ids)) as tick:
+        scores = map_sentences(test, lambda batch: net(**batch), tick)
     evaluate_on_test(setup, baseline, frozen_scores, scores, curve)
     # Folded, timed, written to disk, and run again from there.
     merged = fold(setup, tuned)
@@ -75,27 +75,22 @@ def prepare(settings: Settings) -> Setup:
     folder = encoder_folder()
     model = load(folder)
     with working("reading the documentation of the standard library"):
-        dataset = build_dataset(settings.seed, settings.per_module, settings.per_family)
+        dataset = build_dataset(settings.seed, settings.limits)
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    parts = {
-        part: TokenisedPart(
-            tokenizer(dataset.texts(part), truncation=True, max_length=LONGEST)["input_ids"],
-            torch.tensor(dataset.labels(part)),
-        )
-        for part in PARTS
-    }
+    parts = {part: tokenise(tokenizer, [exercise.slip for exercise in dataset.parts[part]]) for part in PARTS}
     metrics: dict[str, Any] = {
         "model": NAME,
         "seed": settings.seed,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "data": {
-            "families": list(dataset.families),
             "sentences": {part: len(dataset.parts[part]) for part in PARTS},
-            "modules": {part: len({s.module for s in dataset.parts[part]}) for part in PARTS},
-            "per_family": {part: dict(Counter(s.family for s in dataset.parts[part])) for part in PARTS},
+            "modules": {part: len({e.sentence.module for e in dataset.parts[part]}) for part in PARTS},
+            "per_kind": {
+                kind: {part: sum(e.slip.kind == kind for e in dataset.parts[part]) for part in PARTS} for kind in KINDS
+            },
             "dropped": dict(dataset.dropped),
         },
         "schedule": asdict(settings.schedule),
@@ -104,10 +99,21 @@ def prepare(settings: Settings) -> Setup:
     return Setup(settings, model, dataset, parts, metrics)
 
 
+def tokenise(tokenizer: Any, slips: Sequence[Slip]) -> TokenisedPart:
+    """Tokenise sentences word by word."""
+    ids, first = [], []
+    for slip in slips:
+        found = tokenizer(list(slip.words), is_split_into_words=True)
+        ids.append(found["input_ids"])
+        words = found.word_ids()
+        first.append([words.index(i) for i in range(len(slip.words))])
+    return TokenisedPart(ids, first, torch.tensor([slip.place for slip in slips]))
+
+
 def adapt(setup: Setup) -> tuple[pg.Program, pg.Program]:
     """Trace the encoder and apply the recipe; return both programs."""
     with working("tracing") as progress:
-        base = pg.trace(setup.model, setup.parts["train"].batch([0, 1, 2]), progress=progress)
+        base = pg.trace(setup.model, setup.parts["train"].inputs([0, 1, 2]), progress=progress)
     tuned = base.apply(pg.load_recipe(setup.settings.recipe))
     terminal.program(base, tuned)
     count = tuned.count()

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftgraph.demo.classifier import TokenisedPart
 from peftgraph.demo.dataset import Dataset
+from peftgraph.demo.proofreader import TokenisedPart
 from peftgraph.demo.rerun_exports import RUNNERS
 from peftgraph.demo.training import Schedule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-RECIPE = "lora{at=attention.*|ffn.* rank=8 alpha=16 dropout=0.1}; ia3{}"
-LONGEST = 64  # tokens
+RECIPE = "lora{at=attention.*|ffn.* rank=8 alpha=16}; ia3{}"
+LIMITS: Mapping[str, int] = {"train": 3520, "validation": 320, "test": 1000}  # sentences of each part
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,9 @@ class Settings:
 
     Attributes:
         out: the folder that is written.
-        seed: of the data set, its split, the adapter and the order of the batches.
+        seed: of the data set, its split, the slips, the adapter and the order of the batches.
         recipe: the passes, as a spec.
-        per_module: the most sentences of one module of the standard library.
-        per_family: the most sentences of one family.
+        limits: the most sentences of each part.
         schedule: of the training.
         rounds: how often each program is timed, at batch 1 and at batch 32.
         exports: the suffixes of the files that are exported and run again.
@@ -36,10 +36,9 @@ class Settings:
     out: Path
     seed: int = 0
     recipe: str = RECIPE
-    per_module: int = 40
-    per_family: int = 500
+    limits: Mapping[str, int] = field(default_factory=lambda: dict(LIMITS))
     schedule: Schedule = field(default_factory=Schedule)
-    rounds: tuple[int, int] = (60, 15)
+    rounds: tuple[int, int] = (40, 8)
     exports: tuple[str, ...] = tuple(RUNNERS)
 
 

