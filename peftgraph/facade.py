@@ -52,3 +52,5 @@ from peftgraph.sites import projection as projection
 from peftgraph.sites import stack as stack
 from peftgraph.sites import var as var
 from peftgraph.sites import weight as weight
+from peftgraph.tuning import program_of as program_of
+from peftgraph.tuning import tune as tune

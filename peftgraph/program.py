@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from peftgraph.folding import fold as _fold
 from peftgraph.folding.proof import Proof
 from peftgraph.interop import native
 from peftgraph.interop.adapter_formats import OWN, load_adapter, save_adapter
+from peftgraph.interop.module_owner import Source, make_owner
 from peftgraph.interop.write_back import write_back
 from peftgraph.ir.printer import assign_labels, print_diff, print_program, size_names
 from peftgraph.ir.program import ProgramData
@@ -32,18 +34,20 @@ from peftgraph.ir.verifier import verify as check_rules
 from peftgraph.rewrite.apply import apply
 from peftgraph.rewrite.count import Count, count
 from peftgraph.rewrite.finalize import finalize
+from peftgraph.rewrite.history import Names, flat_names, position_of, positions_of
 from peftgraph.rewrite.method import Pass, Pipeline
 from peftgraph.rewrite.mix import mix
-from peftgraph.rewrite.recipe import parse_recipe
+from peftgraph.rewrite.recipe import Methods, as_pass, as_passes
 from peftgraph.rewrite.release import release_quantised
 from peftgraph.rewrite.remove import remove
 from peftgraph.rewrite.skipped_sites import warn_of
+from peftgraph.runtime.adapter_methods import with_adapter_methods
 from peftgraph.runtime.block_regions import find_block_regions
 from peftgraph.runtime.copying import NotPicklable
 from peftgraph.runtime.export.exported_program import export_program
 from peftgraph.runtime.module import GraphModule
 from peftgraph.runtime.submodule_module import embed_in_model
-from peftgraph.runtime.training_region import Optimise, training_options
+from peftgraph.runtime.training_region import Optimise, TrainingOptions, training_options
 from peftgraph.runtime.training_report import TrainingReport, report_training
 from peftgraph.runtime.transformers_module import make_transformers_module
 from peftgraph.sites import Absent, Pattern, Selector, Site, Sites, as_selector, find_sites
@@ -60,18 +64,20 @@ class Program(NotPicklable, ProgramData):
 
     Attributes:
         sites: the parts of the base, found by structure; prints as a table.
+        source: returns the model that was traced, while it exists.
     """
 
     _noun: ClassVar[str] = "graph"
 
     sites: Sites = field(default_factory=lambda: Sites(()))
     proof: Proof | None = None
+    source: Source = field(default=lambda: None, repr=False)
 
-    def apply(self, *methods: Pass, dtype: torch.dtype | None = None) -> Program:
+    def apply(self, *methods: Methods, dtype: torch.dtype | None = None) -> Program:
         """Return the program with `methods` applied, in order.
 
         Args:
-            methods: the passes.
+            methods: passes; or their text, such as `"lora{rank=8}; bitfit"`, the path of a recipe, or lists of these.
             dtype: of the parameters they add, such as `torch.bfloat16`. By default float32 on a base of half precision,
                 so that small steps are not lost (deltas are cast back to the base's dtype where they enter); otherwise
                 the base's own dtype.
@@ -80,10 +86,10 @@ class Program(NotPicklable, ProgramData):
             NoMatch: a selector finds nothing; the message shows the nearest miss.
             Conflict: two passes claim the same thing.
         """
-        used = [rule.at for method in methods if isinstance(method, Pass) for rule in method.rules()]
-        program = self.with_patterns(*used)
-        result = apply(program, program.sites, methods, dtype)
-        warn_of(result.left_out[len(self.left_out) :], methods)
+        passes = as_passes(methods)
+        program = self.with_patterns(*(rule.at for one in passes for rule in one.rules()))
+        result = apply(program, program.sites, passes, dtype)
+        warn_of(result.left_out[len(self.left_out) :], passes)
         return result
 
     @property
@@ -114,20 +120,14 @@ class Program(NotPicklable, ProgramData):
         return self.evolve(sites=_sites_of(self.base or self, tuple(known.values())))
 
     def remove(self, which: int | str = -1) -> Program:
-        """Return the program without one pass of its history, by index or by name; the other passes keep their
-        parameters.
+        """Return the program without one pass of its history, by index, by name, or by its word; the other passes keep
+        their parameters.
 
         Raises:
             PeftGraphError: there is no such pass, or a later pass cannot be applied without it.
+            Ambiguous: several passes without a name have the word.
         """
-        names = [applied.name for applied in self.history]
-        if isinstance(which, str):
-            if which not in names:
-                raise PeftGraphError(f"No pass is called {which!r}. Named passes: {[name for name in names if name]}.")
-            which = names.index(which)
-        if not -len(names) <= which < len(names):
-            raise PeftGraphError(f"There is no pass number {which}; {len(names)} were applied.")
-        return remove(self, self.sites, which % len(names))
+        return remove(self, self.sites, position_of(self.history, which))
 
     def release_quantised(self) -> Program:
         """Return the program without the weights that `quantise` put codes in the place of.
@@ -140,32 +140,32 @@ class Program(NotPicklable, ProgramData):
         """
         return release_quantised(self)
 
-    def without(self, *names: str) -> Program:
+    def without(self, *names: Names) -> Program:
         """Return the program without the passes of the given names: `program.without("dog")`. The others keep their
-        parameters.
+        parameters. A pass without a name is called by its word: `program.without("lora")`.
 
         Raises:
             PeftGraphError: no pass has that name.
         """
         left = self
-        for name in names:
-            left = left.remove(name)
-            while any(applied.name == name for applied in left.history):
-                left = left.remove(name)
+        for name in flat_names(names):
+            for position in reversed(positions_of(left.history, name)):
+                left = left.remove(position)
         return left
 
-    def only(self, *names: str) -> Program:
+    def only(self, *names: Names) -> Program:
         """Return the program with only the given ones of its named passes: `program.only("dog")`; `program.only()` has
         none of them. Passes without a name stay. This program is unchanged, so another call switches to other adapters.
 
         Raises:
             PeftGraphError: no pass has that name.
         """
+        wanted = flat_names(names)
         known = dict.fromkeys(applied.name for applied in self.history if applied.name)
-        unknown = next((name for name in names if name not in known), None)
+        unknown = next((name for name in wanted if name not in known), None)
         if unknown is not None:
             raise PeftGraphError(f"No pass is called {unknown!r}. Named passes: {list(known)}.")
-        return self.without(*(name for name in known if name not in names))
+        return self.without(*(name for name in known if name not in wanted))
 
     def finalize(self) -> Program:
         """Return the program to keep after training: values that a pass computes from its parameters alone, such as a
@@ -256,7 +256,9 @@ class Program(NotPicklable, ProgramData):
         """Return an ordinary module with the model's own call signature, output type and parameter names.
 
         Only new parameters require grad. They are shared with this program, so `pg.fold` sees what training did to
-        them.
+        them. Beside the model's own methods it has `print_trainable_parameters()`, `get_nb_trainable_parameters()` and
+        `merge_and_unload()`, a plain model with everything folded into it, where the model's class or parts leave
+        these names free.
 
         Args:
             optimise: "train" gives every block a forward and a backward pass of its own for training, which keep
@@ -277,7 +279,10 @@ class Program(NotPicklable, ProgramData):
             PeftGraphError: an argument has no meaning.
         """
         self.require_one_adapter()
-        options = training_options(optimise, activation_budget, keep_logits)
+        net = self._module(training_options(optimise, activation_budget, keep_logits))
+        return with_adapter_methods(net, make_owner(self, fold, self.source))
+
+    def _module(self, options: TrainingOptions | None) -> nn.Module:
         blocks = find_block_regions(self, self.sites)
         if self.enclosing_model is not None:
             return embed_in_model(self, blocks, self.enclosing_model, options)
@@ -300,7 +305,7 @@ class Program(NotPicklable, ProgramData):
     def calibrate(
         self,
         batches: Iterable[Mapping[str, Any]],
-        *methods: Pass,
+        *methods: Methods,
         loss: Callable[[Any], Tensor] | None = None,
         samples: int = 256,
     ) -> Program:
@@ -311,7 +316,8 @@ class Program(NotPicklable, ProgramData):
 
         Args:
             batches: keyword arguments of the module, each a mapping.
-            methods: the passes that will be applied: `program.calibrate(batches, method).apply(method)`.
+            methods: the passes that will be applied, as `apply` takes them:
+                `program.calibrate(batches, method).apply(method)`.
             loss: of the module's output, for gradients; by default the output's own.
             samples: how many inputs of a site are kept as activations.
 
@@ -319,7 +325,7 @@ class Program(NotPicklable, ProgramData):
             PeftGraphError: no pass asks for statistics, or there are no batches or no loss.
         """
         wanted: dict[Site, set[Statistic]] = {}
-        for atom in (atom for method in methods for atom in method.passes() if atom.statistics()):
+        for atom in (atom for method in as_passes(methods) for atom in method.passes() if atom.statistics()):
             for site in (site for at in atom.statistics_at() for site in self.sites.select(at)):
                 wanted.setdefault(site, set()).update(atom.statistics())
         if not wanted:
@@ -470,7 +476,7 @@ def _traced(
     progress("verifying", 0, 0)
     assign_labels(data.graph, titles(sites) | _titles_of_codes(data, sites), sections(sites))
     fields = {name: getattr(data, name) for name in data.__dataclass_fields__}
-    program = Program(**fields, sites=sites)
+    program = Program(**fields, sites=sites, source=weakref.ref(model))
     object.__setattr__(program, "base", program)
     check_rules(program)
     return program
@@ -496,13 +502,14 @@ def _sites_of(base: ProgramData, patterns: Sequence[Pattern] = ()) -> Sites:
 
 
 def compare(
-    program: Program, recipes: Sequence[Pass | str], *, batch: int = 8, length: int = 128, examples: int = 0
+    program: Program, recipes: str | Pass | Sequence[Methods], *, batch: int = 8, length: int = 128, examples: int = 0
 ) -> Comparison:
     """Compute what recipes cost on a model, without its weights: the columns of the survey's table as numbers.
 
     Args:
         program: without passes; may be on the meta device.
-        recipes: passes, or their text: `[LoRA(rank=8), "ia3{}", "prefix{length=10}"]`; a word alone has its defaults.
+        recipes: passes, or their text: `[LoRA(rank=8), "ia3", "prefix{length=10}", "lora; bitfit"]`; a list in the list
+            is one recipe.
         batch: rows of every input.
         length: tokens of every sequence.
         examples: in a prompt, whose cost is told beside that of training; 0 for none.
@@ -513,7 +520,7 @@ def compare(
     Raises:
         PeftGraphError: a recipe does not fit the model, or the model takes no such sizes.
     """
-    return _compare(program, program.sites, program.apply, named(recipes, parse_recipe), batch, length, examples)
+    return _compare(program, program.sites, program.apply, named(recipes, as_pass), batch, length, examples)
 
 
 def fold(

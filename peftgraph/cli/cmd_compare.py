@@ -49,12 +49,12 @@ def compare(
 
     check_source(source)
     for one in chosen:
-        check_recipe(one, word_alone=True)
+        check_recipe(one)
     import peftgraph as pg
-    from peftgraph.rewrite.recipe import parse_recipe
+    from peftgraph.rewrite.recipe import load_recipe
 
     for one in chosen:  # mistakes are told before the model is traced
-        parse_recipe(one)
+        load_recipe(one)
     program = trace(skeleton(source), cache=caching(ctx))
     with working("comparing"):
         found = pg.compare(program, chosen, batch=batch, length=length, examples=examples)

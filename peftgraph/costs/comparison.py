@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -320,10 +321,10 @@ COLUMNS: dict[str, Callable[[Cost], str]] = {
 }
 
 
-def named(recipes: Sequence[Pass | str], parse: Callable[[str], Pass]) -> list[tuple[str, Pass]]:
+def named(recipes: object, read: Callable[[Any], Pass]) -> list[tuple[str, Pass]]:
     """Return recipes with the names that a table shows: their own words, or how they were given."""
     found: list[tuple[str, Pass]] = []
-    for one in recipes:
-        method = parse(one) if isinstance(one, str) else one
+    for one in recipes if isinstance(recipes, list | tuple) else [recipes]:
+        method = read(one)
         found.append((one if isinstance(one, str) else str(method).replace("\n", "; "), method))
     return found

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, ClassVar, Self, TypeVar
 
 from torch import Tensor
@@ -13,6 +15,7 @@ from peftgraph.errors import PeftGraphError, RecipeError
 from peftgraph.ir.site_statistics import Statistic
 from peftgraph.rewrite.adapted_sites import AdaptedSite
 from peftgraph.rewrite.match import Match
+from peftgraph.rewrite.option_text import unknown_option
 from peftgraph.rewrite.options import check_name, hints, one_of, plain, word_problem
 from peftgraph.rewrite.rule import Rule
 from peftgraph.rewrite.spec_text import PIPELINE, print_value
@@ -48,6 +51,10 @@ class Pass:
 
     word: ClassVar[str] = ""
     name: str = ""
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        _check_arguments(cls, args, options)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         known = hints(type(self))
@@ -165,6 +172,25 @@ class Pass:
             raise RecipeError(f"{self.word}: {message}")
 
 
+def _check_arguments(cls: type[Pass], args: Sequence[Any], options: Mapping[str, Any]) -> None:
+    """Refuse arguments that the class does not take, in the words of specs and recipes."""
+    known = _parameters(cls)
+    kinds = [one.kind for one in known.values()]
+    ordered = [kind for kind in kinds if kind is not inspect.Parameter.KEYWORD_ONLY]
+    if len(args) > len(ordered) and inspect.Parameter.VAR_POSITIONAL not in kinds:
+        raise RecipeError(f"{cls.word} takes its options by name, not {args[0]!r} alone: {', '.join(sorted(known))}.")
+    unknown = next((name for name in options if name not in known), None)
+    if unknown is not None and inspect.Parameter.VAR_KEYWORD not in kinds:
+        raise unknown_option(cls.word, unknown, list(known))
+
+
+@cache
+def _parameters(cls: type[Pass]) -> Mapping[str, inspect.Parameter]:
+    found = dict(inspect.signature(cls.__init__).parameters)
+    found.pop("self", None)
+    return found
+
+
 @dataclass(frozen=True)
 class PassWithValues:
     """A pass and the values of its parameters.
@@ -196,8 +222,8 @@ class Pipeline(Pass):
     word = PIPELINE
     parts: tuple[Pass, ...]
 
-    def __init__(self, passes: Iterable[Pass]) -> None:
-        object.__setattr__(self, "parts", tuple(passes))
+    def __init__(self, passes: Iterable[Pass | str]) -> None:
+        object.__setattr__(self, "parts", tuple(plain(part, Pass) for part in passes))
         object.__setattr__(self, "name", "")
         for part in self.parts:
             if not isinstance(part, Pass):

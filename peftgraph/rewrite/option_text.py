@@ -7,10 +7,11 @@ import difflib
 import json
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from peftgraph.errors import PeftGraphError, RecipeError
+from peftgraph.rewrite.peft_options import counterpart
 from peftgraph.rewrite.spec_text import split_items
 from peftgraph.sites.patterns.pattern import Pattern
 from peftgraph.sites.selector_parser import as_selector
@@ -38,9 +39,7 @@ def convert_options(
     values: dict[str, Any] = {}
     for key, raw in options.items():
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise RecipeError(f"{word} has no option {key!r}.{hint} Its options: {', '.join(sorted(known))}.")
+            raise unknown_option(word, key, known)
         try:
             values[key] = _convert(raw, known[key], nested, patterns)
         except RecipeError:
@@ -48,6 +47,15 @@ def convert_options(
         except (PeftGraphError, ValueError, TypeError) as error:
             raise RecipeError(f"{word}: option {key!r} cannot be {raw!r}: {error}") from None
     return values
+
+
+def unknown_option(word: str, key: str, known: Collection[str]) -> RecipeError:
+    """Return the error for an option that a pass does not have."""
+    hint = counterpart(word, key, known)
+    if not hint:
+        close = difflib.get_close_matches(key, known, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+    return RecipeError(f"{word} has no option {key!r}.{hint} Its options: {', '.join(sorted(known))}.")
 
 
 def require_given(word: str, given: Mapping[str, Any], required: Sequence[str]) -> None:
@@ -70,9 +78,18 @@ def _convert(raw: Any, hint: Any, nested: Nested, patterns: Mapping[str, Pattern
     if kind is tuple:
         return _convert_tuple(raw, typing.get_args(kinds[0])[0], nested, patterns)
     if isinstance(kind, type) and issubclass(kind, Selector):
-        return as_selector(json.loads(raw) if isinstance(raw, str) and raw.startswith('"') else raw, patterns)
+        return as_selector(_selector_text(raw), patterns)
     read = nested(kind) if isinstance(kind, type) else None
     return _convert_scalar(raw, kind) if read is None else read(raw)
+
+
+def _selector_text(raw: Any) -> Any:
+    """Return the texts of a selector: of a list, all items."""
+    if not isinstance(raw, str):
+        return raw
+    if raw.startswith("[") and raw.endswith("]"):
+        return [_selector_text(item) for item in split_items(raw[1:-1])]
+    return json.loads(raw) if raw.startswith('"') else raw
 
 
 def _convert_scalar(raw: Any, kind: Any) -> Any:

@@ -17,7 +17,7 @@ import operator
 import sys
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,14 @@ if TYPE_CHECKING:
     from torch import nn
 
 LARGEST = 2**63  # of a whole number
+
+
+_pass_reader: list[tuple[type, Callable[[str], object]]] = []  # the parser of specs, which stands above this module
+
+
+def read_passes_with(cls: type, reader: Callable[[str], object]) -> None:
+    """Say who parses the text that stands in the place of a pass, an option of another one."""
+    _pass_reader[:] = [(cls, reader)]
 
 
 def plain(value: Any, hint: Any) -> Any:
@@ -49,6 +57,8 @@ def plain(value: Any, hint: Any) -> Any:
     if others:
         return value
     origin = typing.get_origin(kind) or kind
+    if isinstance(value, str) and isinstance(origin, type) and any(issubclass(origin, cls) for cls, _ in _pass_reader):
+        return _pass_reader[0][1](value)
     if origin is tuple:
         return _tuple(value, typing.get_args(kind))
     if isinstance(origin, type) and issubclass(origin, Selector):

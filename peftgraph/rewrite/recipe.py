@@ -8,37 +8,69 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from peftgraph.errors import RecipeError
 from peftgraph.rewrite.method import Pass, Pipeline
-from peftgraph.rewrite.recipe_text import RecipeText, read_recipe, spelt_out
+from peftgraph.rewrite.peft_options import CONFIGS
+from peftgraph.rewrite.recipe_text import RecipeText, read_recipe
 from peftgraph.rewrite.registry import find_pass
 from peftgraph.rewrite.spec import build
 from peftgraph.rewrite.spec_text import print_value
 from peftgraph.sites.patterns.pattern import Pattern, patterns_of
 
 
-def load_recipe(source: str | Path) -> Pass:
+def load_recipe(source: str | PathLike[str]) -> Pass:
     """Read a recipe.
 
     Args:
-        source: the path of a `.toml` file or of a text file with specs; or the text of a spec itself (it contains a
-            `{`).
+        source: the path of a `.toml` file or of a text file with specs; or the text itself, such as `lora{rank=8}` or
+            `lora; bitfit`.
 
     Raises:
         RecipeError: the file is missing or cannot be read; the message names the table and the option.
     """
-    return _built(read_recipe(source))
+    return _built(read_recipe(source if isinstance(source, str) else Path(source)))
 
 
-def parse_recipe(text: str) -> Pass:
-    """Read a recipe that is a word alone, a spec, or the path of a file.
+Methods = Pass | str | PathLike[str] | Iterable["Methods"]
+
+
+def as_passes(methods: Iterable[Methods]) -> tuple[Pass, ...]:
+    """Return passes that were given as passes, as the text or the file of a recipe, or as lists of these.
 
     Raises:
-        RecipeError: it is none of them.
+        RecipeError: something is none of them, or cannot be read.
     """
-    return _built(read_recipe(spelt_out(text)))
+    return tuple(found for one in methods for found in _as_passes(one))
+
+
+def as_pass(methods: Methods) -> Pass:
+    """Return one pass that was given in any of the ways of `as_passes`; a list is a pipeline.
+
+    Raises:
+        RecipeError: it is none of them, or cannot be read.
+    """
+    found = as_passes([methods])
+    return found[0] if len(found) == 1 else Pipeline(found)
+
+
+def _as_passes(given: Any) -> tuple[Pass, ...]:
+    if isinstance(given, Pass):
+        return (given,)
+    if isinstance(given, str | PathLike):
+        return (load_recipe(given),)
+    if isinstance(given, list | tuple):
+        return as_passes(given)
+    if isinstance(given, type) and issubclass(given, Pass):
+        raise RecipeError(f"{given.__name__} is a class of passes: write {given.__name__}(), or {given.word!r}.")
+    kind = type(given).__name__
+    known = next((config for config in CONFIGS if config.name == kind), None)
+    hint = "" if known is None else f" What peft configures with it is the pass {known.word!r}."
+    raise RecipeError(f"apply() takes passes such as LoRA(rank=8), or their text, got {kind}.{hint}")
 
 
 def _built(recipe: RecipeText) -> Pass:

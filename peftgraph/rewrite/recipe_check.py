@@ -14,22 +14,21 @@ from peftgraph.errors import PeftGraphError, RecipeError
 from peftgraph.rewrite.declared_options import PassWithin, declared_options
 from peftgraph.rewrite.option_text import convert_options, require_given
 from peftgraph.rewrite.options import plain, word_problem
-from peftgraph.rewrite.recipe_text import PassText, read_recipe, read_specs, spelt_out
+from peftgraph.rewrite.recipe_text import PassText, read_recipe, read_specs
 from peftgraph.rewrite.registry import PASSES
 from peftgraph.sites.patterns.pattern import Pattern
 
 
-def check_recipe(text: str, *, word_alone: bool = False) -> None:
+def check_recipe(text: str) -> None:
     """Refuse a recipe with a mistake that can be seen without its passes.
 
     Args:
-        text: the path of a file, or the text of a spec.
-        word_alone: whether it may also be the word of a pass alone.
+        text: the path of a file, or the text of specs.
 
     Raises:
         RecipeError: it cannot be read, or a word, an option or a value is wrong.
     """
-    recipe = read_recipe(spelt_out(text) if word_alone else text)
+    recipe = read_recipe(text)
     for one in recipe.passes:
         with one.located():
             _check(one, recipe.patterns)

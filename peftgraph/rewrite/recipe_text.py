@@ -3,6 +3,8 @@ or the text of specs."""
 
 from __future__ import annotations
 
+import os
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -51,19 +53,21 @@ class RecipeText:
     place: str = ""
 
 
-def spelt_out(text: str) -> str:
-    """Return a recipe's text, with the brackets where it is the word of a pass alone."""
-    word = text.strip()
-    return f"{word}{{}}" if word.isidentifier() else text
+WORDS = re.compile(r"[\s,;]*\w+([\s,;]+\w+)*[\s,;]*")
 
 
 def read_recipe(source: str | Path) -> RecipeText:
-    """Read the path of a `.toml` file or of a text file with specs, or the text of a spec itself (it contains a `{`).
+    """Read the path of a `.toml` file or of a text file with specs, or the text of specs itself: it has a `{`, or is
+    words alone, such as `lora; bitfit`.
 
     Raises:
-        RecipeError: the file is missing, or the text cannot be read.
+        RecipeError: the file is missing, the text cannot be read, or it is the word of a pass and a file too.
     """
     if isinstance(source, str) and "{" in source:
+        return _specs(source)
+    if isinstance(source, str) and WORDS.fullmatch(source):
+        if os.path.exists(source):
+            raise RecipeError(f"{source!r} may be a pass or a file here: write {source}{{}} or ./{source}.")
         return _specs(source)
     if not isinstance(source, str | PathLike):
         raise RecipeError(f"A recipe is the path of a file, or a spec such as lora{{rank=8}}, got {source!r}.")

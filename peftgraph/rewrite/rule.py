@@ -18,7 +18,7 @@ from peftgraph.rewrite.match import Match
 from peftgraph.rewrite.nesting import Nesting
 from peftgraph.rewrite.weight_views import ParameterValue
 from peftgraph.sites import Site
-from peftgraph.sites.selectors.selector import Selector
+from peftgraph.sites.selectors.selector import Selector, as_selector
 
 
 class Params(Mapping[str, Tensor]):
@@ -53,7 +53,7 @@ class Rule:
     """A rewrite that is applied at every site that `at` selects.
 
     Attributes:
-        at: the sites.
+        at: the sites; also the text of a selector.
         delta: builds the new computation: a node, or a mapping from ports to nodes for several ports of one site. None
             if the site's own parameters train and nothing new is computed; see `train_parameters`.
         fold: returns the new values, keyed by the parameter values that they replace, from the current ones and the
@@ -95,6 +95,9 @@ class Rule:
     table_rows: Sequence[int] | None = None
     nesting: Nesting | None = None
     training_only: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "at", as_selector(self.at))
 
 
 def trained(m: Match, p: Params) -> Mapping[ParameterValue, Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from peftgraph.rewrite.method import Pass, Pipeline
 from peftgraph.rewrite.option_text import convert_options, require_given
-from peftgraph.rewrite.options import hints
+from peftgraph.rewrite.options import hints, read_passes_with
 from peftgraph.rewrite.recipe_text import read_specs
 from peftgraph.rewrite.registry import find_pass
 from peftgraph.sites.patterns.pattern import Pattern
@@ -57,3 +57,6 @@ def build(cls: type[Pass], options: dict[str, Any], patterns: Mapping[str, Patte
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+read_passes_with(Pass, parse_pass)

@@ -23,7 +23,8 @@ def print_value(value: Any) -> str:
 
 
 def parse_specs(text: str) -> list[tuple[str, dict[str, str]]]:
-    """Return the passes of a text as (word, options as text); specs are separated by spaces, commas or line ends.
+    """Return the passes of a text as (word, options as text); specs are separated by spaces, commas, semicolons or line
+    ends, and a word alone has no options.
 
     Raises:
         RecipeError: the text is no list of specs; the message shows where.
@@ -32,9 +33,7 @@ def parse_specs(text: str) -> list[tuple[str, dict[str, str]]]:
     position = _skip(text, 0)
     while position < len(text):
         word, position = _word(text, position)
-        if position >= len(text) or text[position] != "{":
-            raise _error(text, position, f"expected '{{' after {word!r}")
-        body, position = _balanced(text, position)
+        body, position = _body(text, word, position)
         if len(found) == PASSES:
             raise _error(text, position, f"more than {PASSES} passes")
         found.append((word, dict(_options(text, body, position - len(body) - 1))))
@@ -62,6 +61,17 @@ def _word(text: str, position: int) -> tuple[str, int]:
     if start == position:
         raise _error(text, position, "expected the name of a pass")
     return text[start:position], position
+
+
+def _body(text: str, word: str, position: int) -> tuple[str, int]:
+    """Return the text inside the braces behind a word, "" where there are none, and the position after it."""
+    if position < len(text) and text[position] == "{":
+        return _balanced(text, position)
+    if position < len(text) and text[position] == "=":
+        raise _error(text, position, f"options stand in braces behind the pass, such as lora{{{word}=...}}")
+    if position < len(text) and not (text[position].isspace() or text[position] in ",;"):
+        raise _error(text, position, f"expected '{{', ';' or the end after {word!r}")
+    return "", position
 
 
 def _balanced(text: str, position: int) -> tuple[str, int]:

@@ -20,6 +20,7 @@ from peftgraph.errors import PeftGraphError, pointed, shortened
 from peftgraph.sites.patterns.pattern import Pattern
 from peftgraph.sites.roles import WORDS
 from peftgraph.sites.selectors.filters import Expert, Kind, Layers, Stack, layers
+from peftgraph.sites.selectors.module_names import hint_for_module_name
 from peftgraph.sites.selectors.selector import FILTERS, Both, Either, Not, Selector, read_texts_with, role, suggestion
 from peftgraph.sites.selectors.selector import as_selector as as_selector  # with this parser behind it
 
@@ -176,7 +177,8 @@ class Parser:
         if name is not None:
             return self._part_of(self.patterns[name], token, token.text[len(name) + 1 :])
         if token.text not in WORDS:
-            self._fail(token, f"unknown word {token.text!r}{suggestion(shortened(token.text))}")
+            word = shortened(token.text)
+            self._fail(token, f"unknown word {token.text!r}{hint_for_module_name(word) or suggestion(word)}")
         return role(token.text)
 
     def _pattern(self) -> Selector:

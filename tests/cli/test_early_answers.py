@@ -18,7 +18,7 @@ from peftgraph.authoring import Pass, Rule
 from peftgraph.errors import PeftGraphError
 from peftgraph.rewrite.declared_options import PassWithin, declared_options
 from peftgraph.rewrite.options import hints
-from peftgraph.rewrite.recipe import parse_recipe
+from peftgraph.rewrite.recipe import load_recipe
 from peftgraph.rewrite.recipe_check import check_options, check_recipe
 from peftgraph.rewrite.registry import PASSES, find_pass, temporarily_registered
 
@@ -143,13 +143,13 @@ def given(required: tuple[str, ...]) -> dict[str, object]:
     return dict.fromkeys(required, ())
 
 
-def test_right_recipes_pass_the_check_and_a_word_alone_where_it_may_stand() -> None:
-    for recipe in ("lora{}", "lora{rank=4} ia3{}", "adapter_drop{adapter=pfeiffer{width=4} layers=1}"):
+def test_right_recipes_and_words_alone_pass_the_check() -> None:
+    words = ("ia3", "lora; bitfit", "adapter_drop{adapter=pfeiffer layers=1}")
+    for recipe in ("lora{}", "lora{rank=4} ia3{}", "adapter_drop{adapter=pfeiffer{width=4} layers=1}", *words):
         check_recipe(recipe)
-        parse_recipe(recipe)
-    check_recipe("ia3", word_alone=True)
+        load_recipe(recipe)
     with pytest.raises(PeftGraphError, match="cannot be read"):
-        check_recipe("ia3")
+        check_recipe("ia3.txt")
 
 
 def test_what_the_source_does_not_say_plainly_is_left_to_the_pass(tmp_path: Path, monkeypatch) -> None:

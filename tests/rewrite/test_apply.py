@@ -35,7 +35,7 @@ from peftgraph.passes import IA3, BitFit, LoRA, SerialAdapter
         ("nano", (LoRA(name="a"), LoRA(at="ffn.up", name="a")), pg.Conflict, "are both a lora called 'a'"),
         ("nano", (BitFit(), BitFit()), pg.Conflict, r"both train .* \(at 0"),
         ("nano", (IA3(at="attention"),), pg.RecipeError, "has no weight to fold a scale into"),
-        ("nano", ("lora",), pg.RecipeError, r"apply\(\) takes passes such as LoRA\(rank=8\), got str"),
+        ("nano", (3,), pg.RecipeError, r"apply\(\) takes passes such as LoRA\(rank=8\), or their text, got int"),
     ],
 )
 def test_what_cannot_be_applied_says_why(
@@ -78,7 +78,7 @@ def test_two_named_adapters_stand_at_one_site() -> None:
 
 def test_removing_what_is_not_there() -> None:
     program = zoo.traced("nano").apply(LoRA(name="a"))
-    with pytest.raises(pg.PeftGraphError, match=r"No pass is called 'b'. Named passes: \['a'\]"):
+    with pytest.raises(pg.PeftGraphError, match=r"No pass is called 'b'. Applied: \['a'\]"):
         program.remove("b")
     with pytest.raises(pg.PeftGraphError, match="There is no pass number 3; 1 were applied"):
         program.remove(3)

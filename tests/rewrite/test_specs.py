@@ -10,7 +10,7 @@ import zoo
 
 import peftgraph as pg
 from peftgraph.authoring import Pass
-from peftgraph.passes import IA3, BitFit, LoRA, Prefix, SerialAdapter
+from peftgraph.passes import IA3, BitFit, LoRA, Prefix, SerialAdapter, UniPELT
 from peftgraph.rewrite.recipe import to_toml
 
 RECIPE = """
@@ -35,6 +35,11 @@ def test_a_pass_prints_as_its_spec() -> None:
     ("text", "method"),
     [
         ("lora{}", LoRA()),
+        ("lora", LoRA()),
+        ("lora; bitfit", pg.Pipeline([LoRA(), BitFit()])),
+        ("lora{rank=2} bitfit, ia3;", pg.Pipeline([LoRA(rank=2), BitFit(), IA3()])),
+        ("unipelt{methods=[lora, prefix]}", UniPELT(methods=(LoRA(), Prefix()))),
+        ('lora{at=[attention.q, "ffn.up & layer(1)"]}', LoRA(at="attention.q|(ffn.up&layer(1))")),
         ("lora{rank=4, alpha=2}", LoRA(rank=4, alpha=2.0)),
         ('lora{at="attention.q | attention.v"}', LoRA()),
         ('bitfit{at=bias.where(path="a b.*")}', BitFit(at=pg.bias.where(path="a b.*"))),
@@ -55,7 +60,9 @@ def test_several_specs_are_a_pipeline() -> None:
     ("text", "words"),
     [
         ("", "An empty recipe"),
-        ("lora", r"expected '\{' after 'lora'"),
+        ("lora-2", r"expected '\{', ';' or the end after 'lora'"),
+        ("lora rank=8", r"options stand in braces behind the pass, such as lora\{rank=...\}"),
+        ("bitfit; 3d", "There is no pass '3d'"),
         ("lora{rank=4", r"no closing '\}'"),
         ("lora{rank}", "expected key=value, found 'rank'"),
         ("lora{at=(attention.q]}", r"unexpected '\]'"),
@@ -78,10 +85,10 @@ def test_what_cannot_be_read_says_why(text: str, words: str) -> None:
 
 def test_an_error_points_at_its_place() -> None:
     with pytest.raises(pg.RecipeError) as error:
-        pg.parse_pass("lora{rank=4} ia3")
+        pg.parse_pass("lora{rank=4} ia3=")
     line, caret = str(error.value).splitlines()[1:]
-    assert line.strip() == "lora{rank=4} ia3"
-    assert caret.index("^") == len(line)
+    assert line.strip() == "lora{rank=4} ia3="
+    assert caret.index("^") == len(line) - 1
 
 
 def test_toml_recipes(tmp_path: Path) -> None:
@@ -130,8 +137,9 @@ def test_a_pipeline_is_a_pass() -> None:
     pipeline = pg.Pipeline([LoRA(rank=2), pg.Pipeline([IA3()])])
     assert base.apply(pipeline).text() == base.apply(LoRA(rank=2), IA3()).text()
     assert base.apply(pipeline).recipe == pg.Pipeline([LoRA(rank=2), IA3()])
-    with pytest.raises(pg.RecipeError, match="A pipeline holds passes, got str"):
-        pg.Pipeline(["lora"])  # pyright: ignore[reportArgumentType]
+    assert pg.Pipeline(["lora", IA3()]) == pg.Pipeline([LoRA(), IA3()])
+    with pytest.raises(pg.RecipeError, match="A pipeline holds passes, got int"):
+        pg.Pipeline([3])  # pyright: ignore[reportArgumentType]
 
 
 def test_options_that_may_be_none_and_truth_values_of_other_kinds() -> None:

@@ -13,6 +13,7 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from numbers import Integral
 from types import MappingProxyType
 from typing import Any, Final, Protocol, runtime_checkable
@@ -329,10 +330,10 @@ def read_texts_with(reader: Reader) -> None:
 
 
 def as_selector(value: object, patterns: Mapping[str, Any] = MappingProxyType({})) -> Selector:
-    """Return a selector, the one that a text means, or that of a pattern's only value.
+    """Return a selector, the one that a text means, that of a pattern's only value, or all of a list together.
 
     Args:
-        value: a selector, its text, or a pattern.
+        value: a selector, its text, a pattern, or a list of these, which selects what any of them does.
         patterns: the patterns that the text may call by name.
 
     Raises:
@@ -344,4 +345,8 @@ def as_selector(value: object, patterns: Mapping[str, Any] = MappingProxyType({}
         return _reader[0](value, patterns)
     if isinstance(value, Selectable):
         return value.selector
+    if isinstance(value, list | tuple | set | frozenset):
+        ordered = value if isinstance(value, list | tuple) else sorted(value, key=str)
+        require(bool(value), "a list of selectors has at least one")
+        return reduce(Either, (as_selector(one, patterns) for one in ordered))
     raise PeftGraphError(f"a selector is an object like attention.q or its text, not {type(value).__name__}")
