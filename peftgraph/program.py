@@ -50,6 +50,7 @@ from peftgraph.runtime.submodule_module import embed_in_model
 from peftgraph.runtime.training_region import Optimise, TrainingOptions, training_options
 from peftgraph.runtime.training_report import TrainingReport, report_training
 from peftgraph.runtime.transformers_module import make_transformers_module
+from peftgraph.serving.serve import serve
 from peftgraph.sites import Absent, Pattern, Selector, Site, Sites, as_selector, find_sites
 from peftgraph.sites.assign.naming import sections, titles
 from peftgraph.sites.patterns.pattern import patterns_of
@@ -293,6 +294,50 @@ class Program(NotPicklable, ProgramData):
             native.save_trained(self, trained, directory)
 
         return make_transformers_module(self, blocks, self.model_class, save, options)
+
+    def serve(
+        self, adapters: Mapping[str, Program | str | PathLike[str]] | None = None, *, slots: int | None = None
+    ) -> Program:
+        """Return one program that holds many adapters; each row of a batch names the one that it is computed with.
+
+        Calls take `adapter_ids`: a name for each row, or its number, from 1 in the order of `adapters`; 0, or an
+        omitted argument, is the base alone. Rows are those of each adapter alone, up to rounding; this is checked on
+        the example.
+
+        Args:
+            adapters: by name, programs of this base or directories that `load_adapter` reads. A program with passes
+                serves its own named ones, without this argument.
+            slots: for how many adapters of each graph there is room, for others that `net.swap` loads.
+
+        Raises:
+            AdapterError: an adapter belongs to another base, or its files are damaged.
+            Conflict: it cannot be computed beside others, such as a prompt, which makes the inputs longer.
+        """
+        own = self if self.base is None else self.base
+        if adapters is None:
+            adapters = self._named_adapters()
+        elif self.history:
+            raise PeftGraphError("serve({...}) is called on a program without passes; tuned.serve() serves its own.")
+        programs = {name: self._adapter(name, one) for name, one in adapters.items()}
+        used = [rule.at for one in programs.values() for a in one.history for rule in a.method.rules()]
+        assert isinstance(own, Program)
+        return serve(own, own.with_patterns(*used).sites, programs, slots)
+
+    def _named_adapters(self) -> Mapping[str, Program]:
+        names = dict.fromkeys(applied.name for applied in self.history if applied.name)
+        if not names:
+            raise PeftGraphError(
+                "serve() without arguments serves the named passes of a program, and this one has none. Name them, as "
+                'in lora{name="dog"}, or serve({"dog": program, ...}).'
+            )
+        return {name: self.only(name) for name in names}
+
+    def _adapter(self, name: str, one: Program | str | PathLike[str]) -> Program:
+        if isinstance(one, Program):
+            return one
+        own = self if self.base is None else self.base
+        assert isinstance(own, Program)
+        return own.load_adapter(one)
 
     def explain_cost(self, net: nn.Module) -> TrainingReport:
         """Return what the optimised blocks of a module keep between the passes, and what they compute again.

@@ -44,6 +44,10 @@ BORROWING_OPERATORS = {aten.to.other, aten.type_as.default, aten.view_as.default
 # Whether new parameters get their initial values; not where all of them are overwritten at once, as in loading.
 starts_computed: ContextVar[bool] = ContextVar("starts_computed", default=True)
 
+# Whether the factors of `Builder.mul` are frozen tensors of the adapter, so that adapters with other factors, such as
+# alpha / rank, have the same graph.
+scales_as_tensors: ContextVar[bool] = ContextVar("scales_as_tensors", default=False)
+
 
 @dataclass
 class ApplicationContext:
@@ -434,7 +438,17 @@ class Builder:
         """Compute x * y; a factor of exactly 1 adds no node."""
         if isinstance(y, fx.Node):
             return self.call(aten.mul.Tensor, x, y)
+        if scales_as_tensors.get():
+            return self.call(aten.mul.Tensor, x, self._scale(y))
         return x if y == 1 else self.call(aten.mul.Tensor, x, y)
+
+    def _scale(self, factor: float) -> fx.Node:
+        """Read a factor from a frozen tensor of no axes."""
+        name, count = "scale", 1
+        while f"{self.owner}.{name}" in self.entries:
+            count += 1
+            name = f"scale{count}"
+        return self.param(name, (), lambda value: value.fill_(factor), trainable=False)
 
     def add(self, x: fx.Node, y: fx.Node) -> fx.Node:
         """Compute x + y."""

@@ -59,6 +59,7 @@ class ProgramData:
         enclosing_model: the whole model, if a submodule was traced; the table contains the tensors of the whole model.
         model_class: the library's class that the model is an instance of.
         statistics: what data says about sites, by their ids, if the program was calibrated.
+        served: the adapters that it holds, one of which each row of a batch names; None for a program of one model.
         comparison: what was compared with the model; None if nothing was.
     """
 
@@ -77,6 +78,7 @@ class ProgramData:
     submodules: Mapping[str, SubmoduleState] = field(default_factory=dict)
     comparison: ComparisonReport | None = None
     statistics: Mapping[str, SiteStatistics] = field(default_factory=dict, repr=False)
+    served: Any = field(default=None, repr=False)
 
     def evolve(self, **changes: Any) -> Self:
         """Return a program with some fields replaced."""

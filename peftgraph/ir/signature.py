@@ -66,6 +66,7 @@ class InputSpec:
         optional: whether `forward` has a default for it.
         default: what stands for it in a call that leaves it out, by name (see `default_input`); None: nothing.
         fixed: what fixed the dimensions that are numbers: by dimension, a line of the model's code or FIXED_BY_CALLER.
+        fill: the value of all entries in a call that leaves it out, for an input that a pass added; None: nothing.
     """
 
     name: str
@@ -76,6 +77,7 @@ class InputSpec:
     optional: bool
     default: str | None = None
     fixed: Mapping[int, str] = field(default_factory=dict)
+    fill: float | None = None
 
 
 @dataclass(frozen=True)
@@ -140,12 +142,27 @@ class Signature:
                 given[name] = value
             else:
                 given |= dict(leaves_with_keys(name, value))
-        tensors = [given.pop(spec.key, None) for spec in self.inputs]
+        tensors = self._filled([given.pop(spec.key, None) for spec in self.inputs])
         self._check_constants(given)
         self._check_tensors(tensors)
         for one in self.assumptions:
             one.check(dict(zip((spec.name for spec in self.inputs), tensors, strict=True)))
         return tensors
+
+    def _filled(self, tensors: list[Any]) -> list[Any]:
+        """Return the tensors of a call with the values of omitted inputs that have one for all entries."""
+        if all(spec.fill is None or value is not None for spec, value in zip(self.inputs, tensors, strict=True)):
+            return tensors
+        present = [(spec, x) for spec, x in zip(self.inputs, tensors, strict=True) if isinstance(x, Tensor)]
+        sizes = {dim: n for spec, x in present for dim, n in zip(spec.dims, x.shape, strict=False)}
+        device = present[0][1].device if present else None
+
+        def value(spec: InputSpec) -> Tensor | None:
+            if spec.fill is None or any(isinstance(dim, str) and dim not in sizes for dim in spec.dims):
+                return None
+            return torch.full([sizes.get(dim, dim) for dim in spec.dims], spec.fill, dtype=spec.dtype, device=device)  # pyright: ignore[reportArgumentType]
+
+        return [value(spec) if x is None else x for spec, x in zip(self.inputs, tensors, strict=True)]
 
     def _check_constants(self, given: Mapping[str, Any]) -> None:
         for key, value in given.items():

@@ -1,0 +1,229 @@
+"""Makes one program of many adapters of a base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from peftgraph.errors import AdapterError, Conflict, PeftGraphError
+from peftgraph.interop.fingerprint import first_difference, fingerprint
+from peftgraph.ir.added_inputs import AddedInput, add_placeholder, batch_dim, with_added_input
+from peftgraph.ir.builder import scales_as_tensors, starts_computed
+from peftgraph.ir.graphs import copy_graph
+from peftgraph.ir.interpreter import evaluation_run, float64_run
+from peftgraph.ir.ordering import in_canonical_order, infer_changed_values
+from peftgraph.ir.program import ProgramData
+from peftgraph.ir.shape_inference import ShapeInference, fake_mode_of
+from peftgraph.ir.verifier import verify
+from peftgraph.rewrite.apply import apply
+from peftgraph.rewrite.finalize import finalize
+from peftgraph.serving.combined_graph import CombinedGraph
+from peftgraph.serving.row_part import RowPart
+from peftgraph.serving.stacks import Stacks
+from peftgraph.sites import Sites
+
+P = TypeVar("P", bound=ProgramData)
+INPUT = "adapter_ids"
+CHECKED = 32  # so many adapters, at most, are compared with themselves alone
+SMALL = 50_000_000  # up to so many values, that is done in float64
+
+
+@dataclass
+class Group:
+    """Adapters whose rows one set of calls computes.
+
+    Attributes:
+        key: what their graphs have in common.
+        stacks: their values.
+    """
+
+    key: Any
+    stacks: Stacks
+
+
+@dataclass(frozen=True)
+class ServedAdapters:
+    """The adapters that a program holds.
+
+    Attributes:
+        numbers: of each adapter, from 1, by name.
+        groups: of adapters with equal graphs.
+        base: the program that all of them adapt.
+        sites: of the base.
+    """
+
+    numbers: Mapping[str, int]
+    groups: Sequence[Group]
+    base: ProgramData
+    sites: Sites
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ServedAdapters:
+        return self
+
+
+def serve(base: P, sites: Sites, adapters: Mapping[str, ProgramData], slots: int | None) -> P:
+    """Return a program that computes each row of a batch with an adapter of its own.
+
+    Args:
+        base: without passes.
+        sites: of the base and of the adapters' patterns.
+        adapters: by name; each is the base with passes.
+        slots: for how many adapters of each graph there is room; by default as many as there are.
+
+    Raises:
+        AdapterError: an adapter is one of another base.
+        Conflict: adapters cannot be in one graph.
+    """
+    if not adapters:
+        raise AdapterError("serve() needs at least one adapter.")
+    parts = {name: adapter_part(name, base, sites, one) for name, one in adapters.items()}
+    try:
+        return _checked(_combined(base, sites, parts, slots, apart=False), parts)
+    except _Differs:  # a size that cannot be padded
+        return _checked(_combined(base, sites, parts, slots, apart=True), parts, last=True)
+
+
+def adapter_part(name: str, base: ProgramData, sites: Sites, adapter: ProgramData) -> RowPart:
+    """Return what an adapter computes for rows, with its scales as tensors.
+
+    Raises:
+        AdapterError: it is an adapter of another base, or none.
+        Conflict: it cannot be in a graph with others.
+    """
+    if not adapter.history:
+        raise AdapterError(f"{name!r} has no passes, so it is no adapter.")
+    _check_base(name, base, adapter)
+    adapter = _final(adapter, sites)
+    form = base
+    token = scales_as_tensors.set(True)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            for applied in adapter.history:
+                form = apply(form, sites, (applied.method,), applied.dtype)
+    finally:
+        scales_as_tensors.reset(token)
+    ones = frozenset(n for n, e in form.table.items() if e.added and e.tensor.dim() and bool((e.tensor == 1).all()))
+    kept = {n for n, e in form.table.items() if e.added or e.base_tensor is not None}
+    values = {n: adapter.table[n] for n in kept if n in adapter.table}
+    return RowPart.of(form.evolve(table=form.table.updated(values)), base, ones)
+
+
+def _final(adapter: P, sites: Sites) -> P:
+    """Return an adapter with the values that its parameters alone decide as parameters, where it has such."""
+    passes = [atom for applied in adapter.history for atom in applied.method.passes()]
+    changes = any(one.finalized() != one or type(one).finalized_from is not _base_hook() for one in passes)
+    return finalize(adapter, sites) if changes else adapter
+
+
+def _base_hook() -> Callable[..., Any]:
+    from peftgraph.rewrite.method import Pass
+
+    return Pass.finalized_from
+
+
+def _check_base(name: str, base: ProgramData, adapter: ProgramData) -> None:
+    own = adapter.base or adapter
+    if own is base:
+        return
+    difference = first_difference(fingerprint(own), base)
+    if difference is not None:
+        raise AdapterError(f"{name!r} is an adapter of another base: {difference}.")
+    for key, entry in own.table.items():
+        other = base.table[key].tensor
+        same = entry.tensor is other or entry.tensor.data_ptr() == other.data_ptr() or torch.equal(entry.tensor, other)
+        if entry.kind == "parameter" and not same:
+            raise AdapterError(
+                f"{name!r} is an adapter of a base with other weights: {key} differs. Save it and serve the directory, "
+                "if that is what you want."
+            )
+
+
+def _combined(base: P, sites: Sites, parts: Mapping[str, RowPart], slots: int | None, apart: bool) -> P:
+    """Return a program of all adapters; those of other shapes have calls of their own if `apart`."""
+    numbers = {name: i for i, name in enumerate(parts, 1)}
+    grouped: dict[Any, list[str]] = {}
+    for name, part in parts.items():
+        shapes = tuple(tuple(node.meta["val"].shape) for node in part.parameters) if apart else ()
+        grouped.setdefault((part.key, shapes), []).append(name)
+    graph = copy_graph(base.graph)
+    batch = batch_dim(base.signature)
+    added = AddedInput(INPUT, (batch,), torch.int64, 0)
+    whole = CombinedGraph(graph, ShapeInference(fake_mode_of(graph)), add_placeholder(graph, base.signature, added))
+    groups: list[Group] = []
+    for number, (key, names) in enumerate(grouped.items()):
+        room = max(len(names), slots or 0)
+        label = f"adapters{number or ''}"
+        stacks = Stacks([parts[one] for one in names], [numbers[one] for one in names], len(parts), room, label, base.table)
+        whole.add(parts[names[0]], stacks, number)
+        stacks.close()
+        groups.append(Group(key, stacks))
+    infer_changed_values(graph, whole.resized, whole.inference)
+    ordered = in_canonical_order(graph)
+    rows = next(
+        int(value.shape[0])
+        for spec, value in zip(base.signature.inputs, base.example, strict=True)
+        if spec.dims and spec.dims[0] == batch
+    )
+    example = torch.arange(rows, device=base.example[0].device) % (len(parts) + 1)
+    served = ServedAdapters(numbers, groups, base, sites)
+    program = with_added_input(base, added, example).evolve(
+        graph=ordered, table=base.table.updated(whole.entries), served=served
+    )
+    object.__setattr__(program, "base", program)
+    verify(program)
+    return program
+
+
+class _Differs(Exception):
+    """Rows of an adapter are not what it computes alone."""
+
+
+def _checked(program: P, parts: Mapping[str, RowPart], last: bool = False) -> P:
+    """Return the program once its rows are what each adapter computes alone.
+
+    Raises:
+        Conflict: they are not.
+    """
+    if program.table.device.type == "meta":
+        return program
+    total = sum(entry.tensor.numel() for entry in program.table.values())
+    prepare, bound = (float64_run, 1e-9) if total <= SMALL else (evaluation_run, 1e-3)
+    if prepare is evaluation_run and program.table.dtype in (torch.bfloat16, torch.float16):
+        bound = 5e-2
+    run = prepare(program)
+    own = program.example[:-1]
+    for name in _representatives(program, parts):
+        assert program.served is not None
+        ids = torch.full_like(program.example[-1], program.served.numbers[name])
+        found, wanted = run([*own, ids]), prepare(parts[name].program)(own)
+        worst = max(map(_distance, found, wanted), default=0.0)
+        if not worst <= bound:
+            if not last:
+                raise _Differs
+            raise Conflict(
+                f"{name!r} ({parts[name].method}) computes other values in a batch with others than alone (relative "
+                f"difference {worst:.1e}): its rows depend on more than their own entries of the batch."
+            )
+    return program
+
+
+def _representatives(program: ProgramData, parts: Mapping[str, RowPart]) -> list[str]:
+    """Return the adapters to check: one of each graph and of each set of shapes first, and at most CHECKED."""
+    first: dict[Any, str] = {}
+    for name, part in parts.items():
+        first.setdefault((part.key, tuple(tuple(n.meta["val"].shape) for n in part.parameters)), name)
+    rest = [name for name in parts if name not in first.values()]
+    return [*first.values(), *rest][: max(CHECKED, len(first))]
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    if a.shape != b.shape:
+        return float("inf")
+    if not a.is_floating_point():
+        return float(not torch.equal(a, b))
+    largest = b.abs().max().clamp(min=1e-30) if b.numel() else torch.ones(())
+    return float(((a - b).abs().max() / largest)) if b.numel() else 0.0
