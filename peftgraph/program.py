@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -50,7 +51,9 @@ from peftgraph.runtime.submodule_module import embed_in_model
 from peftgraph.runtime.training_region import Optimise, TrainingOptions, training_options
 from peftgraph.runtime.training_report import TrainingReport, report_training
 from peftgraph.runtime.transformers_module import make_transformers_module
-from peftgraph.serving.serve import serve
+from peftgraph.serving.module import as_serving_module
+from peftgraph.serving.row_part import RowPart
+from peftgraph.serving.serve import adapter_part, serve
 from peftgraph.sites import Absent, Pattern, Selector, Site, Sites, as_selector, find_sites
 from peftgraph.sites.assign.naming import sections, titles
 from peftgraph.sites.patterns.pattern import patterns_of
@@ -87,6 +90,7 @@ class Program(NotPicklable, ProgramData):
             NoMatch: a selector finds nothing; the message shows the nearest miss.
             Conflict: two passes claim the same thing.
         """
+        self._require_one_model("apply passes to")
         passes = as_passes(methods)
         program = self.with_patterns(*(rule.at for one in passes for rule in one.rules()))
         result = apply(program, program.sites, passes, dtype)
@@ -128,6 +132,7 @@ class Program(NotPicklable, ProgramData):
             PeftGraphError: there is no such pass, or a later pass cannot be applied without it.
             Ambiguous: several passes without a name have the word.
         """
+        self._require_one_model("remove passes from")
         return remove(self, self.sites, position_of(self.history, which))
 
     def release_quantised(self) -> Program:
@@ -175,6 +180,7 @@ class Program(NotPicklable, ProgramData):
         Raises:
             PeftGraphError: no pass computes anything from its parameters alone.
         """
+        self._require_one_model("finalise")
         return finalize(self, self.sites)
 
     def mix(self, weights: Mapping[str, float]) -> Program:
@@ -191,6 +197,7 @@ class Program(NotPicklable, ProgramData):
             PeftGraphError: no pass has that name.
             RecipeError: a weight is not 1 and the pass cannot be weighted.
         """
+        self._require_one_model("mix")
         return mix(self, self.sites, weights)
 
     @property
@@ -281,7 +288,8 @@ class Program(NotPicklable, ProgramData):
         """
         self.require_one_adapter()
         net = self._module(training_options(optimise, activation_budget, keep_logits))
-        return with_adapter_methods(net, make_owner(self, fold, self.source))
+        net = with_adapter_methods(net, make_owner(self, fold, self.source))
+        return net if self.served is None else as_serving_module(net, self.served)
 
     def _module(self, options: TrainingOptions | None) -> nn.Module:
         blocks = find_block_regions(self, self.sites)
@@ -295,8 +303,20 @@ class Program(NotPicklable, ProgramData):
 
         return make_transformers_module(self, blocks, self.model_class, save, options)
 
+    def _require_one_model(self, what: str) -> None:
+        if self.served is not None:
+            names = ", ".join(list(self.served.numbers)[:4])
+            raise PeftGraphError(
+                f"Cannot {what} a program that serves {len(self.served.numbers)} adapters ({names}): do it with the "
+                "program of one of them, and serve() again."
+            )
+
     def serve(
-        self, adapters: Mapping[str, Program | str | PathLike[str]] | None = None, *, slots: int | None = None
+        self,
+        adapters: Mapping[str, Program | str | PathLike[str]] | None = None,
+        *,
+        slots: int | None = None,
+        trainable: bool = False,
     ) -> Program:
         """Return one program that holds many adapters; each row of a batch names the one that it is computed with.
 
@@ -307,21 +327,51 @@ class Program(NotPicklable, ProgramData):
         Args:
             adapters: by name, programs of this base or directories that `load_adapter` reads. A program with passes
                 serves its own named ones, without this argument.
-            slots: for how many adapters of each graph there is room, for others that `net.swap` loads.
+            slots: for how many adapters of each graph there is room, for others that `net.swap` loads. If there are
+                more adapters, the first ones are loaded, and others when rows name them; the least recently used leave.
+            trainable: keep the adapters' parameters as they are, shared with their programs, so that each trains on its
+                own rows: `net.optimiser_groups()` has a group of them for each adapter.
 
         Raises:
             AdapterError: an adapter belongs to another base, or its files are damaged.
             Conflict: it cannot be computed beside others, such as a prompt, which makes the inputs longer.
         """
-        own = self if self.base is None else self.base
         if adapters is None:
             adapters = self._named_adapters()
-        elif self.history:
-            raise PeftGraphError("serve({...}) is called on a program without passes; tuned.serve() serves its own.")
-        programs = {name: self._adapter(name, one) for name, one in adapters.items()}
-        used = [rule.at for one in programs.values() for a in one.history for rule in a.method.rules()]
-        assert isinstance(own, Program)
-        return serve(own, own.with_patterns(*used).sites, programs, slots)
+        elif any(edit.parameters for edit in self.edits):
+            raise PeftGraphError(
+                "serve({...}) is called on a program without trained passes; tuned.serve() serves its own."
+            )
+        self._require_one_model("serve from")
+        own = self._frozen_part(adapters)
+        return serve(own, adapters, partial(own._row_part, trainable=trainable), slots, trainable)
+
+    def _frozen_part(self, adapters: Mapping[str, Program | str | PathLike[str]]) -> Program:
+        """Return what adapters of this program have in common: its own passes, or else their first ones, as far as
+        these have nothing to train, such as `quantise`."""
+        programs = [one for one in adapters.values() if isinstance(one, Program)]
+        base = self.base
+        assert isinstance(base, Program)
+        if not programs:
+            return self if not any(edit.parameters for edit in self.edits) else base
+        own = programs[0]
+        first = [str(applied.method) for applied in own.history]
+        others = [[str(applied.method) for applied in one.history] for one in programs]
+        trained = {edit.application for edit in own.edits if edit.parameters}
+        count = next(
+            (i for i in range(len(first)) if i in trained or any(o[: i + 1] != first[: i + 1] for o in others)), 0
+        )
+        if not count:
+            return base
+        while len(own.history) > count:
+            own = own.remove(-1)
+        return own
+
+    def _row_part(self, name: str, one: Program | str | PathLike[str], trainable: bool = False) -> RowPart:
+        """Return what an adapter of this program computes for rows."""
+        adapter = one if isinstance(one, Program) else self.load_adapter(one)
+        used = [rule.at for applied in adapter.history for rule in applied.method.rules()]
+        return adapter_part(name, self, self.with_patterns(*used).sites, adapter, trainable)
 
     def _named_adapters(self) -> Mapping[str, Program]:
         names = dict.fromkeys(applied.name for applied in self.history if applied.name)
@@ -331,13 +381,6 @@ class Program(NotPicklable, ProgramData):
                 'in lora{name="dog"}, or serve({"dog": program, ...}).'
             )
         return {name: self.only(name) for name in names}
-
-    def _adapter(self, name: str, one: Program | str | PathLike[str]) -> Program:
-        if isinstance(one, Program):
-            return one
-        own = self if self.base is None else self.base
-        assert isinstance(own, Program)
-        return own.load_adapter(one)
 
     def explain_cost(self, net: nn.Module) -> TrainingReport:
         """Return what the optimised blocks of a module keep between the passes, and what they compute again.
@@ -369,6 +412,7 @@ class Program(NotPicklable, ProgramData):
         Raises:
             PeftGraphError: no pass asks for statistics, or there are no batches or no loss.
         """
+        self._require_one_model("calibrate")
         wanted: dict[Site, set[Statistic]] = {}
         for atom in (atom for method in as_passes(methods) for atom in method.passes() if atom.statistics()):
             for site in (site for at in atom.statistics_at() for site in self.sites.select(at)):
@@ -394,6 +438,7 @@ class Program(NotPicklable, ProgramData):
             PeftGraphError: nothing was applied, or the module is another program's.
             RecipeError: a pass's schedule does not fit that number of steps.
         """
+        self._require_one_model("start a training of")
         return start_training(self, self.sites, net, steps)
 
     def export(self, path: str | PathLike[str]) -> Path:
@@ -412,6 +457,7 @@ class Program(NotPicklable, ProgramData):
         Raises:
             PeftGraphError: unfolded passes are left, or the model does not fit.
         """
+        self._require_one_model("write back")
         return write_back(self, model)
 
     def save_adapter(self, directory: str | PathLike[str], format: str = OWN) -> Path:
@@ -429,6 +475,7 @@ class Program(NotPicklable, ProgramData):
                 names the pass and the site.
             PeftGraphError: the directory cannot be written; its earlier content stays.
         """
+        self._require_one_model("save")
         return save_adapter(self, self.sites, _path(directory), format)
 
     def load_adapter(
@@ -446,12 +493,15 @@ class Program(NotPicklable, ProgramData):
             AdapterError: the files are damaged, belong to another base, or describe what no pass does; this program is
                 unchanged.
         """
+        self._require_one_model("load an adapter into")
         if not isinstance(name, str | None):
             raise AdapterError(f"The name of an adapter is text, got {name!r}.")
         return load_adapter(self, self.sites, self.apply, _path(directory), name, format)
 
     def __str__(self) -> str:
         passes = "; ".join(str(applied.method) for applied in self.history) or "no passes"
+        if self.served is not None:
+            passes = f"serves {len(self.served.numbers)} adapters: {', '.join(self.served.numbers)}"
         kept = f"Program of {self.model}: {len(self.graph.nodes)} nodes, {len(self.sites)} sites, {passes}"
         return kept if self.comparison is None else f"{kept}; {self.comparison.summary()} when it was traced"
 
@@ -599,5 +649,6 @@ def fold(
         Conflict: several named adapters train copies of one tensor; `only` chooses one.
         ProofError: the result would compute something else.
     """
+    program._require_one_model("fold")
     program.require_one_adapter()
     return _fold(program, program.sites, partial=partial, untie=untie, quantised=quantised, facts=prove)

@@ -160,7 +160,8 @@ class Signature:
         def value(spec: InputSpec) -> Tensor | None:
             if spec.fill is None or any(isinstance(dim, str) and dim not in sizes for dim in spec.dims):
                 return None
-            return torch.full([sizes.get(dim, dim) for dim in spec.dims], spec.fill, dtype=spec.dtype, device=device)  # pyright: ignore[reportArgumentType]
+            shape = [sizes[dim] if isinstance(dim, str) else dim for dim in spec.dims]
+            return torch.full(shape, spec.fill, dtype=spec.dtype, device=device)
 
         return [value(spec) if x is None else x for spec, x in zip(self.inputs, tensors, strict=True)]
 

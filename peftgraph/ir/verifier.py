@@ -69,6 +69,8 @@ def stored_tensors_exist(program: ProgramData) -> Iterator[str]:
 def trainables_are_claimed(program: ProgramData) -> Iterator[str]:
     """Check that tensors that require grad are the parameters that some edit claims, and that claimed ones exist."""
     claimed = {name for edit in program.edits for name in edit.parameters}
+    if program.served is not None:
+        claimed.update(name for names in program.served.parameters.values() for name in names)
     for name, entry in program.table.items():
         if entry.tensor.requires_grad != entry.trainable:
             yield f"@{name} requires grad: {entry.tensor.requires_grad}, trainable: {entry.trainable}"

@@ -14,7 +14,6 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
-from torch.fx.node import map_arg
 
 from peftgraph.errors import Conflict
 from peftgraph.ir.builder import BORROWING_OPERATORS
@@ -23,6 +22,7 @@ from peftgraph.serving.convolution_by_row import convolve_by_row
 from peftgraph.serving.product_by_row import linear_by_row
 
 aten = torch.ops.aten
+CARRIED = ("follows", "evaluates_to_first_operand", "training_only", "evaluation_only")  # how a call runs, in metadata
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,9 @@ class RowWriter:
     def insert(self, op: str, target: Any, args: Any, kwargs: Any, hint: str, value: Any = None) -> fx.Node:
         """Insert a node at the end; the graph is sorted once it is whole."""
         with self.graph.inserting_before(self.graph.output_node()):
-            node = self.graph.create_node(op, target, tuple(args), dict(kwargs), name=f"{self.label}_{hint}".replace(".", "_"))
+            node = self.graph.create_node(
+                op, target, tuple(args), dict(kwargs), name=f"{self.label}_{hint}".replace(".", "_")
+            )
         node.meta["val"] = self.inference.value_of(node) if value is None else value
         base = f"{self.label}.{hint}"
         number = self.labels[base] = self.labels.get(base, 0) + 1
@@ -124,10 +126,11 @@ class RowWriter:
         value = like.meta["val"]
         dim = value.dim() if dim is None else dim
         found = self.axis_of(value)
-        place = 0 if found is None else found + dim - value.dim()
+        axis = found or 0
+        place = 0 if found is None else axis + dim - value.dim()
         if found is None and (not value.dim() or value.shape[0] != 1):
             raise Conflict(f"{self.owner} changes a value of no rows (%{like.meta.get('label', like.name)}).")
-        gathered = self.call(aten.index_select.default, stack.node(), 0, self.entries(like, max(found or 0, 0)))
+        gathered = self.call(aten.index_select.default, stack.node(), 0, self.entries(like, axis))
         sizes = [*[1] * (dim - stack.dim), *gathered.meta["val"].shape[1:]]
         if len(sizes) != dim or sizes[place] != 1:
             raise Conflict(
@@ -291,10 +294,9 @@ def _cat(op: RowWriter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, 
 def _einsum(op: RowWriter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node | None:
     """Give the parameters the letter of the rows."""
     equation, parts = args[:2]
-    terms, _, result = equation.replace(" ", "").partition("->")
-    letters = terms.split(",")
+    letters, result = _letters(equation, [_dim(one) for one in parts])
     like = next((i for i, one in enumerate(parts) if isinstance(one, fx.Node)), None)
-    if like is None or "." in equation:
+    if like is None:
         return None
     axis = op.axis_of(parts[like].meta["val"])
     if axis is None or letters[like][axis] not in result:
@@ -311,6 +313,29 @@ def _einsum(op: RowWriter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
     return op.call(aten.einsum.default, f"{','.join(letters)}->{result}", found)
 
 
+def _letters(equation: str, dims: Sequence[int]) -> tuple[list[str], str]:
+    """Return the letters of an einsum's operands and of its result, with letters in the place of "..."."""
+    terms, _, result = equation.replace(" ", "").partition("->")
+    letters = terms.split(",")
+    free = [one for one in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if one not in equation]
+    longest = (
+        max(dim - len(one.replace("...", "")) for one, dim in zip(letters, dims, strict=True) if "..." in one)
+        if "..." in equation
+        else 0
+    )
+    names = "".join(free[:longest])
+
+    def spelled(term: str, dim: int) -> str:
+        count = dim - len(term.replace("...", ""))
+        return term.replace("...", names[longest - count :])
+
+    return [spelled(one, dim) for one, dim in zip(letters, dims, strict=True)], result.replace("...", names)
+
+
+def _dim(value: Any) -> int:
+    return value.dim if isinstance(value, Stack) else value.meta["val"].dim()
+
+
 def _convolution(op: RowWriter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node | None:
     x, kernel, bias, *rest = (*args, None)[: max(3, len(args))]
     if not isinstance(x, fx.Node) or kwargs or op.axis_of(x.meta["val"]) != 0:
@@ -323,7 +348,9 @@ def _convolution(op: RowWriter, node: fx.Node, args: tuple[Any, ...], kwargs: di
         return y
     if isinstance(bias, Stack):
         spread = Stack(
-            lambda _: op.call(aten.reshape.default, bias.node(), [*bias.node().meta["val"].shape, *[1] * (x.meta["val"].dim() - 2)]),
+            lambda _: op.call(
+                aten.reshape.default, bias.node(), [*bias.node().meta["val"].shape, *[1] * (x.meta["val"].dim() - 2)]
+            ),
             x.meta["val"].dim() - 1,
         )
         return op.call(aten.add.Tensor, y, op.own(spread, y))

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 
 from peftgraph.errors import Conflict
-from peftgraph.ir.graphs import copy_graph
 from peftgraph.ir.shape_inference import ShapeInference, fake_like, same_metadata
 from peftgraph.ir.tensor_table import TensorEntry
-from peftgraph.serving.by_row import RowWriter, Stack, mapped
+from peftgraph.serving.by_row import CARRIED, RowWriter, Stack, mapped
 from peftgraph.serving.neutrality import UNKNOWN, Known, itself, known_einsum, known_result
 from peftgraph.serving.row_part import RowPart, operands
 from peftgraph.serving.stacks import Stacks
@@ -93,9 +91,9 @@ class _Group:
     def _write(self, node: fx.Node) -> None:
         """Write the calls for one of the adapter's."""
         op = self.writer
+        args, kwargs = mapped(node, self._value)
         op.order = (*node.meta["order"][:1], self.number + 1)
         op.label = f"{node.meta.get('label', node.name)}.by_row" if self._is_base(node) else _stem(node)
-        args, kwargs = mapped(node, self._value)
         reads_stack = any(isinstance(one, Stack) for one in _leaves((args, kwargs)))
         if reads_stack:
             result = op.by_row(node, args, kwargs)
@@ -129,8 +127,12 @@ class _Group:
             return self.made[node]
         if self._is_base(node):
             return self.whole._current.get(node.name) or self.whole._nodes[node.name]
-        assert node.op == "get_attr", f"%{node.name} depends on no row"
-        self.made[node] = self._constant(node)
+        if node.op == "get_attr":
+            self.made[node] = self._constant(node)
+        else:  # it depends on no row and no parameter of the adapter, such as a random number
+            args, kwargs = mapped(node, self._value)
+            self.writer.order, self.writer.label = (*node.meta["order"][:1], self.number + 1), _stem(node)
+            self.made[node] = self.writer.insert("call_function", node.target, args, kwargs, _hint(node))
         return self.made[node]
 
     def _constant(self, node: fx.Node) -> fx.Node:
@@ -168,7 +170,11 @@ class _Group:
             moved.setdefault(now.name, []).append(chosen[key])
         for name, values in moved.items():
             old = self.whole._nodes.get(name)
-            if old is not None and len(set(values)) == 1 and all(one is values[0] or self._own(one) for one in old.users):
+            if (
+                old is not None
+                and len(set(values)) == 1
+                and all(one is values[0] or self._own(one) for one in old.users)
+            ):
                 self.whole._current[name] = values[0]
 
     def _own(self, node: fx.Node) -> bool:
@@ -182,16 +188,11 @@ class _Group:
         equal = itself(None, self.known[value])
         if equal is now or (equal is not None and self.whole._current.get(equal.name) is now):
             return new
-        self.stacks.needs_choice = True
         op.order, op.label = (*value.meta["order"][:1], self.number + 1), _stem(value)
         if self.member is None:
             self.member = op.call(aten.gt.Scalar, op.ids, 0)
             self.member.meta["order"] = (0, self.number + 1, op.count)
         return op.choose(new, now, self.member)
-
-
-# Metadata that says how a call runs.
-CARRIED = ("follows", "evaluates_to_first_operand", "training_only", "evaluation_only")
 
 
 def _stem(node: fx.Node) -> str:
@@ -217,4 +218,4 @@ def _replace_operand(user: fx.Node, position: int, new: fx.Node) -> None:
     def one(operand: fx.Node) -> fx.Node:
         return new if next(count, None) == position else operand
 
-    user.args, user.kwargs = fx.map_arg((user.args, user.kwargs), one)  # pyright: ignore
+    user.args, user.kwargs = fx.map_arg((user.args, user.kwargs), one)

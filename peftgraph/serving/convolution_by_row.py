@@ -25,7 +25,10 @@ def convolve_by_row(
         x: (B, C, ...).
         kernels: (M, O, C / groups, ...).
         rows: (B,) int64, the kernel of each entry.
-        stride, padding, dilation, groups: of the convolution.
+        stride: of the convolution.
+        padding: of the convolution.
+        dilation: of the convolution.
+        groups: of the convolution.
 
     Returns:
         (B, O, ...).

@@ -116,11 +116,13 @@ def _sum(target: Any, operands: Sequence[Any], known: Sequence[Known]) -> Known:
 
 
 def _scattered(operands: Sequence[Any], known: Sequence[Known], target: Any) -> Known:
-    """A window that is put back unchanged leaves the whole as it was."""
+    """Return what is known of a value with a window that was replaced: itself, if the window is unchanged."""
     whole, part, *window = operands
     source = itself(part, known[1])
     unchanged = (
-        isinstance(source, fx.Node) and source.target is target and [source.args[0], *source.args[1:]] == [whole, *window]
+        isinstance(source, fx.Node)
+        and source.target is target
+        and [source.args[0], *source.args[1:]] == [whole, *window]
     )
     return Known(same=itself(whole, known[0])) if unchanged else UNKNOWN
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftgraph.serving.product_costs import costs_on
+from peftgraph.serving.product_costs import Way, costs_on
 
-Way = Literal["gathered", "masked", "segments"]
 STATIC_LIMIT = 8  # up to so many matrices, a graph that cannot choose at run time multiplies by all of them
 
 

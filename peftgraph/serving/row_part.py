@@ -179,6 +179,10 @@ class RowPart:
                     known[one] = one.target(*map_arg(one.args, known.__getitem__), **map_arg(one.kwargs, known.get))
         return known[node]
 
+    def shape(self, node: fx.Node) -> tuple[int, ...]:
+        """Return the shape of a value of `parameters`."""
+        return tuple(int(size) for size in node.meta["val"].shape)
+
     def base_value(self, node: fx.Node) -> Tensor:
         """Compute what a value of `parameters` is in the base, if it is one of the base's."""
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from peftgraph.errors import AdapterError, Conflict, PeftGraphError
-from peftgraph.interop.fingerprint import first_difference, fingerprint
+from peftgraph.interop.fingerprint import fingerprint, first_difference
 from peftgraph.ir.added_inputs import AddedInput, add_placeholder, batch_dim, with_added_input
-from peftgraph.ir.builder import scales_as_tensors, starts_computed
+from peftgraph.ir.builder import scales_as_tensors
 from peftgraph.ir.graphs import copy_graph
 from peftgraph.ir.interpreter import evaluation_run, float64_run
 from peftgraph.ir.ordering import in_canonical_order, infer_changed_values
@@ -23,10 +23,11 @@ from peftgraph.rewrite.apply import apply
 from peftgraph.rewrite.finalize import finalize
 from peftgraph.serving.combined_graph import CombinedGraph
 from peftgraph.serving.row_part import RowPart
-from peftgraph.serving.stacks import Stacks
+from peftgraph.serving.stacks import Stacks, TrainedStacks
 from peftgraph.sites import Sites
 
 P = TypeVar("P", bound=ProgramData)
+Load = Callable[[str, Any], RowPart]
 INPUT = "adapter_ids"
 CHECKED = 32  # so many adapters, at most, are compared with themselves alone
 SMALL = 50_000_000  # up to so many values, that is done in float64
@@ -39,10 +40,16 @@ class Group:
     Attributes:
         key: what their graphs have in common.
         stacks: their values.
+        exact: whether sizes cannot be padded with zeros.
     """
 
     key: Any
     stacks: Stacks
+    exact: bool = False
+
+    def takes(self, part: RowPart) -> bool:
+        """Tell whether another adapter can be one of the group."""
+        return self.key == part.key and self.stacks.fits(part, self.exact)
 
 
 @dataclass(frozen=True)
@@ -52,27 +59,33 @@ class ServedAdapters:
     Attributes:
         numbers: of each adapter, from 1, by name.
         groups: of adapters with equal graphs.
-        base: the program that all of them adapt.
-        sites: of the base.
+        sources: what each is loaded from, by name.
+        capacity: how many numbers there are.
+        load: returns the part of an adapter, from its name and a program or directory.
+        parameters: the names of the parameters that train for each adapter, by its name; none where they are values.
     """
 
     numbers: Mapping[str, int]
     groups: Sequence[Group]
-    base: ProgramData
-    sites: Sites
+    sources: Mapping[str, Any]
+    capacity: int
+    load: Load
+    parameters: Mapping[str, Sequence[str]] = field(default_factory=dict[str, Sequence[str]])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ServedAdapters:
         return self
 
 
-def serve(base: P, sites: Sites, adapters: Mapping[str, ProgramData], slots: int | None) -> P:
+def serve(base: P, adapters: Mapping[str, Any], load: Load, slots: int | None, trainable: bool = False) -> P:
     """Return a program that computes each row of a batch with an adapter of its own.
 
     Args:
-        base: without passes.
-        sites: of the base and of the adapters' patterns.
-        adapters: by name; each is the base with passes.
-        slots: for how many adapters of each graph there is room; by default as many as there are.
+        base: what all of them adapt.
+        adapters: by name, what `load` takes.
+        load: returns the part of an adapter.
+        slots: for how many adapters of each graph there is room; by default as many as there are. If there are more,
+            the first ones are loaded, and others when rows name them.
+        trainable: whether the adapters' own parameters are in the graph, to train.
 
     Raises:
         AdapterError: an adapter is one of another base.
@@ -80,34 +93,47 @@ def serve(base: P, sites: Sites, adapters: Mapping[str, ProgramData], slots: int
     """
     if not adapters:
         raise AdapterError("serve() needs at least one adapter.")
-    parts = {name: adapter_part(name, base, sites, one) for name, one in adapters.items()}
+    if slots is not None and slots < 1:
+        raise PeftGraphError(f"slots must be at least 1, got {slots}.")
+    if slots is not None and trainable:
+        raise PeftGraphError("slots are for adapters that are loaded later; those that train are all here.")
+    room = len(adapters) if slots is None else slots
+    parts = {name: load(name, one) for name, one in list(adapters.items())[:room]}
     try:
-        return _checked(_combined(base, sites, parts, slots, apart=False), parts)
+        return _checked(_combined(base, parts, adapters, load, slots, trainable, apart=False), parts)
     except _Differs:  # a size that cannot be padded
-        return _checked(_combined(base, sites, parts, slots, apart=True), parts, last=True)
+        return _checked(_combined(base, parts, adapters, load, slots, trainable, apart=True), parts, last=True)
 
 
-def adapter_part(name: str, base: ProgramData, sites: Sites, adapter: ProgramData) -> RowPart:
+def adapter_part(name: str, base: ProgramData, sites: Sites, adapter: ProgramData, trainable: bool = False) -> RowPart:
     """Return what an adapter computes for rows, with its scales as tensors.
+
+    Args:
+        name: of the adapter, for messages.
+        base: may have passes, which the adapter has too.
+        sites: of the base, and of the adapter's patterns.
+        adapter: the base with further passes.
+        trainable: whether it will train, so that what its parameters alone decide stays computed.
 
     Raises:
         AdapterError: it is an adapter of another base, or none.
         Conflict: it cannot be in a graph with others.
     """
-    if not adapter.history:
+    shared = len(base.history)
+    if len(adapter.history) <= shared:
         raise AdapterError(f"{name!r} has no passes, so it is no adapter.")
     _check_base(name, base, adapter)
-    adapter = _final(adapter, sites)
-    form = base
+    adapter = adapter if trainable else _final(adapter, sites)
+    form: ProgramData = base
     token = scales_as_tensors.set(True)
     try:
         with torch.random.fork_rng(devices=[]):
-            for applied in adapter.history:
+            for applied in adapter.history[shared:]:
                 form = apply(form, sites, (applied.method,), applied.dtype)
     finally:
         scales_as_tensors.reset(token)
     ones = frozenset(n for n, e in form.table.items() if e.added and e.tensor.dim() and bool((e.tensor == 1).all()))
-    kept = {n for n, e in form.table.items() if e.added or e.base_tensor is not None}
+    kept = {n for n, e in form.table.items() if base.table.get(n) is not e}
     values = {n: adapter.table[n] for n in kept if n in adapter.table}
     return RowPart.of(form.evolve(table=form.table.updated(values)), base, ones)
 
@@ -126,7 +152,7 @@ def _base_hook() -> Callable[..., Any]:
 
 
 def _check_base(name: str, base: ProgramData, adapter: ProgramData) -> None:
-    own = adapter.base or adapter
+    own, base = adapter.base or adapter, base.base or base
     if own is base:
         return
     difference = first_difference(fingerprint(own), base)
@@ -142,9 +168,18 @@ def _check_base(name: str, base: ProgramData, adapter: ProgramData) -> None:
             )
 
 
-def _combined(base: P, sites: Sites, parts: Mapping[str, RowPart], slots: int | None, apart: bool) -> P:
+def _combined(
+    base: P,
+    parts: Mapping[str, RowPart],
+    sources: Mapping[str, Any],
+    load: Load,
+    slots: int | None,
+    trainable: bool,
+    apart: bool,
+) -> P:
     """Return a program of all adapters; those of other shapes have calls of their own if `apart`."""
-    numbers = {name: i for i, name in enumerate(parts, 1)}
+    numbers = {name: i for i, name in enumerate(sources, 1)}
+    capacity = len(numbers) + (slots or 0)
     grouped: dict[Any, list[str]] = {}
     for name, part in parts.items():
         shapes = tuple(tuple(node.meta["val"].shape) for node in part.parameters) if apart else ()
@@ -154,13 +189,17 @@ def _combined(base: P, sites: Sites, parts: Mapping[str, RowPart], slots: int | 
     added = AddedInput(INPUT, (batch,), torch.int64, 0)
     whole = CombinedGraph(graph, ShapeInference(fake_mode_of(graph)), add_placeholder(graph, base.signature, added))
     groups: list[Group] = []
-    for number, (key, names) in enumerate(grouped.items()):
+    for number, ((key, _), names) in enumerate(grouped.items()):
         room = max(len(names), slots or 0)
         label = f"adapters{number or ''}"
-        stacks = Stacks([parts[one] for one in names], [numbers[one] for one in names], len(parts), room, label, base.table)
+        own, ids = [parts[one] for one in names], [numbers[one] for one in names]
+        stacks = (
+            TrainedStacks(own, ids, capacity, room, label, base.table, names=names)
+            if trainable
+            else Stacks(own, ids, capacity, room, label, base.table)
+        )
         whole.add(parts[names[0]], stacks, number)
-        stacks.close()
-        groups.append(Group(key, stacks))
+        groups.append(Group(key, stacks, apart))
     infer_changed_values(graph, whole.resized, whole.inference)
     ordered = in_canonical_order(graph)
     rows = next(
@@ -169,11 +208,16 @@ def _combined(base: P, sites: Sites, parts: Mapping[str, RowPart], slots: int | 
         if spec.dims and spec.dims[0] == batch
     )
     example = torch.arange(rows, device=base.example[0].device) % (len(parts) + 1)
-    served = ServedAdapters(numbers, groups, base, sites)
+    trained = {
+        name: own
+        for one in groups
+        if isinstance(one.stacks, TrainedStacks)
+        for name, own in one.stacks.parameters.items()
+    }
+    served = ServedAdapters(numbers, groups, sources, capacity, load, trained)
     program = with_added_input(base, added, example).evolve(
         graph=ordered, table=base.table.updated(whole.entries), served=served
     )
-    object.__setattr__(program, "base", program)
     verify(program)
     return program
 
@@ -226,4 +270,4 @@ def _distance(a: Tensor, b: Tensor) -> float:
     if not a.is_floating_point():
         return float(not torch.equal(a, b))
     largest = b.abs().max().clamp(min=1e-30) if b.numel() else torch.ones(())
-    return float(((a - b).abs().max() / largest)) if b.numel() else 0.0
+    return float((a - b).abs().max() / largest) if b.numel() else 0.0

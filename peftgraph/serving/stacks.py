@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from peftgraph.errors import Conflict
 from peftgraph.ir.shape_inference import fake_like
 from peftgraph.ir.tensor_table import TensorEntry
-from peftgraph.serving.by_row import RowWriter, Stack
+from peftgraph.serving.by_row import CARRIED, RowWriter, Stack, mapped
 from peftgraph.serving.neutrality import Fill
 from peftgraph.serving.row_part import RowPart
 
@@ -32,7 +32,6 @@ class Stacks:
         label: the word that the names of the tensors contain.
         taken: names that are in use.
         entries: the stored tensors, by name.
-        needs_choice: whether entry 0 is not the base's, so that its rows are replaced.
     """
 
     parts: Sequence[RowPart]
@@ -42,7 +41,7 @@ class Stacks:
     label: str
     taken: Container[str]
     entries: dict[str, TensorEntry] = field(default_factory=dict[str, TensorEntry])
-    needs_choice: bool = False
+    index_name: str = ""
     _names: dict[tuple[int, bool], str] = field(default_factory=dict[tuple[int, bool], str])
     _nodes: dict[tuple[int, bool], fx.Node] = field(default_factory=dict[tuple[int, bool], fx.Node])
 
@@ -133,13 +132,20 @@ class Stacks:
             name = f"{wanted}_{number}"
         return name
 
-    def close(self) -> None:
-        """Give entry 0 the values of the first adapter where its rows are replaced: such values are finite."""
-        if self.needs_choice:
-            for (which, _), name in self._names.items():
-                if self.fill(which) != "base":
-                    stored = self.entries[name].tensor
-                    stored[0] = stored[1]
+    @property
+    def written(self) -> list[str]:
+        """The names of the tensors that another adapter changes."""
+        return [self.index_name, *self._names.values()]
+
+    def fits(self, part: RowPart, exactly: bool) -> bool:
+        """Tell whether the values of an adapter are no larger than there is room for; `exactly` as large."""
+        shapes = [part.shape(node) for node in part.parameters]
+        if exactly:
+            return shapes == self.shapes
+        return all(
+            all(own <= room for own, room in zip(shape, most, strict=True))
+            for shape, most in zip(shapes, self.shapes, strict=True)
+        )
 
     def write(self, entry: int, part: RowPart, tensors: Mapping[str, Tensor]) -> None:
         """Put the values of another adapter into an entry of the stored tensors, by name.
@@ -161,3 +167,73 @@ def _get_attrs(node: fx.Node) -> list[fx.Node]:
         found += [one] if one.op == "get_attr" else []
         todo += one.all_input_nodes
     return found
+
+
+@dataclass
+class TrainedStacks(Stacks):
+    """The values of a group of adapters, computed in the graph from each adapter's own parameters, which train.
+
+    Attributes:
+        names: of the adapters.
+        parameters: the names of the parameters of each, by its name.
+    """
+
+    names: Sequence[str] = ()
+    parameters: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+    _read_nodes: dict[tuple[str, str], fx.Node] = field(default_factory=dict[tuple[str, str], fx.Node])
+    _copies: dict[tuple[int, fx.Node], fx.Node] = field(default_factory=dict[tuple[int, fx.Node], fx.Node])
+
+    def _read(self, op: RowWriter, which: int, transposed: bool) -> fx.Node:
+        if (which, False) not in self._nodes:
+            order, label = op.order, op.label
+            place = self.parts[0].parameters[which].meta["order"][0]
+            op.order, op.label = (place,), f"{op.label}.{which}"
+            values = [
+                self._padded_node(op, which, self._copied(op, i, part.parameters[which]))
+                for i, part in enumerate(self.parts)
+            ]
+            empty = self._empty_entry(which)
+            name = self.free_name(f"peftgraph_{self.label}.empty_{which}", ())
+            self.entries[name] = TensorEntry(empty, "buffer", persistent=False, added=True)
+            first = op.insert("get_attr", name, (), {}, "empty", fake_like(op.inference.mode, empty))
+            self._nodes[which, False] = op.call(aten.stack.default, [first, *values])
+            op.order, op.label = order, label
+        node = self._nodes[which, False]
+        if not transposed:
+            return node
+        if (which, True) not in self._nodes:
+            self._nodes[which, True] = op.call(aten.transpose.int, node, -2, -1)
+        return self._nodes[which, True]
+
+    def _copied(self, op: RowWriter, adapter: int, node: fx.Node) -> fx.Node:
+        """Copy the computation of one adapter's value into the graph."""
+        key = (adapter, node)
+        if key not in self._copies:
+            if node.op == "get_attr":
+                self._copies[key] = self._parameter(op, adapter, str(node.target))
+            else:
+                args, kwargs = mapped(node, lambda one: self._copied(op, adapter, one))
+                copy = op.insert("call_function", node.target, args, kwargs, "value")
+                copy.meta |= {key: node.meta[key] for key in CARRIED if key in node.meta}
+                self._copies[key] = copy
+        return self._copies[key]
+
+    def _parameter(self, op: RowWriter, adapter: int, target: str) -> fx.Node:
+        """Read a tensor of one adapter, under a name with the adapter's own."""
+        part, name = self.parts[adapter], self.names[adapter]
+        entry = part.program.table[target]
+        if target in part.base.table and part.base.table[target] is entry:
+            return op.insert("get_attr", target, (), {}, "stored", fake_like(op.inference.mode, entry.tensor))
+        stem, _, leaf = target.rpartition(".")
+        full = self.free_name(f"{stem}.{name}.{leaf}".lstrip("."), ())
+        self.entries[full] = replace(entry, added=True, base_tensor=None)
+        if entry.trainable:
+            self.parameters.setdefault(name, []).append(full)
+        return op.insert("get_attr", full, (), {}, leaf, fake_like(op.inference.mode, entry.tensor))
+
+    def _padded_node(self, op: RowWriter, which: int, node: fx.Node) -> fx.Node:
+        own = [int(size) for size in node.meta["val"].shape]
+        missing = [size - n for size, n in zip(self.shapes[which], own, strict=True)]
+        if not any(missing):
+            return node
+        return op.call(aten.constant_pad_nd.default, node, [n for size in reversed(missing) for n in (0, size)])
