@@ -126,7 +126,12 @@ def test_what_cannot_be_served() -> None:
     base, other = laws.base_of("llama").program, laws.base_of("gpt2").program
     low = base.apply(LoRA(rank=2))
     served = base.serve({"a": low})
-    for call in (lambda: served.apply(LoRA(rank=2)), lambda: pg.fold(served), lambda: served.save_adapter("x"), served.finalize):
+    for call in (
+        lambda: served.apply(LoRA(rank=2)),
+        lambda: pg.fold(served),
+        lambda: served.save_adapter("x"),
+        served.finalize,
+    ):
         with pytest.raises(pg.PeftGraphError, match="a program that serves 1 adapters"):
             call()
     with pytest.raises(pg.PeftGraphError, match="another base"):
