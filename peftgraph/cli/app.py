@@ -20,6 +20,7 @@ from peftgraph.cli import (
     cmd_merge,
     cmd_quantise,
     cmd_quickstart,
+    cmd_train,
 )
 from peftgraph.errors import PeftGraphError
 from peftgraph.terminal.console import ERR
@@ -91,6 +92,7 @@ def options(
 app.command("inspect")(cmd_inspect.inspect)
 app.command("apply")(cmd_apply.apply)
 app.command("compare")(cmd_compare.compare)
+app.command("train")(cmd_train.train)
 app.command("merge")(cmd_merge.merge)
 app.command("quantise")(cmd_quantise.quantise)
 app.command("export")(cmd_export.export)

@@ -1,5 +1,5 @@
-"""Reads what a recipe says, before any pass is loaded: a TOML file with one `[[pass]]` table a pass and `[patterns]`,
-or the text of specs."""
+"""Reads what a recipe says, before any pass is loaded: a TOML file with one `[[pass]]` table a pass, `[patterns]`, and
+`[train]` for `peftgraph train`; or the text of specs."""
 
 from __future__ import annotations
 
@@ -46,11 +46,13 @@ class RecipeText:
         passes: in order.
         patterns: those that selectors may refer to by name.
         place: the file, "" for the text of a spec.
+        train: how `peftgraph train` trains it, as it was written.
     """
 
     passes: tuple[PassText, ...]
     patterns: Mapping[str, Pattern] = field(default_factory=dict)
     place: str = ""
+    train: Mapping[str, Any] = field(default_factory=dict)
 
 
 WORDS = re.compile(r"[\s,;]*\w+([\s,;]+\w+)*[\s,;]*")
@@ -106,10 +108,13 @@ def _specs(text: str) -> RecipeText:
 def _from_document(document: dict[str, Any], where: str) -> RecipeText:
     tables = document.pop("pass", None)
     patterns = _patterns(document.pop("patterns", {}), where)
+    train = document.pop("train", {})
     if document:
         raise RecipeError(
-            f"{where}: unknown table {next(iter(document))!r}; a recipe holds [[pass]] tables and [patterns]."
+            f"{where}: unknown table {next(iter(document))!r}; a recipe holds [[pass]] tables, [patterns] and [train]."
         )
+    if not isinstance(train, dict):
+        raise RecipeError(f"{where}: [train] is a table with the options of peftgraph train, got {train!r}.")
     if not isinstance(tables, list) or not tables:
         raise RecipeError(f'{where}: a recipe needs at least one [[pass]] table with use = "lora" or another pass.')
     found: list[PassText] = []
@@ -120,7 +125,7 @@ def _from_document(document: dict[str, Any], where: str) -> RecipeText:
         if not isinstance(word, str):
             raise RecipeError(f'{where}: [[pass]] number {number} needs use = "...", the name of a pass.')
         found.append(PassText(word, table, f"{where}: [[pass]] number {number}"))
-    return RecipeText(tuple(found), patterns, where)
+    return RecipeText(tuple(found), patterns, where, train)
 
 
 def _patterns(table: Any, where: str) -> dict[str, Pattern]:

@@ -26,13 +26,16 @@ class PassesCallback(TrainerCallback):
 
     Args:
         program: the program that the module was made of.
+        add_penalty: whether the terms are added to the module's loss; off where `compute_loss` of a Trainer of your own
+            adds `callback.run.penalty()`.
 
     Attributes:
         run: the training, once it has begun.
     """
 
-    def __init__(self, program: Trains) -> None:
+    def __init__(self, program: Trains, add_penalty: bool = True) -> None:
         self._program = program
+        self._add = add_penalty
         self.run: TrainingRun | None = None
         self._first = True
 
@@ -77,7 +80,7 @@ class PassesCallback(TrainerCallback):
 
     def _add_penalty(self, module: nn.Module, inputs: Any, kwargs: dict[str, Any], outputs: Any) -> Any:
         """Add the passes' terms to the loss of a call in training."""
-        if self.run is None or not module.training:
+        if self.run is None or not module.training or not self._add:
             return outputs
         penalty = self.run.penalty()
         if not penalty.requires_grad:
@@ -86,7 +89,7 @@ class PassesCallback(TrainerCallback):
         if loss is None:
             raise PeftGraphError(
                 "A pass has a term of the loss, and the module gave no loss to add it to. Pass labels to the module, "
-                "or add run.penalty() of the callback in compute_loss_func."
+                "or make the callback with add_penalty=False and add its run.penalty() in the Trainer's compute_loss."
             )
         # A loss that is a mean over the items of all calls of a step is summed over these calls, any other averaged.
         summed = kwargs.get("num_items_in_batch") is not None
