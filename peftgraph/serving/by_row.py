@@ -42,6 +42,24 @@ class Stack:
         return self.read(transposed)
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """Rows of all adapters' values by an index, such as the expert of each token: (N, ...) for each adapter.
+
+    Attributes:
+        stack: of values (E, ...).
+        index: (N,), the node of each row's entry among the E.
+    """
+
+    stack: Stack
+    index: fx.Node
+
+    @property
+    def dim(self) -> int:
+        """The number of axes of one value."""
+        return self.stack.dim
+
+
 @dataclass
 class RowWriter:
     """Writes calls by row into a graph.
@@ -65,6 +83,7 @@ class RowWriter:
     cursor: fx.Node | None = None
     count: int = 0
     _spread: dict[str, fx.Node] = field(default_factory=dict[str, fx.Node])
+    _selected: dict[str, fx.Node] = field(default_factory=dict[str, fx.Node])
 
     # plain calls
 
@@ -105,10 +124,16 @@ class RowWriter:
 
     def entries(self, value: fx.Node, axis: int) -> fx.Node:
         """Return the stacks' entry for each position along the axis of rows of a value."""
-        size = value.meta["val"].shape[axis]
-        key = str(size)
-        if size is self.batch or key in (str(self.batch), "1"):
+        key = str(value.meta["val"].shape[axis])
+        if key in (str(self.batch), "1"):
             return self.ids
+        selection = _selection(value) if axis == 0 else None
+        if selection is not None:
+            source, index = selection
+            if value.name not in self._selected:
+                rows = self.entries(source, 0)
+                self._selected[value.name] = self.call(aten.index_select.default, rows, 0, index)
+            return self._selected[value.name]
         if key not in self._spread:
             total, batch = self.call(aten.sym_size.int, value, axis), self.call(aten.sym_size.int, self.ids, 0)
             each = self.call(operator.floordiv, total, batch)
@@ -116,7 +141,7 @@ class RowWriter:
             self._spread[key] = self.call(aten.reshape.default, beside, [total])
         return self._spread[key]
 
-    def own(self, stack: Stack, like: fx.Node, dim: int | None = None) -> fx.Node:
+    def own(self, stack: Stack | Chosen, like: fx.Node, dim: int | None = None) -> fx.Node:
         """Return each row's own value of a stack, in a shape that broadcasts over a value with `dim` axes, by default
         those of `like`, whose axis of rows it gets.
 
@@ -130,7 +155,9 @@ class RowWriter:
         place = 0 if found is None else axis + dim - value.dim()
         if found is None and (not value.dim() or value.shape[0] != 1):
             raise Conflict(f"{self.owner} changes a value of no rows (%{like.meta.get('label', like.name)}).")
-        gathered = self.call(aten.index_select.default, stack.node(), 0, self.entries(like, axis))
+        gathered = self._gathered(stack, self.entries(like, axis))
+        if isinstance(stack, Chosen) and dim == stack.dim and place == 0:
+            return gathered
         sizes = [*[1] * (dim - stack.dim), *gathered.meta["val"].shape[1:]]
         if len(sizes) != dim or sizes[place] != 1:
             raise Conflict(
@@ -140,6 +167,19 @@ class RowWriter:
         del sizes[place]
         spread = self.call(aten.reshape.default, gathered, [-1, *(int(size) for size in sizes)])
         return spread if place == 0 else self.call(aten.movedim.int, spread, 0, place)
+
+    def _gathered(self, stack: Stack | Chosen, rows: fx.Node) -> fx.Node:
+        """Return the value of each row's adapter."""
+        if isinstance(stack, Stack):
+            return self.call(aten.index_select.default, stack.node(), 0, rows)
+        flat, index = self.among(stack.stack, rows, stack.index, False)
+        return self.call(aten.index_select.default, flat, 0, index)
+
+    def among(self, stack: Stack, rows: fx.Node, index: fx.Node, transposed: bool) -> tuple[fx.Node, fx.Node]:
+        """Return the values of all adapters and entries along one axis, and where each row's is."""
+        whole = stack.node(transposed)
+        first = self.call(aten.mul.Tensor, rows, int(whole.meta["val"].shape[1]))
+        return self.call(aten.flatten.using_ints, whole, 0, 1), self.call(aten.add.Tensor, first, index)
 
     def choose(self, own: fx.Node, other: fx.Node, member: fx.Node) -> fx.Node:
         """Return `own` on rows where `member` (B,) holds and `other` elsewhere.
@@ -158,7 +198,7 @@ class RowWriter:
 
     # calls that read stacks
 
-    def by_row(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node | Stack:
+    def by_row(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node | Stack | Chosen:
         """Write a call of the adapter's graph, some of whose operands are stacks.
 
         Raises:
@@ -167,7 +207,7 @@ class RowWriter:
         target: Any = node.target
         if target in BORROWING_OPERATORS and isinstance(args[0], Stack):
             return self._cast(target, args)
-        rule = RULES.get(target)
+        rule = _grouped if str(target).startswith(GROUPED_PRODUCTS) else RULES.get(target)
         result = None if rule is None else rule(self, node, args, kwargs)
         if result is None:
             raise Conflict(
@@ -185,19 +225,49 @@ class RowWriter:
         return Stack(lambda transposed: self.call(target, stack.node(transposed), *args), stack.dim)
 
 
-Rule = Callable[[RowWriter, fx.Node, tuple[Any, ...], dict[str, Any]], "fx.Node | Stack | None"]
+Rule = Callable[[RowWriter, fx.Node, tuple[Any, ...], dict[str, Any]], "fx.Node | Stack | Chosen | None"]
+Result = fx.Node | Stack | Chosen | None
 
 
-def _elementwise(op: RowWriter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+def _elementwise(op: RowWriter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Result:
+    if not any(isinstance(one, fx.Node) for one in _flat(args, kwargs)):
+        return _of_numbers(op, node, args)
     plain = [one for one in _flat(args, kwargs) if isinstance(one, fx.Node)]
     like = max(plain, key=lambda one: (op.axis_of(one.meta["val"]) is not None, one.meta["val"].dim()))
     dim = node.meta["val"].dim()
 
     def given(one: Any) -> Any:
-        return op.own(one, like, dim) if isinstance(one, Stack) else one
+        return op.own(one, like, dim) if isinstance(one, Stack | Chosen) else one
 
     target: Any = FUNCTIONAL.get(node.target, node.target)
     return op.call(target, *map(given, args), **{name: given(one) for name, one in kwargs.items()})
+
+
+def _of_numbers(op: RowWriter, node: fx.Node, args: tuple[Any, ...]) -> Result:
+    """Compute a parameter and a number, before rows take their own."""
+    one, *numbers = args
+    if isinstance(one, Chosen):
+        return Chosen(op.stack_call(one.stack, node.target, *numbers), one.index)
+    return op.stack_call(one, node.target, *numbers) if isinstance(one, Stack) else None
+
+
+def _index_select(op: RowWriter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Result:
+    stack, axis, index = args
+    return Chosen(stack, index) if isinstance(stack, Stack) and axis == 0 and isinstance(index, fx.Node) else None
+
+
+def _grouped(op: RowWriter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Result:
+    """Multiply each row by the matrix that its adapter has for its expert."""
+    x, weight, offsets = args[:3]
+    if not isinstance(x, fx.Node) or not isinstance(weight, Stack) or weight.dim != 3 or kwargs or len(args) > 3:
+        return None
+    total = op.call(aten.sym_size.int, x, 0)
+    numbers = op.call(aten.arange.default, total, dtype=torch.int32, device=x.meta["val"].device)
+    expert = op.call(aten.searchsorted.Tensor, offsets, numbers, right=True)
+    inner, out = weight.node().meta["val"].shape[-2:]
+    wide = out > inner
+    flat, index = op.among(weight, op.entries(x, 0), expert, not wide)
+    return op.call(linear_by_row, x, flat, index, 0, wide)
 
 
 def _linear(op: RowWriter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node | None:
@@ -380,6 +450,7 @@ RULES: dict[Any, Rule] = {
     aten.mm.default: _matmul,
     aten.addmm.default: _addmm,
     aten.embedding.default: _embedding,
+    aten.index_select.default: _index_select,
     aten.layer_norm.default: _norm,
     aten.rms_norm.default: _norm,
     aten.expand.default: _expand,
@@ -389,6 +460,34 @@ RULES: dict[Any, Rule] = {
     aten.conv2d.default: _convolution,
     aten.conv3d.default: _convolution,
 }
+
+
+GROUPED_PRODUCTS = ("transformers.grouped_mm_fallback", "aten._grouped_mm")
+
+
+def _selection(value: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """Return what rows of a value were selected from along the first axis, and the index; None where they stand as in
+    the batch."""
+    size = str(value.meta["val"].shape[0])
+    node: fx.Node | None = value
+    while node is not None and node.op == "call_function":
+        source = node.args[0] if node.args else None
+        if node.target is aten.index.Tensor and isinstance(source, fx.Node):
+            index, *others = node.args[1]  # pyright: ignore
+            if isinstance(index, fx.Node) and not any(others):
+                return source, index
+        if node.target is aten.index_select.default and node.args[1] == 0:
+            return source, node.args[2]  # pyright: ignore[reportReturnType]
+        if node.target is operator.getitem and isinstance(source, fx.Node):
+            node = source
+            continue
+        node = next((one for one in node.all_input_nodes if _first_size(one) == size), None)
+    return None
+
+
+def _first_size(node: fx.Node) -> str:
+    value = node.meta["val"]
+    return str(value.shape[0]) if isinstance(value, Tensor) and value.dim() else ""
 
 
 def _is(size: fx.Node, other: Any) -> bool:

@@ -11,7 +11,7 @@ from torch import fx
 from peftgraph.errors import Conflict
 from peftgraph.ir.shape_inference import ShapeInference, fake_like, same_metadata
 from peftgraph.ir.tensor_table import TensorEntry
-from peftgraph.serving.by_row import CARRIED, RowWriter, Stack, mapped
+from peftgraph.serving.by_row import CARRIED, Chosen, RowWriter, Stack, mapped
 from peftgraph.serving.neutrality import UNKNOWN, Known, itself, known_einsum, known_result
 from peftgraph.serving.row_part import RowPart, operands
 from peftgraph.serving.stacks import Stacks
@@ -65,7 +65,7 @@ class _Group:
     part: RowPart
     stacks: Stacks
     number: int
-    made: dict[fx.Node, fx.Node | Stack] = field(default_factory=dict[fx.Node, Any])
+    made: dict[fx.Node, fx.Node | Stack | Chosen] = field(default_factory=dict[fx.Node, Any])
     known: dict[fx.Node, Known] = field(default_factory=dict[fx.Node, Known])
 
     def write(self) -> None:
@@ -94,7 +94,7 @@ class _Group:
         args, kwargs = mapped(node, self._value)
         op.order = (*node.meta["order"][:1], self.number + 1)
         op.label = f"{node.meta.get('label', node.name)}.by_row" if self._is_base(node) else _stem(node)
-        reads_stack = any(isinstance(one, Stack) for one in _leaves((args, kwargs)))
+        reads_stack = any(isinstance(one, Stack | Chosen) for one in _leaves((args, kwargs)))
         if reads_stack:
             result = op.by_row(node, args, kwargs)
         else:

@@ -69,6 +69,10 @@ def known_result(node: fx.Node, operands: Sequence[Any], known: Sequence[Known])
     fills = [one.fill for one in known]
     if target in KEEP_ZERO:
         return Known("zero") if fills[0] == "zero" else UNKNOWN
+    if target is aten.index_select.default:
+        return Known(fills[0]) if fills[0] != "base" else UNKNOWN
+    if str(target).startswith("transformers.grouped_mm_fallback") or target is aten._grouped_mm.default:
+        return Known("zero") if "zero" in fills[:2] else UNKNOWN
     if target in PRODUCTS or target in CONVOLUTIONS:
         bias = known[2].fill if len(operands) > 2 and operands[2] is not None else "zero"
         return Known("zero") if "zero" in fills[:2] and bias == "zero" else UNKNOWN
