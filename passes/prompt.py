@@ -34,7 +34,7 @@ from torch import Tensor, fx
 import peftgraph as pg
 from peftgraph.authoring import Builder, Match, Pass, Rule, omit_default
 from peftgraph.authoring.modules import init
-from peftgraph.authoring.sequence import PrependTokens, prepend_token_rules
+from peftgraph.authoring.sequence import PrependTokens, PromptRows, prepend_token_rules
 
 START_INDEX = {"front": 0, "after_first": 1}
 
@@ -96,6 +96,12 @@ class Prompt(Pass):
         """Make the inputs longer; prepend the rows to the embedded tokens, and cut them out of the results."""
         reason = "the rows are attended to, and no weight stores rows of a sequence"
         return prepend_token_rules(self.at, self.plan, self.prompt, reason, trim_results=self.returns == "tokens")
+
+    def prompt_rows(self) -> PromptRows | None:
+        """Return the rows, where they are among the tokens."""
+        if self.plan.after_embedding:
+            return None
+        return PromptRows(self.at, self.length, self.plan.start, self.returns == "tokens")
 
     def prompt(self, m: Match, op: Builder) -> fx.Node:
         """P, (L, D)."""

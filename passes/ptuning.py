@@ -27,7 +27,7 @@ from torch import fx
 import peftgraph as pg
 from peftgraph.authoring import Builder, Match, Pass, Rule
 from peftgraph.authoring.modules import init
-from peftgraph.authoring.sequence import PrependTokens, prepend_token_rules, replace_token_rule
+from peftgraph.authoring.sequence import PrependTokens, PromptRows, prepend_token_rules, replace_token_rule
 
 aten = torch.ops.aten
 
@@ -68,6 +68,11 @@ class PTuning(Pass):
     def finalized(self) -> Self:
         """Return the same rows without their encoder."""
         return replace(self, encoder="none", hidden=None)
+
+    def prompt_rows(self) -> PromptRows | None:
+        """Return the rows h, where they are prepended and no encoder computes them."""
+        plain = self.token is None and self.encoder == "none"
+        return PromptRows(self.at, self.length, 0, True) if plain else None
 
     def rows(self, m: Match, op: Builder) -> fx.Node:
         """Return h, (L, D)."""

@@ -344,7 +344,9 @@ class Program(NotPicklable, ProgramData):
             )
         self._require_one_model("serve from")
         own = self._frozen_part(adapters)
-        return serve(own, adapters, partial(own._row_part, trainable=trainable), slots, trainable)
+        return serve(
+            own, own._sites_for(adapters), adapters, partial(own._row_part, trainable=trainable), slots, trainable
+        )
 
     def _frozen_part(self, adapters: Mapping[str, Program | str | PathLike[str]]) -> Program:
         """Return what adapters of this program have in common: its own passes, or else their first ones, as far as
@@ -366,6 +368,11 @@ class Program(NotPicklable, ProgramData):
         while len(own.history) > count:
             own = own.remove(-1)
         return own
+
+    def _sites_for(self, adapters: Mapping[str, Program | str | PathLike[str]]) -> Sites:
+        programs = [one for one in adapters.values() if isinstance(one, Program)]
+        used = [rule.at for one in programs for applied in one.history for rule in applied.method.rules()]
+        return self.with_patterns(*used).sites
 
     def _row_part(self, name: str, one: Program | str | PathLike[str], trainable: bool = False) -> RowPart:
         """Return what an adapter of this program computes for rows."""

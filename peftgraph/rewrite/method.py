@@ -17,6 +17,7 @@ from peftgraph.rewrite.adapted_sites import AdaptedSite
 from peftgraph.rewrite.match import Match
 from peftgraph.rewrite.option_text import unknown_option
 from peftgraph.rewrite.options import check_name, hints, one_of, plain, word_problem
+from peftgraph.rewrite.prompt_rows import PromptRows
 from peftgraph.rewrite.rule import Rule
 from peftgraph.rewrite.spec_text import PIPELINE, print_value
 from peftgraph.rewrite.training_hooks import TrainingHooks
@@ -98,6 +99,11 @@ class Pass:
             sites: of the base.
             adapted: where the pass was applied, with its parameters.
         """
+        return None
+
+    def prompt_rows(self) -> PromptRows | None:
+        """Return what rows the pass prepends to the tokens, if it does that and nothing else, so that examples of one
+        batch can have rows of their own."""
         return None
 
     def pack(self, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

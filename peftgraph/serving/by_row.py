@@ -149,17 +149,17 @@ class RowWriter:
             Conflict: that value has no rows, or the parameter has a size of its own where they are.
         """
         value = like.meta["val"]
-        dim = value.dim() if dim is None else dim
+        axes: int = value.dim() if dim is None else dim
         found = self.axis_of(value)
         axis = found or 0
-        place = 0 if found is None else axis + dim - value.dim()
+        place = 0 if found is None else axis + axes - value.dim()
         if found is None and (not value.dim() or value.shape[0] != 1):
             raise Conflict(f"{self.owner} changes a value of no rows (%{like.meta.get('label', like.name)}).")
         gathered = self._gathered(stack, self.entries(like, axis))
-        if isinstance(stack, Chosen) and dim == stack.dim and place == 0:
+        if isinstance(stack, Chosen) and axes == stack.dim and place == 0:
             return gathered
-        sizes = [*[1] * (dim - stack.dim), *gathered.meta["val"].shape[1:]]
-        if len(sizes) != dim or sizes[place] != 1:
+        sizes = [*[1] * (axes - stack.dim), *gathered.meta["val"].shape[1:]]
+        if len(sizes) != axes or sizes[place] != 1:
             raise Conflict(
                 f"{self.owner} has a parameter along the rows of a batch (%{like.meta.get('label', like.name)}), "
                 "which cannot differ by row."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import fx
 
 from peftgraph.errors import Conflict
+from peftgraph.ir.edits import Edit
 from peftgraph.ir.shape_inference import ShapeInference, fake_like, same_metadata
 from peftgraph.ir.tensor_table import TensorEntry
 from peftgraph.serving.by_row import CARRIED, Chosen, RowWriter, Stack, mapped
@@ -42,6 +44,11 @@ class CombinedGraph:
 
     def __post_init__(self) -> None:
         self._nodes = {node.name: node for node in self.graph.nodes}
+
+    def follow(self, edits: Sequence[Edit]) -> None:
+        """Let adapters read what edits of the graph put in the place of the base's values."""
+        for move in (move for edit in edits for move in edit.moves if move.anchor.reader is None):
+            self._current[move.anchor.value] = self._nodes[move.after]
 
     def add(self, part: RowPart, stacks: Stacks, number: int) -> None:
         """Put in a group of adapters.

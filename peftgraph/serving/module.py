@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftgraph.errors import AdapterError, CallError, PeftGraphError
+from peftgraph.serving.prompts import LENGTHS, VALUES, write_prompt
 from peftgraph.serving.row_part import RowPart
 from peftgraph.serving.serve import INPUT, Group, ServedAdapters
 
@@ -29,6 +30,7 @@ class ServingState:
         self.numbers = dict(served.numbers)
         self.capacity = served.capacity
         self.parameters = served.parameters
+        self.prompts = served.prompts
         self.loaded = {n: (group, i) for group in self.groups for i, n in enumerate(group.stacks.ids, 1)}
         self.used = dict.fromkeys(self.loaded)
 
@@ -70,7 +72,7 @@ class ServingState:
         """Return an entry of a group for another adapter, and the number of the adapter that leaves it, if one does.
 
         Raises:
-            CallError: all are needed.
+            PeftGraphError: all are needed.
         """
         taken = {entry: number for number, (own, entry) in self.loaded.items() if own is group}
         free = next((i for i in range(1, group.stacks.slots + 1) if i not in taken), None)
@@ -79,10 +81,7 @@ class ServingState:
         needed = set(keep)
         oldest = next((n for n in self.used if n not in needed and self.loaded[n][0] is group), None)
         if oldest is None:
-            raise CallError(
-                f"{INPUT} names more adapters of one kind than the {group.stacks.slots} that there is room for. Make "
-                "smaller batches, or serve(..., slots=) larger."
-            )
+            raise PeftGraphError(f"There is no room for another adapter: all {group.stacks.slots} are in use.")
         return self.loaded[oldest][1], oldest
 
 
@@ -164,6 +163,8 @@ class ServingModule(nn.Module):
         if before is not None and before[0] is not group:
             _write_index(before[0], tensors, number, 0)
         _write_index(group, tensors, number, entry)
+        if state.prompts is not None:
+            write_prompt(tensors[VALUES], tensors[LENGTHS], number, part.prompt)
         state.loaded[number] = (group, entry)
         state.used.pop(number, None)
         state.used[number] = None
@@ -201,20 +202,45 @@ class ServingModule(nn.Module):
         state = self._peftgraph_serving
         if state.complete:
             return
-        names = {number: name for name, number in state.numbers.items()}
         needed = dict.fromkeys(number for number in rows if number)
+        found = {number: self._loaded(number, rows) for number in needed if number not in state.loaded}
+        self._check_room(
+            {n: state.loaded[n][0] for n in needed if n in state.loaded} | {n: g for n, (_, g) in found.items()}
+        )
         for number in needed:
-            if number in state.loaded:
+            if number in found:
+                self._put(number, *found[number], needed)
+            else:
                 state.used.pop(number)
                 state.used[number] = None
-                continue
-            name, row = names[number], list(rows).index(number)
-            try:
-                part = state.load(name, state.sources[name])
-                group = _group_of(state, name, part)
-            except PeftGraphError as error:
-                raise AdapterError(f"{INPUT}: row {row} needs {name!r}: {error}") from error
-            self._put(number, part, group, needed)
+
+    def _loaded(self, number: int, rows: Sequence[int]) -> tuple[RowPart, Group]:
+        """Load the adapter of a number, which a row names.
+
+        Raises:
+            AdapterError: it cannot be loaded, or fits no graph here.
+        """
+        state = self._peftgraph_serving
+        name = next(name for name, own in state.numbers.items() if own == number)
+        try:
+            part = state.load(name, state.sources[name])
+            return part, _group_of(state, name, part)
+        except PeftGraphError as error:
+            raise AdapterError(f"{INPUT}: row {list(rows).index(number)} needs {name!r}: {error}") from error
+
+    def _check_room(self, needed: Mapping[int, Group]) -> None:
+        """Refuse a call that names more adapters of one graph than there is room for.
+
+        Raises:
+            CallError: it does.
+        """
+        for group in self._peftgraph_serving.groups:
+            count = sum(own is group for own in needed.values())
+            if count > group.stacks.slots:
+                raise CallError(
+                    f"{INPUT} names {count} adapters of one kind, and there is room for {group.stacks.slots}. Make "
+                    "smaller batches, or serve(..., slots=) larger."
+                )
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate as the model does; `adapter_ids` are repeated for beams and kept over steps."""
@@ -230,7 +256,9 @@ def _group_of(state: ServingState, name: str, part: RowPart) -> Group:
     Raises:
         PeftGraphError: none has.
     """
-    found = next((group for group in state.groups if group.takes(part)), None)
+    table = state.prompts
+    room = part.prompt is None if table is None else table.takes(part.prompt)
+    found = next((group for group in state.groups if group.takes(part)), None) if room else None
     if found is None:
         kinds = "; ".join(dict.fromkeys(group.stacks.parts[0].method for group in state.groups))
         raise PeftGraphError(
@@ -255,11 +283,13 @@ def as_serving_module(net: nn.Module, served: ServedAdapters) -> nn.Module:
     cls = type(net)
     net.__class__ = type(cls.__name__, (ServingModule, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
     vars(net)["_peftgraph_serving"] = ServingState(served)
+    written = [] if served.prompts is None else [VALUES, LENGTHS]
     for group in served.groups:
-        for name in group.stacks.written:  # its own: other modules of the program keep their adapters
-            path, _, leaf = name.rpartition(".")
-            owner = net.get_submodule(path)
-            setattr(owner, leaf, owner.get_buffer(leaf).clone())
+        written += group.stacks.written
+    for name in written:  # its own: other modules of the program keep their adapters
+        path, _, leaf = name.rpartition(".")
+        owner = net.get_submodule(path)
+        setattr(owner, leaf, owner.get_buffer(leaf).clone())
     net.register_forward_pre_hook(_before_call, with_kwargs=True)
     return net
 

@@ -70,7 +70,7 @@ def known_result(node: fx.Node, operands: Sequence[Any], known: Sequence[Known])
     if target in KEEP_ZERO:
         return Known("zero") if fills[0] == "zero" else UNKNOWN
     if target is aten.index_select.default:
-        return Known(fills[0]) if fills[0] != "base" else UNKNOWN
+        return UNKNOWN if fills[0] == "base" else Known(known[0].fill)
     if str(target).startswith("transformers.grouped_mm_fallback") or target is aten._grouped_mm.default:
         return Known("zero") if "zero" in fills[:2] else UNKNOWN
     if target in PRODUCTS or target in CONVOLUTIONS:

@@ -16,6 +16,7 @@ from peftgraph.ir.dead_code import live_nodes
 from peftgraph.ir.modes import DROPOUTS, by_mode
 from peftgraph.ir.program import ProgramData
 from peftgraph.ir.shape_inference import same_metadata
+from peftgraph.serving.prompts import AdapterPrompt
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class RowPart:
         program: the adapted program.
         base: what it was made from.
         ones: the names of its parameters that are one everywhere in a fresh adapter.
+        adapter: the whole adapter, which computes its rows alone.
+        prompt: its rows before the tokens, which are no part of `program`.
         rows: the nodes that compute with rows and the adapter's parameters, in order; some are the base's own, which
             read a parameter of the adapter.
         parameters: the values that depend on the adapter's parameters alone and that `rows` read.
@@ -50,6 +53,8 @@ class RowPart:
     program: ProgramData
     base: ProgramData
     ones: frozenset[str] = frozenset()
+    adapter: ProgramData | None = None
+    prompt: AdapterPrompt | None = None
     rows: list[fx.Node] = field(default_factory=list[fx.Node])
     parameters: list[fx.Node] = field(default_factory=list[fx.Node])
     changes: list[Change] = field(default_factory=list[Change])

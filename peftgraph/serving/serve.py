@@ -13,7 +13,7 @@ from peftgraph.errors import AdapterError, Conflict, PeftGraphError
 from peftgraph.interop.fingerprint import fingerprint, first_difference
 from peftgraph.ir.added_inputs import AddedInput, add_placeholder, batch_dim, with_added_input
 from peftgraph.ir.builder import scales_as_tensors
-from peftgraph.ir.graphs import copy_graph
+from peftgraph.ir.graphs import copy_graph, find_node
 from peftgraph.ir.interpreter import evaluation_run, float64_run
 from peftgraph.ir.ordering import in_canonical_order, infer_changed_values
 from peftgraph.ir.program import ProgramData
@@ -22,6 +22,7 @@ from peftgraph.ir.verifier import verify
 from peftgraph.rewrite.apply import apply
 from peftgraph.rewrite.finalize import finalize
 from peftgraph.serving.combined_graph import CombinedGraph
+from peftgraph.serving.prompts import AdapterPrompt, PromptTable
 from peftgraph.serving.row_part import RowPart
 from peftgraph.serving.stacks import Stacks, TrainedStacks
 from peftgraph.sites import Sites
@@ -63,6 +64,7 @@ class ServedAdapters:
         capacity: how many numbers there are.
         load: returns the part of an adapter, from its name and a program or directory.
         parameters: the names of the parameters that train for each adapter, by its name; none where they are values.
+        prompts: the rows before the tokens, if some adapters have any.
     """
 
     numbers: Mapping[str, int]
@@ -71,16 +73,20 @@ class ServedAdapters:
     capacity: int
     load: Load
     parameters: Mapping[str, Sequence[str]] = field(default_factory=dict[str, Sequence[str]])
+    prompts: PromptTable | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ServedAdapters:
         return self
 
 
-def serve(base: P, adapters: Mapping[str, Any], load: Load, slots: int | None, trainable: bool = False) -> P:
+def serve(
+    base: P, sites: Sites, adapters: Mapping[str, Any], load: Load, slots: int | None, trainable: bool = False
+) -> P:
     """Return a program that computes each row of a batch with an adapter of its own.
 
     Args:
         base: what all of them adapt.
+        sites: of the base, and of the adapters' patterns.
         adapters: by name, what `load` takes.
         load: returns the part of an adapter.
         slots: for how many adapters of each graph there is room; by default as many as there are. If there are more,
@@ -100,9 +106,9 @@ def serve(base: P, adapters: Mapping[str, Any], load: Load, slots: int | None, t
     room = len(adapters) if slots is None else slots
     parts = {name: load(name, one) for name, one in list(adapters.items())[:room]}
     try:
-        return _checked(_combined(base, parts, adapters, load, slots, trainable, apart=False), parts)
+        return _checked(_combined(base, sites, parts, adapters, load, slots, trainable, apart=False), parts)
     except _Differs:  # a size that cannot be padded
-        return _checked(_combined(base, parts, adapters, load, slots, trainable, apart=True), parts, last=True)
+        return _checked(_combined(base, sites, parts, adapters, load, slots, trainable, apart=True), parts, last=True)
 
 
 def adapter_part(name: str, base: ProgramData, sites: Sites, adapter: ProgramData, trainable: bool = False) -> RowPart:
@@ -125,17 +131,41 @@ def adapter_part(name: str, base: ProgramData, sites: Sites, adapter: ProgramDat
     _check_base(name, base, adapter)
     adapter = adapter if trainable else _final(adapter, sites)
     form: ProgramData = base
+    prompt = _prompt(name, adapter, shared)
     token = scales_as_tensors.set(True)
     try:
         with torch.random.fork_rng(devices=[]):
             for applied in adapter.history[shared:]:
+                if prompt is not None and applied.method.prompt_rows() is not None:
+                    continue
                 form = apply(form, sites, (applied.method,), applied.dtype)
     finally:
         scales_as_tensors.reset(token)
     ones = frozenset(n for n, e in form.table.items() if e.added and e.tensor.dim() and bool((e.tensor == 1).all()))
     kept = {n for n, e in form.table.items() if base.table.get(n) is not e}
     values = {n: adapter.table[n] for n in kept if n in adapter.table}
-    return RowPart.of(form.evolve(table=form.table.updated(values)), base, ones)
+    part = RowPart.of(form.evolve(table=form.table.updated(values)), base, ones)
+    part.adapter, part.prompt = adapter, prompt
+    if prompt is not None and trainable:
+        raise Conflict(f"{name!r}: {prompt.method} trains alone; the rows of a batch have one length each there.")
+    return part
+
+
+def _prompt(name: str, adapter: ProgramData, shared: int) -> AdapterPrompt | None:
+    """Return the rows before the tokens that an adapter has.
+
+    Raises:
+        Conflict: it has several.
+    """
+    found: list[AdapterPrompt] = []
+    for i, applied in enumerate(adapter.history[shared:], shared):
+        rows = applied.method.prompt_rows()
+        if rows is not None:
+            names = [one for edit in adapter.edits if edit.application == i for one in edit.parameters]
+            found += [AdapterPrompt(rows, str(applied.method), adapter.table[one].tensor.detach()) for one in names]
+    if len(found) > 1:
+        raise Conflict(f"{name!r} prepends rows in {len(found)} places; one graph for many adapters has one.")
+    return found[0] if found else None
 
 
 def _final(adapter: P, sites: Sites) -> P:
@@ -170,6 +200,7 @@ def _check_base(name: str, base: ProgramData, adapter: ProgramData) -> None:
 
 def _combined(
     base: P,
+    sites: Sites,
     parts: Mapping[str, RowPart],
     sources: Mapping[str, Any],
     load: Load,
@@ -184,42 +215,56 @@ def _combined(
     for name, part in parts.items():
         shapes = tuple(tuple(node.meta["val"].shape) for node in part.parameters) if apart else ()
         grouped.setdefault((part.key, shapes), []).append(name)
-    graph = copy_graph(base.graph)
-    batch = batch_dim(base.signature)
-    added = AddedInput(INPUT, (batch,), torch.int64, 0)
-    whole = CombinedGraph(graph, ShapeInference(fake_mode_of(graph)), add_placeholder(graph, base.signature, added))
+    extended = _with_ids(base, len(numbers))
+    prompts = {numbers[name]: part.prompt for name, part in parts.items() if part.prompt is not None}
+    table = PromptTable(prompts, capacity) if prompts else None
+    if table is not None:
+        extended = extended.evolve(table=extended.table.updated(table.entries()))
+        object.__setattr__(extended, "base", extended)
+        extended = apply(extended, sites, (table.method(INPUT),))
+    graph = copy_graph(extended.graph)
+    whole = CombinedGraph(graph, ShapeInference(fake_mode_of(graph)), find_node(graph, INPUT))
+    whole.follow(extended.edits[len(base.edits) :])
     groups: list[Group] = []
     for number, ((key, _), names) in enumerate(grouped.items()):
         room = max(len(names), slots or 0)
         label = f"adapters{number or ''}"
         own, ids = [parts[one] for one in names], [numbers[one] for one in names]
         stacks = (
-            TrainedStacks(own, ids, capacity, room, label, base.table, names=names)
+            TrainedStacks(own, ids, capacity, room, label, extended.table, names=names)
             if trainable
-            else Stacks(own, ids, capacity, room, label, base.table)
+            else Stacks(own, ids, capacity, room, label, extended.table)
         )
         whole.add(parts[names[0]], stacks, number)
         groups.append(Group(key, stacks, apart))
     infer_changed_values(graph, whole.resized, whole.inference)
     ordered = in_canonical_order(graph)
-    rows = next(
-        int(value.shape[0])
-        for spec, value in zip(base.signature.inputs, base.example, strict=True)
-        if spec.dims and spec.dims[0] == batch
-    )
-    example = torch.arange(rows, device=base.example[0].device) % (len(parts) + 1)
     trained = {
         name: own
         for one in groups
         if isinstance(one.stacks, TrainedStacks)
         for name, own in one.stacks.parameters.items()
     }
-    served = ServedAdapters(numbers, groups, sources, capacity, load, trained)
-    program = with_added_input(base, added, example).evolve(
-        graph=ordered, table=base.table.updated(whole.entries), served=served
-    )
+    served = ServedAdapters(numbers, groups, sources, capacity, load, trained, table)
+    program = extended.evolve(graph=ordered, table=extended.table.updated(whole.entries), served=served)
     verify(program)
     return program
+
+
+def _with_ids(base: P, count: int) -> P:
+    """Return a program with the input that names each row's adapter, as a base of its own."""
+    graph, batch = copy_graph(base.graph), batch_dim(base.signature)
+    added = AddedInput(INPUT, (batch,), torch.int64, 0)
+    add_placeholder(graph, base.signature, added)
+    rows = next(
+        int(value.shape[0])
+        for spec, value in zip(base.signature.inputs, base.example, strict=True)
+        if spec.dims and spec.dims[0] == batch
+    )
+    example = torch.arange(rows, device=base.example[0].device) % (count + 1)
+    extended = with_added_input(base.evolve(graph=graph), added, example)
+    object.__setattr__(extended, "base", extended)
+    return extended
 
 
 class _Differs(Exception):
@@ -243,7 +288,7 @@ def _checked(program: P, parts: Mapping[str, RowPart], last: bool = False) -> P:
     for name in _representatives(program, parts):
         assert program.served is not None
         ids = torch.full_like(program.example[-1], program.served.numbers[name])
-        found, wanted = run([*own, ids]), prepare(parts[name].program)(own)
+        found, wanted = run([*own, ids]), prepare(_alone(parts[name]))(own)
         worst = max(map(_distance, found, wanted), default=0.0)
         if not worst <= bound:
             if not last:
@@ -253,6 +298,11 @@ def _checked(program: P, parts: Mapping[str, RowPart], last: bool = False) -> P:
                 f"difference {worst:.1e}): its rows depend on more than their own entries of the batch."
             )
     return program
+
+
+def _alone(part: RowPart) -> ProgramData:
+    assert part.adapter is not None
+    return part.adapter
 
 
 def _representatives(program: ProgramData, parts: Mapping[str, RowPart]) -> list[str]:

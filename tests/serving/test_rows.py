@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import peftgraph as pg
-from peftgraph.passes import IA3, BitFit, DoRA, LoRA, Pfeiffer, Prefix
+from peftgraph.passes import IA3, BitFit, DoRA, LoRA, Pfeiffer, Prefix, Prompt, PTuning
 
 F64 = torch.float64
 NAMES = ("llama", "gpt2", "bert", "t5", "vit", "mixtral")
-# Makes the inputs longer, or multiplies by the matrices of experts that a router chose.
-ALONE = ("prompt", "prompt_behind", "prompt_pictures", "ptuning")
+# Rows behind the finished embeddings change the sizes of the model's own values.
+ALONE = ("prompt_behind", "prompt_pictures")
 
 
 def trained(program: pg.Program, seed: int) -> pg.Program:
@@ -61,6 +61,33 @@ def test_every_method(name: str, key: str) -> None:
     torch.manual_seed(3)
     inputs = zoo.example(name, 4, 7, F64)
     check_rows(net, inputs, ["second", None, "first", "other"], [second, base, first, other], 1e-9)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "t5"])
+def test_prompts_of_different_lengths(name: str) -> None:
+    """Examples with fewer rows, or none, keep the positions that they have alone, in padded batches too."""
+    base = laws.base_of(name).program
+    short, mixed = base.apply(Prompt(length=2)), base.apply(Prompt(length=5), LoRA(rank=2))
+    tuned = [short, mixed, base.apply(PTuning(length=3, hidden=4)), base.apply(LoRA(rank=3), IA3())]
+    tuned = [trained(one, i) for i, one in enumerate(tuned)]
+    net: Any = base.serve({str(i): one for i, one in enumerate(tuned)}, slots=5).module().eval()
+    torch.manual_seed(3)
+    inputs = zoo.example(name, 5, 7, F64)
+    inputs["attention_mask"][1, :3] = 0
+    inputs["attention_mask"][2, -2:] = 0
+    kept = inputs["attention_mask"].bool()
+    alone = [tuned[1], tuned[0], base, tuned[2], tuned[3]]
+    found = leaves(net(**inputs, adapter_ids=["1", "0", None, "2", "3"]), 5)
+    for row, program in enumerate(alone):
+        for mine, own in zip(found, outputs(program, inputs, 5), strict=True):
+            tokens = kept[row] if mine.dim() == 3 and mine.shape[1] == 7 else slice(None)
+            assert (mine[row][tokens] - own[row][tokens]).abs().max() <= 1e-9
+    longer = trained(base.apply(Prompt(length=4)), 8)
+    net.swap("0", longer)
+    mine, own = (leaves(one, 5)[0][0] for one in (net(**inputs, adapter_ids="0"), longer.module().eval()(**inputs)))
+    assert (mine - own).abs().max() <= 1e-9
+    with pytest.raises(pg.PeftGraphError, match="fits no graph of this module"):
+        net.swap("0", base.apply(Prompt(length=6)))
 
 
 def test_rows_of_no_adapter_are_the_base_to_the_bit() -> None:

@@ -72,13 +72,54 @@ def prepend_token_rules(
 
 
 Rows = Callable[[Match, Builder], fx.Node]
+
+
+@dataclass(frozen=True)
+class RowsByExample:
+    """Says how examples of one batch have rows of their own.
+
+    Attributes:
+        rows: builds the rows, (M, L, D).
+        example: builds which of the M each example has, (B,).
+        lengths: builds how many of the L rows each example has, (B, 1).
+    """
+
+    rows: Rows
+    example: Rows
+    lengths: Rows
+
+
 EMBEDS = "embeds tokens that are an input of the model"
 
 
-def _among_tokens_rules(at: Selector, place: PrependTokens, rows: Rows, reason: str, trim_results: bool) -> list[Rule]:
+def rows_by_example_rules(
+    at: Selector, place: PrependTokens, rows: RowsByExample, reason: str, *, trim_results: bool
+) -> list[Rule]:
+    """Return the rules that prepend rows of its own to the tokens of each example; arguments as `prepend_token_rules`.
+
+    Examples with fewer rows than L have positions behind their last token, which are hidden; so the positions of all
+    others are those of the example alone.
+    """
+    return _among_tokens_rules(at, place, rows, reason, trim_results)
+
+
+def _among_tokens_rules(
+    at: Selector, place: PrependTokens, rows: Rows | RowsByExample, reason: str, trim_results: bool
+) -> list[Rule]:
+    own = rows if isinstance(rows, RowsByExample) else None
+    shared = None if isinstance(rows, RowsByExample) else rows
+
     def plan(m: Match, op: Builder) -> PrependedRows:
         inputs, keys = token_inputs_of(m), cached_keys(m)
-        return PrependedRows(m, op, place.rows, place.start, inputs, skips_padding=True, cached_keys=keys)
+        if own is not None and keys is not None:
+            raise PeftGraphError(
+                "Rows of their own in examples of one batch cannot be in a cache of keys and values; trace the model "
+                "without use_cache=True."
+            )
+        lengths = None if own is None else op.shared_value("lengths", partial(own.lengths, m, op))
+        return PrependedRows(
+            m, op, place.rows, place.start, inputs, skips_padding=True, cached_keys=keys, lengths=lengths
+        )
 
     def lengthen_inputs(m: Match, op: Builder) -> Mapping[str, fx.Node]:
         _check_one_embedding(m, at)
@@ -86,7 +127,12 @@ def _among_tokens_rules(at: Selector, place: PrependTokens, rows: Rows, reason: 
 
     def write_rows(m: Match, op: Builder) -> Mapping[str, fx.Node]:
         prepended, length = plan(m, op), m.output.meta["val"].shape[1]
-        embedded = {"output": prepended.overwrite(m.output, rows(m, op))}
+        if own is not None:
+            written = prepended.overwrite(m.output, own.rows(m, op), own.example(m, op))
+        else:
+            assert shared is not None
+            written = prepended.overwrite(m.output, shared(m, op))
+        embedded = {"output": written}
         return embedded | prepended.cut_results(length) if trim_results else embedded
 
     options: dict[str, Any] = {"at": at, "fold": reason, "nesting": Nesting.SUBLAYER}

@@ -45,6 +45,8 @@ class PrependedRows:
         inputs: what runs along the tokens.
         length: T as a size of the graph, for values that are computed again.
         cached_keys: the input that holds the keys of earlier calls, and those of the rows among them.
+        lengths: how many of the L rows each example has, (B, 1); None for all of them. The positions that it does not
+            use are behind its last token, and hidden as padding.
     """
 
     def __init__(
@@ -58,9 +60,11 @@ class PrependedRows:
         length: object = None,
         skips_padding: bool = False,
         cached_keys: fx.Node | None = None,
+        lengths: fx.Node | None = None,
     ) -> None:
         self.m, self.op, self.rows, self.after, self.inputs, self.length = m, op, rows, after, inputs, length
         self.cached_keys = cached_keys
+        self.lengths = lengths
         self._padding = inputs.mask if skips_padding else None
         self._names = {m.value(input_port(name)): name for name in (*inputs.along, *inputs.whole)}
 
@@ -76,13 +80,16 @@ class PrependedRows:
         is_mask = mask is not None and mask.name == name and self._padding is None
         entry = int(not mask.hides) if mask is not None and is_mask else None
         extended = self._with_entries(x, entry, whole=name in self.inputs.whole)
+        if self.lengths is not None and mask is not None and mask.name == name:
+            extended = self._without_unused(extended, int(mask.hides))
         if name not in self.inputs.positions:
             return extended
         return self.op.call(aten.add.Tensor, extended, self._of_call(self._position_offset()))
 
     def labels(self, name: str, ignored: int) -> fx.Node:
         """Return labels, (B, T) -> (B, N), with what the loss ignores for the rows."""
-        return self._with_entries(self.m.value(input_port(name)), ignored)
+        extended = self._with_entries(self.m.value(input_port(name)), ignored)
+        return extended if self.lengths is None else self._without_unused(extended, ignored)
 
     def all_inputs(self) -> dict[str, fx.Node]:
         """Return every input that runs along the tokens, and the labels, by port."""
@@ -124,16 +131,27 @@ class PrependedRows:
         rest = self._slice(x, 1, self.after) if self.after else x
         return self.op.call(aten.cat.default, [*before, rows, rest], 1)
 
-    def overwrite(self, x_BND: fx.Node, rows_LD: fx.Node) -> fx.Node:
-        """Return x, which has entries for the rows already, with the rows there."""
+    def overwrite(self, x_BND: fx.Node, rows_LD: fx.Node, example_B: fx.Node | None = None) -> fx.Node:
+        """Return x, which has entries for the rows already, with the rows there.
+
+        Args:
+            x_BND: embedded tokens.
+            rows_LD: the rows; (M, L, D) if examples have rows of their own.
+            example_B: which of the M rows each example has.
+        """
         op = self.op
-        if self._start() is None:
+        if self._start() is None and self.lengths is None:
             if self.cached_keys is not None:
                 rows_LD = self._slice(rows_LD, 0, self._cached_rows())
             *before, rest = self._around(x_BND, 1)
             return op.call(aten.cat.default, [*before, self.for_batch(rows_LD, x_BND), rest], 1)
         number_BN = to_device_of(op, self._expand(self._of_call(self._number()), x_BND), x_BND)
-        row_BND = op.call(aten.embedding.default, rows_LD, op.call(aten.clamp.default, number_BN, 0, self.rows - 1))
+        place = op.call(aten.clamp.default, number_BN, 0, self.rows - 1)
+        if example_B is not None:
+            first_B1 = op.call(aten.unsqueeze.default, op.call(aten.mul.Tensor, example_B, self.rows), 1)
+            place = op.call(aten.add.Tensor, place, first_B1)
+            rows_LD = op.call(aten.flatten.using_ints, rows_LD, 0, 1)
+        row_BND = op.call(aten.embedding.default, rows_LD, place)
         return op.call(aten.where.self, op.call(aten.unsqueeze.default, self._is_row(number_BN), -1), row_BND, x_BND)
 
     def for_batch(self, rows_LD: fx.Node, x: fx.Node) -> fx.Node:
@@ -144,7 +162,7 @@ class PrependedRows:
     def cut(self, value: fx.Node, axis: int) -> fx.Node:
         """Return `value` without the rows' entries on an axis."""
         op, start = self.op, self._start()
-        if start is None:
+        if start is None and self.lengths is None:
             around = self._around(value, axis)
             return around[0] if len(around) == 1 else op.call(aten.cat.default, around, axis)
         if axis == 0:
@@ -153,9 +171,16 @@ class PrependedRows:
                 f"A result has the tokens on its first axis, {sizes}, and the rows of each example stand at a position "
                 'of their own, so it is not known where to cut. Choose returns="all".'
             )
-        kept = self._count(op.call(operator.sub, op.call(aten.sym_size.int, value, axis), self._added()), start)
-        first = start if self.cached_keys is None else op.call(aten.sub.Scalar, start, self._cached())
-        offset = op.call(aten.mul.Scalar, op.call(aten.ge.Tensor, kept, first), self._added())
+        kept = self._count(op.call(operator.sub, op.call(aten.sym_size.int, value, axis), self._added()), value)
+        if start is None:
+            behind = op.call(aten.ge.Scalar, kept, self.after)
+        else:
+            first = start if self.cached_keys is None else op.call(aten.sub.Scalar, start, self._cached())
+            behind = op.call(aten.ge.Tensor, kept, first)
+        if self.lengths is None:
+            offset = op.call(aten.mul.Scalar, behind, self._added())
+        else:
+            offset = op.call(aten.mul.Tensor, behind, self.lengths)
         index = op.call(aten.add.Tensor, kept, offset)
         for _ in range(axis - 1):
             index = op.call(aten.unsqueeze.default, index, 1)
@@ -245,7 +270,9 @@ class PrependedRows:
         def offset() -> fx.Node:
             number = self._number()
             number = self.op.call(aten.add.Scalar, number, 1) if self.after else number
-            return self.op.call(aten.clamp.default, number, 0, self.rows)
+            if self.lengths is None:
+                return self.op.call(aten.clamp.default, number, 0, self.rows)
+            return self.op.call(aten.minimum.default, self.op.call(aten.clamp.default, number, 0), self.lengths)
 
         return self._once("offset", offset)
 
@@ -259,23 +286,38 @@ class PrependedRows:
 
         return self._once("source", source)
 
+    def _last(self) -> fx.Node:
+        """Return T - 1."""
+        like = self.m.value(input_port(self.inputs.along[0]))
+        return self.op.call(operator.sub, self.op.call(aten.sym_size.int, like, 1), 1)
+
+    def _without_unused(self, x: fx.Node, entry: int) -> fx.Node:
+        """Return x (B, N) with an entry at the positions behind the last token, which examples with fewer rows have."""
+        op = self.op
+        unused = op.call(aten.gt.Scalar, self._source(), self._last())
+        return op.call(aten.masked_fill.Scalar, x, self._expand(unused, x), entry)
+
     def _source_of_call(self) -> fx.Node:
         """Return the token of this call that each position of it repeats."""
 
         def source() -> fx.Node:
             tokens = self.op.call(operator.sub, self._cached(), self._cached_rows())
             source = self.op.call(aten.sub.Scalar, self._of_call(self._source()), tokens)
-            like = self.m.value(input_port(self.inputs.along[0]))
-            last = self.op.call(operator.sub, self.op.call(aten.sym_size.int, like, 1), 1)
-            return self.op.call(aten.clamp.default, source, 0, last)  # an example may be padding up to this call
+            return self.op.call(
+                aten.clamp.default, source, 0, self._last()
+            )  # an example may be padding up to this call
 
+        if self.lengths is not None:
+            return self._once(
+                "clamped source", lambda: self.op.call(aten.clamp.default, self._source(), None, self._last())
+            )
         return self._source() if self.cached_keys is None else self._once("source of the call", source)
 
     def _with_entries(self, x: fx.Node, entry: int | None, whole: bool = False) -> fx.Node:
         """Return x (B, T) with an entry for every row that is added: a number, or that of the token that rows
         repeat."""
         op = self.op
-        if self._start() is None and self.cached_keys is None:
+        if self._start() is None and self.cached_keys is None and self.lengths is None:
             token = self._slice(x, 1, max(self.after - 1, 0), max(self.after, 1))
             token = token if entry is None else op.call(aten.full_like.default, token, entry)
             return self.insert(x, op.call(aten.expand.default, token, [-1, self.rows]))
@@ -307,7 +349,11 @@ class PrependedRows:
         return x if self.cached_keys is None else self._slice(x, 1, self._cached())
 
     def _is_row(self, number: fx.Node) -> fx.Node:
-        first, last = self.op.call(aten.ge.Scalar, number, 0), self.op.call(aten.lt.Scalar, number, self.rows)
+        first = self.op.call(aten.ge.Scalar, number, 0)
+        if self.lengths is None:
+            last = self.op.call(aten.lt.Scalar, number, self.rows)
+        else:
+            last = self.op.call(aten.lt.Tensor, number, self.lengths)
         return self.op.call(aten.logical_and.default, first, last)
 
     def _count(self, size: fx.Node, like: fx.Node) -> fx.Node:
