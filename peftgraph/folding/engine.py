@@ -23,6 +23,7 @@ from peftgraph.folding.steps import AcceptTrained, InstallTrained, Step, WriteWi
 from peftgraph.ir.builder import erase_nodes
 from peftgraph.ir.edits import Anchor, Edit, EditLog
 from peftgraph.ir.graphs import copy_graph
+from peftgraph.ir.inputs_of_edits import with_inputs_of_edits
 from peftgraph.ir.ordering import canonically_ordered
 from peftgraph.ir.program import AppliedPass, ProgramData
 from peftgraph.ir.tensor_table import TensorTable
@@ -323,7 +324,8 @@ class Folding:
         used = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
         table = table.without(name for name, entry in table.items() if entry.added and name not in used)
         history, edits = _without_folded(program, self.edits)
-        return program.evolve(graph=canonically_ordered(self.graph), table=table, edits=edits, history=history)
+        graph = canonically_ordered(self.graph)
+        return with_inputs_of_edits(program.evolve(graph=graph, table=table, edits=edits, history=history))
 
     # For the proof.
 

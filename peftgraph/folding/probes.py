@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from peftgraph.folding.proof_error import ProofError
-from peftgraph.ir.interpreter import count_matrix_products, evaluation_run, float64_run
+from peftgraph.ir.interpreter import Run, count_matrix_products, evaluation_run, float64_run
 from peftgraph.ir.program import ProgramData
 
 COARSE = 0.01  # a relative difference that is too large to allow
@@ -86,16 +86,23 @@ class _Runs:
         self._dtype, self._depth = program.table.dtype, math.sqrt(max(1, count_matrix_products(program.graph)))
         stored = {self._dtype, *(folded.table[name].tensor.dtype for name in changed)}  # each is rounded to its own
         self._coarse = max(torch.finfo(kind).eps for kind in stored)
-        self._wide = float64_run(program), float64_run(exact)
-        self._own = None if self._dtype == torch.float64 else (evaluation_run(program), evaluation_run(folded))
+        self._names = list(program.examples)
+        self._wide = self._of(program, float64_run), self._of(exact, float64_run)
+        narrow = self._dtype != torch.float64
+        self._own = (self._of(program, evaluation_run), self._of(folded, evaluation_run)) if narrow else None
         self._precise: Sequence[Tensor] = ()
         self._usual = 0.0  # the distance of the adapted outputs from float64's
+
+    def _of(self, program: ProgramData, prepare: Callable[[ProgramData], Run]) -> Run:
+        """Return what runs a program for the inputs of the adapted one, some of which it may not have."""
+        run, names = prepare(program), set(program.examples)
+        return lambda inputs: run([x for name, x in zip(self._names, inputs, strict=True) if name in names])
 
     def in_float64(self, inputs: Sequence[Tensor], what: str) -> Probe:
         """Compare the adapted program with the exact one."""
         before, now = (run(inputs) for run in self._wide)
         self._precise = before
-        known = _known(before, now, lambda: float64_run(self._base)(inputs), what)
+        known = _known(before, now, lambda: self._of(self._base, float64_run)(inputs), what)
         bound = 64 * torch.finfo(torch.float64).eps * self._depth  # 64 covers norms that amplify
         return _checked(Probe(what, "float64", _distance(before, now, known), bound, _unknown(known)))
 
@@ -104,14 +111,14 @@ class _Runs:
         assert self._own is not None
         name = str(self._dtype).removeprefix("torch.")
         before, now = (run(inputs) for run in self._own)
-        known = _known(before, now, lambda: evaluation_run(self._base)(inputs), what)
+        known = _known(before, now, lambda: self._of(self._base, evaluation_run)(inputs), what)
         bound = 64 * self._coarse * self._depth
         if bound <= COARSE:
             return _checked(Probe(what, name, _distance(before, now, known), bound, _unknown(known)))
         self._usual = max(self._usual, _middle_distance(self._precise, before, known))
         bound = WORSE * self._usual + SLACK * self._coarse
         probe = _checked(Probe(what, name, _middle_distance(self._precise, now, known), bound, _unknown(known)))
-        change = _middle_distance(self._precise, evaluation_run(self._base)(inputs), known)
+        change = _middle_distance(self._precise, self._of(self._base, evaluation_run)(inputs), known)
         if change > bound:
             return probe
         return f"rounding in {name} may move them by {bound:.1e}, and the passes change them by {change:.1e}"
@@ -180,10 +187,13 @@ def _checked(probe: Probe) -> Probe:
 
 def probe_inputs(program: ProgramData) -> list[tuple[Tensor, ...]]:
     """Return the traced example, and its first row alone where the batch size is free."""
-    batches = {spec.dims[0] for spec in program.signature.inputs if spec.dims}
+    specs = program.signature.inputs
+    batches = {spec.dims[0] for spec in specs if spec.dims and not spec.added}
     examples = [program.example]
     if all(isinstance(dim, str) for dim in batches):
-        examples.append(tuple(value[:1] if value.dim() else value for value in program.example))
+        rows = [not spec.added or any(dim in batches for dim in spec.dims[:1]) for spec in specs]
+        pairs = zip(program.example, rows, strict=True)
+        examples.append(tuple(value[:1] if value.dim() and row else value for value, row in pairs))
     return examples
 
 

@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
+import builtins
 import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from keyword import iskeyword
 from typing import TypeVar
 
 import torch
 from torch import Tensor, fx
 
-from peftgraph.errors import Conflict, PeftGraphError
+from peftgraph.errors import Conflict, PeftGraphError, RecipeError
+from peftgraph.ir.edits import AddedInput, Edit
 from peftgraph.ir.program import ProgramData
 from peftgraph.ir.shape_inference import fake_mode_of
 from peftgraph.ir.signature import InputSpec, Signature
 
 P = TypeVar("P", bound=ProgramData)
-
-
-@dataclass(frozen=True)
-class AddedInput:
-    """Describes an input that is added to a model.
-
-    Attributes:
-        name: the keyword of calls, also of the graph's placeholder.
-        dims: numbers, or names of sizes of the model's own inputs, such as "B".
-        dtype: of its values.
-        fill: the value of all its entries in a call that omits it; None: the call must give it.
-    """
-
-    name: str
-    dims: tuple[int | str, ...]
-    dtype: torch.dtype
-    fill: float | None = None
 
 
 def batch_dim(signature: Signature) -> str:
@@ -55,37 +41,65 @@ def add_placeholder(graph: fx.Graph, signature: Signature, added: AddedInput) ->
 
     Raises:
         Conflict: the model has an input of that name.
+        RecipeError: the name cannot be that of an argument, or the model has no size of a name.
     """
-    nodes = graph.find_nodes(op="placeholder")
     taken = {spec.argument for spec in signature.inputs} | set(signature.forward.parameters)
-    if added.name in taken or any(node.name == added.name for node in graph.nodes):
+    nodes = {node.name: node for node in graph.nodes}
+    if added.name in taken or added.name in nodes:
         raise Conflict(f"The model has an input {added.name!r} of its own.")
+    if not added.name.isidentifier() or iskeyword(added.name) or added.name in dir(builtins):
+        raise RecipeError(f"An input cannot be called {added.name!r}; choose a name such as 'task_ids'.")
     sizes = {
         dim: size
-        for node, spec in zip(nodes, signature.inputs, strict=True)
-        for dim, size in zip(spec.dims, node.meta["val"].shape, strict=True)
+        for spec in signature.inputs
+        for dim, size in zip(spec.dims, nodes[spec.name].meta["val"].shape, strict=True)
     }
-    device = nodes[0].meta["val"].device
-    with graph.inserting_after(nodes[-1]):
+    unknown = next((dim for dim in added.dims if isinstance(dim, str) and dim not in sizes), None)
+    if unknown is not None:
+        known = ", ".join(dim for dim in sizes if isinstance(dim, str)) or "none"
+        raise RecipeError(
+            f"The input {added.name!r} has a size {unknown!r}; the free sizes of this program are: {known}."
+        )
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    with graph.inserting_after(last):
         new = graph.create_node("placeholder", added.name, name=added.name)
     with fake_mode_of(graph):
         shape = [sizes[dim] if isinstance(dim, str) else dim for dim in added.dims]
-        new.meta["val"] = torch.empty(shape, dtype=added.dtype, device=device)
+        new.meta["val"] = torch.empty(shape, dtype=added.dtype, device=last.meta["val"].device)
     new.meta |= {"label": added.name, "default": None, "order": (0, len(nodes))}
     return new
 
 
-def with_added_input(program: P, added: AddedInput, example: Tensor) -> P:
-    """Return a program, whose graph has the placeholder, with its calling convention and an example of it."""
+def with_added_input(program: P, added: AddedInput, example: Tensor | None = None) -> P:
+    """Return a program, whose graph has the placeholder, with its calling convention.
+
+    Args:
+        program: with the placeholder.
+        added: the input.
+        example: of the traced call; by default, what a call has that omits it, or zeros.
+    """
     signature = program.signature
     spec = InputSpec(
-        added.name, added.name, added.name, added.dtype, added.dims, added.fill is not None, None, {}, added.fill
+        added.name, added.name, added.name, added.dtype, added.dims, added.fill is not None, None, {}, added.fill, True
     )
     forward = with_keyword(signature.forward, added.name, None if added.fill is not None else inspect.Parameter.empty)
+    example = _example(program, added) if example is None else example
     return program.evolve(
         signature=replace(signature, inputs=(*signature.inputs, spec), forward=forward),
         example=(*program.example, example),
     )
+
+
+def _example(program: ProgramData, added: AddedInput) -> Tensor:
+    pairs = zip(program.signature.inputs, program.example, strict=True)
+    sizes = {dim: n for spec, value in pairs for dim, n in zip(spec.dims, value.shape, strict=True)}
+    shape = [sizes[dim] if isinstance(dim, str) else dim for dim in added.dims]
+    return torch.full(shape, added.fill or 0, dtype=added.dtype, device=program.example[0].device)
+
+
+def inputs_of(edits: Iterable[Edit]) -> list[AddedInput]:
+    """Return the inputs beside the model's own that edits read, each once, in the order in which they came."""
+    return list(dict.fromkeys(one for edit in edits for one in edit.inputs))
 
 
 def with_keyword(forward: inspect.Signature, name: str, default: object) -> inspect.Signature:

@@ -16,12 +16,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from peftgraph.errors import Conflict, PeftGraphError, RecipeError
+from peftgraph.ir.added_inputs import add_placeholder
 from peftgraph.ir.dead_code import WRITE_DISABLED
 from peftgraph.ir.dtype_literals import LITERAL_FORMS
-from peftgraph.ir.edits import CachedRows, SizeIncrease
+from peftgraph.ir.edits import AddedInput, CachedRows, SizeIncrease
+from peftgraph.ir.graphs import find_node
 from peftgraph.ir.modes import SEQUENCE_AXIS, by_mode
 from peftgraph.ir.quantised import COMPUTES_IN, ROUNDS, QuantisedWeight
 from peftgraph.ir.shape_inference import ShapeInference, fake_like
+from peftgraph.ir.signature import Signature
 from peftgraph.ir.tensor_names import TensorNames
 from peftgraph.ir.tensor_table import TensorEntry
 
@@ -60,6 +63,8 @@ class ApplicationContext:
         nodes: the shared values, by the key they were built under.
         labels: how many values have been printed under each name so far.
         cache_inputs: the names of the model's inputs that hold keys and values of earlier calls.
+        signature: of the program; None where only the model's own code calls the graph.
+        inputs: the inputs beside the model's own, by name, and the spec of the pass that asked for each first.
     """
 
     owner: str
@@ -68,6 +73,8 @@ class ApplicationContext:
     nodes: dict[str, fx.Node] = field(default_factory=dict)
     labels: dict[str, int] = field(default_factory=dict)
     cache_inputs: frozenset[str] = frozenset()
+    signature: Signature | None = None
+    inputs: dict[str, tuple[AddedInput, str]] = field(default_factory=dict[str, tuple[AddedInput, str]])
 
 
 @dataclass
@@ -97,6 +104,7 @@ class Builder:
         narrowed: the calls of others that the edit lets compute in another dtype.
         rewritten: the codes of an earlier edit that it gave other values.
         cached: what the edit keeps in the cache.
+        inputs: the inputs beside the model's own that the edit reads.
         shared_parameters: those of another use of the same weight, by full name, which this use shares.
     """
 
@@ -121,6 +129,7 @@ class Builder:
     narrowed: list[str] = field(default_factory=list)
     rewritten: list[str] = field(default_factory=list)
     cached: list[CachedRows] = field(default_factory=list)
+    inputs: list[AddedInput] = field(default_factory=list[AddedInput])
     shared_parameters: Mapping[str, TensorEntry] = field(default_factory=dict)
 
     @property
@@ -453,6 +462,52 @@ class Builder:
     def add(self, x: fx.Node, y: fx.Node) -> fx.Node:
         """Compute x + y."""
         return self.call(aten.add.Tensor, x, y)
+
+    # inputs
+
+    def input(self, name: str, shape: Sequence[int | str], dtype: torch.dtype, default: float | None = None) -> fx.Node:
+        """Read an input that is added to the model: calls give it by name, beside the model's own arguments.
+
+        All sites of a pass, and all passes, that ask for the same input read the same node. It goes with the last edit
+        that reads it. Generation repeats an input whose first size is the batch for beams, and keeps it over steps.
+
+        Args:
+            name: the keyword of calls, such as "task_ids"; also the column of a data set that a Trainer keeps.
+            shape: numbers, or names of sizes of the model's own inputs: "B" is the batch, "S" most often the length.
+            dtype: of its values. `op.cast(value, "dtype")` is a floating one in the dtype of the parameters.
+            default: the value of all entries where a call omits it; None: every call must give it.
+
+        Raises:
+            Conflict: the model has an argument of that name, another pass asks for another input of that name, or the
+                traced part is called by the model's own code alone, which gives no such input.
+            RecipeError: the name is none that a call can give, or the model has no such size.
+        """
+        added = AddedInput(name, tuple(shape), dtype, default)
+        known, asked = self.context.inputs.get(name, (None, ""))
+        if known is None:
+            self._add_input(added)
+        elif known != added:
+            raise Conflict(
+                f"{self.pass_spec} asks for the input {added} at {self.site}, and {asked} for {known}. Give one of "
+                "them another name."
+            )
+        if added not in self.inputs:
+            self.inputs.append(added)
+        return find_node(self.graph, name)
+
+    def _add_input(self, added: AddedInput) -> None:
+        """Add the placeholder of an input, in place."""
+        what = f"{self.pass_spec} at {self.site}"
+        if self.context.signature is None:
+            raise Conflict(
+                f"{what} asks for the input {added.name!r}, and the traced part of the model is called by the rest of "
+                "it, which gives no such input. Trace the whole model."
+            )
+        try:
+            add_placeholder(self.graph, self.context.signature, added)
+        except PeftGraphError as error:
+            raise type(error)(f"{what}: {error}") from None
+        self.context.inputs[added.name] = (added, self.pass_spec)
 
     # the cache of keys and values
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+import torch
+
+from peftgraph.ir.dtypes import short_dtype
+
 
 @dataclass(frozen=True)
 class Anchor:
@@ -75,6 +79,27 @@ class CachedRows:
 
 
 @dataclass(frozen=True)
+class AddedInput:
+    """Describes an input that is added to a model.
+
+    Attributes:
+        name: the keyword of calls, also of the graph's placeholder.
+        dims: numbers, or names of sizes of the model's own inputs, such as "B".
+        dtype: of its values.
+        fill: the value of all its entries in a call that omits it; None: the call must give it.
+    """
+
+    name: str
+    dims: tuple[int | str, ...]
+    dtype: torch.dtype
+    fill: float | None = None
+
+    def __str__(self) -> str:
+        default = "" if self.fill is None else f" = {self.fill}"
+        return f"{self.name}: {short_dtype(self.dtype)}[{', '.join(map(str, self.dims))}]{default}"
+
+
+@dataclass(frozen=True)
 class Edit:
     """Records one rewrite at one site.
 
@@ -93,6 +118,7 @@ class Edit:
         narrowed: the calls of the model that the edit lets compute in another dtype.
         rewritten: the stored codes of an earlier edit that it gave other values, by name.
         cached: what it keeps in the cache, keys and values in turn.
+        inputs: the inputs beside the model's own that it reads.
     """
 
     application: int
@@ -109,6 +135,7 @@ class Edit:
     narrowed: tuple[str, ...] = ()
     rewritten: tuple[str, ...] = ()
     cached: tuple[CachedRows, ...] = ()
+    inputs: tuple[AddedInput, ...] = ()
 
     def pruned(self, names: Container[str]) -> Edit:
         """Return the edit restricted to nodes that still exist, after another edit was removed."""

@@ -71,7 +71,7 @@ def print_diff(before: ProgramData, after: ProgramData) -> str:
     more = {size: count - before.prepended_lengths().get(size, 0) for size, count in after.prepended_lengths().items()}
     as_before = Printer(new.sizes, new.trainable, more)
     was = {node.name: old.line(node) for node in live_nodes(before.graph) if node.op in ("call_function", "output")}
-    lines: list[str] = []
+    lines = _input_lines(before, after)
     added = moved = longer = 0
     context: str | None = None
     present = live_nodes(after.graph)
@@ -100,6 +100,15 @@ def print_diff(before: ProgramData, after: ProgramData) -> str:
         by = ", ".join(f"{size} + {count}" for size, count in more.items())
         lines.append(f"  {_many(longer, 'line')} for {by}")
     return "\n".join([*_with_headings(lines, after), _totals(before, after, added, len(erased), moved)]) + "\n"
+
+
+def _input_lines(before: ProgramData, after: ProgramData) -> list[str]:
+    """Return a line for each input that passes added to a model or took away."""
+    was, now = ([one for one in program.signature.inputs if one.added] for program in (before, after))
+    return [
+        *(f"  - input {one.describe()}" for one in was if one not in now),
+        *(f"  + input {one.describe()}" for one in now if one not in was),
+    ]
 
 
 def _with_headings(lines: Iterable[str], program: ProgramData) -> list[str]:

@@ -66,7 +66,8 @@ class InputSpec:
         optional: whether `forward` has a default for it.
         default: what stands for it in a call that leaves it out, by name (see `default_input`); None: nothing.
         fixed: what fixed the dimensions that are numbers: by dimension, a line of the model's code or FIXED_BY_CALLER.
-        fill: the value of all entries in a call that leaves it out, for an input that a pass added; None: nothing.
+        fill: the value of all entries in a call that leaves it out, for an input that was added; None: nothing.
+        added: whether it is no input of the model's own.
     """
 
     name: str
@@ -78,6 +79,11 @@ class InputSpec:
     default: str | None = None
     fixed: Mapping[int, str] = field(default_factory=dict)
     fill: float | None = None
+    added: bool = False
+
+    def describe(self) -> str:
+        """Format the input: `attention_mask?: i64[B, S]`."""
+        return f"{self.key}{'?' if self.optional else ''}: {_shape_text(self)}"
 
 
 @dataclass(frozen=True)
@@ -238,7 +244,7 @@ class Signature:
 
     def describe(self) -> str:
         """Format the inputs: `input_ids: i64[B, S], attention_mask?: i64[B, S]`."""
-        return ", ".join(f"{s.key}{'?' if s.optional else ''}: {_shape_text(s)}" for s in self.inputs)
+        return ", ".join(one.describe() for one in self.inputs)
 
 
 def _at(location: str) -> str:

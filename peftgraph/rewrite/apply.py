@@ -15,9 +15,9 @@ from torch import fx, nn
 
 from peftgraph.errors import Conflict, NoMatch, PeftGraphError, RecipeError
 from peftgraph.ir.builder import ApplicationContext, Builder
-from peftgraph.ir.cache_layers import with_cache_layers
 from peftgraph.ir.edits import Edit, EditLog, Move
 from peftgraph.ir.graphs import copy_graph
+from peftgraph.ir.inputs_of_edits import with_inputs_of_edits
 from peftgraph.ir.modes import written_buffers
 from peftgraph.ir.ordering import in_canonical_order, infer_changed_values
 from peftgraph.ir.program import AppliedPass, ProgramData
@@ -191,6 +191,10 @@ class _Work:
             f"{method.word}.{method.name}" if method.name else method.word,
             ShapeInference(fake_mode_of(graph)),
             cache_inputs=(program.base or program).signature.cache_inputs,
+            signature=program.signature if program.enclosing_model is None else None,
+            inputs={
+                one.name: (one, str(program.history[e.application].method)) for e in program.edits for one in e.inputs
+            },
         )
         edits = EditLog(program.edits)
         return cls(method, sites, len(program.history), graph, names, edits, {}, taken, program, common, dtype)
@@ -301,6 +305,7 @@ class _Work:
             narrowed=tuple(builder.narrowed),
             rewritten=tuple(builder.rewritten),
             cached=tuple(builder.cached),
+            inputs=tuple(builder.inputs),
         )
 
     def _keep(self, builder: Builder) -> None:
@@ -371,7 +376,7 @@ class _Work:
             edits=tuple(self.edits),
             history=(*program.history, AppliedPass(self.method, self.method.name, self.dtype)),
         )
-        return update_size_constraints(with_cache_layers(changed))
+        return update_size_constraints(with_inputs_of_edits(changed))
 
 
 def _with_state(table: TensorTable, graph: fx.Graph) -> TensorTable:

@@ -11,10 +11,10 @@ from torch import fx
 
 from peftgraph.errors import PeftGraphError
 from peftgraph.ir.builder import enlarge_size, erase_nodes
-from peftgraph.ir.cache_layers import drop_outputs, with_cache_layers
 from peftgraph.ir.dead_code import WRITE_DISABLED
 from peftgraph.ir.edits import Edit, EditLog
 from peftgraph.ir.graphs import copy_graph
+from peftgraph.ir.inputs_of_edits import drop_outputs, with_inputs_of_edits
 from peftgraph.ir.ordering import in_canonical_order, infer_changed_values
 from peftgraph.ir.program import AppliedPass, ProgramData
 from peftgraph.ir.quantised import COMPUTES_IN
@@ -104,7 +104,7 @@ def _taken_out(program: P, which: int) -> P:
     if not history:
         table = table.updated({name: _before(table[name]) for name in table.state})
     changed = program.evolve(graph=in_canonical_order(graph), table=table, edits=kept, history=history)
-    result = update_size_constraints(with_cache_layers(changed))
+    result = update_size_constraints(with_inputs_of_edits(changed))
     verify(result, program, inference)
     return result
 

@@ -85,6 +85,15 @@ class TransformersModule(GraphModule):
             }
         return inputs
 
+    def _expand_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """Repeat for beams what has a row for each example; other inputs that were added to the model stay."""
+        inputs = self._peftgraph.signature.inputs
+        rows = {spec.dims[0] for spec in inputs if spec.dims and not spec.added}
+        shared = {spec.argument for spec in inputs if spec.added and rows.isdisjoint(spec.dims[:1])}
+        kept = {name: kwargs.pop(name) for name in shared if name in kwargs}
+        tokens, repeated = cast(Any, super())._expand_inputs_for_generation(*args, **kwargs)
+        return tokens, {**repeated, **kept}
+
     def save_pretrained(
         self, save_directory: str | PathLike[str], is_main_process: bool = True, **options: Any
     ) -> None:

@@ -142,7 +142,8 @@ class RowPart:
 
     @cached_property
     def _base_names(self) -> set[str]:
-        return {node.name for node in self.base.graph.nodes}
+        inputs = self.program.graph.find_nodes(op="placeholder")  # also those that passes added
+        return {node.name for node in (*self.base.graph.nodes, *inputs)}
 
     def _digest(self, node: fx.Node) -> object:
         value = self.program.table[str(node.target)].tensor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from peftgraph.errors import AdapterError, Conflict, PeftGraphError
 from peftgraph.interop.fingerprint import fingerprint, first_difference
-from peftgraph.ir.added_inputs import AddedInput, add_placeholder, batch_dim, with_added_input
+from peftgraph.ir.added_inputs import add_placeholder, batch_dim, inputs_of, with_added_input
 from peftgraph.ir.builder import scales_as_tensors
+from peftgraph.ir.edits import AddedInput
 from peftgraph.ir.graphs import copy_graph, find_node
 from peftgraph.ir.interpreter import evaluation_run, float64_run
 from peftgraph.ir.ordering import in_canonical_order, infer_changed_values
@@ -215,7 +216,7 @@ def _combined(
     for name, part in parts.items():
         shapes = tuple(tuple(node.meta["val"].shape) for node in part.parameters) if apart else ()
         grouped.setdefault((part.key, shapes), []).append(name)
-    extended = _with_ids(base, len(numbers))
+    extended = _with_ids(base, len(numbers), _added_inputs(base, parts))
     prompts = {numbers[name]: part.prompt for name, part in parts.items() if part.prompt is not None}
     table = PromptTable(prompts, capacity) if prompts else None
     if table is not None:
@@ -251,9 +252,13 @@ def _combined(
     return program
 
 
-def _with_ids(base: P, count: int) -> P:
-    """Return a program with the input that names each row's adapter, as a base of its own."""
+def _with_ids(base: P, count: int, inputs: Iterable[AddedInput]) -> P:
+    """Return a program with further inputs and the one that names each row's adapter, as a base of its own."""
     graph, batch = copy_graph(base.graph), batch_dim(base.signature)
+    base = base.evolve(graph=graph)
+    for one in inputs:
+        add_placeholder(graph, base.signature, one)
+        base = with_added_input(base, one)
     added = AddedInput(INPUT, (batch,), torch.int64, 0)
     add_placeholder(graph, base.signature, added)
     rows = next(
@@ -262,9 +267,24 @@ def _with_ids(base: P, count: int) -> P:
         if spec.dims and spec.dims[0] == batch
     )
     example = torch.arange(rows, device=base.example[0].device) % (count + 1)
-    extended = with_added_input(base.evolve(graph=graph), added, example)
+    extended = with_added_input(base, added, example)
     object.__setattr__(extended, "base", extended)
     return extended
+
+
+def _added_inputs(base: ProgramData, parts: Mapping[str, RowPart]) -> list[AddedInput]:
+    """Return the inputs that the adapters' passes added to the base.
+
+    Raises:
+        Conflict: two adapters ask for other inputs of one name.
+    """
+    found: dict[str, tuple[AddedInput, str]] = {}
+    for name, part in parts.items():
+        for one in inputs_of(part.program.edits):
+            known, other = found.setdefault(one.name, (one, name))
+            if known != one:
+                raise Conflict(f"{name!r} reads the input {one}, and {other!r} {known}; they cannot be in one program.")
+    return [one for one, _ in found.values() if one not in inputs_of(base.edits)]
 
 
 class _Differs(Exception):
@@ -284,11 +304,13 @@ def _checked(program: P, parts: Mapping[str, RowPart], last: bool = False) -> P:
     if prepare is evaluation_run and program.table.dtype in (torch.bfloat16, torch.float16):
         bound = 5e-2
     run = prepare(program)
-    own = program.example[:-1]
+    own = program.examples
     for name in _representatives(program, parts):
         assert program.served is not None
         ids = torch.full_like(program.example[-1], program.served.numbers[name])
-        found, wanted = run([*own, ids]), prepare(_alone(parts[name]))(own)
+        alone = _alone(parts[name])
+        given = [own[one] for one in alone.examples]
+        found, wanted = run([*program.example[:-1], ids]), prepare(alone)(given)
         worst = max(map(_distance, found, wanted), default=0.0)
         if not worst <= bound:
             if not last:

@@ -1,6 +1,7 @@
-"""Layers that passes add to a cache of keys and values: inputs and outputs of the graph behind the model's own.
+"""The calling convention that follows from a base's and from its edits: inputs and outputs behind the model's own.
 
-An edit records what it keeps (`Edit.cached`); the calling convention follows from the base's and from the edits.
+An edit records what it keeps in the cache of keys and values (`Edit.cached`), and the inputs that it reads beside the
+model's own (`Edit.inputs`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from peftgraph.errors import PeftGraphError
+from peftgraph.ir.added_inputs import inputs_of, with_added_input
+from peftgraph.ir.graphs import find_node
 from peftgraph.ir.modes import SEQUENCE_AXIS
 from peftgraph.ir.ordering import in_canonical_order
 from peftgraph.ir.program import ProgramData
@@ -22,16 +25,37 @@ from peftgraph.ir.signature import InputSpec, Signature
 P = TypeVar("P", bound=ProgramData)
 
 
-def with_cache_layers(program: P) -> P:
-    """Return the program with the calling convention of its base and the layers that its edits keep in the cache.
+def with_inputs_of_edits(program: P) -> P:
+    """Return the program with the calling convention of its base, the layers that its edits keep in the cache, and the
+    inputs that they read beside the model's own; its graph is changed in place.
 
     Raises:
         PeftGraphError: the edits keep an odd number of values.
     """
     base = program.base or program
+    own = {spec.name for spec in base.signature.inputs}
+    inputs = [one for one in inputs_of(program.edits) if one.name not in own]
+    same = len(program.signature.inputs) == len(base.signature.inputs)
+    if same and not inputs and not any(edit.cached for edit in program.edits):
+        return program
+    read = {one.name for one in inputs} | {one.input for edit in program.edits for one in edit.cached}
+    for node in program.graph.find_nodes(op="placeholder"):
+        if node.name not in own | read:
+            program.graph.erase_node(node)
+    sizes = {"ranges": program.signature.ranges, "conditions": program.signature.conditions}
+    program = program.evolve(signature=replace(base.signature, **sizes), example=base.example)
+    program = _with_cache_layers(program, base)
+    for i, one in enumerate(inputs):
+        find_node(program.graph, one.name).meta["order"] = (0, len(program.signature.inputs) + i)
+        program = with_added_input(program, one)
+    return program.evolve(graph=in_canonical_order(program.graph))
+
+
+def _with_cache_layers(program: P, base: ProgramData) -> P:
+    """Return a program that has its base's calling convention with the layers that its edits keep in the cache."""
     place = {spec.name: i for i, spec in enumerate(base.signature.inputs)}  # keys come before values, as in the model
     added = [one for edit in program.edits for one in sorted(edit.cached, key=lambda one: place[one.like])]
-    if not added and len(program.signature.inputs) == len(base.signature.inputs):
+    if not added:
         return program
     if len(added) % 2:
         method = program.history[-1].method
@@ -42,15 +66,14 @@ def with_cache_layers(program: P) -> P:
     specs = [_spec(nodes[one.input], own[one.like], key) for one, key in zip(added, keys, strict=True)]
     for i, spec in enumerate(specs):
         nodes[spec.name].meta |= {"label": spec.key, "default": None, "order": (0, i)}  # behind the model's own
-    signature, order = _extended(base.signature, specs)
+    signature, order = _extended(program.signature, specs)
     drop_outputs(program.graph, {one.output for one in added})
     output = program.graph.output_node()
     leaves = [*_leaves(output), *(nodes[one.output] for one in added)]
     output.args = ([leaves[i] for i in order],)
     examples = base.examples
     more = (_example(examples[one.like], nodes[one.input]) for one in added)
-    graph = in_canonical_order(program.graph)
-    return program.evolve(graph=graph, signature=signature, example=(*base.example, *more))
+    return program.evolve(signature=signature, example=(*base.example, *more))
 
 
 def drop_outputs(graph: fx.Graph, names: Collection[str]) -> None:
