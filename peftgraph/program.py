@@ -18,7 +18,7 @@ from peftgraph.capture import Options, capture, capture_part
 from peftgraph.capture.progress import Progress, line_on_terminal
 from peftgraph.costs.comparison import Comparison, named
 from peftgraph.costs.comparison import compare as _compare
-from peftgraph.draw import Diff, Picture, fragment, outline, page, picture
+from peftgraph.draw import Diff, Picture, fragment, layer_texts, model_picture, outline, page, picture
 from peftgraph.draw.rank_map import RankMap
 from peftgraph.errors import AdapterError, Conflict, PeftGraphError, TraceError
 from peftgraph.folding import fold as _fold
@@ -219,7 +219,7 @@ class Program(NotPicklable, ProgramData):
 
         The base is grey. Inserted parts are coloured, drawn where they enter, and labelled with their names in the
         pass; W, g and b at a part of the base mark those of its own tensors that train. Parts that do not train are
-        dashed.
+        dashed. A pass made of several others has a colour for each. `save` writes .svg, .pdf or .png.
 
         Args:
             before: an earlier program, whose passes are not shown; the base by default.
@@ -231,13 +231,23 @@ class Program(NotPicklable, ProgramData):
         """
         return picture(self, self.sites, before, layer, stack)
 
+    def drawing(self) -> Picture:
+        """Draw the model as it is, whole: each distinct block once, with the layers that are like it.
+
+        Raises:
+            PeftGraphError: no blocks were found.
+        """
+        return model_picture(outline(self, self.sites))
+
     def html(self, footer: str = "") -> str:
-        """Return an HTML page in one file: each distinct block drawn once, and the table of layers.
+        """Return an HTML page in one file: each distinct block drawn once, the table of layers, and the text of one
+        layer of each kind. What belongs together is linked, and a field searches.
 
         Args:
             footer: a line of text at its end.
         """
-        return page(outline(self, self.sites), footer)
+        told = outline(self, self.sites)
+        return page(told, footer, layer_texts(self, told))
 
     def _repr_html_(self) -> str:
         told = outline(self, self.sites)

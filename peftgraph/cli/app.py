@@ -15,6 +15,7 @@ from peftgraph.cli import (
     cmd_apply,
     cmd_cache,
     cmd_compare,
+    cmd_draw,
     cmd_export,
     cmd_inspect,
     cmd_merge,
@@ -91,6 +92,7 @@ def options(
 
 app.command("inspect")(cmd_inspect.inspect)
 app.command("apply")(cmd_apply.apply)
+app.command("draw")(cmd_draw.draw)
 app.command("compare")(cmd_compare.compare)
 app.command("train")(cmd_train.train)
 app.command("merge")(cmd_merge.merge)

@@ -26,11 +26,11 @@ class ComponentVariants:
 
     @property
     def sizes(self) -> str:
-        """Input and output width, such as "4096 → 14336"."""
+        """Output and input width, such as "14336 × 4096"."""
         shapes = [one.shape for one in self.components if one.shape]
         if not shapes:
             return ""
-        return " → ".join(number_range([shape[axis] for shape in shapes]) for axis in range(len(shapes[0]) - 1, -1, -1))
+        return " × ".join(number_range([shape[axis] for shape in shapes]) for axis in range(len(shapes[0])))
 
     @property
     def head_counts(self) -> list[int]:

@@ -57,7 +57,9 @@ def _box(one: LabelledBox, width: float = 0.0) -> ShapeGroup:
     """Draw a box in the middle, with its own width or a given one, and its marks on the right side."""
     width = width or one.width
     half, radius = width / 2, 0.0 if one.square else 5.0
-    shapes: list[Shape] = [Box(one.css, -half, 0, width, one.height, one.label, one.detail, one.tip, radius)]
+    shapes: list[Shape] = [
+        Box(one.css, -half, 0, width, one.height, one.label, one.detail, one.tip, radius, 0, one.key)
+    ]
     x = half - MARK / 2
     for css, text in one.marks:
         y = (one.height - MARK) / 2

@@ -12,6 +12,7 @@ from peftgraph.sites import Site, Sites
 
 SUM, PRODUCT, ATOM = range(3)  # how tightly a formula holds together
 MOST = 3  # operands of a function that are written out
+IN_LAYER = re.compile(r"^(?:[a-z]+_)?layer\d+_(?:self_|cross_)?")
 SYMBOL = r"^\s+{name}: ([A-Z])\b"  # how a pass's docstring gives an option its letter: "rank: R, at least 1"
 
 
@@ -27,6 +28,7 @@ class ParameterFormula:
         frozen: whether none of them trains.
         level: how tightly the formula holds together.
         formula: what a name stands for, where its pass named a formula.
+        inner: the names within the formula, with what they stand for.
     """
 
     text: str
@@ -36,6 +38,7 @@ class ParameterFormula:
     frozen: bool = False
     level: int = ATOM
     formula: str = ""
+    inner: tuple[tuple[str, str], ...] = ()
 
 
 def parameter(name: str, shape: Sequence[int], base: str | None, frozen: bool) -> ParameterFormula:
@@ -47,9 +50,14 @@ def parameter(name: str, shape: Sequence[int], base: str | None, frozen: bool) -
 def short_name(name: str) -> str:
     """Return the name of a parameter in formulas: its last part, if that is a letter or upper-case.
 
+    A name that says its layer is told without it, since a picture shows one layer.
+
     >>> [short_name(name) for name in ("lora_A", "ia3_l", "lora_B0", "prefix_k", "down_weight", "phm_rule")]
     ['A', 'l', 'B0', 'prefix_k', 'down', 'phm_rule']
+    >>> [short_name(name) for name in ("layer0_self_lora_gate_weight", "decoder_layer12_gate", "layers_gate")]
+    ['lora_gate', 'gate', 'layers_gate']
     """
+    name = IN_LAYER.sub("", name)
     head, _, tail = name.rpartition("_")
     if head and re.fullmatch(r"[A-Z]\d?|[a-jl-np-uw-z]", tail):  # k, v and o are taken: they are the base's
         return tail
@@ -75,6 +83,11 @@ def formula(
         any(part.own for part in parts),
         all(part.frozen for part in parts),
         level,
+        inner=tuple(
+            dict.fromkeys(
+                one for part in parts for one in (*part.inner, *([(part.text, part.formula)] if part.formula else []))
+            )
+        ),
     )
 
 

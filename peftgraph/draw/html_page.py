@@ -1,4 +1,5 @@
-"""A model as a page of its own: the drawing, its key, and the table of layers. One file, nothing fetched, no script."""
+"""A model as a page of its own: the drawing, its key, the table of layers and their text, which are linked and searched
+by a small script. One file, nothing fetched."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from importlib.resources import files
 from string import Template
 
 from peftgraph.draw.layer_table import Section, notes, sections
+from peftgraph.draw.layer_text import LayerText
 from peftgraph.draw.model_figure import distinct_blocks, model_figure
 from peftgraph.draw.model_outline import Component, Outline, StackOutline
 from peftgraph.draw.svg import style
@@ -16,12 +18,13 @@ from peftgraph.sites.roles import ROLES
 KEY = {one.name: f"--{one.fill}" for one in ROLES if one.fill}
 
 
-def page(outline: Outline, footer: str = "") -> str:
+def page(outline: Outline, footer: str = "", texts: Sequence[LayerText] = ()) -> str:
     """Return the HTML page of a model.
 
     Args:
         outline: of the model.
         footer: a line at the end, such as how long tracing took.
+        texts: of layers.
     """
     room = files("peftgraph.draw")
     template = room.joinpath("page.html").read_text(encoding="utf-8")
@@ -31,7 +34,9 @@ def page(outline: Outline, footer: str = "") -> str:
         facts=escape(" · ".join(outline.facts())),
         figure=_figure(outline),
         layers=_layers(outline),
+        texts="".join(map(_text, texts)),
         unmatched=_unmatched(outline),
+        script=room.joinpath("page.js").read_text(encoding="utf-8"),
         footer=escape(footer),
     )
 
@@ -119,10 +124,27 @@ def _row(part: Component) -> str:
     heads = f"{part.heads} × {part.head_dim}" if part.heads and part.head_dim else ""
     values = f"{part.values:,}" if part.values else ""
     return (
-        f'<tr><td class="role">{_swatch(part.role)}{escape(part.role)}</td><td><code>{escape(part.path)}</code></td>'
+        f'<tr data-site="{escape(part.key)}"><td class="role">{_swatch(part.role)}{escape(part.role)}</td>'
+        f"<td><code>{escape(part.path)}</code></td>"
         f'<td class="n">{shape}</td><td class="n">{heads}</td><td class="n">{values}</td>'
         f'<td class="soft">{escape(", ".join(notes(part)))}</td></tr>'
     )
+
+
+def _text(text: LayerText) -> str:
+    """Render the text of a layer; a line of a component is linked to its box and its row."""
+    lines = "".join(map(_line, text.lines))
+    more = f'<p class="plain">{text.left_out:,} more lines: print(program.text())</p>' if text.left_out else ""
+    title = f"The text of {escape(text.title)}"
+    return (
+        f'<section><details open><summary>{title}</summary><pre class="layer">{lines}</pre>{more}</details></section>'
+    )
+
+
+def _line(line: tuple[str, str]) -> str:
+    key, words = line
+    site = f' data-site="{escape(key)}"' if key else ""
+    return f"<span{site}>{escape(words)}\n</span>"
 
 
 def _swatch(role: str) -> str:

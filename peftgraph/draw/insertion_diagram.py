@@ -132,7 +132,8 @@ class Diagram:
             return operand
         if isinstance(operand, ParameterFormula):
             shape = self.symbols.shape(operand.shape, self.application)
-            self._define(operand.text, operand.formula)
+            for name, formula in (*operand.inner, (operand.text, operand.formula)):
+                self._define(name, formula)
             self.cells.append(Cell("made", operand.text, shape, "\n".join(operand.names), 0, operand.frozen))
         else:
             self.cells.append(Cell("again", self.elsewhere.get(operand, operand.value), tip="a value from elsewhere"))

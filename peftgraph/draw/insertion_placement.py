@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from peftgraph.draw.colours import Colours
 from peftgraph.draw.formulas import SizeSymbols
 from peftgraph.draw.insertion_diagram import Diagram
 from peftgraph.draw.insertions import Insertion, OuterValue
@@ -19,13 +20,11 @@ class InsertionPlacement:
         program: the rewritten program.
         stations: of the block.
         symbols: for shapes.
-        classes: application -> CSS class of its pass's colour.
+        colours: of the passes.
     """
 
-    def __init__(
-        self, program: ProgramData, stations: Stations, symbols: SizeSymbols, classes: Mapping[int, str]
-    ) -> None:
-        self.stations, self.symbols, self.classes = stations, symbols, classes
+    def __init__(self, program: ProgramData, stations: Stations, symbols: SizeSymbols, colours: Colours) -> None:
+        self.stations, self.symbols, self.colours = stations, symbols, colours
         self.stands_for = {move.after: move.anchor.value for edit in program.edits for move in edit.moves}
 
     def insert(self, found: Iterable[Insertion]) -> None:
@@ -42,7 +41,7 @@ class InsertionPlacement:
                 line.arrivals.setdefault(place, []).append(self._arrival(one, places))
 
     def _arrival(self, one: Insertion, places: Mapping[OuterValue, int | str]) -> Arrival:
-        css = self.classes[one.application]
+        css = self.colours.of(one.application, one.rule)
         elsewhere = {read: place for read, place in places.items() if isinstance(place, str)}
         here = {read: place for read, place in places.items() if isinstance(place, int)}
         return Arrival(one, css, Diagram(one, self.symbols, css, elsewhere), here)

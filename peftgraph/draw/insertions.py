@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import fx
 
-from peftgraph.draw.formulas import ATOM, ParameterFormula, formula, number, parameter
+from peftgraph.draw.formulas import ATOM, ParameterFormula, formula, number, parameter, short_name
 from peftgraph.draw.graph_operators import (
     FRESH,
     LOOKS_UP,
@@ -71,7 +71,7 @@ class Insertion:
     """What enters at one place.
 
     Attributes:
-        application: which pass of the history made it; `site` where.
+        application: which pass of the history made it, by `rule`; `site` where.
         value: the base value in whose place the result stands, and of it, if not all of them, `reader`: the base node
             that reads the result.
         sign: how it enters.
@@ -81,6 +81,7 @@ class Insertion:
     """
 
     application: int
+    rule: int
     site: str
     value: str
     reader: str
@@ -141,6 +142,8 @@ def _called(sites: Sites) -> dict[str, str]:
     """Return the names of the base's stored tensors in formulas: W_k, b_k; W alone if several sites share one."""
     found: dict[str, str] = {}
     for site in sites:
+        if site.scale:
+            found[site.scale] = "g"
         if site.role not in ("ffn.hidden", "bias"):
             owned = ((site.weight and site.weight.parameter, "W"), (site.bias and site.bias.parameter, "b"))
             for name, letter in owned:
@@ -180,7 +183,8 @@ class _Analysis:
     def _insertion(self, after: str, value: str, reader: str, sign: Sign, out: Operand | None) -> Iterator[Insertion]:
         if out is not None:
             operations, out = _needed(self.operations, out)
-            yield Insertion(self.edit.application, self.edit.site, value, reader, sign, operations, out, after)
+            edit = self.edit
+            yield Insertion(edit.application, edit.rule, edit.site, value, reader, sign, operations, out, after)
 
     def _carrier(self, node: fx.Node) -> fx.Node:
         """Skip the nodes that only put a result in its place, and return the node before them."""
@@ -219,8 +223,9 @@ class _Analysis:
             full = str(node.target)
             shape = tuple(int(n) for n in node.meta["val"].shape)
             entry = context.program.table[full]
-            if entry.kind != "parameter":
-                return None
+            constant = full in context.added and entry.tensor.is_floating_point() and not self.edit.quantised
+            if entry.kind != "parameter" and not constant:
+                return None  # a table of the model, places, or codes: what they say is told by the pass's spec
             base = None if full in context.added else context.called.get(full, full.rpartition(".")[2])
             return parameter(full, shape, base, full not in context.trainable)
         moved = {move.after for move in self.edit.moves}
@@ -236,7 +241,8 @@ class _Analysis:
         if isinstance(ref, ParameterFormula) and "derived" in node.meta:
             return replace(ref, text=node.meta["derived"].rpartition(".")[2], formula=ref.text, level=ATOM)
         if isinstance(ref, ParameterFormula) and "symbol" in node.meta:
-            return replace(ref, text=node.meta["symbol"], level=ATOM)
+            of = ", ".join(dict.fromkeys(short_name(name.rpartition(".")[2]) for name in ref.names))
+            return replace(ref, text=node.meta["symbol"], formula=f"a function of {of}", level=ATOM)
         return ref
 
     def _again(self, node: fx.Node) -> Operand | None:

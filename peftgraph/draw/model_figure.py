@@ -55,8 +55,17 @@ def model_figure(outline: Outline, standalone: bool = False) -> str:
         outline: the model.
         standalone: whether to make a file of its own, with its style.
     """
-    if not outline.stacks:
+    drawn = model_shapes(outline)
+    if drawn is None:
         return ""
+    shapes, width, height = drawn
+    return svg(shapes, width, height, f"the blocks of {outline.model}", standalone)
+
+
+def model_shapes(outline: Outline) -> tuple[list[Shape], float, float] | None:
+    """Return the drawing as shapes, with its width and its height; None where no layers were found."""
+    if not outline.stacks:
+        return None
     names = [stack.name for stack in outline.stacks]
     memories = {
         reader: memory for reader, memory in outline.reads if names.index(reader) == names.index(memory) + 1
@@ -73,7 +82,7 @@ def model_figure(outline: Outline, standalone: bool = False) -> str:
         right[name] = x + one.width
         x += one.width + STACKS
     width = x - STACKS + MARGIN
-    return svg(shapes, width, height + 2 * MARGIN, f"the blocks of {outline.model}", standalone)
+    return shapes, width, height + 2 * MARGIN
 
 
 def _memory(source: _StackDrawing, start: float, end: float, reads: Sequence[float]) -> list[Shape]:
@@ -145,7 +154,9 @@ class _StackDrawing:
         found, norm = ComponentVariants((one,)), one.role == "norm"
         height = NORM if norm else ENDS
         detail = ("" if norm else found.sizes) + (", tied" if one.tied else "")
-        self.shapes.append(Box(css_class(one.role), 0, self.y, self.width, height, one.role, detail, found.tip))
+        self.shapes.append(
+            Box(css_class(one.role), 0, self.y, self.width, height, one.role, detail, found.tip, key=one.key)
+        )
         self.y += height
 
     def _card(self, distinct: DistinctBlock, block: ShapeGroup, mark: str) -> None:

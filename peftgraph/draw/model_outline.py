@@ -47,6 +47,11 @@ class Component:
     values: int = 0
     ids: tuple[str, ...] = field(default=(), compare=False)
 
+    @property
+    def key(self) -> str:
+        """What it is found by on a page: its role and its path, the same in all layers that it stands for."""
+        return f"{self.role} {self.path}".strip()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sublayer:

@@ -2,62 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from html import escape
-from os import PathLike
-from pathlib import Path
 
 from peftgraph.draw.block_scene import BlockSceneBuilder
 from peftgraph.draw.box_styles import BaseStyle
 from peftgraph.draw.collect_outline import outline
+from peftgraph.draw.colours import Colours
 from peftgraph.draw.component_variants import ComponentVariants
 from peftgraph.draw.formulas import SizeSymbols
 from peftgraph.draw.insertion_placement import InsertionPlacement
 from peftgraph.draw.insertions import insertions
 from peftgraph.draw.layout import draw_stream
+from peftgraph.draw.model_figure import model_shapes
 from peftgraph.draw.model_outline import BlockOutline, Component, Outline, StackOutline
+from peftgraph.draw.picture_files import Picture
 from peftgraph.draw.scene import Line, Note
 from peftgraph.draw.shape_group import ShapeGroup
-from peftgraph.draw.shapes import Box, Shape, Words, moved
+from peftgraph.draw.sheet import sheet
 from peftgraph.draw.stations import BlockSites, Stations, mark_trained, names_of
-from peftgraph.draw.svg import style, svg
 from peftgraph.errors import PeftGraphError
 from peftgraph.ir.edits import Edit
 from peftgraph.ir.program import ProgramData
 from peftgraph.sites import Sites
 
-MARGIN, HEADER, BETWEEN, LINE = 22.0, 36.0, 30.0, 21.0
-COLOURS = 5  # of passes
 EVERY = 10**6  # all projections without a role are shown: a pass may have changed any
-LETTER = 6.9  # the width of one in the legend
 
 
 class NothingToDraw(PeftGraphError):
     """A program has no block that could be drawn."""
-
-
-class Picture:
-    """A drawing as SVG; a notebook displays it automatically.
-
-    Attributes:
-        svg: the content of an SVG file.
-    """
-
-    def __init__(self, shapes: list[Shape], width: float, height: float, label: str) -> None:
-        self.svg = svg(shapes, width, height, label, standalone=True) + "\n"
-        self._inline = svg(shapes, width, height, label)
-
-    def save(self, path: str | PathLike[str]) -> Path:
-        """Write the drawing as an SVG file and return its path."""
-        target = Path(path)
-        if target.suffix != ".svg":
-            raise PeftGraphError(f"A picture is saved as .svg, got {target.name!r}.")
-        target.write_text(self.svg, encoding="utf-8")
-        return target
-
-    def _repr_html_(self) -> str:
-        return f"<style>{style()}</style>{self._inline}"
 
 
 class Diff(str):
@@ -108,10 +82,10 @@ def picture(
     shown = [i for i, applied in enumerate(program.history) if i >= len(earlier) or applied != earlier[i]]
     if before is not None and not shown:
         raise NothingToDraw("No pass was applied in between, so there is nothing to draw.")
-    classes = {application: f"p{place % COLOURS}" for place, application in enumerate(shown)}
+    colours = Colours({i: program.history[i].method for i in shown})
     symbols = SizeSymbols.of(sites, {i: program.history[i].method for i in shown})
     model = outline(program, sites)
-    rewritten = _Rewritten(program, sites, symbols, classes)
+    rewritten = _Rewritten(program, sites, symbols, colours)
     changed = rewritten.changed()
     drawn: list[tuple[str, ShapeGroup]] = []
     for one in model.stacks:
@@ -124,7 +98,30 @@ def picture(
                 drawn.append((title, rewritten.drawing(one, number, block)))
     if not drawn:
         raise NothingToDraw(_no_block(model, layer, stack))
-    return _arranged(model.model, drawn, [(classes[i], str(program.history[i].method)) for i in shown], symbols)
+    words = " and ".join(dict.fromkeys(program.history[i].method.word for i in shown))
+    title = f"{model.model} with {words}" if words else f"{model.model}, as it is"
+    return sheet(title, _counts(program), drawn, colours, symbols)
+
+
+def _counts(program: ProgramData) -> str:
+    """Return how many values train, and how many the model has."""
+    base = (program.base or program).table
+    total = sum({id(one.tensor): one.tensor.numel() for one in base.values() if one.kind == "parameter"}.values())
+    trained = sum({id(one): one.numel() for one in program.table.trainable.values()}.values())
+    share = f", {trained / total:.2%} of the model's {total:,}" if total else ""
+    return f"{trained:,} values train{share}" if trained else f"{total:,} values, none of which train"
+
+
+def model_picture(model: Outline) -> Picture:
+    """Draw a whole model as it is: each distinct block once.
+
+    Raises:
+        NothingToDraw: no blocks were found.
+    """
+    drawn = model_shapes(model)
+    if drawn is None:
+        raise NothingToDraw(f"There are no blocks to draw in {model.model}.")
+    return Picture(*drawn, escape(f"the blocks of {model.model}"))
 
 
 def _no_block(model: Outline, layer: int | None, stack: str | None) -> str:
@@ -140,13 +137,13 @@ class _Rewritten:
     Attributes:
         sites: of its base.
         symbols: for shapes.
-        classes: application -> CSS class, of the passes that are shown.
+        colours: of the passes that are shown.
     """
 
     program: ProgramData
     sites: Sites
     symbols: SizeSymbols
-    classes: Mapping[int, str]
+    colours: Colours
 
     def changed(self) -> dict[str, list[int]]:
         """Return, for every stack that the shown passes changed, the numbers of its changed layers."""
@@ -154,7 +151,7 @@ class _Rewritten:
         by_id = {site.id: site for site in self.sites}
         for edit in self.program.edits:
             site = by_id[edit.site]
-            if edit.application in self.classes and site.layer is not None:
+            if edit.application in self.colours and site.layer is not None:
                 found.setdefault(site.stack or "", []).append(site.layer)
         return found
 
@@ -180,15 +177,15 @@ class _Rewritten:
         stations = Stations(base.graph, sites, stream, entry)
         for edit in edits:
             if not edit.moves:
-                mark_trained(stations.boxes, edit.parameters, self.classes[edit.application])
-        placement = InsertionPlacement(self.program, stations, self.symbols, self.classes)
+                mark_trained(stations.boxes, edit.parameters, self.colours.of(edit.application, edit.rule))
+        placement = InsertionPlacement(self.program, stations, self.symbols, self.colours)
         placement.insert(insertions(self.program, self.sites, edits))
         return draw_stream(stream)
 
     def _concerns(self, edit: Edit, stack: StackOutline, sites: BlockSites) -> bool:
         """Tell whether an edit belongs to a block or to the parts around the blocks of its stack."""
         site = sites.by_id[edit.site]
-        if edit.application not in self.classes:
+        if edit.application not in self.colours:
             return False
         if site.layer is None:
             ids = {id for component in (*stack.stem, *stack.tail) for id in component.ids}
@@ -203,51 +200,3 @@ class _Rewritten:
 
 def _omitted(count: int) -> list[Note]:
     return [Note(f"{count} block{'s' if count > 1 else ''}", dotted=True)] if count > 0 else []
-
-
-def _arranged(
-    model: str, drawn: Sequence[tuple[str, ShapeGroup]], legend: Sequence[tuple[str, str]], symbols: SizeSymbols
-) -> Picture:
-    """Arrange blocks side by side, each on a card, with the legend below."""
-    shapes: list[Shape] = []
-    x, height = MARGIN, 0.0
-    for title, one in drawn:
-        left = min(one.left, -24.0)
-        card_width = max(one.right, 130.0) - left + 2 * MARGIN
-        card = Box("card", x, MARGIN, card_width, one.height + HEADER + 2 * 12, radius=10)
-        shapes += [card, Words(x + card_width - 16, MARGIN + 23, title, "soft", "end")]
-        shapes += moved(one.shapes, x + MARGIN - left, MARGIN + HEADER)
-        words = [Words(edge, y - 6, "memory", "detail", "end") for edge, y in one.memory]
-        shapes += moved(words, x + MARGIN - left, MARGIN + HEADER)
-        x += card_width + BETWEEN
-        height = max(height, card.height)
-    width = x - BETWEEN + MARGIN
-    rows, bottom = _legend(legend, symbols, MARGIN + height + 14, int((width - 2 * MARGIN - 24) / LETTER))
-    back = Box("sheet", 0, 0, width, bottom + MARGIN - 10, radius=12)
-    return Picture([back, *shapes, *rows], width, bottom + MARGIN - 10, escape(f"one block of {model}, rewritten"))
-
-
-def _legend(passes: Sequence[tuple[str, str]], symbols: SizeSymbols, y: float, room: int) -> tuple[list[Shape], float]:
-    """Draw the passes with their colours and the meanings of names and letters; also return the y below them."""
-    rows: list[Shape] = []
-    for css, text in passes:
-        for place, line in enumerate(_wrapped(text, max(room, 30))):
-            if not place:
-                rows.append(Box(f"inserted {css}", MARGIN + 2, y + 1, 12, 12, radius=3))
-            rows.append(Words(MARGIN + 22, y + 11, line, "spec"))
-            y += LINE - 3
-        y += 3
-    definitions = [f"{name} = {formula}" for name, formula in symbols.defined.items()]
-    for note in [*(line for one in definitions for line in _wrapped(one, max(room, 30))), symbols.legend]:
-        rows.append(Words(MARGIN + 22, y + 11, note, "detail"))
-        y += LINE - 3
-    return rows, y
-
-
-def _wrapped(text: str, room: int) -> list[str]:
-    lines = [""]
-    for word in text.split(" "):
-        if lines[-1] and len(lines[-1]) + len(word) >= room:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return lines

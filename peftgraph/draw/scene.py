@@ -80,6 +80,11 @@ class LabelledBox:
     components: Sequence[Component] = ()
     marks: list[tuple[str, str]] = field(default_factory=list)
 
+    @property
+    def key(self) -> str:
+        """What it is found by on a page."""
+        return self.components[0].key if self.components else ""
+
 
 @dataclass(eq=False)
 class Nonlinearity:

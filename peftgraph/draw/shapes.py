@@ -18,6 +18,7 @@ class Box:
     Attributes:
         css: its CSS classes; a role has the class of its name.
         taper: by how much each of its sides leans: inwards from top to bottom, or outwards when it is negative.
+        key: what it stands for, such as the role of a site, by which a page finds it.
     """
 
     css: str
@@ -30,6 +31,7 @@ class Box:
     tip: str = ""
     radius: float = 5
     taper: float = 0
+    key: str = ""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from html import escape
 from importlib.resources import files
 
-from peftgraph.draw.shapes import Box, Circle, Shape, Wire, Words
+from peftgraph.draw.shapes import Box, Circle, Point, Shape, Wire, Words
 from peftgraph.sites.roles import ROLES
 
 RADIUS = 8
@@ -60,47 +60,76 @@ def _shape(one: Shape) -> str:
     return _words(one)
 
 
+def box_words(one: Box) -> list[Words]:
+    """Return the words of a box: its label, and its detail below it or, where it is low, beside it."""
+    middle = one.x + one.width / 2
+    if one.label and one.detail and one.height >= 38:
+        first = Words(middle, one.y + one.height / 2 - 1, one.label, "label", "middle")
+        return [first, Words(middle, one.y + one.height / 2 + 13, one.detail, "detail", "middle")]
+    if not one.label:
+        return []
+    y = one.y + one.height / 2 + 4
+    if not one.detail:
+        return [Words(middle, y, one.label, "label", "middle")]
+    label, detail = 7.0 * len(one.label), 5.4 * len(one.detail)
+    start = middle - (label + 7 + detail) / 2 + label
+    return [Words(start, y, one.label, "label", "end"), Words(start + 7, y, one.detail, "detail")]
+
+
 def _box(one: Box) -> str:
     place = f'x="{_number(one.x)}" y="{_number(one.y)}" width="{_number(one.width)}" height="{_number(one.height)}"'
     tip = f"<title>{escape(one.tip)}</title>" if one.tip else ""
-    middle = one.x + one.width / 2
-    lines: list[str] = []
-    if one.label and one.detail and one.height >= 38:
-        lines.append(_words(Words(middle, one.y + one.height / 2 - 1, one.label, "label", "middle")))
-        lines.append(_words(Words(middle, one.y + one.height / 2 + 13, one.detail, "detail", "middle")))
-    elif one.label:
-        beside = f'<tspan class="detail" dx="7">{escape(one.detail)}</tspan>' if one.detail else ""
-        lines.append(
-            f'<text class="label" x="{_number(middle)}" y="{_number(one.y + one.height / 2 + 4)}" '
+    lines = [_words(words) for words in box_words(one)]
+    if one.label and one.detail and one.height < 38:  # a browser measures the words itself
+        beside = f'<tspan class="detail" dx="7">{escape(one.detail)}</tspan>'
+        lines = [
+            f'<text class="label" x="{_number(one.x + one.width / 2)}" y="{_number(one.y + one.height / 2 + 4)}" '
             f'text-anchor="middle">{escape(one.label)}{beside}</text>'
-        )
-    form = _leaning(one) if one.taper else f'<rect {place} rx="{_number(one.radius)}"/>'
-    return f'<g class="{one.css}">{tip}{form}{"".join(lines)}</g>'
+        ]
+    form = (
+        f'<polygon points="{" ".join(_pair(*corner) for corner in corners(one))}"/>'
+        if one.taper
+        else (f'<rect {place} rx="{_number(one.radius)}"/>')
+    )
+    key = f' data-site="{escape(one.key)}"' if one.key else ""
+    return f'<g class="{one.css}"{key}>{tip}{form}{"".join(lines)}</g>'
 
 
-def _leaning(one: Box) -> str:
-    """Draw a box with slanted sides, as a polygon."""
+def corners(one: Box) -> list[Point]:
+    """Return the corners of a box with slanted sides."""
     top, bottom = max(-one.taper, 0.0), max(one.taper, 0.0)
     left, right, low = one.x, one.x + one.width, one.y + one.height
-    corners = [(left + top, one.y), (right - top, one.y), (right - bottom, low), (left + bottom, low)]
-    return f'<polygon points="{" ".join(_pair(*corner) for corner in corners)}"/>'
+    return [(left + top, one.y), (right - top, one.y), (right - bottom, low), (left + bottom, low)]
+
+
+def rounded(one: Wire) -> list[tuple[Point, Point, Point]]:
+    """Return for each corner of a line where its curve begins, the corner, and where the curve ends."""
+    found: list[tuple[Point, Point, Point]] = []
+    for before, here, after in zip(one.points, one.points[1:], one.points[2:], strict=False):
+        near = min(6.0, _distance(before, here) / 2, _distance(here, after) / 2)
+        found.append((_towards(here, before, near), here, _towards(here, after, near)))
+    return found
+
+
+def tip_of(one: Wire) -> list[Point]:
+    """Return the corners of a line's arrowhead."""
+    (x0, y0), (x1, y1) = one.points[-2:]
+    length = _distance((x0, y0), (x1, y1)) or 1.0
+    dx, dy = (x1 - x0) / length, (y1 - y0) / length
+    return [
+        (x1, y1),
+        (x1 - 6 * dx - 3.2 * dy, y1 - 6 * dy + 3.2 * dx),
+        (x1 - 6 * dx + 3.2 * dy, y1 - 6 * dy - 3.2 * dx),
+    ]
 
 
 def _wire(one: Wire) -> str:
     """Draw a line with rounded corners; the arrowhead is a separate path, so that no marker is needed."""
     path = f"M{_pair(*one.points[0])}"
-    for before, here, after in zip(one.points, one.points[1:], one.points[2:], strict=False):
-        near = min(6.0, _distance(before, here) / 2, _distance(here, after) / 2)
-        path += f"L{_pair(*_towards(here, before, near))}Q{_pair(*here)} {_pair(*_towards(here, after, near))}"
+    for before, here, after in rounded(one):
+        path += f"L{_pair(*before)}Q{_pair(*here)} {_pair(*after)}"
     path += f"L{_pair(*one.points[-1])}"
-    head = ""
-    if one.arrow:
-        (x0, y0), (x1, y1) = one.points[-2:]
-        length = _distance((x0, y0), (x1, y1)) or 1.0
-        dx, dy = (x1 - x0) / length, (y1 - y0) / length
-        left = (x1 - 6 * dx - 3.2 * dy, y1 - 6 * dy + 3.2 * dx)
-        right = (x1 - 6 * dx + 3.2 * dy, y1 - 6 * dy - 3.2 * dx)
-        head = f'<path class="head" d="M{_pair(x1, y1)}L{_pair(*left)}L{_pair(*right)}Z"/>'
+    head = f'<path class="head" d="M{"L".join(_pair(*point) for point in tip_of(one))}Z"/>' if one.arrow else ""
     return f'<g class="{one.css}"><path d="{path}"/>{head}</g>'
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -102,7 +103,7 @@ def test_a_block_of_many_layers_is_drawn_as_one_of_two_is() -> None:
 def test_layers_that_differ_in_sizes_alone_are_drawn_once_with_the_range() -> None:
     root = drawing(blocks([32, 40, 56], [None] * 3))
     assert drawn(root)["card"] == 1
-    assert "24 → 32–56" in words(root)
+    assert "32–56 × 24" in words(root)
     assert "× 3" in words(root)
 
 
@@ -155,13 +156,36 @@ def test_a_norm_that_sublayers_share_is_as_wide_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("name", zoo.NAMES)
-def test_the_page_fetches_nothing_and_runs_nothing(name: str) -> None:
+def test_the_page_fetches_nothing(name: str) -> None:
     text = zoo.traced(name).html("a footer")
-    for word in ("http", "<script", "url(", "src=", "@import", "<link", "$"):
+    for word in ("http", "fetch(", "import(", "url(", "src=", "@import", "<link", "$"):
         assert word not in text, word
     assert "a footer" in text
     opened = re.findall(r"<(section|table|tbody|tr|td|main|svg|g|ul|li)\b", text)
     assert Counter(opened) == Counter(re.findall(r"</(section|table|tbody|tr|td|main|svg|g|ul|li)>", text))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "t5"])
+def test_boxes_rows_and_lines_of_the_text_are_linked(name: str) -> None:
+    text = zoo.traced(name).html()
+    boxes, rows, lines = (set(re.findall(rf'<{tag}[^>]* data-site="([^"]+)"', text)) for tag in ("g", "tr", "span"))
+    assert boxes <= rows
+    assert lines <= rows
+    wanted = {key for key in rows if key.startswith(("attention.q ", "attention.o ", "ffn.down "))}
+    assert wanted
+    assert wanted <= boxes & lines
+    assert text.count("<summary>") == (2 if name == "t5" else 1)
+
+
+def test_the_text_of_a_page_is_of_one_layer_of_each_kind() -> None:
+    found = page(blocks([32] * 30, [None] * 30), "", ())
+    assert "pre class" not in found
+    program = zoo.traced("bert")
+    lines = program.text().splitlines()
+    shown = re.search(r'<pre class="layer">(.*?)</pre>', program.html(), re.S)
+    assert shown is not None
+    printed = [html.unescape(line) for line in re.findall(r"<span[^>]*>(.*?)\n</span>", shown[1], re.S)]
+    assert printed == [line.strip() for line in lines if line.startswith("  %0.")]
 
 
 def test_the_table_of_the_page_has_a_row_for_each_part() -> None:

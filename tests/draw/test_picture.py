@@ -184,7 +184,7 @@ def test_low_rank_paths_stand_beside_q_and_v_with_their_own_names_and_sizes() ->
     assert drawing.labels("base")["k D × D"] == 1
     assert len(drawing.groups("op")) == 2 + 3  # two adds of the pass; two residual adds and the nonlinearity
     words = ["".join(text.itertext()) for text in drawing.root.iter(f"{SVG}text")]
-    assert {"D 48  ·  F 80  ·  R 8", "layer 0 of 0–1"} <= set(words)
+    assert {"sizes are out × in: D 48 · F 80 · R 8", "layer 0 of 0–1"} <= set(words)
     spec = " ".join(word for word in words if word.startswith(("lora{", "init")))
     assert spec == str(LoRA(rank=8, alpha=16.0))
 
@@ -323,8 +323,8 @@ def test_a_picture_is_saved_as_svg_and_is_the_same_each_time(tmp_path: object) -
     program = zoo.traced("nano").apply(LoRA(rank=4))
     path = program.picture().save(f"{tmp_path}/block.svg")
     assert path.read_text(encoding="utf-8") == program.picture().svg
-    with pytest.raises(pg.PeftGraphError, match=r"saved as \.svg, got 'block.png'"):
-        program.picture().save("block.png")
+    with pytest.raises(pg.PeftGraphError, match=r"saved as \.svg, \.pdf, \.png, got 'block.gif'"):
+        program.picture().save("block.gif")
 
 
 def test_formulas_and_names() -> None:
