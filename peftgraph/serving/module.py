@@ -120,16 +120,16 @@ class ServingModule(nn.Module):
 
     def swap(self, name: str, adapter: Any) -> None:
         """Put an adapter in the place of the one called `name`, or beside the others if there is none and there is
-        room. The graph stays as it is, also if it was compiled or exported, and other adapters are not touched.
+        room. The graph stays as it is, also if it was compiled, and other adapters are not touched.
 
         Args:
             name: what rows call it from now on.
             adapter: a program of the same base with passes, or a directory that `load_adapter` reads. Its passes are
-                those of an adapter that is here; ranks may be smaller, and scales are its own.
+                those of an adapter that is here, with ranks and scales of its own; a rank larger than all here makes
+                the stored tensors larger, so that a compiled module is compiled again.
 
         Raises:
             AdapterError: the files are damaged, or belong to another base.
-            Conflict: a parameter is larger than there is room for.
             PeftGraphError: no adapter here has these passes, or there is no room. Nothing is changed after an error.
         """
         state = self._peftgraph_serving
@@ -156,7 +156,9 @@ class ServingModule(nn.Module):
         entry, leaving = (
             (before[1], None) if before and before[0] is group else state.free_entry(group, {*keep, number})
         )
-        group.stacks.write(entry, part, tensors)
+        for name, larger in group.stacks.write(entry, part, tensors).items():
+            path, _, leaf = name.rpartition(".")
+            setattr(self.get_submodule(path), leaf, larger)
         if leaving is not None:
             _write_index(group, tensors, leaving, 0)
             del state.loaded[leaving], state.used[leaving]
@@ -262,8 +264,8 @@ def _group_of(state: ServingState, name: str, part: RowPart) -> Group:
     if found is None:
         kinds = "; ".join(dict.fromkeys(group.stacks.parts[0].method for group in state.groups))
         raise PeftGraphError(
-            f"{name!r} ({part.method}) fits no graph of this module, which has those of: {kinds}. Ranks may be "
-            "smaller; for other passes or sites, serve it together with the others."
+            f"{name!r} ({part.method}) fits no graph of this module, which has those of: {kinds}. Ranks and scales "
+            "may differ; for other passes or sites, serve it together with the others."
         )
     return found
 

@@ -51,7 +51,7 @@ class Group:
 
     def takes(self, part: RowPart) -> bool:
         """Tell whether another adapter can be one of the group."""
-        return self.key == part.key and self.stacks.fits(part, self.exact)
+        return self.key == part.key and (not self.exact or self.stacks.has_shapes_of(part))
 
 
 @dataclass(frozen=True)
@@ -300,7 +300,7 @@ def _checked(program: P, parts: Mapping[str, RowPart], last: bool = False) -> P:
     if program.table.device.type == "meta":
         return program
     total = sum(entry.tensor.numel() for entry in program.table.values())
-    prepare, bound = (float64_run, 1e-9) if total <= SMALL else (evaluation_run, 1e-3)
+    prepare, bound = (float64_run, 1e-6) if total <= SMALL else (evaluation_run, 1e-3)
     if prepare is evaluation_run and program.table.dtype in (torch.bfloat16, torch.float16):
         bound = 5e-2
     run = prepare(program)

@@ -137,27 +137,28 @@ class Stacks:
         """The names of the tensors that another adapter changes."""
         return [self.index_name, *self._names.values()]
 
-    def fits(self, part: RowPart, exactly: bool) -> bool:
-        """Tell whether the values of an adapter are no larger than there is room for; `exactly` as large."""
-        shapes = [part.shape(node) for node in part.parameters]
-        if exactly:
-            return shapes == self.shapes
-        return all(
-            all(own <= room for own, room in zip(shape, most, strict=True))
-            for shape, most in zip(shapes, self.shapes, strict=True)
-        )
+    def has_shapes_of(self, part: RowPart) -> bool:
+        """Tell whether the values of an adapter are as large as those here."""
+        return [part.shape(node) for node in part.parameters] == self.shapes
 
-    def write(self, entry: int, part: RowPart, tensors: Mapping[str, Tensor]) -> None:
+    def write(self, entry: int, part: RowPart, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Put the values of another adapter into an entry of the stored tensors, by name.
 
-        Raises:
-            Conflict: a value is larger than the room there is; nothing is written.
+        Returns:
+            Larger tensors in the place of those that had too little room, by name.
         """
-        values = {key: self.padded(key[0], part.value(part.parameters[key[0]])) for key in self._names}
+        larger: dict[str, Tensor] = {}
         with torch.no_grad():
-            for (which, transposed), value in values.items():
-                target = tensors[self._names[which, transposed]][entry]
-                target.copy_(value.transpose(-2, -1) if transposed else value)
+            for (which, transposed), name in self._names.items():
+                value = part.value(part.parameters[which])
+                value = value.transpose(-2, -1) if transposed else value
+                stored = tensors[name]
+                more = [max(own - room, 0) for own, room in zip(value.shape, stored.shape[1:], strict=True)]
+                if any(more):
+                    stored = larger[name] = F.pad(stored, [n for size in reversed(more) for n in (0, size)])
+                stored[entry].zero_()
+                stored[entry][tuple(slice(0, size) for size in value.shape)] = value.to(stored.dtype)
+        return larger
 
 
 def _get_attrs(node: fx.Node) -> list[fx.Node]:

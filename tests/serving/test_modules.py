@@ -88,7 +88,7 @@ def test_swapping(base: pg.Program, tuned: dict[str, pg.Program], tmp_path: Path
     assert same(served.module().eval(), ["a", "b"], tuned["a"], tuned["b"])  # other modules keep theirs
     before = net(**example(2), adapter_ids=["a", "b"]).logits
     for adapter, words in (
-        (base.apply(LoRA(rank=12)), "fits no graph of this module"),
+        (base.apply(LoRA(at="attention.k", rank=2)), "fits no graph of this module"),
         (base.apply(BitFit(at="norm", zero=True, norms=True)), "fits no graph of this module"),
         (tmp_path / "nothing", "nothing"),
         (zoo.traced("gpt2", "sdpa", F64).apply(LoRA(rank=2)), "another base"),
@@ -96,6 +96,10 @@ def test_swapping(base: pg.Program, tuned: dict[str, pg.Program], tmp_path: Path
         with pytest.raises(pg.PeftGraphError, match=words):
             net.swap("a", adapter)
     assert torch.equal(before, net(**example(2), adapter_ids=["a", "b"]).logits)
+    larger = trained(base.apply(LoRA(rank=11)), 7)
+    net.swap("a", larger)
+    assert same(net, ["a", "new", "b"], larger, third, tuned["c"])
+    assert same(served.module("infer").eval(), ["a", "b"], tuned["a"], tuned["b"])
 
 
 def test_more_adapters_than_room(base: pg.Program, tmp_path: Path) -> None:
