@@ -60,6 +60,7 @@ from peftgraph.sites.patterns.pattern import patterns_of
 from peftgraph.training.calibrate import collect_statistics
 from peftgraph.training.run import TrainingRun, start_training
 from peftgraph.utils.cache_folder import cache_folder
+from peftgraph.utils.terminal_line import noted_on_terminal
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +94,8 @@ class Program(NotPicklable, ProgramData):
         self._require_one_model("apply passes to")
         passes = as_passes(methods)
         program = self.with_patterns(*(rule.at for one in passes for rule in one.rules()))
-        result = apply(program, program.sites, passes, dtype)
+        with noted_on_terminal("applying"):
+            result = apply(program, program.sites, passes, dtype)
         warn_of(result.left_out[len(self.left_out) :], passes)
         return result
 
@@ -466,7 +468,8 @@ class Program(NotPicklable, ProgramData):
             Conflict: several named adapters train copies of one tensor; `only` chooses one.
         """
         self.require_one_adapter()
-        return export_program(self, Path(path))
+        with noted_on_terminal("exporting"):
+            return export_program(self, Path(path))
 
     def write_back(self, model: nn.Module) -> nn.Module:
         """Copy the weights into a plain instance of the original class, in place, and return it.
@@ -513,7 +516,8 @@ class Program(NotPicklable, ProgramData):
         self._require_one_model("load an adapter into")
         if not isinstance(name, str | None):
             raise AdapterError(f"The name of an adapter is text, got {name!r}.")
-        return load_adapter(self, self.sites, self.apply, _path(directory), name, format)
+        with noted_on_terminal("loading the adapter"):
+            return load_adapter(self, self.sites, self.apply, _path(directory), name, format)
 
     def __str__(self) -> str:
         passes = "; ".join(str(applied.method) for applied in self.history) or "no passes"
@@ -632,7 +636,8 @@ def compare(
     Raises:
         PeftGraphError: a recipe does not fit the model, or the model takes no such sizes.
     """
-    return _compare(program, program.sites, program.apply, named(recipes, as_pass), batch, length, examples)
+    with noted_on_terminal("comparing"):
+        return _compare(program, program.sites, program.apply, named(recipes, as_pass), batch, length, examples)
 
 
 def fold(
@@ -668,4 +673,5 @@ def fold(
     """
     program._require_one_model("fold")
     program.require_one_adapter()
-    return _fold(program, program.sites, partial=partial, untie=untie, quantised=quantised, facts=prove)
+    with noted_on_terminal("folding, with proof"):
+        return _fold(program, program.sites, partial=partial, untie=untie, quantised=quantised, facts=prove)

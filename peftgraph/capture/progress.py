@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-PATIENCE = 1.0  # seconds before a trace says how far it is
-CLEAR_REST = "\x1b[K"  # a terminal removes the rest of its line
+from peftgraph.utils.terminal_line import CLEAR_REST, PATIENCE, shown_elsewhere
+
 # Called with the phase, how many of its steps have begun, and how many there are (0 where that is unknown).
 Progress = Callable[[str, int, int], None]
 
@@ -27,7 +27,7 @@ def line_on_terminal() -> Iterator[Progress]:
     """Yield what shows the progress in one line on standard error, once it has taken PATIENCE seconds, and removes the
     line at the end; nothing is shown where standard error is no terminal."""
     stream, start, shown = sys.stderr, time.monotonic(), False
-    if not stream.isatty():
+    if shown_elsewhere.get() or not stream.isatty():
         yield no_progress
         return
 

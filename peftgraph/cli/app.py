@@ -15,6 +15,8 @@ from peftgraph.cli import (
     cmd_apply,
     cmd_cache,
     cmd_compare,
+    cmd_completion,
+    cmd_doctor,
     cmd_draw,
     cmd_export,
     cmd_inspect,
@@ -23,6 +25,7 @@ from peftgraph.cli import (
     cmd_quickstart,
     cmd_train,
 )
+from peftgraph.cli.wording import in_options
 from peftgraph.errors import PeftGraphError
 from peftgraph.terminal.console import ERR
 
@@ -37,7 +40,7 @@ class GuardedCommands(TyperGroup):
         try:
             return super().invoke(ctx)
         except (PeftGraphError, OSError) as error:
-            _show(str(error), ctx.params.get("debug", False))
+            _show(in_options(str(error)), ctx.params.get("debug", False))
             raise typer.Exit(USER_ERROR) from error
         except Exception as bug:
             if isinstance(bug, typer.Exit | typer.Abort) or hasattr(bug, "exit_code"):
@@ -49,9 +52,9 @@ class GuardedCommands(TyperGroup):
 def _show(message: str, debug: bool) -> None:
     if debug:
         ERR.print_exception(show_locals=False)
-    ERR.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    ERR.print(f"error: {message}", style="red", soft_wrap=True)
     if not debug:
-        ERR.print("(peftgraph --debug ... shows the traceback)", style="dim", highlight=False, soft_wrap=True)
+        ERR.print("(peftgraph --debug ... shows the traceback)", style="dim", soft_wrap=True)
 
 
 app = typer.Typer(
@@ -59,7 +62,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,  # help shows texts as they are written, brackets included
+    context_settings={"max_content_width": 100},
     help="A compiler for parameter-efficient fine-tuning: find the sites, apply a recipe, fold, prove, export.",
     epilog="Exit codes: 0 done, 1 a user's error, 2 wrong usage, 3 a bug. Nothing is ever downloaded.",
 )
@@ -99,4 +103,7 @@ app.command("merge")(cmd_merge.merge)
 app.command("quantise")(cmd_quantise.quantise)
 app.command("export")(cmd_export.export)
 app.command("cache")(cmd_cache.cache)
+
+app.command("doctor")(cmd_doctor.doctor)
+app.command("completion")(cmd_completion.completion)
 app.command("quickstart")(cmd_quickstart.quickstart)

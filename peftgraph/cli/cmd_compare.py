@@ -9,8 +9,9 @@ import typer
 
 from peftgraph.cli.caching import caching
 from peftgraph.cli.cmd_inspect import Source
+from peftgraph.cli.options import Json
 from peftgraph.model_folders.loading import check_source, skeleton, trace
-from peftgraph.terminal.console import OUT, working
+from peftgraph.terminal.console import RESULT, say, working
 from peftgraph.utils.atomic_files import atomic_file
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def compare(
     batch: Annotated[int, typer.Option(help="Rows of every input.", min=1)] = 8,
     length: Annotated[int, typer.Option(help="Tokens of every sequence.", min=1)] = 128,
     examples: Annotated[int, typer.Option(help="Also: the cost of so many examples in a prompt.", min=0)] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout and nothing else.")] = False,
+    as_json: Json = False,
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page with the picture.")] = None,
 ) -> None:
     """Show what each recipe costs: parameters, files, memory of training, operations. No weights are loaded."""
@@ -66,18 +67,18 @@ def compare(
         return
     _show(found)
     if html is not None:
-        OUT.print(f"page written to {html}", style="bold", highlight=False, markup=False)
+        say(f"page written to {html}", "bold")
 
 
 def _show(found: Comparison) -> None:
     """Print a comparison: turned for a terminal's width, one row a recipe in a pipe."""
     from peftgraph.terminal.tables import comparison_table
 
-    OUT.print(found.title, style="bold", highlight=False)
-    OUT.print(found.facts, style="dim", highlight=False)
-    OUT.print()
-    if OUT.is_terminal:
-        OUT.print(comparison_table(found))
-        OUT.print("\n".join(found.notes()), highlight=False, markup=False)
+    say(found.title, "bold")
+    say(found.facts, "dim")
+    say("")
+    if RESULT.is_terminal:
+        RESULT.print(comparison_table(found))
+        say("\n".join(found.notes()))
     else:
         typer.echo("\n".join(str(found).splitlines()[3:]))

@@ -9,10 +9,12 @@ import typer
 
 from peftgraph.cli.caching import caching
 from peftgraph.cli.cmd_inspect import Source
+from peftgraph.cli.cmd_merge import proof_document
+from peftgraph.cli.options import Json
 from peftgraph.interop.adapter_folder import check_exists
 from peftgraph.model_folders.loading import check_source, load, trace
 from peftgraph.runtime.export.registry import check_suffix, find_exporter, suffixes
-from peftgraph.terminal.console import OUT, working
+from peftgraph.terminal.console import emit, say, working
 
 
 def export(
@@ -22,6 +24,7 @@ def export(
     adapter: Annotated[
         Path | None, typer.Option("--adapter", metavar="DIR", help="Merge this adapter on the way.")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Write the graph as a file. Edits of an adapter that cannot be folded stay in the graph."""
     check_suffix(out)
@@ -35,11 +38,21 @@ def export(
     if adapter is not None:
         with working("folding, with proof"):
             program = pg.fold(program.load_adapter(adapter), partial=True)
-        OUT.print(str(program.proof), highlight=False, markup=False)
+        if not as_json:
+            say(str(program.proof))
     with working(f"exporting {out.name}"):
         path = program.export(out)
-    OUT.print(
-        f"{path}: {path.stat().st_size / 1e6:.1f} MB, inputs {program.signature.describe()}",
-        highlight=False,
-        markup=False,
-    )
+    size = path.stat().st_size
+    if as_json:
+        inputs = program.signature.inputs
+        emit(
+            {
+                "file": str(path),
+                "bytes": size,
+                "inputs": [{"name": one.name, "dtype": str(one.dtype), "dims": list(one.dims)} for one in inputs],
+                "left": [str(applied.method) for applied in program.history],
+                "proof": proof_document(program.proof),
+            }
+        )
+    else:
+        say(f"{path}: {size / 1e6:.1f} MB, inputs {program.signature.describe()}")

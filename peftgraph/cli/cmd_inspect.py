@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from pathlib import Path
@@ -11,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from peftgraph.cli.caching import caching
+from peftgraph.cli.options import Json
 from peftgraph.model_folders.loading import check_source, skeleton, trace
-from peftgraph.terminal.console import OUT
+from peftgraph.terminal.console import RESULT, emit, say
 
 if TYPE_CHECKING:
     import peftgraph as pg
+    from peftgraph.sites.explanations.explanation import Explanation
 
 Source = Annotated[Path, typer.Argument(metavar="DIR", help="A local transformers folder, or a config.json alone.")]
 
@@ -32,7 +33,7 @@ def inspect(
         typer.Option("--at", metavar="SELECTOR", help="Only these sites, e.g. 'attention.q & layers(0, 3)'."),
     ] = "",
     every: Annotated[bool, typer.Option("--all", help="Every site on a row of its own.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout and nothing else.")] = False,
+    as_json: Json = False,
     html: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="Write a page that draws the blocks.")
     ] = None,
@@ -48,7 +49,11 @@ def inspect(
     start = time.perf_counter()
     program = trace(skeleton(source), cache=caching(ctx))
     if explain:
-        typer.echo(str(program.with_patterns(explain).sites.explain(explain, layer=layer)))
+        found = program.with_patterns(explain).sites.explain(explain, layer=layer)
+        if as_json:
+            emit(explanation_document(found))
+        else:
+            typer.echo(str(found))
         return
     if at:
         program = program.with_patterns(at)
@@ -57,15 +62,13 @@ def inspect(
     if html is not None:
         write_page(program, html, seconds)
     if as_json:
-        typer.echo(json.dumps(as_document(program, sites), indent=1))
+        emit(as_document(program, sites))
         return
     show(program, sites, at != "", every)
-    OUT.print(
-        f"traced in {seconds:.1f} s: {len(program.graph.nodes)} nodes; inputs: {program.signature.describe()}",
-        highlight=False, markup=False, style="dim",
-    )  # fmt: skip
+    nodes = len(program.graph.nodes)
+    say(f"traced in {seconds:.1f} s: {nodes} nodes; inputs: {program.signature.describe()}", "dim")
     if html is not None:
-        OUT.print(f"page written to {html}", style="bold", highlight=False, markup=False)
+        say(f"page written to {html}", "bold")
 
 
 def show(program: pg.Program, sites: tuple[pg.Site, ...], chosen: bool, every: bool) -> None:
@@ -73,11 +76,9 @@ def show(program: pg.Program, sites: tuple[pg.Site, ...], chosen: bool, every: b
     from peftgraph.draw import outline
     from peftgraph.terminal.tables import OutlineTable, listing
 
-    OUT.print(listing(sites, every) if chosen or every else OutlineTable(outline(program, program.sites)))
+    RESULT.print(listing(sites, every) if chosen or every else OutlineTable(outline(program, program.sites)))
     roles = Counter(site.role for site in sites)
-    OUT.print(
-        f"[bold]{len(sites)}[/] sites: " + ", ".join(f"{number} {role}" for role, number in sorted(roles.items()))
-    )
+    say(f"{len(sites)} sites: " + ", ".join(f"{number} {role}" for role, number in sorted(roles.items())))
 
 
 def write_page(program: pg.Program, path: Path, seconds: float) -> None:
@@ -88,6 +89,16 @@ def write_page(program: pg.Program, path: Path, seconds: float) -> None:
     text = program.html(f"Drawn by peftgraph {pg.__version__} from the structure alone, in {seconds:.1f} s.")
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def explanation_document(found: Explanation) -> dict[str, Any]:
+    """Return an explanation, for --json."""
+    return {
+        "selector": found.selector,
+        "reasons": [{"site": one.site.id, "steps": one.steps, "excerpt": one.excerpt} for one in found.reasons],
+        "others": found.others,
+        "problem": found.problem,
+    }
 
 
 def as_document(program: pg.Program, sites: tuple[pg.Site, ...]) -> dict[str, Any]:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from peftgraph.cli.cmd_inspect import Source
+from peftgraph.cli.options import Json
 from peftgraph.model_folders.loading import check_source, skeleton, trace
 from peftgraph.model_folders.output_folder import atomic_folder, check_target, check_unchanged, copy_companions, stamps
-from peftgraph.terminal.console import OUT, working
+from peftgraph.terminal.console import emit, say, working
 
 if TYPE_CHECKING:
     import peftgraph as pg
@@ -28,6 +29,7 @@ def quantise(
     force: Annotated[
         bool, typer.Option("--force", help="Replace DIR2 if it is not empty and this command made it.")
     ] = False,
+    as_json: Json = False,
 ) -> None:
     """Quantise a model in the memory of one tensor; transformers loads the result with bitsandbytes."""
     options = {"format": format, "block": block, "double": double, "compute": compute}
@@ -61,11 +63,12 @@ def quantise(
         copy_configuration(source, fresh, quantisation_config(method.quantiser, compute, skipped))
         copy_companions(source, fresh)
         check_unchanged(before, (source,))
-    OUT.print(
-        f"{written.weights} weights as {format}: {written.before / 1e9:.2f} GB are {written.after / 1e9:.2f} GB now",
-        highlight=False,
-    )
-    OUT.print(f"quantised model written to {out}", style="bold", highlight=False)
+    if as_json:
+        sizes = {"weights": written.weights, "bytes_before": written.before, "bytes_after": written.after}
+        emit({"out": str(out), "format": format, **sizes})
+        return
+    say(f"{written.weights} weights as {format}: {written.before / 1e9:.2f} GB are {written.after / 1e9:.2f} GB now")
+    say(f"quantised model written to {out}", "bold")
 
 
 def _stored(program: pg.Program, checkpoint: Checkpoint, prefix: str) -> dict[str, str]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from peftgraph.cli.options import Json
 
 
 def quickstart(
@@ -25,6 +29,7 @@ def quickstart(
     sentences: Annotated[
         int, typer.Option("--sentences", min=8, hidden=True, help="At most this many for training.")
     ] = 3520,
+    as_json: Json = False,
 ) -> None:
     """Teach a real sentence encoder a new task, fold the result, prove the fold, export it, and report on each step.
 
@@ -35,4 +40,7 @@ def quickstart(
     from peftgraph.demo.settings import LIMITS, Settings
     from peftgraph.demo.training import Schedule
 
-    run(Settings(out=out, seed=seed, limits={**LIMITS, "train": sentences}, schedule=Schedule(steps=steps)))
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        run(Settings(out=out, seed=seed, limits={**LIMITS, "train": sentences}, schedule=Schedule(steps=steps)))
+    if as_json:
+        typer.echo((out / "metrics.json").read_text(encoding="utf-8"))

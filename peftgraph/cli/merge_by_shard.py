@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -19,7 +20,7 @@ from peftgraph.interop.checkpoints.shard_writer import check_space, identity, wr
 from peftgraph.interop.checkpoints.updates import Updates
 from peftgraph.interop.native import read_document
 from peftgraph.model_folders.output_folder import check_target, check_unchanged, copy_companions, stamps
-from peftgraph.terminal.console import OUT, report, working
+from peftgraph.terminal.console import report, say, working
 
 
 def is_default(source: Path, adapter: Path) -> bool:
@@ -33,8 +34,11 @@ def is_default(source: Path, adapter: Path) -> bool:
     return (source / INDEX).is_file() and not (source / SINGLE).is_file()
 
 
-def merge(source: Path, adapter: Path, out: Path, force: bool) -> None:
-    """Write the merged model; everything that can be checked is checked before anything is written."""
+def merge(source: Path, adapter: Path, out: Path, force: bool, quiet: bool = False) -> dict[str, Any]:
+    """Write the merged model; everything that can be checked is checked before anything is written.
+
+    Returns what was done, for --json; it is printed unless `quiet` is set.
+    """
     reads = (source, adapter)
     if not work_folder(out).exists():
         check_target(out, force, reads)
@@ -42,9 +46,10 @@ def merge(source: Path, adapter: Path, out: Path, force: bool) -> None:
     checkpoint = Checkpoint.open(source)
     job = identity(checkpoint, sorted(path for path in before if path.parent == adapter))
     if is_finished(out, job):
-        OUT.print("It was merged before, and the process was killed when that was done.")
-        report(out, [])
-        return
+        if not quiet:
+            say("It was merged before, and the process was killed when that was done.")
+            report(out, [])
+        return {"by_shard": True, "shards": len(checkpoint.files), "kept_shards": len(checkpoint.files), "copied": []}
     updates = _updates(source, adapter, checkpoint)
     check_space(checkpoint, out.absolute(), work_folder(out) / "new")
     shards = [file.path.name for file in checkpoint.files]
@@ -57,9 +62,12 @@ def merge(source: Path, adapter: Path, out: Path, force: bool) -> None:
         except PeftGraphError:
             shutil.rmtree(fresh)
             raise
-    OUT.print(updates.report(), highlight=False, markup=False)
-    OUT.print(f"shards    {len(shards)}, {checkpoint.size / 1e9:.2f} GB, {kept} of them kept from before")
-    report(out, copied)
+    if not quiet:
+        say(updates.report())
+        say(f"shards    {len(shards)}, {checkpoint.size / 1e9:.2f} GB, {kept} of them kept from before")
+        report(out, copied)
+    shown = {"changed": sorted(updates.changed), "report": updates.report()}
+    return {"by_shard": True, "shards": len(shards), "kept_shards": kept, "copied": copied, **shown}
 
 
 def _updates(source: Path, adapter: Path, checkpoint: Checkpoint) -> Updates:

@@ -144,8 +144,13 @@ def colour(role: str) -> str:
     return known.colour if known is not None and known.colour else "white"
 
 
-def count_table(count: Any) -> Table:
-    """Render the parameters of a program, counted in each way."""
+def count_table(count: Any, left: int | None = None) -> Table:
+    """Render the parameters of a program, counted in each way.
+
+    Args:
+        count: of the program.
+        left: how many of the added ones folding leaves; None where that is not known.
+    """
     table = Table(
         title="parameters, counted in each way",
         title_justify="left",
@@ -157,16 +162,18 @@ def count_table(count: Any) -> Table:
     table.add_column("values", justify="right")
     table.add_column("of the base", justify="right")
     table.add_column("meaning", style="dim")
-    for name, values, meaning in count_rows(count):
+    for name, values, meaning in count_rows(count, left):
         table.add_row(name, f"{values:,}", f"{100 * values / max(1, count.total):.3f} %", meaning)
     return table
 
 
-def count_rows(count: Any) -> list[tuple[str, int, str]]:
+def count_rows(count: Any, left: int | None = None) -> list[tuple[str, int, str]]:
     """Return the rows of the table of counts: name, values, meaning."""
+    after = {None: "", 0: "; none are left after folding"}.get(left, f"; {left or 0:,} are left after folding")
+    after = after if count.added else ""
     return [
         ("trainable", count.trainable, "moved by training"),
-        ("added", count.added, "parameters that the recipe adds; none are left after folding"),
+        ("added", count.added, f"parameters that the recipe adds{after}"),
         ("changed", count.changed, f"base weights that folding rewrites: {ranks(count)}"),
         ("total", count.total, "the base's own, tied ones once"),
     ]
