@@ -5,6 +5,7 @@ The script is made from the parser, and holds all words, so that a completion st
 
 from __future__ import annotations
 
+import inspect
 import shlex
 import typing
 from collections.abc import Iterator
@@ -44,6 +45,7 @@ Commands = dict[str, tuple[str, list[Word]]]  # help and options, by the name of
 
 
 def completion(
+    ctx: typer.Context,
     shell: Annotated[Shell, typer.Argument(help="The shell.")],
 ) -> None:
     """Print the script that makes a shell complete commands, options and paths.
@@ -52,17 +54,14 @@ def completion(
     compinit; for fish, peftgraph completion fish > ~/.config/fish/completions/peftgraph.fish.
     """
     make = {Shell.BASH: bash_script, Shell.ZSH: zsh_script, Shell.FISH: fish_script}[shell]
-    typer.echo("\n".join(make(_commands())))
+    typer.echo("\n".join(make(commands_of(ctx.find_root().command))))
 
 
-def _commands() -> Commands:
-    from peftgraph.cli.app import app
-
-    group: Any = typer.main.get_command(app)
-    callbacks = {one.name: one.callback for one in app.registered_commands}
+def commands_of(group: Any) -> Commands:
+    """Return the words of a program's parser."""
     found: Commands = {"": ("", list(_options(group, {})))}
     for name, command in group.commands.items():
-        hints = typing.get_type_hints(callbacks[name]) if callbacks.get(name) else {}
+        hints = typing.get_type_hints(inspect.unwrap(command.callback))
         found[name] = (_sentence(command.help), list(_options(command, hints)))
     return found
 

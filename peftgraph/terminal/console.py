@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, ConsoleDimensions
+from rich.console import Console, ConsoleOptions
 from rich.markup import escape
 
 from peftgraph.utils.terminal_line import shown_elsewhere
@@ -30,14 +30,10 @@ class Plain(Console):
         super().__init__(markup=False, highlight=False, emoji=False, **options)
 
     @property
-    def size(self) -> ConsoleDimensions:
-        """The size of the terminal; WIDE where there is none."""
-        return super().size if self.is_terminal else ConsoleDimensions(WIDE, 25)
-
-    @property
-    def width(self) -> int:
-        """The width of the terminal; WIDE where there is none."""
-        return self.size.width
+    def options(self) -> ConsoleOptions:
+        """Those of the terminal; WIDE where there is none."""
+        found = super().options
+        return found if self.is_terminal else found.update(width=WIDE)
 
 
 OUT = Console()  # with markup, for the pages of the quickstart

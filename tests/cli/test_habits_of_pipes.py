@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 import zoo
 
-from peftgraph.cli.cmd_completion import _commands, bash_script, fish_script, zsh_script
+from peftgraph.cli.app import app
+from peftgraph.cli.cmd_completion import bash_script, commands_of, fish_script, zsh_script
 from peftgraph.cli.cmd_doctor import examine
 from peftgraph.model_folders.loading import load, trace
 from peftgraph.utils.cache_folder import VARIABLE
@@ -138,7 +140,7 @@ def test_changes_outside_the_layers_are_shown(cli, folder: Path) -> None:
 
 
 def test_completion_scripts_have_every_command_and_option() -> None:
-    commands = _commands()
+    commands = commands_of(typer.main.get_command(app))
     assert {"merge", "doctor", "completion"} <= commands.keys()
     for make in (bash_script, zsh_script, fish_script):
         text = "\n".join(make(commands))
@@ -161,7 +163,7 @@ def test_bash_completes(line: str, words: str) -> None:
         "COMP_WORDS=($1); [[ $1 == *' ' ]] && COMP_WORDS+=(''); COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); COMPREPLY=(); "
         '_peftgraph; echo "${COMPREPLY[*]}"'
     )
-    script = "\n".join([*bash_script(_commands()), call])
+    script = "\n".join([*bash_script(commands_of(typer.main.get_command(app))), call])
     done = subprocess.run(["bash", "-c", script, "bash", line], capture_output=True, text=True, check=True)
     assert (done.stdout.strip(), done.stderr) == (words, "")
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import peftgraph as pg
 from peftgraph.ir.program import ProgramData
 from peftgraph.passes.lora import LoRA
+from peftgraph.runtime.export.axis_names import axis_names, renamed
 from peftgraph.runtime.export.exported_program import to_exported_program
 from peftgraph.runtime.plain_aten import in_plain_aten
 
@@ -92,11 +93,42 @@ def test_onnx_runs_in_onnxruntime(kind: str, tmp_path: Path) -> None:
     session = runtime.InferenceSession(program.export(tmp_path / "model.onnx"))
     assert [value.name for value in session.get_inputs()] == ["idx"]
     assert [value.name for value in session.get_outputs()] == ["logits"]
+    assert session.get_inputs()[0].shape == ["batch", "sequence"]
+    assert session.get_outputs()[0].shape[:2] == ["batch", "sequence"]
     for batch, length in SIZES:
         (logits,) = session.run(None, {"idx": example("nano", batch, length)["idx"].numpy()})
         torch.testing.assert_close(
             torch.from_numpy(logits), expected(program, "nano", batch, length)["logits"], rtol=1e-4, atol=1e-5
         )
+
+
+class Towers(nn.Module):
+    """Pictures and rows that need not be equally many, and a mask that is added to the rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+    def forward(self, pixel_values: Tensor, text_ids: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return self.conv(pixel_values), self.fc(text_ids) + bias
+
+
+def test_axes_have_one_name_a_size() -> None:
+    inputs = (torch.randn(2, 3, 9, 8), torch.randn(3, 5, 4), torch.randn(3, 5, 1))
+    exported = to_exported_program(pg.trace(Towers().eval(), inputs))
+    names = axis_names(exported)
+    shapes = {
+        node.name: [renamed(str(size), names) for size in node.meta["val"].shape]
+        for node in exported.graph.nodes
+        if node.op == "placeholder" and node.name in exported.graph_signature.user_inputs
+    }
+    assert shapes == {
+        "pixel_values": ["batch", "3", "height", "width"],
+        "text_ids": ["text_batch", "sequence", "4"],
+        "bias": shapes["bias"],
+    }
+    assert shapes["bias"][1] == "sequence"
+    assert renamed("s7 + 10", {"s7": "sequence"}) == "sequence + 10"
 
 
 class Experts(nn.Module):

@@ -59,7 +59,7 @@ def _inputs(exported: ExportedProgram) -> Iterator[tuple[str, Sequence[Any]]]:
     names = set(exported.graph_signature.user_inputs)
     for node in exported.graph.nodes:
         if node.op == "placeholder" and node.name in names and isinstance(node.meta["val"], torch.Tensor):
-            yield node.name, node.meta["val"].shape
+            yield str(node.name), node.meta["val"].shape
 
 
 def _symbols_of_outputs(exported: ExportedProgram) -> set[str]:
