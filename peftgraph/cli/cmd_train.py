@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import nullcontext, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,12 +11,13 @@ from typing import Annotated, Any
 import typer
 
 from peftgraph.cli.caching import caching
+from peftgraph.cli.options import Json
 from peftgraph.errors import PeftGraphError
 from peftgraph.experiments.examples import read_examples
 from peftgraph.experiments.folder import check_folder
 from peftgraph.experiments.settings import Settings, read_settings
 from peftgraph.model_folders.loading import check_source
-from peftgraph.terminal.console import OUT
+from peftgraph.terminal.console import emit, say
 
 
 def train(
@@ -48,11 +51,12 @@ def train(
     merge: Annotated[bool | None, typer.Option("--merge/--no-merge", help="Write the merged model. [merge]")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in the folder.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Begin anew in a folder that this command made.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Train a recipe on examples, by transformers' Trainer: the adapter, the merged model, curves and a report.
 
     A row is {"text", "label"} for classification, {"prompt", "completion"} or {"text"} for causal language modelling,
-    {"anchor", "positive"} for embeddings. A TOML recipe with a table \\[train], whose keys are these options, is a
+    {"anchor", "positive"} for embeddings. A TOML recipe with a table [train], whose keys are these options, is a
     whole experiment: peftgraph train --recipe experiment.toml.
     """
     from peftgraph.rewrite.recipe_check import check_recipe
@@ -70,7 +74,12 @@ def train(
     check_folder(settings, resume, force)
     from peftgraph.experiments.run import run
 
-    show(settings, run(settings, examples, resume, caching(ctx)))
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        metrics = run(settings, examples, resume, caching(ctx))
+    if as_json:
+        emit({"out": str(settings.out), **metrics})
+    else:
+        show(settings, metrics)
 
 
 def check_tools(model: Path) -> None:
@@ -93,7 +102,7 @@ def show(settings: Settings, metrics: dict[str, Any]) -> None:
     if metrics["checks"]:
         (first, before), (_, after) = metrics["checks"][0], metrics["checks"][-1]
         earlier = f", {value_text(metrics, before)} before" if first == 0 else ""
-        OUT.print(f"{metrics['metric']} {value_text(metrics, after)}{earlier}", style="bold", highlight=False)
-    OUT.print(f"adapter {out / 'adapter'}; report {out / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
+        say(f"{metrics['metric']} {value_text(metrics, after)}{earlier}", "bold")
+    say(f"adapter {out / 'adapter'}; report {out / 'report.html'}")
     where = f": {out / 'merged'}" if (out / "merged").is_dir() else ""
-    OUT.print(f"merged model {metrics['merged']}{where}", highlight=False, markup=False, soft_wrap=True)
+    say(f"merged model {metrics['merged']}{where}")
