@@ -103,7 +103,6 @@ app.command("merge")(cmd_merge.merge)
 app.command("quantise")(cmd_quantise.quantise)
 app.command("export")(cmd_export.export)
 app.command("cache")(cmd_cache.cache)
-
 app.command("doctor")(cmd_doctor.doctor)
 app.command("completion")(cmd_completion.completion)
 app.command("quickstart")(cmd_quickstart.quickstart)

@@ -9,8 +9,9 @@ import typer
 
 from peftgraph.cli.caching import caching
 from peftgraph.cli.cmd_inspect import Source
+from peftgraph.cli.options import Json
 from peftgraph.model_folders.loading import check_source, skeleton, trace
-from peftgraph.terminal.console import OUT, working
+from peftgraph.terminal.console import emit, say, working
 
 
 def draw(
@@ -24,6 +25,7 @@ def draw(
         int | None,
         typer.Option("--layer", help="With --recipe: the block; -1 is the last. By default the first changed."),
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Draw a model, each distinct block once; or one block with what a recipe puts into it. No weights are loaded."""
     if layer is not None and not recipe:
@@ -42,4 +44,7 @@ def draw(
     with working("drawing"):
         picture = program.drawing() if method is None else program.apply(method).picture(layer=layer)
         picture.save(out)
-    OUT.print(f"picture written to {out}", style="bold", highlight=False, markup=False, soft_wrap=True)
+    if as_json:
+        emit({"file": str(out), "bytes": out.stat().st_size})
+    else:
+        say(f"picture written to {out}", "bold")

@@ -139,6 +139,17 @@ def test_changes_outside_the_layers_are_shown(cli, folder: Path) -> None:
     assert "+ %0.attention.q.lora" in told
 
 
+def test_no_command_is_without_json_and_the_page_lists_them_all() -> None:
+    commands = commands_of(typer.main.get_command(app))
+    page = (Path(__file__).parents[2] / "docs" / "command-line.md").read_text(encoding="utf-8")
+    shapes = page.partition("## JSON")[2]
+    for name, (_, words) in commands.items():
+        if name not in ("", "completion"):
+            assert any("--json" in word.names for word in words), name
+            assert f"| `{name}` |" in shapes, name
+            assert f"| `{name}" in page.partition("## JSON")[0], name
+
+
 def test_completion_scripts_have_every_command_and_option() -> None:
     commands = commands_of(typer.main.get_command(app))
     assert {"merge", "doctor", "completion"} <= commands.keys()
