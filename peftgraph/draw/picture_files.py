@@ -22,7 +22,7 @@ class Picture:
     """
 
     def __init__(self, shapes: Sequence[Shape], width: float, height: float, label: str) -> None:
-        self._shapes, self._width, self._height = shapes, width, height
+        self._shapes, self._width, self._height, self._label = shapes, width, height, label
         self.svg = svg(shapes, width, height, label, standalone=True) + "\n"
         self._inline = svg(shapes, width, height, label)
 
@@ -42,6 +42,9 @@ class Picture:
 
                 paint(self._shapes, self._width, self._height, temporary)
         return target
+
+    def __repr__(self) -> str:
+        return f"<Picture of {self._label}, {self._width:.0f} x {self._height:.0f}>"
 
     def _repr_html_(self) -> str:
         return f"<style>{style()}</style>{self._inline}"
