@@ -671,6 +671,11 @@ def fold(
         Conflict: several named adapters train copies of one tensor; `only` chooses one.
         ProofError: the result would compute something else.
     """
+    if not isinstance(program, Program):
+        raise PeftGraphError(
+            f"pg.fold takes a program, got {type(program).__name__}. A module has one, pg.program_of(net), and "
+            "net.merge_and_unload() folds it into a plain model."
+        )
     program._require_one_model("fold")
     program.require_one_adapter()
     with noted_on_terminal("folding, with proof"):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peftgraph.capture.progress import Progress
 from peftgraph.errors import PeftGraphError, TraceError
 from peftgraph.program import Program, trace
+from peftgraph.rewrite.method import Pass
 from peftgraph.rewrite.recipe import Methods, as_passes
 from peftgraph.runtime.adapter_methods import owner_of, values_of
 from peftgraph.runtime.training_region import Optimise
@@ -61,11 +62,13 @@ def tune(
     Raises:
         PeftGraphError: no method is given, or a step refuses; the message says what to change.
     """
+    is_tokenizer = _is_text_tokenizer(example)
+    if not is_tokenizer:
+        _require_inputs(example)
     passes = as_passes(methods)
     if not passes:
         raise PeftGraphError('No method was given: pg.tune(model, example, "lora{rank=8}").')
-    inputs = example_from(model, example) if _is_text_tokenizer(example) else example
-    _require_inputs(inputs)
+    inputs = example_from(model, example) if is_tokenizer else example
     program = trace(model, inputs, root=root, fixed=fixed, assume=assume, verify=verify, progress=progress, cache=cache)
     tuned = program.apply(*passes, dtype=dtype)
     return tuned.module(optimise=optimise, activation_budget=activation_budget, keep_logits=keep_logits)
@@ -138,6 +141,8 @@ def _encodes(example: object) -> bool:
 def _require_inputs(example: object) -> None:
     if isinstance(example, Mapping | tuple | Tensor):
         return
+    if isinstance(example, Pass | str):
+        raise TraceError('An example or a tokenizer comes before the methods: pg.tune(model, example, "lora{rank=8}").')
     hint = " A processor makes inputs of pictures or sounds: call it, and give what it returns."
     hint = hint if hasattr(example, "model_input_names") else ""
     raise TraceError(

@@ -29,6 +29,7 @@ from peftgraph.runtime.training_region import TrainingOptions
 Save = Callable[[Mapping[str, Tensor], Path], None]
 COUNT = "num_items_in_batch"
 MASK = "attention_mask"
+POSITIONS = "position_ids"
 
 
 class TransformersModule(GraphModule):
@@ -83,6 +84,13 @@ class TransformersModule(GraphModule):
             inputs |= {
                 spec.key: torch.ones_like(tokens) for spec in self._peftgraph.signature.inputs if spec.key == MASK
             }
+        known = {spec.key for spec in self._peftgraph.signature.inputs}
+        if inputs.get(POSITIONS) is not None and POSITIONS not in known:
+            raise CallError(
+                f"{self._peftgraph.title} generates with {POSITIONS}, which this program was traced without. Trace it "
+                'with use_cache=True in the example, which adds them: pg.trace(model, {**inputs, "use_cache": True}); '
+                f"or, without a cache, with {POSITIONS} in it."
+            )
         return inputs
 
     def _expand_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:

@@ -168,7 +168,8 @@ class Parser:
             self._expect(")")
             return found
         if token.kind != "word":
-            self._fail(token, f"expected a role or a filter, found {token.text!r}")
+            names = '. Names of modules are written weight.where(path="...")' if ".*" in self.text else ""
+            self._fail(token, f"expected a role or a filter, found {token.text!r}{names}")
         if token.text in FILTERS and self._peek().text == "(":
             return self._filter(token.text)
         if token.text == "pattern" and self._peek().text == "(":
@@ -244,6 +245,8 @@ def parse_selector(text: str, patterns: Mapping[str, Pattern] = MappingProxyType
     """
     if not isinstance(text, str):
         raise PeftGraphError(f"a selector is an object like attention.q or its text, not {type(text).__name__}")
+    if text.strip() == "all-linear":
+        raise PeftGraphError("what peft calls all-linear is the selector linear: every projection but the head")
     return Parser(text, patterns).parse()
 
 

@@ -89,12 +89,37 @@ def test_selectors_are_given_as_text_or_in_lists() -> None:
         ({"at": ["query", "value"]}, "By structure it usually is attention.q"),
         ({"at": "my_proj"}, "if it is the name of a module, write weight.where"),
         ({"at": "attention.x"}, "did you mean 'attention.v'"),
+        ({"at": "all-linear"}, "what peft calls all-linear is the selector linear"),
+        ({"at": ".*attn.*"}, "Names of modules are written weight.where"),
     ],
     ids=lambda one: next(iter(one)) if isinstance(one, dict) else "",
 )
 def test_the_names_of_peft_and_of_modules_get_a_hint(options: dict[str, object], words: str) -> None:
     with pytest.raises(pg.PeftGraphError, match=words):
         LoRA(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("get_peft_model", "what corresponds is pg.tune"),
+        ("PeftModel", "load_adapter"),
+        ("LoraConfig", "what it configures is the pass 'lora'"),
+        ("LoRA", "from peftgraph.passes import LoRA"),
+        ("Nothing", "has no attribute 'Nothing'$"),
+        ("nothing", "has no attribute 'nothing'$"),
+    ],
+)
+def test_names_that_are_looked_for_in_the_package_get_a_hint(name: str, words: str) -> None:
+    with pytest.raises(AttributeError, match=words):
+        getattr(pg, name)
+
+
+def test_a_module_in_the_place_of_a_program_gets_a_hint() -> None:
+    with pytest.raises(pg.PeftGraphError, match="pg.fold takes a program, got .*program_of"):
+        pg.fold(zoo.traced("nano").module())  # type: ignore[arg-type]
+    with pytest.raises(pg.TraceError, match="An example or a tokenizer comes before the methods"):
+        pg.tune(zoo.Nano(layers=1), LoRA())
 
 
 def test_hints_are_those_of_the_pass() -> None:

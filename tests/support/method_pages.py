@@ -32,6 +32,28 @@ MODEL = "BERT-base (12 x 768 x 3,072)"
 RESNET = "ResNet (one stage of 3 blocks, 256 channels)"  # where a method has no meaning on BERT
 
 
+CHOOSE = """## Which one to take
+
+Begin with LoRA, with a learning rate about ten times that of full fine-tuning; `lora{at=linear}` adapts all projections
+and costs more. Compare others with it on your own task: which method is best depends on the data, and no table knows
+that. What a method costs can be known before. The columns are parts of full fine-tuning, and for a call, of the base;
+[below](#what-each-method-costs) is how they are computed."""
+CHOICES = (  # the wish, and the row of the survey's table
+    ("a good start, of which nothing is left after folding", "LoRA"),
+    ("the smallest file that folds: many tasks, few examples each", "(IA)³"),
+    ("nothing new in the graph: only biases train", "BitFit"),
+    ("ranks that are learned, where a fixed one is wasteful", "AdaLoRA"),
+    ("a model whose weights do not fit in memory", "QLoRA"),
+    ("few activations and the fastest step, for an extra network", "Ladder side-tuning"),
+    ("a step that stops below the last layers", "the top two layers"),
+    ("changes that are few and can be listed", "DiffPruning"),
+    ("a nonlinear change", "Adapters"),
+    ("such adapters with hardly any parameters", "Compacter"),
+    ("one frozen model for all tasks, and the task in the input", "Prompt tuning"),
+    ("the same in every layer", "Prefix tuning"),
+)
+
+
 @dataclass(frozen=True)
 class Page:
     """One page.
@@ -127,6 +149,13 @@ def _overview(rows: list[str], survey: str) -> str:
 
 Every method is one file of [passes](api/passes.md), has a page here, and works on any model whose parts are found.
 
+{CHOOSE}
+
+{_choices(survey)}
+
+On your own model, `pg.compare(program, ["lora", "ia3"])` or `peftgraph compare DIR --recipes lora ia3` computes these
+columns without weights.
+
 ## On {MODEL}
 
 Each pass with its default options, counted by `program.count()` on a program without weights. **Trainable** is the
@@ -149,6 +178,19 @@ column says whether they agree; tests check both numbers. Percentages refer to t
 |---|---|---|---|---|---|
 {published}
 """
+
+
+def _choices(survey: str) -> str:
+    """The table that helps to choose, with the costs of the survey's section."""
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in survey.splitlines() if line[:1] == "|"]
+    costs = {row[0]: [cell.partition(" (")[0].replace("%", " %") for cell in row[1:]] for row in cells}
+    recipes = {**{tick.method: tick.recipe for tick in survey_costs.TICKS}, **dict(survey_costs.OTHERS)}
+    head = "| if you want ... | take | recipe | adapter file | training memory | step | call after folding |"
+    lines = [head, "|---|---|---|---|---|---|---|"]
+    for wish, name in CHOICES:
+        file, memory, step, _, call = costs[name]
+        lines.append(f"| {wish} | {name} | `{_cell(recipes[name])}` | {file} | {memory} | {step} | {call} |")
+    return "\n".join(lines)
 
 
 def _linked(page: Page, method: Pass) -> str:
