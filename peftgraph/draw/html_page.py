@@ -34,7 +34,7 @@ def page(outline: Outline, footer: str = "", texts: Sequence[LayerText] = ()) ->
         facts=escape(" · ".join(outline.facts())),
         figure=_figure(outline),
         layers=_layers(outline),
-        texts="".join(map(_text, texts)),
+        texts="".join(_text(text, is_open=not place) for place, text in enumerate(texts)),
         unmatched=_unmatched(outline),
         script=room.joinpath("page.js").read_text(encoding="utf-8"),
         footer=escape(footer),
@@ -131,14 +131,14 @@ def _row(part: Component) -> str:
     )
 
 
-def _text(text: LayerText) -> str:
-    """Render the text of a layer; a line of a component is linked to its box and its row."""
+def _text(text: LayerText, is_open: bool) -> str:
+    """Render the text of a layer, open or folded; a line of a component is linked to its box and its row."""
     lines = "".join(map(_line, text.lines))
     more = f'<p class="plain">{text.left_out:,} more lines: print(program.text())</p>' if text.left_out else ""
     title = f"The text of {escape(text.title)}"
-    return (
-        f'<section><details open><summary>{title}</summary><pre class="layer">{lines}</pre>{more}</details></section>'
-    )
+    body = f'<pre class="layer">{lines}</pre>{more}'
+    opened = " open" if is_open else ""
+    return f"<section><details{opened}><summary>{title}</summary>{body}</details></section>"
 
 
 def _line(line: tuple[str, str]) -> str:

@@ -64,6 +64,8 @@ def run(settings: Settings, examples: Examples, resume: bool = False, cache: boo
     trainer = make_trainer(task, tuned, parts, resumes=checkpoint is not None)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     metrics = {"settings": settings.as_json(), **measured(trainer, task, tuned, parts)}
+    assert trainer.model is not None
+    trainer.model.cpu()  # where the program's other tensors are
     metrics["merged"] = write_results(tuned, task, loaded.model)
     metrics["seconds"] = round(time.perf_counter() - start, 1)
     with atomic_file(settings.out / "metrics.json") as path:
