@@ -6,13 +6,15 @@ import importlib.util
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, requires, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
-from packaging.requirements import Requirement
 
 from peftgraph.cli.options import Json
 from peftgraph.terminal.console import emit, say
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 DISTRIBUTION = "peftgraph"
 PYTHONS = ((3, 11), (3, 13))  # the first and the last that are tested
@@ -71,6 +73,8 @@ def _python_status() -> str:
 
 def _packages() -> list[Row]:
     """Return a row for each package that peftgraph or one of its extras for users requires."""
+    from packaging.requirements import Requirement
+
     found: dict[str, Row] = {}
     for one in map(Requirement, requires(DISTRIBUTION) or []):
         extra = next((extra for extra in ("", *SHOWN_EXTRAS) if _is_wanted(one, extra)), None)

@@ -6,18 +6,18 @@ import sys
 from contextlib import nullcontext, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from peftgraph.cli.caching import caching
 from peftgraph.cli.options import Json
 from peftgraph.errors import PeftGraphError
-from peftgraph.experiments.examples import read_examples
-from peftgraph.experiments.folder import check_folder
-from peftgraph.experiments.settings import Settings, read_settings
 from peftgraph.model_folders.loading import check_source
 from peftgraph.terminal.console import emit, say
+
+if TYPE_CHECKING:
+    from peftgraph.experiments.settings import Settings
 
 
 def train(
@@ -59,6 +59,9 @@ def train(
     {"anchor", "positive"} for embeddings. A TOML recipe with a table [train], whose keys are these options, is a
     whole experiment: peftgraph train --recipe experiment.toml.
     """
+    from peftgraph.experiments.examples import read_examples
+    from peftgraph.experiments.folder import check_folder
+    from peftgraph.experiments.settings import read_settings
     from peftgraph.rewrite.recipe_check import check_recipe
 
     given: dict[str, Any] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
+import time
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 import peftgraph as pg
 from peftgraph.capture import progress
 from peftgraph.terminal.console import working
+from peftgraph.utils import terminal_line
+from peftgraph.utils.terminal_line import CLEAR_REST
 
 
 class Block(nn.Module):
@@ -124,3 +127,27 @@ def test_a_terminal_shows_a_line_after_a_while_and_loses_it_at_the_end(
         assert lines[3:] == ["tracing: normalising ...\x1b[K", "\x1b[K"]
     else:
         assert shown.getvalue() == ""
+
+
+def test_operations_show_a_line_after_a_while_and_remove_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(terminal_line, "PATIENCE", 0.01)
+    with terminal_line.noted_on_terminal("folding"), terminal_line.noted_on_terminal("inside"):
+        deadline = time.monotonic() + 10
+        while not terminal.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert terminal.getvalue() == f"\rfolding ...{CLEAR_REST}\r{CLEAR_REST}"
+
+
+def test_operations_show_nothing_if_they_are_quick_or_something_else_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with terminal_line.noted_on_terminal("folding"):
+        pass
+    assert terminal.getvalue() == ""
+    monkeypatch.setattr(terminal_line, "PATIENCE", 0.0)
+    monkeypatch.setenv("TERM", "dumb")
+    with working("merging"), terminal_line.noted_on_terminal("folding"):
+        time.sleep(0.05)
+    assert "folding" not in terminal.getvalue()
