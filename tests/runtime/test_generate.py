@@ -299,6 +299,8 @@ def test_caches_that_a_graph_cannot_take() -> None:
         pg.CallError, match="of LlamaForCausalLM was traced without a cache. Trace it with use_cache=True"
     ):
         tokens(zoo.traced("llama", dtype=F64).module(), inputs, use_cache=True)
+    with pytest.raises(pg.CallError, match="generates with position_ids, .* Trace it with use_cache=True"):
+        tokens(zoo.traced("llama", dtype=F64).module(), inputs)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
