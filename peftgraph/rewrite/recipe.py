@@ -10,7 +10,6 @@ import dataclasses
 import json
 from collections.abc import Iterable
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from peftgraph.errors import RecipeError
@@ -33,7 +32,7 @@ def load_recipe(source: str | PathLike[str]) -> Pass:
     Raises:
         RecipeError: the file is missing or cannot be read; the message names the table and the option.
     """
-    return _built(read_recipe(source if isinstance(source, str) else Path(source)))
+    return _built(read_recipe(source))
 
 
 Methods = Pass | str | PathLike[str] | Iterable["Methods"]

@@ -58,7 +58,7 @@ class RecipeText:
 WORDS = re.compile(r"[\s,;]*\w+([\s,;]+\w+)*[\s,;]*")
 
 
-def read_recipe(source: str | Path) -> RecipeText:
+def read_recipe(source: str | PathLike[str]) -> RecipeText:
     """Read the path of a `.toml` file or of a text file with specs, or the text of specs itself: it has a `{`, or is
     words alone, such as `lora; bitfit`.
 
