@@ -47,6 +47,7 @@ from peftgraph.runtime.block_regions import find_block_regions
 from peftgraph.runtime.copying import NotPicklable
 from peftgraph.runtime.export.exported_program import export_program
 from peftgraph.runtime.module import GraphModule
+from peftgraph.runtime.sharding import check_read_back, read_back
 from peftgraph.runtime.submodule_module import embed_in_model
 from peftgraph.runtime.training_region import Optimise, TrainingOptions, training_options
 from peftgraph.runtime.training_report import TrainingReport, report_training
@@ -183,6 +184,7 @@ class Program(NotPicklable, ProgramData):
             PeftGraphError: no pass computes anything from its parameters alone.
         """
         self._require_one_model("finalise")
+        check_read_back(self.table)
         return finalize(self, self.sites)
 
     def mix(self, weights: Mapping[str, float]) -> Program:
@@ -299,6 +301,7 @@ class Program(NotPicklable, ProgramData):
             PeftGraphError: an argument has no meaning.
         """
         self.require_one_adapter()
+        check_read_back(self.table)
         net = self._module(training_options(optimise, activation_budget, keep_logits))
         net = with_adapter_methods(net, make_owner(self, fold, self.source))
         return net if self.served is None else as_serving_module(net, self.served)
@@ -443,6 +446,22 @@ class Program(NotPicklable, ProgramData):
         both = {key: known[key].updated(one) if key in known else one for key, one in found.items()}
         return self.evolve(statistics={**known, **both})
 
+    def gather(self, net: nn.Module) -> Program:
+        """Read what a sharded module trained back into this program, and return it.
+
+        `fully_shard` gives a module tensors of its own, so that this program's keep their values while it trains. Every
+        process has to call this, and has all values afterwards. Other modules share their parameters with the program,
+        and need no call.
+
+        Args:
+            net: what `module()` returned, sharded.
+
+        Raises:
+            PeftGraphError: the module is another program's.
+        """
+        read_back(self.table, net)
+        return self
+
     def training(self, net: nn.Module, steps: int) -> TrainingRun:
         """Start a training that the passes take part in, with terms of the loss, masks and schedules.
 
@@ -468,6 +487,7 @@ class Program(NotPicklable, ProgramData):
             Conflict: several named adapters train copies of one tensor; `only` chooses one.
         """
         self.require_one_adapter()
+        check_read_back(self.table)
         with noted_on_terminal("exporting"):
             return export_program(self, Path(path))
 
@@ -496,6 +516,7 @@ class Program(NotPicklable, ProgramData):
             PeftGraphError: the directory cannot be written; its earlier content stays.
         """
         self._require_one_model("save")
+        check_read_back(self.table)
         return save_adapter(self, self.sites, _path(directory), format)
 
     def load_adapter(
@@ -678,5 +699,6 @@ def fold(
         )
     program._require_one_model("fold")
     program.require_one_adapter()
+    check_read_back(program.table)
     with noted_on_terminal("folding, with proof"):
         return _fold(program, program.sites, partial=partial, untie=untie, quantised=quantised, facts=prove)

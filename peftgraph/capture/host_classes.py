@@ -25,7 +25,21 @@ def model_class_of(model: nn.Module) -> ModelClass | None:
     own = vars(nn.Module())
     state = {name: value for name, value in vars(model).items() if name not in own and not isinstance(value, Tensor)}
     state.pop("forward", None)  # one that was put on the instance, such as a hook's
-    return ModelClass(type(model), copy.deepcopy(state))
+    return ModelClass(type(model), copy.deepcopy(state), _embeddings_of(model))
+
+
+def _embeddings_of(model: Any) -> dict[str, str]:
+    """Return the paths of the embeddings that a transformers model names; it need not name any."""
+    found: dict[str, str] = {}
+    for method in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            module = getattr(model, method)()
+        except (NotImplementedError, AttributeError):  # how models say that they have none
+            continue
+        path = next((path for path, one in model.named_modules() if one is module), None)
+        if path:
+            found[method] = path
+    return found
 
 
 def submodule_states(model: nn.Module) -> dict[str, SubmoduleState]:
@@ -44,7 +58,7 @@ def submodule_states(model: nn.Module) -> dict[str, SubmoduleState]:
             }
             slots = {**module._parameters, **module._buffers}
             absent = tuple(name for name, value in slots.items() if value is None)
-            found[path] = SubmoduleState(_class_of(module), state, absent)
+            found[path] = SubmoduleState(_class_of(module), state, absent, type(module).__name__)
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -31,10 +31,13 @@ class ModelClass:
     Attributes:
         cls: the class.
         state: what an instance of it holds beside tensors and submodules, such as its configuration; copies.
+        embeddings: the path of the module that a method of the class returns, `get_input_embeddings` and
+            `get_output_embeddings`.
     """
 
     cls: type[nn.Module]
     state: Mapping[str, Any]
+    embeddings: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +48,10 @@ class SubmoduleState:
         cls: its class, where a module of that class can stand there without its own set-up; else `nn.Module`.
         state: its plain attributes, such as `stride` or `out_features`.
         absent: the parameters and buffers that it has a name for and no tensor, such as a `bias` of None.
+        name: of the module's own class, by which trainers choose the modules to wrap.
     """
 
     cls: type[nn.Module]
     state: Mapping[str, Any]
     absent: tuple[str, ...]
+    name: str = "Module"

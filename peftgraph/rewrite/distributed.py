@@ -11,6 +11,17 @@ try:
 except ImportError:  # a build of torch without distributed
     DTensor = distribute_tensor = None
 
+WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+def plain_name(name: str) -> str:
+    """Return the name of a parameter without what wrappers put into it."""
+    for wrapper in WRAPPERS:
+        if name.startswith(wrapper):
+            name = name.removeprefix(wrapper)
+        name = name.replace(f".{wrapper}", ".")
+    return name
+
 
 def full(tensor: Tensor) -> Tensor:
     """Return all values of a tensor, gathered from every process where it is sharded; gradients flow to the shards."""

@@ -17,6 +17,7 @@ from torch.fx.node import map_arg
 from peftgraph.runtime.block_module import BlockModule
 from peftgraph.runtime.block_regions import BLOCK_KEY, BlockRegion
 from peftgraph.runtime.codegen import Code
+from peftgraph.runtime.sharding import gathered
 from peftgraph.runtime.training_region import STREAM_KEY, TrainingRegion
 
 Unit = list[fx.Node]
@@ -57,6 +58,8 @@ def outline_blocks(
         number = unit[0].meta.get(BLOCK_KEY)
         if number is None:
             made[unit[0]] = new.node_copy(unit[0], lambda operand: made[operand])
+            if unit[0].op == "get_attr" and _is_inside(str(unit[0].target), blocks):
+                made[unit[0]] = new.call_function(gathered, (made[unit[0]],))
             continue
         piece = _piece(unit, blocks[number])
         count = times[piece.path] = times.get(piece.path, -1) + 1  # a block that several layers share runs often
@@ -71,6 +74,11 @@ def outline_blocks(
         for i, node in enumerate(piece.outputs):
             made[node] = new.call_function(operator.getitem, (call, i))
     return new
+
+
+def _is_inside(name: str, blocks: Sequence[BlockRegion]) -> bool:
+    """Whether a tensor that code outside of the blocks reads belongs to one of them."""
+    return any(name.startswith(f"{block.path}.") for block in blocks)
 
 
 def _units(graph: fx.Graph) -> list[Unit]:

@@ -40,6 +40,7 @@ class Execution:
         target: the dtype and device of the weights.
         constants: the names of tensor literals.
         state: the buffers that training writes and the program shares, by name.
+        trainable: the program's parameters, which the module shares unless it is sharded.
         regions: the parts that have run in training with code of their own.
         inference: the code for latency in evaluation, by the inputs that calls omit.
     """
@@ -55,6 +56,7 @@ class Execution:
         self.blocks = tuple(blocks)
         self.constants: list[str] = []
         self.state: dict[str, Tensor] = {}
+        self.trainable = dict(program.table.trainable)
         self._codes: dict[tuple[bool, frozenset[str]], tuple[Code, tuple[bool, ...]]] = {}
         self._sources: dict[str, Code] = {}
         self._options = options

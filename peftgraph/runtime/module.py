@@ -17,6 +17,7 @@ from peftgraph.runtime.block_module import disable_recomputation, enable_recompu
 from peftgraph.runtime.block_regions import BlockRegion
 from peftgraph.runtime.copying import NotPicklable
 from peftgraph.runtime.execution import Execution
+from peftgraph.runtime.sharding import compute_dtype, gathered_holders, is_sharded, local_device, mark_elsewhere
 from peftgraph.runtime.submodules import SubmoduleFactory
 from peftgraph.runtime.training_region import TrainingOptions
 
@@ -50,8 +51,16 @@ class GraphModule(NotPicklable, nn.Module):
     def _peftgraph_run(self, tensors: Sequence[Tensor | None]) -> Any:
         """Return the outputs for the tensors of a call in placeholder order; None for an input that it omits."""
         missing = self._peftgraph.missing(tensors)
-        self._peftgraph_prepare(missing)
-        return self._peftgraph.run(self, tensors, missing)
+        if not is_sharded(self):
+            self._peftgraph_prepare(missing)
+            return self._peftgraph.run(self, tensors, missing)
+        run = self._peftgraph
+        run.move(compute_dtype(self, run.target[0]), local_device(self, run.target[1]))
+        if torch.is_grad_enabled():
+            mark_elsewhere(run.trainable)
+        with gathered_holders(self):
+            self._peftgraph_prepare(missing)
+            return run.run(self, tensors, missing)
 
     def activation_checkpointing_enable(
         self,

@@ -23,6 +23,7 @@ class SubmoduleFactory:
 
     def __init__(self, root: nn.Module, known: Mapping[str, SubmoduleState], blocks: Set[str]) -> None:
         self._root, self._known, self._blocks = root, known, blocks
+        self._block_classes: dict[str, type[BlockModule]] = {}
 
     def make_all(self) -> None:
         """Make every submodule that the model had, in its order, including those without tensors."""
@@ -43,7 +44,7 @@ class SubmoduleFactory:
     def _made(self, path: str) -> nn.Module:
         known = self._known.get(path)
         if path in self._blocks:
-            made: nn.Module = BlockModule()
+            made: nn.Module = self._block_class("BlockModule" if known is None else known.name)()
         elif known is None or known.cls is nn.Module:
             made = nn.Module()
         else:
@@ -52,6 +53,10 @@ class SubmoduleFactory:
             vars(made).update({name: value for name, value in known.state.items() if name not in vars(made)})
             made._parameters.update(dict.fromkeys(known.absent))
         return made
+
+    def _block_class(self, name: str) -> type[BlockModule]:
+        """Return the class of blocks under the name of the model's own, by which trainers find what to wrap."""
+        return self._block_classes.setdefault(name, type(name, (BlockModule,), {"__module__": BlockModule.__module__}))
 
 
 def _like(cls: type[nn.Module]) -> nn.Module:

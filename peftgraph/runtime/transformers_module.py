@@ -21,6 +21,7 @@ from peftgraph.ir.arguments import bind_arguments
 from peftgraph.ir.kv_cache import default_input
 from peftgraph.ir.program import ProgramData
 from peftgraph.ir.source_model import ModelClass
+from peftgraph.rewrite.distributed import full
 from peftgraph.runtime.block_regions import BlockRegion
 from peftgraph.runtime.encoder_decoder import HIDDEN, EncoderDecoderRunner, EncoderModule
 from peftgraph.runtime.module import GraphModule
@@ -30,6 +31,7 @@ Save = Callable[[Mapping[str, Tensor], Path], None]
 COUNT = "num_items_in_batch"
 MASK = "attention_mask"
 POSITIONS = "position_ids"
+NONE: Mapping[str, str] = {}
 
 
 class TransformersModule(GraphModule):
@@ -45,10 +47,12 @@ class TransformersModule(GraphModule):
         state: Mapping[str, Any],
         save: Save,
         options: TrainingOptions | None = None,
+        embeddings: Mapping[str, str] = NONE,
     ) -> None:
         super().__init__(program, blocks, options)
         self.__dict__.update(state)
         self._save = save
+        self._embeddings = dict(embeddings)
         self._steps: dict[bool, EncoderDecoderRunner] = {}
         if "encoder" in self._modules:  # generation asks it for this name
             vars(self.get_submodule("encoder"))["main_input_name"] = self.main_input_name
@@ -109,12 +113,27 @@ class TransformersModule(GraphModule):
 
         Args:
             save_directory: where to; `program.load_adapter` reads it.
-            is_main_process: nothing is written by other processes.
-            options: further arguments of the Trainer, about files that are not written.
+            is_main_process: nothing is written by other processes; where parameters are sharded, all must call.
+            options: `state_dict`, of whole tensors, is written instead of the module's; the Trainer gathers them. Its
+                other arguments are about files that are not written.
         """
+        given = options.get("state_dict") or {}
+        trained = {n: p for n, p in self.named_parameters(remove_duplicate=False) if p.requires_grad}
+        whole = {name: given[name] if name in given else full(value.detach()) for name, value in trained.items()}
         if is_main_process:
-            trained = {n: p for n, p in self.named_parameters(remove_duplicate=False) if p.requires_grad}
-            self._save(trained, Path(save_directory))
+            self._save(whole, Path(save_directory))
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return what the traced model's method of this name returned."""
+        return self._embedding("get_input_embeddings")
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """Return what the traced model's method of this name returned."""
+        return self._embedding("get_output_embeddings")
+
+    def _embedding(self, method: str) -> Any:
+        path = self._embeddings.get(method)
+        return getattr(cast(Any, super()), method)() if path is None else self.get_submodule(path)
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: tied names are one parameter already."""
@@ -260,5 +279,5 @@ def make_transformers_module(
     )
     names = {"__module__": host.cls.__module__, "__qualname__": host.cls.__qualname__, "__doc__": host.cls.__doc__}
     return type(host.cls.__name__, (TransformersModule, host.cls), {**names, "forward": forward})(
-        program, blocks, copy.deepcopy(host.state), save, options
+        program, blocks, copy.deepcopy(host.state), save, options, host.embeddings
     )

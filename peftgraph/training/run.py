@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from peftgraph.errors import PeftGraphError
 from peftgraph.ir.program import ProgramData
 from peftgraph.rewrite.adapted_sites import adapted_sites
+from peftgraph.rewrite.distributed import plain_name
 from peftgraph.rewrite.training_hooks import TrainingHooks
 from peftgraph.sites import Sites
 
-WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 STEP = "step"
 
 
@@ -149,7 +149,7 @@ def start_training(program: ProgramData, sites: Sites, net: nn.Module, steps: in
     if not program.history:
         raise PeftGraphError("No pass was applied, so there is nothing to train.")
     named = dict(net.named_parameters(remove_duplicate=False))
-    parameters = {_plain(name): one for name, one in named.items()} | named
+    parameters = {plain_name(name): one for name, one in named.items()} | named
     hooks: dict[str, TrainingHooks] = {}
     for i, applied in enumerate(program.history):
         made = applied.method.training_hooks(adapted_sites(program, sites, i, parameters), steps)
@@ -157,12 +157,3 @@ def start_training(program: ProgramData, sites: Sites, net: nn.Module, steps: in
             hooks[f"{i}.{applied.method.word}"] = made
     trainable = [parameters[name] for name in program.table.trainable if name in parameters]
     return TrainingRun(hooks, trainable, steps)
-
-
-def _plain(name: str) -> str:
-    """Return the name of a parameter without what wrappers put into it."""
-    for wrapper in WRAPPERS:
-        if name.startswith(wrapper):
-            name = name.removeprefix(wrapper)
-        name = name.replace(f".{wrapper}", ".")
-    return name
