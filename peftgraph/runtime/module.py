@@ -56,9 +56,9 @@ class GraphModule(NotPicklable, nn.Module):
             return self._peftgraph.run(self, tensors, missing)
         run = self._peftgraph
         run.move(compute_dtype(self, run.target[0]), local_device(self, run.target[1]))
-        if torch.is_grad_enabled():
-            mark_elsewhere(run.trainable)
         with gathered_holders(self):
+            if torch.is_grad_enabled():
+                mark_elsewhere(run.trainable)
             self._peftgraph_prepare(missing)
             return run.run(self, tensors, missing)
 

@@ -16,8 +16,9 @@ import transformers
 import zoo
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import fully_shard
 
 import peftgraph as pg
@@ -45,7 +46,8 @@ CASES: dict[str, tuple[str, tuple[Pass, ...]]] = {
 def albert() -> nn.Module:
     torch.manual_seed(0)
     config = transformers.AlbertConfig(**zoo.SIZES | {"embedding_size": 12, "num_hidden_layers": 3})
-    return transformers.AlbertModel(config).to(F64).eval()
+    model: nn.Module = transformers.AlbertModel(config)
+    return model.to(F64).eval()
 
 
 @cache
@@ -103,7 +105,7 @@ def check(case: str, folder: Path) -> None:
     net = sharded(program.module().eval())
     optimizer = adam(net)
     train(net, optimizer, mine, STEPS // 2)
-    checkpoint.save(state(net, optimizer), checkpoint_id=folder / case)
+    save(state(net, optimizer), checkpoint_id=folder / case)
     train(net, optimizer, mine, STEPS - STEPS // 2)
     with pytest.raises(pg.PeftGraphError, match=r"train as shards.* Call tuned\.gather\(net\) first"):
         pg.fold(program)
@@ -122,7 +124,7 @@ def resumed(case: str, folder: Path, batch: dict[str, Tensor]) -> pg.Program:
     net = program.module().eval()
     optimizer = adam(net)
     saved = state(net, optimizer)
-    checkpoint.load(saved, checkpoint_id=folder, no_dist=True)
+    load(saved, checkpoint_id=folder, no_dist=True)
     options = StateDictOptions(strict=False)
     set_state_dict(
         net, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"], options=options

@@ -69,7 +69,7 @@ def test_a_part_of_a_block_is_refused_and_values_are_read_back() -> None:
 
 def test_a_module_names_its_embeddings_and_its_blocks_as_the_model_does() -> None:
     net = zoo.traced("gpt2").module()
-    assert net.get_input_embeddings() is net.get_submodule("transformer.wte")  # pyright: ignore[reportCallIssue]
-    assert net.get_output_embeddings() is net.get_submodule("lm_head")  # pyright: ignore[reportCallIssue]
-    assert {type(block).__name__ for block in net.get_submodule("transformer.h")} == {"GPT2Block"}  # pyright: ignore[reportGeneralTypeIssues]
-    assert len({type(block) for block in net.get_submodule("transformer.h")}) == 1  # pyright: ignore[reportGeneralTypeIssues]
+    assert net.get_input_embeddings() is net.get_submodule("transformer.wte")
+    assert net.get_output_embeddings() is net.get_submodule("lm_head")
+    assert {type(block).__name__ for block in net.get_submodule("transformer.h")} == {"GPT2Block"}
+    assert len({type(block) for block in net.get_submodule("transformer.h")}) == 1
