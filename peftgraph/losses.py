@@ -113,3 +113,62 @@ def t_few(
         + unlikelihood(*arguments, epsilon=epsilon, masked_terms=masked_terms)
         + length_normalised(*arguments)
     )
+
+
+def adapter_sums(
+    values: Tensor, adapter_ids_B: Tensor, count: int, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return for each of `count` adapters, (N,), the sum of the values of its own rows, and how many they are.
+
+    Args:
+        values: (B, ...).
+        adapter_ids_B: the number of each row's adapter, from 1; rows of 0 count for none.
+        count: N.
+        mask: which values count, (B, ...); all by default.
+
+    Raises:
+        CallError: the shapes do not fit.
+    """
+    if adapter_ids_B.shape != values.shape[:1] or (mask is not None and mask.shape != values.shape):
+        shapes = [tuple(one.shape) for one in (values, adapter_ids_B, mask) if one is not None]
+        raise CallError(f"Expected values (B, ...), the adapters of B rows and a mask like the values, got {shapes}.")
+    kept = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
+    sums_B = torch.where(kept, values, torch.zeros_like(values)).reshape(len(values), -1).sum(-1)
+    numbers_B = kept.reshape(len(values), -1).sum(-1)
+    sums = values.new_zeros(count + 1).index_add(0, adapter_ids_B, sums_B)
+    numbers = numbers_B.new_zeros(count + 1).index_add(0, adapter_ids_B, numbers_B)
+    return sums[1:], numbers[1:]
+
+
+def adapter_means(values: Tensor, adapter_ids_B: Tensor, count: int, mask: Tensor | None = None) -> Tensor:
+    """Return for each of `count` adapters, (N,), the mean of the values of its own rows; 0 where it has none.
+
+    The sum of these means of a loss is the loss of a batch in which adapters train together: the gradient of each
+    adapter's parameters is the one that it has alone. Arguments and errors as for `adapter_sums`.
+    """
+    sums, numbers = adapter_sums(values, adapter_ids_B, count, mask)
+    return sums / numbers.clamp(min=1)
+
+
+def label_losses(logits: Tensor, labels: Tensor, shift: bool = False, ignored: int = -100) -> tuple[Tensor, Tensor]:
+    """Return the cross-entropy of each label, and which labels count, both in the shape of the labels.
+
+    Args:
+        logits: (B, C) or (B, S, V).
+        labels: (B,) or (B, S).
+        shift: whether the logits of a token predict the label of the next one, as in causal language models; the first
+            label is not predicted then.
+        ignored: a label that does not count.
+
+    Raises:
+        CallError: the shapes do not fit.
+    """
+    if logits.shape[:-1] != labels.shape or (shift and labels.dim() != 2):
+        raise CallError(
+            f"Logits {tuple(logits.shape)} do not fit labels {tuple(labels.shape)}: expected (B, C) and (B,), or "
+            "(B, S, V) and (B, S)."
+        )
+    if shift:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    losses = cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=ignored, reduction="none")
+    return losses.view(labels.shape), labels != ignored

@@ -23,6 +23,7 @@ from peftgraph.cli import (
     cmd_merge,
     cmd_quantise,
     cmd_quickstart,
+    cmd_sweep,
     cmd_train,
 )
 from peftgraph.cli.wording import in_options
@@ -99,6 +100,7 @@ app.command("apply")(cmd_apply.apply)
 app.command("draw")(cmd_draw.draw)
 app.command("compare")(cmd_compare.compare)
 app.command("train")(cmd_train.train)
+app.command("sweep")(cmd_sweep.sweep)
 app.command("merge")(cmd_merge.merge)
 app.command("quantise")(cmd_quantise.quantise)
 app.command("export")(cmd_export.export)

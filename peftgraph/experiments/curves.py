@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 Point = tuple[float, float]
@@ -15,6 +15,7 @@ STYLE = """
 .curve .grid { stroke: var(--line, #e1e5ec); }
 .curve path { fill: none; stroke-linejoin: round; stroke-linecap: round; }
 .curve .each { stroke: var(--a, #2563c9); opacity: 0.35; }
+.curve .one { stroke-width: 2; }
 .curve .mean { stroke: var(--a, #2563c9); stroke-width: 2.4; }
 .curve .check { stroke: var(--b, #0f8a5f); stroke-width: 2.4; } .curve circle { fill: var(--b, #0f8a5f); }
 """
@@ -29,6 +30,36 @@ def curve(points: Sequence[Point], label: str, checks: bool = False, standalone:
         checks: whether they are few.
         standalone: whether it is a file of its own.
     """
+    place, parts = _axes(points)
+    placed = [place(*point) for point in points]
+    if checks:
+        parts.append(_path("check", placed))
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>' for x, y in placed]
+    else:
+        parts += [_path("each", placed), _path("mean", [place(*point) for point in moving_mean(points)])]
+    return _svg(parts, label, standalone)
+
+
+def curves(series: Mapping[str, Sequence[Point]], label: str) -> str:
+    """Draw moving means of several trainings' values over steps, as a file of its own; each has a title with its name.
+
+    Args:
+        series: name -> (step, value), in order; at least one each.
+        label: what is drawn, for screen readers.
+    """
+    means = {name: moving_mean(points) for name, points in series.items()}
+    place, parts = _axes([point for points in means.values() for point in points])
+    for i, (name, points) in enumerate(means.items()):
+        path = _path("one", [place(*point) for point in points])
+        hue = 360 * i // len(means)
+        parts.append(f'<g style="stroke: hsl({hue} 65% 45%)"><title>{escape(name)}</title>{path}</g>')
+        x, y = place(*points[-1])
+        parts.append(f'<text x="{x - 4:.1f}" y="{y - 4:.1f}" text-anchor="end" font-size="9">{escape(name)}</text>')
+    return _svg(parts, label, standalone=True)
+
+
+def _axes(points: Sequence[Point]) -> tuple[Callable[[float, float], Point], list[str]]:
+    """Return where a value of a step is drawn, and the lines and numbers of both axes."""
     last = max(1.0, *(step for step, _ in points))
     ticks = _ticks(min(value for _, value in points), max(value for _, value in points))
     low, high = ticks[0], ticks[-1]
@@ -48,12 +79,10 @@ def curve(points: Sequence[Point], label: str, checks: bool = False, standalone:
                 f'<text x="{place(tick, low)[0]:.1f}" y="{HEIGHT - 20}" text-anchor="middle">{tick:.4g}</text>'
             )
     parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">step</text>')
-    placed = [place(*point) for point in points]
-    if checks:
-        parts.append(_path("check", placed))
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>' for x, y in placed]
-    else:
-        parts += [_path("each", placed), _path("mean", [place(*point) for point in moving_mean(points)])]
+    return place, parts
+
+
+def _svg(parts: Sequence[str], label: str, standalone: bool) -> str:
     space = ' xmlns="http://www.w3.org/2000/svg"' if standalone else ""
     style = f"<style>{STYLE}</style>" if standalone else ""
     size = f' width="{WIDTH:g}" height="{HEIGHT:g}"' if standalone else ""

@@ -54,7 +54,7 @@ def run(settings: Settings, examples: Examples, resume: bool = False, cache: boo
         for name, rows in (("train", examples.train), ("evaluation", examples.evaluation))
     }
     with working("tracing") as progress:
-        program = pg.trace(loaded.model, task.example(_few(parts["train"])), progress=progress, cache=cache)
+        program = pg.trace(loaded.model, task.example(few(parts["train"])), progress=progress, cache=cache)
     with working("applying"):
         tuned = program.apply(method)
         tuned = train_head(tuned, loaded.new) if isinstance(task, Classification) else tuned
@@ -109,7 +109,7 @@ def make_task(settings: Settings, examples: Examples) -> Task:
     return task
 
 
-def _few(rows: Sequence[Encoded]) -> list[Encoded]:
+def few(rows: Sequence[Encoded]) -> list[Encoded]:
     """Return three rows to trace with; of fewer, the first one more often."""
     return [*rows[:3], *[rows[0]] * (3 - len(rows[:3]))]
 
