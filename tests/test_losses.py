@@ -112,3 +112,26 @@ def test_what_does_not_fit_is_refused(batch) -> None:
         losses.choice_scores(logits, tokens, mask[..., 0])
     with pytest.raises(pg.CallError, match="There is no wrong token"):
         losses.unlikelihood(logits[:, :1], tokens[:, :1], mask[:, :1], torch.zeros(B, dtype=torch.long))
+
+
+def test_adapters_in_one_batch_have_means_of_their_own() -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(5, 4, V, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, V, (5, 4), generator=generator)
+    labels[0, 1] = labels[2, 3] = -100
+    ids = torch.tensor([2, 0, 1, 2, 1])
+    for shift in (False, True):
+        values, mask = losses.label_losses(logits, labels, shift)
+        found = losses.adapter_means(values, ids, 3, mask)
+        for number in (1, 2):
+            own, wanted = logits[ids == number], labels[ids == number]
+            own, wanted = (own[:, :-1], wanted[:, 1:]) if shift else (own, wanted)
+            alone = torch.nn.functional.cross_entropy(own.flatten(0, 1), wanted.flatten())
+            assert abs(found[number - 1] - alone) < 1e-12
+        assert found[2] == 0
+    sums, numbers = losses.adapter_sums(torch.arange(5.0), ids, 2)
+    assert (sums.tolist(), numbers.tolist()) == ([6.0, 3.0], [2, 2])
+    with pytest.raises(pg.CallError, match="the adapters of B rows"):
+        losses.adapter_means(torch.zeros(4), ids, 3)
+    with pytest.raises(pg.CallError, match="do not fit labels"):
+        losses.label_losses(logits, labels[:, :2])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,12 +11,13 @@ import typer
 
 from peftgraph.cli.caching import caching
 from peftgraph.cli.cmd_train import check_tools
+from peftgraph.cli.options import Json
 from peftgraph.errors import PeftGraphError
 from peftgraph.experiments.examples import read_examples
 from peftgraph.experiments.folder import check_folder
 from peftgraph.experiments.settings import read_settings
 from peftgraph.model_folders.loading import check_source
-from peftgraph.terminal.console import OUT
+from peftgraph.terminal.console import emit, say
 
 
 def sweep(
@@ -47,6 +50,7 @@ def sweep(
     length: Annotated[int | None, typer.Option(help="The most tokens of a text; longer ones are cut. [256]")] = None,
     seed: Annotated[int | None, typer.Option(help="Of all that is random. [0]")] = None,
     force: Annotated[bool, typer.Option("--force", help="Begin anew in a folder that this command made.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Train all combinations of options and learning rates in one run: an adapter of each, curves and scores.
 
@@ -69,7 +73,12 @@ def sweep(
     check_folder(settings, resume=False, force=force)
     from peftgraph.experiments.run_sweep import run_sweep
 
-    show(settings.out, run_sweep(settings, examples, varied, caching(ctx)))
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        metrics = run_sweep(settings, examples, varied, caching(ctx))
+    if as_json:
+        emit({"out": str(settings.out), **metrics})
+    else:
+        show(settings.out, metrics)
 
 
 def varied_values(options: list[str]) -> dict[str, list[Any]]:
@@ -103,9 +112,9 @@ def _value(text: str) -> int | float | bool | str:
 def show(out: Path, metrics: dict[str, Any]) -> None:
     """Print a line for each variant."""
     for one in metrics["runs"]:
-        score = one.get(metrics["metric"])
-        told = f", {metrics['metric']} {score:.4g}" if score is not None else ""
+        score = one["score"]
+        told = "" if score is None else f", {metrics['metric']} {score:.4g} on the evaluation part"
         best = "  (best)" if one["name"] == metrics["best"] else ""
-        line = f"{one['name']}: loss {one['loss'][-1]:.4g}{told}; adapter {out / one['folder']}{best}"
-        OUT.print(line, highlight=False, markup=False, soft_wrap=True)
-    OUT.print(f"curves {out / 'curves.svg'}", highlight=False, markup=False, soft_wrap=True)
+        line = f"{one['name']}: loss {one['losses'][-1]:.4g}{told}; adapter {out / one['folder']}{best}"
+        say(line)
+    say(f"curves {out / 'curves.svg'}")

@@ -135,13 +135,13 @@ def _told(
             "lr": sweep.variants[run].lr,
             "recipe": str(sweep.variants[run].method).splitlines(),
             "trainable": sweep.programs[run].count().trainable,
-            "loss": [losses[i] for losses in sweep.losses],
-            task.title if scores else "score": scores[i] if scores else None,
+            "losses": [losses[i] for losses in sweep.losses],
+            "score": scores[i] if scores else None,
         }
         for i, (run, name) in enumerate(names.items())
     ]
     told = {"settings": settings.as_json(), "task": task.word, "metric": task.title, "steps": len(sweep.losses)}
-    return told | {"runs": runs, "best": None if best is None else list(names.values())[best], "scores": list(scores)}
+    return told | {"runs": runs, "best": None if best is None else list(names.values())[best]}
 
 
 def _write(settings: Settings, sweep: Sweep, names: Mapping[str, str], metrics: Mapping[str, Any], model: Any) -> None:

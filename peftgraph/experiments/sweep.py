@@ -22,6 +22,7 @@ from peftgraph.rewrite.method import Pass
 
 Batch = Mapping[str, Tensor]
 LABELS = "labels"
+LONG = 1_000_000  # steps, which any schedule fits
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,6 @@ def _applied(program: pg.Program, method: Pass, seed: int) -> pg.Program:
     for i, applied in enumerate(tuned.history):
         sites = adapted_sites(tuned, tuned.sites, i, tuned.table.tensors())
         for atom in applied.method.passes():
-            if atom.training_hooks(sites, 1) is not None:
+            if atom.training_hooks(sites, LONG) is not None:
                 raise PeftGraphError(f"{atom} takes part in its training, so it trains alone: peftgraph train.")
     return tuned

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from test_train import WORDS, lines, reviews, saved
+from small_folders import WORDS, lines, reviews, saved
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner, Result
@@ -17,7 +17,9 @@ from typer.testing import CliRunner, Result
 import peftgraph as pg
 from peftgraph.cli.app import app
 from peftgraph.cli.cmd_sweep import varied_values
+from peftgraph.experiments.examples import read_examples
 from peftgraph.experiments.run_sweep import variants_of
+from peftgraph.experiments.settings import Settings
 from peftgraph.experiments.sweep import Sweep, Variant, rate
 from peftgraph.passes import IA3, AdaLoRA, LoRA
 
@@ -26,6 +28,10 @@ F64 = torch.float64
 
 def sweep(*arguments: object) -> Result:
     return CliRunner().invoke(app, ["sweep", *map(str, arguments)], env={"COLUMNS": "200"})
+
+
+def by_name(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {one["name"]: one for one in metrics["runs"]}
 
 
 def batches(count: int) -> list[dict[str, torch.Tensor]]:
@@ -45,7 +51,6 @@ def test_together_is_as_alone() -> None:
     variants = {f"lora{rank}": Variant(LoRA(rank=rank, alpha=2.0 * rank), 0.002 * rank) for rank in range(1, 9)}
     variants["scales"] = Variant(IA3(), 0.05)
     together = Sweep.of(program, variants, causal=True, seed=4)
-    together.net.config.attention_dropout = 0.0
     quiet(together.net)
     together.train(batches(5), 5, weight_decay=0.1, warmup=0.3)
     for i, (name, one) in enumerate(variants.items()):
@@ -71,14 +76,15 @@ def test_together_is_as_alone() -> None:
 
 def quiet(net: Any) -> Any:
     """A module in the mode in which no dropout runs, also where a loop calls train()."""
+    net.eval()
     net.train = lambda mode=True: net
-    return net.eval()
+    return net
 
 
 def test_what_is_refused() -> None:
     program = zoo.traced("llama", dtype=F64)
     with pytest.raises(pg.PeftGraphError, match="takes part in its training"):
-        Sweep.of(program, {"a": Variant(AdaLoRA(rank=2), 0.1), "b": Variant(LoRA(), 0.1)}, causal=True)
+        Sweep.of(program, {"a": Variant(AdaLoRA(rank=4, target_rank=2), 0.1), "b": Variant(LoRA(), 0.1)}, causal=True)
     one = Sweep.of(program, {"a": Variant(LoRA(rank=2), 0.1)}, causal=True)
     with pytest.raises(pg.PeftGraphError, match="There are 2 batches for 3 steps"):
         one.train(batches(2), 3)
@@ -112,19 +118,23 @@ def test_classifiers_with_heads_of_their_own(tmp_path: Path) -> None:
     assert told.exit_code == 0, told.output
     assert "(best)" in told.stdout
     metrics = json.loads((out / "sweep.json").read_text())
-    assert [len(one["loss"]) for one in metrics["runs"]] == [20] * 4
-    assert max(metrics["scores"]) == metrics["scores"][[one["name"] for one in metrics["runs"]].index(metrics["best"])]
-    svg = (out / "curves.svg").read_text()
-    assert svg.count('<path class="one"') == 4
-    best = next(one for one in metrics["runs"] if one["name"] == "rank=2 lr=0.02")
-    assert sum(best["loss"][-4:]) < 0.5 * sum(best["loss"][:4])
-    config = AutoConfig.from_pretrained(out / best["folder"])
-    model = AutoModelForSequenceClassification.from_pretrained(bert, config=config).eval()
-    ids = torch.tensor([[WORDS.index(word) for word in f"the film was very {end}".split()] for end in ("good", "bad")])
+    assert [len(one["losses"]) for one in metrics["runs"]] == [20] * 4
+    assert max(one["score"] for one in metrics["runs"]) == by_name(metrics)[metrics["best"]]["score"]
+    assert (out / "curves.svg").read_text().count('<path class="one"') == 4
+    rows = read_examples(Settings(model=bert, data=data, recipe="lora", out=out, eval_share=0.25)).evaluation
+    words = [row.texts["text"].split() for row in rows]
+    ids = torch.tensor([[WORDS.index(word) for word in one] for one in words])
     example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    tuned = pg.trace(model, example).load_adapter(out / best["folder"])
-    found = tuned.module().eval()(**example).logits.argmax(-1)
-    assert [config.id2label[int(i)] for i in found] == ["is good", "is bad"]
+    config = AutoConfig.from_pretrained(out / "run4")
+    program = pg.trace(AutoModelForSequenceClassification.from_pretrained(bert, config=config).eval(), example)
+    heads: list[torch.Tensor] = []
+    for one in metrics["runs"]:
+        tuned = program.load_adapter(out / one["folder"])
+        heads.append(tuned.table["classifier.weight"].tensor)
+        found = tuned.module().eval()(**example).logits.argmax(-1)
+        hits = [config.id2label[int(i)] == row.label for i, row in zip(found, rows, strict=True)]
+        assert sum(hits) / len(hits) == pytest.approx(one["score"])
+    assert not torch.equal(heads[1], heads[3])
     again = sweep(bert, "--data", data, "--out", out, "--vary", "rank=1,2")
     assert again.exit_code == 1
     assert "--force begins anew" in again.stderr
@@ -142,7 +152,7 @@ def test_language_models(tmp_path: Path) -> None:
     assert told.exit_code == 0, told.output
     metrics = json.loads((tmp_path / "out" / "sweep.json").read_text())
     assert metrics["best"] == "lr=0.05"
-    assert metrics["scores"][1] < metrics["runs"][1]["loss"][0]
+    assert by_name(metrics)["lr=0.05"]["score"] < by_name(metrics)["lr=0.05"]["losses"][0] - 0.05
     told = sweep(llama, "--data", lines(tmp_path / "p.jsonl", [{"anchor": "a", "positive": "the"}] * 9), "--out", "o")
     assert told.exit_code == 1
     assert "classifiers and causal language models" in told.stderr

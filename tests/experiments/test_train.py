@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from tokenizers import Tokenizer, models, pre_tokenizers
+from small_folders import WORDS, lines, reviews, saved
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -19,7 +19,6 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
-    PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
@@ -31,7 +30,6 @@ from peftgraph.experiments.examples import read_examples
 from peftgraph.experiments.run import make_task, train_head
 from peftgraph.experiments.settings import read_settings
 
-WORDS = ["[PAD]", "[END]", "good", "bad", "film", "book", "a", "the", "was", "very", "dull", "bright"]
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 
 
@@ -39,30 +37,9 @@ def train(*arguments: object) -> Result:
     return CliRunner().invoke(app, ["train", *map(str, arguments)], env={"COLUMNS": "200"})
 
 
-def saved(model: Any, folder: Path) -> Path:
-    """Save a model with a tokenizer of a few words."""
-    model.save_pretrained(folder)
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[PAD]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", eos_token="[END]").save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved(zoo.build("bert"), tmp_path_factory.mktemp("bert"))
-
-
-def lines(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
-
-
-def reviews(path: Path, label: Callable[[str], Any] = lambda word: f"is {word}") -> Path:
-    texts = [
-        (f"{a} {b} was very {word}", word) for a in ("a", "the") for b in ("film", "book") for word in ("good", "bad")
-    ]
-    return lines(path, [{"text": text, "label": label(word)} for text, word in texts * 3])
 
 
 @pytest.fixture(scope="module")
