@@ -20,7 +20,7 @@ from peftgraph.costs.comparison import Comparison, named
 from peftgraph.costs.comparison import compare as _compare
 from peftgraph.draw import Diff, Picture, fragment, layer_texts, model_picture, outline, page, picture
 from peftgraph.draw.rank_map import RankMap
-from peftgraph.errors import AdapterError, Conflict, PeftGraphError, TraceError
+from peftgraph.errors import AdapterError, Conflict, ExportError, PeftGraphError, TraceError
 from peftgraph.folding import fold as _fold
 from peftgraph.folding.proof import Proof
 from peftgraph.interop import native
@@ -45,7 +45,8 @@ from peftgraph.rewrite.skipped_sites import warn_of
 from peftgraph.runtime.adapter_methods import with_adapter_methods
 from peftgraph.runtime.block_regions import find_block_regions
 from peftgraph.runtime.copying import NotPicklable
-from peftgraph.runtime.export.exported_program import export_program
+from peftgraph.runtime.export.adapter_file import write_adapter_file
+from peftgraph.runtime.export.exported_program import adapter_tensors, adapter_values, export_program
 from peftgraph.runtime.module import GraphModule
 from peftgraph.runtime.sharding import check_read_back, read_back
 from peftgraph.runtime.submodule_module import embed_in_model
@@ -479,8 +480,14 @@ class Program(NotPicklable, ProgramData):
         self._require_one_model("start a training of")
         return start_training(self, self.sites, net, steps)
 
-    def export(self, path: str | PathLike[str]) -> Path:
+    def export(self, path: str | PathLike[str], *, adapters: Literal["inside", "inputs"] = "inside") -> Path:
         """Write the graph in the format of the path's suffix: `.pt2` (torch.export), `.onnx`, or that of a plug-in.
+
+        Args:
+            path: of the file.
+            adapters: "inputs" makes the tensors of the adapters inputs of the file, with symbolic sizes, for other
+                adapters of the same passes and sites (`export_adapter` writes theirs). An `.onnx` file has this
+                program's own as defaults; calls of a `.pt2` file give them as the dict `adapter_tensors`.
 
         Raises:
             ExportError: no exporter has the suffix, or the exporter refuses.
@@ -488,8 +495,38 @@ class Program(NotPicklable, ProgramData):
         """
         self.require_one_adapter()
         check_read_back(self.table)
+        if adapters not in ("inside", "inputs"):
+            raise PeftGraphError(f'adapters is "inside" or "inputs", got {adapters!r}.')
         with noted_on_terminal("exporting"):
-            return export_program(self, Path(path))
+            if adapters == "inside":
+                return export_program(self, Path(path))
+            form = self._with_scales_as_tensors()
+            return export_program(form, Path(path), adapter_tensors(form))
+
+    def export_adapter(self, path: str | PathLike[str]) -> Path:
+        """Write the tensors that a file of `export(..., adapters="inputs")` takes, by name.
+
+        Args:
+            path: a `.onnx_adapter` file, which ONNX Runtime activates for a run, or `.safetensors`.
+
+        Raises:
+            ExportError: the suffix is another, onnxruntime is missing, or the program has no adapter.
+        """
+        self.require_one_adapter()
+        form = self._with_scales_as_tensors()
+        return write_adapter_file(adapter_values(form, adapter_tensors(form)), Path(path))
+
+    def _with_scales_as_tensors(self) -> ProgramData:
+        """Return this program with the numbers of its passes, such as alpha / rank, as tensors."""
+        if self.served is not None or not self.history:
+            return self
+        self._require_one_model("export the adapter of")
+        base = self.base
+        assert isinstance(base, Program)
+        part = base._row_part("the adapter", self)
+        if part.prompt is not None:
+            raise ExportError(f"{part.prompt.method} makes the inputs longer; its rows cannot be inputs of a file.")
+        return part.program
 
     def write_back(self, model: nn.Module) -> nn.Module:
         """Copy the weights into a plain instance of the original class, in place, and return it.

@@ -44,6 +44,8 @@ def _way(x_BTI: Tensor, weights: Tensor, transposed: bool) -> Way:
     """Choose the way by shapes; where they are symbols, by what they cannot change."""
     count, first, second = weights.shape
     out, inner = (second, first) if transposed else (first, second)
+    if not all(isinstance(size, int) for size in weights.shape):
+        return "gathered"
     if not isinstance(x_BTI.shape[0], int) or not isinstance(x_BTI.shape[1], int) or torch.compiler.is_compiling():
         return "masked" if count <= STATIC_LIMIT and min(out, inner) * count <= max(out, inner) else "gathered"
     return costs_on(x_BTI.device).cheapest(x_BTI.shape[0], x_BTI.shape[1], count, out, inner)

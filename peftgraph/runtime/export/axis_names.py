@@ -16,7 +16,8 @@ def axis_names(exported: ExportedProgram) -> dict[str, str]:
     """Return a name for each symbolic size of the inputs, by its symbol.
 
     A first axis is a batch. A size of its own that no output has, such as that of a mask's first axis, can only be one
-    of the other batches, to which it is broadcast, so it gets the name of the first one.
+    of the other batches, to which it is broadcast, so it gets the name of the first one. Sizes of an adapter's tensors
+    have the names of the tensors.
     """
     inputs = list(_inputs(exported))
     among_outputs = _symbols_of_outputs(exported)
@@ -25,6 +26,9 @@ def axis_names(exported: ExportedProgram) -> dict[str, str]:
         for axis, size in enumerate(shape):
             symbol = str(size)
             if not isinstance(size, torch.SymInt) or not symbol.isidentifier() or symbol in names:
+                continue
+            if key.startswith("adapter_tensors_"):
+                names[symbol] = f"{key}_{axis}".removeprefix("adapter_tensors_")
                 continue
             if axis == 0 and "batch" in names.values() and symbol not in among_outputs:
                 names[symbol] = "batch"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.export import ExportedProgram
 
 from peftgraph.capture.diagnosis import exporter_silenced
@@ -17,4 +19,14 @@ def write_pt2(exported: ExportedProgram, path: Path) -> None:
         torch.export.save(exported, path)
 
 
-EXPORTER = Exporter(name="pt2", description="torch.export; runs where torch is installed", write=write_pt2)
+def write_pt2_with_tensors(exported: ExportedProgram, path: Path, values: Mapping[str, Tensor]) -> None:
+    """Write an exported program whose keyword `adapter_tensors` takes tensors; every call gives them."""
+    write_pt2(exported, path)
+
+
+EXPORTER = Exporter(
+    name="pt2",
+    description="torch.export; runs where torch is installed",
+    write=write_pt2,
+    write_with_tensors=write_pt2_with_tensors,
+)

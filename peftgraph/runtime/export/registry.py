@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ from peftgraph.errors import ExportError
 from peftgraph.utils.registry import Registry
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.export import ExportedProgram
 
 
@@ -25,6 +26,8 @@ class Exporter:
         write: writes an exported program to a path; inputs are keywords, the outputs a dict by name.
         requires: the modules that must be importable.
         install: the command that installs them, for the message when one is missing.
+        write_with_tensors: writes a program whose keyword `adapter_tensors` is a dict of tensors; gets their values by
+            name, for formats in which calls may omit them. None where the format has no such inputs.
 
     Example:
         >>> from peftgraph.plugins import EXPORTERS, Exporter
@@ -38,6 +41,7 @@ class Exporter:
     write: Callable[[ExportedProgram, Path], None]
     requires: tuple[str, ...] = ()
     install: str = ""
+    write_with_tensors: Callable[[ExportedProgram, Path, Mapping[str, Tensor]], None] | None = None
 
     @property
     def suffix(self) -> str:

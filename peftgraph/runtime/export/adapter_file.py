@@ -1,0 +1,45 @@
+"""Writes an adapter's tensors as the inputs of an exported file."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from peftgraph.errors import ExportError
+from peftgraph.utils.atomic_files import atomic_file
+
+
+def write_adapter_file(values: Mapping[str, Tensor], path: Path) -> Path:
+    """Write tensors by name, in the format of the path's suffix: `.safetensors`, or ONNX Runtime's `.onnx_adapter`.
+
+    Raises:
+        ExportError: the suffix is another, or onnxruntime is not installed.
+        PeftGraphError: the file cannot be written; an existing one stays unchanged.
+    """
+    if path.suffix not in (".safetensors", ".onnx_adapter"):
+        raise ExportError(f"{path}: an adapter is written as .onnx_adapter or .safetensors.")
+    own = {name: value.detach().cpu().clone().contiguous() for name, value in values.items()}
+    with atomic_file(path) as temporary:
+        if path.suffix == ".safetensors":
+            save_file(own, temporary)
+        else:
+            _write_onnx_adapter(own, temporary)
+    return path
+
+
+def _write_onnx_adapter(values: Mapping[str, Tensor], path: Path) -> None:
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise ExportError(".onnx_adapter files are written by onnxruntime: pip install onnxruntime.")
+    import onnxruntime
+
+    written = onnxruntime.AdapterFormat()
+    written.set_adapter_version(1)
+    written.set_model_version(1)
+    written.set_parameters(
+        {name: onnxruntime.OrtValue.ortvalue_from_numpy(value.numpy()) for name, value in values.items()}
+    )
+    written.export_adapter(str(path))
