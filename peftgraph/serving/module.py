@@ -173,7 +173,11 @@ class ServingModule(nn.Module):
 
     def _peftgraph_before_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Turn names into numbers, and load what a call needs."""
-        if INPUT not in kwargs or torch.compiler.is_compiling():
+        if INPUT not in kwargs:
+            return args, kwargs
+        if torch.compiler.is_compiling():
+            if kwargs[INPUT] is not None and not isinstance(kwargs[INPUT], Tensor):
+                raise CallError(f"A compiled module takes {INPUT} as a tensor; net.adapters has the numbers by name.")
             return args, kwargs
         ids = self._peftgraph_ids(kwargs[INPUT], args, kwargs)
         return args, {**kwargs, INPUT: ids}

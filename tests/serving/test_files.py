@@ -14,6 +14,8 @@ from torch._dynamo.utils import counters
 
 import peftgraph as pg
 from peftgraph.passes import IA3, LoRA
+from peftgraph.serving import product_by_row
+from peftgraph.serving.product_by_row import WAYS, linear_by_row
 
 
 class Net(nn.Module):
@@ -134,3 +136,28 @@ def test_a_compiled_module_keeps_its_graph(program: pg.Program) -> None:
     torch.testing.assert_close(found[0], wanted(low[2].module().eval(), given)[0])
     torch.testing.assert_close(found[1], wanted(low[1].module().eval(), given)[1])
     torch.testing.assert_close(found[3], wanted(program.module().eval(), given)[3])
+    named: Any = torch.compile(net, backend="eager")
+    for rows in (["a", "b", None, None], ["b", "b", "a", None], [None, "a", "a", "b"]):
+        mixed = {**given, "adapter_ids": rows}
+        torch.testing.assert_close(wanted(named, mixed), wanted(net, mixed))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_each_way_is_the_plain_product(transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each entry of the batch is multiplied by its own matrix, wherever the batch is, also with an x that all share."""
+    torch.manual_seed(0)
+    weights = torch.randn(4, 5, 3, dtype=torch.float64)
+    rows = torch.tensor([2, 0, 2, 3, 1, 2])
+    given = weights.transpose(1, 2).contiguous() if transposed else weights
+    x = torch.randn(6, 2, 7, 3, dtype=torch.float64)
+    cases = [(x, 0, x), (x.movedim(0, 1), 1, x), (x[:1], 0, x[:1].expand(6, -1, -1, -1))]
+    beside = x.flatten(0, 1)  # two entries for each of the batch
+    for way in WAYS:
+        monkeypatch.setattr(product_by_row, "_way", lambda *_, way=way: way)
+        for value, axis, plain in cases:
+            found = linear_by_row(value, given, rows, axis, transposed)
+            wanted = torch.stack([one @ weights[row].T for one, row in zip(plain, rows.tolist(), strict=True)])
+            torch.testing.assert_close(found.movedim(axis, 0), wanted)
+        found = linear_by_row(beside, given, rows, 0, transposed)
+        wanted = torch.stack([one @ weights[row].T for one, row in zip(x, rows.tolist(), strict=True)])
+        torch.testing.assert_close(found, wanted.flatten(0, 1))
