@@ -42,4 +42,4 @@ def _write_onnx_adapter(values: Mapping[str, Tensor], path: Path) -> None:
     written.set_parameters(
         {name: onnxruntime.OrtValue.ortvalue_from_numpy(value.numpy()) for name, value in values.items()}
     )
-    written.export_adapter(str(path))
+    written.export_adapter(str(path))  # pyright: ignore[reportArgumentType]  # takes a str alone
