@@ -207,6 +207,8 @@ class RowWriter:
         target: Any = node.target
         if target in BORROWING_OPERATORS and isinstance(args[0], Stack):
             return self._cast(target, args)
+        if target in CASTS and isinstance(args[1], Stack):  # to the dtype of a parameter
+            return self.call(target, args[0], args[1].node())
         rule = _grouped if str(target).startswith(GROUPED_PRODUCTS) else RULES.get(target)
         result = None if rule is None else rule(self, node, args, kwargs)
         if result is None:
@@ -428,6 +430,7 @@ def _convolution(op: RowWriter, node: fx.Node, args: tuple[Any, ...], kwargs: di
     return op.call(aten.add.Tensor, y, op.call(aten.reshape.default, bias, shape))
 
 
+CASTS = {aten.to.other, aten.type_as.default}
 FUNCTIONAL: dict[Any, Any] = {aten.add_.Tensor: aten.add.Tensor, aten.mul_.Tensor: aten.mul.Tensor}
 ELEMENTWISE = (
     aten.add.Tensor,

@@ -192,8 +192,7 @@ class _Group:
         new, op = self.made[value], self.writer
         assert isinstance(new, fx.Node)
         self._check_shape(new, now)
-        equal = itself(None, self.known[value])
-        if equal is now or (equal is not None and self.whole._current.get(equal.name) is now):
+        if itself(None, self.known[value]) is now:
             return new
         op.order, op.label = (*value.meta["order"][:1], self.number + 1), _stem(value)
         if self.member is None:

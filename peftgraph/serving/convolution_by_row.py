@@ -5,11 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
+
+aten = torch.ops.aten
+FUNCTIONS: dict[Any, Callable[..., Tensor]] = {
+    aten.conv1d.default: torch.conv1d,
+    aten.conv2d.default: torch.conv2d,
+    aten.conv3d.default: torch.conv3d,
+}
 
 
 def convolve_by_row(
-    convolution: Callable[..., Any],
+    convolution: Any,
     x: Tensor,
     kernels: Tensor,
     rows: Tensor,
@@ -37,5 +45,5 @@ def convolve_by_row(
     own = kernels.index_select(0, rows)
     together = own.reshape(batch * kernels.shape[1], *kernels.shape[2:])
     beside = x.reshape(1, batch * channels, *sizes)
-    y = convolution(beside, together, None, stride, padding, dilation, batch * groups)
+    y = FUNCTIONS[convolution](beside, together, None, stride, padding, dilation, batch * groups)
     return y.reshape(batch, kernels.shape[1], *y.shape[2:])
