@@ -31,11 +31,16 @@ class Stack:
 
     Attributes:
         read: returns the node of them, (M, ...); of matrices also (M, ..., I, O), if asked for them transposed.
-        dim: the number of axes of one value.
+        sizes: of one value.
     """
 
     read: Callable[[bool], fx.Node]
-    dim: int
+    sizes: tuple[int, ...]
+
+    @property
+    def dim(self) -> int:
+        """The number of axes of one value."""
+        return len(self.sizes)
 
     def node(self, transposed: bool = False) -> fx.Node:
         """Return the node of the values, (M, ...); the last two axes are exchanged if `transposed`."""
@@ -220,11 +225,11 @@ class RowWriter:
 
     def _cast(self, target: Any, args: tuple[Any, ...]) -> Stack:
         stack: Stack = args[0]
-        return Stack(lambda transposed: self.call(target, stack.node(transposed), *args[1:]), stack.dim)
+        return Stack(lambda transposed: self.call(target, stack.node(transposed), *args[1:]), stack.sizes)
 
     def stack_call(self, stack: Stack, target: Any, *args: Any) -> Stack:
         """Return a stack with an elementwise operator applied to every value."""
-        return Stack(lambda transposed: self.call(target, stack.node(transposed), *args), stack.dim)
+        return Stack(lambda transposed: self.call(target, stack.node(transposed), *args), stack.sizes)
 
 
 Rule = Callable[[RowWriter, fx.Node, tuple[Any, ...], dict[str, Any]], "fx.Node | Stack | Chosen | None"]
@@ -266,7 +271,7 @@ def _grouped(op: RowWriter, node: fx.Node, args: tuple[Any, ...], kwargs: dict[s
     total = op.call(aten.sym_size.int, x, 0)
     numbers = op.call(aten.arange.default, total, dtype=torch.int32, device=x.meta["val"].device)
     expert = op.call(aten.searchsorted.Tensor, offsets, numbers, right=True)
-    inner, out = weight.node().meta["val"].shape[-2:]
+    inner, out = weight.sizes[-2:]
     wide = out > inner
     flat, index = op.among(weight, op.entries(x, 0), expert, not wide)
     return op.call(linear_by_row, x, flat, index, 0, wide)
@@ -285,7 +290,7 @@ def _product(op: RowWriter, x: fx.Node, weight: Stack, given_transposed: bool) -
     axis = op.axis_of(x.meta["val"])
     if weight.dim != 2 or axis == x.meta["val"].dim() - 1 or (axis is None and x.meta["val"].shape[0] != 1):
         return None
-    first, second = weight.node().meta["val"].shape[1:]
+    first, second = weight.sizes
     out, inner = (second, first) if given_transposed else (first, second)
     wide = out > inner  # such matrices are stored as the product of all of them reads them
     place = axis or 0
@@ -419,11 +424,9 @@ def _convolution(op: RowWriter, node: fx.Node, args: tuple[Any, ...], kwargs: di
     if bias is None:
         return y
     if isinstance(bias, Stack):
+        ones = [1] * (x.meta["val"].dim() - 2)
         spread = Stack(
-            lambda _: op.call(
-                aten.reshape.default, bias.node(), [*bias.node().meta["val"].shape, *[1] * (x.meta["val"].dim() - 2)]
-            ),
-            x.meta["val"].dim() - 1,
+            lambda _: op.call(aten.reshape.default, bias.node(), [-1, *bias.sizes, *ones]), (*bias.sizes, *ones)
         )
         return op.call(aten.add.Tensor, y, op.own(spread, y))
     shape = [-1, *[1] * (x.meta["val"].dim() - 2)]

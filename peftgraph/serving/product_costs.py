@@ -12,7 +12,7 @@ Way = Literal["gathered", "masked", "segments"]
 
 @dataclass(frozen=True)
 class ProductCosts:
-    """The costs of parts of products, in microseconds; `peftgraph.serving.measured_costs` measures them.
+    """The costs of parts of products, in microseconds.
 
     Attributes:
         dense: of a million multiplications of one large product.

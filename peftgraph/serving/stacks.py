@@ -76,8 +76,7 @@ class Stacks:
 
     def stack(self, op: RowWriter, which: int) -> Stack:
         """Return the values of one kind."""
-        dim = len(self.shapes[which])
-        return Stack(lambda transposed: self._read(op, which, transposed), dim)
+        return Stack(lambda transposed: self._read(op, which, transposed), self.shapes[which])
 
     def _read(self, op: RowWriter, which: int, transposed: bool) -> fx.Node:
         key = (which, transposed)

@@ -11,9 +11,10 @@ import torch
 import zoo
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from transformers import BertConfig, BertForSequenceClassification
 
 import peftgraph as pg
-from peftgraph.passes import IA3, BitFit, DoRA, LoRA, Pfeiffer, Prefix, Prompt, PTuning
+from peftgraph.passes import IA3, BitFit, DoRA, LoRA, Pfeiffer, Prefix, Prompt, PTuning, Train
 
 F64 = torch.float64
 NAMES = ("llama", "gpt2", "bert", "t5", "vit", "mixtral")
@@ -171,3 +172,34 @@ def test_what_cannot_be_served() -> None:
         low.serve({"a": low})
     with pytest.raises(pg.PeftGraphError, match="slots must be at least 1"):
         base.serve({"a": low}, slots=0)
+
+
+def test_a_part_of_a_model_and_trained_heads() -> None:
+    """Heads, tables and norms of their own, beside an adapter at every weight, in half precision too."""
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=40, hidden_size=24, intermediate_size=32, num_hidden_layers=1, num_attention_heads=3)
+    model = BertForSequenceClassification(config).eval().bfloat16()
+    inputs = {"input_ids": torch.randint(40, (4, 6)), "attention_mask": torch.ones(4, 6, dtype=torch.long)}
+    base = pg.trace(model, inputs)
+    tuned = [
+        base.apply(LoRA(rank=2), Train(at="head")),
+        base.apply(Train(at="head|embedding|norm")),
+        base.apply(LoRA(at="weight", rank=2)),
+    ]
+    tuned = [trained(one, i) for i, one in enumerate(tuned)]
+    net = base.serve({str(i): one for i, one in enumerate(tuned)}).module().eval()
+    check_rows(net, inputs, ["0", "1", "2", None], [*tuned, base], 0.05)
+    part = pg.trace(model, inputs, root="bert")
+    with pytest.raises(pg.Conflict, match="a part of a model"):
+        part.serve({"a": part.apply(LoRA(rank=2))})
+
+
+def test_convolutions_by_row() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(4, 6, 3, groups=2), torch.nn.Flatten()
+    ).double()
+    base = pg.trace(model.eval(), {"input": torch.randn(3, 3, 8, 8, dtype=F64)})
+    tuned = [trained(base.apply(one), i) for i, one in enumerate((LoRA(at="weight", rank=2), Train(at="conv")))]
+    net = base.serve({"low": tuned[0], "all": tuned[1]}).module().eval()
+    check_rows(net, {"input": torch.randn(3, 3, 8, 8, dtype=F64)}, ["all", "low", 0], [tuned[1], tuned[0], base], 1e-9)
