@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from torch._dynamo.utils import counters
 
 import peftgraph as pg
 from peftgraph.passes import IA3, LoRA
+from peftgraph.runtime.export.adapter_file import write_adapter_file
 from peftgraph.serving import product_by_row
 from peftgraph.serving.product_by_row import WAYS, linear_by_row
+from peftgraph.serving.product_costs import TYPICAL, ProductCosts, Way, costs_on, measure_costs, use_costs
 
 
 class Net(nn.Module):
@@ -161,3 +164,29 @@ def test_each_way_is_the_plain_product(transposed: bool, monkeypatch: pytest.Mon
         found = linear_by_row(beside, given, rows, 0, transposed)
         wanted = torch.stack([one @ weights[row].T for one, row in zip(x, rows.tolist(), strict=True)])
         torch.testing.assert_close(found, wanted.flatten(0, 1))
+
+
+def test_measured_costs_choose_the_way() -> None:
+    shapes = {"batch": 64, "length": 1, "matrices": 65, "out": 16, "inner": 512}
+    measured = measure_costs("cpu")
+    assert min(measured.dense, measured.batched, measured.copied, measured.call) > 0
+    free = ProductCosts(1.0, 1.0, 1.0, 1.0)
+    expected: dict[Way, ProductCosts] = {
+        "masked": replace(free, dense=1e-3, copied=1e-3, call=100.0, batched=1e6),
+        "gathered": replace(free, dense=1e6),
+        "segments": replace(free, batched=1e6, copied=1.0, call=1e-6, dense=1.0),
+    }
+    try:
+        for way, costs in expected.items():
+            use_costs("cpu", costs)
+            assert costs_on(torch.device("cpu")).cheapest(**shapes) == way
+    finally:
+        use_costs("cpu", None)
+    assert costs_on(torch.device("cpu")) == TYPICAL["cpu"]
+
+
+def test_an_adapter_file_in_half_precision(tmp_path: Path) -> None:
+    values = {"a": torch.randn(3, 4).bfloat16(), "b": torch.randn(2)}
+    read = ort.AdapterFormat.read_adapter(str(write_adapter_file(values, tmp_path / "x.onnx_adapter")))
+    kinds = {name: (one.data_type(), one.shape()) for name, one in read.get_parameters().items()}
+    assert kinds == {"a": ("tensor(bfloat16)", [3, 4]), "b": ("tensor(float)", [2])}

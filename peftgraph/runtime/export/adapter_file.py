@@ -6,11 +6,14 @@ import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from peftgraph.errors import ExportError
 from peftgraph.utils.atomic_files import atomic_file
+
+ONNX_BFLOAT16 = 16  # of onnx.TensorProto.DataType
 
 
 def write_adapter_file(values: Mapping[str, Tensor], path: Path) -> Path:
@@ -36,10 +39,14 @@ def _write_onnx_adapter(values: Mapping[str, Tensor], path: Path) -> None:
         raise ExportError(".onnx_adapter files are written by onnxruntime: pip install onnxruntime.")
     import onnxruntime
 
+    def value_of(tensor: Tensor) -> onnxruntime.OrtValue:
+        if tensor.dtype == torch.bfloat16:  # unknown to numpy: its bits
+            bits = tensor.view(torch.uint16).numpy()
+            return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, ONNX_BFLOAT16)
+        return onnxruntime.OrtValue.ortvalue_from_numpy(tensor.numpy())
+
     written = onnxruntime.AdapterFormat()
     written.set_adapter_version(1)
     written.set_model_version(1)
-    written.set_parameters(
-        {name: onnxruntime.OrtValue.ortvalue_from_numpy(value.numpy()) for name, value in values.items()}
-    )
+    written.set_parameters({name: value_of(tensor) for name, tensor in values.items()})
     written.export_adapter(str(path))  # pyright: ignore[reportArgumentType]  # takes a str alone
