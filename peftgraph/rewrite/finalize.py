@@ -48,6 +48,11 @@ def finalize(program: P, sites: Sites) -> P:
     return result
 
 
+def has_final_form(program: ProgramData, sites: Sites) -> bool:
+    """Tell whether `finalize` has anything to do."""
+    return any(_final_form(program, sites, i) is not None for i in range(len(program.history)))
+
+
 def _final_form(program: ProgramData, sites: Sites, application: int) -> Sequence[PassWithValues] | None:
     """Return what a pass becomes after training; None where it stays as it is."""
     method = program.history[application].method

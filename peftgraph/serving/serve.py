@@ -21,7 +21,7 @@ from peftgraph.ir.program import ProgramData
 from peftgraph.ir.shape_inference import ShapeInference, fake_mode_of
 from peftgraph.ir.verifier import verify
 from peftgraph.rewrite.apply import apply
-from peftgraph.rewrite.finalize import finalize
+from peftgraph.rewrite.finalize import finalize, has_final_form
 from peftgraph.serving.combined_graph import CombinedGraph
 from peftgraph.serving.prompts import AdapterPrompt, PromptTable
 from peftgraph.serving.row_part import RowPart
@@ -176,15 +176,7 @@ def _prompt(name: str, adapter: ProgramData, shared: int) -> AdapterPrompt | Non
 
 def _final(adapter: P, sites: Sites) -> P:
     """Return an adapter with the values that its parameters alone decide as parameters, where it has such."""
-    passes = [atom for applied in adapter.history for atom in applied.method.passes()]
-    changes = any(one.finalized() != one or type(one).finalized_from is not _base_hook() for one in passes)
-    return finalize(adapter, sites) if changes else adapter
-
-
-def _base_hook() -> Callable[..., Any]:
-    from peftgraph.rewrite.method import Pass
-
-    return Pass.finalized_from
+    return finalize(adapter, sites) if has_final_form(adapter, sites) else adapter
 
 
 def _check_base(name: str, base: ProgramData, adapter: ProgramData) -> None:
