@@ -35,6 +35,10 @@ class Plain(Console):
         found = super().options
         return found if self.is_terminal else found.update(width=WIDE)
 
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print; what is no terminal gets whole lines."""
+        super().print(*objects, **({} if self.is_terminal else {"crop": False}), **options)
+
 
 OUT = Console()  # with markup, for the pages of the quickstart
 ERR = Plain(stderr=True)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import typer
 import zoo
+from typer.testing import CliRunner
 
 from peftgraph.cli.app import app
 from peftgraph.cli.cmd_completion import bash_script, commands_of, fish_script, zsh_script
@@ -131,6 +132,12 @@ def test_apply_says_what_is_left_and_shows_every_pass(cli, folder: Path) -> None
     nothing = cli("apply", folder, "--recipe", "train{at=norm}").stdout
     assert "parameters that the recipe adds" in nothing
     assert "left after folding" not in nothing
+
+
+def test_a_table_in_a_pipe_is_whole(folder: Path) -> None:
+    """Whatever the width of a terminal is said to be."""
+    result = CliRunner().invoke(app, ["apply", str(folder), "--recipe", "lora{rank=2}"], env={"COLUMNS": "40"})
+    assert "parameters that the recipe adds; none are left after folding" in result.stdout
 
 
 def test_changes_outside_the_layers_are_shown(cli, folder: Path) -> None:
