@@ -19,6 +19,7 @@ from peftgraph.errors import Conflict
 from peftgraph.ir.builder import BORROWING_OPERATORS
 from peftgraph.ir.shape_inference import ShapeInference
 from peftgraph.serving.convolution_by_row import convolve_by_row
+from peftgraph.serving.neutrality import GROUPED_PRODUCTS
 from peftgraph.serving.product_by_row import linear_by_row
 
 aten = torch.ops.aten
@@ -468,9 +469,6 @@ RULES: dict[Any, Rule] = {
 }
 
 
-GROUPED_PRODUCTS = ("transformers.grouped_mm_fallback", "aten._grouped_mm")
-
-
 def _selection(value: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """Return what rows of a value were selected from along the first axis, and the index; None where they stand as in
     the batch."""
@@ -478,8 +476,8 @@ def _selection(value: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     node: fx.Node | None = value
     while node is not None and node.op == "call_function":
         source = node.args[0] if node.args else None
-        if node.target is aten.index.Tensor and isinstance(source, fx.Node):
-            index, *others = node.args[1]  # pyright: ignore
+        if node.target is aten.index.Tensor and isinstance(source, fx.Node) and isinstance(node.args[1], list | tuple):
+            index, *others = node.args[1]
             if isinstance(index, fx.Node) and not any(others):
                 return source, index
         if node.target is aten.index_select.default and node.args[1] == 0:

@@ -88,6 +88,7 @@ class ServingState:
 class ServingModule(nn.Module):
     """What a module of many adapters has beside the model's own methods."""
 
+    _peftgraph: Any  # of the graph's module, which this one is too
     _peftgraph_serving: ServingState
 
     @property
@@ -201,7 +202,7 @@ class ServingModule(nn.Module):
         self._load_missing(rows)
         if isinstance(given, Tensor):
             return given
-        return torch.tensor(rows, dtype=torch.int64, device=like[0].device if like else self._peftgraph.target[1])  # pyright: ignore
+        return torch.tensor(rows, dtype=torch.int64, device=like[0].device if like else self._peftgraph.target[1])
 
     def _load_missing(self, rows: Sequence[int]) -> None:
         """Load the adapters of a call that are not in memory; the least recently used leave."""

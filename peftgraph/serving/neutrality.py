@@ -37,7 +37,8 @@ KEEP_ZERO = {
     aten.type_as.default,
     aten.movedim.int,
 }
-PRODUCTS = {aten.linear.default: 1, aten.matmul.default: 1, aten.mm.default: 1}
+PRODUCTS = {aten.linear.default, aten.matmul.default, aten.mm.default}
+GROUPED_PRODUCTS = ("transformers.grouped_mm_fallback", "aten._grouped_mm")  # of rows and the matrices of experts
 CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
 
 
@@ -58,7 +59,7 @@ UNKNOWN = Known()
 
 
 def known_result(node: fx.Node, operands: Sequence[Any], known: Sequence[Known]) -> Known:
-    """Return what is known of the result of a call.
+    """Return what is known of the result of a call; of an einsum, whose operands are a list, `known_einsum` tells.
 
     Args:
         node: the call, in the adapter's graph.
@@ -71,21 +72,19 @@ def known_result(node: fx.Node, operands: Sequence[Any], known: Sequence[Known])
         return Known("zero") if fills[0] == "zero" else UNKNOWN
     if target is aten.index_select.default:
         return UNKNOWN if fills[0] == "base" else Known(known[0].fill)
-    if str(target).startswith("transformers.grouped_mm_fallback") or target is aten._grouped_mm.default:
+    if str(target).startswith(GROUPED_PRODUCTS):
         return Known("zero") if "zero" in fills[:2] else UNKNOWN
     if target in PRODUCTS or target in CONVOLUTIONS:
         bias = known[2].fill if len(operands) > 2 and operands[2] is not None else "zero"
         return Known("zero") if "zero" in fills[:2] and bias == "zero" else UNKNOWN
     if target is aten.embedding.default:
         return Known("zero") if fills[0] == "zero" else UNKNOWN
-    if target is aten.einsum.default:
-        return UNKNOWN  # its operands are a list: see `known_einsum`
     if target is aten.mul.Tensor:
         return _product(operands, known)
     if target in (aten.add.Tensor, aten.sub.Tensor) and not node.kwargs:
         return _sum(target, operands, known)
     if target is aten.slice_scatter.default:
-        return _scattered(operands, known, aten.slice.Tensor)
+        return _scattered(operands, known)
     if target is aten.index_copy.default:
         return _copied(operands, known)
     return UNKNOWN
@@ -119,13 +118,13 @@ def _sum(target: Any, operands: Sequence[Any], known: Sequence[Known]) -> Known:
     return Known(right.fill, itself(b, right)) if left.fill == "zero" and target is aten.add.Tensor else UNKNOWN
 
 
-def _scattered(operands: Sequence[Any], known: Sequence[Known], target: Any) -> Known:
+def _scattered(operands: Sequence[Any], known: Sequence[Known]) -> Known:
     """Return what is known of a value with a window that was replaced: itself, if the window is unchanged."""
     whole, part, *window = operands
     source = itself(part, known[1])
     unchanged = (
         isinstance(source, fx.Node)
-        and source.target is target
+        and source.target is aten.slice.Tensor
         and [source.args[0], *source.args[1:]] == [whole, *window]
     )
     return Known(same=itself(whole, known[0])) if unchanged else UNKNOWN

@@ -180,7 +180,6 @@ class TrainedStacks(Stacks):
 
     names: Sequence[str] = ()
     parameters: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
-    _read_nodes: dict[tuple[str, str], fx.Node] = field(default_factory=dict[tuple[str, str], fx.Node])
     _copies: dict[tuple[int, fx.Node], fx.Node] = field(default_factory=dict[tuple[int, fx.Node], fx.Node])
 
     def _read(self, op: RowWriter, which: int, transposed: bool) -> fx.Node:
